@@ -1,0 +1,124 @@
+//! How a device's state is saved, carried and checked: [`Persist`] and [`DeviceRecord`].
+//!
+//! State is plain data and travels as JSON. Whatever arrives is untrusted until `restore` has looked
+//! at it; a record of the wrong kind or a newer version is refused by name.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// One device's saved state, as it travels in the `device` section.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRecord {
+    /// What the device is: [`Persist::KIND`].
+    pub kind: String,
+    /// Which one of that kind: a disk's id, a vCPU's number, or empty where there is only one.
+    pub instance: String,
+    /// Version of the layout of `state`.
+    pub version: u16,
+    /// The state itself, in the layout of that version.
+    pub state: serde_json::Value,
+}
+
+/// A record that cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The record is for another device.
+    #[error("record is for {found:?}, expected {expected:?}")]
+    WrongKind {
+        /// Kind in the record.
+        found: String,
+        /// Kind of the device that should load it.
+        expected: &'static str,
+    },
+    /// The record was written by a newer Ferry.
+    #[error(
+        "{kind} {instance:?}: state version {found} is newer than {newest}, the newest known here"
+    )]
+    NewerVersion {
+        /// Device kind.
+        kind: &'static str,
+        /// Device instance.
+        instance: String,
+        /// Version in the record.
+        found: u16,
+        /// Newest version this build loads.
+        newest: u16,
+    },
+    /// The state is not what this version of the layout says.
+    #[error("{kind} {instance:?}: malformed state")]
+    Malformed {
+        /// Device kind.
+        kind: &'static str,
+        /// Device instance.
+        instance: String,
+        /// Where the JSON disagrees.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The state is well-formed but impossible for this device.
+    #[error("{kind} {instance:?}: {reason}")]
+    Invalid {
+        /// Device kind.
+        kind: &'static str,
+        /// Device instance.
+        instance: String,
+        /// What is wrong, in words for the user.
+        reason: String,
+    },
+}
+
+/// A device whose state can be saved and restored.
+pub trait Persist {
+    /// Names the device type in records.
+    const KIND: &'static str;
+    /// Version of [`Persist::State`] that `save` writes.
+    const VERSION: u16;
+    /// Plain data; serialised as JSON.
+    type State: Serialize + DeserializeOwned;
+
+    /// The state now. Pure; called only while the guest is paused.
+    fn save(&self) -> Self::State;
+
+    /// Checks `state` and takes it over. On an error the device is unchanged or unusable, and the
+    /// guest must not run. The reason is for the user.
+    fn restore(&mut self, state: Self::State) -> Result<(), String>;
+
+    /// Wraps [`Persist::save`] as a record.
+    ///
+    /// # Panics
+    /// If the state does not serialise, which is a bug in its type.
+    fn save_record(&self, instance: &str) -> DeviceRecord {
+        DeviceRecord {
+            kind: Self::KIND.to_owned(),
+            instance: instance.to_owned(),
+            version: Self::VERSION,
+            state: serde_json::to_value(self.save()).expect("device state serialises"),
+        }
+    }
+
+    /// Checks a record's kind and version, then restores from it.
+    fn restore_record(&mut self, record: DeviceRecord) -> Result<(), RestoreError> {
+        let (kind, newest) = (Self::KIND, Self::VERSION);
+        if record.kind != kind {
+            return Err(RestoreError::WrongKind { found: record.kind, expected: kind });
+        }
+        let instance = record.instance;
+        if record.version > newest {
+            return Err(RestoreError::NewerVersion {
+                kind,
+                instance,
+                found: record.version,
+                newest,
+            });
+        }
+        match serde_json::from_value(record.state) {
+            Err(source) => Err(RestoreError::Malformed { kind, instance, source }),
+            Ok(state) => self.restore(state).map_err(|reason| RestoreError::Invalid {
+                kind,
+                instance,
+                reason,
+            }),
+        }
+    }
+}

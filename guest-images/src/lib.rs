@@ -1,0 +1,1 @@
+//! Where the built guest kernel lies.

@@ -1,0 +1,177 @@
+//! What a migration needs from the machine on either side, and the right to run it.
+//!
+//! The right to run a guest is a value, [`RunPermit`]: born at cold boot or when `Go` arrives, spent
+//! when `Go` is sent. `vmm` starts no vCPU without one. [`PausedGuest`] holds it between the pause
+//! and the handover and gives it back, by resuming the guest, on every way out but [`surrender`].
+//!
+//! [`surrender`]: PausedGuest::surrender
+
+use devices::ram::{GuestRam, PageIndex, RamLayout};
+use devices::state::DeviceRecord;
+use serde::{Deserialize, Serialize};
+
+/// The right to run one guest. Neither `Clone` nor `Default`: it is moved, and dropping it is final.
+#[derive(Debug)]
+#[must_use = "dropping the permit takes away the right to run the guest"]
+pub struct RunPermit(());
+
+impl RunPermit {
+    /// For a guest that is booted here for the first time.
+    pub fn cold_boot() -> Self {
+        Self(())
+    }
+
+    /// For a guest whose migration ended as unknown and whose operator has made sure, by looking,
+    /// that the other side does not run it.
+    pub fn claimed_by_operator() -> Self {
+        Self(())
+    }
+
+    /// `Go` arrived, or a destination that never ran the guest declined it.
+    pub(crate) fn received() -> Self {
+        Self(())
+    }
+}
+
+/// A machine-side failure, already in words for the user.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct GuestError {
+    /// What failed, naming the thing, and what to do.
+    pub message: String,
+}
+
+impl GuestError {
+    /// An error from any displayable cause; nested sources are joined with `: `.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into() }
+    }
+}
+
+/// What a pause found.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The right to run, out of the machine's hands from now on.
+    pub permit: RunPermit,
+    /// False if the user had paused the guest: it then arrives paused, or stays paused.
+    pub was_running: bool,
+}
+
+/// The source's machine, as its migration sees it. Served by the supervisor, faked in tests.
+pub trait GuestControl: Send {
+    /// Stops every vCPU and drains every device, so that nothing writes guest RAM or a disk.
+    fn pause(&mut self) -> Result<Stopped, GuestError>;
+    /// All vCPU and device records, in one fixed order. Only while paused.
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError>;
+    /// Flushes the disks and lets go of their locks, so that the destination can take them.
+    fn release_disks(&mut self) -> Result<(), GuestError>;
+    /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. If a lock
+    /// cannot be retaken the guest stays paused with the permit kept by the machine, and says why.
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError>;
+    /// The permit has been spent: the guest must not run here again by itself.
+    fn surrendered(&mut self);
+}
+
+/// The destination's machine, from the machine description to the first instruction.
+pub trait DestinationHost: Send {
+    /// Builds the machine paused: RAM, vCPUs, devices. Checks the description, CPU features and
+    /// local policy (which disks may be opened) and refuses here, before any page has travelled.
+    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError>;
+    /// Loads every record; each device of the description must be named exactly once.
+    fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError>;
+    /// Takes the disk locks. After it nothing may fail before `run`.
+    fn lock_disks(&mut self) -> Result<(), GuestError>;
+    /// Runs the guest (or leaves it paused, if it was paused at the source).
+    fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError>;
+}
+
+/// Guest RAM that a destination has set up, untouched: every page reads as zero.
+#[derive(Debug, Clone)]
+pub struct IncomingRam {
+    /// The mapping.
+    pub ram: GuestRam,
+    /// How it is numbered.
+    pub layout: RamLayout,
+}
+
+/// The machine, as the source describes it. Opaque here; `vmm` writes and validates it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineDescription {
+    /// Version of the layout of `machine`.
+    pub version: u16,
+    /// RAM in bytes; must agree with `machine`.
+    pub ram_bytes: u64,
+    /// vCPUs, disks, CPU features and all that makes guest-visible hardware.
+    pub machine: serde_json::Value,
+}
+
+/// Which pages were written. Merges KVM's log with the marks of device writes; hides whether the
+/// host clears the log by hand or at each reading.
+pub trait DirtySource: Send {
+    /// Starts tracking.
+    fn start(&mut self) -> Result<(), GuestError>;
+    /// Adds every page written since it was last cleared. `bitmap` holds one bit per page of RAM,
+    /// bit `n % 64` of word `n / 64` for page `n`.
+    fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError>;
+    /// Forgets earlier writes to the pages whose bits are set in `mask` (for pages `first.0` on, a
+    /// multiple of 64), write-protecting them again: call just before copying them.
+    fn clear(&mut self, first: PageIndex, mask: &[u64]) -> Result<(), GuestError>;
+    /// Stops tracking. May take tens of milliseconds; never called while the guest is paused for us.
+    fn stop(&mut self);
+}
+
+/// A stopped guest plus the right to run it. Dropping this resumes the guest.
+pub struct PausedGuest<'g> {
+    guest: &'g mut dyn GuestControl,
+    stopped: Option<Stopped>,
+}
+
+impl<'g> PausedGuest<'g> {
+    /// Pauses `guest`.
+    pub fn pause(guest: &'g mut dyn GuestControl) -> Result<Self, GuestError> {
+        let stopped = guest.pause()?;
+        Ok(Self { guest, stopped: Some(stopped) })
+    }
+
+    /// The machine, for saving.
+    pub fn guest(&mut self) -> &mut dyn GuestControl {
+        self.guest
+    }
+
+    /// Whether the guest ran before the pause.
+    pub fn was_running(&self) -> bool {
+        self.stopped.as_ref().is_some_and(|stopped| stopped.was_running)
+    }
+
+    /// Spends the permit. From here on this side never runs the guest by itself. Returns what is
+    /// needed to take a declined guest back.
+    pub(crate) fn surrender(mut self) -> Surrendered {
+        let was_running = self.was_running();
+        self.stopped = None;
+        self.guest.surrendered();
+        Surrendered { was_running }
+    }
+
+    /// Resumes and reports how that went; dropping does the same but can only log.
+    pub fn resume(mut self) -> Result<(), GuestError> {
+        self.stopped.take().map_or(Ok(()), |stopped| self.guest.resume(stopped))
+    }
+}
+
+impl Drop for PausedGuest<'_> {
+    fn drop(&mut self) {
+        if let Some(stopped) = self.stopped.take()
+            && let Err(error) = self.guest.resume(stopped)
+        {
+            log::error!("the guest stays paused after a failed migration: {error}");
+        }
+    }
+}
+
+/// What remains at the source after the permit was spent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Surrendered {
+    /// Whether the guest ran before the pause.
+    pub was_running: bool,
+}

@@ -1,0 +1,1 @@
+//! The program: KVM, boot, threads, control socket.
