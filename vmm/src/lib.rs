@@ -1,1 +1,4 @@
 //! The program: KVM, boot, threads, control socket.
+
+pub mod boot;
+pub mod kvm;

@@ -1,1 +1,3 @@
+//! The `ferry` program.
+
 fn main() {}

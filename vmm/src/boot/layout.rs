@@ -1,0 +1,39 @@
+//! The guest-physical map: where boot structures and devices lie. A pure function of the machine
+//! description, so that both sides of a migration agree without saying so.
+
+/// Global descriptor table of the first vCPU.
+pub const GDT: u64 = 0x500;
+/// `hvm_start_info` (PVH).
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Linux' zero page (`boot_params`).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// PVH memory map.
+pub const PVH_MEMMAP: u64 = 0x8000;
+/// First of the page tables that a 64-bit entry needs: PML4, PDPT and four page directories.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The stack that a 64-bit entry starts with.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// The command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Longest command line with its NUL; what x86 Linux takes.
+pub const CMDLINE_MAX_BYTES: usize = 2048;
+/// End of conventional memory that the guest is told of; above it lies what a BIOS would use.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// Where kernels may be loaded from.
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+
+/// First virtio-mmio device; the others follow at [`devices::virtio::mmio::MMIO_LEN`] each.
+pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
+/// Interrupt lines of the virtio devices: IOAPIC pins that no legacy device has.
+pub const VIRTIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
+
+/// COM1.
+pub const COM1_PORT: u64 = 0x3f8;
+/// COM1's interrupt line.
+pub const COM1_GSI: u32 = 4;
+/// Keyboard controller, for its reset line.
+pub const I8042_PORT: u64 = 0x60;
+/// isa-debug-exit, as QEMU users configure it.
+pub const DEBUG_EXIT_PORT: u64 = 0xf4;
+/// PM1a control register.
+pub const POWER_PORT: u64 = 0x604;

@@ -1,0 +1,303 @@
+//! One vCPU's registers as plain data, and back, in the orders that KVM needs.
+//!
+//! Saving: MP_STATE first (reading it can process a pending INIT and change the LAPIC), VCPU_EVENTS
+//! last. Restoring: CPUID2 and TSC_KHZ (when the machine is built), MP_STATE, REGS, SREGS (APIC base), XCRS, XSAVE, DEBUGREGS,
+//! LAPIC, MSRs, TSC offset, TSC_DEADLINE (takes effect only with a configured LAPIC), VCPU_EVENTS
+//! (SET_REGS would clear them). Any other order of the middle silently kills the timer.
+
+use super::blob::{Blob, Bytes};
+use super::ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
+use super::vcpu::Vcpu;
+use super::{Host, KvmError, ioctl};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use kvm_ioctls::{Cap, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+const MSR_IA32_TSC: u32 = 0x10;
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs without which the guest would compute with wrong segments, tables or pages; a host that
+/// refuses one of them cannot run the guest.
+const VITAL_MSRS: [u32; 7] = [
+    0x174,       // IA32_SYSENTER_CS
+    0xc000_0081, // STAR
+    0xc000_0082, // LSTAR
+    0xc000_0084, // SFMASK
+    0xc000_0102, // KERNEL_GS_BASE
+    MSR_IA32_TSC,
+    MSR_IA32_TSC_DEADLINE,
+];
+/// Bytes of the XSAVE image that every host has.
+const LEGACY_XSAVE_BYTES: usize = 4096;
+/// More than any CPU's XSAVE area; bounds what a stream may make us allocate.
+const MAX_XSAVE_BYTES: usize = 64 << 10;
+const MAX_MSRS: usize = 1024;
+
+/// Everything that KVM holds of one vCPU.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuState {
+    /// Guest TSC minus host TSC, modulo 2^64, where KVM tells.
+    pub tsc_offset: Option<u64>,
+    /// Runnable, halted, waiting for SIPI.
+    pub mp_state: u32,
+    regs: Blob<kvm_regs>,
+    sregs: Blob<kvm_sregs>,
+    xcrs: Blob<kvm_xcrs>,
+    /// The XSAVE image, without any length prefix.
+    xsave: Bytes,
+    debug_regs: Blob<kvm_debugregs>,
+    lapic: Blob<[u8; 1024]>,
+    /// Pairs of MSR index and value.
+    msrs: Vec<(u32, u64)>,
+    events: Blob<kvm_vcpu_events>,
+}
+
+/// What saving and restoring needs to know of the host; asked once, outside the pause.
+#[derive(Debug, Clone)]
+pub struct CpuStateLayout {
+    msr_indices: Vec<u32>,
+    xsave_bytes: usize,
+}
+
+impl CpuStateLayout {
+    /// Asks KVM which MSRs it saves and how large an XSAVE image is.
+    pub fn probe(host: &Host, vm: &VmFd) -> Result<Self, KvmError> {
+        let list = ioctl("KVM_GET_MSR_INDEX_LIST", host.kvm().get_msr_index_list())?;
+        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        Ok(Self {
+            msr_indices: list.as_slice().to_vec(),
+            xsave_bytes: xsave_bytes.max(LEGACY_XSAVE_BYTES),
+        })
+    }
+
+    /// Forgets MSRs that KVM lists but cannot read, so that later saves read all in one call.
+    pub fn keep_readable(&mut self, vcpu: &Vcpu) -> Result<(), KvmError> {
+        self.msr_indices = read_msrs(vcpu, &self.msr_indices)?.iter().map(|msr| msr.0).collect();
+        Ok(())
+    }
+}
+
+impl VcpuState {
+    /// Reads all. The vCPU must be stopped with its last access completed.
+    pub fn save(vcpu: &Vcpu, layout: &CpuStateLayout) -> Result<Self, KvmError> {
+        let fd = vcpu.fd();
+        let mp_state = ioctl("KVM_GET_MP_STATE", fd.get_mp_state())?.mp_state;
+        let regs = Blob(ioctl("KVM_GET_REGS", fd.get_regs())?);
+        let sregs = Blob(ioctl("KVM_GET_SREGS", fd.get_sregs())?);
+        let xsave = read_xsave(vcpu, layout.xsave_bytes)?;
+        let xcrs = Blob(ioctl("KVM_GET_XCRS", fd.get_xcrs())?);
+        let debug_regs = Blob(ioctl("KVM_GET_DEBUGREGS", fd.get_debug_regs())?);
+        let lapic = ioctl("KVM_GET_LAPIC", fd.get_lapic())?;
+        let tsc_offset = read_tsc_offset(vcpu);
+        let mut msrs = read_msrs(vcpu, &layout.msr_indices)?;
+        refire_lost_timer(&mut msrs);
+        let events = Blob(ioctl("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?);
+        Ok(Self {
+            tsc_offset,
+            mp_state,
+            regs,
+            sregs,
+            xcrs,
+            xsave,
+            debug_regs,
+            lapic: Blob(lapic.regs.map(|byte| byte.cast_unsigned())),
+            msrs,
+            events,
+        })
+    }
+
+    /// Checks what a stream can get wrong before KVM is asked.
+    pub fn validate(&self) -> Result<(), KvmError> {
+        let invalid = |reason: String| Err(KvmError::State { what: "vCPU state", reason });
+        if self.msrs.len() > MAX_MSRS {
+            return invalid(format!("{} MSRs", self.msrs.len()));
+        }
+        let bytes = self.xsave.0.len();
+        if !(LEGACY_XSAVE_BYTES..=MAX_XSAVE_BYTES).contains(&bytes) || !bytes.is_multiple_of(4) {
+            return invalid(format!("XSAVE image of {bytes} bytes"));
+        }
+        Ok(())
+    }
+
+    /// Writes all. `tsc_offset` replaces the saved one: see [`super::vm_state`].
+    pub fn restore(
+        &self,
+        vcpu: &Vcpu,
+        layout: &CpuStateLayout,
+        tsc_offset: Option<u64>,
+    ) -> Result<(), KvmError> {
+        self.validate()?;
+        let fd = vcpu.fd();
+        ioctl("KVM_SET_MP_STATE", fd.set_mp_state(kvm_mp_state { mp_state: self.mp_state }))?;
+        ioctl("KVM_SET_REGS", fd.set_regs(&self.regs.0))?;
+        ioctl("KVM_SET_SREGS", fd.set_sregs(&self.sregs.0))?;
+        ioctl("KVM_SET_XCRS", fd.set_xcrs(&self.xcrs.0))?;
+        write_xsave(vcpu, &self.xsave.0, layout.xsave_bytes)?;
+        ioctl("KVM_SET_DEBUGREGS", fd.set_debug_regs(&self.debug_regs.0))?;
+        let regs = self.lapic.0.map(|byte| byte.cast_signed());
+        ioctl("KVM_SET_LAPIC", fd.set_lapic(&kvm_lapic_state { regs }))?;
+        let deadline = |msr: &&(u32, u64)| msr.0 == MSR_IA32_TSC_DEADLINE;
+        write_msrs(vcpu, self.msrs.iter().filter(|msr| !deadline(msr)))?;
+        if let Some(offset) = tsc_offset {
+            write_tsc_offset(vcpu, offset);
+        }
+        write_msrs(vcpu, self.msrs.iter().filter(deadline))?;
+        ioctl("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&self.events.0))
+    }
+}
+
+/// Gives the vCPU its CPUID.
+pub fn set_cpuid(vcpu: &Vcpu, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
+    let cpuid = CpuId::from_entries(entries)
+        .map_err(|error| KvmError::State { what: "CPUID", reason: format!("{error:?}") })?;
+    ioctl("KVM_SET_CPUID2", vcpu.fd().set_cpuid2(&cpuid))
+}
+
+/// CPUID as the guest will see it: some hosts force bits on whatever was set.
+pub fn effective_cpuid(vcpu: &Vcpu) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+    let cpuid = ioctl("KVM_GET_CPUID2", vcpu.fd().get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
+    Ok(cpuid.as_slice().to_vec())
+}
+
+/// Asks for a TSC of `khz`, where the host can scale it.
+pub fn set_tsc_khz(vcpu: &Vcpu, khz: u32) -> Result<(), KvmError> {
+    if vcpu.tsc_khz()? != khz
+        && let Err(error) = vcpu.fd().set_tsc_khz(khz)
+    {
+        log::warn!("the guest's TSC keeps this host's frequency, not {khz} kHz: {error}");
+    }
+    Ok(())
+}
+
+/// First registers of a cold boot.
+pub fn set_boot_registers(
+    vcpu: &Vcpu,
+    regs: &kvm_regs,
+    change_sregs: impl FnOnce(&mut kvm_sregs),
+) -> Result<(), KvmError> {
+    let mut sregs = ioctl("KVM_GET_SREGS", vcpu.fd().get_sregs())?;
+    change_sregs(&mut sregs);
+    ioctl("KVM_SET_SREGS", vcpu.fd().set_sregs(&sregs))?;
+    ioctl("KVM_SET_REGS", vcpu.fd().set_regs(regs))
+}
+
+/// A timer that fired just before the save, but was not delivered, reads as a deadline of 0. Setting
+/// it to now costs an idle guest at most one early tick; losing it can stop a guest for good.
+fn refire_lost_timer(msrs: &mut [(u32, u64)]) {
+    let Some(now) = msrs.iter().find(|msr| msr.0 == MSR_IA32_TSC).map(|msr| msr.1) else { return };
+    for msr in msrs.iter_mut().filter(|msr| **msr == (MSR_IA32_TSC_DEADLINE, 0)) {
+        msr.1 = now;
+    }
+}
+
+fn msr_entries(pairs: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
+    let entries: Vec<_> =
+        pairs.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+    Msrs::from_entries(&entries)
+        .map_err(|error| KvmError::State { what: "MSRs", reason: format!("{error:?}") })
+}
+
+/// Reads `indices`; KVM stops at the first that it cannot read, which is then left out.
+fn read_msrs(vcpu: &Vcpu, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let mut msrs = msr_entries(rest.iter().map(|index| (*index, 0)))?;
+        let read = ioctl("KVM_GET_MSRS", vcpu.fd().get_msrs(&mut msrs))?;
+        values.extend(msrs.as_slice().iter().take(read).map(|msr| (msr.index, msr.data)));
+        if let Some(unreadable) = rest.get(read) {
+            log::debug!("MSR {unreadable:#x} cannot be read and is not saved");
+        }
+        rest = rest.get(read + 1..).unwrap_or(&[]);
+    }
+    Ok(values)
+}
+
+/// Writes `msrs`; KVM stops at the first that it refuses, which is an error only if it is vital.
+fn write_msrs<'a>(vcpu: &Vcpu, msrs: impl Iterator<Item = &'a (u32, u64)>) -> Result<(), KvmError> {
+    let all: Vec<_> = msrs.copied().collect();
+    let mut rest = all.as_slice();
+    while !rest.is_empty() {
+        let written =
+            ioctl("KVM_SET_MSRS", vcpu.fd().set_msrs(&msr_entries(rest.iter().copied())?))?;
+        if let Some((index, value)) = rest.get(written) {
+            if VITAL_MSRS.contains(index) {
+                let reason = format!("this host refuses MSR {index:#x} = {value:#x}");
+                return Err(KvmError::State { what: "MSRs", reason });
+            }
+            log::debug!("this host refuses MSR {index:#x} = {value:#x}; the guest goes on without");
+        }
+        rest = rest.get(written + 1..).unwrap_or(&[]);
+    }
+    Ok(())
+}
+
+fn new_xsave(bytes: usize) -> Result<Xsave, KvmError> {
+    Xsave::new((bytes - LEGACY_XSAVE_BYTES).div_ceil(4))
+        .map_err(|error| KvmError::State { what: "XSAVE image", reason: format!("{error:?}") })
+}
+
+fn read_xsave(vcpu: &Vcpu, bytes: usize) -> Result<Bytes, KvmError> {
+    let words: Vec<u32> = if bytes > LEGACY_XSAVE_BYTES {
+        let mut xsave = new_xsave(bytes)?;
+        // SAFETY: `xsave` was made for `bytes`, what KVM_CAP_XSAVE2 says that this VM's image takes.
+        ioctl("KVM_GET_XSAVE2", unsafe { vcpu.fd().get_xsave2(&mut xsave) })?;
+        let legacy = xsave.as_fam_struct_ref().xsave.region;
+        legacy.iter().chain(xsave.as_slice()).copied().collect()
+    } else {
+        ioctl("KVM_GET_XSAVE", vcpu.fd().get_xsave())?.region.to_vec()
+    };
+    Ok(Bytes(zerocopy::IntoBytes::as_bytes(words.as_slice()).to_vec()))
+}
+
+fn write_xsave(vcpu: &Vcpu, image: &[u8], host_bytes: usize) -> Result<(), KvmError> {
+    // Never less than what KVM will read: the tail stays zero, which is its initial state.
+    let mut xsave = new_xsave(image.len().max(host_bytes))?;
+    let (words, _) = image.as_chunks::<4>();
+    #[expect(clippy::host_endian_bytes, reason = "the inverse of as_bytes over u32 words")]
+    let mut words = words.iter().map(|word| u32::from_ne_bytes(*word));
+    // SAFETY: only the fixed-size legacy region is written through this reference.
+    let region = unsafe { &mut xsave.as_mut_fam_struct().xsave.region };
+    region.iter_mut().zip(&mut words).for_each(|(to, from)| *to = from);
+    xsave.as_mut_slice().iter_mut().zip(&mut words).for_each(|(to, from)| *to = from);
+    // SAFETY: KVM reads `host_bytes` at most, as KVM_CAP_XSAVE2 of this VM said.
+    ioctl("KVM_SET_XSAVE", unsafe { vcpu.fd().set_xsave2(&xsave) })
+}
+
+fn tsc_offset_attr(address: u64) -> kvm_device_attr {
+    kvm_device_attr {
+        flags: 0,
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: address,
+    }
+}
+
+fn read_tsc_offset(vcpu: &Vcpu) -> Option<u64> {
+    let mut offset = 0u64;
+    let attr = tsc_offset_attr(std::ptr::from_mut(&mut offset) as u64);
+    // SAFETY: KVM writes 8 bytes to `offset`, which outlives the call.
+    let result = unsafe { ioctl_with_ref(vcpu.fd(), KVM_GET_DEVICE_ATTR(), &attr) };
+    (result == 0).then_some(offset)
+}
+
+fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
+    let attr = tsc_offset_attr(std::ptr::from_ref(&offset) as u64);
+    // SAFETY: KVM reads 8 bytes of `offset`, which outlives the call.
+    let result = unsafe { ioctl_with_ref(vcpu.fd(), KVM_SET_DEVICE_ATTR(), &attr) };
+    if result != 0 {
+        log::warn!("cannot set the TSC offset: {}", std::io::Error::last_os_error());
+        return;
+    }
+    match read_tsc_offset(vcpu) {
+        Some(now) if now == offset => {}
+        // A software KVM reports success and goes on showing the host's own TSC, which is just as
+        // continuous for a guest that stays on this host.
+        now => log::debug!("TSC offset reads back as {now:?} after setting {offset:#x}"),
+    }
+}
