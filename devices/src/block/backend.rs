@@ -1,0 +1,43 @@
+//! What stores a disk's bytes.
+
+use std::io;
+
+/// A lock that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process holds it.
+    #[error("{location} is in use by another virtual machine: stop that one first")]
+    Held {
+        /// The file.
+        location: String,
+    },
+    /// The host refuses.
+    #[error("cannot lock {location}")]
+    Refused {
+        /// The file.
+        location: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Storage of one disk. Called from several threads at once.
+pub trait BlockBackend: Send + Sync {
+    /// What the user calls it.
+    fn location(&self) -> String;
+    /// Size; a multiple of a sector.
+    fn len_bytes(&self) -> u64;
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+    /// Fills `buffer` from `offset_bytes` on.
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
+    /// Writes `buffer` at `offset_bytes`.
+    fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()>;
+    /// Makes every acknowledged write durable.
+    fn flush(&self) -> io::Result<()>;
+    /// Takes the lock that goes with the right to run.
+    fn lock(&self) -> Result<(), LockError>;
+    /// Lets go of the lock.
+    fn unlock(&self);
+}

@@ -1,0 +1,111 @@
+//! A disk: the single door for every read and write, whoever makes it.
+//!
+//! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
+//! file, [`memory`] in tests. Locks follow the right to run, so taking them is separate from opening.
+
+pub mod backend;
+pub mod memory;
+mod ofd_lock;
+pub mod raw;
+
+use backend::{BlockBackend, LockError};
+use std::io;
+
+/// Bytes of the unit that guests address disks by.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// A named disk.
+pub struct BlockNode {
+    id: String,
+    backend: Box<dyn BlockBackend>,
+    len_bytes: u64,
+    read_only: bool,
+}
+
+impl std::fmt::Debug for BlockNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlockNode").field("id", &self.id).field("len", &self.len_bytes).finish()
+    }
+}
+
+impl BlockNode {
+    /// Names `backend`.
+    pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
+        let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
+        Self { id: id.into(), backend, len_bytes, read_only }
+    }
+
+    /// The disk's name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the user calls its storage: a path.
+    pub fn location(&self) -> String {
+        self.backend.location()
+    }
+
+    /// Size; a multiple of [`SECTOR_BYTES`].
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn check(&self, offset_bytes: u64, len: usize) -> io::Result<()> {
+        let end = u64::try_from(len).ok().and_then(|len| offset_bytes.checked_add(len));
+        if end.is_none_or(|end| end > self.len_bytes) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "access past the disk's end"));
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from `offset_bytes` on.
+    pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.check(offset_bytes, buffer.len())?;
+        self.backend.read_at(buffer, offset_bytes)
+    }
+
+    /// Writes `buffer` at `offset_bytes`.
+    pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the disk is read-only"));
+        }
+        self.check(offset_bytes, buffer.len())?;
+        self.backend.write_at(buffer, offset_bytes)
+    }
+
+    /// Makes every acknowledged write durable.
+    pub fn flush(&self) -> io::Result<()> {
+        self.backend.flush()
+    }
+
+    /// Takes the lock: exclusive for a disk opened for writing, shared for a read-only one. Taking it
+    /// again is no error.
+    pub fn lock(&self) -> Result<(), LockError> {
+        self.backend.lock()
+    }
+
+    /// Lets go of the lock.
+    pub fn unlock(&self) {
+        self.backend.unlock();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::memory::MemoryDisk;
+    use super::*;
+
+    #[test]
+    fn accesses_past_the_end_are_refused() {
+        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024)));
+        assert!(node.read_at(&mut [0; 512], 512).is_ok());
+        assert!(node.read_at(&mut [0; 512], 513).is_err());
+        assert!(node.write_at(&[0; 1], 1024).is_err());
+        assert!(node.write_at(&[0; 8], u64::MAX - 3).is_err());
+    }
+}

@@ -1,0 +1,144 @@
+//! Finds the device behind an address. One bus for port I/O, one for MMIO; filled when the machine is
+//! built and never changed while it runs, so that vCPUs look up without a lock.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+/// A device that the guest reaches by address.
+pub trait BusDevice: Send {
+    /// Reads `data.len()` bytes at `offset` from the device's base.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// Writes `data` at `offset` from the device's base.
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+/// A range that cannot be given to a device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// Empty, or past the end of the address space.
+    #[error("bus range {base:#x}+{len:#x} is empty or wraps around")]
+    Range {
+        /// First address.
+        base: u64,
+        /// Length.
+        len: u64,
+    },
+    /// Another device is there.
+    #[error("bus range {base:#x}+{len:#x} overlaps another device")]
+    Overlap {
+        /// First address.
+        base: u64,
+        /// Length.
+        len: u64,
+    },
+}
+
+struct Slot {
+    len: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
+}
+
+/// Address ranges and their devices.
+#[derive(Default)]
+pub struct Bus {
+    slots: BTreeMap<u64, Slot>,
+}
+
+impl Bus {
+    /// A bus with nobody on it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts `device` at `base..base + len`.
+    pub fn insert(
+        &mut self,
+        base: u64,
+        len: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BusError> {
+        let end = base.checked_add(len).filter(|_| len > 0).ok_or(BusError::Range { base, len })?;
+        let below = self.slots.range(..end).next_back();
+        if below.is_some_and(|(start, slot)| start + slot.len > base) {
+            return Err(BusError::Overlap { base, len });
+        }
+        self.slots.insert(base, Slot { len, device });
+        Ok(())
+    }
+
+    fn find(&self, address: u64, access_len: usize) -> Option<(u64, &Slot)> {
+        let (base, slot) = self.slots.range(..=address).next_back()?;
+        let offset = address - base;
+        let end = offset.checked_add(u64::try_from(access_len).ok()?)?;
+        (end <= slot.len).then_some((offset, slot))
+    }
+
+    /// Reads; false, and all ones, where nobody is.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        let Some((offset, slot)) = self.find(address, data.len()) else {
+            data.fill(0xff);
+            return false;
+        };
+        crate::lock(&slot.device).read(offset, data);
+        true
+    }
+
+    /// Writes; false where nobody is.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        let Some((offset, slot)) = self.find(address, data.len()) else { return false };
+        crate::lock(&slot.device).write(offset, data);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo(u64);
+
+    impl BusDevice for Echo {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(u8::try_from(offset).unwrap());
+        }
+        fn write(&mut self, offset: u64, _: &[u8]) {
+            self.0 = offset;
+        }
+    }
+
+    fn echo() -> Arc<Mutex<Echo>> {
+        Arc::new(Mutex::new(Echo(0)))
+    }
+
+    #[test]
+    fn an_access_reaches_its_device_by_offset() {
+        let mut bus = Bus::new();
+        bus.insert(0x100, 8, echo()).unwrap();
+        let mut byte = [0];
+        assert!(bus.read(0x107, &mut byte));
+        assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn an_access_that_nobody_owns_reads_as_ones() {
+        let mut bus = Bus::new();
+        bus.insert(0x100, 8, echo()).unwrap();
+        let mut word = [0; 4];
+        assert!(!bus.read(0x106, &mut word), "it straddles the end");
+        assert_eq!(word, [0xff; 4]);
+        assert!(!bus.write(0xff, &[0]));
+        assert!(!bus.write(u64::MAX, &[0; 8]));
+    }
+
+    #[test]
+    fn ranges_must_not_overlap_wrap_or_be_empty() {
+        let mut bus = Bus::new();
+        bus.insert(0x100, 8, echo()).unwrap();
+        for base in [0xf9, 0x100, 0x107] {
+            assert!(matches!(bus.insert(base, 8, echo()), Err(BusError::Overlap { .. })));
+        }
+        assert!(bus.insert(0x108, 8, echo()).is_ok());
+        assert!(matches!(bus.insert(0x200, 0, echo()), Err(BusError::Range { .. })));
+        assert!(matches!(bus.insert(u64::MAX, 2, echo()), Err(BusError::Range { .. })));
+    }
+}

@@ -1,0 +1,140 @@
+//! Ports through which a guest ends or restarts itself: the keyboard controller's reset line, QEMU's
+//! isa-debug-exit, and the PM1a control register. None of them has state worth saving.
+
+use crate::bus::BusDevice;
+
+/// What the guest asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestExit {
+    /// Restart.
+    Reset,
+    /// End.
+    PowerOff,
+    /// End with a code: the VMM exits with `(value << 1) | 1`.
+    DebugExit(u32),
+}
+
+/// Hears of the guest's wish; called on the vCPU's thread.
+pub type ExitSink = Box<dyn Fn(GuestExit) + Send>;
+
+/// Keyboard controller at ports 0x60 to 0x64; of its commands only the CPU reset.
+pub struct I8042(ExitSink);
+
+impl I8042 {
+    const COMMAND_OFFSET: u64 = 4;
+    const COMMAND_RESET_CPU: u8 = 0xfe;
+
+    /// A controller that reports to `sink`.
+    pub fn new(sink: ExitSink) -> Self {
+        Self(sink)
+    }
+}
+
+impl BusDevice for I8042 {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        // Status: both buffers empty, so that a guest never waits before its reset command.
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == Self::COMMAND_OFFSET && data.first() == Some(&Self::COMMAND_RESET_CPU) {
+            (self.0)(GuestExit::Reset);
+        }
+    }
+}
+
+/// isa-debug-exit at port 0xf4.
+pub struct DebugExitPort(ExitSink);
+
+impl DebugExitPort {
+    /// A port that reports to `sink`.
+    pub fn new(sink: ExitSink) -> Self {
+        Self(sink)
+    }
+}
+
+impl BusDevice for DebugExitPort {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == 0 {
+            let value = data.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
+            (self.0)(GuestExit::DebugExit(value));
+        }
+    }
+}
+
+/// PM1a control register (ACPI 6.5, 4.8.3.2.1): SLP_EN with the sleep type of S5 powers off.
+pub struct PowerPort(ExitSink);
+
+impl PowerPort {
+    const SLP_EN: u16 = 1 << 13;
+    /// Sleep types that mean S5: ours and QEMU's is 0; Bochs and many test kernels write 5.
+    const SLP_TYP_S5: [u16; 2] = [0, 5];
+
+    /// A register that reports to `sink`.
+    pub fn new(sink: ExitSink) -> Self {
+        Self(sink)
+    }
+}
+
+impl BusDevice for PowerPort {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let [low, high] = *data else { return };
+        let value = u16::from(high) << 8 | u16::from(low);
+        let sleep_type = value >> 10 & 7;
+        if offset == 0 && value & Self::SLP_EN != 0 && Self::SLP_TYP_S5.contains(&sleep_type) {
+            (self.0)(GuestExit::PowerOff);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, channel};
+
+    fn sink() -> (ExitSink, Receiver<GuestExit>) {
+        let (sender, receiver) = channel();
+        (Box::new(move |exit| sender.send(exit).unwrap()), receiver)
+    }
+
+    #[test]
+    fn only_the_reset_command_resets() {
+        let (sink, exits) = sink();
+        let mut i8042 = I8042::new(sink);
+        i8042.write(0, &[0xfe]);
+        i8042.write(4, &[0xd1]);
+        assert!(exits.try_recv().is_err());
+        i8042.write(4, &[0xfe]);
+        assert_eq!(exits.try_recv(), Ok(GuestExit::Reset));
+    }
+
+    #[test]
+    fn debug_exit_takes_any_width() {
+        let (sink, exits) = sink();
+        let mut port = DebugExitPort::new(sink);
+        port.write(0, &[3]);
+        port.write(0, &[1, 2, 0, 0]);
+        assert_eq!(exits.try_recv(), Ok(GuestExit::DebugExit(3)));
+        assert_eq!(exits.try_recv(), Ok(GuestExit::DebugExit(0x201)));
+    }
+
+    #[test]
+    fn power_off_needs_sleep_enable_and_s5() {
+        let (sink, exits) = sink();
+        let mut port = PowerPort::new(sink);
+        port.write(0, &[0, 0x14]);
+        port.write(0, &[0, 0x24]);
+        assert!(exits.try_recv().is_err(), "no SLP_EN, then S1");
+        port.write(0, &[0, 0x20]);
+        port.write(0, &[0, 0x34]);
+        assert_eq!(exits.try_iter().count(), 2);
+    }
+}

@@ -1,0 +1,227 @@
+//! virtio-blk (virtio 1.2, 5.2): descriptor chain -> typed request -> [`BlockNode`] -> used.
+
+use super::{BrokenQueue, QueueProcessor, VirtioDevice};
+use crate::block::{BlockNode, SECTOR_BYTES};
+use crate::ram::GuestRam;
+use std::io::{Read, Write};
+use std::sync::Arc;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
+
+const DEVICE_ID: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
+/// A chain has a header and a status besides its segments.
+const SEG_MAX: u32 = 254;
+
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const ID_BYTES: usize = 20;
+
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// Data moves through a buffer of this size: the kernel cannot be given guest memory without unsafe
+/// code, and one buffer in the second-level cache costs little.
+const BUFFER_BYTES: usize = 128 << 10;
+
+/// A virtio-blk device.
+pub struct Block {
+    node: Arc<BlockNode>,
+}
+
+impl Block {
+    /// A device that shows `node`.
+    pub fn new(node: Arc<BlockNode>) -> Self {
+        Self { node }
+    }
+
+    /// The configuration space up to `blk_size`; what follows reads as zero.
+    #[expect(clippy::little_endian_bytes, reason = "virtio configuration is little-endian")]
+    fn config(&self) -> [u8; 24] {
+        let mut config = [0; 24];
+        config[..8].copy_from_slice(&(self.node.len_bytes() / SECTOR_BYTES).to_le_bytes());
+        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&512u32.to_le_bytes());
+        config
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_id(&self) -> u32 {
+        DEVICE_ID
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = if self.node.read_only() { F_RO } else { 0 };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | read_only
+    }
+
+    fn queue_max_size(&self) -> u16 {
+        QUEUE_SIZE
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.config();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
+            *byte = *value;
+        }
+    }
+
+    fn processor(&self) -> Box<dyn QueueProcessor> {
+        Box::new(Processor { node: self.node.clone(), buffer: vec![0; BUFFER_BYTES] })
+    }
+
+    fn thread_name(&self) -> String {
+        format!("blk-{}", self.node.id())
+    }
+}
+
+struct Processor {
+    node: Arc<BlockNode>,
+    buffer: Vec<u8>,
+}
+
+impl QueueProcessor for Processor {
+    fn process(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        interrupt: &mut dyn FnMut(),
+    ) -> Result<(), BrokenQueue> {
+        let broken = |error: virtio_queue::Error| BrokenQueue(error.to_string());
+        loop {
+            queue.disable_notification(ram).map_err(broken)?;
+            let mut served = false;
+            loop {
+                let next = queue.iter(ram).map_err(broken)?.next();
+                let Some(chain) = next else { break };
+                served = true;
+                let head = chain.head_index();
+                let written = self.serve(ram, chain)?;
+                queue.add_used(ram, head, written).map_err(broken)?;
+                if queue.needs_notification(ram).map_err(broken)? {
+                    interrupt();
+                }
+            }
+            if !queue.enable_notification(ram).map_err(broken)? {
+                return Ok(());
+            }
+            if !served {
+                // More is announced than can be read: without this a guest could make us spin.
+                return Err(BrokenQueue("an available entry cannot be read".into()));
+            }
+        }
+    }
+}
+
+impl Processor {
+    /// Serves one request; returns the bytes written into the guest's buffers. A chain that cannot
+    /// even be answered (no header, no room for a status) breaks the queue.
+    fn serve(
+        &mut self,
+        ram: &GuestRam,
+        chain: DescriptorChain<&GuestRam>,
+    ) -> Result<u32, BrokenQueue> {
+        let broken = |what: &str| BrokenQueue(format!("request without {what}"));
+        let mut reader =
+            chain.clone().reader(ram).map_err(|error| BrokenQueue(error.to_string()))?;
+        let mut writer = chain.writer(ram).map_err(|error| BrokenQueue(error.to_string()))?;
+        let mut header = [0u8; 16];
+        reader.read_exact(&mut header).map_err(|_| broken("a header"))?;
+        let data_room =
+            writer.available_bytes().checked_sub(1).ok_or_else(|| broken("a status byte"))?;
+        let mut status_writer =
+            writer.split_at(data_room).map_err(|error| BrokenQueue(error.to_string()))?;
+        let status = self.execute(&header, &mut reader, &mut writer);
+        // The status byte is the last of the device-writable part, after all data room.
+        status_writer.write_all(&[status]).map_err(|_| broken("a writable status"))?;
+        Ok(u32::try_from(writer.bytes_written() + 1).unwrap_or(u32::MAX))
+    }
+
+    #[expect(clippy::little_endian_bytes, reason = "the request header is little-endian")]
+    fn execute(
+        &mut self,
+        header: &[u8; 16],
+        reader: &mut Reader<'_, impl vm_memory::bitmap::BitmapSlice>,
+        writer: &mut Writer<'_, impl vm_memory::bitmap::BitmapSlice>,
+    ) -> u8 {
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
+        let sector = u64::from_le_bytes(sector);
+        let result = match u32::from_le_bytes([t0, t1, t2, t3]) {
+            T_IN => self.read(sector, writer),
+            T_OUT => self.write(sector, reader),
+            T_FLUSH => self.node.flush(),
+            T_GET_ID => {
+                let mut id = [0u8; ID_BYTES];
+                id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
+                let len = writer.available_bytes().min(ID_BYTES);
+                writer.write_all(id.get(..len).unwrap_or_default())
+            }
+            _ => return S_UNSUPP,
+        };
+        match result {
+            Ok(()) => S_OK,
+            Err(error) => {
+                log::warn!("disk {}: request at sector {sector}: {error}", self.node.id());
+                S_IOERR
+            }
+        }
+    }
+
+    fn range(&self, sector: u64, len: usize) -> std::io::Result<u64> {
+        let len = u64::try_from(len).unwrap_or(u64::MAX);
+        let offset = sector.checked_mul(SECTOR_BYTES);
+        let end = offset.and_then(|offset| offset.checked_add(len));
+        match (offset, end) {
+            (Some(offset), Some(end))
+                if end <= self.node.len_bytes() && len.is_multiple_of(SECTOR_BYTES) =>
+            {
+                Ok(offset)
+            }
+            _ => Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "past the end of the disk, or not whole sectors",
+            )),
+        }
+    }
+
+    fn read(
+        &mut self,
+        sector: u64,
+        writer: &mut Writer<'_, impl vm_memory::bitmap::BitmapSlice>,
+    ) -> std::io::Result<()> {
+        let mut offset = self.range(sector, writer.available_bytes())?;
+        while writer.available_bytes() > 0 {
+            let len = writer.available_bytes().min(self.buffer.len());
+            let (piece, _) = self.buffer.split_at_mut(len);
+            self.node.read_at(piece, offset)?;
+            writer.write_all(piece)?;
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn write(
+        &mut self,
+        sector: u64,
+        reader: &mut Reader<'_, impl vm_memory::bitmap::BitmapSlice>,
+    ) -> std::io::Result<()> {
+        let mut offset = self.range(sector, reader.available_bytes())?;
+        while reader.available_bytes() > 0 {
+            let len = reader.available_bytes().min(self.buffer.len());
+            let (piece, _) = self.buffer.split_at_mut(len);
+            reader.read_exact(piece)?;
+            self.node.write_at(piece, offset)?;
+            offset += len as u64;
+        }
+        Ok(())
+    }
+}

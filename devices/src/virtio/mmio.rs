@@ -1,0 +1,418 @@
+//! The virtio-mmio transport, version 2 (virtio 1.2, 4.2), and its record.
+//!
+//! Registers are served on the vCPU's thread; the queue by a [`Worker`], started when the driver sets
+//! DRIVER_OK and ended by a reset. What a driver programs wrongly is ignored or makes the device
+//! need a reset, as the specification says; it never harms the VMM.
+
+use super::worker::{QueueSignals, Worker};
+use super::{BrokenQueue, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, VirtioDevice};
+use crate::bus::BusDevice;
+use crate::irq::IrqLine;
+use crate::lock;
+use crate::ram::GuestRam;
+use crate::state::Persist;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use virtio_queue::{Queue, QueueState, QueueT};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Bytes of address space of one device.
+pub const MMIO_LEN: u64 = 0x1000;
+/// QueueNotify: where an ioeventfd listens.
+pub const NOTIFY_OFFSET: u64 = 0x50;
+const CONFIG_OFFSET: u64 = 0x100;
+
+const MAGIC: u32 = 0x7472_6976; // "virt"
+const VERSION: u32 = 2;
+const VENDOR: u32 = 0x5952_4546; // "FERY"
+const INTERRUPT_USED: u32 = 1;
+const INTERRUPT_CONFIG: u32 = 2;
+
+const STATUS_ACKNOWLEDGE: u32 = 1;
+const STATUS_DRIVER: u32 = 2;
+const STATUS_DRIVER_OK: u32 = 4;
+const STATUS_FEATURES_OK: u32 = 8;
+const STATUS_NEEDS_RESET: u32 = 0x40;
+const STATUS_FAILED: u32 = 0x80;
+
+/// Registers that worker and vCPU share.
+struct Shared {
+    status: AtomicU32,
+    interrupt_status: AtomicU32,
+    irq: Arc<dyn IrqLine>,
+}
+
+impl Shared {
+    fn interrupt(&self, reason: u32) {
+        self.interrupt_status.fetch_or(reason, Ordering::SeqCst);
+        if let Err(error) = self.irq.raise() {
+            log::error!("virtio interrupt: {error}");
+        }
+    }
+}
+
+impl QueueSignals for Shared {
+    fn used(&self) {
+        self.interrupt(INTERRUPT_USED);
+    }
+
+    fn broken(&self, reason: &BrokenQueue) {
+        log::warn!("a guest's virtqueue cannot be served, the device needs a reset: {reason}");
+        self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::SeqCst);
+        self.interrupt(INTERRUPT_CONFIG);
+    }
+}
+
+/// One virtio-mmio device.
+pub struct MmioTransport {
+    ram: GuestRam,
+    device: Box<dyn VirtioDevice>,
+    shared: Arc<Shared>,
+    queue: Arc<Mutex<Queue>>,
+    notify: EventFd,
+    worker: Option<Worker>,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    /// Between `drain` and `resume` a worker starts parked.
+    drained: bool,
+}
+
+impl MmioTransport {
+    /// A device in its reset state.
+    pub fn new(
+        ram: GuestRam,
+        device: Box<dyn VirtioDevice>,
+        irq: Arc<dyn IrqLine>,
+    ) -> io::Result<Self> {
+        let queue = Queue::new(device.queue_max_size()).map_err(io::Error::other)?;
+        Ok(Self {
+            ram,
+            device,
+            shared: Arc::new(Shared {
+                status: AtomicU32::new(0),
+                interrupt_status: AtomicU32::new(0),
+                irq,
+            }),
+            queue: Arc::new(Mutex::new(queue)),
+            notify: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            worker: None,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            drained: false,
+        })
+    }
+
+    /// The event that each queue's notifications signal, by queue number.
+    pub fn queue_events(&self) -> [&EventFd; 1] {
+        [&self.notify]
+    }
+
+    /// Waits until no request is in flight and starts no new one.
+    pub fn drain(&mut self) {
+        self.drained = true;
+        if let Some(worker) = &self.worker {
+            worker.park();
+        }
+    }
+
+    /// Serves again. A notification or interrupt that was in flight may have been lost, so both are
+    /// made again.
+    pub fn resume(&mut self) {
+        self.drained = false;
+        if let Some(worker) = &self.worker {
+            worker.resume();
+        }
+        let pending = self.shared.interrupt_status.load(Ordering::SeqCst);
+        if pending != 0 {
+            self.shared.interrupt(pending);
+        }
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT
+    }
+
+    fn status(&self) -> u32 {
+        self.shared.status.load(Ordering::SeqCst)
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        let selected = self.queue_select == 0;
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.device.device_id(),
+            0x0c => VENDOR,
+            0x10 => half(self.features(), self.device_features_select),
+            0x34 if selected => self.device.queue_max_size().into(),
+            0x44 if selected => lock(&self.queue).ready().into(),
+            0x60 => self.shared.interrupt_status.load(Ordering::SeqCst),
+            0x70 => self.status(),
+            // Shared memory regions: there are none, which reads as length -1.
+            0xb0..=0xbc => u32::MAX,
+            // 0xfc, the configuration generation: the space never changes.
+            _ => 0,
+        }
+    }
+
+    fn set_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            0x14 => self.device_features_select = value,
+            0x20 => self.set_driver_features(value),
+            0x24 => self.driver_features_select = value,
+            0x30 => self.queue_select = value,
+            0x50 if value == 0 => {
+                // As if it had come through the ioeventfd; a full counter is awake already.
+                let _ = self.notify.write(1);
+            }
+            0x64 => {
+                self.shared.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+            }
+            0x70 => self.set_status(value),
+            0x38 | 0x44 | 0x80..=0xa4 if self.queue_select == 0 => {
+                self.set_queue_register(offset, value);
+            }
+            _ => log::debug!("virtio-mmio write of {value:#x} to {offset:#x} ignored"),
+        }
+    }
+
+    fn set_driver_features(&mut self, value: u32) {
+        if self.status() & STATUS_FEATURES_OK != 0 {
+            return;
+        }
+        let shift = match self.driver_features_select {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        let mask = 0xffff_ffff_u64 << shift;
+        self.driver_features = self.driver_features & !mask | u64::from(value) << shift;
+    }
+
+    fn set_queue_register(&mut self, offset: u64, value: u32) {
+        // A driver must not touch a queue that is live (virtio 1.2, 4.2.2.2).
+        if self.worker.is_some() {
+            return;
+        }
+        let mut queue = lock(&self.queue);
+        match offset {
+            0x38 => match u16::try_from(value) {
+                Ok(size) if size > 0 => queue.set_size(size),
+                _ => log::debug!("virtqueue size {value} ignored"),
+            },
+            0x44 => queue.set_ready(value & 1 == 1),
+            0x80 => queue.set_desc_table_address(Some(value), None),
+            0x84 => queue.set_desc_table_address(None, Some(value)),
+            0x90 => queue.set_avail_ring_address(Some(value), None),
+            0x94 => queue.set_avail_ring_address(None, Some(value)),
+            0xa0 => queue.set_used_ring_address(Some(value), None),
+            0xa4 => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let old = self.status();
+        // Bits are set in order and never cleared but by a reset (virtio 1.2, 2.1 and 3.1.1).
+        let mut new = old | value & 0xff & !STATUS_NEEDS_RESET;
+        let needs = |bits, before| new & bits == 0 || new & before == before;
+        let in_order = needs(STATUS_DRIVER, STATUS_ACKNOWLEDGE)
+            && needs(STATUS_FEATURES_OK, STATUS_DRIVER)
+            && needs(STATUS_DRIVER_OK, STATUS_FEATURES_OK);
+        if !in_order {
+            log::debug!("virtio status {value:#x} out of order ignored");
+            return;
+        }
+        let newly = |new: u32, bit| new & bit != 0 && old & bit == 0;
+        if newly(new, STATUS_FEATURES_OK) {
+            let unknown = self.driver_features & !self.features();
+            if unknown != 0 || self.driver_features & F_VERSION_1 == 0 {
+                log::debug!("virtio features {:#x} refused", self.driver_features);
+                new &= !STATUS_FEATURES_OK;
+            }
+        }
+        let activates = newly(new, STATUS_DRIVER_OK) && new & STATUS_FAILED == 0;
+        self.shared.status.store(new, Ordering::SeqCst);
+        if activates && new & STATUS_FEATURES_OK != 0 {
+            let event_idx = self.driver_features & F_EVENT_IDX != 0;
+            lock(&self.queue).set_event_idx(event_idx);
+            self.activate();
+        }
+    }
+
+    fn activate(&mut self) {
+        {
+            let queue = lock(&self.queue);
+            // A driver may leave a queue alone; it just cannot be used then.
+            if !queue.ready() {
+                return;
+            }
+            if !queue.is_valid(&self.ram) {
+                return self.shared.broken(&BrokenQueue("its rings lie outside RAM".into()));
+            }
+        }
+        let started = self.notify.try_clone().and_then(|notify| {
+            Worker::start(
+                self.device.thread_name(),
+                self.ram.clone(),
+                self.queue.clone(),
+                notify,
+                self.device.processor(),
+                self.shared.clone(),
+                self.drained,
+            )
+        });
+        match started {
+            Ok(worker) => self.worker = Some(worker),
+            Err(error) => self.shared.broken(&BrokenQueue(format!("no worker thread: {error}"))),
+        }
+    }
+
+    fn reset(&mut self) {
+        // Joins the thread: after the reset nothing touches the old rings.
+        self.worker = None;
+        lock(&self.queue).reset();
+        self.shared.status.store(0, Ordering::SeqCst);
+        self.shared.interrupt_status.store(0, Ordering::SeqCst);
+        self.driver_features = 0;
+        self.driver_features_select = 0;
+        self.device_features_select = 0;
+        self.queue_select = 0;
+    }
+}
+
+fn half(features: u64, select: u32) -> u32 {
+    let bits = match select {
+        0 => features & 0xffff_ffff,
+        1 => features >> 32,
+        _ => 0,
+    };
+    u32::try_from(bits).unwrap_or(0)
+}
+
+impl BusDevice for MmioTransport {
+    #[expect(clippy::little_endian_bytes, reason = "registers are little-endian on the bus")]
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= CONFIG_OFFSET {
+            self.device.read_config(offset - CONFIG_OFFSET, data);
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
+            data.copy_from_slice(&self.register(offset).to_le_bytes());
+        }
+    }
+
+    #[expect(clippy::little_endian_bytes, reason = "registers are little-endian on the bus")]
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(bytes) = data.try_into() else { return };
+        if offset < CONFIG_OFFSET && offset.is_multiple_of(4) {
+            self.set_register(offset, u32::from_le_bytes(bytes));
+        }
+    }
+}
+
+/// All registers and the queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MmioState {
+    device_id: u32,
+    status: u32,
+    interrupt_status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queue: SavedQueue,
+}
+
+/// A virtqueue, as virtio-queue describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SavedQueue {
+    size: u16,
+    ready: bool,
+    event_idx: bool,
+    next_avail: u16,
+    next_used: u16,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl Persist for MmioTransport {
+    const KIND: &'static str = "virtio-mmio";
+    const VERSION: u16 = 1;
+    type State = MmioState;
+
+    fn save(&self) -> MmioState {
+        let queue = lock(&self.queue).state();
+        MmioState {
+            device_id: self.device.device_id(),
+            status: self.status(),
+            interrupt_status: self.shared.interrupt_status.load(Ordering::SeqCst),
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            queue_select: self.queue_select,
+            queue: SavedQueue {
+                size: queue.size,
+                ready: queue.ready,
+                event_idx: queue.event_idx_enabled,
+                next_avail: queue.next_avail,
+                next_used: queue.next_used,
+                desc_table: queue.desc_table,
+                avail_ring: queue.avail_ring,
+                used_ring: queue.used_ring,
+            },
+        }
+    }
+
+    fn restore(&mut self, state: MmioState) -> Result<(), String> {
+        if state.device_id != self.device.device_id() {
+            return Err(format!("virtio device id {} here and {} there", self.device.device_id(), state.device_id));
+        }
+        let unknown = state.driver_features & !self.features();
+        let live = state.status & STATUS_FEATURES_OK != 0;
+        if live && unknown != 0 {
+            return Err(format!("the guest uses virtio features {unknown:#x}, not offered here"));
+        }
+        let saved = state.queue;
+        let queue = Queue::try_from(QueueState {
+            max_size: self.device.queue_max_size(),
+            next_avail: saved.next_avail,
+            next_used: saved.next_used,
+            event_idx_enabled: saved.event_idx,
+            size: saved.size,
+            ready: saved.ready,
+            desc_table: saved.desc_table,
+            avail_ring: saved.avail_ring,
+            used_ring: saved.used_ring,
+        })
+        .map_err(|error| format!("virtqueue: {error}"))?;
+        self.worker = None;
+        *lock(&self.queue) = queue;
+        self.shared.status.store(state.status & 0xff, Ordering::SeqCst);
+        let interrupts = state.interrupt_status & (INTERRUPT_USED | INTERRUPT_CONFIG);
+        self.shared.interrupt_status.store(interrupts, Ordering::SeqCst);
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        self.drained = true;
+        if state.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK {
+            self.activate();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,193 @@
+//! The thread that serves one virtqueue: waits for notifications, parks for a pause.
+//!
+//! ```text
+//!           resume                         park (answered when no request is in flight)
+//!  parked ─────────▶ serving, or waiting ─────────▶ parked
+//! ```
+//! A request is served to its end before the thread looks at its commands, so that a parked worker has
+//! none in flight.
+
+use super::{BrokenQueue, QueueProcessor};
+use crate::lock;
+use crate::ram::GuestRam;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use virtio_queue::Queue;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+enum Command {
+    Park(Sender<()>),
+    Resume,
+}
+
+/// What a worker tells its transport.
+pub trait QueueSignals: Send + Sync {
+    /// The driver wants to hear of used buffers.
+    fn used(&self);
+    /// The queue cannot be served.
+    fn broken(&self, reason: &BrokenQueue);
+}
+
+/// A running worker. Dropping it ends the thread after the request in flight.
+pub struct Worker {
+    commands: Option<Sender<Command>>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts serving `queue`, or starts parked.
+    pub fn start(
+        name: String,
+        ram: GuestRam,
+        queue: Arc<Mutex<Queue>>,
+        notify: EventFd,
+        processor: Box<dyn QueueProcessor>,
+        signals: Arc<dyn QueueSignals>,
+        parked: bool,
+    ) -> io::Result<Self> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (commands, inbox) = channel();
+        let epoll = Epoll::new()?;
+        for event in [&notify, wake.as_ref()] {
+            let token = u64::try_from(event.as_raw_fd()).unwrap_or(0);
+            let interest = EpollEvent::new(EventSet::IN, token);
+            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
+        }
+        let mut serving = Serving {
+            ram,
+            queue,
+            notify,
+            wake: wake.clone(),
+            epoll,
+            inbox,
+            processor,
+            signals,
+            broken: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .stack_size(256 << 10)
+            .spawn(move || serving.run(parked))?;
+        Ok(Self { commands: Some(commands), wake, thread: Some(thread) })
+    }
+
+    fn send(&self, command: Command) {
+        if let Some(commands) = &self.commands
+            && commands.send(command).is_ok()
+        {
+            // A full counter means that the thread is awake.
+            let _ = self.wake.write(1);
+        }
+    }
+
+    /// Waits until no request is in flight; none is started until [`Worker::resume`].
+    pub fn park(&self) {
+        let (done, parked) = channel();
+        self.send(Command::Park(done));
+        // An error means that the thread has ended, which is as good as parked.
+        let _ = parked.recv();
+    }
+
+    /// Serves again, whatever is available first.
+    pub fn resume(&self) {
+        self.send(Command::Resume);
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.commands = None;
+        let _ = self.wake.write(1);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("a queue worker panicked");
+        }
+    }
+}
+
+struct Serving {
+    ram: GuestRam,
+    queue: Arc<Mutex<Queue>>,
+    notify: EventFd,
+    wake: Arc<EventFd>,
+    epoll: Epoll,
+    inbox: Receiver<Command>,
+    processor: Box<dyn QueueProcessor>,
+    signals: Arc<dyn QueueSignals>,
+    broken: bool,
+}
+
+impl Serving {
+    fn run(&mut self, parked: bool) {
+        if parked && self.parked().is_none() {
+            return;
+        }
+        loop {
+            self.serve();
+            if self.wait().is_none() || self.commands().is_none() {
+                return;
+            }
+        }
+    }
+
+    fn serve(&mut self) {
+        if self.broken {
+            return;
+        }
+        let signals = &self.signals;
+        let mut queue = lock(&self.queue);
+        let served = self.processor.process(&self.ram, &mut queue, &mut || signals.used());
+        if let Err(reason) = served {
+            self.broken = true;
+            signals.broken(&reason);
+        }
+    }
+
+    /// Waits for a notification or a command.
+    fn wait(&self) -> Option<()> {
+        let mut events = [EpollEvent::default(); 2];
+        loop {
+            match self.epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    log::error!("queue worker: {error}");
+                    return None;
+                }
+                Ok(_) => break,
+            }
+        }
+        // Counters are read to zero; what arrives later wakes again.
+        let _ = self.notify.read();
+        let _ = self.wake.read();
+        Some(())
+    }
+
+    fn commands(&mut self) -> Option<()> {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Command::Resume) => {}
+                Ok(Command::Park(done)) => {
+                    let _ = done.send(());
+                    self.parked()?;
+                }
+                Err(TryRecvError::Empty) => return Some(()),
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
+    }
+
+    fn parked(&mut self) -> Option<()> {
+        loop {
+            match self.inbox.recv().ok()? {
+                Command::Resume => return Some(()),
+                Command::Park(done) => drop(done.send(())),
+            }
+        }
+    }
+}
