@@ -1,6 +1,6 @@
 //! Guest time from the TSC; the LAPIC's one-shot timer for sleeping.
 
-use crate::machine::{inb, outb, sleep_until_interrupt};
+use crate::machine::sleep_until_interrupt;
 use core::arch::x86_64::{__cpuid, _rdtsc};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -10,7 +10,9 @@ static BOOT: AtomicU64 = AtomicU64::new(0);
 const LAPIC: usize = 0xfee0_0000;
 const SPURIOUS: usize = 0xf0;
 const TIMER_VECTOR: usize = 0x320;
+const TIMER_MASKED: u32 = 1 << 16;
 const TIMER_COUNT: usize = 0x380;
+const TIMER_NOW: usize = 0x390;
 const TIMER_DIVIDE: usize = 0x3e0;
 /// KVM's and QEMU's LAPIC timers count nanoseconds.
 const LAPIC_TICKS_PER_US: u64 = 1000;
@@ -21,7 +23,7 @@ pub fn tsc() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// Finds the TSC's frequency: from the hypervisor, or against the PIT.
+/// Finds the TSC's frequency: from the hypervisor, or against the LAPIC's timer.
 pub fn calibrate() {
     BOOT.store(tsc(), Relaxed);
     let hypervisor = __cpuid(0x4000_0000).eax;
@@ -30,23 +32,24 @@ pub fn calibrate() {
     } else {
         0
     };
-    TSC_KHZ.store(if khz > 0 { khz } else { against_pit() }, Relaxed);
+    TSC_KHZ.store(if khz > 0 { khz } else { against_lapic() }, Relaxed);
 }
 
-/// Counts TSC ticks while PIT channel 2 counts 10 ms down.
-fn against_pit() -> u64 {
-    const TICKS: u64 = 11_932;
-    outb(0x61, inb(0x61) & !2 | 1);
-    outb(0x43, 0xb0);
-    outb(0x42, TICKS as u8);
-    outb(0x42, (TICKS >> 8) as u8);
-    let start = tsc();
-    while inb(0x61) & 0x20 == 0 {
-        if tsc() - start > 1 << 34 {
-            return 2_000_000;
+/// Counts TSC ticks while the LAPIC's timer counts 10 ms down.
+fn against_lapic() -> u64 {
+    const WINDOW_US: u64 = 10_000;
+    lapic_write(SPURIOUS, 0x100 | 63);
+    lapic_write(TIMER_DIVIDE, 0xb);
+    lapic_write(TIMER_VECTOR, TIMER_MASKED | VECTOR_TIMER);
+    lapic_write(TIMER_COUNT, u32::MAX);
+    let (start, first) = (tsc(), lapic_read(TIMER_NOW));
+    loop {
+        let (now, counted) = (tsc(), u64::from(first - lapic_read(TIMER_NOW)));
+        if counted >= WINDOW_US * LAPIC_TICKS_PER_US {
+            lapic_write(TIMER_COUNT, 0);
+            return (now - start) * LAPIC_TICKS_PER_US * 1000 / counted;
         }
     }
-    (tsc() - start) * 1_193_182 / TICKS / 1000
 }
 
 /// TSC ticks in `us` microseconds.

@@ -4,7 +4,7 @@ use super::layout::{BOOT_STACK, GDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use super::{BootError, EntryPoint, write_bytes};
 use crate::kvm::cpu_state::set_boot_registers;
 use crate::kvm::vcpu::Vcpu;
-use crate::kvm::{Host, KvmError};
+use crate::kvm::KvmError;
 use devices::ram::{GuestAddress, GuestRam};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::Bytes;
@@ -133,17 +133,18 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     write_bytes(ram, PAGE_TABLES, zerocopy::IntoBytes::as_bytes(tables.as_slice()))
 }
 
-/// CPUID for vCPU `index` of `count`: what the host supports, with this vCPU's APIC id, a topology
-/// of one package with `count` cores, and the TSC frequency where hypervisors put it.
+/// CPUID for vCPU `index` of `count`: `base` (what the host supports, or what the guest was told of at
+/// its source) with this vCPU's APIC id, a topology of one package with `count` cores, and the TSC
+/// frequency where hypervisors put it.
 pub fn cpuid(
-    host: &Host,
+    base: &[kvm_cpuid_entry2],
     index: u8,
     count: u8,
-    tsc_khz: Option<u32>,
-) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-    let mut entries = host.supported_cpuid()?.as_slice().to_vec();
+    tsc_khz: u32,
+) -> Vec<kvm_cpuid_entry2> {
+    let mut entries = base.to_vec();
     patch(&mut entries, u32::from(index), u32::from(count), tsc_khz);
-    Ok(entries)
+    entries
 }
 
 const FEATURE_HTT: u32 = 1 << 28;
@@ -154,7 +155,7 @@ const HYPERVISOR_BASE: u32 = 0x4000_0000;
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const BUS_KHZ: u32 = 1_000_000;
 
-fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: Option<u32>) {
+fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32) {
     let id_bits = count.next_power_of_two().trailing_zeros();
     for entry in entries.iter_mut() {
         match (entry.function, entry.index) {
@@ -172,7 +173,7 @@ fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: Opti
             (0xb | 0x1f, 0) => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
             (0xb | 0x1f, 1) => (entry.eax, entry.ebx, entry.ecx) = (id_bits, count, 2 << 8 | 1),
             (0xb | 0x1f, level) => (entry.eax, entry.ebx, entry.ecx) = (0, 0, level),
-            (HYPERVISOR_BASE, _) if tsc_khz.is_some() => {
+            (HYPERVISOR_BASE, _) => {
                 entry.eax = entry.eax.max(HYPERVISOR_TIMING);
             }
             _ => {}
@@ -181,15 +182,13 @@ fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: Opti
             entry.edx = id;
         }
     }
-    if let Some(khz) = tsc_khz {
-        entries.retain(|entry| entry.function != HYPERVISOR_TIMING);
-        entries.push(kvm_cpuid_entry2 {
-            function: HYPERVISOR_TIMING,
-            eax: khz,
-            ebx: BUS_KHZ,
-            ..Default::default()
-        });
-    }
+    entries.retain(|entry| entry.function != HYPERVISOR_TIMING);
+    entries.push(kvm_cpuid_entry2 {
+        function: HYPERVISOR_TIMING,
+        eax: tsc_khz,
+        ebx: BUS_KHZ,
+        ..Default::default()
+    });
 }
 
 #[cfg(test)]
@@ -218,7 +217,7 @@ mod tests {
     fn each_vcpu_gets_its_own_apic_id_and_the_same_topology() {
         let leaf = |function, index| kvm_cpuid_entry2 { function, index, ..Default::default() };
         let mut entries = vec![leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(HYPERVISOR_BASE, 0)];
-        patch(&mut entries, 2, 3, Some(2_000_000));
+        patch(&mut entries, 2, 3, 2_000_000);
         assert_eq!(entries[0].ebx >> 24, 2);
         assert_eq!(entries[0].ebx >> 16 & 0xff, 3);
         assert_eq!((entries[1].edx, entries[2].edx), (2, 2));

@@ -1,5 +1,4 @@
 //! Numbers of the ioctls that kvm-ioctls 0.25 does not wrap, or not for x86.
-#![expect(missing_docs, reason = "the macros make undocumented functions of KVM's own names")]
 
 use kvm_bindings::{kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};

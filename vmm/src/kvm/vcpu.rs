@@ -43,6 +43,12 @@ pub fn kick(thread: &JoinHandle<()>) {
     let _ = thread.kill(SIGRTMIN());
 }
 
+/// The kernel's id of the calling thread, as `query-cpus-fast` reports it.
+pub fn thread_id() -> i32 {
+    // SAFETY: no arguments, no memory, cannot fail.
+    unsafe { libc::gettid() }
+}
+
 /// Why `KVM_RUN` came back with something for us to do.
 #[derive(Debug)]
 pub enum Exit<'a> {
