@@ -1,0 +1,138 @@
+//! One bit per page of RAM.
+
+use devices::ram::PageIndex;
+use std::ops::Range;
+
+/// Which pages have to be sent, or have arrived.
+#[derive(Debug, Clone)]
+pub struct PageBitmap {
+    words: Vec<u64>,
+    page_count: u64,
+}
+
+impl PageBitmap {
+    /// No page set.
+    ///
+    /// # Panics
+    /// On a host that cannot address a bit per page.
+    pub fn new(page_count: u64) -> Self {
+        let words = usize::try_from(page_count.div_ceil(64)).expect("64-bit host");
+        Self { words: vec![0; words], page_count }
+    }
+
+    /// Sets every page.
+    pub fn set_all(&mut self) {
+        self.words.fill(u64::MAX);
+        let used = self.page_count % 64;
+        if let (Some(last), true) = (self.words.last_mut(), used > 0) {
+            *last = (1 << used) - 1;
+        }
+    }
+
+    /// The words, 64 pages each.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The words, for a dirty log to be merged into.
+    pub fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
+    /// Number of set pages.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Whether `page` is set.
+    pub fn contains(&self, page: PageIndex) -> bool {
+        let word = usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get(at));
+        word.is_some_and(|word| word >> (page.0 % 64) & 1 == 1)
+    }
+
+    /// Sets `page`; one past the end is ignored.
+    pub fn insert(&mut self, page: PageIndex) {
+        if page.0 < self.page_count
+            && let Some(word) = usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get_mut(at))
+        {
+            *word |= 1 << (page.0 % 64);
+        }
+    }
+
+    /// Runs of set pages within the words `range`, whole words at a time.
+    pub fn runs(&self, range: Range<usize>) -> Runs<'_> {
+        let end = range.end.min(self.words.len());
+        Runs { words: &self.words, at: range.start as u64 * 64, end: end as u64 * 64 }
+    }
+}
+
+/// Iterator over `(first page, page count)`.
+#[derive(Debug)]
+pub struct Runs<'a> {
+    words: &'a [u64],
+    at: u64,
+    end: u64,
+}
+
+impl Runs<'_> {
+    /// The next page from `self.at` on that is set, or is not; `self.end` if there is none.
+    fn next_edge(&self, set: bool) -> u64 {
+        let mut at = self.at;
+        while at < self.end {
+            let word = usize::try_from(at / 64).ok().and_then(|at| self.words.get(at)).copied();
+            let word = word.unwrap_or(0);
+            let wanted = if set { word } else { !word } >> (at % 64);
+            if wanted != 0 {
+                return (at + u64::from(wanted.trailing_zeros())).min(self.end);
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        self.end
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (PageIndex, u64);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let first = self.next_edge(true);
+        if first >= self.end {
+            return None;
+        }
+        self.at = first;
+        self.at = self.next_edge(false);
+        Some((PageIndex(first), self.at - first))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn runs_are_exactly_the_set_pages(words in prop::collection::vec(any::<u64>(), 1..9)) {
+            let mut bitmap = PageBitmap::new(words.len() as u64 * 64);
+            bitmap.words_mut().copy_from_slice(&words);
+            let mut from_runs = Vec::new();
+            for (first, count) in bitmap.runs(0..words.len()) {
+                from_runs.extend(first.0..first.0 + count);
+            }
+            let set = |page: &u64| bitmap.contains(PageIndex(*page));
+            let naive: Vec<_> = (0..words.len() as u64 * 64).filter(set).collect();
+            prop_assert_eq!(from_runs.len() as u64, bitmap.count());
+            prop_assert_eq!(from_runs, naive);
+        }
+    }
+
+    #[test]
+    fn all_pages_are_one_run() {
+        let mut bitmap = PageBitmap::new(200);
+        bitmap.set_all();
+        assert_eq!(bitmap.runs(0..4).collect::<Vec<_>>(), [(PageIndex(0), 200)]);
+        assert_eq!(bitmap.count(), 200);
+        bitmap.insert(PageIndex(200));
+        assert_eq!(bitmap.count(), 200);
+    }
+}
