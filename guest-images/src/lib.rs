@@ -5,27 +5,60 @@
 //! KVM emulates ring 0; the work is ordinary Rust in ring 3.
 //!
 //! # Command line
+//! Words separated by spaces; unknown ones are ignored.
+//!
 //! | word | meaning |
 //! |---|---|
-//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4, else power off |
-//! | `work=idle` | sleep on the LAPIC timer between heartbeats |
-//! | `work=spin` | watch the TSC with live vector registers |
-//! | `work=dirty` | fill RAM (`fill=random\|text\|zero`, `fill_pct=75`), then rewrite `ws_mb=` at `rate_mbps=` in `pattern=seq\|rand`; `sleep=1` sleeps after the fill |
-//! | `work=disk` | virtio-blk driver: numbered, checksummed sectors, `disk_mb=` at most |
-//! | `work=selftest` | flip bits and see that each check notices; code 0 if so |
-//! | `cpus=N` | start N CPUs (1 to 8) |
+//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4 (exit status `N << 1 \| 1`), else power off |
+//! | `work=idle` | every CPU sleeps on its LAPIC timer, one wake-up per heartbeat |
+//! | `work=spin` | every CPU watches the TSC; RAM is filled first if `fill=` is given |
+//! | `work=dirty` | fill RAM, then rewrite a working set at a rate |
+//! | `work=disk` | virtio-blk driver: numbered, checksummed sectors, rewritten for ever |
+//! | `work=selftest` | flip bits and see that each check notices; code 0 if so, 1 if not |
+//! | `cpus=N` | CPUs to use, 1 to 8; the default is all that CPUID tells of. Others stay parked |
 //! | `hb_ms=100` | time between heartbeats |
+//! | `timer=deadline\|oneshot` | how to sleep; the default is the TSC deadline if CPUID has it |
+//! | `fill=random\|text\|zero` | what pages hold: incompressible, compressible, zeroes; default `random` |
+//! | `fill_pct=75` | how much of RAM is filled; the rest is never written and must stay zero |
+//! | `ram=all\|MB` | how much of RAM to use, default all |
+//! | `ws_mb=256` | `dirty`: the working set, split between the CPUs |
+//! | `rate_mbps=500` | `dirty`: bytes of pages rewritten, in 10^6 per second; 0 rewrites nothing |
+//! | `pattern=seq\|rand` | `dirty`: order of rewriting |
+//! | `change_pct=100` | `dirty`: how much of a page a rewrite changes; its head always changes |
+//! | `sleep=1` | `spin`, `dirty`: sleep like `idle` after the fill, and rewrite nothing |
+//! | `disk_mb=N` | `disk`: how much of the disk to use, from its start; default all, at most 1024 |
+//! | `virtio_mmio.device=SIZE@BASE:IRQ` | devices; the first that is a disk is used |
+//! | `ram_mb=N` | RAM from address 0, only for a VMM that passes no memory map |
 //!
 //! # Output
-//! The very first byte is `F`, sent before anything else is done. Then lines:
-//! - `READY work=W cpus=N ram_mb=M pages=P fill_us=T` (for disks `id=`, `sectors=`)
-//! - `HB n=K t_us=T gen=G max_gap_us=U mbps=R corrupt=C fpu=F`: heartbeat K at guest time T; G pages or
-//!   sectors rewritten so far; U the largest gap that the guest saw since the last heartbeat: between two
-//!   reads of the TSC, or how late it woke
-//! - `CORRUPT what=index expected_gen=… found_gen=…` at the first mismatch
-//! - `CHECK pages=P corrupt=C gen=G` (or `sectors=`) answers a `c` on the serial line; `q` exits with
-//!   code 0 through port 0xf4, `p` powers off
-//! - `FAULT`, `PANIC`, `ERROR`, `DISK-ERROR`: something that must not happen
+//! The very first byte, sent before anything else is done, is the `F` of the first line, which starts
+//! with `FERRY `. Every line ends with `\n`. A migration may cut a line in two: what the destination
+//! prints goes on where the source stopped. Then come lines of these kinds, with fields in this order;
+//! more fields may follow at the end of a line:
+//!
+//! - `FERRY hello from the guest cpus=N ram_mb=M` (`work=hello`), else `FERRY guest work=W`.
+//! - `READY work=W cpus=N ram_mb=M pages=P fill_us=T`: P pages are filled; heartbeats follow. For a disk
+//!   `READY work=disk cpus=1 ram_mb=M sectors=S fill_us=T features=0xF id=ID`: S sectors are written and
+//!   flushed, F the features acknowledged, ID what the device answered to get-id.
+//! - `HB n=K t_us=T gen=G max_gap_us=U ws_mbps=R corrupt=C fpu=F alive=A kvmclock_us=V`: heartbeat K
+//!   (counted from 0 without a gap) at guest time T (TSC since boot). G pages or sectors rewritten so
+//!   far. U the largest gap since the last heartbeat, over all CPUs: between two reads of the TSC, or how
+//!   late a sleeper woke; nothing is left out of it. R the rate since then, in 10^6 bytes per second. C
+//!   mismatches so far of any kind, F those in registers. A of the CPUs made progress since the last
+//!   heartbeat. V is time by kvmclock, 0 where there is none. A disk adds `acked=N lost_irq=L`: requests
+//!   that the device acknowledged, and those that a timer found instead of an interrupt.
+//! - `CORRUPT WHAT …` at the first mismatch of each kind: `CORRUPT page=I expected_gen=E found_gen=G`,
+//!   `CORRUPT sector=…` likewise, `CORRUPT untouched=I word=W found=0x…`, `CORRUPT fpu cpu=C`,
+//!   `CORRUPT clock last=T now=U` (it went backwards), `CORRUPT kvmclock …`. The guest goes on; `corrupt=`
+//!   counts all of them.
+//! - `CHECK pages=P corrupt=C gen=G untouched=U` or `CHECK sectors=S corrupt=C gen=G acked=N` answers a
+//!   `c` on the serial line: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
+//!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off.
+//! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`, `SELFTEST failed …`.
+//! - `FAULT vector=V error=E rip=R cr2=A` (exit code 0x7f), `PANIC …` (0x7d), `ERROR …`, `DISK-ERROR …`:
+//!   something that must not happen.
+//!
+//! Power-off is 0x2000 to port 0x604, then the i8042's reset.
 
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
