@@ -65,8 +65,10 @@ pub trait GuestControl: Send {
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError>;
     /// Flushes the disks and lets go of their locks, so that the destination can take them.
     fn release_disks(&mut self) -> Result<(), GuestError>;
-    /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. If a lock
-    /// cannot be retaken the guest stays paused with the permit kept by the machine, and says why.
+    /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. After a lost
+    /// link the destination may hold a lock for some moments more, so try for a few seconds; if a
+    /// lock cannot be retaken the guest stays paused with the permit kept by the machine, and this
+    /// says why. Also called after [`GuestControl::surrendered`], if the destination declines.
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError>;
     /// The permit has been spent: the guest must not run here again by itself.
     fn surrendered(&mut self);
@@ -81,8 +83,12 @@ pub trait DestinationHost: Send {
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError>;
     /// Takes the disk locks. After it nothing may fail before `run`.
     fn lock_disks(&mut self) -> Result<(), GuestError>;
-    /// Runs the guest (or leaves it paused, if it was paused at the source).
+    /// Runs the guest (or leaves it paused, if it was paused at the source). After an error not one
+    /// instruction of the guest has run here: the right to run then goes back to the source.
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError>;
+    /// The migration has failed and the guest will not run here: drops the machine if there is one
+    /// and lets go of its disks. The source is told only afterwards, so it finds the locks free.
+    fn abandon(&mut self);
 }
 
 /// Guest RAM that a destination has set up, untouched: every page reads as zero.

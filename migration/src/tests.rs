@@ -42,7 +42,11 @@ enum Fail {
 struct FakeSource(Arc<Machine>, Fail, GuestRam);
 
 fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
-    if fail == here { Err(GuestError::new(format!("scripted failure of {here:?}"))) } else { Ok(()) }
+    if fail == here {
+        Err(GuestError::new(format!("scripted failure of {here:?}")))
+    } else {
+        Ok(())
+    }
 }
 
 impl GuestControl for FakeSource {
@@ -102,6 +106,9 @@ impl DestinationHost for FakeHost {
         *self.machine.permit.lock().unwrap() = Some(permit);
         self.machine.running.store(running, SeqCst);
         Ok(())
+    }
+    fn abandon(&mut self) {
+        self.machine.locked.store(false, SeqCst);
     }
 }
 
@@ -268,7 +275,9 @@ fn cutting_the_link_at_any_byte_never_runs_two_guests() {
 fn a_failure_at_any_step_leaves_the_guest_running_at_the_source() {
     for fail in [Fail::Pause, Fail::Save, Fail::Release, Fail::Build, Fail::Load, Fail::Lock] {
         let end = migrate(Scenario { fail, ..Default::default() });
-        let SourceOutcome::Failed(error) = &end.source else { panic!("{fail:?}: {:?}", end.source) };
+        let SourceOutcome::Failed(error) = &end.source else {
+            panic!("{fail:?}: {:?}", end.source)
+        };
         let text = crate::source::chain(error);
         assert!(text.contains(&format!("scripted failure of {fail:?}")), "{text}");
         assert!(end.source_machine.running.load(SeqCst), "{fail:?}");
@@ -293,7 +302,8 @@ fn receive_from(speak: impl FnOnce(&mut MemoryTransport)) -> String {
     transport.set_patience(Duration::from_millis(200)).unwrap();
     liar.set_patience(Duration::from_millis(200)).unwrap();
     let machine = Arc::new(Machine::default());
-    let mut host = FakeHost { machine: machine.clone(), fail: Fail::Nothing, ram: None, records: 0 };
+    let mut host =
+        FakeHost { machine: machine.clone(), fail: Fail::Nothing, ram: None, records: 0 };
     let receiver = std::thread::spawn(move || {
         let destination = Destination {
             host: &mut host,
@@ -330,27 +340,78 @@ fn lies_are_refused_by_name() {
     type Lie = fn(&mut MemoryTransport);
     let lies: [(Lie, &str); 11] = [
         (|liar| liar.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap(), "not Ferry"),
-        (|liar| {
-            let mut hello = Encoder::default();
-            hello.raw(wire::MAGIC).u16(9);
-            wire::send(liar, Kind::Hello, hello.bytes()).unwrap();
-        }, "version 9"),
-        (|liar| {
-            wire::send_hello(liar).unwrap();
-            liar.write_all(&wire::header(Kind::Machine, u32::MAX)).unwrap();
-        }, "at most"),
-        (|liar| { introduce(liar); batch(liar, 512, 1, 1, 1); }, "outside the guest's RAM"),
-        (|liar| { introduce(liar); batch(liar, u64::MAX, 1, 0, 0); }, "outside the guest's RAM"),
-        (|liar| { introduce(liar); batch(liar, 0, 2, 1, 1); }, "more raw pages"),
-        (|liar| { introduce(liar); batch(liar, 0, 1, 0, 1); }, "belong to no run"),
-        (|liar| { introduce(liar); batch(liar, 0, 1, 7, 0); }, "unknown kind"),
-        (|liar| { introduce(liar); wire::send(liar, Kind::Eof, &[1]).unwrap(); }, "unexpected Eof"),
-        (|liar| {
-            introduce(liar);
-            wire::send(liar, Kind::Devices, b"[]").unwrap();
-            wire::send(liar, Kind::Devices, b"[]").unwrap();
-        }, "unexpected Devices"),
-        (|liar| { introduce(liar); wire::send(liar, Kind::Go, &[]).unwrap(); }, "unexpected Go"),
+        (
+            |liar| {
+                let mut hello = Encoder::default();
+                hello.raw(wire::MAGIC).u16(9);
+                wire::send(liar, Kind::Hello, hello.bytes()).unwrap();
+            },
+            "version 9",
+        ),
+        (
+            |liar| {
+                wire::send_hello(liar).unwrap();
+                liar.write_all(&wire::header(Kind::Machine, u32::MAX)).unwrap();
+            },
+            "at most",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                batch(liar, 512, 1, 1, 1);
+            },
+            "outside the guest's RAM",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                batch(liar, u64::MAX, 1, 0, 0);
+            },
+            "outside the guest's RAM",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                batch(liar, 0, 2, 1, 1);
+            },
+            "more raw pages",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                batch(liar, 0, 1, 0, 1);
+            },
+            "belong to no run",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                batch(liar, 0, 1, 7, 0);
+            },
+            "unknown kind",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                wire::send(liar, Kind::Eof, &[1]).unwrap();
+            },
+            "unexpected Eof",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                wire::send(liar, Kind::Devices, b"[]").unwrap();
+                wire::send(liar, Kind::Devices, b"[]").unwrap();
+            },
+            "unexpected Devices",
+        ),
+        (
+            |liar| {
+                introduce(liar);
+                wire::send(liar, Kind::Go, &[]).unwrap();
+            },
+            "unexpected Go",
+        ),
     ];
     for (lie, expected) in lies {
         let error = receive_from(lie);

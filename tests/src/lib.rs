@@ -1,1 +1,20 @@
-//! Harness.
+//! What the end-to-end tests, the demo and the benchmark share: real processes, their serial lines,
+//! their control sockets, and what the guest says about itself.
+//!
+//! - [`lines`]: a reader thread per pipe; waiting for a line, never polling.
+//! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
+//! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
+//! - [`qemu`]: the same guest under QEMU, for the benchmark.
+//! - [`qmp`]: a small control-socket client that works with both.
+//! - [`verdict`]: the guest's own lines, parsed, also across a handover.
+//! - [`disk`]: images, and the numbered sectors that the guest writes, read by the host.
+//! - [`skip`]: checks that this host cannot run, said loudly.
+
+pub mod disk;
+pub mod ferry;
+pub mod lines;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+pub mod skip;
+pub mod verdict;

@@ -1,4 +1,18 @@
 //! The program: KVM, boot, threads, control socket.
+//!
+//! [`cli`] and [`config`] say what is asked for; the [`supervisor`] on the main thread owns the one
+//! [`machine`] of a process, which is built on [`kvm`] and entered as [`boot`] says; [`console`] and
+//! [`control`] are its ways in and out. [`client`] talks to another process's control socket, and
+//! [`doctor`] looks at the host.
 
 pub mod boot;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod doctor;
+pub mod error;
 pub mod kvm;
+pub mod machine;
+pub mod supervisor;

@@ -1,3 +1,40 @@
-//! The `ferry` program.
+//! The `ferry` program: argv -> configuration -> work -> exit code.
 
-fn main() {}
+use clap::Parser;
+use std::process::ExitCode;
+use vmm::cli::{Cli, Command};
+use vmm::supervisor::{self, SetupError, exit_code};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let level = match cli.verbose {
+        0 => log::LevelFilter::Warn,
+        1 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    };
+    env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    let code = match cli.command {
+        Command::Run(args) => start(args.into_config(), supervisor::run),
+        Command::Receive(args) => start(args.into_config(), supervisor::receive),
+        Command::Migrate(args) => vmm::client::migrate::run(&args),
+        Command::Ctl(args) => vmm::client::ctl::run(&args),
+        Command::Doctor => vmm::doctor::run(),
+    };
+    ExitCode::from(code)
+}
+
+fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<u8, SetupError>) -> u8 {
+    match config.map(run) {
+        Err(problems) => {
+            for problem in problems {
+                eprintln!("ferry: {problem}");
+            }
+            exit_code::USAGE
+        }
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => {
+            eprintln!("ferry: {}", vmm::error::chain(&error));
+            error.exit_code()
+        }
+    }
+}

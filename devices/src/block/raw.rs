@@ -104,8 +104,7 @@ impl BlockBackend for RawFile {
     }
 
     fn lock(&self) -> Result<(), LockError> {
-        let operation =
-            if self.read_only { Operation::Shared } else { Operation::Exclusive };
+        let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
         ofd_lock::change(&self.file, operation).map_err(|source| {
             let location = self.location();
             match source.kind() {
@@ -163,10 +162,7 @@ mod tests {
             RawFile::open(&directory.path().join("none"), false),
             Err(OpenError::Open { .. })
         ));
-        assert!(matches!(
-            RawFile::open(directory.path(), true),
-            Err(OpenError::NotAFile { .. })
-        ));
+        assert!(matches!(RawFile::open(directory.path(), true), Err(OpenError::NotAFile { .. })));
         let odd = RawFile::open(image(700).path(), false).unwrap_err().to_string();
         assert!(odd.contains("700 bytes") && odd.contains("truncate"), "{odd}");
         assert!(matches!(RawFile::open(image(0).path(), false), Err(OpenError::Empty { .. })));

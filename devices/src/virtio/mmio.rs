@@ -377,7 +377,11 @@ impl Persist for MmioTransport {
 
     fn restore(&mut self, state: MmioState) -> Result<(), String> {
         if state.device_id != self.device.device_id() {
-            return Err(format!("virtio device id {} here and {} there", self.device.device_id(), state.device_id));
+            return Err(format!(
+                "virtio device id {} here and {} there",
+                self.device.device_id(),
+                state.device_id
+            ));
         }
         let unknown = state.driver_features & !self.features();
         let live = state.status & STATUS_FEATURES_OK != 0;

@@ -53,7 +53,8 @@ impl PageBitmap {
     /// Sets `page`; one past the end is ignored.
     pub fn insert(&mut self, page: PageIndex) {
         if page.0 < self.page_count
-            && let Some(word) = usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get_mut(at))
+            && let Some(word) =
+                usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get_mut(at))
         {
             *word |= 1 << (page.0 % 64);
         }

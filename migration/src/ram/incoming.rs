@@ -4,9 +4,7 @@ use super::bitmap::PageBitmap;
 use crate::guest::IncomingRam;
 use crate::stats::Counters;
 use crate::transport::Transport;
-use crate::wire::{
-    self, Decoder, Header, MAX_RAW_PAGES, MAX_RUNS, RUN_BYTES, WireError,
-};
+use crate::wire::{self, Decoder, Header, MAX_RAW_PAGES, MAX_RUNS, RUN_BYTES, WireError};
 use devices::ram::{GuestAddress, PAGE_SIZE, PageIndex};
 use std::sync::Arc;
 use vm_memory::Bytes;
@@ -48,7 +46,11 @@ impl RamIncoming {
     }
 
     /// Receives one batch.
-    pub fn batch(&mut self, header: Header, transport: &mut dyn Transport) -> Result<(), WireError> {
+    pub fn batch(
+        &mut self,
+        header: Header,
+        transport: &mut dyn Transport,
+    ) -> Result<(), WireError> {
         let lost = |error, transport: &mut dyn Transport| WireError::from_io(error, transport);
         let mut counts = [0; 8];
         if header.len < 8 {

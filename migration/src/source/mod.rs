@@ -94,10 +94,8 @@ impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(mut self, address: &Address, ram: SourceRam) -> SourceOutcome {
         self.begin();
-        let connected = SocketTransport::connect(address).map_err(|source| SourceError::Connect {
-            address: address.to_string(),
-            source,
-        });
+        let connected = SocketTransport::connect(address)
+            .map_err(|source| SourceError::Connect { address: address.to_string(), source });
         let result = match connected {
             Ok(mut transport) => self.run(&mut transport, ram),
             Err(error) => Err(error),
@@ -135,7 +133,9 @@ impl Source<'_> {
             SourceOutcome::Failed(error) => (MigrationStatus::Failed, Some(chain(error))),
             SourceOutcome::Unknown(error) => {
                 let why = chain(error);
-                let text = format!("the answer to the handover was lost ({why}): the guest may run at the destination");
+                let text = format!(
+                    "the answer to the handover was lost ({why}): the guest may run at the destination"
+                );
                 (MigrationStatus::Failed, Some(text))
             }
         };
@@ -154,9 +154,8 @@ impl Source<'_> {
         transport: &mut dyn Transport,
         ram: SourceRam,
     ) -> Result<Handover, SourceError> {
-        let stopper = transport
-            .stopper()
-            .map_err(|error| SourceError::Wire(WireError::Lost(error)))?;
+        let stopper =
+            transport.stopper().map_err(|error| SourceError::Wire(WireError::Lost(error)))?;
         self.cancel.on_cancel(stopper);
         let result = self.run_connected(transport, ram);
         self.cancel.disarm();

@@ -58,7 +58,9 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_refused() {
-        for text in ["", "host:1", "tcp:host", "tcp::1", "tcp:h:99999", "tcp:::1:4", "unix:", "ssh:h"] {
+        for text in
+            ["", "host:1", "tcp:host", "tcp::1", "tcp:h:99999", "tcp:::1:4", "unix:", "ssh:h"]
+        {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }

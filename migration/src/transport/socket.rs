@@ -133,10 +133,8 @@ impl Listener {
                 Ok(Self { socket, address: address.clone(), path: Some(path.clone()) })
             }
             Address::Tcp(host_port) => {
-                let at = host_port
-                    .to_socket_addrs()?
-                    .next()
-                    .ok_or(io::ErrorKind::AddrNotAvailable)?;
+                let at =
+                    host_port.to_socket_addrs()?.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let socket = listen(Domain::for_address(at), &at.into())?;
                 let bound = socket.local_addr()?.as_socket().unwrap_or(at);
                 Ok(Self { socket, address: Address::Tcp(bound.to_string()), path: None })

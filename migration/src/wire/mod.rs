@@ -122,7 +122,9 @@ pub enum WireError {
     #[error("the other side is not Ferry")]
     NotFerry,
     /// Another version of it.
-    #[error("the other side speaks stream version {theirs}, this one {VERSION}: use the same Ferry")]
+    #[error(
+        "the other side speaks stream version {theirs}, this one {VERSION}: use the same Ferry"
+    )]
     Version {
         /// Its version.
         theirs: u16,
@@ -191,9 +193,12 @@ pub fn header(kind: Kind, len: u32) -> [u8; HEADER_BYTES] {
 /// Sends one frame; returns its length with the header.
 pub fn send(transport: &mut dyn Transport, kind: Kind, payload: &[u8]) -> Result<u64, WireError> {
     let most = kind.max_bytes();
-    let len = u32::try_from(payload.len()).ok().filter(|len| *len <= most).ok_or(
-        WireError::TooLong { what: "frame", found: payload.len() as u64, most: most.into() },
-    )?;
+    let len =
+        u32::try_from(payload.len()).ok().filter(|len| *len <= most).ok_or(WireError::TooLong {
+            what: "frame",
+            found: payload.len() as u64,
+            most: most.into(),
+        })?;
     let mut bytes = header(kind, len).to_vec();
     bytes.extend_from_slice(payload);
     transport.write_all(&bytes).map_err(|error| WireError::from_io(error, transport))?;

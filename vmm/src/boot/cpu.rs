@@ -2,9 +2,9 @@
 
 use super::layout::{BOOT_STACK, GDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use super::{BootError, EntryPoint, write_bytes};
+use crate::kvm::KvmError;
 use crate::kvm::cpu_state::set_boot_registers;
 use crate::kvm::vcpu::Vcpu;
-use crate::kvm::KvmError;
 use devices::ram::{GuestAddress, GuestRam};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::Bytes;

@@ -8,13 +8,14 @@
 use super::blob::{Blob, Bytes};
 use super::ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
 use super::vcpu::Vcpu;
+use super::vm::Vm;
 use super::{Host, KvmError, ioctl};
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave,
     kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -66,9 +67,9 @@ pub struct CpuStateLayout {
 
 impl CpuStateLayout {
     /// Asks KVM which MSRs it saves and how large an XSAVE image is.
-    pub fn probe(host: &Host, vm: &VmFd) -> Result<Self, KvmError> {
+    pub fn probe(host: &Host, vm: &Vm) -> Result<Self, KvmError> {
         let list = ioctl("KVM_GET_MSR_INDEX_LIST", host.kvm().get_msr_index_list())?;
-        let xsave_bytes = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let xsave_bytes = usize::try_from(vm.fd().check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             msr_indices: list.as_slice().to_vec(),
             xsave_bytes: xsave_bytes.max(LEGACY_XSAVE_BYTES),

@@ -50,16 +50,22 @@ pub fn thread_id() -> i32 {
 }
 
 /// Why `KVM_RUN` came back with something for us to do.
-#[derive(Debug)]
-pub enum Exit<'a> {
-    /// Port read: fill the buffer.
-    PortRead(u16, &'a mut [u8]),
-    /// Port write.
-    PortWrite(u16, &'a [u8]),
-    /// MMIO read: fill the buffer.
-    MmioRead(u64, &'a mut [u8]),
-    /// MMIO write.
-    MmioWrite(u64, &'a [u8]),
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// Port access of whole elements; [`Vcpu::port_data`] holds them.
+    Port {
+        /// Port number.
+        port: u16,
+        /// Whether the guest writes.
+        write: bool,
+    },
+    /// MMIO access; [`Vcpu::mmio_data`] holds the bytes.
+    Mmio {
+        /// Guest address.
+        address: u64,
+        /// Whether the guest writes.
+        write: bool,
+    },
     /// Kicked, or interrupted for another reason.
     Interrupted,
     /// The guest triple-faulted.
@@ -107,12 +113,12 @@ impl Vcpu {
     }
 
     /// Runs the guest until it needs us.
-    pub fn run(&mut self) -> Exit<'_> {
+    pub fn run(&mut self) -> Exit {
         match self.fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => Exit::PortRead(port, data),
-            Ok(VcpuExit::IoOut(port, data)) => Exit::PortWrite(port, data),
-            Ok(VcpuExit::MmioRead(address, data)) => Exit::MmioRead(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => Exit::MmioWrite(address, data),
+            Ok(VcpuExit::IoIn(port, _)) => Exit::Port { port, write: false },
+            Ok(VcpuExit::IoOut(port, _)) => Exit::Port { port, write: true },
+            Ok(VcpuExit::MmioRead(address, _)) => Exit::Mmio { address, write: false },
+            Ok(VcpuExit::MmioWrite(address, _)) => Exit::Mmio { address, write: true },
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Interrupted,
             Ok(VcpuExit::Shutdown) => Exit::TripleFault,
             Ok(VcpuExit::InternalError) => Exit::InternalError,
@@ -123,6 +129,29 @@ impl Vcpu {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
             Err(error) => Exit::Failed(format!("KVM_RUN: {error}")),
         }
+    }
+
+    /// After [`Exit::Port`]: the elements of the access, one after another, and their size in bytes. A
+    /// string instruction (`rep outsb`) has several, all for the same port.
+    pub fn port_data(&mut self) -> std::slice::ChunksExactMut<'_, u8> {
+        let run = ptr::from_mut(self.fd.get_kvm_run());
+        // SAFETY: the exit reason was KVM_EXIT_IO, which selects this union member.
+        let io = unsafe { (*run).__bindgen_anon_1.io };
+        let (size, count) = (usize::from(io.size).max(1), usize::try_from(io.count).unwrap_or(0));
+        let offset = usize::try_from(io.data_offset).unwrap_or(0);
+        // SAFETY: KVM keeps `count * size` bytes at this offset within the mapping that starts at
+        // `run`, and they stay there while the vCPU, borrowed by the result, does not run.
+        let data =
+            unsafe { std::slice::from_raw_parts_mut(run.cast::<u8>().add(offset), size * count) };
+        data.chunks_exact_mut(size)
+    }
+
+    /// After [`Exit::Mmio`]: the bytes of the access.
+    pub fn mmio_data(&mut self) -> &mut [u8] {
+        // SAFETY: the exit reason was KVM_EXIT_MMIO, which selects this union member.
+        let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
+        let len = usize::try_from(mmio.len).unwrap_or(0).min(mmio.data.len());
+        &mut mmio.data[..len]
     }
 
     /// Lets KVM finish the instruction whose port or MMIO access was just served, without running

@@ -166,7 +166,8 @@ fn flush_id_and_unknown_requests_are_answered() {
 fn requests_past_the_end_fail_and_the_device_goes_on() {
     let mut driver = Driver::new();
     driver.start(F_VERSION_1);
-    for (sector, len) in [(128, 512), (u64::MAX, 512), (u64::MAX / 512, 512), (127, 1024), (0, 100)] {
+    for (sector, len) in [(128, 512), (u64::MAX, 512), (u64::MAX / 512, 512), (127, 1024), (0, 100)]
+    {
         driver.submit(0, sector, len, true);
         assert_eq!(driver.wait(), 1, "sector {sector}, {len} bytes");
     }

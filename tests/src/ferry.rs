@@ -1,0 +1,193 @@
+//! `ferry run`, `ferry receive`, `ferry migrate` and `ferry ctl` as a test says them.
+
+use crate::lines::Lines;
+use crate::process::{Process, SOON, Vmm};
+use crate::verdict::{Check, Heartbeat, Transcript};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// The program under test: `FERRY_BIN`, or the `ferry` beside this program's own folder.
+///
+/// # Panics
+/// If there is none.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("FERRY_BIN") {
+        return path.into();
+    }
+    let own = std::env::current_exe().unwrap_or_default();
+    let profile = own.ancestors().skip(1).find(|folder| !folder.ends_with("deps"));
+    let path = profile.unwrap_or(Path::new(".")).join("ferry");
+    assert!(path.exists(), "{} is missing: `make build`, or set FERRY_BIN", path.display());
+    path
+}
+
+/// A guest to boot, under either VMM.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// RAM.
+    pub memory_mb: u64,
+    /// vCPUs, for the machine; the command line has them too.
+    pub cpus: u8,
+    /// `--disk` values.
+    pub disks: Vec<String>,
+}
+
+impl Guest {
+    /// One vCPU, no disk.
+    pub fn new(cmdline: &str, memory_mb: u64) -> Self {
+        Self { cmdline: cmdline.into(), memory_mb, cpus: 1, disks: Vec::new() }
+    }
+
+    /// With this many vCPUs, all of which work.
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.cmdline.push_str(&format!(" cpus={cpus}"));
+        self.cpus = cpus;
+        self
+    }
+
+    /// With a disk.
+    pub fn disk(mut self, id: &str, path: &Path) -> Self {
+        self.disks.push(format!("path={},id={id}", path.display()));
+        self
+    }
+}
+
+/// `ferry` with `arguments`, to be completed by the caller.
+pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(binary());
+    command.args(arguments);
+    command
+}
+
+/// Runs `ferry` to its end; returns the exit code and what it printed, both pipes.
+pub fn end_of<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<(i32, String)> {
+    let mut process = Process::start(&mut command(arguments))?;
+    process.close_input();
+    let code = process.exit_code(SOON)?;
+    Ok((code, process.out.text() + &process.err.text()))
+}
+
+fn start(verb: &str, arguments: &[&str]) -> Result<Vmm> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("qmp");
+    let mut command = command([verb]);
+    command.arg("--qmp").arg(format!("unix:{}", socket.display())).args(arguments);
+    Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
+}
+
+/// Boots `guest` under Ferry; serial on the process's pipes, a control socket in its own folder.
+pub fn run(guest: &Guest) -> Result<Vmm> {
+    run_with(guest, &[])
+}
+
+/// As [`run`], with more options.
+pub fn run_with(guest: &Guest, more: &[&str]) -> Result<Vmm> {
+    let (memory, cpus) = (format!("{}M", guest.memory_mb), guest.cpus.to_string());
+    let kernel = ["--kernel", guest_images::KERNEL, "--cmdline", &guest.cmdline];
+    let mut arguments = [&kernel[..], &["--memory", &memory, "--cpus", &cpus], more].concat();
+    arguments.extend(guest.disks.iter().flat_map(|disk| ["--disk", disk.as_str()]));
+    start("run", &arguments)
+}
+
+/// A process that waits for a guest, and where.
+pub struct Destination {
+    /// The process.
+    pub vmm: Vmm,
+    /// Its address, to migrate to.
+    pub address: String,
+}
+
+/// Waits for a guest on a free TCP port of the loopback.
+pub fn receive() -> Result<Destination> {
+    receive_at("tcp:127.0.0.1:0", &[])
+}
+
+/// Waits for a guest; a TCP port of 0 is any free one.
+pub fn receive_at(address: &str, more: &[&str]) -> Result<Destination> {
+    let vmm = start("receive", &[&[address], more].concat())?;
+    let said = vmm.process.err.wait_for("listening on ", SOON)?;
+    let address = said.text.split("listening on ").nth(1).and_then(|rest| rest.split(' ').next());
+    let address = address.context("no address announced")?.trim_end_matches([',', ';']).to_owned();
+    Ok(Destination { vmm, address })
+}
+
+/// `ferry migrate --json` on its way.
+pub struct Migration {
+    /// The client process.
+    pub client: Process,
+}
+
+/// How a `ferry migrate` ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// 0 moved, 1 failed or cancelled, 4 unknown.
+    pub code: i32,
+    /// The last JSON line.
+    pub summary: Value,
+    /// Every JSON line.
+    pub steps: Vec<Value>,
+    /// What it said to people.
+    pub errors: String,
+}
+
+/// Starts to move the guest of `source`.
+pub fn start_migrate(source: &Vmm, address: &str, more: &[&str]) -> Result<Migration> {
+    let mut command = command([OsStr::new("migrate"), source.socket().as_os_str()]);
+    command.args([address, "--json"]).args(more);
+    Ok(Migration { client: Process::start(&mut command)? })
+}
+
+impl Migration {
+    /// Waits for the end.
+    pub fn end(mut self, limit: Duration) -> Result<Ended> {
+        let code = self.client.exit_code(limit)?;
+        let parse = |line: &String| serde_json::from_str::<Value>(line);
+        let steps: Vec<Value> = self
+            .client
+            .out
+            .from(0)
+            .iter()
+            .map(parse)
+            .collect::<Result<_, _>>()
+            .with_context(|| format!("not JSON lines: {}", self.client.out.tail()))?;
+        let summary = steps.last().cloned().unwrap_or(Value::Null);
+        Ok(Ended { code, summary, steps, errors: self.client.err.text() })
+    }
+}
+
+/// Moves the guest of `source`, to the end.
+pub fn migrate(source: &Vmm, address: &str, more: &[&str]) -> Result<Ended> {
+    start_migrate(source, address, more)?.end(Duration::from_secs(120))
+}
+
+/// As [`migrate`], and it must succeed.
+pub fn migrate_well(source: &Vmm, address: &str, more: &[&str]) -> Result<Ended> {
+    let ended = migrate(source, address, more)?;
+    if ended.code != 0 {
+        bail!(
+            "the migration failed with {}: {} {}\nsource: {}",
+            ended.code,
+            ended.errors,
+            ended.summary,
+            source.process.err.tail()
+        );
+    }
+    Ok(ended)
+}
+
+/// After a move: waits for two heartbeats at the destination, asks for a full check there, and judges
+/// the guest's whole life over `earlier` and the destination.
+pub fn verify_at(destination: &mut Vmm, earlier: &[&Lines]) -> Result<(Check, Vec<Heartbeat>)> {
+    let first = destination.wait_line("^HB ")?;
+    destination.serial().wait_from(first.index + 1, "^HB ", SOON)?;
+    let check = destination.check()?;
+    ensure!(check.corrupt == 0, "the guest found corruption: {check:?}");
+    let life = Transcript::of(earlier.iter().copied().chain([destination.serial()]));
+    Ok((check, life.judge()?))
+}

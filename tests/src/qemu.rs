@@ -1,0 +1,47 @@
+//! The same guest under QEMU: what the benchmark compares with.
+
+use crate::ferry::Guest;
+use crate::process::{Process, SOON, Vmm};
+use anyhow::{Context, Result};
+use serde_json::json;
+use std::process::Command;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// QEMU's version line, or nothing if it is not installed.
+pub fn version() -> Option<String> {
+    let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.to_owned())
+}
+
+fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("qmp");
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config"])
+        .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
+        .args(["-m", &format!("{}M", guest.memory_mb), "-smp", &guest.cpus.to_string()])
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .args(["-kernel", guest_images::KERNEL, "-append", &guest.cmdline])
+        .args(more);
+    Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
+}
+
+/// Boots `guest`.
+pub fn run(guest: &Guest) -> Result<Vmm> {
+    start(guest, &[])
+}
+
+/// Waits for `guest` on a free TCP port of the loopback; returns the process and its address.
+pub fn receive(guest: &Guest) -> Result<(Vmm, String)> {
+    let vmm = start(guest, &["-incoming", "defer"])?;
+    let mut qmp = Vmm::qmp(&vmm)?;
+    qmp.execute("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
+    let info = qmp.execute("query-migrate", json!({}))?;
+    let port = info["socket-address"][0]["port"].as_str();
+    let port = port.with_context(|| format!("no port within {SOON:?}: {info}"))?;
+    Ok((vmm, format!("tcp:127.0.0.1:{port}")))
+}

@@ -1,0 +1,183 @@
+//! A small control-socket client: requests, replies, events. Works with Ferry and with QEMU.
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long any one reply may take.
+const REPLY_LIMIT: Duration = Duration::from_secs(30);
+
+/// A refusal by the other side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// QMP's class, such as `GenericError`.
+    pub class: String,
+    /// For people.
+    pub description: String,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.class, self.description)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// A connected client in command mode.
+pub struct Qmp {
+    stream: UnixStream,
+    unread: Vec<u8>,
+    events: VecDeque<Value>,
+    next_id: u64,
+    greeting: Value,
+}
+
+impl Qmp {
+    /// Connects without negotiation: what a test of bad clients starts from.
+    pub fn connect_raw(path: &Path, limit: Duration) -> Result<UnixStream> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return Ok(stream),
+                // A starting process makes its socket when it is ready; nothing announces that.
+                Err(error) if Instant::now() < deadline => match error.kind() {
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+                        std::thread::sleep(Duration::from_micros(500));
+                    }
+                    _ => return Err(error.into()),
+                },
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("no control socket {}", path.display()));
+                }
+            }
+        }
+    }
+
+    /// Connects and negotiates, within `limit`.
+    pub fn connect(path: &Path, limit: Duration) -> Result<Self> {
+        let stream = Self::connect_raw(path, limit)?;
+        let mut client = Self {
+            stream,
+            unread: Vec::new(),
+            events: VecDeque::new(),
+            next_id: 0,
+            greeting: Value::Null,
+        };
+        client.greeting = client.read_message(Instant::now() + limit)?.context("no greeting")?;
+        client.execute("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
+    /// What the server said first.
+    pub fn greeting(&self) -> &Value {
+        &self.greeting
+    }
+
+    /// One message, or `None` when time is up.
+    fn read_message(&mut self, deadline: Instant) -> Result<Option<Value>> {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.unread.drain(..=end).collect();
+                return Ok(Some(serde_json::from_slice(&line)?));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.stream.set_read_timeout(Some(left))?;
+            let mut buffer = [0; 16 << 10];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => bail!("the control socket was closed"),
+                Ok(len) => self.unread.extend_from_slice(&buffer[..len]),
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => {}
+                    _ => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    /// Sends a command and returns its answer: the value, or the refusal as a [`Refusal`].
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.next_id += 1;
+        let request = json!({"execute": command, "arguments": arguments, "id": self.next_id});
+        self.stream.write_all(format!("{request}\n").as_bytes())?;
+        let deadline = Instant::now() + REPLY_LIMIT;
+        loop {
+            let Some(mut message) = self.read_message(deadline)? else {
+                bail!("no answer to {command} within {REPLY_LIMIT:?}");
+            };
+            if message.get("event").is_some() {
+                self.events.push_back(message);
+            } else if message["id"] == self.next_id {
+                if let Some(error) = message.get("error") {
+                    let text = |key: &str| error[key].as_str().unwrap_or("?").to_owned();
+                    return Err(Refusal { class: text("class"), description: text("desc") }.into());
+                }
+                return Ok(message["return"].take());
+            }
+        }
+    }
+
+    /// Sends a command that must be refused, and returns the refusal.
+    pub fn refused(&mut self, command: &str, arguments: Value) -> Result<Refusal> {
+        match self.execute(command, arguments) {
+            Ok(value) => bail!("{command} was not refused: {value}"),
+            Err(error) => error.downcast::<Refusal>(),
+        }
+    }
+
+    /// Waits for an event of that name, the ones already here included; earlier others are dropped.
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        self.wait_event_where(limit, |event| event["event"] == name)
+            .with_context(|| format!("waiting for the event {name}"))
+    }
+
+    /// Waits for an event that `wanted` accepts; earlier others are dropped.
+    pub fn wait_event_where(
+        &mut self,
+        limit: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if wanted(&event) {
+                    return Ok(event);
+                }
+            }
+            match self.read_message(deadline)? {
+                Some(message) => self.events.push_back(message),
+                None => bail!("no such event within {limit:?}"),
+            }
+        }
+    }
+
+    /// Waits until a migration reaches one of `statuses`; needs the capability `events`.
+    pub fn wait_migration(&mut self, statuses: &[&str], limit: Duration) -> Result<String> {
+        let event = self.wait_event_where(limit, |event| {
+            event["event"] == "MIGRATION"
+                && event["data"]["status"].as_str().is_some_and(|status| statuses.contains(&status))
+        });
+        let event = event.with_context(|| format!("waiting for a migration to be {statuses:?}"))?;
+        Ok(event["data"]["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Switches migration events on.
+    pub fn want_migration_events(&mut self) -> Result<()> {
+        let events = json!({"capabilities": [{"capability": "events", "state": true}]});
+        self.execute("migrate-set-capabilities", events).map(drop)
+    }
+
+    /// The run state, `query-status`'s `status`.
+    pub fn run_state(&mut self) -> Result<String> {
+        let status = self.execute("query-status", json!({}))?;
+        Ok(status["status"].as_str().context("no status")?.to_owned())
+    }
+}

@@ -1,0 +1,37 @@
+//! Checks that a host cannot run. A skip is said loudly, and is a failure where it would hide something.
+
+use std::fs::OpenOptions;
+
+/// Whether a guest can run here. If not, says so; fails instead under `make test-kvm` and in CI.
+pub fn kvm_is_missing() -> bool {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => false,
+        Err(error) => {
+            skip(&format!("no guest can run here, /dev/kvm: {error}"));
+            true
+        }
+    }
+}
+
+/// Says that the calling test checks nothing because of `reason`.
+///
+/// # Panics
+/// If `FERRY_REQUIRE_KVM=1` or `CI=true`: there a skipped check is a failed one.
+pub fn skip(reason: &str) {
+    let strict = |name: &str, value: &str| std::env::var(name).is_ok_and(|found| found == value);
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("?");
+    assert!(
+        !strict("FERRY_REQUIRE_KVM", "1") && !strict("CI", "true"),
+        "{test} would have to be skipped: {reason}"
+    );
+    let line = format!("SKIPPED {test}: {reason}\n");
+    // Past the test runner's capture, so that it is seen; the file is what `make test` counts.
+    let direct = OpenOptions::new().append(true).open("/dev/stderr");
+    let counted = std::env::var_os("FERRY_SKIP_FILE")
+        .and_then(|path| OpenOptions::new().create(true).append(true).open(path).ok());
+    for mut file in direct.into_iter().chain(counted) {
+        // Nothing else can be done if not even standard error can be written.
+        let _ = std::io::Write::write_all(&mut file, line.as_bytes());
+    }
+}

@@ -1,0 +1,136 @@
+//! The command line.
+
+use crate::config::{
+    HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_duration, parse_rate,
+};
+use clap::{Args, Parser, Subcommand};
+use migration::transport::Address;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A small virtual machine monitor whose reason to exist is live migration
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version)]
+pub struct Cli {
+    /// Say more; twice says everything
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest in the foreground
+    Run(Box<RunArgs>),
+    /// Become the destination of a migration
+    Receive(Box<ReceiveArgs>),
+    /// Move the guest behind a control socket to another ferry
+    Migrate(MigrateArgs),
+    /// Ask the VMM behind a control socket
+    Ctl(CtlArgs),
+    /// Say what this host's KVM offers, and how to mend what will not work
+    Doctor,
+}
+
+/// `ferry run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Options from a TOML file; those on the command line win
+    #[arg(long, value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// The options.
+    #[command(flatten)]
+    pub options: RunOptions,
+}
+
+impl RunArgs {
+    /// Reads the file, if there is one, and checks all.
+    pub fn into_config(self) -> Result<RunConfig, Vec<String>> {
+        let file = match &self.config {
+            None => RunOptions::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| vec![format!("--config {}: {error}", path.display())])?;
+                toml::from_str(&text)
+                    .map_err(|error| vec![format!("--config {}: {error}", path.display())])?
+            }
+        };
+        self.options.over(file).validate()
+    }
+}
+
+/// `ferry receive`
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Where to listen: tcp:HOST:PORT or unix:PATH
+    pub address: Address,
+    /// Where a disk of the guest lies on this host
+    #[arg(long = "disk", value_name = "ID=PATH")]
+    pub disks: Vec<ReceiveDisk>,
+    /// Do not run the guest when it has arrived
+    #[arg(long)]
+    pub paused: bool,
+    /// Kernel to boot if the guest resets itself here
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Options for this process.
+    #[command(flatten)]
+    pub host: HostOptions,
+}
+
+impl ReceiveArgs {
+    /// Checks all.
+    pub fn into_config(self) -> Result<ReceiveConfig, Vec<String>> {
+        let mut problems = Vec::new();
+        for (index, disk) in self.disks.iter().enumerate() {
+            if self.disks[..index].iter().any(|other| other.id == disk.id) {
+                problems.push(format!("--disk: {:?} is given twice", disk.id));
+            }
+        }
+        let host = self.host.validate(&mut problems);
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        Ok(ReceiveConfig {
+            address: self.address,
+            disks: self.disks,
+            paused: self.paused,
+            kernel: self.kernel,
+            host,
+        })
+    }
+}
+
+/// `ferry migrate`
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Control socket of the source
+    pub socket: String,
+    /// The destination: tcp:HOST:PORT or unix:PATH
+    pub address: Address,
+    /// Longest pause to aim for, e.g. 20ms
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub downtime_limit: Option<Duration>,
+    /// Cap in bytes per second, e.g. 1G; 0 for none
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub max_bandwidth: Option<u64>,
+    /// Leave the source process, stopped, after success
+    #[arg(long)]
+    pub keep_source: bool,
+    /// One JSON line per step; the last is the summary
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `ferry ctl`
+#[derive(Debug, Args)]
+pub struct CtlArgs {
+    /// Control socket
+    pub socket: String,
+    /// status, stop, cont [--force], cancel, quit, or any QMP command with JSON arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub command: Vec<String>,
+}

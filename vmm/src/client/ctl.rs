@@ -1,0 +1,66 @@
+//! `ferry ctl`: one command, its answer as JSON.
+
+use super::{ClientError, QmpClient};
+use crate::cli::CtlArgs;
+use crate::error::chain;
+use crate::supervisor::exit_code;
+use serde_json::{Value, json};
+
+/// Asks; returns the exit code.
+pub fn run(args: &CtlArgs) -> u8 {
+    let (command, arguments) = match translate(&args.command) {
+        Ok(request) => request,
+        Err(problem) => {
+            eprintln!("ferry: {problem}");
+            return exit_code::USAGE;
+        }
+    };
+    let answer =
+        QmpClient::connect(&args.socket).and_then(|mut client| client.execute(&command, arguments));
+    match answer {
+        Ok(value) => {
+            println!("{value:#}");
+            exit_code::OK
+        }
+        // A VMM that has been told to quit may be gone before its answer is read.
+        Err(ClientError::Lost(_)) if command == "quit" => exit_code::OK,
+        Err(error) => {
+            eprintln!("ferry: {}", chain(&error));
+            exit_code::GUEST_FAILED
+        }
+    }
+}
+
+/// Short words, or a QMP command and its arguments.
+fn translate(words: &[String]) -> Result<(String, Value), String> {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let request = |command: &str, arguments| Ok((command.to_owned(), arguments));
+    match words.as_slice() {
+        ["status"] => request("query-status", json!({})),
+        ["migration"] => request("query-migrate", json!({})),
+        ["cancel"] => request("migrate_cancel", json!({})),
+        ["cont", "--force"] => request("cont", json!({"force": true})),
+        [command] => request(command, json!({})),
+        [command, arguments] => match serde_json::from_str(arguments) {
+            Ok(arguments @ Value::Object(_)) => request(command, arguments),
+            _ => Err(format!("{arguments:?} is not a JSON object with the command's arguments")),
+        },
+        _ => Err("expected a command and at most one JSON object".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_words_and_raw_commands_are_understood() {
+        let of = |words: &[&str]| {
+            translate(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["status"]).unwrap().0, "query-status");
+        assert_eq!(of(&["cont", "--force"]).unwrap().1, json!({"force": true}));
+        assert_eq!(of(&["migrate", r#"{"uri":"tcp:h:1"}"#]).unwrap().1["uri"], "tcp:h:1");
+        assert!(of(&["migrate", "tcp:h:1"]).is_err());
+    }
+}

@@ -1,0 +1,170 @@
+//! `ferry migrate`: starts a migration behind a control socket and shows how it goes.
+
+use super::{ClientError, QmpClient};
+use crate::cli::MigrateArgs;
+use crate::error::chain;
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use signal_hook::consts::SIGINT;
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const MOVED: u8 = 0;
+const FAILED: u8 = 1;
+const UNKNOWN: u8 = 4;
+/// Between two looks at the migration.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// Moves the guest; returns the exit code.
+pub fn run(args: &MigrateArgs) -> u8 {
+    let cancelled = Arc::new(AtomicBool::new(false));
+    if let Err(error) = signal_hook::flag::register(SIGINT, cancelled.clone()) {
+        eprintln!("ferry: Ctrl-C will not cancel: {error}");
+    }
+    let mut client = match QmpClient::connect(&args.socket) {
+        Ok(client) => client,
+        Err(error) => {
+            eprintln!("ferry: {}", chain(&error));
+            return FAILED;
+        }
+    };
+    if let Err(error) = start(&mut client, args) {
+        eprintln!("ferry: {}", chain(&error));
+        return FAILED;
+    }
+    let end = follow(&mut client, args.json, &cancelled);
+    let code = report(&end, args.json);
+    if code == MOVED && !args.keep_source {
+        // The source may be gone before its answer is read.
+        match client.execute("quit", json!({})) {
+            Ok(_) | Err(ClientError::Lost(_)) => {}
+            Err(error) => eprintln!("ferry: the source does not quit: {}", chain(&error)),
+        }
+    }
+    code
+}
+
+fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> {
+    let mut parameters = json!({});
+    if let Some(limit) = args.downtime_limit {
+        parameters["downtime-limit"] = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).into();
+    }
+    if let Some(rate) = args.max_bandwidth {
+        parameters["max-bandwidth"] = rate.into();
+    }
+    client.execute("migrate-set-parameters", parameters)?;
+    client.execute("migrate", json!({"uri": args.address.to_string()})).map(drop)
+}
+
+/// Looks until the migration has ended; an error is a lost control socket.
+fn follow(
+    client: &mut QmpClient,
+    json_lines: bool,
+    cancelled: &AtomicBool,
+) -> Result<Value, ClientError> {
+    let bar = (!json_lines && std::io::stderr().is_terminal()).then(progress_bar);
+    let mut last_line = Value::Null;
+    loop {
+        if cancelled.swap(false, Ordering::SeqCst) {
+            client.execute("migrate_cancel", json!({}))?;
+        }
+        let info = client.execute("query-migrate", json!({}))?;
+        let status = info["status"].as_str().unwrap_or("none");
+        if matches!(status, "completed" | "failed" | "cancelled") {
+            if let Some(bar) = &bar {
+                bar.finish_and_clear();
+            }
+            return Ok(info);
+        }
+        if let Some(bar) = &bar {
+            show(bar, &info);
+        } else if json_lines {
+            let line = json!([info["status"], info["ram"]["dirty-sync-count"]]);
+            if line != last_line {
+                println!("{info}");
+                last_line = line;
+            }
+        }
+        // QMP has no command that waits; events would need a second connection to be told apart.
+        std::thread::sleep(INTERVAL);
+    }
+}
+
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::new(1);
+    let style = ProgressStyle::with_template("{bar:30} {percent:>3}% {msg}");
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn show(bar: &ProgressBar, info: &Value) {
+    let ram = &info["ram"];
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let (total, remaining) = (number(&ram["total"]), number(&ram["remaining"]));
+    bar.set_length(total.max(1));
+    bar.set_position(total.saturating_sub(remaining));
+    let expected = info["expected-downtime"].as_u64().map_or("?".into(), |ms| ms.to_string());
+    bar.set_message(format!(
+        "round {} · sent {} · remaining {} · {:.1} Gb/s · dirty {}/s · expected downtime {expected} ms",
+        number(&ram["dirty-sync-count"]),
+        HumanBytes(number(&ram["transferred"])),
+        HumanBytes(remaining),
+        ram["mbps"].as_f64().unwrap_or(0.0) / 1000.0,
+        HumanBytes(number(&ram["dirty-pages-rate"]) * 4096),
+    ));
+}
+
+fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
+    let info = match end {
+        Ok(info) => info,
+        Err(error) => {
+            eprintln!(
+                "ferry: {} before the migration ended: look at both sides before you run the guest",
+                chain(error)
+            );
+            return UNKNOWN;
+        }
+    };
+    if json_lines {
+        println!("{info}");
+    }
+    let error = info["error-desc"].as_str().unwrap_or("no reason given");
+    match info["status"].as_str() {
+        Some("completed") => {
+            if !json_lines {
+                println!("{}", summary(info));
+            }
+            MOVED
+        }
+        Some("cancelled") => {
+            eprintln!("ferry: cancelled; the guest runs on at the source");
+            FAILED
+        }
+        _ if info["x-outcome"] == "unknown" => {
+            eprintln!("ferry: outcome unknown: {error}");
+            eprintln!(
+                "ferry: if it does not run there, resume it here: ferry ctl SOCKET cont --force"
+            );
+            UNKNOWN
+        }
+        _ => {
+            eprintln!("ferry: migration failed: {error}");
+            FAILED
+        }
+    }
+}
+
+/// One line for people.
+fn summary(info: &Value) -> String {
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
+    let sent = number(&ram["transferred"]);
+    format!(
+        "migrated in {total_ms} ms, downtime {:.2} ms, {} sent in {} rounds ({:.2} GB/s)",
+        number(&info["x-downtime-us"]) as f64 / 1000.0,
+        HumanBytes(sent),
+        number(&ram["dirty-sync-count"]),
+        sent as f64 / 1e6 / total_ms.max(1) as f64,
+    )
+}

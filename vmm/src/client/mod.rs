@@ -1,0 +1,89 @@
+//! The other end of a control socket: a blocking QMP client.
+
+pub mod ctl;
+pub mod migrate;
+
+use serde_json::{Value, json};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A control socket that cannot be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("cannot connect to control socket {path}: is a ferry running with --qmp unix:{path}?")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the control socket was closed")]
+    Lost(#[source] io::Error),
+    /// Not QMP.
+    #[error("the control socket does not speak QMP: {0:?}")]
+    NotQmp(String),
+    /// The command failed; QMP's words.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// A connection that has negotiated.
+pub struct QmpClient {
+    stream: BufReader<UnixStream>,
+}
+
+impl QmpClient {
+    /// Connects to `path`, with or without `unix:` before it.
+    pub fn connect(path: &str) -> Result<Self, ClientError> {
+        let path = path.strip_prefix("unix:").unwrap_or(path);
+        let connect = || {
+            let stream = UnixStream::connect(path)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            stream.set_write_timeout(Some(PATIENCE))?;
+            Ok(stream)
+        };
+        let stream =
+            connect().map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+        let mut client = Self { stream: BufReader::new(stream) };
+        let greeting = client.read()?;
+        if greeting.get("QMP").is_none() {
+            return Err(ClientError::NotQmp(greeting.to_string()));
+        }
+        client.execute("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
+    fn read(&mut self) -> Result<Value, ClientError> {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line) {
+            Ok(0) => Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => serde_json::from_str(&line).map_err(|_| ClientError::NotQmp(line)),
+            Err(error) => Err(ClientError::Lost(error)),
+        }
+    }
+
+    /// Asks and waits for the answer; events that come before it are passed over.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        let request = json!({"execute": command, "arguments": arguments});
+        let mut line = request.to_string();
+        line.push('\n');
+        self.stream.get_mut().write_all(line.as_bytes()).map_err(ClientError::Lost)?;
+        loop {
+            let mut answer = self.read()?;
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = answer.get("error") {
+                let desc = error.get("desc").and_then(Value::as_str).unwrap_or("unknown error");
+                return Err(ClientError::Refused(desc.to_owned()));
+            }
+        }
+    }
+}

@@ -1,0 +1,432 @@
+//! What a user can ask for, from the command line, a TOML file or both; checked in one place.
+
+use migration::transport::Address;
+use serde::{Deserialize, Deserializer, de::Error};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Least RAM of a guest: its kernel starts at 1 MiB.
+const MIN_MEMORY: u64 = 4 << 20;
+
+/// A size such as `512M`, `1G` or `64K`; a plain number is MiB for memory and bytes for rates.
+pub fn parse_size(text: &str, plain_unit: u64) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => plain_unit,
+        "B" => 1,
+        "K" | "KB" | "KIB" => 1 << 10,
+        "M" | "MB" | "MIB" => 1 << 20,
+        "G" | "GB" | "GIB" => 1 << 30,
+        "T" | "TB" | "TIB" => 1 << 40,
+        other => return Err(format!("unknown unit {other:?} in {text:?}")),
+    };
+    let number: u64 =
+        digits.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 1G"))?;
+    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// Memory: a plain number is MiB, as for QEMU.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    parse_size(text, 1 << 20)
+}
+
+/// A rate in bytes per second.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    parse_size(text, 1)
+}
+
+/// A duration such as `20ms`, `30s` or `2m`; a plain number is seconds.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: f64 = digits
+        .parse()
+        .ok()
+        .filter(|number: &f64| number.is_finite() && *number >= 0.0)
+        .ok_or_else(|| format!("{text:?} is not a duration such as 20ms or 30s"))?;
+    let seconds = match &text[digits.len()..] {
+        "us" => number / 1e6,
+        "ms" => number / 1e3,
+        "" | "s" => number,
+        "m" | "min" => number * 60.0,
+        "h" => number * 3600.0,
+        other => return Err(format!("unknown unit {other:?} in {text:?}")),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text:?} is too long"))
+}
+
+/// Where COM1 goes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum SerialConfig {
+    /// Standard input and output.
+    #[default]
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Output to a file.
+    File(PathBuf),
+    /// A Unix socket that a client may connect to.
+    Socket(PathBuf),
+}
+
+impl FromStr for SerialConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(format!("{text:?}: expected stdio, null, file=PATH or socket=PATH")),
+        }
+    }
+}
+
+/// A control socket, `unix:PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SocketPath(pub PathBuf);
+
+impl FromStr for SocketPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => Ok(Self(path.into())),
+            _ => Err(format!("{text:?}: expected unix:PATH")),
+        }
+    }
+}
+
+/// A disk: `path=…,id=…,format=raw,readonly=on`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The image.
+    pub path: PathBuf,
+    /// Its name; `disk0`, `disk1`… if not given.
+    pub id: Option<String>,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut path, mut id, mut read_only) = (None, None, false);
+        for pair in text.split(',') {
+            match pair.split_once('=') {
+                Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
+                Some(("id", value)) => id = Some(value.to_owned()),
+                Some(("format", "raw")) => {}
+                Some(("format", other)) => {
+                    return Err(format!("format {other:?}: only raw images are supported"));
+                }
+                Some(("readonly", "on")) => read_only = true,
+                Some(("readonly", "off")) => read_only = false,
+                _ => {
+                    let keys = "path=PATH[,id=ID][,format=raw][,readonly=on|off]";
+                    return Err(format!("{pair:?} in {text:?}: expected {keys}"));
+                }
+            }
+        }
+        let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
+        Ok(Self { path, id, read_only })
+    }
+}
+
+/// Whether `id` can name a disk: no path tricks, and short enough for get-id users to tell apart.
+fn is_id(id: &str) -> bool {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
+}
+
+/// A disk of an arriving guest: `ID=PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiveDisk {
+    /// Its name at the source.
+    pub id: String,
+    /// The image here.
+    pub path: PathBuf,
+}
+
+impl FromStr for ReceiveDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((id, path)) if is_id(id) && !path.is_empty() => {
+                Ok(Self { id: id.to_owned(), path: path.into() })
+            }
+            _ => Err(format!("{text:?}: expected ID=PATH")),
+        }
+    }
+}
+
+/// What `ferry run` and `ferry receive` have in common.
+#[derive(Debug, Clone, Default)]
+pub struct HostConfig {
+    /// Where COM1 goes.
+    pub serial: SerialConfig,
+    /// The control socket.
+    pub qmp: Option<SocketPath>,
+    /// End after this long.
+    pub timeout: Option<Duration>,
+    /// End well when serial output matches.
+    pub expect: Option<String>,
+}
+
+/// A guest to boot.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Disks, each with its name.
+    pub disks: Vec<(String, DiskConfig)>,
+    /// The guest's name.
+    pub name: Option<String>,
+    /// This process.
+    pub host: HostConfig,
+}
+
+/// A guest to wait for.
+#[derive(Debug, Clone)]
+pub struct ReceiveConfig {
+    /// Where to listen.
+    pub address: Address,
+    /// Images of its disks.
+    pub disks: Vec<ReceiveDisk>,
+    /// Do not run it when it has arrived.
+    pub paused: bool,
+    /// Kernel to boot if the guest asks for a reset.
+    pub kernel: Option<PathBuf>,
+    /// This process.
+    pub host: HostConfig,
+}
+
+fn from_text<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map(Some).map_err(D::Error::custom)
+}
+
+fn disks_from_text<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<DiskConfig>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+}
+
+/// Options of `ferry run` as they were given, on the command line or in a file, under the same names.
+#[derive(Debug, Clone, Default, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunOptions {
+    /// Kernel to boot: a 64-bit ELF, PVH or vmlinux
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Guest memory [default: 128M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+    /// Number of vCPUs, 1 to 8 [default: 1]
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// A disk: path=PATH[,id=ID][,format=raw][,readonly=on]
+    #[arg(long = "disk", value_name = "path=PATH,…")]
+    #[serde(deserialize_with = "disks_from_text")]
+    pub disk: Vec<DiskConfig>,
+    /// The guest's name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Options for this process.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub host: HostOptions,
+}
+
+/// Options of a process that runs a guest.
+#[derive(Debug, Clone, Default, Deserialize, clap::Args)]
+#[serde(default)]
+pub struct HostOptions {
+    /// Where COM1 goes: stdio, null, file=PATH or socket=PATH [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    #[serde(deserialize_with = "from_text")]
+    pub serial: Option<SerialConfig>,
+    /// Control socket
+    #[arg(long, value_name = "unix:PATH")]
+    #[serde(deserialize_with = "from_text")]
+    pub qmp: Option<SocketPath>,
+    /// End with exit code 124 after this long, e.g. 30s
+    #[arg(long, value_name = "DURATION")]
+    pub timeout: Option<String>,
+    /// End with exit code 0 as soon as serial output matches
+    #[arg(long, value_name = "REGEX")]
+    pub expect: Option<String>,
+}
+
+impl RunOptions {
+    /// These options, and `file`'s where these are silent.
+    pub fn over(self, file: Self) -> Self {
+        let disk = if self.disk.is_empty() { file.disk } else { self.disk };
+        Self {
+            kernel: self.kernel.or(file.kernel),
+            cmdline: self.cmdline.or(file.cmdline),
+            memory: self.memory.or(file.memory),
+            cpus: self.cpus.or(file.cpus),
+            disk,
+            name: self.name.or(file.name),
+            host: HostOptions {
+                serial: self.host.serial.or(file.host.serial),
+                qmp: self.host.qmp.or(file.host.qmp),
+                timeout: self.host.timeout.or(file.host.timeout),
+                expect: self.host.expect.or(file.host.expect),
+            },
+        }
+    }
+
+    /// Checks all; every problem is reported, by option name.
+    pub fn validate(self) -> Result<RunConfig, Vec<String>> {
+        let mut problems = Vec::new();
+        let memory_bytes = match parse_memory(self.memory.as_deref().unwrap_or("128M")) {
+            Ok(bytes) if bytes < MIN_MEMORY => {
+                problems.push(format!("--memory: {bytes} bytes are too little, at least 4M"));
+                MIN_MEMORY
+            }
+            Ok(bytes) => bytes,
+            Err(error) => {
+                problems.push(format!("--memory: {error}"));
+                MIN_MEMORY
+            }
+        };
+        if let Err(error) = devices::ram::RamLayout::for_size(memory_bytes) {
+            problems.push(format!("--memory: {error}"));
+        }
+        let cpus = self.cpus.unwrap_or(1);
+        if !(1..=crate::machine::description::MAX_CPUS).contains(&cpus) {
+            problems.push(format!("--cpus: {cpus} is not in 1 to 8"));
+        }
+        if self.kernel.is_none() {
+            problems.push("--kernel: give the kernel to boot".into());
+        }
+        let most = crate::machine::description::MAX_DISKS;
+        if self.disk.len() > most {
+            problems.push(format!("--disk: at most {most} disks"));
+        }
+        let mut disks: Vec<(String, DiskConfig)> = Vec::new();
+        for (index, disk) in self.disk.into_iter().enumerate() {
+            let id = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+            if !is_id(&id) {
+                problems.push(format!("--disk: id {id:?} may have letters, digits, _ - ."));
+            }
+            if disks.iter().any(|(other, _)| *other == id) {
+                problems.push(format!("--disk: id {id:?} is given twice"));
+            }
+            disks.push((id, disk));
+        }
+        let host = self.host.validate(&mut problems);
+        match self.kernel {
+            Some(kernel) if problems.is_empty() => Ok(RunConfig {
+                kernel,
+                cmdline: self.cmdline.unwrap_or_default(),
+                memory_bytes,
+                cpus,
+                disks,
+                name: self.name,
+                host,
+            }),
+            _ => Err(problems),
+        }
+    }
+}
+
+impl HostOptions {
+    /// Checks all; adds every problem to `problems`.
+    pub fn validate(self, problems: &mut Vec<String>) -> HostConfig {
+        let timeout = self.timeout.and_then(|text| match parse_duration(&text) {
+            Ok(duration) => Some(duration),
+            Err(error) => {
+                problems.push(format!("--timeout: {error}"));
+                None
+            }
+        });
+        if let Some(Err(error)) = self.expect.as_deref().map(regex::bytes::Regex::new) {
+            problems.push(format!("--expect: {error}"));
+        }
+        HostConfig {
+            serial: self.serial.unwrap_or_default(),
+            qmp: self.qmp,
+            timeout,
+            expect: self.expect,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_durations_are_read_as_people_write_them() {
+        assert_eq!(parse_memory("512M"), Ok(512 << 20));
+        assert_eq!(parse_memory("128"), Ok(128 << 20));
+        assert_eq!(parse_rate("1G"), Ok(1 << 30));
+        assert_eq!(parse_duration("20ms"), Ok(Duration::from_millis(20)));
+        assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
+        for bad in ["", "M", "12Q", "-1", "99999999999T"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "s", "-1s", "5y", "inf"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once_by_option() {
+        let options = RunOptions {
+            memory: Some("3K".into()),
+            cpus: Some(9),
+            disk: vec!["path=a,id=x".parse().unwrap(), "path=b,id=x".parse().unwrap()],
+            host: HostOptions { expect: Some("(".into()), ..Default::default() },
+            ..Default::default()
+        };
+        let problems = options.validate().unwrap_err().join("\n");
+        for option in ["--memory", "--cpus", "--kernel", "--disk", "--expect"] {
+            assert!(problems.contains(option), "{problems} lacks {option}");
+        }
+    }
+
+    #[test]
+    fn disks_and_consoles_are_read_and_tricks_refused() {
+        let disk: DiskConfig = "path=/a,id=root,format=raw,readonly=on".parse().unwrap();
+        assert_eq!((disk.id.as_deref(), disk.read_only), (Some("root"), true));
+        for bad in ["", "id=x", "path=/a,format=qcow2", "path=/a,size=3", "path=/a,readonly=maybe"]
+        {
+            assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");
+        }
+        assert!("../x=/tmp/a".parse::<ReceiveDisk>().is_err());
+        assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
+        assert!("tty".parse::<SerialConfig>().is_err());
+    }
+
+    #[test]
+    fn a_file_has_the_options_names_and_the_command_line_wins() {
+        let file: RunOptions = toml::from_str(
+            "kernel = \"k\"\nmemory = \"1G\"\nserial = \"null\"\ndisk = [\"path=d\"]",
+        )
+        .unwrap();
+        let options = RunOptions { memory: Some("2G".into()), ..Default::default() };
+        let config = options.over(file).validate().unwrap();
+        assert_eq!((config.memory_bytes, config.host.serial), (2 << 30, SerialConfig::Null));
+        assert_eq!(config.disks[0].0, "disk0");
+        assert!(toml::from_str::<RunOptions>("colour = \"red\"").is_err());
+    }
+}

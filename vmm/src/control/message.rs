@@ -1,0 +1,250 @@
+//! QMP's messages: requests cut out of a stream of JSON values, and the lines that answer them.
+
+use serde::de::{self, MapAccess, Visitor};
+use serde_json::{Map, Value, json};
+use std::fmt;
+
+/// Longest request.
+pub const MAX_REQUEST_BYTES: usize = 1 << 20;
+
+/// An error as QMP tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QmpError {
+    /// `GenericError`, `CommandNotFound`…
+    pub class: &'static str,
+    /// For people.
+    pub desc: String,
+}
+
+impl QmpError {
+    /// A `GenericError`.
+    pub fn generic(desc: impl Into<String>) -> Self {
+        Self { class: "GenericError", desc: desc.into() }
+    }
+
+    /// A `CommandNotFound`.
+    pub fn not_found(desc: impl Into<String>) -> Self {
+        Self { class: "CommandNotFound", desc: desc.into() }
+    }
+}
+
+/// A request, not yet understood.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The command's name.
+    pub execute: String,
+    /// Its arguments.
+    pub arguments: Map<String, Value>,
+    /// Echoed in the answer.
+    pub id: Option<Value>,
+}
+
+/// What is wrong with a piece of input, with the id if one could be read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BadRequest {
+    /// Echoed in the answer.
+    pub id: Option<Value>,
+    /// What is wrong.
+    pub error: QmpError,
+    /// Whether nothing sensible can follow.
+    pub fatal: bool,
+}
+
+/// Cuts requests out of bytes as they come. Requests need no newline between them, so values are found
+/// by their brackets.
+#[derive(Debug, Default)]
+pub struct Framer {
+    bytes: Vec<u8>,
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+}
+
+impl Framer {
+    /// Adds bytes; returns the values that they complete.
+    pub fn push(&mut self, bytes: &[u8]) -> Vec<Result<Request, BadRequest>> {
+        let mut found = Vec::new();
+        for byte in bytes {
+            if self.bytes.is_empty() && byte.is_ascii_whitespace() {
+                continue;
+            }
+            self.bytes.push(*byte);
+            if self.ends_value(*byte) {
+                let value = std::mem::take(self).bytes;
+                found.push(parse(&value));
+            } else if self.bytes.len() > MAX_REQUEST_BYTES {
+                *self = Self::default();
+                let desc = format!("request is longer than {MAX_REQUEST_BYTES} bytes");
+                let error = QmpError::generic(desc);
+                found.push(Err(BadRequest { id: None, error, fatal: true }));
+                break;
+            }
+        }
+        found
+    }
+
+    /// Whether `byte`, just added, ends a value: a closed bracket, or a line that opened none.
+    fn ends_value(&mut self, byte: u8) -> bool {
+        if self.in_string {
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' => self.escaped = true,
+                b'"' => self.in_string = false,
+                _ => {}
+            }
+            return false;
+        }
+        match byte {
+            b'"' => self.in_string = true,
+            b'{' | b'[' => self.depth += 1,
+            b'}' | b']' => {
+                self.depth = self.depth.saturating_sub(1);
+                return self.depth == 0;
+            }
+            b'\n' => return self.depth == 0,
+            _ => {}
+        }
+        false
+    }
+}
+
+/// An object that refuses a key given twice, which `serde_json` would let pass.
+struct Unique(Map<String, Value>);
+
+impl<'de> de::Deserialize<'de> for Unique {
+    fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Keys;
+        impl<'de> Visitor<'de> for Keys {
+            type Value = Unique;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unique, A::Error> {
+                let mut object = Map::new();
+                while let Some((key, value)) = map.next_entry::<String, Value>()? {
+                    if object.insert(key.clone(), value).is_some() {
+                        return Err(de::Error::custom(format!("key {key:?} is there twice")));
+                    }
+                }
+                Ok(Unique(object))
+            }
+        }
+        deserializer.deserialize_map(Keys)
+    }
+}
+
+fn parse(bytes: &[u8]) -> Result<Request, BadRequest> {
+    let bad = |id: Option<&Value>, desc: String| {
+        Err(BadRequest { id: id.cloned(), error: QmpError::generic(desc), fatal: false })
+    };
+    let mut object = match serde_json::from_slice::<Unique>(bytes) {
+        Ok(Unique(object)) => object,
+        Err(error) => return bad(None, format!("Invalid JSON syntax: {error}")),
+    };
+    let id = object.remove("id");
+    if object.contains_key("exec-oob") {
+        return bad(id.as_ref(), "QMP input member 'exec-oob' is unexpected".into());
+    }
+    let execute = match object.remove("execute") {
+        Some(Value::String(name)) => name,
+        Some(_) => return bad(id.as_ref(), "QMP input member 'execute' must be a string".into()),
+        None => return bad(id.as_ref(), "QMP input lacks member 'execute'".into()),
+    };
+    let arguments = match object.remove("arguments") {
+        None => Map::new(),
+        Some(Value::Object(arguments)) => arguments,
+        Some(_) => {
+            return bad(id.as_ref(), "QMP input member 'arguments' must be an object".into());
+        }
+    };
+    if let Some(key) = object.keys().next() {
+        return bad(id.as_ref(), format!("QMP input member '{key}' is unexpected"));
+    }
+    Ok(Request { execute, arguments, id })
+}
+
+/// One message, as one line.
+pub fn line(value: &Value) -> Vec<u8> {
+    let mut bytes = value.to_string().into_bytes();
+    bytes.extend_from_slice(b"\r\n");
+    bytes
+}
+
+/// The greeting.
+pub fn greeting() -> Value {
+    json!({"QMP": {"version": version(), "capabilities": []}})
+}
+
+/// What `query-version` answers. The numbers are Ferry's own.
+pub fn version() -> Value {
+    let number = |text: &str| text.parse::<u32>().unwrap_or(0);
+    json!({
+        "qemu": {
+            "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
+            "minor": number(env!("CARGO_PKG_VERSION_MINOR")),
+            "micro": number(env!("CARGO_PKG_VERSION_PATCH")),
+        },
+        "package": concat!("ferry-", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+/// An answer.
+pub fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
+    let mut answer = match result {
+        Ok(value) => json!({"return": value}),
+        Err(error) => json!({"error": {"class": error.class, "desc": error.desc}}),
+    };
+    if let Some(id) = id {
+        answer["id"] = id;
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn requests_need_no_newline_and_may_come_in_pieces() {
+        let mut framer = Framer::default();
+        assert!(framer.push(br#"{"execute":"a","argu"#).is_empty());
+        let found = framer.push(br#"ments":{"x":"}{"},"id":1}{"execute":"b"}"#);
+        let names: Vec<_> = found.iter().map(|r| r.as_ref().unwrap().execute.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(found[0].as_ref().unwrap().id, Some(json!(1)));
+    }
+
+    #[test]
+    fn what_is_no_request_is_answered_with_an_error() {
+        for bad in [
+            "[1]",
+            "garbage\n",
+            r#"{"execute":1}"#,
+            "{}",
+            r#"{"execute":"a","x":1}"#,
+            r#"{"execute":"a","execute":"b"}"#,
+            r#"{"exec-oob":"a"}"#,
+            "}",
+        ] {
+            let found = Framer::default().push(bad.as_bytes());
+            assert!(matches!(found.as_slice(), [Err(_)]), "{bad}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn an_endless_request_is_cut_off() {
+        let mut framer = Framer::default();
+        let found = framer.push(&vec![b'['; MAX_REQUEST_BYTES + 10]);
+        assert!(matches!(found.as_slice(), [Err(BadRequest { fatal: true, .. })]));
+        assert!(framer.bytes.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_in_any_pieces_are_survived(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..9)) {
+            let mut framer = Framer::default();
+            for piece in pieces { let _ = framer.push(&piece); }
+        }
+    }
+}

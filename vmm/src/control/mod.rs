@@ -1,0 +1,377 @@
+//! The control socket: clients, negotiation, answers and events. Non-blocking and driven by file
+//! descriptors; the supervisor's event loop owns it.
+
+pub mod command;
+pub mod message;
+
+use command::Command;
+use message::{Framer, QmpError, greeting, line, reply};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Answers and events that a client may leave unread before it is dropped.
+const MAX_UNREAD_BYTES: usize = 4 << 20;
+const MAX_CLIENTS: usize = 16;
+
+/// A control socket that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Another process listens there.
+    #[error("control socket {path} is in use by another process: choose another path")]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something else is there.
+    #[error("{path} exists and is not a socket: choose another path")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The host refuses.
+    #[error("cannot listen on control socket {path}")]
+    Listen {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Something that clients are told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    name: &'static str,
+    data: Option<Value>,
+}
+
+impl Event {
+    /// An event without data.
+    pub fn plain(name: &'static str) -> Self {
+        Self { name, data: None }
+    }
+
+    /// `SHUTDOWN` or `RESET`, by the guest or not, and why.
+    pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
+        Self { name, data: Some(json!({"guest": guest, "reason": reason})) }
+    }
+
+    /// `MIGRATION`.
+    pub fn migration(status: &str) -> Self {
+        Self { name: "MIGRATION", data: Some(json!({"status": status})) }
+    }
+
+    /// `MIGRATION_PASS`.
+    pub fn pass(number: u64) -> Self {
+        Self { name: "MIGRATION_PASS", data: Some(json!({"pass": number})) }
+    }
+
+    fn to_json(&self) -> Value {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut event = json!({
+            "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
+            "event": self.name,
+        });
+        if let Some(data) = &self.data {
+            event["data"] = data.clone();
+        }
+        event
+    }
+}
+
+/// Names a client; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ClientId(pub u32);
+
+/// A request to answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Incoming {
+    /// Who asks.
+    pub client: ClientId,
+    /// To be echoed.
+    pub id: Option<Value>,
+    /// What is asked.
+    pub command: Command,
+}
+
+struct Client {
+    stream: UnixStream,
+    framer: Framer,
+    negotiated: bool,
+    unsent: Vec<u8>,
+    closing: bool,
+}
+
+/// The listening socket and its clients.
+pub struct ControlServer {
+    listener: UnixListener,
+    path: PathBuf,
+    clients: BTreeMap<ClientId, Client>,
+    next_id: u32,
+}
+
+impl ControlServer {
+    /// Listens at `path`, for this user only. A socket that a dead process left behind is replaced.
+    pub fn bind(path: &Path) -> Result<Self, ControlError> {
+        let path = path.to_owned();
+        if let Ok(metadata) = std::fs::symlink_metadata(&path) {
+            if !metadata.file_type().is_socket() {
+                return Err(ControlError::NotASocket { path });
+            }
+            match UnixStream::connect(&path) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    // If it cannot be removed, the bind below says why.
+                    let _ = std::fs::remove_file(&path);
+                }
+                _ => return Err(ControlError::InUse { path }),
+            }
+        }
+        let listen = || {
+            let listener = UnixListener::bind(&path)?;
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        match listen() {
+            Ok(listener) => Ok(Self { listener, path, clients: BTreeMap::new(), next_id: 0 }),
+            Err(source) => Err(ControlError::Listen { path, source }),
+        }
+    }
+
+    /// Readable when a client waits.
+    pub fn fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+
+    /// Takes one waiting client and greets it.
+    pub fn accept(&mut self) -> io::Result<Option<ClientId>> {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if self.clients.len() >= MAX_CLIENTS {
+            log::warn!("control client refused: {MAX_CLIENTS} are connected");
+            return Ok(None);
+        }
+        stream.set_nonblocking(true)?;
+        let id = ClientId(self.next_id);
+        self.next_id += 1;
+        let client = Client {
+            stream,
+            framer: Framer::default(),
+            negotiated: false,
+            unsent: Vec::new(),
+            closing: false,
+        };
+        self.clients.insert(id, client);
+        self.send(id, &greeting());
+        Ok(Some(id))
+    }
+
+    /// The client's descriptor, while it is connected.
+    pub fn client_fd(&self, id: ClientId) -> Option<RawFd> {
+        self.clients.get(&id).map(|client| client.stream.as_raw_fd())
+    }
+
+    /// Whether to wait until the client can be written to.
+    pub fn wants_write(&self, id: ClientId) -> bool {
+        self.clients.get(&id).is_some_and(|client| !client.unsent.is_empty())
+    }
+
+    /// Reads what there is. Requests come back; what is wrong is answered here.
+    pub fn on_readable(&mut self, id: ClientId) -> Vec<Incoming> {
+        let mut requests = Vec::new();
+        let mut buffer = [0; 16 << 10];
+        // One buffer at a time: a client that never stops sending must not keep the others waiting.
+        let Some(client) = self.clients.get_mut(&id) else { return requests };
+        let found = match client.stream.read(&mut buffer) {
+            Ok(0) => {
+                self.clients.remove(&id);
+                return requests;
+            }
+            Ok(count) => client.framer.push(&buffer[..count]),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+            {
+                return requests;
+            }
+            Err(_) => {
+                self.clients.remove(&id);
+                return requests;
+            }
+        };
+        for request in found {
+            match request {
+                Err(bad) => {
+                    self.reply(id, bad.id, Err(bad.error));
+                    if bad.fatal {
+                        self.close_when_sent(id);
+                    }
+                }
+                Ok(request) => match self.understand(id, &request) {
+                    Ok(Some(command)) => {
+                        requests.push(Incoming { client: id, id: request.id, command });
+                    }
+                    Ok(None) => self.reply(id, request.id, Ok(json!({}))),
+                    Err(error) => self.reply(id, request.id, Err(error)),
+                },
+            }
+        }
+        requests
+    }
+
+    /// `None` for the negotiation itself.
+    fn understand(
+        &mut self,
+        id: ClientId,
+        request: &message::Request,
+    ) -> Result<Option<Command>, QmpError> {
+        let Some(client) = self.clients.get_mut(&id) else { return Ok(None) };
+        match (request.execute.as_str(), client.negotiated) {
+            ("qmp_capabilities", false) => {
+                client.negotiated = true;
+                Ok(None)
+            }
+            ("qmp_capabilities", true) => {
+                Err(QmpError::not_found("Capabilities negotiation is already complete"))
+            }
+            (_, false) => Err(QmpError::not_found(
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+            )),
+            (_, true) => Command::parse(request).map(Some),
+        }
+    }
+
+    /// Answers a request.
+    pub fn reply(&mut self, client: ClientId, id: Option<Value>, result: Result<Value, QmpError>) {
+        self.send(client, &reply(id, result));
+    }
+
+    /// Tells every client that has negotiated.
+    pub fn broadcast(&mut self, event: &Event) {
+        let event = event.to_json();
+        let listening = self.clients.iter().filter(|(_, client)| client.negotiated);
+        for id in listening.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.send(id, &event);
+        }
+    }
+
+    fn send(&mut self, id: ClientId, value: &Value) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.unsent.len() > MAX_UNREAD_BYTES {
+            log::warn!("control client dropped: it does not read");
+            self.clients.remove(&id);
+            return;
+        }
+        client.unsent.extend_from_slice(&line(value));
+        self.on_writable(id);
+    }
+
+    /// Writes what there is room for.
+    pub fn on_writable(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        while !client.unsent.is_empty() {
+            match client.stream.write(&client.unsent) {
+                Ok(count) => drop(client.unsent.drain(..count)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => {
+                    self.clients.remove(&id);
+                    return;
+                }
+            }
+        }
+        if client.closing {
+            self.clients.remove(&id);
+        }
+    }
+
+    fn close_when_sent(&mut self, id: ClientId) {
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.closing = true;
+            self.on_writable(id);
+        }
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader};
+
+    fn connected() -> (tempfile::TempDir, ControlServer, BufReader<UnixStream>, ClientId) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let mut server = ControlServer::bind(&path).unwrap();
+        let mut client = BufReader::new(UnixStream::connect(&path).unwrap());
+        let id = server.accept().unwrap().unwrap();
+        assert!(read(&mut client)["QMP"]["version"].is_object());
+        (folder, server, client, id)
+    }
+
+    fn read(client: &mut BufReader<UnixStream>) -> Value {
+        let mut line = String::new();
+        client.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    #[test]
+    fn nothing_but_negotiation_comes_first_and_no_event_before_it() {
+        let (_folder, mut server, mut client, id) = connected();
+        server.broadcast(&Event::plain("STOP"));
+        client
+            .get_mut()
+            .write_all(br#"{"execute":"stop","id":1}{"execute":"qmp_capabilities"}"#)
+            .unwrap();
+        assert!(server.on_readable(id).is_empty());
+        let refused = read(&mut client);
+        assert_eq!(
+            (&refused["error"]["class"], &refused["id"]),
+            (&json!("CommandNotFound"), &json!(1))
+        );
+        assert_eq!(read(&mut client), json!({"return": {}}));
+        server.broadcast(&Event::plain("RESUME"));
+        assert_eq!(read(&mut client)["event"], "RESUME");
+        client.get_mut().write_all(br#"{"execute":"stop","id":2}"#).unwrap();
+        let incoming = server.on_readable(id);
+        assert_eq!(incoming[0].command, Command::Stop);
+    }
+
+    #[test]
+    fn a_client_that_leaves_in_the_middle_is_forgotten() {
+        let (_folder, mut server, client, id) = connected();
+        (&*client.get_ref()).write_all(br#"{"exec"#).unwrap();
+        assert!(server.on_readable(id).is_empty());
+        drop(client);
+        assert!(server.on_readable(id).is_empty());
+        assert!(server.client_fd(id).is_none());
+    }
+
+    #[test]
+    fn a_path_in_use_is_refused_and_a_stale_one_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let first = ControlServer::bind(&path).unwrap();
+        assert!(matches!(ControlServer::bind(&path), Err(ControlError::InUse { .. })));
+        drop(first);
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(ControlServer::bind(&path).is_ok(), "nobody listens on the old one");
+        let file = folder.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        assert!(matches!(ControlServer::bind(&file), Err(ControlError::NotASocket { .. })));
+    }
+}

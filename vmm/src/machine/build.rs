@@ -1,0 +1,277 @@
+//! Configuration or description -> machine, paused. The same code builds a machine that boots and one
+//! that arrives, so that both see the same hardware.
+
+use super::description::{Description, DiskDescription};
+use super::vcpus::{VcpuContext, Vcpus};
+use super::{Backends, Disk, Machine, MachineError, boot_kernel, cpu_features};
+use crate::boot::{cpu, layout};
+use crate::kvm::blob::Blob;
+use crate::kvm::cpu_state::{CpuStateLayout, effective_cpuid, set_cpuid, set_tsc_khz};
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::Vm;
+use crate::kvm::{Host, memory};
+use devices::block::BlockNode;
+use devices::bus::{Bus, BusDevice, BusError};
+use devices::irq::EventIrq;
+use devices::ram::{GuestRam, RamLayout};
+use devices::reset::{DebugExitPort, ExitSink, I8042, PowerPort};
+use devices::serial::SerialConsole;
+use devices::virtio::blk::Block;
+use devices::virtio::mmio::{MMIO_LEN, MmioTransport, NOTIFY_OFFSET};
+use kvm_bindings::kvm_cpuid_entry2;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// What a user asks of a new machine, as far as the guest can see it.
+pub struct NewMachine<'a> {
+    /// The guest's name.
+    pub name: Option<String>,
+    /// RAM size.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Kernel file.
+    pub kernel: &'a Path,
+    /// Kernel command line, without what Ferry adds.
+    pub cmdline: String,
+}
+
+impl Machine {
+    /// Builds a machine and puts it at its kernel's entry. It does not run yet and holds no permit.
+    pub fn boot(
+        host: &Host,
+        new: NewMachine<'_>,
+        backends: Backends,
+    ) -> Result<Self, MachineError> {
+        let parts = Parts::create(host, new.memory_bytes, new.cpus)?;
+        let tsc_khz = parts.first()?.tsc_khz()?;
+        let supported = host.supported_cpuid()?;
+        parts.configure_cpus(supported.as_slice(), tsc_khz)?;
+        let disks = backends.disks.iter().map(|node| describe_disk(node)).collect::<Vec<_>>();
+        let cmdline = cmdline_with_devices(&new.cmdline, disks.len());
+        boot_kernel(new.kernel, &cmdline, &parts.vm, parts.first()?)?;
+        let description = Description {
+            name: new.name,
+            memory_bytes: new.memory_bytes,
+            cpus: new.cpus,
+            cmdline: new.cmdline,
+            disks,
+            cpuid: effective_cpuid(parts.first()?)?.into_iter().map(Blob).collect(),
+            tsc_khz,
+        };
+        parts.assemble(host, description, backends)
+    }
+
+    /// Builds a machine for a guest that arrives: everything but its state. Refuses here what could
+    /// not run here.
+    pub fn arrive(
+        host: &Host,
+        description: Description,
+        backends: Backends,
+    ) -> Result<Self, MachineError> {
+        check_disks(&description.disks, &backends.disks)?;
+        let parts = Parts::create(host, description.memory_bytes, description.cpus)?;
+        let guest: Vec<_> = description.cpuid.iter().map(|entry| entry.0).collect();
+        let supported = host.supported_cpuid()?;
+        parts.configure_cpus(supported.as_slice(), description.tsc_khz)?;
+        let shown = effective_cpuid(parts.first()?)?;
+        let missing = cpu_features::missing(&guest, [supported.as_slice(), &shown]);
+        if !missing.is_empty() {
+            return Err(MachineError::CpuFeatures(missing));
+        }
+        parts.configure_cpus(&guest, description.tsc_khz)?;
+        parts.assemble(host, description, backends)
+    }
+}
+
+/// KVM's half of a machine, before threads own it.
+struct Parts {
+    vm: Arc<Vm>,
+    vcpus: Vec<Vcpu>,
+}
+
+impl Parts {
+    fn create(host: &Host, memory_bytes: u64, cpus: u8) -> Result<Self, MachineError> {
+        host.check_cpu_count(cpus.into())?;
+        let layout = RamLayout::for_size(memory_bytes)
+            .map_err(|error| MachineError::Records(error.to_string()))?;
+        let ram = memory::allocate(&layout)?;
+        let vm = Arc::new(Vm::create(host, ram, layout)?);
+        let vcpus = (0..cpus).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
+        Ok(Self { vm, vcpus })
+    }
+
+    fn first(&self) -> Result<&Vcpu, MachineError> {
+        self.vcpus.first().ok_or_else(|| MachineError::Records("a machine needs a vCPU".into()))
+    }
+
+    fn configure_cpus(&self, base: &[kvm_cpuid_entry2], tsc_khz: u32) -> Result<(), MachineError> {
+        let count = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        for vcpu in &self.vcpus {
+            set_tsc_khz(vcpu, tsc_khz)?;
+            set_cpuid(vcpu, &cpu::cpuid(base, vcpu.index(), count, tsc_khz))?;
+        }
+        Ok(())
+    }
+
+    fn assemble(
+        self,
+        host: &Host,
+        description: Description,
+        backends: Backends,
+    ) -> Result<Machine, MachineError> {
+        let vm = self.vm;
+        let ended = Arc::new(AtomicBool::new(false));
+        let on_exit = backends.events.on_exit.clone();
+        let exits = || -> ExitSink {
+            let (ended, on_exit) = (ended.clone(), on_exit.clone());
+            Box::new(move |exit| {
+                // The vCPU that asked, and the others, run no further while the VMM reacts.
+                if !ended.swap(true, Ordering::AcqRel) {
+                    on_exit(exit);
+                }
+            })
+        };
+        let irq = irq_line(&vm, layout::COM1_GSI)?;
+        let setup = |what| move |source| MachineError::Setup { what, source };
+        let serial = SerialConsole::new(irq, backends.serial_output).map_err(setup("COM1"))?;
+        let serial = Arc::new(Mutex::new(serial));
+        let mut pio = Bus::new();
+        insert(&mut pio, layout::COM1_PORT, 8, serial.clone())?;
+        insert(&mut pio, layout::I8042_PORT, 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
+        let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
+        insert(&mut pio, layout::DEBUG_EXIT_PORT, 4, debug_exit)?;
+        insert(&mut pio, layout::POWER_PORT, 2, Arc::new(Mutex::new(PowerPort::new(exits()))))?;
+        let mut mmio = Bus::new();
+        let mut disks = Vec::with_capacity(backends.disks.len());
+        for (index, node) in backends.disks.into_iter().enumerate() {
+            disks.push(add_disk(&vm, &mut mmio, index, node)?);
+        }
+        let mut cpu_layout = CpuStateLayout::probe(host, &vm)?;
+        if let Some(first) = self.vcpus.first() {
+            cpu_layout.keep_readable(first)?;
+        }
+        let context = VcpuContext {
+            pio: Arc::new(pio),
+            mmio: Arc::new(mmio),
+            ended,
+            on_end: backends.events.on_end,
+            layout: cpu_layout,
+        };
+        let vcpus = Vcpus::start(self.vcpus, &context)?;
+        Ok(Machine {
+            vcpus,
+            disks,
+            serial,
+            description,
+            permit: None,
+            running: false,
+            arriving_clock: None,
+            vm,
+        })
+    }
+}
+
+fn insert(
+    bus: &mut Bus,
+    base: u64,
+    len: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
+) -> Result<(), MachineError> {
+    bus.insert(base, len, device).map_err(|error: BusError| MachineError::Setup {
+        what: "device bus",
+        source: io::Error::other(error),
+    })
+}
+
+fn irq_line(vm: &Vm, gsi: u32) -> Result<Arc<EventIrq>, MachineError> {
+    let irq = EventIrq::new()
+        .map_err(|source| MachineError::Setup { what: "interrupt eventfd", source })?;
+    vm.route_irq(irq.event(), gsi)?;
+    Ok(Arc::new(irq))
+}
+
+fn describe_disk(node: &BlockNode) -> DiskDescription {
+    DiskDescription {
+        id: node.id().to_owned(),
+        len_bytes: node.len_bytes(),
+        read_only: node.read_only(),
+    }
+}
+
+/// The images given here must be what the guest knows.
+fn check_disks(expected: &[DiskDescription], given: &[Arc<BlockNode>]) -> Result<(), MachineError> {
+    for (index, disk) in expected.iter().enumerate() {
+        let (id, len_bytes) = (disk.id.clone(), disk.len_bytes);
+        let Some(node) = given.get(index).filter(|node| node.id() == disk.id) else {
+            return Err(MachineError::DiskNotGiven { id, len_bytes });
+        };
+        if node.len_bytes() != len_bytes {
+            let found = node.len_bytes();
+            let reason = format!("the guest knows it with {len_bytes} bytes, here it has {found}");
+            return Err(MachineError::DiskMismatch { id, reason });
+        }
+        if node.read_only() && !disk.read_only {
+            let reason = "the guest writes it, but it is read-only here".into();
+            return Err(MachineError::DiskMismatch { id, reason });
+        }
+    }
+    Ok(())
+}
+
+fn device_address(index: usize) -> u64 {
+    layout::VIRTIO_MMIO_BASE + index as u64 * MMIO_LEN
+}
+
+fn device_gsi(index: usize) -> Result<u32, MachineError> {
+    let most = layout::VIRTIO_GSIS.len();
+    layout::VIRTIO_GSIS
+        .get(index)
+        .copied()
+        .ok_or_else(|| MachineError::Records(format!("at most {most} disks are possible")))
+}
+
+fn add_disk(
+    vm: &Vm,
+    mmio: &mut Bus,
+    index: usize,
+    node: Arc<BlockNode>,
+) -> Result<Disk, MachineError> {
+    let irq = irq_line(vm, device_gsi(index)?)?;
+    let ram: GuestRam = vm.ram().clone();
+    let transport = MmioTransport::new(ram, Box::new(Block::new(node.clone())), irq)
+        .map_err(|source| MachineError::Setup { what: "virtio-blk device", source })?;
+    let base = device_address(index);
+    for (queue, event) in (0..).zip(transport.queue_events()) {
+        vm.route_notify(event, base + NOTIFY_OFFSET, queue)?;
+    }
+    let transport = Arc::new(Mutex::new(transport));
+    insert(mmio, base, MMIO_LEN, transport.clone())?;
+    Ok(Disk { node, transport })
+}
+
+/// Kernels that find devices on the command line (`virtio_mmio.device=SIZE@BASE:IRQ`) find them there.
+fn cmdline_with_devices(cmdline: &str, disk_count: usize) -> String {
+    let mut words = vec![cmdline.to_owned()];
+    words.retain(|word| !word.is_empty());
+    for (index, gsi) in layout::VIRTIO_GSIS.iter().enumerate().take(disk_count) {
+        words.push(format!("virtio_mmio.device=4K@{:#x}:{gsi}", device_address(index)));
+    }
+    words.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_announced_on_the_command_line() {
+        assert_eq!(cmdline_with_devices("", 0), "");
+        assert_eq!(
+            cmdline_with_devices("work=disk", 2),
+            "work=disk virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17"
+        );
+    }
+}

@@ -1,0 +1,162 @@
+//! The machine description: all that makes guest-visible hardware. Written by the source, carried in
+//! the stream, validated at the destination like any other untrusted input.
+
+use crate::kvm::blob::Blob;
+use devices::ram::RamLayout;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use migration::guest::MachineDescription;
+use serde::{Deserialize, Serialize};
+
+/// Version of [`Description`] that this build writes.
+const VERSION: u16 = 1;
+/// Most vCPUs of a machine.
+pub const MAX_CPUS: u8 = 8;
+/// Most disks of a machine: one interrupt line each.
+pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
+
+/// One guest's hardware.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// The guest's name, if it has one.
+    pub name: Option<String>,
+    /// RAM size.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Command line as the user gave it, for a reset at the destination.
+    pub cmdline: String,
+    /// Disks in the order of their devices.
+    pub disks: Vec<DiskDescription>,
+    /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
+    pub cpuid: Vec<Blob<kvm_cpuid_entry2>>,
+    /// Frequency of the guest's TSC in kHz.
+    pub tsc_khz: u32,
+}
+
+/// What the guest sees of a disk. Where it lies on the host is the destination's own business.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskDescription {
+    /// Names the disk on both sides.
+    pub id: String,
+    /// Size.
+    pub len_bytes: u64,
+    /// Whether the guest may write it.
+    pub read_only: bool,
+}
+
+/// A description that no machine can be built from.
+#[derive(Debug, thiserror::Error)]
+pub enum DescriptionError {
+    /// Written by a newer Ferry.
+    #[error("machine description version {found} is newer than {VERSION}, the newest known here")]
+    NewerVersion {
+        /// Version in the stream.
+        found: u16,
+    },
+    /// Not the layout that its version promises.
+    #[error("malformed machine description")]
+    Malformed(#[source] serde_json::Error),
+    /// A value out of range.
+    #[error("machine description: {0}")]
+    Invalid(String),
+}
+
+impl Description {
+    /// For the stream.
+    pub fn to_stream(&self) -> MachineDescription {
+        MachineDescription {
+            version: VERSION,
+            ram_bytes: self.memory_bytes,
+            machine: serde_json::to_value(self).expect("a description serialises"),
+        }
+    }
+
+    /// From the stream, checked.
+    pub fn from_stream(stream: &MachineDescription) -> Result<Self, DescriptionError> {
+        if stream.version > VERSION {
+            return Err(DescriptionError::NewerVersion { found: stream.version });
+        }
+        let description: Self =
+            serde_json::from_value(stream.machine.clone()).map_err(DescriptionError::Malformed)?;
+        if description.memory_bytes != stream.ram_bytes {
+            let (machine, ram) = (description.memory_bytes, stream.ram_bytes);
+            let reason = format!("memory is {machine} bytes here and {ram} bytes there");
+            return Err(DescriptionError::Invalid(reason));
+        }
+        description.validate()?;
+        Ok(description)
+    }
+
+    fn validate(&self) -> Result<(), DescriptionError> {
+        let invalid = |reason: String| Err(DescriptionError::Invalid(reason));
+        if let Err(error) = RamLayout::for_size(self.memory_bytes) {
+            return invalid(error.to_string());
+        }
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return invalid(format!("{} vCPUs (1 to {MAX_CPUS} are possible)", self.cpus));
+        }
+        if self.disks.len() > MAX_DISKS {
+            return invalid(format!("{} disks (at most {MAX_DISKS})", self.disks.len()));
+        }
+        if self.cpuid.is_empty() || self.cpuid.len() > KVM_MAX_CPUID_ENTRIES {
+            return invalid(format!("{} CPUID entries", self.cpuid.len()));
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            if self.disks[..index].iter().any(|other| other.id == disk.id) {
+                return invalid(format!("disk {:?} is there twice", disk.id));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn sample() -> Description {
+    let disk = |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false };
+    Description {
+        name: Some("vm1".into()),
+        memory_bytes: 128 << 20,
+        cpus: 2,
+        cmdline: "work=idle".into(),
+        disks: vec![disk("disk0"), disk("disk1")],
+        cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
+        tsc_khz: 2_000_000,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_survives_the_journey() {
+        let sample = sample();
+        assert_eq!(Description::from_stream(&sample.to_stream()).unwrap(), sample);
+    }
+
+    #[test]
+    fn impossible_machines_are_refused_by_name() {
+        let refuse = |change: &dyn Fn(&mut Description), expected: &str| {
+            let mut bad = sample();
+            change(&mut bad);
+            let error = Description::from_stream(&bad.to_stream()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+        };
+        refuse(&|d| d.cpus = 0, "0 vCPUs");
+        refuse(&|d| d.cpus = 200, "200 vCPUs");
+        refuse(&|d| d.memory_bytes = 1, "not a multiple");
+        refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
+        refuse(&|d| d.disks[1].id = "disk0".into(), "twice");
+        refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
+        let mut stream = sample().to_stream();
+        stream.ram_bytes = 4 << 20;
+        assert!(Description::from_stream(&stream).is_err());
+        stream.version = 2;
+        assert!(matches!(
+            Description::from_stream(&stream),
+            Err(DescriptionError::NewerVersion { found: 2 })
+        ));
+    }
+}

@@ -1,0 +1,259 @@
+//! One guest's machine: what it is made of, how it starts, stops, is saved and loaded.
+//!
+//! [`build`] makes it from a [`description`]; [`vcpus`] runs it; [`dirty`] watches its RAM;
+//! [`records`] carries its devices. The supervisor owns the one machine of a process and is the only
+//! one to call it. No vCPU runs without a [`RunPermit`].
+
+pub mod build;
+pub mod cpu_features;
+pub mod description;
+pub mod dirty;
+mod records;
+pub mod run_state;
+pub mod vcpus;
+
+use crate::boot::{self, BootError, cpu};
+use crate::kvm::KvmError;
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::Vm;
+use crate::kvm::vm_state::ClockState;
+use description::{Description, DescriptionError};
+use devices::block::BlockNode;
+use devices::reset::GuestExit;
+use devices::serial::SerialConsole;
+use devices::state::RestoreError;
+use devices::virtio::mmio::MmioTransport;
+use migration::guest::RunPermit;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vcpus::{VcpuEnd, Vcpus, VcpusError};
+
+/// Why a machine cannot be built, started, stopped or moved.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The kernel cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A vCPU thread failed.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// The description makes no sense.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// The CPU lacks what the guest was told of.
+    #[error("this host's CPU lacks features that the guest uses: {}", .0.join(", "))]
+    CpuFeatures(Vec<String>),
+    /// A disk failed.
+    #[error("disk {id}")]
+    Disk {
+        /// Which disk.
+        id: String,
+        /// What failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A disk of the description that this side was not given.
+    #[error("the guest has a disk {id:?} ({len_bytes} bytes): give its path with --disk {id}=PATH")]
+    DiskNotGiven {
+        /// Which disk.
+        id: String,
+        /// Its size.
+        len_bytes: u64,
+    },
+    /// A disk that is not the one that the guest uses.
+    #[error("disk {id}: {reason}")]
+    DiskMismatch {
+        /// Which disk.
+        id: String,
+        /// How it differs.
+        reason: String,
+    },
+    /// A device record that cannot be loaded.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The set of records does not fit the machine.
+    #[error("device records: {0}")]
+    Records(String),
+    /// An eventfd or bus range could not be set up.
+    #[error("cannot set up {what}")]
+    Setup {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A move without the right to it.
+    #[error(
+        "the guest has been handed over and may run elsewhere; if you are sure that it does not, \
+         resume it here with `ferry ctl SOCKET cont --force`"
+    )]
+    NoPermit,
+}
+
+/// Told by a device or vCPU when the guest ends or cannot go on.
+#[derive(Clone)]
+pub struct GuestEvents {
+    /// The guest asked for reset, power-off or debug-exit.
+    pub on_exit: Arc<dyn Fn(GuestExit) + Send + Sync>,
+    /// A vCPU cannot go on.
+    pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
+}
+
+/// What a machine is connected to on this host.
+pub struct Backends {
+    /// Disk images, in the order of the description; not yet locked.
+    pub disks: Vec<Arc<BlockNode>>,
+    /// Takes what the guest writes to COM1.
+    pub serial_output: Box<dyn Write + Send>,
+    /// Hears of the guest's end.
+    pub events: GuestEvents,
+}
+
+/// A virtio-blk device and the image behind it.
+pub struct Disk {
+    /// The image.
+    pub node: Arc<BlockNode>,
+    transport: Arc<Mutex<MmioTransport>>,
+}
+
+/// One guest. Field order matters: threads stop before what they use goes.
+pub struct Machine {
+    vcpus: Vcpus,
+    disks: Vec<Disk>,
+    serial: Arc<Mutex<SerialConsole>>,
+    description: Description,
+    permit: Option<RunPermit>,
+    /// Set while vCPUs run.
+    running: bool,
+    /// Clock to continue from at the next run; set by loading records.
+    arriving_clock: Option<ClockState>,
+    vm: Arc<Vm>,
+}
+
+impl Machine {
+    /// What the machine is.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Its RAM and KVM side.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Its console, for input.
+    pub fn serial(&self) -> &Arc<Mutex<SerialConsole>> {
+        &self.serial
+    }
+
+    /// Its disks.
+    pub fn disks(&self) -> &[Disk] {
+        &self.disks
+    }
+
+    /// Kernel thread ids of the vCPUs.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        self.vcpus.thread_ids()
+    }
+
+    /// Gives the machine the right to run.
+    pub fn grant(&mut self, permit: RunPermit) {
+        self.permit = Some(permit);
+    }
+
+    /// Takes the right to run; the machine must be stopped.
+    pub fn take_permit(&mut self) -> Option<RunPermit> {
+        debug_assert!(!self.running, "a running guest needs its permit");
+        self.permit.take()
+    }
+
+    /// Whether the right to run is here.
+    pub fn has_permit(&self) -> bool {
+        self.permit.is_some()
+    }
+
+    /// Takes the locks of all disks; on an error none is held.
+    pub fn lock_disks(&self) -> Result<(), MachineError> {
+        for disk in &self.disks {
+            if let Err(source) = disk.node.lock() {
+                self.unlock_disks();
+                let id = disk.node.id().to_owned();
+                return Err(MachineError::Disk { id, source: source.into() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of the locks of all disks.
+    pub fn unlock_disks(&self) {
+        for disk in &self.disks {
+            disk.node.unlock();
+        }
+    }
+
+    /// Makes what the guest wrote durable.
+    pub fn flush_disks(&self) -> Result<(), MachineError> {
+        for disk in self.disks.iter().filter(|disk| !disk.node.read_only()) {
+            disk.node.flush().map_err(|source| MachineError::Disk {
+                id: disk.node.id().to_owned(),
+                source: source.into(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Starts or resumes the guest.
+    pub fn run(&mut self) -> Result<(), MachineError> {
+        if self.permit.is_none() {
+            return Err(MachineError::NoPermit);
+        }
+        if std::mem::replace(&mut self.running, true) {
+            return Ok(());
+        }
+        if let Some(clock) = self.arriving_clock.take() {
+            clock.restore(&self.vm)?;
+        }
+        self.vcpus.notify_clock_paused()?;
+        // Devices first: a notification or interrupt that was in flight at the pause is made again.
+        lock(&self.serial).resume();
+        for disk in &self.disks {
+            lock(&disk.transport).resume();
+        }
+        self.vcpus.run()?;
+        Ok(())
+    }
+
+    /// Stops the guest: on return no vCPU executes, and no disk request is in flight.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if !std::mem::replace(&mut self.running, false) {
+            return Ok(());
+        }
+        self.vcpus.park()?;
+        for disk in &self.disks {
+            lock(&disk.transport).drain();
+        }
+        Ok(())
+    }
+
+    /// Whether vCPUs run.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+}
+
+/// A poisoned lock means that a device panicked, which is our bug; its state is still the best we have.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Puts a kernel into RAM and vCPU 0 at its entry.
+fn boot_kernel(kernel: &Path, cmdline: &str, vm: &Vm, first: &Vcpu) -> Result<(), MachineError> {
+    let entry = boot::load(kernel, cmdline, vm.ram(), vm.layout())?;
+    cpu::set_entry(first, entry, vm.ram())?;
+    Ok(())
+}

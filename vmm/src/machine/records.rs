@@ -1,0 +1,127 @@
+//! Saves and restores every device in one fixed order.
+//!
+//! Saving: devices before KVM state (a completion may raise an interrupt that the irqchip must hold),
+//! vCPUs, then irqchip and PIT, then the clock. Restoring: vCPUs (all at once, each on its thread),
+//! irqchip and PIT, devices. The clock is set last, just before the first `KVM_RUN`.
+
+use super::{Machine, MachineError, lock};
+use crate::kvm::cpu_state::VcpuState;
+use crate::kvm::vm_state::{ClockState, IrqchipState};
+use devices::serial::SerialConsole;
+use devices::state::{DeviceRecord, Persist, RestoreError};
+use devices::virtio::mmio::MmioTransport;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+const VCPU: &str = "vcpu";
+const IRQCHIP: &str = "irqchip";
+const CLOCK: &str = "clock";
+/// Version of the three records above.
+const VERSION: u16 = 1;
+
+impl Machine {
+    /// All records. Stopped only.
+    pub fn save_records(&self) -> Result<Vec<DeviceRecord>, MachineError> {
+        let mut records = vec![lock(&self.serial).save_record("")];
+        for disk in &self.disks {
+            records.push(lock(&disk.transport).save_record(disk.node.id()));
+        }
+        for (index, state) in self.vcpus.save()?.iter().enumerate() {
+            records.push(record(VCPU, &index.to_string(), state));
+        }
+        records.push(record(IRQCHIP, "", &IrqchipState::save(&self.vm)?));
+        records.push(record(CLOCK, "", &ClockState::save(&self.vm)?));
+        Ok(records)
+    }
+
+    /// Loads all records; each device must have exactly one. Before the first run only.
+    pub fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), MachineError> {
+        let mut records = Records(records);
+        let clock: ClockState = records.open(CLOCK, "")?;
+        let vcpu_states = (0..self.description.cpus)
+            .map(|index| records.open::<VcpuState>(VCPU, &index.to_string()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let irqchip: IrqchipState = records.open(IRQCHIP, "")?;
+        let here = ClockState::save(&self.vm)?;
+        let tsc_khz = self.description.tsc_khz;
+        // vCPUs that shared one TSC at the source must share one here: all follow the first.
+        let first = vcpu_states.first().and_then(|state| state.tsc_offset);
+        let offset = first.and_then(|offset| clock.continue_tsc(&here, offset, tsc_khz));
+        self.vcpus.restore(vcpu_states, |_| offset)?;
+        irqchip.restore(&self.vm)?;
+        let serial = records.take(SerialConsole::KIND, "")?;
+        lock(&self.serial).restore_record(serial)?;
+        for disk in &self.disks {
+            let record = records.take(MmioTransport::KIND, disk.node.id())?;
+            lock(&disk.transport).restore_record(record)?;
+        }
+        self.arriving_clock = Some(clock);
+        records.must_be_empty()
+    }
+}
+
+fn record(kind: &str, instance: &str, state: &impl Serialize) -> DeviceRecord {
+    DeviceRecord {
+        kind: kind.to_owned(),
+        instance: instance.to_owned(),
+        version: VERSION,
+        state: serde_json::to_value(state).expect("plain data serialises"),
+    }
+}
+
+/// Records not yet loaded.
+struct Records(Vec<DeviceRecord>);
+
+impl Records {
+    fn take(&mut self, kind: &str, instance: &str) -> Result<DeviceRecord, MachineError> {
+        let is_it = |record: &DeviceRecord| record.kind == kind && record.instance == instance;
+        let at = self.0.iter().position(is_it).ok_or_else(|| {
+            MachineError::Records(format!("the stream has none for {kind} {instance:?}"))
+        })?;
+        Ok(self.0.swap_remove(at))
+    }
+
+    fn open<T: DeserializeOwned>(
+        &mut self,
+        kind: &'static str,
+        instance: &str,
+    ) -> Result<T, MachineError> {
+        let record = self.take(kind, instance)?;
+        let instance = record.instance;
+        if record.version > VERSION {
+            let (found, newest) = (record.version, VERSION);
+            return Err(RestoreError::NewerVersion { kind, instance, found, newest }.into());
+        }
+        serde_json::from_value(record.state)
+            .map_err(|source| RestoreError::Malformed { kind, instance, source }.into())
+    }
+
+    fn must_be_empty(&self) -> Result<(), MachineError> {
+        match self.0.first() {
+            None => Ok(()),
+            Some(extra) => Err(MachineError::Records(format!(
+                "the stream has one for {} {:?}, which this machine has not, or has it twice",
+                extra.kind, extra.instance
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_extra_or_newer_record_is_refused_by_name() {
+        let mut records = Records(vec![record("clock", "", &1u8), record("vcpu", "7", &2u8)]);
+        assert_eq!(records.open::<u8>("clock", "").unwrap(), 1);
+        let missing = records.open::<u8>("clock", "").unwrap_err().to_string();
+        assert!(missing.contains("none for clock"), "{missing}");
+        let extra = records.must_be_empty().unwrap_err().to_string();
+        assert!(extra.contains("vcpu \"7\""), "{extra}");
+        let mut newer = record("clock", "", &1u8);
+        newer.version = VERSION + 1;
+        let error = Records(vec![newer]).open::<u8>("clock", "").unwrap_err().to_string();
+        assert!(error.contains("newer"), "{error}");
+    }
+}

@@ -1,0 +1,349 @@
+//! One thread per vCPU, each owning its `VcpuFd`: run loop, park, save and restore.
+//!
+//! ```text
+//!            Run                       Park, guest ended
+//!  parked ───────────▶ in KVM_RUN ───────────────────────▶ parked
+//!    │ Save, Restore, Configure: answered while parked only
+//! ```
+//! Commands come through a channel; one that must interrupt `KVM_RUN` brings a kick. All threads are
+//! told first and waited for afterwards, so that pausing many vCPUs takes as long as pausing one.
+
+use crate::kvm::KvmError;
+use crate::kvm::cpu_state::{CpuStateLayout, VcpuState};
+use crate::kvm::vcpu::{Exit, Vcpu, kick};
+use devices::bus::Bus;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+/// Why a vCPU stopped by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VcpuEnd {
+    /// The guest triple-faulted.
+    TripleFault,
+    /// KVM cannot go on; the text names the vCPU and says why.
+    Failed(String),
+}
+
+/// What all vCPU threads share.
+#[derive(Clone)]
+pub struct VcpuContext {
+    /// Port I/O.
+    pub pio: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+    /// Set by a device through which the guest ended itself: no vCPU runs past its current exit.
+    pub ended: Arc<AtomicBool>,
+    /// Told once when a vCPU cannot go on.
+    pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
+    /// How vCPU state is read and written here.
+    pub layout: CpuStateLayout,
+}
+
+type Reply<T> = Sender<Result<T, KvmError>>;
+
+enum Command {
+    Run,
+    Park(Sender<()>),
+    NotifyClockPaused,
+    Save(Reply<VcpuState>),
+    Restore(Box<VcpuState>, Option<u64>, Reply<()>),
+}
+
+struct VcpuThread {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+    thread_id: i32,
+}
+
+/// The vCPU threads of one machine. Dropping it stops and joins them.
+pub struct Vcpus {
+    threads: Vec<VcpuThread>,
+}
+
+/// A vCPU thread that cannot be had or has died.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpusError {
+    /// The host gives no thread.
+    #[error("cannot start the thread of vCPU {index}")]
+    Spawn {
+        /// Which vCPU.
+        index: u8,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The thread has ended, which is a bug or a kill.
+    #[error("the thread of vCPU {index} has died")]
+    Gone {
+        /// Which vCPU.
+        index: usize,
+    },
+    /// KVM refused.
+    #[error("vCPU {index}")]
+    Kvm {
+        /// Which vCPU.
+        index: usize,
+        /// What KVM refused.
+        #[source]
+        source: KvmError,
+    },
+    /// A stream holds records for another number of vCPUs.
+    #[error("{found} vCPU states for {expected} vCPUs")]
+    Count {
+        /// Records found.
+        found: usize,
+        /// vCPUs of the machine.
+        expected: usize,
+    },
+}
+
+impl Vcpus {
+    /// Starts one parked thread per vCPU.
+    pub fn start(vcpus: Vec<Vcpu>, context: &VcpuContext) -> Result<Self, VcpusError> {
+        let mut all = Self { threads: Vec::with_capacity(vcpus.len()) };
+        for vcpu in vcpus {
+            let index = vcpu.index();
+            let (commands, inbox) = channel();
+            let (id_sender, id) = channel();
+            let context = context.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu-{index}"))
+                .stack_size(256 << 10)
+                .spawn(move || {
+                    // The receiver waits below; if it is gone nobody needs the id.
+                    let _ = id_sender.send(crate::kvm::vcpu::thread_id());
+                    VcpuLoop { vcpu, inbox, context }.parked();
+                })
+                .map_err(|source| VcpusError::Spawn { index, source })?;
+            let thread_id = id.recv().map_err(|_| VcpusError::Gone { index: index.into() })?;
+            all.threads.push(VcpuThread { commands, thread: Some(thread), thread_id });
+        }
+        Ok(all)
+    }
+
+    /// Kernel thread ids by vCPU number.
+    pub fn thread_ids(&self) -> Vec<i32> {
+        self.threads.iter().map(|thread| thread.thread_id).collect()
+    }
+
+    /// Lets every vCPU run.
+    pub fn run(&self) -> Result<(), VcpusError> {
+        self.tell_all(false, || Command::Run)
+    }
+
+    /// Stops every vCPU; on return none executes guest code and the last access of each is complete.
+    pub fn park(&self) -> Result<(), VcpusError> {
+        let (sender, parked) = channel();
+        self.tell_all(true, || Command::Park(sender.clone()))?;
+        for index in 0..self.threads.len() {
+            parked.recv().map_err(|_| VcpusError::Gone { index })?;
+        }
+        Ok(())
+    }
+
+    /// Tells a parked guest's kvmclock that it was stopped on purpose.
+    pub fn notify_clock_paused(&self) -> Result<(), VcpusError> {
+        self.tell_all(false, || Command::NotifyClockPaused)
+    }
+
+    /// The state of every vCPU, by number. Parked only.
+    pub fn save(&self) -> Result<Vec<VcpuState>, VcpusError> {
+        let replies = self.ask_all(|_, reply| Command::Save(reply))?;
+        wait_all(replies)
+    }
+
+    /// Loads every vCPU's state; `tsc_offset` gives each its new offset. Parked only.
+    pub fn restore(
+        &self,
+        states: Vec<VcpuState>,
+        tsc_offset: impl Fn(&VcpuState) -> Option<u64>,
+    ) -> Result<(), VcpusError> {
+        if states.len() != self.threads.len() {
+            let (found, expected) = (states.len(), self.threads.len());
+            return Err(VcpusError::Count { found, expected });
+        }
+        let mut states = states.into_iter();
+        let replies = self.ask_all(|index, reply| match states.next() {
+            Some(state) => {
+                let offset = tsc_offset(&state);
+                Command::Restore(Box::new(state), offset, reply)
+            }
+            None => unreachable!("counted above, at vCPU {index}"),
+        })?;
+        wait_all(replies).map(drop)
+    }
+
+    fn tell_all(
+        &self,
+        with_kick: bool,
+        mut command: impl FnMut() -> Command,
+    ) -> Result<(), VcpusError> {
+        for (index, thread) in self.threads.iter().enumerate() {
+            thread.commands.send(command()).map_err(|_| VcpusError::Gone { index })?;
+            if with_kick && let Some(thread) = &thread.thread {
+                kick(thread);
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_all<T>(
+        &self,
+        mut command: impl FnMut(usize, Reply<T>) -> Command,
+    ) -> Result<Vec<Receiver<Result<T, KvmError>>>, VcpusError> {
+        let mut replies = Vec::with_capacity(self.threads.len());
+        for (index, thread) in self.threads.iter().enumerate() {
+            let (reply, answer) = channel();
+            let sent = thread.commands.send(command(index, reply));
+            sent.map_err(|_| VcpusError::Gone { index })?;
+            replies.push(answer);
+        }
+        Ok(replies)
+    }
+}
+
+fn wait_all<T>(replies: Vec<Receiver<Result<T, KvmError>>>) -> Result<Vec<T>, VcpusError> {
+    let wait = |(index, reply): (usize, Receiver<Result<T, KvmError>>)| {
+        let result = reply.recv().map_err(|_| VcpusError::Gone { index })?;
+        result.map_err(|source| VcpusError::Kvm { index, source })
+    };
+    replies.into_iter().enumerate().map(wait).collect()
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        for thread in &mut self.threads {
+            // A closed channel ends the thread, once a kick has made it look.
+            thread.commands = channel().0;
+            if let Some(handle) = &thread.thread {
+                kick(handle);
+            }
+        }
+        for thread in self.threads.iter_mut().filter_map(|thread| thread.thread.take()) {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+struct VcpuLoop {
+    vcpu: Vcpu,
+    inbox: Receiver<Command>,
+    context: VcpuContext,
+}
+
+/// What an exit asks of the loop.
+enum After {
+    Continue,
+    /// Look at the mailbox.
+    Look,
+    /// This vCPU has nothing more to do.
+    Ended(Option<VcpuEnd>),
+}
+
+impl VcpuLoop {
+    /// Serves commands until the machine goes.
+    fn parked(mut self) {
+        if let Err(error) = self.vcpu.bind_to_thread() {
+            return self.fail(VcpuEnd::Failed(crate::error::chain(&error)));
+        }
+        while let Ok(command) = self.inbox.recv() {
+            match command {
+                Command::Run => {
+                    if self.in_guest().is_none() {
+                        return;
+                    }
+                }
+                // An answer nobody waits for any more is not worth a word.
+                Command::Park(done) => drop(done.send(())),
+                Command::NotifyClockPaused => self.vcpu.notify_clock_paused(),
+                Command::Save(reply) => {
+                    drop(reply.send(VcpuState::save(&self.vcpu, &self.context.layout)));
+                }
+                Command::Restore(state, tsc_offset, reply) => {
+                    let layout = &self.context.layout;
+                    drop(reply.send(state.restore(&self.vcpu, layout, tsc_offset)));
+                }
+            }
+        }
+    }
+
+    /// Runs guest code until told to park or the guest ends. `None` if the machine is gone.
+    fn in_guest(&mut self) -> Option<()> {
+        loop {
+            // Acknowledge first: a command sent after the look kicks anew.
+            self.vcpu.acknowledge_kick();
+            loop {
+                match self.inbox.try_recv() {
+                    Ok(Command::Park(done)) => return done.send(()).ok().or(Some(())),
+                    // Run when running, or a question that may only be asked of a parked vCPU: the
+                    // dropped reply channel tells the asker.
+                    Ok(_) => {}
+                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
+                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return None,
+                }
+            }
+            if self.context.ended.load(Ordering::Acquire) {
+                return Some(());
+            }
+            loop {
+                match self.one_exit() {
+                    After::Continue if !self.context.ended.load(Ordering::Acquire) => {}
+                    After::Look => break,
+                    After::Continue => {
+                        self.vcpu.complete_access();
+                        return Some(());
+                    }
+                    After::Ended(end) => {
+                        if let Some(end) = end {
+                            self.fail(end);
+                        }
+                        return Some(());
+                    }
+                }
+            }
+        }
+    }
+
+    fn one_exit(&mut self) -> After {
+        match self.vcpu.run() {
+            Exit::Port { port, write } => {
+                for element in self.vcpu.port_data() {
+                    if write {
+                        self.context.pio.write(port.into(), element);
+                    } else {
+                        self.context.pio.read(port.into(), element);
+                    }
+                }
+                After::Continue
+            }
+            Exit::Mmio { address, write: true } => {
+                self.context.mmio.write(address, self.vcpu.mmio_data());
+                After::Continue
+            }
+            Exit::Mmio { address, write: false } => {
+                self.context.mmio.read(address, self.vcpu.mmio_data());
+                After::Continue
+            }
+            Exit::Interrupted => After::Look,
+            Exit::TripleFault => After::Ended(Some(VcpuEnd::TripleFault)),
+            Exit::Failed(reason) => After::Ended(Some(VcpuEnd::Failed(reason))),
+            Exit::InternalError => After::Ended(Some(VcpuEnd::Failed(self.vcpu.internal_error()))),
+        }
+    }
+
+    fn fail(&self, end: VcpuEnd) {
+        let first = !self.context.ended.swap(true, Ordering::AcqRel);
+        if first {
+            (self.context.on_end)(match end {
+                VcpuEnd::Failed(why) => {
+                    VcpuEnd::Failed(format!("vCPU {}: {why}", self.vcpu.index()))
+                }
+                end => end,
+            });
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Answers the control socket's commands.
+
+use super::{Event, RunState, Supervisor, exit_code, jobs};
+use crate::control::command::{Command, NAMES, parameters};
+use crate::control::message::{QmpError, version};
+use crate::error::chain;
+use crate::machine::dirty::VmDirtyLog;
+use migration::source::SourceRam;
+use migration::transport::Address;
+use serde_json::{Value, json};
+
+fn empty() -> Value {
+    json!({})
+}
+
+fn failed(error: &dyn std::error::Error) -> QmpError {
+    QmpError::generic(chain(error))
+}
+
+impl Supervisor {
+    /// Does what a client asked; returns the answer.
+    pub(super) fn execute(&mut self, command: Command) -> Result<Value, QmpError> {
+        match command {
+            Command::QueryVersion => Ok(version()),
+            Command::QueryCommands => Ok(NAMES.iter().map(|name| json!({"name": name})).collect()),
+            Command::QueryStatus => Ok(json!({
+                "status": self.state.name(),
+                "running": self.state == RunState::Running,
+                "singlestep": false,
+            })),
+            Command::QueryName => {
+                let name = self.machine.as_ref().and_then(|m| m.description().name.clone());
+                Ok(name.map_or_else(empty, |name| json!({"name": name})))
+            }
+            Command::QueryCpus => Ok(self.query_cpus()),
+            Command::QueryBlock => Ok(self.query_block()),
+            Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
+            Command::Cont { force } => self.cont(force),
+            Command::Reset => self.system_reset(),
+            Command::Quit => {
+                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
+                Ok(empty())
+            }
+            Command::Migrate { uri } => self.migrate(&uri),
+            Command::MigrateCancel => {
+                if self.state != RunState::Inmigrate {
+                    self.jobs.cancel();
+                }
+                Ok(empty())
+            }
+            Command::QueryMigrate => Ok(self.jobs.counters.snapshot().to_json()),
+            Command::SetParameters(change) => {
+                self.jobs.params.set(change.apply(self.jobs.params.get())?);
+                Ok(empty())
+            }
+            Command::QueryParameters => Ok(parameters(&self.jobs.params.get())),
+            Command::SetCapabilities(list) => {
+                self.no_migration("change migration capabilities")?;
+                for (name, state) in list {
+                    if name == "events" {
+                        self.jobs.events_wanted = state;
+                    }
+                }
+                Ok(empty())
+            }
+            Command::QueryCapabilities => Ok(json!([
+                {"capability": "events", "state": self.jobs.events_wanted},
+                {"capability": "return-path", "state": true},
+            ])),
+        }
+    }
+
+    fn no_migration(&self, what: &str) -> Result<(), QmpError> {
+        if self.jobs.busy() {
+            let desc = format!("There's a migration process in progress: cannot {what} now");
+            return Err(QmpError::generic(desc));
+        }
+        Ok(())
+    }
+
+    fn query_cpus(&self) -> Value {
+        let ids = self.machine.as_ref().map(|machine| machine.thread_ids()).unwrap_or_default();
+        ids.iter()
+            .enumerate()
+            .map(|(index, thread_id)| {
+                json!({
+                    "cpu-index": index,
+                    "qom-path": format!("/machine/unattached/device[{index}]"),
+                    "thread-id": thread_id,
+                    "props": {"socket-id": 0, "core-id": index, "thread-id": 0},
+                    "target": "x86_64",
+                })
+            })
+            .collect()
+    }
+
+    fn query_block(&self) -> Value {
+        let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
+        disks
+            .iter()
+            .map(|disk| {
+                let node = &disk.node;
+                json!({
+                    "device": node.id(),
+                    "type": "unknown",
+                    "removable": false,
+                    "locked": false,
+                    "inserted": {
+                        "file": node.location(),
+                        "node-name": node.id(),
+                        "ro": node.read_only(),
+                        "drv": "raw",
+                        "encrypted": false,
+                        "image": {
+                            "filename": node.location(),
+                            "format": "raw",
+                            "virtual-size": node.len_bytes(),
+                        },
+                    },
+                })
+            })
+            .collect()
+    }
+
+    fn cont(&mut self, force: bool) -> Result<Value, QmpError> {
+        match self.state {
+            RunState::Running => return Ok(empty()),
+            RunState::Paused | RunState::IoError => {}
+            RunState::Prelaunch => {}
+            RunState::Postmigrate if !force => {
+                return Err(QmpError::generic(
+                    "The guest has been handed over and may run at the destination; if you are sure \
+                     that it does not, use cont with force=true",
+                ));
+            }
+            RunState::Postmigrate => {
+                self.no_migration("take the guest back")?;
+                if let Some(machine) = &mut self.machine {
+                    machine.grant(jobs::operators_permit());
+                }
+            }
+            RunState::Inmigrate => {
+                return Err(QmpError::generic("The guest is still arriving"));
+            }
+            state => {
+                let desc = format!("The guest is {} and cannot be resumed", state.name());
+                return Err(QmpError::generic(desc));
+            }
+        }
+        self.resume().map(|()| empty()).map_err(|error| failed(&error))
+    }
+
+    fn system_reset(&mut self) -> Result<Value, QmpError> {
+        self.no_migration("reset the guest")?;
+        if !matches!(self.state, RunState::Running | RunState::Paused) {
+            let desc = format!("The guest is {} and cannot be reset", self.state.name());
+            return Err(QmpError::generic(desc));
+        }
+        self.reset(false);
+        Ok(empty())
+    }
+
+    fn migrate(&mut self, uri: &str) -> Result<Value, QmpError> {
+        if self.jobs.busy() {
+            return Err(QmpError::generic("There's a migration process in progress"));
+        }
+        if !matches!(self.state, RunState::Running | RunState::Paused) {
+            let desc = format!("The guest is {} and cannot be migrated", self.state.name());
+            return Err(QmpError::generic(desc));
+        }
+        let address: Address = uri.parse().map_err(|error| {
+            QmpError::generic(format!(
+                "Parameter 'uri' expects a valid migration protocol: {error}"
+            ))
+        })?;
+        let Some(machine) = &self.machine else {
+            return Err(QmpError::generic("There is no machine"));
+        };
+        let vm = machine.vm().clone();
+        let ram = SourceRam {
+            ram: vm.ram().clone(),
+            layout: vm.layout().clone(),
+            dirty: Box::new(VmDirtyLog::new(vm)),
+        };
+        let description = machine.description().to_stream();
+        let started = self.jobs.send(address, description, ram, self.mailbox.clone());
+        started.map(|()| empty()).map_err(|error| failed(&error))
+    }
+}

@@ -1,0 +1,101 @@
+//! The machine as migration threads see it: each call becomes a message to the supervisor, which
+//! alone touches the machine, and waits for its answer.
+
+use super::mailbox::{Mailbox, Message};
+use devices::state::DeviceRecord;
+use migration::guest::{
+    DestinationHost, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit, Stopped,
+};
+use std::sync::mpsc::{Sender, channel};
+
+type Reply<T> = Sender<Result<T, GuestError>>;
+
+/// What a migration thread asks of the supervisor.
+pub enum GuestRequest {
+    /// Source: stop vCPUs and devices.
+    Pause(Reply<Stopped>),
+    /// Source: all records.
+    SaveRecords(Reply<Vec<DeviceRecord>>),
+    /// Source: flush and unlock the disks.
+    ReleaseDisks(Reply<()>),
+    /// Source: undo the pause.
+    Resume(Stopped, Reply<()>),
+    /// Source: the permit is spent.
+    Surrendered(Reply<()>),
+    /// Destination: build the machine.
+    Build(MachineDescription, Reply<IncomingRam>),
+    /// Destination: load all records.
+    LoadRecords(Vec<DeviceRecord>, Reply<()>),
+    /// Destination: lock the disks.
+    LockDisks(Reply<()>),
+    /// Destination: run, or stay paused.
+    Run(RunPermit, bool, Reply<()>),
+    /// Destination: the migration failed, let go of the machine and its disks.
+    Abandon(Reply<()>),
+}
+
+/// Talks to the supervisor on behalf of a migration thread.
+pub struct GuestProxy {
+    mailbox: Mailbox,
+}
+
+impl GuestProxy {
+    /// A proxy that posts to `mailbox`.
+    pub fn new(mailbox: Mailbox) -> Self {
+        Self { mailbox }
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> GuestRequest) -> Result<T, GuestError> {
+        let (reply, answer) = channel();
+        self.mailbox.post(Message::Guest(request(reply)));
+        answer.recv().map_err(|_| GuestError::new("the virtual machine is shutting down"))?
+    }
+}
+
+impl GuestControl for GuestProxy {
+    fn pause(&mut self) -> Result<Stopped, GuestError> {
+        self.ask(GuestRequest::Pause)
+    }
+
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        self.ask(GuestRequest::SaveRecords)
+    }
+
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        self.ask(GuestRequest::ReleaseDisks)
+    }
+
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+        self.ask(|reply| GuestRequest::Resume(stopped, reply))
+    }
+
+    fn surrendered(&mut self) {
+        if let Err(error) = self.ask(GuestRequest::Surrendered) {
+            log::debug!("{error}");
+        }
+    }
+}
+
+impl DestinationHost for GuestProxy {
+    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+        self.ask(|reply| GuestRequest::Build(description.clone(), reply))
+    }
+
+    fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
+        self.ask(|reply| GuestRequest::LoadRecords(records, reply))
+    }
+
+    fn lock_disks(&mut self) -> Result<(), GuestError> {
+        self.ask(GuestRequest::LockDisks)
+    }
+
+    fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
+        self.ask(|reply| GuestRequest::Run(permit, running, reply))
+    }
+
+    fn abandon(&mut self) {
+        if let Err(error) = self.ask(GuestRequest::Abandon) {
+            log::debug!("{error}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Migrations: at most one runs, on a thread of its own; its counters outlive it.
+
+use super::guest::GuestProxy;
+use super::mailbox::{Mailbox, Message};
+use migration::cancel::CancelToken;
+use migration::destination::{Destination, DestinationError};
+use migration::guest::{MachineDescription, RunPermit};
+use migration::params::SharedParams;
+use migration::source::{Source, SourceRam};
+use migration::stats::Counters;
+use migration::transport::{Address, Listener};
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+struct Job {
+    thread: JoinHandle<()>,
+    cancel: CancelToken,
+}
+
+/// The migration at work, and what is known of it or of the last one.
+#[derive(Default)]
+pub struct Jobs {
+    current: Option<Job>,
+    /// Counters of the running migration, or of the last one.
+    pub counters: Arc<Counters>,
+    /// Parameters, also while it runs.
+    pub params: SharedParams,
+    /// The `events` capability.
+    pub events_wanted: bool,
+}
+
+impl Jobs {
+    /// Whether a migration runs.
+    pub fn busy(&self) -> bool {
+        self.current.is_some()
+    }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(Arc<Counters>, CancelToken, SharedParams) + Send + 'static,
+    ) -> io::Result<()> {
+        self.counters = Arc::default();
+        let cancel = CancelToken::new();
+        let (counters, token, params) =
+            (self.counters.clone(), cancel.clone(), self.params.clone());
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .stack_size(512 << 10)
+            .spawn(move || work(counters, token, params))?;
+        self.current = Some(Job { thread, cancel });
+        Ok(())
+    }
+
+    /// Starts moving the guest away.
+    pub fn send(
+        &mut self,
+        to: Address,
+        machine: MachineDescription,
+        ram: SourceRam,
+        mailbox: Mailbox,
+    ) -> io::Result<()> {
+        self.spawn("mig-out", move |counters, cancel, params| {
+            let mut guest = GuestProxy::new(mailbox.clone());
+            let mut events = |event| mailbox.post(Message::Migration(event));
+            let source = Source {
+                guest: &mut guest,
+                machine: &machine,
+                params,
+                counters,
+                cancel,
+                events: &mut events,
+            };
+            let outcome = source.migrate(&to, ram);
+            mailbox.post(Message::OutgoingEnded(outcome));
+        })
+    }
+
+    /// Starts waiting for a guest.
+    pub fn receive(&mut self, listener: Listener, mailbox: Mailbox) -> io::Result<()> {
+        self.spawn("mig-in", move |counters, cancel, _| {
+            let mut host = GuestProxy::new(mailbox.clone());
+            let mut events = |event| mailbox.post(Message::Migration(event));
+            let destination =
+                Destination { host: &mut host, counters, cancel, events: &mut events };
+            let result = destination.receive(&listener);
+            // A source that wants to come back here finds the address free.
+            drop(listener);
+            let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
+            mailbox.post(Message::IncomingEnded(result));
+        })
+    }
+
+    /// Asks the migration to end; it says when it has.
+    pub fn cancel(&self) {
+        if let Some(job) = &self.current {
+            self.counters.cancelling();
+            job.cancel.cancel();
+        }
+    }
+
+    /// Joins the thread of a migration that has ended.
+    pub fn reap(&mut self) {
+        if let Some(job) = self.current.take()
+            && job.thread.join().is_err()
+        {
+            log::error!("the migration thread panicked");
+        }
+    }
+
+    /// The process ends: wakes the migration's thread and leaves it. It cannot be waited for, since it
+    /// may wait for an answer of the supervisor's.
+    pub fn abandon(&mut self) {
+        if let Some(job) = self.current.take() {
+            job.cancel.cancel();
+        }
+    }
+}
+
+/// The operator's word that a guest whose migration ended as unknown runs nowhere else.
+pub fn operators_permit() -> RunPermit {
+    RunPermit::claimed_by_operator()
+}

@@ -1,0 +1,710 @@
+//! The main thread: the one event loop that owns the machine. Run state changes here and nowhere else.
+//!
+//! Everything reaches it as a message ([`mailbox`]), a request on the control socket, a signal or the
+//! timeout; [`guest`] is its face to migration threads, [`commands`] answers the control socket,
+//! [`jobs`] starts and reaps migrations.
+
+mod commands;
+pub mod guest;
+mod jobs;
+pub mod mailbox;
+
+use crate::config::{HostConfig, ReceiveConfig, RunConfig};
+use crate::console::{Console, ConsoleEvent};
+use crate::control::{ClientId, ControlServer, Event};
+use crate::error::{chain, guest_error};
+use crate::kvm::Host;
+use crate::machine::build::NewMachine;
+use crate::machine::description::Description;
+use crate::machine::run_state::RunState;
+use crate::machine::vcpus::VcpuEnd;
+use crate::machine::{Backends, GuestEvents, Machine, MachineError};
+use devices::block::BlockNode;
+use devices::block::raw::{OpenError, RawFile};
+use devices::reset::GuestExit;
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use guest::GuestRequest;
+use jobs::Jobs;
+use mailbox::{Mailbox, Message};
+use migration::guest::{IncomingRam, RunPermit, Stopped};
+use migration::source::MigrationEvent;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+/// How the process ends: `ferry run`'s exit codes.
+pub mod exit_code {
+    /// The guest powered off, or `--expect` matched.
+    pub const OK: u8 = 0;
+    /// The guest failed.
+    pub const GUEST_FAILED: u8 = 1;
+    /// The command line makes no sense.
+    pub const USAGE: u8 = 2;
+    /// This host cannot run it.
+    pub const HOST: u8 = 3;
+    /// `--timeout`.
+    pub const TIMEOUT: u8 = 124;
+}
+
+/// Why a guest could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] crate::control::ControlError),
+    /// COM1.
+    #[error(transparent)]
+    Console(#[from] crate::console::ConsoleError),
+    /// A disk image.
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] crate::kvm::KvmError),
+    /// The address of an arriving guest.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has no more descriptors or threads.
+    #[error("cannot start the event loop")]
+    EventLoop(#[source] io::Error),
+    /// `--expect`.
+    #[error("--expect")]
+    Expect(#[source] regex::Error),
+}
+
+impl SetupError {
+    /// The exit code: 3 where the host is at fault, 1 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Kvm(_) | Self::Machine(MachineError::Kvm(_)) | Self::EventLoop(_) => {
+                exit_code::HOST
+            }
+            _ => exit_code::GUEST_FAILED,
+        }
+    }
+}
+
+/// What this process is for.
+enum Mission {
+    Run(RunConfig),
+    Receive(ReceiveConfig),
+}
+
+impl Mission {
+    fn host(&self) -> &HostConfig {
+        match self {
+            Self::Run(config) => &config.host,
+            Self::Receive(config) => &config.host,
+        }
+    }
+}
+
+const TOKEN_MAILBOX: u32 = 0;
+const TOKEN_CONTROL: u32 = 1;
+const TOKEN_SIGNAL: u32 = 2;
+const TOKEN_TIMEOUT: u32 = 3;
+const TOKEN_CLIENTS: u32 = 16;
+
+/// The owner of the machine.
+pub struct Supervisor {
+    mission: Mission,
+    host: Host,
+    /// Before the console and the control server: its threads use them.
+    machine: Option<Machine>,
+    /// Images, kept over a reset.
+    disks: Vec<Arc<BlockNode>>,
+    state: RunState,
+    jobs: Jobs,
+    console: Console,
+    control: Option<ControlServer>,
+    mailbox: Mailbox,
+    inbox: Receiver<Message>,
+    wake: Arc<EventFd>,
+    signals: UnixStream,
+    timeout: Option<TimerFd>,
+    clients: Vec<(ClientId, RawFd, bool)>,
+    exit: Option<u8>,
+}
+
+/// Boots a guest and runs it to its end; returns the exit code.
+pub fn run(config: RunConfig) -> Result<u8, SetupError> {
+    let host = Host::open()?;
+    let mut disks = Vec::new();
+    for (id, disk) in &config.disks {
+        let backend = RawFile::open(&disk.path, disk.read_only)?;
+        disks.push(Arc::new(BlockNode::new(id.clone(), Box::new(backend))));
+    }
+    let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
+    supervisor.boot()?;
+    supervisor.start()?;
+    supervisor.serve()
+}
+
+/// Waits for a guest and runs it to its end; returns the exit code.
+pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
+    let host = Host::open()?;
+    let listener = migration::transport::Listener::bind(&config.address)
+        .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
+    let mut supervisor = Supervisor::new(Mission::Receive(config), host, Vec::new())?;
+    supervisor.state = RunState::Inmigrate;
+    eprintln!("ferry: listening on {}", listener.local_address());
+    let mailbox = supervisor.mailbox.clone();
+    supervisor.jobs.receive(listener, mailbox).map_err(SetupError::EventLoop)?;
+    supervisor.serve()
+}
+
+impl Supervisor {
+    fn new(mission: Mission, host: Host, disks: Vec<Arc<BlockNode>>) -> Result<Self, SetupError> {
+        let config = mission.host();
+        let control = config.qmp.as_ref().map(|path| ControlServer::bind(&path.0)).transpose()?;
+        let (mailbox, inbox, wake) = Mailbox::new().map_err(SetupError::EventLoop)?;
+        let expect = config.expect.as_deref().map(regex::bytes::Regex::new).transpose();
+        let to_us = mailbox.clone();
+        let console = Console::open(
+            &config.serial,
+            expect.map_err(SetupError::Expect)?,
+            Arc::new(move |event| to_us.post(Message::Console(event))),
+        )?;
+        let (signals, signalled) = UnixStream::pair().map_err(SetupError::EventLoop)?;
+        for signal in [SIGINT, SIGTERM] {
+            let end = signalled.try_clone().map_err(SetupError::EventLoop)?;
+            signal_hook::low_level::pipe::register(signal, end).map_err(SetupError::EventLoop)?;
+        }
+        let timeout = match config.timeout {
+            None => None,
+            Some(duration) => {
+                let mut timer =
+                    TimerFd::new().map_err(|error| SetupError::EventLoop(error.into()))?;
+                // Zero would disarm it.
+                let duration = duration.max(std::time::Duration::from_nanos(1));
+                timer.reset(duration, None).map_err(|error| SetupError::EventLoop(error.into()))?;
+                Some(timer)
+            }
+        };
+        Ok(Self {
+            mission,
+            host,
+            machine: None,
+            disks,
+            state: RunState::Prelaunch,
+            jobs: Jobs::default(),
+            console,
+            control,
+            mailbox,
+            inbox,
+            wake,
+            signals,
+            timeout,
+            clients: Vec::new(),
+            exit: None,
+        })
+    }
+
+    fn serve(self) -> Result<u8, SetupError> {
+        let failed = |error: event_manager::Error| SetupError::EventLoop(io::Error::other(error));
+        let mut manager = EventManager::new().map_err(failed)?;
+        let supervisor = Rc::new(RefCell::new(self));
+        manager.add_subscriber(supervisor.clone());
+        loop {
+            let exit = supervisor.borrow().exit;
+            if let Some(code) = exit {
+                supervisor.borrow_mut().shut_down();
+                return Ok(code);
+            }
+            manager.run().map_err(failed)?;
+        }
+    }
+
+    /// Stops everything before the process ends, so that logs and disks are whole.
+    fn shut_down(&mut self) {
+        self.jobs.abandon();
+        self.console.detach();
+        if let Some(machine) = &mut self.machine
+            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks())
+        {
+            log::error!("while shutting down: {}", chain(&error));
+        }
+        self.machine = None;
+    }
+
+    fn backends(&self) -> Backends {
+        let (exits, ends) = (self.mailbox.clone(), self.mailbox.clone());
+        Backends {
+            disks: self.disks.clone(),
+            serial_output: self.console.writer(),
+            events: GuestEvents {
+                on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(exit))),
+                on_end: Arc::new(move |end| ends.post(Message::VcpuEnd(end))),
+            },
+        }
+    }
+
+    /// Builds the machine that the configuration describes, with its disks locked.
+    fn boot(&mut self) -> Result<(), MachineError> {
+        let Mission::Run(config) = &self.mission else { return Ok(()) };
+        let config = config.clone();
+        self.install(NewMachine {
+            name: config.name,
+            memory_bytes: config.memory_bytes,
+            cpus: config.cpus,
+            kernel: &config.kernel,
+            cmdline: config.cmdline,
+        })
+    }
+
+    /// Runs the machine for the first time.
+    fn start(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.run()?;
+            self.become_state(RunState::Running);
+        }
+        Ok(())
+    }
+
+    fn become_state(&mut self, next: RunState) {
+        if self.state == next {
+            return;
+        }
+        debug_assert!(self.state.may_become(next), "{:?} -> {next:?}", self.state);
+        log::info!("{} -> {}", self.state.name(), next.name());
+        self.state = next;
+    }
+
+    fn tell(&mut self, event: &Event) {
+        if let Some(control) = &mut self.control {
+            control.broadcast(event);
+        }
+    }
+
+    fn end(&mut self, code: u8, event: &Event) {
+        self.tell(event);
+        self.exit.get_or_insert(code);
+    }
+
+    /// Stops the guest because the user asked.
+    fn stop(&mut self) -> Result<(), MachineError> {
+        if let (Some(machine), RunState::Running) = (&mut self.machine, self.state) {
+            machine.pause()?;
+            self.become_state(RunState::Paused);
+            self.tell(&Event::plain("STOP"));
+        }
+        Ok(())
+    }
+
+    /// Runs the guest; its disks must be ours.
+    fn resume(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.lock_disks()?;
+            machine.run()?;
+            self.become_state(RunState::Running);
+            self.tell(&Event::plain("RESUME"));
+        }
+        Ok(())
+    }
+
+    /// Builds the machine anew, as a reset does.
+    fn reset(&mut self, by_guest: bool) {
+        let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };
+        let was_running = self.state == RunState::Running || by_guest;
+        match self.rebuild() {
+            Ok(()) => {
+                self.tell(&Event::ending("RESET", by_guest, reason));
+                self.state = RunState::Prelaunch;
+                let result = if was_running { self.start() } else { Ok(()) };
+                if !was_running {
+                    self.become_state(RunState::Paused);
+                }
+                if let Err(error) = result {
+                    self.fail(&chain(&error));
+                }
+            }
+            Err(error) => self.fail(&format!("cannot reset the guest: {error}")),
+        }
+    }
+
+    fn rebuild(&mut self) -> Result<(), String> {
+        let kernel = match &self.mission {
+            Mission::Run(config) => config.kernel.clone(),
+            Mission::Receive(config) => config.kernel.clone().ok_or(
+                "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
+            )?,
+        };
+        let machine = self.machine.take().ok_or("there is no machine")?;
+        let description = machine.description().clone();
+        // The old machine's threads and locks go before the new one's come.
+        self.console.detach();
+        drop(machine);
+        let new = NewMachine {
+            name: description.name,
+            memory_bytes: description.memory_bytes,
+            cpus: description.cpus,
+            kernel: &kernel,
+            cmdline: description.cmdline,
+        };
+        self.install(new).map_err(|error| chain(&error))
+    }
+
+    fn install(&mut self, new: NewMachine<'_>) -> Result<(), MachineError> {
+        let mut machine = Machine::boot(&self.host, new, self.backends())?;
+        machine.lock_disks()?;
+        machine.grant(RunPermit::cold_boot());
+        self.console.attach(machine.serial().clone());
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    /// The guest or KVM cannot go on.
+    fn fail(&mut self, why: &str) {
+        eprintln!("ferry: {why}");
+        if self.state.may_become(RunState::InternalError) {
+            self.become_state(RunState::InternalError);
+        }
+        let event = Event::ending("SHUTDOWN", false, "host-error");
+        self.end(exit_code::GUEST_FAILED, &event);
+    }
+
+    fn on_message(&mut self, message: Message) {
+        match message {
+            Message::GuestExit(GuestExit::Reset) => self.reset(true),
+            Message::GuestExit(GuestExit::PowerOff) => {
+                self.become_state(RunState::Shutdown);
+                self.end(
+                    self.code_unless_expecting(exit_code::OK),
+                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
+                );
+            }
+            Message::GuestExit(GuestExit::DebugExit(value)) => {
+                self.become_state(RunState::Shutdown);
+                // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
+                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
+                self.end(
+                    self.code_unless_expecting(code),
+                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
+                );
+            }
+            Message::VcpuEnd(VcpuEnd::TripleFault) => {
+                eprintln!("ferry: the guest has crashed (triple fault)");
+                self.become_state(RunState::Shutdown);
+                let event = Event::ending("SHUTDOWN", true, "guest-panic");
+                self.end(exit_code::GUEST_FAILED, &event);
+            }
+            Message::VcpuEnd(VcpuEnd::Failed(why)) => self.fail(&why),
+            Message::Console(ConsoleEvent::Expected) => {
+                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
+            }
+            Message::Console(ConsoleEvent::Quit) => {
+                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-ui"));
+            }
+            Message::Guest(request) => self.on_guest_request(request),
+            Message::Migration(event) => self.on_migration_event(event),
+            Message::OutgoingEnded(outcome) => {
+                self.jobs.reap();
+                log::info!("migration: {outcome:?}");
+            }
+            Message::IncomingEnded(Ok(())) => self.jobs.reap(),
+            Message::IncomingEnded(Err(why)) => {
+                self.jobs.reap();
+                eprintln!("ferry: the guest did not arrive: {why}");
+                self.end(exit_code::GUEST_FAILED, &Event::ending("SHUTDOWN", false, "host-error"));
+            }
+        }
+    }
+
+    /// A guest that ends before `--expect` matched has failed.
+    fn code_unless_expecting(&self, code: u8) -> u8 {
+        if !self.console.expectation_unmet() {
+            return code;
+        }
+        eprintln!("ferry: the guest has ended and --expect never matched");
+        exit_code::GUEST_FAILED
+    }
+
+    fn on_migration_event(&mut self, event: MigrationEvent) {
+        if !self.jobs.events_wanted {
+            return;
+        }
+        match event {
+            MigrationEvent::Status(status) => self.tell(&Event::migration(status.name())),
+            MigrationEvent::Pass(number) => self.tell(&Event::pass(number)),
+        }
+    }
+
+    fn on_guest_request(&mut self, request: GuestRequest) {
+        let no_machine = || migration::guest::GuestError::new("there is no machine");
+        // A migration thread that does not wait for its answer has been cancelled.
+        match request {
+            GuestRequest::Pause(reply) => drop(reply.send(self.pause_for_migration())),
+            GuestRequest::SaveRecords(reply) => {
+                let machine = self.machine.as_ref().ok_or_else(no_machine);
+                let records = machine.and_then(|machine| {
+                    machine.save_records().map_err(|error| guest_error(&error))
+                });
+                drop(reply.send(records));
+            }
+            GuestRequest::ReleaseDisks(reply) => {
+                let machine = self.machine.as_ref().ok_or_else(no_machine);
+                let released = machine.and_then(|machine| {
+                    machine.flush_disks().map_err(|error| guest_error(&error))?;
+                    machine.unlock_disks();
+                    Ok(())
+                });
+                drop(reply.send(released));
+            }
+            GuestRequest::Resume(stopped, reply) => {
+                drop(reply.send(self.resume_after_migration(stopped)));
+            }
+            GuestRequest::Surrendered(reply) => {
+                self.become_state(RunState::Postmigrate);
+                drop(reply.send(Ok(())));
+            }
+            GuestRequest::Build(description, reply) => {
+                let built = Description::from_stream(&description)
+                    .map_err(MachineError::from)
+                    .map_err(|error| guest_error(&error))
+                    .and_then(|description| self.arrive(description));
+                drop(reply.send(built));
+            }
+            GuestRequest::LoadRecords(records, reply) => {
+                let machine = self.machine.as_mut().ok_or_else(no_machine);
+                drop(reply.send(machine.and_then(|machine| {
+                    machine.load_records(records).map_err(|error| guest_error(&error))
+                })));
+            }
+            GuestRequest::LockDisks(reply) => {
+                let machine = self.machine.as_ref().ok_or_else(no_machine);
+                drop(reply.send(machine.and_then(|machine| {
+                    machine.lock_disks().map_err(|error| guest_error(&error))
+                })));
+            }
+            GuestRequest::Run(permit, running, reply) => {
+                drop(reply.send(self.run_arrived(permit, running)));
+            }
+        }
+    }
+
+    fn pause_for_migration(&mut self) -> Result<Stopped, migration::guest::GuestError> {
+        let refused = |text: &str| Err(migration::guest::GuestError::new(text));
+        let was_running = match self.state {
+            RunState::Running => true,
+            RunState::Paused => false,
+            state => return refused(&format!("the guest is {} and cannot move", state.name())),
+        };
+        let Some(machine) = &mut self.machine else { return refused("there is no machine") };
+        machine.pause().map_err(|error| guest_error(&error))?;
+        let Some(permit) = machine.take_permit() else {
+            return refused("the right to run this guest is elsewhere");
+        };
+        self.become_state(RunState::FinishMigrate);
+        if was_running {
+            self.tell(&Event::plain("STOP"));
+        }
+        Ok(Stopped { permit, was_running })
+    }
+
+    fn resume_after_migration(
+        &mut self,
+        stopped: Stopped,
+    ) -> Result<(), migration::guest::GuestError> {
+        let Some(machine) = &mut self.machine else { return Ok(()) };
+        machine.grant(stopped.permit);
+        if let Err(error) = relock(machine) {
+            self.become_state(RunState::IoError);
+            return Err(migration::guest::GuestError::new(format!(
+                "{}; the guest stays paused, `cont` tries again",
+                chain(&error)
+            )));
+        }
+        if stopped.was_running {
+            self.resume().map_err(|error| guest_error(&error))
+        } else {
+            self.become_state(RunState::Paused);
+            Ok(())
+        }
+    }
+
+    fn arrive(
+        &mut self,
+        description: Description,
+    ) -> Result<IncomingRam, migration::guest::GuestError> {
+        let Mission::Receive(config) = &self.mission else {
+            return Err(migration::guest::GuestError::new("this process waits for no guest"));
+        };
+        let failed = |error: &dyn std::error::Error| guest_error(error);
+        let mut disks = Vec::new();
+        for disk in &description.disks {
+            let given = config.disks.iter().find(|given| given.id == disk.id).ok_or_else(|| {
+                failed(&MachineError::DiskNotGiven {
+                    id: disk.id.clone(),
+                    len_bytes: disk.len_bytes,
+                })
+            })?;
+            let backend =
+                RawFile::open(&given.path, disk.read_only).map_err(|error| failed(&error))?;
+            disks.push(Arc::new(BlockNode::new(disk.id.clone(), Box::new(backend))));
+        }
+        self.disks = disks;
+        let machine = Machine::arrive(&self.host, description, self.backends())
+            .map_err(|error| failed(&error))?;
+        let ram =
+            IncomingRam { ram: machine.vm().ram().clone(), layout: machine.vm().layout().clone() };
+        self.machine = Some(machine);
+        Ok(ram)
+    }
+
+    fn run_arrived(
+        &mut self,
+        permit: RunPermit,
+        running: bool,
+    ) -> Result<(), migration::guest::GuestError> {
+        let paused = matches!(&self.mission, Mission::Receive(config) if config.paused);
+        let Some(machine) = &mut self.machine else {
+            return Err(migration::guest::GuestError::new("there is no machine"));
+        };
+        machine.grant(permit);
+        let serial = machine.serial().clone();
+        if running && !paused {
+            machine.run().map_err(|error| guest_error(&error))?;
+            self.become_state(RunState::Running);
+            self.tell(&Event::plain("RESUME"));
+        } else {
+            self.become_state(RunState::Paused);
+        }
+        self.console.attach(serial);
+        Ok(())
+    }
+
+    fn on_timeout(&mut self) {
+        eprintln!("ferry: --timeout has passed");
+        let event = Event::ending("SHUTDOWN", false, "host-signal");
+        self.end(exit_code::TIMEOUT, &event);
+    }
+
+    fn on_signal(&mut self) {
+        use std::io::Read;
+        // One byte per signal; that there is one is all that counts.
+        let _ = (&self.signals).read(&mut [0; 16]);
+        let event = Event::ending("SHUTDOWN", false, "host-signal");
+        self.end(exit_code::GUEST_FAILED, &event);
+    }
+
+    /// Brings the event loop's interests up to date with the clients there are.
+    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
+        let Some(control) = &self.control else { return };
+        self.clients.retain_mut(|(id, fd, writing)| {
+            if control.client_fd(*id) != Some(*fd) {
+                // Closed, and with that gone from the loop's epoll; the manager forgets it here.
+                let _ = ops.remove(Events::empty_raw(*fd));
+                return false;
+            }
+            let wants = control.wants_write(*id);
+            if std::mem::replace(writing, wants) != wants {
+                let interest = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+                let token = TOKEN_CLIENTS + id.0;
+                let _ = ops.modify(Events::with_data_raw(*fd, token, interest));
+            }
+            true
+        });
+    }
+
+    fn on_client(&mut self, id: ClientId, events: EventSet) {
+        if events.contains(EventSet::OUT)
+            && let Some(control) = &mut self.control
+        {
+            control.on_writable(id);
+        }
+        if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
+            let requests = self.control.as_mut().map(|control| control.on_readable(id));
+            for request in requests.unwrap_or_default() {
+                let result = self.execute(request.command);
+                if let Some(control) = &mut self.control {
+                    control.reply(request.client, request.id, result);
+                }
+            }
+        }
+    }
+}
+
+/// Takes the disks' locks back. A destination that refused lets go of them when its connection closes,
+/// which may take a moment.
+fn relock(machine: &Machine) -> Result<(), MachineError> {
+    const TRIES: u32 = 20;
+    let mut result = machine.lock_disks();
+    for _ in 0..TRIES {
+        if result.is_ok() {
+            break;
+        }
+        // The lock's holder gives no event when it lets go, so there is nothing else to wait for.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        result = machine.lock_disks();
+    }
+    result
+}
+
+impl MutEventSubscriber for Supervisor {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let mut add = |fd: RawFd, token: u32| {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
+                log::error!("event loop: {error}");
+            }
+        };
+        add(self.wake.as_raw_fd(), TOKEN_MAILBOX);
+        add(self.signals.as_raw_fd(), TOKEN_SIGNAL);
+        if let Some(timeout) = &self.timeout {
+            add(timeout.as_raw_fd(), TOKEN_TIMEOUT);
+        }
+        if let Some(control) = &self.control {
+            add(control.fd(), TOKEN_CONTROL);
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        match events.data() {
+            TOKEN_MAILBOX => {
+                // Read first: what is posted later wakes again.
+                let _ = self.wake.read();
+                while let Ok(message) = self.inbox.try_recv() {
+                    self.on_message(message);
+                }
+            }
+            TOKEN_SIGNAL => self.on_signal(),
+            TOKEN_TIMEOUT => self.on_timeout(),
+            TOKEN_CONTROL => {
+                let accepted = self.control.as_mut().map(ControlServer::accept);
+                match accepted {
+                    Some(Ok(Some(id))) => {
+                        let fd = self.control.as_ref().and_then(|control| control.client_fd(id));
+                        if let Some(fd) = fd {
+                            let token = TOKEN_CLIENTS + id.0;
+                            let _ = ops.add(Events::with_data_raw(fd, token, EventSet::IN));
+                            self.clients.push((id, fd, false));
+                        }
+                    }
+                    Some(Err(error)) => log::warn!("control client: {error}"),
+                    _ => {}
+                }
+            }
+            token => {
+                if let Some(id) = token.checked_sub(TOKEN_CLIENTS) {
+                    self.on_client(ClientId(id), events.event_set());
+                }
+            }
+        }
+        self.watch_clients(ops);
+    }
+}
