@@ -495,6 +495,12 @@ impl Supervisor {
             GuestRequest::Run(permit, running, reply) => {
                 drop(reply.send(self.run_arrived(permit, running)));
             }
+            GuestRequest::Abandon(reply) => {
+                // Closing the disks lets go of their locks: the source wants them back.
+                self.machine = None;
+                self.disks.clear();
+                drop(reply.send(Ok(())));
+            }
         }
     }
 
