@@ -21,6 +21,10 @@ pub struct Heartbeat {
     pub max_gap_us: u64,
     /// Mismatches found so far, in memory, disk, clock or registers.
     pub corrupt: u64,
+    /// CPUs that made progress since the last heartbeat.
+    pub alive: Option<u64>,
+    /// Time by kvmclock, 0 where there is none.
+    pub kvmclock_us: Option<u64>,
 }
 
 impl Heartbeat {
@@ -32,7 +36,9 @@ impl Heartbeat {
             time_us: field(rest, "t_us")?,
             generation: field(rest, "gen")?,
             max_gap_us: field(rest, "max_gap_us")?,
-            corrupt: field(rest, "corrupt")? + field(rest, "fpu")?,
+            corrupt: field(rest, "corrupt")?,
+            alive: field(rest, "alive"),
+            kvmclock_us: field(rest, "kvmclock_us"),
         })
     }
 }
@@ -124,7 +130,7 @@ mod tests {
     #[test]
     fn a_line_cut_by_a_handover_is_whole_again() {
         let life = transcript(&[
-            "FREADY work=dirty\nHB n=0 t_us=10 gen=1 max_gap_us=4 mbps=1 corrupt=0 fpu=0\nHB n=1 t_u",
+            "FERRY guest work=dirty\nREADY work=dirty\nHB n=0 t_us=10 gen=1 max_gap_us=4 mbps=1 corrupt=0 fpu=0\nHB n=1 t_u",
             "s=20 gen=2 max_gap_us=900 mbps=1 corrupt=0 fpu=0\n",
         ]);
         assert_eq!(life.judge().unwrap().len(), 2);
@@ -139,7 +145,7 @@ mod tests {
             "HB n=0 t_us=20 gen=2 max_gap_us=4 mbps=1 corrupt=0 fpu=0\n",
             "HB n=1 t_us=9 gen=2 max_gap_us=4 mbps=1 corrupt=0 fpu=0\n",
             "HB n=1 t_us=20 gen=0 max_gap_us=4 mbps=1 corrupt=0 fpu=0\n",
-            "HB n=1 t_us=20 gen=2 max_gap_us=4 mbps=1 corrupt=0 fpu=1\n",
+            "HB n=1 t_us=20 gen=2 max_gap_us=4 mbps=1 corrupt=1 fpu=1\n",
             "CORRUPT page=7 expected_gen=1 found_gen=0\n",
             "FAULT vector=14 cr2=0 words=0,0\n",
         ] {

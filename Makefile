@@ -1,0 +1,41 @@
+# The commands of this project. CI runs `.ci/run`, which uses these.
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+FERRY := $(abspath $(TARGET))/release/ferry
+SKIPS := $(abspath $(TARGET))/skipped-tests
+
+.PHONY: build demo test test-kvm bench lint fmt clean
+
+build: ## the ferry program
+	cargo build --release --package vmm
+
+demo: build ## a guest moves while it writes its memory, then checks itself
+	@tests/install-deps.sh demo
+	@cargo build --quiet --package ferry-tests --bin demo
+	@FERRY_BIN=$(FERRY) $(TARGET)/debug/demo
+
+test: build ## every test; skips what this host cannot run, and says so
+	tests/install-deps.sh
+	@rm -f $(SKIPS)
+	FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace
+	@if [ -s $(SKIPS) ]; then \
+		echo; echo "$$(wc -l < $(SKIPS)) TESTS WERE SKIPPED:"; cat $(SKIPS); \
+	else echo; echo "no test was skipped"; fi
+
+test-kvm: export FERRY_REQUIRE_KVM = 1
+test-kvm: test ## the same, but a test that cannot run fails
+
+bench: build ## Ferry and QEMU side by side; BENCH="--row gap --runs 3" for a part
+	tests/install-deps.sh bench
+	cargo build --package ferry-tests --bin bench
+	FERRY_BIN=$(FERRY) $(TARGET)/debug/bench $(BENCH)
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt:
+	cargo fmt --all
+
+clean:
+	cargo clean

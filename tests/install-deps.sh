@@ -1,0 +1,41 @@
+#!/bin/sh
+# Installs what the tests need and the machine lacks; run by `make test`. Does nothing the second time.
+#   tests/install-deps.sh        binutils, Python's QMP client in target/
+#   tests/install-deps.sh bench  QEMU as well, to compare with
+set -eu
+cd "$(dirname "$0")/.."
+
+if ! command -v cargo >/dev/null; then
+    echo "cargo is missing: install Rust 1.89 or later, see https://rustup.rs" >&2
+    exit 1
+fi
+
+packages=
+need() { command -v "$1" >/dev/null || packages="$packages $2"; }
+need cc gcc
+need objdump binutils
+need python3 python3
+# Debian has venv apart from Python.
+if command -v python3 >/dev/null; then
+    python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
+else
+    packages="$packages python3-venv"
+fi
+[ "${1:-}" = bench ] && need qemu-system-x86_64 qemu-system-x86
+if [ -n "$packages" ]; then
+    if ! command -v apt-get >/dev/null; then
+        echo "please install:$packages" >&2
+        exit 1
+    fi
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    $sudo apt-get update -qq
+    # shellcheck disable=SC2086 # a list of packages
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
+fi
+
+venv=target/qmp-venv
+if ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check qemu.qmp==0.0.6
+fi
