@@ -1,11 +1,20 @@
-//! COM1. A line is formatted first and written in one go: `rep outsb` costs one exit where `out` costs one a byte.
+//! COM1. Every byte out is an exit of several microseconds, so lines wait in a queue: loops that watch
+//! the clock send one byte at a time between two looks at it ([`pump`]), all others send at once
+//! ([`flush`]). Input raises interrupt 4, which wakes a sleeper; loops look now and then ([`read`]).
 
-use crate::machine::inb;
+use crate::machine::{inb, ioapic_route, outb};
 use core::arch::asm;
+use core::cell::UnsafeCell;
 use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicBool, Ordering::*};
 
 const COM1: u16 = 0x3f8;
+const INTERRUPT_ENABLE: u16 = COM1 + 1;
+const MODEM_CONTROL: u16 = COM1 + 4;
 const LINE_STATUS: u16 = COM1 + 5;
+const IRQ: u32 = 4;
+pub const VECTOR: u32 = 34;
+const QUEUE_BYTES: usize = 4096;
 
 pub struct Line {
     bytes: [u8; 320],
@@ -17,17 +26,28 @@ impl Line {
         Self { bytes: [0; 320], len: 0 }
     }
 
-    pub fn send(&self) {
-        unsafe {
-            asm!("rep outsb", in("dx") COM1, inout("rsi") self.bytes.as_ptr() => _, inout("rcx") self.len => _)
-        };
+    fn end(&mut self) -> &[u8] {
+        let len = self.len.min(self.bytes.len() - 1);
+        self.bytes[len] = b'\n';
+        &self.bytes[..=len]
+    }
+
+    /// Puts the line into the queue.
+    pub fn send(mut self) {
+        let line = self.end();
+        QUEUE.with(|queue| queue.push(line));
+    }
+
+    /// Sends the line past the queue: whoever holds that may be the one who fails.
+    pub fn send_now(mut self) {
+        send(self.end());
     }
 }
 
 impl Write for Line {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            if self.len < self.bytes.len() {
+            if self.len < self.bytes.len() - 1 {
                 self.bytes[self.len] = byte;
                 self.len += 1;
             }
@@ -36,15 +56,101 @@ impl Write for Line {
     }
 }
 
-macro_rules! println {
+macro_rules! line {
     ($($arg:tt)*) => {{
         let mut line = $crate::console::Line::new();
         let _ = core::fmt::Write::write_fmt(&mut line, format_args!($($arg)*));
-        let _ = core::fmt::Write::write_str(&mut line, "\n");
-        line.send();
+        line
     }};
 }
-pub(crate) use println;
+macro_rules! println {
+    ($($arg:tt)*) => { $crate::console::line!($($arg)*).send() };
+}
+pub(crate) use {line, println};
+
+fn send(bytes: &[u8]) {
+    unsafe {
+        asm!("rep outsb", in("dx") COM1, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _)
+    };
+}
+
+struct Queue {
+    bytes: [u8; QUEUE_BYTES],
+    first: usize,
+    len: usize,
+}
+
+impl Queue {
+    fn push(&mut self, line: &[u8]) {
+        while self.len + line.len() > QUEUE_BYTES {
+            self.pop();
+        }
+        for byte in line {
+            self.bytes[(self.first + self.len) % QUEUE_BYTES] = *byte;
+            self.len += 1;
+        }
+    }
+
+    fn pop(&mut self) {
+        if self.len > 0 {
+            outb(COM1, self.bytes[self.first]);
+            self.first = (self.first + 1) % QUEUE_BYTES;
+            self.len -= 1;
+        }
+    }
+}
+
+struct Locked {
+    taken: AtomicBool,
+    queue: UnsafeCell<Queue>,
+}
+
+// SAFETY: `with` hands the queue to one CPU at a time.
+unsafe impl Sync for Locked {}
+
+static QUEUE: Locked = Locked {
+    taken: AtomicBool::new(false),
+    queue: UnsafeCell::new(Queue { bytes: [0; QUEUE_BYTES], first: 0, len: 0 }),
+};
+
+impl Locked {
+    fn with(&self, work: impl FnOnce(&mut Queue)) {
+        while self.taken.swap(true, Acquire) {
+            core::hint::spin_loop();
+        }
+        work(unsafe { &mut *self.queue.get() });
+        self.taken.store(false, Release);
+    }
+}
+
+/// Sends one byte, if one waits; says whether more do.
+pub fn pump() -> bool {
+    let mut more = false;
+    QUEUE.with(|queue| {
+        queue.pop();
+        more = queue.len > 0;
+    });
+    more
+}
+
+/// Sends all that waits.
+pub fn flush() {
+    QUEUE.with(|queue| {
+        while queue.len > 0 {
+            let len = queue.len.min(QUEUE_BYTES - queue.first);
+            send(&queue.bytes[queue.first..queue.first + len]);
+            queue.first = (queue.first + len) % QUEUE_BYTES;
+            queue.len -= len;
+        }
+    });
+}
+
+/// Lets input interrupt CPU 0.
+pub fn enable_interrupt() {
+    ioapic_route(IRQ, VECTOR);
+    outb(MODEM_CONTROL, 0x0b); // DTR, RTS, OUT2: the last one opens the interrupt line
+    outb(INTERRUPT_ENABLE, 1);
+}
 
 /// A byte of input, if there is one.
 pub fn read() -> Option<u8> {

@@ -1,88 +1,148 @@
-//! Waits with live values in every vector and x87 register, then checks that they are still there.
+//! Waits with live values in every x87 and vector register (SSE, AVX or AVX-512, whatever the CPU has),
+//! then checks that they are still there.
 
+use crate::clock::{self, MSR_TSC_DEADLINE};
+use crate::heartbeat;
+use crate::machine::{SERVICE_SLEEP, SERVICE_WRMSR_AND_SLEEP};
 use core::arch::asm;
-use core::arch::x86_64::__cpuid;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::arch::x86_64::__cpuid_count;
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-/// How often a register came back changed.
+/// How often registers came back changed.
 pub static CORRUPT: AtomicU64 = AtomicU64::new(0);
+/// Vector registers and the 64-bit words of each.
+static REGISTERS: AtomicUsize = AtomicUsize::new(16);
+static WORDS: AtomicUsize = AtomicUsize::new(2);
 
+const MOST: usize = 32;
+const X87: usize = 8;
+
+/// What the registers held: vectors, x87 integers, opmasks (64 bytes apart, like vectors).
 #[repr(C, align(64))]
 struct Image {
-    registers: [[u64; 4]; 16],
-    integer: u64,
+    vectors: [[u64; 8]; MOST],
+    x87: [u64; X87],
+    masks: [u16; 8],
 }
 
-fn has_avx() -> bool {
-    let ecx = __cpuid(1).ecx;
-    ecx >> 27 & 1 == 1 && ecx >> 28 & 1 == 1
+/// Finds out how wide the registers are. Ring 0 has enabled all that CPUID tells of.
+pub fn start() {
+    let leaf1 = __cpuid_count(1, 0).ecx;
+    if leaf1 >> 27 & 1 == 0 || leaf1 >> 28 & 1 == 0 {
+        return;
+    }
+    let enabled: u32;
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") enabled, out("edx") _) };
+    if enabled & 6 == 6 {
+        WORDS.store(4, Relaxed);
+    }
+    if enabled & 0xe6 == 0xe6 && __cpuid_count(7, 0).ebx >> 16 & 1 == 1 {
+        WORDS.store(8, Relaxed);
+        REGISTERS.store(MOST, Relaxed);
+    }
 }
 
-/// Spins until TSC value `until`; returns the largest step that the TSC made and the last value.
-pub fn hold(until: u64, last: u64) -> (u64, u64) {
-    let mut image = Image { registers: [[0; 4]; 16], integer: until | 1 };
-    for (index, register) in image.registers.iter_mut().enumerate() {
-        let word = |lane: u64| (until ^ (index as u64) << 8 ^ lane).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        *register = [word(0), word(1), word(2), word(3)];
+/// What a wait needs and leaves.
+struct Wait {
+    service: u64,
+    low: u64,
+    high: u64,
+    previous: u64,
+    largest: u64,
+    until: u64,
+}
+
+const SPIN: u8 = 0;
+const SLEEP: u8 = 1;
+
+// Values differ from wait to wait: each starts at another place of this pool. Those of different CPUs
+// start apart as well.
+static POOL: [[u64; 8]; MOST * 3] = {
+    let mut pool = [[0; 8]; MOST * 3];
+    let mut at = 0;
+    while at < MOST * 24 {
+        pool[at / 8][at % 8] = (at as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 1;
+        at += 1;
     }
-    let mut back = Image { registers: [[0; 4]; 16], integer: 0 };
-    let (mut largest, mut previous) = (0u64, last);
-    macro_rules! hold_with {
-        ($load:literal, $register:literal) => {
-            unsafe {
-                asm!(
-                    "fild qword ptr [{from} + 512]",
-                    concat!($load, " ", $register, "0, [{from}]"), concat!($load, " ", $register, "1, [{from} + 32]"),
-                    concat!($load, " ", $register, "2, [{from} + 64]"), concat!($load, " ", $register, "3, [{from} + 96]"),
-                    concat!($load, " ", $register, "4, [{from} + 128]"), concat!($load, " ", $register, "5, [{from} + 160]"),
-                    concat!($load, " ", $register, "6, [{from} + 192]"), concat!($load, " ", $register, "7, [{from} + 224]"),
-                    concat!($load, " ", $register, "8, [{from} + 256]"), concat!($load, " ", $register, "9, [{from} + 288]"),
-                    concat!($load, " ", $register, "10, [{from} + 320]"), concat!($load, " ", $register, "11, [{from} + 352]"),
-                    concat!($load, " ", $register, "12, [{from} + 384]"), concat!($load, " ", $register, "13, [{from} + 416]"),
-                    concat!($load, " ", $register, "14, [{from} + 448]"), concat!($load, " ", $register, "15, [{from} + 480]"),
-                    "2:",
-                    "rdtsc",
-                    "shl rdx, 32",
-                    "or rax, rdx",
-                    "mov rdx, rax",
-                    "sub rdx, {previous}",
-                    "cmp rdx, {largest}",
-                    "cmova {largest}, rdx",
-                    "mov {previous}, rax",
-                    "cmp rax, {until}",
-                    "jb 2b",
-                    concat!($load, " [{to}], ", $register, "0"), concat!($load, " [{to} + 32], ", $register, "1"),
-                    concat!($load, " [{to} + 64], ", $register, "2"), concat!($load, " [{to} + 96], ", $register, "3"),
-                    concat!($load, " [{to} + 128], ", $register, "4"), concat!($load, " [{to} + 160], ", $register, "5"),
-                    concat!($load, " [{to} + 192], ", $register, "6"), concat!($load, " [{to} + 224], ", $register, "7"),
-                    concat!($load, " [{to} + 256], ", $register, "8"), concat!($load, " [{to} + 288], ", $register, "9"),
-                    concat!($load, " [{to} + 320], ", $register, "10"), concat!($load, " [{to} + 352], ", $register, "11"),
-                    concat!($load, " [{to} + 384], ", $register, "12"), concat!($load, " [{to} + 416], ", $register, "13"),
-                    concat!($load, " [{to} + 448], ", $register, "14"), concat!($load, " [{to} + 480], ", $register, "15"),
-                    "fistp qword ptr [{to} + 512]",
-                    from = in(reg) &raw const image, to = in(reg) &raw mut back, until = in(reg) until,
-                    largest = inout(reg) largest, previous = inout(reg) previous,
-                    out("rax") _, out("rdx") _,
-                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
-                    out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
-                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
-                    out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _, out("st(4)") _,
-                    out("st(5)") _, out("st(6)") _, out("st(7)") _,
-                )
-            }
-        };
-    }
-    let lanes = if has_avx() {
-        hold_with!("vmovups", "ymm");
-        4
-    } else {
-        hold_with!("movups", "xmm");
-        2
+    pool
+};
+
+macro_rules! hold {
+    ($list:literal, $masks:literal, $move:literal, $name:literal, $end:literal, $body:literal,
+     $wait:expr, $from:expr, $to:expr) => {
+        unsafe {
+            asm!(
+                ".irp i,0,1,2,3,4,5,6,7", "fild qword ptr [rsi + 64*\\i]", ".endr",
+                concat!(".irp i,", $list), concat!($move, " ", $name, "\\i, [rsi + 64*\\i]"), ".endr",
+                concat!(".irp i,", $masks), "kmovw k\\i, [rsi + 64*\\i]", ".endr",
+                $body,
+                concat!(".irp i,", $masks), "kmovw [r11 + 2112 + 2*\\i], k\\i", ".endr",
+                concat!(".irp i,", $list), concat!($move, " [r11 + 64*\\i], ", $name, "\\i"), ".endr",
+                ".irp i,7,6,5,4,3,2,1,0", "fistp qword ptr [r11 + 2048 + 8*\\i]", ".endr",
+                $end,
+                in("rsi") $from, in("r11") $to, in("rdi") $wait.service,
+                in("rcx") u64::from(MSR_TSC_DEADLINE),
+                inout("rax") $wait.low => _, inout("rdx") $wait.high => _,
+                inout("r8") $wait.previous, inout("r9") $wait.largest, in("r10") $wait.until,
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _,
+                out("xmm5") _, out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _,
+                out("xmm10") _, out("xmm11") _, out("xmm12") _, out("xmm13") _, out("xmm14") _,
+                out("xmm15") _, out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
+            )
+        }
     };
-    let same = |(a, b): (&[u64; 4], &[u64; 4])| a[..lanes] == b[..lanes];
-    let whole = image.registers.iter().zip(&back.registers).all(same);
-    if !whole || image.integer != back.integer {
-        CORRUPT.fetch_add(1, Relaxed);
+    ($body:literal, $wait:expr, $from:expr, $to:expr) => {
+        match WORDS.load(Relaxed) {
+            8 => hold!("0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
+                "1,2,3,4,5,6,7", "vmovdqu64", "zmm", "vzeroupper", $body, $wait, $from, $to),
+            4 => hold!("0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15", "\n.endr\n.rept 0", "vmovdqu", "ymm",
+                "vzeroupper", $body, $wait, $from, $to),
+            _ => hold!("0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15", "\n.endr\n.rept 0", "movdqu", "xmm",
+                "", $body, $wait, $from, $to),
+        }
+    };
+}
+
+fn wait<const HOW: u8>(cpu: usize, wait: &mut Wait) {
+    let from = &POOL[cpu * 4 + (wait.until >> 8) as usize % 32..];
+    let mut back = Image { vectors: [[0; 8]; MOST], x87: [0; X87], masks: [0; 8] };
+    let to = &raw mut back;
+    if HOW == SPIN {
+        hold!(
+            "2: rdtsc\nshl rdx, 32\nor rax, rdx\nmov rdx, rax\nsub rdx, r8\ncmp rdx, r9\ncmova r9, rdx\n\
+               mov r8, rax\ncmp rax, r10\njb 2b",
+            wait,
+            from.as_ptr(),
+            to
+        );
+    } else {
+        hold!("int3", wait, from.as_ptr(), to);
     }
-    (largest, previous)
+    let (registers, words) = (REGISTERS.load(Relaxed), WORDS.load(Relaxed));
+    let vectors = (0..registers).all(|at| from[at][..words] == back.vectors[at][..words]);
+    let x87 = (0..X87).all(|at| from[at][0] == back.x87[at]);
+    let masks = words < 8 || (1..8).all(|at| from[at][0] as u16 == back.masks[at]);
+    if !(vectors && x87 && masks) {
+        heartbeat::report_once(&CORRUPT, format_args!("fpu cpu={cpu}"));
+    }
+}
+
+/// Spins until TSC value `until`; returns the largest step that the TSC made since `last`, and its last
+/// value.
+pub fn spin(cpu: usize, until: u64, last: u64) -> (u64, u64) {
+    let mut state = Wait { service: 0, low: 0, high: 0, previous: last, largest: 0, until };
+    wait::<SPIN>(cpu, &mut state);
+    (state.largest, state.previous)
+}
+
+/// Sleeps until TSC value `until` or any other interrupt.
+pub fn sleep(cpu: usize, until: u64) {
+    let mut service = SERVICE_WRMSR_AND_SLEEP;
+    if !clock::timer_is_by_deadline() {
+        service = SERVICE_SLEEP;
+        clock::arm_one_shot(until);
+    }
+    let (low, high) = (until & 0xffff_ffff, until >> 32);
+    wait::<SLEEP>(cpu, &mut Wait { service, low, high, previous: 0, largest: 0, until });
 }

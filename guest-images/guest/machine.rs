@@ -1,7 +1,20 @@
-//! Ports, system calls to ring 0, the command line and the memory map.
+//! Ports, system calls to ring 0, the IOAPIC, the command line and the memory map.
 
-use crate::console::println;
+use crate::clock::lapic_read;
+use crate::console::{self, line, println};
 use core::arch::asm;
+use core::arch::x86_64::CpuidResult;
+use core::cell::UnsafeCell;
+
+const IOAPIC: usize = 0xfec0_0000;
+const IOAPIC_FIRST_PIN: u32 = 0x10;
+const LAPIC_ID: usize = 0x20;
+
+/// What int3 does, in rdi; see `ring0.s`.
+pub const SERVICE_SLEEP: u64 = 0;
+const SERVICE_WRMSR: u64 = 1;
+pub const SERVICE_WRMSR_AND_SLEEP: u64 = 2;
+const SERVICE_CPUID: u64 = 3;
 
 pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };
@@ -19,21 +32,65 @@ pub fn inb(port: u16) -> u8 {
 
 /// Sleeps until an interrupt; one that is pending already counts.
 pub fn sleep_until_interrupt() {
-    unsafe { asm!("int3") };
+    unsafe { asm!("int3", in("rdi") SERVICE_SLEEP) };
+}
+
+pub fn service_wrmsr(msr: u32, value: u64) {
+    let (low, high) = (value as u32, (value >> 32) as u32);
+    unsafe { asm!("int3", in("rdi") SERVICE_WRMSR, in("ecx") msr, in("eax") low, in("edx") high) };
+}
+
+/// CPUID as KVM presents it: in ring 3 a software KVM lets the host's shine through.
+pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
+    let (eax, ebx, ecx, edx);
+    unsafe {
+        asm!("mov {saved}, rbx", "int3", "xchg {saved}, rbx", saved = out(reg) ebx,
+             in("rdi") SERVICE_CPUID, inout("eax") leaf => eax, inout("ecx") subleaf => ecx,
+             out("edx") edx)
+    };
+    let ebx: u64 = ebx;
+    CpuidResult { eax, ebx: ebx as u32, ecx, edx }
+}
+
+/// CPUs that CPUID tells of.
+pub fn cpu_count() -> usize {
+    let most = cpuid(0, 0).eax;
+    let by_topology = if most >= 0xb { cpuid(0xb, 1).ebx & 0xffff } else { 0 };
+    let leaf1 = cpuid(1, 0);
+    let by_package = if leaf1.edx >> 28 & 1 == 1 { leaf1.ebx >> 16 & 0xff } else { 1 };
+    if by_topology > 0 { by_topology as usize } else { by_package as usize }
+}
+
+/// Routes an IOAPIC pin to this CPU: edge-triggered, fixed delivery.
+pub fn ioapic_route(pin: u32, vector: u32) {
+    let write = |register: u32, value: u32| unsafe {
+        (IOAPIC as *mut u32).write_volatile(register);
+        ((IOAPIC + 0x10) as *mut u32).write_volatile(value);
+    };
+    write(IOAPIC_FIRST_PIN + pin * 2 + 1, lapic_read(LAPIC_ID) >> 24 << 24);
+    write(IOAPIC_FIRST_PIN + pin * 2, vector);
 }
 
 pub fn debug_exit(code: u32) -> ! {
+    console::flush();
+    exit_now(code)
+}
+
+/// Leaves without the console's queue.
+pub fn exit_now(code: u32) -> ! {
     outl(0xf4, code);
     stop()
 }
 
 pub fn power_off() -> ! {
+    console::flush();
     unsafe { asm!("out dx, ax", in("dx") 0x604u16, in("ax") 0x2000u16) };
     outb(0x64, 0xfe);
     stop()
 }
 
-fn stop() -> ! {
+/// Sleeps for ever.
+pub fn stop() -> ! {
     loop {
         sleep_until_interrupt();
     }
@@ -43,13 +100,21 @@ unsafe extern "C" {
     static fault_vector: u64;
     static fault_address: u64;
     static fault_words: [u64; 2];
+    static interrupt_counts: [u64; 64];
     static image_end: u8;
+}
+
+/// Interrupts that came on `vector` so far.
+pub fn interrupts_on(vector: u32) -> u64 {
+    unsafe { (&raw const interrupt_counts).cast::<u64>().add(vector as usize).read_volatile() }
 }
 
 pub fn report_fault() -> ! {
     let (vector, address, words) = unsafe { (fault_vector, fault_address, fault_words) };
-    println!("FAULT vector={vector} cr2={address:#x} words={:#x},{:#x}", words[0], words[1]);
-    debug_exit(0x7f)
+    let pushes_error = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
+    let (error, rip) = if pushes_error { (words[0], words[1]) } else { (0, words[0]) };
+    line!("FAULT vector={vector} error={error:#x} rip={rip:#x} cr2={address:#x}").send_now();
+    exit_now(0x7f)
 }
 
 #[repr(C)]
@@ -74,8 +139,18 @@ struct MapEntry {
     reserved: u32,
 }
 
+const KIND_RAM: u32 = 1;
 /// Most pieces of RAM above the image.
 const MAX_REGIONS: usize = 4;
+/// What ring 0 has mapped.
+const MAPPED_BYTES: usize = 16 << 30;
+const MAX_CMDLINE: usize = 4096;
+
+struct CommandLine(UnsafeCell<[u8; MAX_CMDLINE]>);
+// SAFETY: written once, by CPU 0 before any other runs.
+unsafe impl Sync for CommandLine {}
+/// Our copy: the original may lie where we put something else.
+static CMDLINE: CommandLine = CommandLine(UnsafeCell::new([0; MAX_CMDLINE]));
 
 #[derive(Clone)]
 pub struct Machine {
@@ -83,57 +158,67 @@ pub struct Machine {
     /// Start and end of free RAM, page-aligned.
     regions: [(usize, usize); MAX_REGIONS],
     ram_bytes: u64,
+    page_count: usize,
 }
 
 impl Machine {
     pub fn from_start_info(address: usize) -> Self {
         let info = unsafe { &*(address as *const StartInfo) };
-        let start = info.cmdline as *const u8;
-        let len = (0..4096).take_while(|at| unsafe { *start.add(*at) } != 0).count();
-        let bytes = unsafe { core::slice::from_raw_parts(start, len) };
-        let mut machine = Self {
-            cmdline: core::str::from_utf8(bytes).unwrap_or(""),
-            regions: [(0, 0); MAX_REGIONS],
-            ram_bytes: 0,
-        };
-        let image = &raw const image_end as usize;
-        // The image, and boot data that a VMM may have put behind it, stay out of the way.
-        let floor = (image + (4 << 20)).next_multiple_of(2 << 20);
-        let entries = if info.version > 0 { info.memmap_entries as usize } else { 0 };
-        let map = unsafe { core::slice::from_raw_parts(info.memmap as *const MapEntry, entries) };
-        let mut found = 0;
-        for entry in map.iter().filter(|entry| entry.kind == 1) {
-            machine.ram_bytes += entry.len;
-            let start = (entry.start as usize).next_multiple_of(4096).max(floor);
-            let end = ((entry.start + entry.len) as usize & !4095).min(16 << 30);
-            if start < end && found < MAX_REGIONS {
-                machine.regions[found] = (start, end);
-                found += 1;
+        let cmdline = copy_cmdline(info.cmdline as *const u8);
+        let mut machine =
+            Self { cmdline, regions: [(0, 0); MAX_REGIONS], ram_bytes: 0, page_count: 0 };
+        let has_map = info.version > 0 && info.memmap != 0;
+        let entries = if has_map { info.memmap_entries as usize } else { 0 };
+        if entries == 0 {
+            machine.add(0, machine.number("ram_mb", 0) << 20);
+        } else {
+            let map = info.memmap as *const MapEntry;
+            for at in 0..entries {
+                let entry = unsafe { map.add(at).read_unaligned() };
+                if entry.kind == KIND_RAM {
+                    machine.add(entry.start, entry.len);
+                }
             }
         }
+        let pages = machine.regions.iter().map(|(start, end)| (end - start) / 4096).sum();
+        machine.page_count = match machine.text("ram") {
+            Some(text) if text != "all" => (machine.number("ram", 0) as usize * 256).min(pages),
+            _ => pages,
+        };
         machine
     }
 
-    pub fn text(&self, key: &str) -> Option<&'static str> {
-        let value = |word: &'static str| word.strip_prefix(key)?.strip_prefix('=');
-        self.cmdline.split(' ').find_map(value)
-    }
-
-    pub fn number(&self, key: &str, default: u64) -> u64 {
-        self.text(key).and_then(|text| text.parse().ok()).unwrap_or(default)
+    fn add(&mut self, start: u64, len: u64) {
+        self.ram_bytes += len;
+        let floor = (&raw const image_end as usize).next_multiple_of(2 << 20);
+        let from = (start as usize).next_multiple_of(4096).max(floor);
+        let to = (start.saturating_add(len) as usize & !4095).min(MAPPED_BYTES);
+        if from < to
+            && let Some(free) = self.regions.iter_mut().find(|region| region.1 == 0)
+        {
+            *free = (from, to);
+        }
     }
 
     pub fn words(&self) -> impl Iterator<Item = &'static str> {
         self.cmdline.split(' ')
     }
 
-    pub fn ram_bytes(&self) -> u64 {
-        self.ram_bytes
+    pub fn text(&self, key: &str) -> Option<&'static str> {
+        self.words().find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+    }
+
+    pub fn number(&self, key: &str, default: u64) -> u64 {
+        self.text(key).and_then(|text| text.parse().ok()).unwrap_or(default)
+    }
+
+    pub fn ram_mb(&self) -> u64 {
+        (self.ram_bytes + (1 << 19)) >> 20
     }
 
     /// Free pages.
     pub fn page_count(&self) -> usize {
-        self.regions.iter().map(|(start, end)| (end - start) / 4096).sum()
+        self.page_count
     }
 
     /// Address of free page `index`.
@@ -148,4 +233,21 @@ impl Machine {
         println!("ERROR no page {index}");
         debug_exit(0x7c)
     }
+}
+
+fn copy_cmdline(from: *const u8) -> &'static str {
+    if from.is_null() {
+        return "";
+    }
+    let copy = unsafe { &mut *CMDLINE.0.get() };
+    let mut len = 0;
+    while len < copy.len() {
+        let byte = unsafe { from.add(len).read_volatile() };
+        if byte == 0 {
+            break;
+        }
+        copy[len] = byte;
+        len += 1;
+    }
+    core::str::from_utf8(&copy[..len]).unwrap_or("")
 }

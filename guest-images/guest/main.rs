@@ -6,11 +6,14 @@ mod clock;
 mod console;
 mod disk;
 mod fpu;
+mod heartbeat;
 mod machine;
-mod pages;
 mod paced;
+mod pages;
 mod runtime;
+mod sleeper;
 mod smp;
+mod virtio;
 
 core::arch::global_asm!(include_str!("ring0.s"), options(raw));
 
@@ -24,17 +27,29 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
         smp::application_processor(cpu);
     }
     let machine = Machine::from_start_info(start_info as usize);
-    clock::calibrate();
-    match machine.text("work").unwrap_or("hello") {
-        "hello" => {
-            let megabytes = machine.ram_bytes() >> 20;
-            println!("ERRY hello from the guest: cpus={} ram_mb={}", machine.number("cpus", 1), megabytes);
+    let work = machine.text("work").unwrap_or("hello");
+    // Ring 0 has sent the F of FERRY.
+    if work == "hello" {
+        let (cpus, ram_mb) = (smp::wanted(&machine), machine.ram_mb());
+        println!("ERRY hello from the guest cpus={cpus} ram_mb={ram_mb}");
+    } else {
+        println!("ERRY guest work={work}");
+        console::flush();
+        clock::start();
+        clock::choose_timer(machine.text("timer"));
+        clock::enable_lapic();
+        fpu::start();
+        if machine.page_count() == 0 {
+            println!("ERROR no memory map, and no ram_mb= on the command line");
+            machine::debug_exit(0x7a);
         }
-        "idle" => paced::idle(&machine),
-        "spin" | "dirty" => paced::dirty(&machine),
-        "disk" => disk::run(&machine),
-        "selftest" => pages::self_test(&machine),
-        other => println!("ERROR unknown work={other}"),
+        match work {
+            "idle" => sleeper::idle(&machine),
+            "spin" | "dirty" => paced::run(&machine),
+            "disk" => disk::run(&machine),
+            "selftest" => pages::self_test(&machine),
+            other => println!("ERROR unknown work={other}"),
+        }
     }
     match machine.text("code") {
         Some(_) => machine::debug_exit(machine.number("code", 0) as u32),

@@ -1,247 +1,228 @@
-//! `idle`, `spin` and `dirty`: work at a pace, and a report of what the guest saw of the world.
+//! `spin` and `dirty`: every CPU rewrites its part of the working set at a rate, checking each page
+//! before, and watches the TSC with live vector registers the rest of the time.
 
-use crate::clock::{self, ticks, tsc, us};
+use crate::clock::{ticks, tsc, us};
 use crate::console::{self, println};
 use crate::fpu;
-use crate::machine::{self, Machine, sleep_until_interrupt};
-use crate::pages::{self, Fill};
-use crate::smp::{self, MAX_CPUS};
+use crate::heartbeat::{self, Heartbeat, PER_CPU, answer, corrupt, note_gap, rewritten};
+use crate::machine::Machine;
+use crate::pages::{self, Content, Fill};
+use crate::sleeper;
+use crate::smp;
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
+use core::ops::Range;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
+
+/// Generations in one page of their table.
+const ENTRIES: usize = 1024;
+/// Longest time between two checks of the vector registers.
+const HOLD_US: u64 = 500;
+/// The same while a line waits to be sent, a byte at a time.
+const HOLD_SENDING_US: u64 = 10;
+/// Work missed for longer than this is not caught up: the rate is a rate, not a debt.
+const MOST_DEBT_US: u64 = 1_000;
 
 /// What all CPUs do. Written by CPU 0 before `GO`.
 struct Plan {
     machine: Machine,
-    fill: Fill,
-    /// Filled pages; page 0 comes after the table of generations.
-    page_count: usize,
+    content: Content,
+    /// Pages of the table of generations; filled pages come behind, untouched ones last.
     table_pages: usize,
+    page_count: usize,
+    untouched: usize,
     working_set: usize,
     bytes_per_sec: u64,
     random: bool,
     cpus: usize,
-    heartbeat_us: u64,
-    sleeps: bool,
+    interval_ms: u64,
 }
 
 struct Shared(UnsafeCell<Option<Plan>>);
+// SAFETY: written before `GO` is set, only read after.
 unsafe impl Sync for Shared {}
 
 static PLAN: Shared = Shared(UnsafeCell::new(None));
 static GO: AtomicBool = AtomicBool::new(false);
-static REWRITTEN: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
-static LARGEST_GAP: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
-static CORRUPT: AtomicU64 = AtomicU64::new(0);
 /// Rounds of checking asked for by CPU 0, and how many CPUs have stopped for one and finished it.
 static CHECK: AtomicUsize = AtomicUsize::new(0);
 static STOPPED: AtomicUsize = AtomicUsize::new(0);
 static FINISHED: AtomicUsize = AtomicUsize::new(0);
-static CHECK_CORRUPT: AtomicU64 = AtomicU64::new(0);
+
+fn part(count: usize, cpu: usize, cpus: usize) -> Range<usize> {
+    count * cpu / cpus..count * (cpu + 1) / cpus
+}
 
 impl Plan {
+    fn from_cmdline(machine: &Machine) -> Self {
+        let spins = machine.text("work") == Some("spin");
+        let total = machine.page_count();
+        let table_pages = total.div_ceil(ENTRIES);
+        let most = total - table_pages;
+        let fills = !spins || machine.text("fill").is_some();
+        let fill_pct = if fills { machine.number("fill_pct", 75).min(100) as usize } else { 0 };
+        let page_count = most * fill_pct / 100;
+        Self {
+            machine: machine.clone(),
+            content: Content {
+                fill: Fill::named(machine.text("fill")),
+                changing_words: pages::changing_words(machine.number("change_pct", 100)),
+            },
+            table_pages,
+            page_count,
+            untouched: most - page_count,
+            working_set: (machine.number("ws_mb", 256) as usize)
+                .saturating_mul(256)
+                .min(page_count),
+            bytes_per_sec: if spins { 0 } else { machine.number("rate_mbps", 500) * 1_000_000 },
+            random: machine.text("pattern") == Some("rand"),
+            cpus: smp::wanted(machine),
+            interval_ms: machine.number("hb_ms", 100),
+        }
+    }
+
     fn page(&self, index: usize) -> *mut u64 {
         self.machine.page(self.table_pages + index)
     }
 
-    fn generation(&self, index: usize) -> &AtomicUsize {
-        let entry = self.machine.page(index / 512) as *const AtomicUsize;
-        unsafe { &*entry.add(index % 512) }
+    fn generation(&self, index: usize) -> &AtomicU32 {
+        let entries = self.machine.page(index / ENTRIES).cast::<AtomicU32>();
+        // SAFETY: `run` has cleared the table's pages, and they hold nothing else.
+        unsafe { &*entries.add(index % ENTRIES) }
     }
 
-    fn part(&self, count: usize, cpu: usize) -> core::ops::Range<usize> {
-        count * cpu / self.cpus..count * (cpu + 1) / self.cpus
-    }
-
-    /// Checks the page's head, then writes its next generation.
+    /// Checks the page's head and a sample, then writes its next generation.
     fn rewrite(&self, cpu: usize, index: usize) {
         let generation = self.generation(index);
-        let old = generation.load(Relaxed) as u64;
+        let old = generation.load(Relaxed);
         let page = self.page(index);
-        if !pages::head_is(page, self.fill, index as u64, old) {
-            report("page", index, old, unsafe { *page.add(2) });
+        if !self.content.looks_right(page, index as u64, old.into()) {
+            heartbeat::report_content("page", index, old.into(), unsafe { *page.add(2) });
         }
-        pages::write(page, self.fill, index as u64, old + 1);
-        generation.store(old as usize + 1, Relaxed);
-        REWRITTEN[cpu].fetch_add(1, Relaxed);
+        self.content.rewrite(page, index as u64, u64::from(old) + 1);
+        generation.store(old + 1, Relaxed);
+        PER_CPU[cpu].rewritten.fetch_add(1, Relaxed);
     }
 
-    fn check(&self, range: core::ops::Range<usize>) {
-        for index in range {
-            let generation = self.generation(index).load(Relaxed) as u64;
-            if !pages::is_whole(self.page(index), self.fill, index as u64, generation) {
-                CHECK_CORRUPT.fetch_add(1, Relaxed);
-                report("page", index, generation, unsafe { *self.page(index).add(2) });
+    fn check(&self, cpu: usize, cpus: usize) {
+        for index in part(self.page_count, cpu, cpus) {
+            let generation = self.generation(index).load(Relaxed).into();
+            let page = self.page(index);
+            if !self.content.is_whole(page, index as u64, generation) {
+                heartbeat::report_content("page", index, generation, unsafe { *page.add(2) });
+            }
+        }
+        for index in part(self.untouched, cpu, cpus) {
+            if let Some((word, found)) = pages::first_non_zero(self.page(self.page_count + index)) {
+                heartbeat::report_untouched(index, word, found);
             }
         }
     }
-}
 
-/// Says what was corrupt, the first time.
-pub fn report(what: &str, index: usize, expected: u64, found: u64) {
-    if CORRUPT.fetch_add(1, Relaxed) == 0 {
-        println!("CORRUPT {what}={index} expected_gen={expected} found_gen={found}");
-    }
-}
-
-/// Heartbeats of CPU 0, and what it is asked on the serial line.
-pub struct Heartbeat {
-    number: u64,
-    next: u64,
-    interval: u64,
-    last_bytes: u64,
-    last_time: u64,
-}
-
-impl Heartbeat {
-    pub fn new(interval_us: u64) -> Self {
-        let interval = ticks(interval_us);
-        Self { number: 0, next: tsc() + interval, interval, last_bytes: 0, last_time: tsc() }
-    }
-
-    pub fn due(&self) -> u64 {
-        self.next
-    }
-
-    /// Prints a line if it is time; returns a byte of input, if there is one then.
-    pub fn beat(&mut self, generations: u64, bytes: u64, gap_us: impl FnOnce() -> u64) -> Option<u8> {
-        let now = tsc();
-        if now < self.next {
-            return None;
-        }
-        if now < self.last_time {
-            report("clock", 0, self.last_time, now);
-        }
-        let elapsed_us = us(now.wrapping_sub(self.last_time)).max(1);
-        let mbps = (bytes - self.last_bytes) / elapsed_us;
+    fn print_check(&self) {
+        let (pages, untouched) = (self.page_count, self.untouched);
         println!(
-            "HB n={} t_us={} gen={generations} max_gap_us={} mbps={mbps} corrupt={} fpu={}",
-            self.number,
-            clock::now_us(),
-            gap_us(),
-            CORRUPT.load(Relaxed),
-            fpu::CORRUPT.load(Relaxed),
+            "CHECK pages={pages} corrupt={} gen={} untouched={untouched}",
+            corrupt(),
+            rewritten()
         );
-        self.number += 1;
-        (self.last_bytes, self.last_time) = (bytes, now);
-        self.next = (self.next + self.interval).max(now + self.interval / 2);
-        console::read()
-    }
-}
-
-fn gap_us() -> u64 {
-    us(LARGEST_GAP.iter().map(|gap| gap.swap(0, Relaxed)).max().unwrap_or(0))
-}
-
-fn rewritten() -> u64 {
-    REWRITTEN.iter().map(|count| count.load(Relaxed)).sum()
-}
-
-/// Sleeps on the LAPIC timer between heartbeats; the gap is how late it woke.
-pub fn idle(machine: &Machine) -> ! {
-    clock::enable_lapic();
-    println!("READY work=idle cpus=1 ram_mb={} pages=0 fill_us=0", machine.ram_bytes() >> 20);
-    sleeping(&mut Heartbeat::new(machine.number("hb_ms", 100) * 1000), || {
-        println!("CHECK pages=0 corrupt=0 gen=0");
-    })
-}
-
-fn sleeping(heartbeat: &mut Heartbeat, mut check: impl FnMut()) -> ! {
-    loop {
-        clock::sleep_until(heartbeat.due());
-        let late = tsc() - heartbeat.due();
-        let input = heartbeat.beat(0, 0, || us(late));
-        answer(input, &mut check);
-    }
-}
-
-/// `c` asks for a full check, `q` for an exit through the debug port, `p` for power-off.
-pub fn answer(input: Option<u8>, check: &mut dyn FnMut()) {
-    match input {
-        Some(b'c') => check(),
-        Some(b'q') => machine::debug_exit(0),
-        Some(b'p') => machine::power_off(),
-        _ => {}
     }
 }
 
 /// Fills RAM, then rewrites a working set at a rate, or only watches the clock.
-pub fn dirty(machine: &Machine) -> ! {
-    clock::enable_lapic();
-    let total = machine.page_count();
-    let cpus = (machine.number("cpus", 1) as usize).clamp(1, MAX_CPUS);
-    let table_pages = total / 512 + 1;
-    let most = total - table_pages;
-    let page_count = most * machine.number("fill_pct", 75).min(100) as usize / 100;
-    let working_set = (machine.number("ws_mb", 0) as usize * 256).min(page_count);
-    let spins = machine.text("work") == Some("spin");
-    let own = machine.clone();
-    let plan = Plan {
-        machine: own,
-        fill: Fill::named(machine.text("fill")),
-        page_count: if spins && machine.text("fill").is_none() { 0 } else { page_count },
-        table_pages,
-        working_set: if working_set == 0 { page_count } else { working_set },
-        bytes_per_sec: machine.number("rate_mbps", 0) * 1_000_000,
-        random: machine.text("pattern") == Some("rand"),
-        cpus,
-        heartbeat_us: machine.number("hb_ms", 100) * 1000,
-        sleeps: machine.number("sleep", 0) == 1,
-    };
+pub fn run(machine: &Machine) -> ! {
+    let plan = Plan::from_cmdline(machine);
     let start = tsc();
+    for page in 0..plan.table_pages {
+        // SAFETY: nothing else uses the table's pages.
+        unsafe { machine.page(page).write_bytes(0, pages::WORDS) };
+    }
     for index in 0..plan.page_count {
-        pages::write(plan.page(index), plan.fill, index as u64, 0);
+        plan.content.fill(plan.page(index), index as u64);
     }
     let fill_us = us(tsc() - start);
-    let (page_count, megabytes) = (plan.page_count, machine.ram_bytes() >> 20);
+    let (page_count, cpus, interval_ms) = (plan.page_count, plan.cpus, plan.interval_ms);
+    // SAFETY: no other CPU runs yet.
     unsafe { *PLAN.0.get() = Some(plan) };
-    smp::start(cpus);
-    println!("READY work=dirty cpus={cpus} ram_mb={megabytes} pages={page_count} fill_us={fill_us}");
+    let sleeps = machine.number("sleep", 0) == 1;
+    sleeper::set_interval(interval_ms);
+    smp::start(cpus, if sleeps { sleeper::other_cpu } else { worker });
+    let work = machine.text("work").unwrap_or("");
+    let ram_mb = machine.ram_mb();
+    println!("READY work={work} cpus={cpus} ram_mb={ram_mb} pages={page_count} fill_us={fill_us}");
+    console::flush();
     GO.store(true, Release);
+    if sleeps {
+        sleeper::first_cpu(interval_ms, &mut || {
+            let plan = plan_of_all();
+            plan.check(0, 1);
+            plan.print_check();
+        });
+    }
     worker(0)
 }
 
-/// What each CPU does once there is a plan.
-pub fn worker(cpu: usize) -> ! {
+fn plan_of_all() -> &'static Plan {
     while !GO.load(Acquire) {
         core::hint::spin_loop();
     }
-    let Some(plan) = (unsafe { (*PLAN.0.get()).as_ref() }) else { machine::debug_exit(0x7b) };
-    let mut heartbeat = Heartbeat::new(plan.heartbeat_us);
-    if plan.sleeps {
-        if cpu > 0 {
-            loop {
-                sleep_until_interrupt();
-            }
-        }
-        sleeping(&mut heartbeat, || {
-            plan.check(0..plan.page_count);
-            print_check(plan);
-        });
+    // SAFETY: `run` wrote it before `GO`, and nobody after.
+    match unsafe { (*PLAN.0.get()).as_ref() } {
+        Some(plan) => plan,
+        None => unreachable!("GO comes after the plan"),
     }
-    let part = plan.part(plan.working_set, cpu);
+}
+
+/// The next page of a part, in order or at random.
+struct Walk {
+    at: usize,
+    random: u64,
+    by_chance: bool,
+}
+
+impl Walk {
+    fn next(&mut self, len: usize) -> usize {
+        self.random = pages::next_random(self.random);
+        self.at =
+            if self.by_chance { (self.random >> 33) as usize % len } else { (self.at + 1) % len };
+        self.at
+    }
+}
+
+/// What each CPU does once there is a plan.
+fn worker(cpu: usize) -> ! {
+    let plan = plan_of_all();
+    let mut heartbeat = Heartbeat::new(plan.interval_ms);
+    let mut walk = Walk { at: 0, random: cpu as u64 + 1, by_chance: plan.random };
+    let part = part(plan.working_set, cpu, plan.cpus);
     let writes = plan.bytes_per_sec > 0 && !part.is_empty();
-    let per_page = if writes { ticks(1_000_000) * 4096 * plan.cpus as u64 / plan.bytes_per_sec } else { 0 };
-    let (mut at, mut random) = (0usize, cpu as u64 + 1);
+    let per_page = match plan.bytes_per_sec {
+        0 => 0,
+        rate => ticks(1_000_000) * 4096 * plan.cpus as u64 / rate,
+    };
+    let (hold, hold_sending, most_debt) =
+        (ticks(HOLD_US), ticks(HOLD_SENDING_US), ticks(MOST_DEBT_US));
+    let mut checks = 0;
+    let mut sending = false;
     let mut last = tsc();
     let mut next = last;
-    let mut checks = 0;
     loop {
-        let gap;
-        let mut now = tsc();
+        let now = tsc();
+        note_gap(cpu, now.wrapping_sub(last), now);
+        last = now;
         if writes && next <= now {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            at = if plan.random { (random >> 33) as usize % part.len() } else { (at + 1) % part.len() };
-            plan.rewrite(cpu, part.start + at);
-            // Work missed in a pause is not caught up: the rate is a rate, not a debt.
-            next = (next + per_page).max(now.saturating_sub(ticks(1_000)));
-            now = tsc();
-            gap = now - last;
-            last = now;
+            plan.rewrite(cpu, part.start + walk.next(part.len()));
+            next = (next + per_page).max(now.saturating_sub(most_debt));
         } else {
-            let until = if writes { next } else { now + ticks(500) };
-            (gap, last) = fpu::hold(until.min(now + ticks(500)).max(now), last);
+            let longest = now + if sending { hold_sending } else { hold };
+            let until = if writes { next.min(longest) } else { longest };
+            let gap;
+            (gap, last) = fpu::spin(cpu, until, last);
+            note_gap(cpu, gap, last);
+            if sending {
+                sending = console::pump();
+            }
         }
-        LARGEST_GAP[cpu].fetch_max(gap, Relaxed);
+        PER_CPU[cpu].progress.fetch_add(1, Relaxed);
         if CHECK.load(Acquire) != checks {
             checks += 1;
             check_together(plan, cpu, checks);
@@ -250,14 +231,11 @@ pub fn worker(cpu: usize) -> ! {
         }
         if cpu == 0 && last >= heartbeat.due() {
             let pages = rewritten();
-            let input = heartbeat.beat(pages, pages * 4096, gap_us);
-            answer(input, &mut || {
+            heartbeat.beat(pages, pages * 4096, format_args!(""));
+            sending = true;
+            answer(&mut || {
                 CHECK.fetch_add(1, AcqRel);
             });
-            if input.is_some() {
-                last = tsc();
-                next = last;
-            }
         }
     }
 }
@@ -272,14 +250,9 @@ fn check_together(plan: &Plan, cpu: usize, round: usize) {
         }
     };
     wait_for_all(&STOPPED);
-    plan.check(plan.part(plan.page_count, cpu));
+    plan.check(cpu, plan.cpus);
     wait_for_all(&FINISHED);
     if cpu == 0 {
-        print_check(plan);
+        plan.print_check();
     }
-}
-
-fn print_check(plan: &Plan) {
-    let corrupt = CHECK_CORRUPT.swap(0, Relaxed) + fpu::CORRUPT.load(Relaxed);
-    println!("CHECK pages={} corrupt={corrupt} gen={}", plan.page_count, rewritten());
 }

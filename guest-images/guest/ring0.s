@@ -166,11 +166,21 @@ make_idt:
     mov word ptr idt[3 * 16 + 6], ax
     ret
 
-// int3 from ring 3: sleep until an interrupt, which may be pending already.
+// int3 from ring 3, by rdi: 0 sleeps until an interrupt, which may be pending already; 1 is wrmsr; 2 is
+// wrmsr, then sleep; 3 is cpuid (in ring 3 it may tell of the host). Registers are those of wrmsr and cpuid.
 service:
-    sti
+    cmp edi, 3
+    je 3f
+    test edi, edi
+    jz 1f
+    wrmsr
+    cmp edi, 2
+    jb 2f
+1:  sti
     hlt
     cli
+2:  iretq
+3:  cpuid
     iretq
 
 interrupt:                          // [rsp]: vector
@@ -188,7 +198,7 @@ fault:                              // [rsp]: vector, then what the CPU pushed
     mov fault_vector, rax
     mov rax, cr2
     mov fault_address, rax
-    mov rax, [rsp + 8]
+    mov rax, [rsp + 8]              // error code and rip, or rip and cs: the vector tells
     mov fault_words, rax
     mov rax, [rsp + 16]
     mov fault_words + 8, rax

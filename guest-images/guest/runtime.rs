@@ -1,11 +1,13 @@
 //! What the compiler expects of an operating system: memory functions and a panic handler.
 
-use crate::{console::println, machine};
+use crate::{console::line, machine};
 use core::arch::asm;
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
-    unsafe { asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") len => _) };
+    unsafe {
+        asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") len => _)
+    };
     to
 }
 
@@ -48,11 +50,11 @@ extern "C" fn rust_eh_personality() {}
 
 #[unsafe(no_mangle)]
 extern "C" fn _Unwind_Resume() -> ! {
-    machine::debug_exit(0x7d)
+    machine::exit_now(0x7d)
 }
 
 #[panic_handler]
 fn panic(panic: &core::panic::PanicInfo<'_>) -> ! {
-    println!("PANIC {panic}");
-    machine::debug_exit(0x7d)
+    line!("PANIC {panic}").send_now();
+    machine::exit_now(0x7d)
 }
