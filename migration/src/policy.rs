@@ -30,6 +30,12 @@ pub fn expected_downtime(pending_bytes: u64, bytes_per_sec: u64) -> Duration {
     FIXED_DOWNTIME + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
 }
 
+/// What `bytes` in `duration` are in a second.
+pub fn per_second(bytes: u64, duration: Duration) -> u64 {
+    let rate = u128::from(bytes) * 1_000_000_000 / duration.as_nanos().max(1000);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
 /// What to do after a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {

@@ -37,7 +37,7 @@ pub fn verify(path: &Path) -> Result<u64> {
     let file = File::open(path)?;
     let count = file.metadata()?.len() / SECTOR_BYTES;
     let mut sum = 0;
-    let mut bytes = [0; SECTOR_BYTES as usize];
+    let mut bytes = [0; WORDS * 8];
     for sector in 0..count {
         file.read_exact_at(&mut bytes, sector * SECTOR_BYTES)?;
         sum += generation(&bytes, sector)?;

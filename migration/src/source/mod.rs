@@ -226,12 +226,10 @@ impl Source<'_> {
     }
 
     fn record(&self, round: Round, bandwidth: u64) {
-        let page = devices::ram::PAGE_SIZE as f64;
-        let seconds = round.duration.as_secs_f64().max(1e-6);
-        let rate = round.dirtied_bytes as f64 / page / seconds;
+        let dirtied_per_sec = policy::per_second(round.dirtied_bytes, round.duration);
         self.counters.update(|stats| {
             stats.bytes_per_sec = bandwidth;
-            stats.dirty_pages_rate = rate as u64;
+            stats.dirty_pages_rate = dirtied_per_sec / devices::ram::PAGE_SIZE;
             stats.remaining_bytes = round.dirtied_bytes;
             stats.expected_downtime =
                 Some(policy::expected_downtime(round.dirtied_bytes, bandwidth));
@@ -349,8 +347,8 @@ impl Pace {
         if self.round_sent < MEASURABLE_BYTES {
             return;
         }
-        let busy = self.round_started.elapsed().saturating_sub(self.slept).as_secs_f64();
-        self.bandwidth = (self.round_sent as f64 / busy.max(1e-6)) as u64;
+        let busy = self.round_started.elapsed().saturating_sub(self.slept);
+        self.bandwidth = policy::per_second(self.round_sent, busy);
     }
 
     /// What the link moves; under a cap never more than the cap.

@@ -229,6 +229,7 @@ fn test_ram(bytes: u64) -> (GuestRam, RamLayout) {
 }
 
 #[cfg(test)]
+#[allow(clippy::little_endian_bytes, reason = "makes ELF headers")]
 mod tests {
     use super::*;
     use std::io::Write;

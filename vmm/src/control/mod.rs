@@ -354,7 +354,7 @@ mod tests {
     #[test]
     fn a_client_that_leaves_in_the_middle_is_forgotten() {
         let (_folder, mut server, client, id) = connected();
-        (&*client.get_ref()).write_all(br#"{"exec"#).unwrap();
+        client.get_ref().write_all(br#"{"exec"#).unwrap();
         assert!(server.on_readable(id).is_empty());
         drop(client);
         assert!(server.on_readable(id).is_empty());

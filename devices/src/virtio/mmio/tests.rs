@@ -1,8 +1,9 @@
 //! A driver's side of the transport and of virtio-blk: registers, rings in guest RAM, requests.
+#![allow(clippy::little_endian_bytes, reason = "a driver's registers")]
 
 use super::*;
+use crate::block::BlockNode;
 use crate::block::memory::MemoryDisk;
-use crate::block::{BlockNode, SECTOR_BYTES};
 use crate::irq::CountingIrq;
 use crate::ram::GuestAddress;
 use crate::virtio::blk::Block;
@@ -204,7 +205,7 @@ fn a_request_in_the_ring_is_served_after_a_move() {
     assert_ne!(destination.used(), destination.avail, "nothing happens before the resume");
     destination.transport.resume();
     assert_eq!(destination.wait(), 0);
-    let mut sector = [0; SECTOR_BYTES as usize];
+    let mut sector = [0; 512];
     destination.node.read_at(&mut sector, 0).unwrap();
     assert_eq!(sector, [7; 512]);
 }
