@@ -15,6 +15,7 @@ fn main() {
         .args(["--edition=2024", "--crate-type=bin", "--crate-name=ferry_guest", "guest/main.rs"])
         .args(["--target=x86_64-unknown-linux-gnu", "-Copt-level=3", "-Cpanic=abort"])
         .args(["-Crelocation-model=static", "-Cno-redzone=yes", "-Cdebuginfo=0"])
+        .arg("-Cstrip=debuginfo")
         .args(["-Cforce-unwind-tables=no", "-Ccodegen-units=1", "-Clink-args=-nostdlib -static"])
         .args(["-Clink-args=-no-pie -nostartfiles -Wl,--build-id=none -Wl,-z,max-page-size=4096"])
         .arg(format!("-Clink-arg=-Wl,-T,{}", script.display()))

@@ -18,6 +18,8 @@ const SECTORS_PER_MB: u64 = 2048;
 /// Unless told otherwise: a full check should not take minutes.
 const DEFAULT_MB: u64 = 1024;
 const CYCLES_PER_FLUSH: u64 = 64;
+/// A line to be sent goes out between cycles, this much at a time.
+const BYTES_PER_CYCLE: usize = 4;
 /// Generations of sectors in one page of their table.
 const ENTRIES: u64 = 1024;
 const MAGIC: u64 = 0x4645_5252_5953_4543;
@@ -167,12 +169,14 @@ pub fn run(machine: &Machine) -> ! {
         id.unwrap_or("?"),
     );
     console::flush();
-    rewrite_for_ever(&mut region, Heartbeat::new(machine.number("hb_ms", 100)))
+    let written = region.written * SECTOR_BYTES as u64;
+    rewrite_for_ever(&mut region, Heartbeat::new(machine.number("hb_ms", 100), written))
 }
 
 fn rewrite_for_ever(region: &mut Region<'_>, mut heartbeat: Heartbeat) -> ! {
     let (mut random, mut cycles) = (1u64, 0u64);
     let mut last = tsc();
+    let mut sending = false;
     loop {
         random = next_random(random);
         let first = (random >> 20) % region.sectors / BATCH as u64 * BATCH as u64;
@@ -183,6 +187,9 @@ fn rewrite_for_ever(region: &mut Region<'_>, mut heartbeat: Heartbeat) -> ! {
         if cycles.is_multiple_of(CYCLES_PER_FLUSH) {
             region.flush();
         }
+        for _ in 0..BYTES_PER_CYCLE {
+            sending = sending && console::pump();
+        }
         let now = tsc();
         note_gap(0, now.wrapping_sub(last), now);
         last = now;
@@ -191,10 +198,10 @@ fn rewrite_for_ever(region: &mut Region<'_>, mut heartbeat: Heartbeat) -> ! {
             let (acked, lost) = (region.disk.acknowledged, region.disk.lost_interrupts);
             let bytes = region.written * SECTOR_BYTES as u64;
             heartbeat.beat(region.written, bytes, format_args!(" acked={acked} lost_irq={lost}"));
+            sending = true;
             if answer(&mut || region.check_all()) {
                 last = tsc();
             }
-            console::flush();
         }
     }
 }

@@ -54,6 +54,9 @@ struct Wait {
 
 const SPIN: u8 = 0;
 const SLEEP: u8 = 1;
+/// For the self-test: each changes what a wait should keep.
+const LOSE_VECTOR: u8 = 2;
+const LOSE_X87: u8 = 3;
 
 // Values differ from wait to wait: each starts at another place of this pool. Those of different CPUs
 // start apart as well.
@@ -104,35 +107,50 @@ macro_rules! hold {
     };
 }
 
-fn wait<const HOW: u8>(cpu: usize, wait: &mut Wait) {
+/// Waits with live registers; says whether they are as they were.
+fn wait<const HOW: u8>(cpu: usize, wait: &mut Wait) -> bool {
     let from = &POOL[cpu * 4 + (wait.until >> 8) as usize % 32..];
     let mut back = Image { vectors: [[0; 8]; MOST], x87: [0; X87], masks: [0; 8] };
     let to = &raw mut back;
-    if HOW == SPIN {
-        hold!(
-            "2: rdtsc\nshl rdx, 32\nor rax, rdx\nmov rdx, rax\nsub rdx, r8\ncmp rdx, r9\ncmova r9, rdx\n\
-               mov r8, rax\ncmp rax, r10\njb 2b",
+    match HOW {
+        SPIN => hold!(
+            "2: rdtsc\nshl rdx, 32\nor rax, rdx\nmov rdx, rax\nsub rdx, r8\ncmp rdx, r9\n\
+             cmova r9, rdx\nmov r8, rax\ncmp rax, r10\njb 2b",
             wait,
             from.as_ptr(),
             to
-        );
-    } else {
-        hold!("int3", wait, from.as_ptr(), to);
+        ),
+        SLEEP => hold!("int3", wait, from.as_ptr(), to),
+        LOSE_VECTOR => hold!("psrlq xmm13, 1", wait, from.as_ptr(), to),
+        _ => hold!("fxch st(5)", wait, from.as_ptr(), to),
     }
     let (registers, words) = (REGISTERS.load(Relaxed), WORDS.load(Relaxed));
     let vectors = (0..registers).all(|at| from[at][..words] == back.vectors[at][..words]);
     let x87 = (0..X87).all(|at| from[at][0] == back.x87[at]);
     let masks = words < 8 || (1..8).all(|at| from[at][0] as u16 == back.masks[at]);
-    if !(vectors && x87 && masks) {
+    vectors && x87 && masks
+}
+
+fn must_hold(cpu: usize, held: bool) {
+    if !held {
         heartbeat::report_once(&CORRUPT, format_args!("fpu cpu={cpu}"));
     }
+}
+
+/// Whether a register that changes is noticed, and none is when none does.
+pub fn self_test() -> bool {
+    let mut state = Wait { service: 0, low: 0, high: 0, previous: 0, largest: 0, until: 0 };
+    wait::<SPIN>(0, &mut state)
+        && !wait::<LOSE_VECTOR>(0, &mut state)
+        && !wait::<LOSE_X87>(0, &mut state)
+        && wait::<SPIN>(0, &mut state)
 }
 
 /// Spins until TSC value `until`; returns the largest step that the TSC made since `last`, and its last
 /// value.
 pub fn spin(cpu: usize, until: u64, last: u64) -> (u64, u64) {
     let mut state = Wait { service: 0, low: 0, high: 0, previous: last, largest: 0, until };
-    wait::<SPIN>(cpu, &mut state);
+    must_hold(cpu, wait::<SPIN>(cpu, &mut state));
     (state.largest, state.previous)
 }
 
@@ -144,5 +162,6 @@ pub fn sleep(cpu: usize, until: u64) {
         clock::arm_one_shot(until);
     }
     let (low, high) = (until & 0xffff_ffff, until >> 32);
-    wait::<SLEEP>(cpu, &mut Wait { service, low, high, previous: 0, largest: 0, until });
+    let mut state = Wait { service, low, high, previous: 0, largest: 0, until };
+    must_hold(cpu, wait::<SLEEP>(cpu, &mut state));
 }

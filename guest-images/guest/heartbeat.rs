@@ -87,14 +87,15 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    pub fn new(interval_ms: u64) -> Self {
+    /// The first comes after `interval_ms`; `bytes` have been written before.
+    pub fn new(interval_ms: u64, bytes: u64) -> Self {
         let interval = ticks(interval_ms.clamp(1, 3_600_000) * 1000);
         let now = tsc();
         Self {
             number: 0,
             next: now + interval,
             interval,
-            last_bytes: 0,
+            last_bytes: bytes,
             last_time: now,
             last_kvmclock_us: 0,
             last_progress: [0; MAX_CPUS],

@@ -1,6 +1,6 @@
 //! Ports, system calls to ring 0, the IOAPIC, the command line and the memory map.
 
-use crate::clock::lapic_read;
+use crate::clock::{lapic_read, ticks, tsc};
 use crate::console::{self, line, println};
 use core::arch::asm;
 use core::arch::x86_64::CpuidResult;
@@ -15,6 +15,9 @@ pub const SERVICE_SLEEP: u64 = 0;
 const SERVICE_WRMSR: u64 = 1;
 pub const SERVICE_WRMSR_AND_SLEEP: u64 = 2;
 const SERVICE_CPUID: u64 = 3;
+const SERVICE_TRIPLE_FAULT: u64 = 4;
+/// How long a reset may take before we try the next way.
+const RESET_US: u64 = 500_000;
 
 pub fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value) };
@@ -86,7 +89,11 @@ pub fn power_off() -> ! {
     console::flush();
     unsafe { asm!("out dx, ax", in("dx") 0x604u16, in("ax") 0x2000u16) };
     outb(0x64, 0xfe);
-    stop()
+    let deadline = tsc() + ticks(RESET_US);
+    while tsc() < deadline {
+        core::hint::spin_loop();
+    }
+    unsafe { asm!("int3", in("rdi") SERVICE_TRIPLE_FAULT, options(noreturn)) }
 }
 
 /// Sleeps for ever.
@@ -107,6 +114,11 @@ unsafe extern "C" {
 /// Interrupts that came on `vector` so far.
 pub fn interrupts_on(vector: u32) -> u64 {
     unsafe { (&raw const interrupt_counts).cast::<u64>().add(vector as usize).read_volatile() }
+}
+
+/// Reads where no memory is mapped.
+pub fn fault() {
+    unsafe { ((MAPPED_BYTES + 8) as *const u64).read_volatile() };
 }
 
 pub fn report_fault() -> ! {

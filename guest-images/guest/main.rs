@@ -48,6 +48,7 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
             "spin" | "dirty" => paced::run(&machine),
             "disk" => disk::run(&machine),
             "selftest" => pages::self_test(&machine),
+            "fault" => machine::fault(),
             other => println!("ERROR unknown work={other}"),
         }
     }

@@ -191,7 +191,7 @@ impl Walk {
 /// What each CPU does once there is a plan.
 fn worker(cpu: usize) -> ! {
     let plan = plan_of_all();
-    let mut heartbeat = Heartbeat::new(plan.interval_ms);
+    let mut heartbeat = Heartbeat::new(plan.interval_ms, 0);
     let mut walk = Walk { at: 0, random: cpu as u64 + 1, by_chance: plan.random };
     let part = part(plan.working_set, cpu, plan.cpus);
     let writes = plan.bytes_per_sec > 0 && !part.is_empty();

@@ -192,7 +192,9 @@ pub fn self_test(machine: &Machine) -> ! {
         unsafe { *page.add(77) = 1 << 40 };
         passed &= clean && first_non_zero(page) == Some((77, 1 << 40));
     }
+    passed &= crate::fpu::self_test();
     if passed {
+        println!("SELFTEST lost registers detected");
         println!("SELFTEST flipped bit detected in a sector");
         machine::debug_exit(0);
     }

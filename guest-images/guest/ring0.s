@@ -167,10 +167,12 @@ make_idt:
     ret
 
 // int3 from ring 3, by rdi: 0 sleeps until an interrupt, which may be pending already; 1 is wrmsr; 2 is
-// wrmsr, then sleep; 3 is cpuid (in ring 3 it may tell of the host). Registers are those of wrmsr and cpuid.
+// wrmsr, then sleep; 3 is cpuid (in ring 3 it may tell of the host), 4 a triple fault. Registers are those
+// of wrmsr and cpuid.
 service:
     cmp edi, 3
     je 3f
+    ja 4f
     test edi, edi
     jz 1f
     wrmsr
@@ -182,6 +184,8 @@ service:
 2:  iretq
 3:  cpuid
     iretq
+4:  lidt [no_idt]
+    ud2
 
 interrupt:                          // [rsp]: vector
     push rax
@@ -254,7 +258,9 @@ gdtr:
 idtr:
     .word 64*16-1
     .quad idt
-    .global cpu_count
+no_idt:
+    .word 0
+    .quad 0
     .align 8
 cpu_count: .quad 1
 start_info: .quad 0

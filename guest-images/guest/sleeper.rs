@@ -27,7 +27,7 @@ pub fn idle(machine: &Machine) -> ! {
 pub fn first_cpu(interval_ms: u64, check: &mut dyn FnMut()) -> ! {
     console::enable_interrupt();
     console::flush();
-    let mut heartbeat = Heartbeat::new(interval_ms);
+    let mut heartbeat = Heartbeat::new(interval_ms, 0);
     let mut inputs = 0;
     loop {
         let due = heartbeat.due();

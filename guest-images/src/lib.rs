@@ -15,6 +15,7 @@
 //! | `work=dirty` | fill RAM, then rewrite a working set at a rate |
 //! | `work=disk` | virtio-blk driver: numbered, checksummed sectors, rewritten for ever |
 //! | `work=selftest` | flip bits and see that each check notices; code 0 if so, 1 if not |
+//! | `work=fault` | touch unmapped memory: shows what `FAULT` looks like |
 //! | `cpus=N` | CPUs to use, 1 to 8; the default is all that CPUID tells of. Others stay parked |
 //! | `hb_ms=100` | time between heartbeats |
 //! | `timer=deadline\|oneshot` | how to sleep; the default is the TSC deadline if CPUID has it |
@@ -42,11 +43,12 @@
 //!   flushed, F the features acknowledged, ID what the device answered to get-id.
 //! - `HB n=K t_us=T gen=G max_gap_us=U ws_mbps=R corrupt=C fpu=F alive=A kvmclock_us=V`: heartbeat K
 //!   (counted from 0 without a gap) at guest time T (TSC since boot). G pages or sectors rewritten so
-//!   far. U the largest gap since the last heartbeat, over all CPUs: between two reads of the TSC, or how
-//!   late a sleeper woke; nothing is left out of it. R the rate since then, in 10^6 bytes per second. C
-//!   mismatches so far of any kind, F those in registers. A of the CPUs made progress since the last
-//!   heartbeat. V is time by kvmclock, 0 where there is none. A disk adds `acked=N lost_irq=L`: requests
-//!   that the device acknowledged, and those that a timer found instead of an interrupt.
+//!   far. U the largest gap since the last heartbeat, over all CPUs: between two reads of the TSC, how
+//!   late a sleeper woke, or how long a cycle of `disk` took; only the time of a check is left out. R the
+//!   rate since then, in 10^6 bytes per second. C mismatches so far of any kind, F those in registers. A
+//!   of the CPUs made progress since the last heartbeat. V is time by kvmclock, 0 where there is none. A
+//!   disk adds `acked=N lost_irq=L`: requests that the device acknowledged, and those that a timer found
+//!   instead of an interrupt.
 //! - `CORRUPT WHAT …` at the first mismatch of each kind: `CORRUPT page=I expected_gen=E found_gen=G`,
 //!   `CORRUPT sector=…` likewise, `CORRUPT untouched=I word=W found=0x…`, `CORRUPT fpu cpu=C`,
 //!   `CORRUPT clock last=T now=U` (it went backwards), `CORRUPT kvmclock …`. The guest goes on; `corrupt=`
@@ -54,11 +56,12 @@
 //! - `CHECK pages=P corrupt=C gen=G untouched=U` or `CHECK sectors=S corrupt=C gen=G acked=N` answers a
 //!   `c` on the serial line: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
 //!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off.
-//! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`, `SELFTEST failed …`.
+//! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`,
+//!   `SELFTEST lost registers detected`, `SELFTEST failed …`.
 //! - `FAULT vector=V error=E rip=R cr2=A` (exit code 0x7f), `PANIC …` (0x7d), `ERROR …`, `DISK-ERROR …`:
 //!   something that must not happen.
 //!
-//! Power-off is 0x2000 to port 0x604, then the i8042's reset.
+//! Power-off is 0x2000 to port 0x604, then the i8042's reset, then a triple fault.
 
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
