@@ -20,7 +20,7 @@ const HOLD_US: u64 = 500;
 /// The same while a line waits to be sent, a byte at a time.
 const HOLD_SENDING_US: u64 = 10;
 /// Work missed for longer than this is not caught up: the rate is a rate, not a debt.
-const MOST_DEBT_US: u64 = 1_000;
+const MOST_DEBT_US: u64 = 10_000;
 
 /// What all CPUs do. Written by CPU 0 before `GO`.
 struct Plan {
