@@ -7,15 +7,15 @@ SKIPS := $(abspath $(TARGET))/skipped-tests
 .PHONY: build demo test test-kvm bench lint fmt clean
 
 build: ## the ferry program
+	@tests/install-deps.sh build
 	cargo build --release --package vmm
 
 demo: build ## a guest moves while it writes its memory, then checks itself
-	@tests/install-deps.sh demo
 	@cargo build --quiet --package ferry-tests --bin demo
 	@FERRY_BIN=$(FERRY) $(TARGET)/debug/demo
 
 test: build ## every test; skips what this host cannot run, and says so
-	tests/install-deps.sh
+	tests/install-deps.sh test
 	@rm -f $(SKIPS)
 	FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace
 	@if [ -s $(SKIPS) ]; then \

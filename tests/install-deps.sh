@@ -1,8 +1,10 @@
 #!/bin/sh
 # Installs what the tests need and the machine lacks; run by `make test`. Does nothing the second time.
-#   tests/install-deps.sh        binutils, Python's QMP client in target/
-#   tests/install-deps.sh bench  QEMU as well, to compare with
+#   tests/install-deps.sh build  a C linker
+#   tests/install-deps.sh test   binutils and Python's QMP client (in target/) as well
+#   tests/install-deps.sh bench  a C linker, and QEMU to compare with
 set -eu
+what=${1:-test}
 cd "$(dirname "$0")/.."
 
 if ! command -v cargo >/dev/null; then
@@ -13,15 +15,15 @@ fi
 packages=
 need() { command -v "$1" >/dev/null || packages="$packages $2"; }
 need cc gcc
-need objdump binutils
-need python3 python3
-# Debian has venv apart from Python.
-if command -v python3 >/dev/null; then
+case "$what" in
+test)
+    need objdump binutils
+    need python3 python3
+    # Debian has venv apart from Python.
     python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
-else
-    packages="$packages python3-venv"
-fi
-[ "${1:-}" = bench ] && need qemu-system-x86_64 qemu-system-x86
+    ;;
+bench) need qemu-system-x86_64 qemu-system-x86 ;;
+esac
 if [ -n "$packages" ]; then
     if ! command -v apt-get >/dev/null; then
         echo "please install:$packages" >&2
@@ -35,7 +37,7 @@ if [ -n "$packages" ]; then
 fi
 
 venv=target/qmp-venv
-if ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
+if [ "$what" = test ] && ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check qemu.qmp==0.0.6
 fi

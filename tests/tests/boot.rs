@@ -1,0 +1,301 @@
+//! `ferry run` from start to exit code, and clear errors for what cannot boot.
+
+use anyhow::Result;
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::process::{Process, SOON};
+use ferry_tests::{disk, skip};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+fn run_to_end(cmdline: &str, more: &[&str]) -> Result<(i32, String)> {
+    let kernel = ["run", "--kernel", guest_images::KERNEL, "--memory", "64M"];
+    ferry::end_of([&kernel[..], &["--cmdline", cmdline], more].concat())
+}
+
+/// Runs to the end; checks the exit code and that the message has all of `words`.
+#[track_caller]
+fn assert_ends(arguments: &[&str], code: i32, words: &[&str]) {
+    let (found, text) = ferry::end_of(arguments).unwrap();
+    assert_eq!(found, code, "{arguments:?} said: {text}");
+    for word in words {
+        assert!(text.contains(word), "{arguments:?} does not say {word:?}: {text}");
+    }
+}
+
+#[test]
+fn the_exit_code_is_the_guests() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let (code, text) = run_to_end("work=hello", &[]).unwrap();
+    assert_eq!(code, 0, "{text}");
+    assert!(text.starts_with("FERRY hello from the guest"), "{text}");
+    for value in [0, 1, 3, 16] {
+        let (code, text) = run_to_end(&format!("work=hello code={value}"), &[]).unwrap();
+        assert_eq!(code, value << 1 | 1, "{text}");
+    }
+}
+
+#[test]
+fn the_guests_self_test_notices_flipped_bits() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let (code, text) = run_to_end("work=selftest", &[]).unwrap();
+    assert_eq!(code, 1, "code 0 through the debug port: {text}");
+}
+
+#[test]
+fn a_timeout_ends_with_124_and_a_match_with_0() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    assert_eq!(run_to_end("work=idle", &["--timeout", "300ms"]).unwrap().0, 124);
+    let (code, text) =
+        run_to_end("work=idle", &["--expect", "HB n=2 ", "--timeout", "30s"]).unwrap();
+    assert_eq!(code, 0, "{text}");
+    let (code, text) = run_to_end("work=hello", &["--expect", "no such line"]).unwrap();
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("--expect never matched"), "{text}");
+}
+
+#[test]
+fn many_cpus_and_memory_past_the_hole_below_4_gib_work() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for (guest, megabytes) in [
+        (Guest::new("work=dirty ws_mb=1 rate_mbps=1 fill_pct=10", 64).cpus(8), 64),
+        // Only touched pages cost memory; the guest's table of pages is larger than what it fills.
+        (Guest::new("work=dirty fill_pct=1 ws_mb=1 rate_mbps=1", 5120), 5120),
+    ] {
+        let mut vmm = ferry::run(&guest).unwrap();
+        let ready = vmm.wait_line("^READY ").unwrap().text;
+        let found = ferry_tests::verdict::field(&ready, "ram_mb").unwrap();
+        assert!((megabytes - 2..=megabytes).contains(&found), "{ready}");
+        vmm.wait_line("^HB n=2 ").unwrap();
+        assert_eq!(vmm.check().unwrap().corrupt, 0);
+    }
+}
+
+#[test]
+fn options_come_from_a_file_and_the_command_line_wins() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("vm.toml");
+    let kernel = guest_images::KERNEL;
+    let text = format!("kernel = {kernel:?}\nmemory = \"64M\"\ncmdline = \"work=hello code=5\"\n");
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    assert_ends(&["run", "--config", config], 11, &["ram_mb=6"]);
+    assert_ends(&["run", "--config", config, "--cmdline", "work=hello code=6"], 13, &[]);
+}
+
+#[test]
+fn serial_output_goes_where_it_was_told_to() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("serial.log");
+    let to_file = format!("file={}", log.display());
+    let (code, text) = run_to_end("work=hello", &["--serial", &to_file]).unwrap();
+    assert_eq!((code, text.as_str()), (0, ""));
+    assert!(std::fs::read_to_string(&log).unwrap().starts_with("FERRY hello"));
+    assert_eq!(run_to_end("work=hello", &["--serial", "null"]).unwrap(), (0, String::new()));
+
+    let socket = folder.path().join("serial");
+    let to_socket = format!("socket={}", socket.display());
+    let vmm = ferry::run_with(&Guest::new("work=idle", 64), &["--serial", &to_socket]).unwrap();
+    vmm.qmp().unwrap();
+    let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    let lines = ferry_tests::lines::Lines::collect(client.try_clone().unwrap());
+    lines.wait_for("^HB n=", SOON).unwrap();
+    std::io::Write::write_all(&mut client, b"c").unwrap();
+    lines.wait_for("^CHECK ", SOON).unwrap();
+}
+
+/// The guest's kernel with one change.
+fn changed_kernel(path: &Path, change: impl FnOnce(&mut Vec<u8>)) -> String {
+    let mut bytes = std::fs::read(guest_images::KERNEL).unwrap();
+    change(&mut bytes);
+    std::fs::write(path, bytes).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+fn number(bytes: &[u8]) -> usize {
+    bytes.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte))
+}
+
+/// Where the program header of the loaded segment is in the file.
+fn load_header(bytes: &[u8]) -> usize {
+    let first = number(&bytes[32..40]);
+    let headers = (0..number(&bytes[56..58])).map(|index| first + index * 56);
+    headers.into_iter().find(|at| number(&bytes[*at..*at + 4]) == 1).unwrap()
+}
+
+#[test]
+fn a_triple_fault_is_a_failure_that_says_so() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = changed_kernel(&folder.path().join("kernel"), |bytes| {
+        let header = load_header(bytes);
+        let offset = number(&bytes[header + 8..header + 16]);
+        let address = number(&bytes[header + 24..header + 32]);
+        let entry = offset + number(&bytes[24..32]) - address;
+        bytes[entry..entry + 2].copy_from_slice(&[0x0f, 0x0b]);
+    });
+    assert_ends(&["run", "--kernel", &kernel, "--timeout", "20s"], 1, &["ferry: "]);
+}
+
+#[test]
+fn kernels_that_cannot_boot_are_refused_by_name() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let refused = |kernel: &str, words: &[&str]| {
+        assert_ends(&["run", "--kernel", kernel], 1, &[&[kernel], words].concat());
+    };
+    refused("/nonexistent/kernel", &["No such file"]);
+    for (name, bytes) in [("empty", &b""[..]), ("text", b"not a kernel\n")] {
+        std::fs::write(path(name), bytes).unwrap();
+        refused(path(name).to_str().unwrap(), &["not a kernel"]);
+    }
+    refused(&changed_kernel(&path("cut"), |bytes| bytes.truncate(8192)), &["truncated"]);
+    let huge = changed_kernel(&path("huge"), |bytes| {
+        let size = load_header(bytes) + 40;
+        bytes[size..size + 8].copy_from_slice(&[0, 0, 0, 0x40, 0, 0, 0, 0]);
+    });
+    refused(&huge, &["memory"]);
+    // A folder, and one whose headers are noise.
+    refused(folder.path().to_str().unwrap(), &[]);
+    let noise = changed_kernel(&path("noise"), |bytes| bytes[24..64].fill(0xff));
+    refused(&noise, &[]);
+}
+
+#[test]
+fn what_makes_no_sense_is_a_usage_error() {
+    let kernel = guest_images::KERNEL;
+    assert_ends(&["run"], 2, &["--kernel"]);
+    assert_ends(&["run", "--frobnicate"], 2, &["--frobnicate"]);
+    assert_ends(&["run", "--kernel", kernel, "--memory", "1M"], 2, &["--memory", "too little"]);
+    assert_ends(&["run", "--kernel", kernel, "--memory", "lots"], 2, &["--memory", "lots"]);
+    assert_ends(&["run", "--kernel", kernel, "--cpus", "9"], 2, &["--cpus"]);
+    assert_ends(&["run", "--kernel", kernel, "--cpus", "0"], 2, &["--cpus"]);
+    assert_ends(&["run", "--kernel", kernel, "--expect", "("], 2, &["--expect"]);
+    assert_ends(&["run", "--kernel", kernel, "--qmp", "tcp:1"], 2, &["--qmp"]);
+    assert_ends(&["run", "--config", "/nonexistent.toml"], 2, &["/nonexistent.toml"]);
+    assert_ends(&["receive", "carrier-pigeon:3"], 2, &["carrier-pigeon"]);
+    // All problems at once.
+    assert_ends(&["run", "--cpus", "9", "--memory", "1M"], 2, &["--kernel", "--cpus", "--memory"]);
+}
+
+#[test]
+fn disks_that_cannot_be_used_are_refused_by_name() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    let refused = |path: &Path, words: &[&str]| {
+        let disk = format!("path={}", path.display());
+        let arguments = ["run", "--kernel", guest_images::KERNEL, "--disk", &disk];
+        assert_ends(&arguments, 1, &[&[path.to_str().unwrap()], words].concat());
+    };
+    refused(Path::new("/nonexistent/disk.img"), &["No such file"]);
+    disk::create(&image, 1000).unwrap();
+    refused(&image, &["512"]);
+    refused(folder.path(), &[]);
+
+    disk::create(&image, 1 << 20).unwrap();
+    let guest = Guest::new("work=idle", 64).disk("a", &image);
+    let first = ferry::run(&guest).unwrap();
+    first.wait_line("^HB ").unwrap();
+    refused(&image, &["in use by another"]);
+    drop(first);
+    // Readers share; a writer is kept out.
+    let mut shared = Guest::new("work=idle", 64);
+    shared.disks.push(format!("path={},id=a,readonly=on", image.display()));
+    let one = ferry::run(&shared).unwrap();
+    let other = ferry::run(&shared).unwrap();
+    one.wait_line("^HB ").unwrap();
+    other.wait_line("^HB ").unwrap();
+    refused(&image, &["in use by another"]);
+}
+
+#[test]
+fn a_control_socket_in_use_is_left_alone() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let first = ferry::run(&Guest::new("work=idle", 64)).unwrap();
+    first.wait_line("^HB ").unwrap();
+    let socket = format!("unix:{}", first.socket().display());
+    let kernel = guest_images::KERNEL;
+    assert_ends(&["run", "--kernel", kernel, "--qmp", &socket], 1, &["in use"]);
+    assert_eq!(first.qmp().unwrap().run_state().unwrap(), "running");
+    // One that a killed process left behind is not in use.
+    let folder = tempfile::tempdir().unwrap();
+    let stale = folder.path().join("qmp");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    let socket = format!("unix:{}", stale.display());
+    let (code, text) = run_to_end("work=hello", &["--qmp", &socket]).unwrap();
+    assert_eq!(code, 0, "{text}");
+}
+
+#[test]
+fn a_host_without_kvm_gets_advice_and_code_3() {
+    let in_bare_dev = |arguments: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["-rm", "sh", "-c", r#"mount -t tmpfs none /dev && exec "$@""#, "sh"]);
+        command.arg(ferry::binary()).args(arguments);
+        let mut process = Process::start(&mut command).unwrap();
+        (process.exit_code(SOON).unwrap(), process.out.text() + &process.err.text())
+    };
+    let (code, text) = in_bare_dev(&["run", "--kernel", guest_images::KERNEL]);
+    if text.contains("unshare:") {
+        return skip::skip("no user namespaces here to hide /dev/kvm in");
+    }
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("/dev/kvm does not exist"), "{text}");
+    let (code, text) = in_bare_dev(&["doctor"]);
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("FAIL"), "{text}");
+}
+
+#[test]
+fn a_user_without_permission_gets_advice_and_code_3() {
+    let mode = std::fs::metadata("/dev/kvm").map(|metadata| metadata.permissions().mode());
+    // SAFETY: no memory is involved.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    if !is_root || !mode.is_ok_and(|mode| mode & 0o006 == 0) {
+        // Not a check that a host could lack: the message is the same, only its cause is missing.
+        eprintln!("nobody is kept out of /dev/kvm here");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let (program, kernel) = (folder.path().join("ferry"), folder.path().join("kernel"));
+    std::fs::copy(ferry::binary(), &program).unwrap();
+    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let mut command = Command::new(program);
+    std::os::unix::process::CommandExt::uid(&mut command, 65534);
+    let mut process = Process::start(command.arg("run").arg("--kernel").arg(kernel)).unwrap();
+    assert_eq!(process.exit_code(SOON).unwrap(), 3);
+    assert!(process.err.text().contains("no permission"), "{}", process.err.text());
+}
+
+#[test]
+fn doctor_names_what_it_looked_at() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    assert_ends(&["doctor"], 0, &["KVM", "dirty log", "huge pages"]);
+}

@@ -1,0 +1,227 @@
+//! The control socket: every command, the Python client, and clients that behave badly.
+
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::process::{Process, SOON, Vmm};
+use ferry_tests::qmp::Qmp;
+use ferry_tests::{disk, skip};
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::Command;
+
+fn idle() -> Vmm {
+    let vmm = ferry::run_with(&Guest::new("work=idle", 64), &["--name", "vm1"]).unwrap();
+    vmm.wait_line("^HB ").unwrap();
+    vmm
+}
+
+#[test]
+fn every_command_answers_as_documented() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, 1 << 20).unwrap();
+    let guest = Guest::new("work=idle", 64).cpus(2).disk("root", &image);
+    let mut vmm = ferry::run_with(&guest, &["--name", "vm1"]).unwrap();
+    vmm.wait_line("^HB ").unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    assert!(qmp.greeting()["QMP"]["version"]["qemu"]["major"].is_number(), "{}", qmp.greeting());
+    let mut ask = |command: &str| qmp.execute(command, json!({})).unwrap();
+    assert!(ask("query-version")["qemu"].is_object());
+    assert_eq!(ask("query-name")["name"], "vm1");
+    assert_eq!(ask("query-cpus-fast").as_array().unwrap().len(), 2);
+    assert_eq!(ask("query-block")[0]["device"], "root");
+    let status = ask("query-status");
+    assert_eq!((&status["status"], &status["running"]), (&json!("running"), &json!(true)));
+    assert_eq!(ask("query-migrate"), json!({}));
+    assert_eq!(ask("query-migrate-parameters")["downtime-limit"], 300);
+    assert_eq!(ask("migrate_cancel"), json!({}));
+    let commands = ask("query-commands");
+    for command in ["query-status", "stop", "migrate", "system_reset", "query-commands"] {
+        assert!(commands.as_array().unwrap().contains(&json!({"name": command})), "{command}");
+    }
+
+    qmp.execute("stop", json!({})).unwrap();
+    qmp.wait_event("STOP", SOON).unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "paused");
+    qmp.execute("cont", json!({})).unwrap();
+    qmp.wait_event("RESUME", SOON).unwrap();
+    vmm.wait_next_line("^HB ").unwrap();
+
+    let set = |qmp: &mut Qmp, value: Value| qmp.execute("migrate-set-parameters", value).unwrap();
+    set(&mut qmp, json!({"max-bandwidth": 5_000_000, "downtime-limit": 20}));
+    let parameters = qmp.execute("query-migrate-parameters", json!({})).unwrap();
+    assert_eq!(
+        (&parameters["max-bandwidth"], &parameters["downtime-limit"]),
+        (&json!(5_000_000), &json!(20))
+    );
+    qmp.want_migration_events().unwrap();
+    let capabilities = qmp.execute("query-migrate-capabilities", json!({})).unwrap();
+    let events = json!({"capability": "events", "state": true});
+    assert!(capabilities.as_array().unwrap().contains(&events), "{capabilities}");
+
+    qmp.execute("system_reset", json!({})).unwrap();
+    qmp.wait_event("RESET", SOON).unwrap();
+    let from = vmm.serial().count();
+    vmm.serial().wait_from(from, "^HB n=0 ", SOON).unwrap();
+    qmp.execute("quit", json!({})).unwrap();
+    qmp.wait_event("SHUTDOWN", SOON).unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
+}
+
+#[test]
+fn wrong_requests_get_qemus_classes_and_words() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let vmm = idle();
+    let mut qmp = vmm.qmp().unwrap();
+    let class = |qmp: &mut Qmp, command: &str, arguments: Value| {
+        qmp.refused(command, arguments).unwrap().class
+    };
+    assert_eq!(class(&mut qmp, "no-such-command", json!({})), "CommandNotFound");
+    assert_eq!(class(&mut qmp, "qmp_capabilities", json!({})), "CommandNotFound");
+    assert_eq!(class(&mut qmp, "stop", json!({"extra": 1})), "GenericError");
+    assert_eq!(class(&mut qmp, "migrate", json!({})), "GenericError");
+    assert_eq!(class(&mut qmp, "migrate", json!({"uri": 7})), "GenericError");
+    let refusal = qmp.refused("migrate", json!({"uri": "pigeon:1"})).unwrap();
+    assert!(refusal.description.contains("expects a valid migration protocol"), "{refusal}");
+    for bad in [
+        json!({"downtime-limit": -1}),
+        json!({"downtime-limit": 3_000_000}),
+        json!({"max-bandwidth": "x"}),
+    ] {
+        assert_eq!(class(&mut qmp, "migrate-set-parameters", bad), "GenericError");
+    }
+    assert_eq!(qmp.run_state().unwrap(), "running");
+}
+
+#[test]
+fn an_arriving_guest_cannot_be_commanded_yet() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let destination = ferry::receive().unwrap();
+    let mut qmp = destination.vmm.qmp().unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "inmigrate");
+    for command in ["cont", "system_reset"] {
+        assert_eq!(qmp.refused(command, json!({})).unwrap().class, "GenericError", "{command}");
+    }
+    let uri = json!({"uri": "tcp:127.0.0.1:1"});
+    assert_eq!(qmp.refused("migrate", uri).unwrap().class, "GenericError");
+}
+
+#[test]
+fn ctl_speaks_for_people() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut vmm = idle();
+    let socket = vmm.socket().to_str().unwrap().to_owned();
+    let ctl = |command: &[&str]| ferry::end_of([&["ctl", &socket][..], command].concat()).unwrap();
+    assert!(ctl(&["status"]).1.contains("running"));
+    assert_eq!(ctl(&["stop"]).0, 0);
+    assert!(ctl(&["status"]).1.contains("paused"));
+    assert_eq!(ctl(&["cont"]).0, 0);
+    assert_eq!(ctl(&["migrate-set-parameters", r#"{"downtime-limit": 7}"#]).0, 0);
+    assert!(ctl(&["query-migrate-parameters"]).1.contains('7'));
+    let (code, text) = ctl(&["frobnicate"]);
+    assert_eq!(code, 1, "{text}");
+    assert_eq!(ctl(&["stop", "no json"]).0, 2);
+    assert_eq!(ctl(&["quit"]).0, 0);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
+    let (code, text) = ctl(&["status"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains(&socket), "{text}");
+}
+
+#[test]
+fn the_python_client_qemu_qmp_drives_it() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/qmp-venv/bin/python");
+    if !venv.exists() {
+        return skip::skip("qemu.qmp is not installed: tests/install-deps.sh test");
+    }
+    let vmm = idle();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qmp_client.py");
+    let mut python = Process::start(Command::new(venv).arg(script).arg(vmm.socket())).unwrap();
+    let code = python.exit_code(SOON).unwrap();
+    assert_eq!(code, 0, "{}{}", python.out.text(), python.err.text());
+}
+
+/// Everything that bad clients must not stop: the guest, and other clients.
+fn assert_unharmed(vmm: &Vmm) {
+    assert_eq!(vmm.qmp().unwrap().run_state().unwrap(), "running");
+    vmm.wait_next_line("^HB ").unwrap();
+}
+
+#[test]
+fn clients_that_behave_badly_harm_nobody() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let vmm = idle();
+    let mut other = vmm.qmp().unwrap();
+    let connect = || Qmp::connect_raw(vmm.socket(), SOON).unwrap();
+
+    // Garbage is answered with an error; the connection may be closed.
+    for garbage in
+        [&b"\xff\xfe\0garbage\n"[..], b"[]\n", b"42\n", b"{\"execute\": 7}\n", b"{}\n", b"}{\n"]
+    {
+        let mut client = connect();
+        client.set_read_timeout(Some(SOON)).unwrap();
+        client.write_all(garbage).unwrap();
+        let mut text = String::new();
+        let mut buffer = [0; 4096];
+        while !text.contains("error") {
+            let len =
+                client.read(&mut buffer).unwrap_or_else(|error| panic!("{garbage:?}: {error}"));
+            text.push_str(&String::from_utf8_lossy(&buffer[..len]));
+            assert!(len > 0, "{garbage:?} was not answered: {text}");
+        }
+        assert_unharmed(&vmm);
+    }
+
+    // Commands before the negotiation.
+    let mut early = connect();
+    early.write_all(b"{\"execute\": \"quit\"}\n").unwrap();
+    assert_unharmed(&vmm);
+
+    // Half a message, then silence; and one that ends in the middle.
+    let mut half = connect();
+    half.write_all(b"{\"execute\": \"qmp_cap").unwrap();
+    assert_unharmed(&vmm);
+    drop(half);
+    drop(connect());
+    assert_unharmed(&vmm);
+
+    // 10 MiB without an end: refused, not collected. The write may fail half-way.
+    let before = resident_kib(vmm.process.id());
+    let mut endless = connect();
+    endless.set_write_timeout(Some(SOON)).unwrap();
+    let _ = endless.write_all(&vec![b'['; 10 << 20]);
+    assert_unharmed(&vmm);
+    let _ = endless.write_all(format!("{{\"a\": \"{}\"}}\n", "x".repeat(10 << 20)).as_bytes());
+    assert_unharmed(&vmm);
+    let grown = resident_kib(vmm.process.id()).saturating_sub(before);
+    assert!(grown < 8 << 10, "a client made the VMM grow by {grown} KiB");
+
+    // A crowd, some of whom never read.
+    let mut crowd: Vec<_> = (0..40).map(|_| connect()).collect();
+    for client in &mut crowd {
+        let _ = client.write_all(b"{\"execute\": \"qmp_capabilities\"}\n");
+    }
+    drop(crowd);
+    assert_unharmed(&vmm);
+    assert_eq!(other.run_state().unwrap(), "running", "a client from before goes on");
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
