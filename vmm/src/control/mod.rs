@@ -115,6 +115,9 @@ pub struct ControlServer {
     path: PathBuf,
     clients: BTreeMap<ClientId, Client>,
     next_id: u32,
+    /// Streams of clients that are gone. They stay open until the event loop has let go of their
+    /// descriptors: the next client gets the same numbers.
+    gone: Vec<UnixStream>,
 }
 
 impl ControlServer {
@@ -140,7 +143,9 @@ impl ControlServer {
             Ok(listener)
         };
         match listen() {
-            Ok(listener) => Ok(Self { listener, path, clients: BTreeMap::new(), next_id: 0 }),
+            Ok(listener) => {
+                Ok(Self { listener, path, clients: BTreeMap::new(), next_id: 0, gone: Vec::new() })
+            }
             Err(source) => Err(ControlError::Listen { path, source }),
         }
     }
@@ -176,6 +181,15 @@ impl ControlServer {
         Ok(Some(id))
     }
 
+    fn disconnect(&mut self, id: ClientId) {
+        self.gone.extend(self.clients.remove(&id).map(|client| client.stream));
+    }
+
+    /// Closes the descriptors of clients that are gone; the event loop has let go of them.
+    pub fn close_gone(&mut self) {
+        self.gone.clear();
+    }
+
     /// The client's descriptor, while it is connected.
     pub fn client_fd(&self, id: ClientId) -> Option<RawFd> {
         self.clients.get(&id).map(|client| client.stream.as_raw_fd())
@@ -194,7 +208,7 @@ impl ControlServer {
         let Some(client) = self.clients.get_mut(&id) else { return requests };
         let found = match client.stream.read(&mut buffer) {
             Ok(0) => {
-                self.clients.remove(&id);
+                self.disconnect(id);
                 return requests;
             }
             Ok(count) => client.framer.push(&buffer[..count]),
@@ -204,7 +218,7 @@ impl ControlServer {
                 return requests;
             }
             Err(_) => {
-                self.clients.remove(&id);
+                self.disconnect(id);
                 return requests;
             }
         };
@@ -268,7 +282,7 @@ impl ControlServer {
         let Some(client) = self.clients.get_mut(&id) else { return };
         if client.unsent.len() > MAX_UNREAD_BYTES {
             log::warn!("control client dropped: it does not read");
-            self.clients.remove(&id);
+            self.disconnect(id);
             return;
         }
         client.unsent.extend_from_slice(&line(value));
@@ -284,13 +298,13 @@ impl ControlServer {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => {
-                    self.clients.remove(&id);
+                    self.disconnect(id);
                     return;
                 }
             }
         }
         if client.closing {
-            self.clients.remove(&id);
+            self.disconnect(id);
         }
     }
 

@@ -611,10 +611,10 @@ impl Supervisor {
 
     /// Brings the event loop's interests up to date with the clients there are.
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
-        let Some(control) = &self.control else { return };
+        let Some(control) = &mut self.control else { return };
         self.clients.retain_mut(|(id, fd, writing)| {
             if control.client_fd(*id) != Some(*fd) {
-                // Closed, and with that gone from the loop's epoll; the manager forgets it here.
+                // It may not have been added, if the host has no more watches to give.
                 let _ = ops.remove(Events::empty_raw(*fd));
                 return false;
             }
@@ -626,6 +626,7 @@ impl Supervisor {
             }
             true
         });
+        control.close_gone();
     }
 
     fn on_client(&mut self, id: ClientId, events: EventSet) {
