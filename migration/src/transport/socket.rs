@@ -12,7 +12,7 @@ use std::time::Duration;
 use vm_memory::{GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
 /// Enough for a few milliseconds at ten gigabits.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A connected socket. `std::net::TcpStream` serves for both families: it is what vm-memory can read
