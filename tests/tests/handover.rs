@@ -39,7 +39,7 @@ fn a_destination_killed_at_any_moment_never_costs_the_guest() {
                 assert_eq!(source.check().unwrap().corrupt, 0, "killed after {moment} ms");
             }
             0 | 4 => assert_eq!(status["running"], false, "killed after {moment} ms: {status}"),
-            code => panic!("exit code {code}, killed after {moment} ms: {}", ended.text),
+            code => panic!("exit code {code}, killed after {moment} ms: {}", ended.errors),
         }
     }
 }
@@ -62,7 +62,7 @@ fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
         if destination.vmm.wait_next_line("^HB ").is_ok() {
             assert_eq!(destination.vmm.check().unwrap().corrupt, 0, "killed after {moment} ms");
         } else {
-            assert_ne!(ended.code, 0, "killed after {moment} ms: {}", ended.text);
+            assert_ne!(ended.code, 0, "killed after {moment} ms: {}", ended.errors);
         }
     }
 }
@@ -77,7 +77,7 @@ fn a_destination_that_is_none_or_not_ferry_is_named() {
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let ended = ferry::migrate(&source, &format!("tcp:{refused}"), &[]).unwrap();
     assert_eq!(ended.code, 1);
-    assert!(ended.text.contains("is `ferry receive` running there?"), "{}", ended.text);
+    assert!(ended.errors.contains("is `ferry receive` running there?"), "{}", ended.errors);
     let liar = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp:{}", liar.local_addr().unwrap());
     let answering = std::thread::spawn(move || {
@@ -87,7 +87,7 @@ fn a_destination_that_is_none_or_not_ferry_is_named() {
     });
     let ended = ferry::migrate(&source, &address, &[]).unwrap();
     assert_eq!(ended.code, 1);
-    assert!(ended.text.contains("not Ferry"), "{}", ended.text);
+    assert!(ended.errors.contains("not Ferry"), "{}", ended.errors);
     drop(answering.join().unwrap());
     source.wait_next_line("^HB ").unwrap();
     assert_eq!(source.check().unwrap().corrupt, 0);
@@ -123,7 +123,7 @@ fn a_disk_that_the_destination_lacks_is_named_and_the_lock_stays() {
     let destination = ferry::receive().unwrap();
     let ended = ferry::migrate(&source, &destination.address, &[]).unwrap();
     assert_eq!(ended.code, 1);
-    assert!(ended.text.contains("--disk root=PATH"), "{}", ended.text);
+    assert!(ended.errors.contains("--disk root=PATH"), "{}", ended.errors);
     assert_eq!(source.check().unwrap().corrupt, 0);
     let path = format!("path={}", image.display());
     let second = ["run", "--kernel", guest_images::KERNEL, "--disk", &path];
