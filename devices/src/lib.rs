@@ -8,7 +8,10 @@
 
 pub mod block;
 pub mod bus;
+#[cfg(test)]
+mod hostile;
 pub mod irq;
+pub mod patient;
 pub mod ram;
 pub mod reset;
 pub mod serial;

@@ -1,4 +1,8 @@
 //! COM1: a 16550 over vm-superio, with an eventfd that says when its input FIFO has room again.
+//!
+//! The registers are served on the vCPU's thread, input is brought by whoever reads the console.
+//! Opening and reading the console's other end is the caller's; so is choosing an output that does
+//! not block for ever, such as [`crate::patient::PatientWriter`].
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -12,6 +16,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Bytes that the input FIFO holds.
 const FIFO_BYTES: usize = 64;
+/// Modem control register, and its loopback bit: while that is set no input is taken.
+const MCR_OFFSET: u64 = 4;
+const MCR_LOOP: u8 = 1 << 4;
 
 struct Line(Arc<dyn IrqLine>);
 
@@ -40,15 +47,16 @@ impl SerialEvents for RoomAgain {
 /// The output; a failing one must never stop the guest.
 struct Output {
     writer: Box<dyn Write + Send>,
-    failed: bool,
+    lost_bytes: u64,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(error) = self.writer.write_all(bytes)
-            && !std::mem::replace(&mut self.failed, true)
-        {
-            log::error!("serial output is lost from here on: {error}");
+        if let Err(error) = self.writer.write_all(bytes) {
+            if self.lost_bytes == 0 {
+                log::error!("serial output is being lost: {error}");
+            }
+            self.lost_bytes += u64::try_from(bytes.len()).unwrap_or(0);
         }
         Ok(bytes.len())
     }
@@ -74,7 +82,7 @@ impl SerialConsole {
     /// If the host gives no eventfd.
     pub fn new(irq: Arc<dyn IrqLine>, output: Box<dyn Write + Send>) -> io::Result<Self> {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let output = Output { writer: output, failed: false };
+        let output = Output { writer: output, lost_bytes: 0 };
         let events = RoomAgain(room.clone());
         Ok(Self { serial: Serial::with_events(Line(irq.clone()), events, output), irq, room })
     }
@@ -84,15 +92,26 @@ impl SerialConsole {
         &self.room
     }
 
+    /// Bytes of input that fit now.
+    pub fn input_room(&self) -> usize {
+        let looped = self.serial.state().modem_control & MCR_LOOP != 0;
+        if looped { 0 } else { self.serial.fifo_capacity() }
+    }
+
+    /// Bytes that the guest wrote and the output did not take.
+    pub fn lost_output_bytes(&self) -> u64 {
+        self.serial.writer().lost_bytes
+    }
+
     /// Gives the guest input; returns how many bytes fitted.
     pub fn enqueue_input(&mut self, bytes: &[u8]) -> usize {
-        let room = self.serial.fifo_capacity().min(bytes.len());
-        let bytes = bytes.get(..room).unwrap_or_default();
+        let bytes = bytes.get(..self.input_room().min(bytes.len())).unwrap_or_default();
         match self.serial.enqueue_raw_bytes(bytes) {
             Ok(count) => count,
             Err(error) => {
+                // The bytes are in the FIFO; only the interrupt could not be raised.
                 log::warn!("serial input: {error:?}");
-                0
+                bytes.len()
             }
         }
     }
@@ -116,10 +135,13 @@ impl BusDevice for SerialConsole {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
-            && let Err(error) = self.serial.write(offset, *byte)
-        {
+        let ([byte], Ok(register)) = (data, u8::try_from(offset)) else { return };
+        if let Err(error) = self.serial.write(register, *byte) {
             log::debug!("serial write: {error:?}");
+        }
+        if offset == MCR_OFFSET && byte & MCR_LOOP == 0 {
+            // Input that was turned away in loopback mode may come again; nothing else says so.
+            let _ = self.room.write(1);
         }
     }
 }
@@ -179,8 +201,8 @@ impl Persist for SerialConsole {
             in_buffer: state.input_fifo,
         };
         // vm-superio makes a device from a state only by value: the output moves over.
-        let writer = std::mem::replace(&mut self.serial.writer_mut().writer, Box::new(io::sink()));
-        let output = Output { writer, failed: false };
+        let nowhere = Output { writer: Box::new(io::sink()), lost_bytes: 0 };
+        let output = std::mem::replace(self.serial.writer_mut(), nowhere);
         let events = RoomAgain(self.room.clone());
         match Serial::from_state(&registers, Line(self.irq.clone()), events, output) {
             Ok(serial) => {
@@ -195,7 +217,10 @@ impl Persist for SerialConsole {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hostile::{any_changes, any_json, change};
     use crate::irq::CountingIrq;
+    use proptest::prelude::*;
+    use std::sync::Mutex;
 
     fn console() -> (SerialConsole, Arc<CountingIrq>) {
         let irq = Arc::new(CountingIrq::default());
@@ -255,6 +280,78 @@ mod tests {
         let irq = Arc::new(CountingIrq::default());
         let mut console = SerialConsole::new(irq, Box::new(Full)).unwrap();
         console.write(0, b"x");
+        console.write(0, b"y");
         assert_eq!(read(&mut console, 5) & 0x20, 0x20, "the transmitter is empty again");
+        assert_eq!(console.lost_output_bytes(), 2);
+    }
+
+    #[test]
+    fn output_goes_on_to_the_same_place_after_a_restore() {
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl Write for Log {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                crate::lock(&self.0).extend(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let log = Log::default();
+        let irq = Arc::new(CountingIrq::default());
+        let mut destination = SerialConsole::new(irq, Box::new(log.clone())).unwrap();
+        destination.restore(console().0.save()).unwrap();
+        destination.write(0, b"x");
+        assert_eq!(*crate::lock(&log.0), b"x");
+    }
+
+    #[test]
+    fn input_waits_for_the_end_of_loopback_mode() {
+        let (mut console, _) = console();
+        console.write(MCR_OFFSET, &[MCR_LOOP]);
+        assert_eq!((console.input_room(), console.enqueue_input(b"hi")), (0, 0));
+        assert!(console.room_event().read().is_err());
+        console.write(MCR_OFFSET, &[0]);
+        assert!(console.room_event().read().is_ok(), "whoever has input is told to try again");
+        assert_eq!(console.enqueue_input(b"hi"), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn any_access_is_survived_and_what_it_leaves_moves(
+            accesses in prop::collection::vec((0u64..10, any::<u8>(), 0..3), 0..200)
+        ) {
+            let (mut source, _) = console();
+            for (offset, value, kind) in accesses {
+                match kind {
+                    0 => source.write(offset, &[value]),
+                    1 => drop(source.enqueue_input(&vec![value; value.into()])),
+                    _ => drop(read(&mut source, offset)),
+                }
+            }
+            let (mut destination, _) = console();
+            destination.restore_record(source.save_record("")).unwrap();
+            destination.resume();
+            prop_assert_eq!(destination.save(), source.save());
+        }
+
+        #[test]
+        fn any_record_is_survived(changes in any_changes(), other in prop::option::of(any_json())) {
+            let (mut console, _) = console();
+            console.enqueue_input(b"hi");
+            let mut record = console.save_record("");
+            match other {
+                Some(other) => record.state = other,
+                None => change(&mut record.state, &changes),
+            }
+            if console.restore_record(record).is_ok() {
+                console.resume();
+            }
+            for register in 0..8 {
+                read(&mut console, register);
+                console.write(register, &[0xff]);
+            }
+        }
     }
 }

@@ -1,39 +1,89 @@
-//! A disk in memory whose next accesses can be told to fail, for tests.
+//! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
+//! until they are let through.
 
 use super::backend::{BlockBackend, LockError};
 use crate::lock;
 use std::io;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A disk in memory.
 #[derive(Debug)]
 pub struct MemoryDisk {
     bytes: Mutex<Vec<u8>>,
     len_bytes: u64,
-    fail: AtomicBool,
+    read_only: bool,
+    script: Arc<Script>,
+}
+
+/// What becomes of a disk's accesses; kept by the test when the disk has moved into its node.
+#[derive(Debug, Default)]
+pub struct Script {
+    state: Mutex<ScriptState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct ScriptState {
+    failing: bool,
+    held: bool,
+    waiting: usize,
+    flush_count: usize,
+}
+
+impl Script {
+    /// Makes every access fail, or work again.
+    pub fn fail(&self, failing: bool) {
+        lock(&self.state).failing = failing;
+    }
+
+    /// Makes every access wait, or lets them all go on.
+    pub fn hold(&self, held: bool) {
+        lock(&self.state).held = held;
+        self.changed.notify_all();
+    }
+
+    /// Waits until an access is held.
+    pub fn wait_until_held(&self) {
+        let state = lock(&self.state);
+        let waited = self.changed.wait_while(state, |state| state.waiting == 0);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Flushes so far.
+    pub fn flush_count(&self) -> usize {
+        lock(&self.state).flush_count
+    }
+
+    fn access(&self) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.waiting += 1;
+        self.changed.notify_all();
+        let waited = self.changed.wait_while(state, |state| state.held);
+        state = waited.unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
+        if state.failing { Err(io::Error::other("scripted fault")) } else { Ok(()) }
+    }
 }
 
 impl MemoryDisk {
-    /// A disk of zeroes.
+    /// A writable disk of zeroes.
     ///
     /// # Panics
     /// If the host cannot address `len_bytes`.
     pub fn new(len_bytes: u64) -> Self {
         let len = usize::try_from(len_bytes).expect("a test's disk fits in memory");
-        Self { bytes: Mutex::new(vec![0; len]), len_bytes, fail: AtomicBool::new(false) }
+        let bytes = Mutex::new(vec![0; len]);
+        Self { bytes, len_bytes, read_only: false, script: Arc::default() }
     }
 
-    /// Makes every access fail, or work again.
-    pub fn fail(&self, fail: bool) {
-        self.fail.store(fail, Ordering::SeqCst);
+    /// The same disk, refusing writes.
+    pub fn into_read_only(self) -> Self {
+        Self { read_only: true, ..self }
     }
 
-    fn check(&self) -> io::Result<()> {
-        if self.fail.load(Ordering::SeqCst) {
-            return Err(io::Error::other("scripted fault"));
-        }
-        Ok(())
+    /// What becomes of its accesses.
+    pub fn script(&self) -> Arc<Script> {
+        self.script.clone()
     }
 
     fn range(offset_bytes: u64, len: usize) -> io::Result<std::ops::Range<usize>> {
@@ -52,11 +102,11 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn read_only(&self) -> bool {
-        false
+        self.read_only
     }
 
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
-        self.check()?;
+        self.script.access()?;
         let bytes = lock(&self.bytes);
         let range = Self::range(offset_bytes, buffer.len())?;
         let source = bytes.get(range).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -65,7 +115,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
-        self.check()?;
+        self.script.access()?;
         let mut bytes = lock(&self.bytes);
         let range = Self::range(offset_bytes, buffer.len())?;
         let target = bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -74,7 +124,9 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.check()
+        self.script.access()?;
+        lock(&self.script.state).flush_count += 1;
+        Ok(())
     }
 
     fn lock(&self) -> Result<(), LockError> {

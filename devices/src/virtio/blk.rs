@@ -1,9 +1,11 @@
 //! virtio-blk (virtio 1.2, 5.2): descriptor chain -> typed request -> [`BlockNode`] -> used.
 
-use super::{BrokenQueue, QueueProcessor, VirtioDevice};
+use super::{BrokenQueue, QueueHost, QueueProcessor, VirtioDevice};
 use crate::block::{BlockNode, SECTOR_BYTES};
 use crate::ram::GuestRam;
-use std::io::{Read, Write};
+use crate::state::{DeviceRecord, Persist, RestoreError};
+use serde::{Deserialize, Serialize};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
 
@@ -75,18 +77,83 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn processor(&self) -> Box<dyn QueueProcessor> {
-        Box::new(Processor { node: self.node.clone(), buffer: vec![0; BUFFER_BYTES] })
+    fn processor(&self, driver_features: u64) -> Box<dyn QueueProcessor> {
+        Box::new(Processor {
+            node: self.node.clone(),
+            buffer: vec![0; BUFFER_BYTES],
+            write_through: driver_features & F_FLUSH == 0,
+            host_errors: 0,
+        })
     }
 
     fn thread_name(&self) -> String {
         format!("blk-{}", self.node.id())
+    }
+
+    fn save(&self) -> DeviceRecord {
+        self.save_record(self.node.id())
+    }
+
+    fn restore(&mut self, record: DeviceRecord) -> Result<(), RestoreError> {
+        self.restore_record(record)
+    }
+}
+
+/// What a guest has seen of the disk and will go on to rely on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    capacity_sectors: u64,
+    read_only: bool,
+}
+
+impl Persist for Block {
+    const KIND: &'static str = "virtio-blk";
+    const VERSION: u16 = 1;
+    type State = BlockState;
+
+    fn save(&self) -> BlockState {
+        BlockState {
+            capacity_sectors: self.node.len_bytes() / SECTOR_BYTES,
+            read_only: self.node.read_only(),
+        }
+    }
+
+    fn restore(&mut self, state: BlockState) -> Result<(), String> {
+        let here = Persist::save(self);
+        if here == state {
+            return Ok(());
+        }
+        let describe = |state: &BlockState| {
+            let access = if state.read_only { "read-only" } else { "writable" };
+            format!("{access} with {} sectors", state.capacity_sectors)
+        };
+        Err(format!(
+            "the guest knows this disk as {}, here it is {}",
+            describe(&state),
+            describe(&here)
+        ))
     }
 }
 
 struct Processor {
     node: Arc<BlockNode>,
     buffer: Vec<u8>,
+    /// A driver that cannot ask for a flush takes every completed write for durable (5.2.6.2).
+    write_through: bool,
+    host_errors: u64,
+}
+
+/// A request that ends with `S_IOERR`, and whose fault it is.
+enum Failed {
+    Guest(&'static str),
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
 }
 
 impl QueueProcessor for Processor {
@@ -94,13 +161,17 @@ impl QueueProcessor for Processor {
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
-        interrupt: &mut dyn FnMut(),
+        host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
         let broken = |error: virtio_queue::Error| BrokenQueue(error.to_string());
         loop {
             queue.disable_notification(ram).map_err(broken)?;
             let mut served = false;
             loop {
+                if host.must_yield() {
+                    // Notifications may stay off: whoever resumes the worker makes it look again.
+                    return Ok(());
+                }
                 let next = queue.iter(ram).map_err(broken)?.next();
                 let Some(chain) = next else { break };
                 served = true;
@@ -108,7 +179,7 @@ impl QueueProcessor for Processor {
                 let written = self.serve(ram, chain)?;
                 queue.add_used(ram, head, written).map_err(broken)?;
                 if queue.needs_notification(ram).map_err(broken)? {
-                    interrupt();
+                    host.interrupt();
                 }
             }
             if !queue.enable_notification(ram).map_err(broken)? {
@@ -156,27 +227,40 @@ impl Processor {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
         let result = match u32::from_le_bytes([t0, t1, t2, t3]) {
+            T_IN if reader.available_bytes() > 0 => Err(Failed::Guest("a read with data to write")),
             T_IN => self.read(sector, writer),
+            T_OUT if writer.available_bytes() > 0 => {
+                Err(Failed::Guest("a write with room to read"))
+            }
             T_OUT => self.write(sector, reader),
-            T_FLUSH => self.node.flush(),
+            T_FLUSH => self.node.flush().map_err(Failed::Host),
             T_GET_ID => {
                 let mut id = [0u8; ID_BYTES];
                 id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
                 let len = writer.available_bytes().min(ID_BYTES);
-                writer.write_all(id.get(..len).unwrap_or_default())
+                writer.write_all(id.get(..len).unwrap_or_default()).map_err(Failed::Host)
             }
             _ => return S_UNSUPP,
         };
         match result {
             Ok(()) => S_OK,
-            Err(error) => {
-                log::warn!("disk {}: request at sector {sector}: {error}", self.node.id());
+            Err(Failed::Guest(mistake)) => {
+                log::debug!("disk {}: request at sector {sector}: {mistake}", self.node.id());
+                S_IOERR
+            }
+            Err(Failed::Host(error)) => {
+                self.host_errors += 1;
+                // A dying disk fails every request; ever rarer lines say so without filling the log.
+                if self.host_errors.is_power_of_two() {
+                    let (id, count) = (self.node.id(), self.host_errors);
+                    log::error!("disk {id}: request at sector {sector}: {error} (error {count})");
+                }
                 S_IOERR
             }
         }
     }
 
-    fn range(&self, sector: u64, len: usize) -> std::io::Result<u64> {
+    fn range(&self, sector: u64, len: usize) -> Result<u64, Failed> {
         let len = u64::try_from(len).unwrap_or(u64::MAX);
         let offset = sector.checked_mul(SECTOR_BYTES);
         let end = offset.and_then(|offset| offset.checked_add(len));
@@ -186,10 +270,7 @@ impl Processor {
             {
                 Ok(offset)
             }
-            _ => Err(std::io::Error::new(
-                std::io::ErrorKind::InvalidInput,
-                "past the end of the disk, or not whole sectors",
-            )),
+            _ => Err(Failed::Guest("past the end of the disk, or not whole sectors")),
         }
     }
 
@@ -197,7 +278,7 @@ impl Processor {
         &mut self,
         sector: u64,
         writer: &mut Writer<'_, impl vm_memory::bitmap::BitmapSlice>,
-    ) -> std::io::Result<()> {
+    ) -> Result<(), Failed> {
         let mut offset = self.range(sector, writer.available_bytes())?;
         while writer.available_bytes() > 0 {
             let len = writer.available_bytes().min(self.buffer.len());
@@ -213,7 +294,10 @@ impl Processor {
         &mut self,
         sector: u64,
         reader: &mut Reader<'_, impl vm_memory::bitmap::BitmapSlice>,
-    ) -> std::io::Result<()> {
+    ) -> Result<(), Failed> {
+        if self.node.read_only() {
+            return Err(Failed::Guest("a write to a read-only disk"));
+        }
         let mut offset = self.range(sector, reader.available_bytes())?;
         while reader.available_bytes() > 0 {
             let len = reader.available_bytes().min(self.buffer.len());
@@ -221,6 +305,9 @@ impl Processor {
             reader.read_exact(piece)?;
             self.node.write_at(piece, offset)?;
             offset += len as u64;
+        }
+        if self.write_through {
+            self.node.flush()?;
         }
         Ok(())
     }

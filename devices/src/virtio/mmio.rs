@@ -10,7 +10,7 @@ use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::lock;
 use crate::ram::GuestRam;
-use crate::state::Persist;
+use crate::state::{DeviceRecord, Persist};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -36,6 +36,9 @@ const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_NEEDS_RESET: u32 = 0x40;
 const STATUS_FAILED: u32 = 0x80;
+/// The bits that a driver sets.
+const STATUS_BY_DRIVER: u32 =
+    STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK | STATUS_FEATURES_OK | STATUS_FAILED;
 
 /// Registers that worker and vCPU share.
 struct Shared {
@@ -196,8 +199,8 @@ impl MmioTransport {
     }
 
     fn set_queue_register(&mut self, offset: u64, value: u32) {
-        // A driver must not touch a queue that is live (virtio 1.2, 4.2.2.2).
-        if self.worker.is_some() {
+        // Queues are set up before DRIVER_OK (virtio 1.2, 3.1.1) and not touched while live (4.2.2.2).
+        if self.status() & STATUS_DRIVER_OK != 0 {
             return;
         }
         let mut queue = lock(&self.queue);
@@ -223,58 +226,56 @@ impl MmioTransport {
         }
         let old = self.status();
         // Bits are set in order and never cleared but by a reset (virtio 1.2, 2.1 and 3.1.1).
-        let mut new = old | value & 0xff & !STATUS_NEEDS_RESET;
-        let needs = |bits, before| new & bits == 0 || new & before == before;
-        let in_order = needs(STATUS_DRIVER, STATUS_ACKNOWLEDGE)
-            && needs(STATUS_FEATURES_OK, STATUS_DRIVER)
-            && needs(STATUS_DRIVER_OK, STATUS_FEATURES_OK);
-        if !in_order {
+        let mut new = old | value & STATUS_BY_DRIVER;
+        if !in_order(new) {
             log::debug!("virtio status {value:#x} out of order ignored");
             return;
         }
         let newly = |new: u32, bit| new & bit != 0 && old & bit == 0;
-        if newly(new, STATUS_FEATURES_OK) {
-            let unknown = self.driver_features & !self.features();
-            if unknown != 0 || self.driver_features & F_VERSION_1 == 0 {
-                log::debug!("virtio features {:#x} refused", self.driver_features);
-                new &= !STATUS_FEATURES_OK;
-            }
+        if newly(new, STATUS_FEATURES_OK) && !self.accepts_features() {
+            log::debug!("virtio features {:#x} refused", self.driver_features);
+            new &= !(STATUS_FEATURES_OK | STATUS_DRIVER_OK);
         }
-        let activates = newly(new, STATUS_DRIVER_OK) && new & STATUS_FAILED == 0;
-        self.shared.status.store(new, Ordering::SeqCst);
-        if activates && new & STATUS_FEATURES_OK != 0 {
+        // Only ever adds bits: the worker may add NEEDS_RESET at the same time.
+        self.shared.status.fetch_or(new, Ordering::SeqCst);
+        if newly(new, STATUS_DRIVER_OK) && is_live(new) {
             let event_idx = self.driver_features & F_EVENT_IDX != 0;
             lock(&self.queue).set_event_idx(event_idx);
-            self.activate();
+            if let Err(reason) = self.activate() {
+                self.shared.broken(&reason);
+            }
         }
     }
 
-    fn activate(&mut self) {
+    fn accepts_features(&self) -> bool {
+        self.driver_features & !self.features() == 0 && self.driver_features & F_VERSION_1 != 0
+    }
+
+    /// Starts the worker, unless the driver left the queue alone; it just cannot be used then.
+    fn activate(&mut self) -> Result<(), BrokenQueue> {
         {
             let queue = lock(&self.queue);
-            // A driver may leave a queue alone; it just cannot be used then.
             if !queue.ready() {
-                return;
+                return Ok(());
             }
             if !queue.is_valid(&self.ram) {
-                return self.shared.broken(&BrokenQueue("its rings lie outside RAM".into()));
+                return Err(BrokenQueue("its rings lie outside RAM".into()));
             }
         }
-        let started = self.notify.try_clone().and_then(|notify| {
+        let worker = self.notify.try_clone().and_then(|notify| {
             Worker::start(
                 self.device.thread_name(),
                 self.ram.clone(),
                 self.queue.clone(),
                 notify,
-                self.device.processor(),
+                self.device.processor(self.driver_features),
                 self.shared.clone(),
                 self.drained,
             )
         });
-        match started {
-            Ok(worker) => self.worker = Some(worker),
-            Err(error) => self.shared.broken(&BrokenQueue(format!("no worker thread: {error}"))),
-        }
+        self.worker =
+            Some(worker.map_err(|error| BrokenQueue(format!("no worker thread: {error}")))?);
+        Ok(())
     }
 
     fn reset(&mut self) {
@@ -288,6 +289,29 @@ impl MmioTransport {
         self.device_features_select = 0;
         self.queue_select = 0;
     }
+}
+
+/// Whether each status bit has those that must come before it.
+fn in_order(status: u32) -> bool {
+    let needs = |bit, before| status & bit == 0 || status & before == before;
+    needs(STATUS_DRIVER, STATUS_ACKNOWLEDGE)
+        && needs(STATUS_FEATURES_OK, STATUS_DRIVER)
+        && needs(STATUS_DRIVER_OK, STATUS_FEATURES_OK)
+}
+
+/// Whether a device of this status serves its queue.
+fn is_live(status: u32) -> bool {
+    status & STATUS_DRIVER_OK != 0 && status & (STATUS_NEEDS_RESET | STATUS_FAILED) == 0
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }
 
 fn half(features: u64, select: u32) -> u32 {
@@ -319,8 +343,8 @@ impl BusDevice for MmioTransport {
     }
 }
 
-/// All registers and the queue.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// All registers, the queue, and the device's own record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MmioState {
     device_id: u32,
@@ -331,6 +355,7 @@ pub struct MmioState {
     driver_features: u64,
     queue_select: u32,
     queue: SavedQueue,
+    device: DeviceRecord,
 }
 
 /// A virtqueue, as virtio-queue describes it.
@@ -372,6 +397,7 @@ impl Persist for MmioTransport {
                 avail_ring: queue.avail_ring,
                 used_ring: queue.used_ring,
             },
+            device: self.device.save(),
         }
     }
 
@@ -383,11 +409,18 @@ impl Persist for MmioTransport {
                 state.device_id
             ));
         }
-        let unknown = state.driver_features & !self.features();
-        let live = state.status & STATUS_FEATURES_OK != 0;
-        if live && unknown != 0 {
-            return Err(format!("the guest uses virtio features {unknown:#x}, not offered here"));
+        let status = state.status;
+        if status & !(STATUS_BY_DRIVER | STATUS_NEEDS_RESET) != 0 || !in_order(status) {
+            return Err(format!("impossible virtio status {status:#x}"));
         }
+        self.driver_features = state.driver_features;
+        if status & STATUS_FEATURES_OK != 0 && !self.accepts_features() {
+            let (used, offered) = (state.driver_features, self.features());
+            return Err(format!(
+                "the guest uses virtio features {used:#x} of {offered:#x} offered"
+            ));
+        }
+        self.device.restore(state.device).map_err(|error| error_chain(&error))?;
         let saved = state.queue;
         let queue = Queue::try_from(QueueState {
             max_size: self.device.queue_max_size(),
@@ -403,16 +436,16 @@ impl Persist for MmioTransport {
         .map_err(|error| format!("virtqueue: {error}"))?;
         self.worker = None;
         *lock(&self.queue) = queue;
-        self.shared.status.store(state.status & 0xff, Ordering::SeqCst);
+        self.shared.status.store(status, Ordering::SeqCst);
         let interrupts = state.interrupt_status & (INTERRUPT_USED | INTERRUPT_CONFIG);
         self.shared.interrupt_status.store(interrupts, Ordering::SeqCst);
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
-        self.driver_features = state.driver_features;
         self.queue_select = state.queue_select;
         self.drained = true;
-        if state.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK {
-            self.activate();
+        if is_live(status) {
+            // Here it is the host or the stream that is at fault: refuse, do not blame the guest.
+            self.activate().map_err(|error| format!("virtqueue: {error}"))?;
         }
         Ok(())
     }

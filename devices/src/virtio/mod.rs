@@ -6,6 +6,7 @@ pub mod mmio;
 pub mod worker;
 
 use crate::ram::GuestRam;
+use crate::state::{DeviceRecord, RestoreError};
 use virtio_queue::Queue;
 
 /// `VIRTIO_F_VERSION_1`: not a legacy device.
@@ -30,19 +31,31 @@ pub trait VirtioDevice: Send {
     fn queue_max_size(&self) -> u16;
     /// Reads the configuration space; past its end it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// What serves the queue, on a thread of its own.
-    fn processor(&self) -> Box<dyn QueueProcessor>;
+    /// What serves the queue, on a thread of its own, for a driver that accepted `driver_features`.
+    fn processor(&self, driver_features: u64) -> Box<dyn QueueProcessor>;
     /// Names the thread.
     fn thread_name(&self) -> String;
+    /// The state that is the device's own; it travels inside the transport's record.
+    fn save(&self) -> DeviceRecord;
+    /// Checks and takes over what [`VirtioDevice::save`] made.
+    fn restore(&mut self, record: DeviceRecord) -> Result<(), RestoreError>;
+}
+
+/// What a processor asks of the thread that it runs on.
+pub trait QueueHost {
+    /// Tells the driver that buffers were used.
+    fn interrupt(&mut self);
+    /// Whether to leave the rest for later: somebody waits for the worker to park or to end.
+    fn must_yield(&self) -> bool;
 }
 
 /// Serves one queue.
 pub trait QueueProcessor: Send {
-    /// Serves all that is available; calls `interrupt` when the driver wants one.
+    /// Serves all that is available, request by request, until the host must yield.
     fn process(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
-        interrupt: &mut dyn FnMut(),
+        host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
 }

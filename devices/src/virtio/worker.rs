@@ -5,13 +5,15 @@
 //!  parked ─────────▶ serving, or waiting ─────────▶ parked
 //! ```
 //! A request is served to its end before the thread looks at its commands, so that a parked worker has
-//! none in flight.
+//! none in flight. Whoever wants it to park raises `yielding` first: the requests behind the one in
+//! flight stay in the ring, and a guest that never stops asking cannot hold up a pause or a reset.
 
-use super::{BrokenQueue, QueueProcessor};
+use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::lock;
 use crate::ram::GuestRam;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -36,6 +38,7 @@ pub trait QueueSignals: Send + Sync {
 pub struct Worker {
     commands: Option<Sender<Command>>,
     wake: Arc<EventFd>,
+    yielding: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -51,6 +54,7 @@ impl Worker {
         parked: bool,
     ) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let yielding = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
         for event in [&notify, wake.as_ref()] {
@@ -63,6 +67,7 @@ impl Worker {
             queue,
             notify,
             wake: wake.clone(),
+            yielding: yielding.clone(),
             epoll,
             inbox,
             processor,
@@ -70,10 +75,11 @@ impl Worker {
             broken: false,
         };
         let thread = std::thread::Builder::new()
-            .name(name)
+            // The name holds the disk's, which a user or a stream chose; a zero byte would panic.
+            .name(name.replace('\0', ""))
             .stack_size(256 << 10)
             .spawn(move || serving.run(parked))?;
-        Ok(Self { commands: Some(commands), wake, thread: Some(thread) })
+        Ok(Self { commands: Some(commands), wake, yielding, thread: Some(thread) })
     }
 
     fn send(&self, command: Command) {
@@ -88,6 +94,7 @@ impl Worker {
     /// Waits until no request is in flight; none is started until [`Worker::resume`].
     pub fn park(&self) {
         let (done, parked) = channel();
+        self.yielding.store(true, Ordering::SeqCst);
         self.send(Command::Park(done));
         // An error means that the thread has ended, which is as good as parked.
         let _ = parked.recv();
@@ -95,12 +102,14 @@ impl Worker {
 
     /// Serves again, whatever is available first.
     pub fn resume(&self) {
+        self.yielding.store(false, Ordering::SeqCst);
         self.send(Command::Resume);
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        self.yielding.store(true, Ordering::SeqCst);
         self.commands = None;
         let _ = self.wake.write(1);
         if let Some(thread) = self.thread.take()
@@ -116,6 +125,7 @@ struct Serving {
     queue: Arc<Mutex<Queue>>,
     notify: EventFd,
     wake: Arc<EventFd>,
+    yielding: Arc<AtomicBool>,
     epoll: Epoll,
     inbox: Receiver<Command>,
     processor: Box<dyn QueueProcessor>,
@@ -140,12 +150,11 @@ impl Serving {
         if self.broken {
             return;
         }
-        let signals = &self.signals;
-        let mut queue = lock(&self.queue);
-        let served = self.processor.process(&self.ram, &mut queue, &mut || signals.used());
+        let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
+        let served = self.processor.process(&self.ram, &mut lock(&self.queue), &mut host);
         if let Err(reason) = served {
             self.broken = true;
-            signals.broken(&reason);
+            self.signals.broken(&reason);
         }
     }
 
@@ -189,5 +198,20 @@ impl Serving {
                 Command::Park(done) => drop(done.send(())),
             }
         }
+    }
+}
+
+struct Host<'a> {
+    signals: &'a dyn QueueSignals,
+    yielding: &'a AtomicBool,
+}
+
+impl QueueHost for Host<'_> {
+    fn interrupt(&mut self) {
+        self.signals.used();
+    }
+
+    fn must_yield(&self) -> bool {
+        self.yielding.load(Ordering::SeqCst)
     }
 }
