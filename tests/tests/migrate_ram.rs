@@ -1,95 +1,350 @@
-//! Memory moves whole: every fill, several vCPUs, both kinds of address, paused, capped, cancelled.
+//! Whole migrations between real processes, verified by the guest.
 
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::process::SOON;
-use ferry_tests::skip;
+use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::verdict::Transcript;
+use ferry_tests::{disk, skip};
 use serde_json::json;
+use std::time::Duration;
 
-/// Moves a guest once and has it check itself.
-fn move_once(guest: &Guest, address: &str, more: &[&str]) -> serde_json::Value {
+/// Boots `guest`, moves it over `address`, and has it verified at the destination.
+fn move_and_verify(guest: &Guest, address: &str, options: &[&str]) {
     let source = ferry::run(guest).unwrap();
-    source.wait_line("READY ").unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
     let mut destination = ferry::receive_at(address, &[]).unwrap();
-    let ended = ferry::migrate_well(&source, &destination.address, more).unwrap();
-    let (check, _) = ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-    assert_eq!(check.corrupt, 0);
-    ended.summary
+    let ended = ferry::migrate_well(&source, &destination.address, options).unwrap();
+    assert_eq!(ended.summary["status"], "completed");
+    assert!(ended.summary["ram"]["total"].as_u64().unwrap() >= guest.memory_mb << 20);
+    let (_, beats) = ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    let last = beats.last().unwrap();
+    assert!(last.alive.is_none_or(|alive| alive == u64::from(guest.cpus)), "{last:?}");
 }
 
 #[test]
-fn every_kind_of_memory_arrives_whole() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    for fill in ["random", "text", "zero"] {
-        let cmdline = format!("work=dirty fill={fill} ws_mb=16 rate_mbps=100 pattern=rand");
-        move_once(&Guest::new(&cmdline, 128), "tcp:127.0.0.1:0", &[]);
-    }
-}
-
-#[test]
-fn guests_with_several_vcpus_arrive_whole() {
+fn sleeping_and_spinning_guests_move_over_tcp_and_unix() {
     if skip::kvm_is_missing() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
+    for (index, work) in ["work=idle", "work=spin fill=random"].iter().enumerate() {
+        let guest = Guest::new(work, 128);
+        move_and_verify(&guest, "tcp:127.0.0.1:0", &[]);
+        let path = folder.path().join(format!("migrate-{index}"));
+        move_and_verify(&guest, &format!("unix:{}", path.display()), &[]);
+    }
+}
+
+#[test]
+fn every_kind_of_page_arrives_while_it_is_written() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for fill in ["random", "text", "zero"] {
+        for pattern in ["seq", "rand"] {
+            let work = format!("work=dirty fill={fill} ws_mb=32 rate_mbps=100 pattern={pattern}");
+            move_and_verify(
+                &Guest::new(&work, 128),
+                "tcp:127.0.0.1:0",
+                &["--downtime-limit", "50ms"],
+            );
+        }
+    }
+}
+
+#[test]
+fn guests_with_1_2_and_4_cpus_move() {
+    if skip::kvm_is_missing() {
+        return;
+    }
     for cpus in [1, 2, 4] {
-        let address = format!("unix:{}", folder.path().join(format!("m{cpus}")).display());
-        let guest = Guest::new("work=dirty ws_mb=8 rate_mbps=40", 128).cpus(cpus);
-        move_once(&guest, &address, &["--downtime-limit", "100ms"]);
+        for work in ["work=idle", "work=dirty fill=random ws_mb=16 rate_mbps=50 pattern=rand"] {
+            move_and_verify(&Guest::new(work, 128).cpus(cpus), "tcp:127.0.0.1:0", &[]);
+        }
     }
 }
 
 #[test]
-fn an_untouched_guest_sends_almost_nothing() {
+fn memory_past_the_hole_below_4_gib_moves() {
     if skip::kvm_is_missing() {
         return;
     }
-    let summary = move_once(&Guest::new("work=idle", 1024), "tcp:127.0.0.1:0", &[]);
-    let sent = summary["ram"]["transferred"].as_u64().unwrap();
-    assert!(sent < 32 << 20, "{sent} bytes of a guest that touched a few MiB");
+    let guest = Guest::new("work=dirty fill=random fill_pct=3 ws_mb=16 rate_mbps=50", 5120);
+    move_and_verify(&guest, "tcp:127.0.0.1:0", &[]);
 }
 
 #[test]
-fn a_paused_guest_arrives_paused_and_can_be_resumed_there() {
+fn a_bandwidth_cap_holds_and_can_be_lifted_on_the_way() {
     if skip::kvm_is_missing() {
         return;
     }
-    let source = ferry::run(&Guest::new("work=dirty ws_mb=8 rate_mbps=40", 64)).unwrap();
+    let guest = Guest::new("work=dirty fill=random fill_pct=75 sleep=1", 128);
+    let source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
-    source.qmp().unwrap().execute("stop", json!({})).unwrap();
     let mut destination = ferry::receive().unwrap();
-    ferry::migrate_well(&source, &destination.address, &[]).unwrap();
-    let mut qmp = destination.vmm.qmp().unwrap();
-    assert_eq!(qmp.execute("query-status", json!({})).unwrap()["status"], "paused");
-    qmp.execute("cont", json!({})).unwrap();
-    let (check, _) = ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-    assert_eq!(check.corrupt, 0);
+    let options = ["--max-bandwidth", "20M"];
+    let migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
+    migration.client.out.wait_for("\"active\"", SOON).unwrap();
+    let mut qmp = source.qmp().unwrap();
+    // Some 96 MiB at 20 MiB/s: after a second it cannot be near its end.
+    source.wait_next_line("^HB ").unwrap();
+    let from = source.serial().count();
+    source.serial().wait_from(from + 8, "^HB ", SOON).unwrap();
+    let info = qmp.execute("query-migrate", json!({})).unwrap();
+    assert_eq!(info["status"], "active", "{info}");
+    let (sent, elapsed_ms) =
+        (info["ram"]["transferred"].as_u64().unwrap(), info["total-time"].as_u64().unwrap());
+    let rate = sent * 1000 / elapsed_ms.max(1);
+    assert!(rate < 30 << 20, "{rate} bytes/s despite a cap of 20 MiB/s: {info}");
+    qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 0})).unwrap();
+    let ended = migration.end(SOON).unwrap();
+    assert_eq!(ended.code, 0, "{}", ended.errors);
+    assert!(ended.summary["total-time"].as_u64().unwrap() < 4500, "{}", ended.summary);
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
 }
 
 #[test]
-fn a_cancelled_migration_leaves_the_guest_where_it_was() {
+fn a_paused_guest_arrives_paused_and_so_does_one_for_which_that_was_asked() {
     if skip::kvm_is_missing() {
         return;
     }
-    let mut source = ferry::run(&Guest::new("work=dirty ws_mb=64 rate_mbps=100", 256)).unwrap();
-    source.wait_line("READY ").unwrap();
-    let mut destination = ferry::receive().unwrap();
-    // Slow enough that the cancel always comes first.
-    let capped = ["--max-bandwidth", "20M"];
-    let migration = ferry::start_migrate(&source, &destination.address, &capped).unwrap();
+    let guest = Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64);
+    for (stop_first, options) in [(true, &[][..]), (false, &["--paused"][..])] {
+        let source = ferry::run(&guest).unwrap();
+        source.wait_line("^HB n=2 ").unwrap();
+        if stop_first {
+            source.qmp().unwrap().execute("stop", json!({})).unwrap();
+        }
+        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", options).unwrap();
+        ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+        let mut qmp = destination.vmm.qmp().unwrap();
+        assert_eq!(qmp.run_state().unwrap(), "paused");
+        assert_eq!(destination.vmm.serial().text(), "", "a paused guest says nothing");
+        qmp.execute("cont", json!({})).unwrap();
+        ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    }
+}
+
+#[test]
+fn the_source_stays_only_if_it_is_asked_to_and_never_runs_again_by_itself() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=idle", 64);
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB ").unwrap();
+    let destination = ferry::receive().unwrap();
+    ferry::migrate_well(&source, &destination.address, &["--keep-source"]).unwrap();
     let mut qmp = source.qmp().unwrap();
-    while qmp.execute("query-migrate", json!({})).unwrap()["status"] != "active" {}
-    let second = qmp.execute("migrate", json!({"uri": "tcp:127.0.0.1:1"})).unwrap_err();
-    assert!(second.to_string().contains("migration process in progress"), "{second}");
-    assert!(qmp.execute("system_reset", json!({})).is_err(), "it would disturb the migration");
-    qmp.execute("migrate_cancel", json!({})).unwrap();
-    let ended = migration.end(SOON).unwrap();
-    assert_eq!(ended.code, 1);
-    assert_eq!(ended.summary["status"], "cancelled");
-    assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 1);
+    assert_eq!(qmp.run_state().unwrap(), "postmigrate");
+    for command in ["cont", "system_reset"] {
+        assert_eq!(qmp.refused(command, json!({})).unwrap().class, "GenericError", "{command}");
+    }
+    let again = qmp.refused("migrate", json!({"uri": destination.address})).unwrap();
+    assert_eq!(again.class, "GenericError");
+    let said = source.serial().text();
+    destination.vmm.wait_line("^HB ").unwrap();
+    assert_eq!(source.serial().text(), said, "the source went on");
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(source.process.exit_code(SOON).unwrap(), 0);
+
+    // Without the option the process ends.
+    let mut source = destination.vmm;
+    let destination = ferry::receive().unwrap();
+    ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+    assert_eq!(source.process.exit_code(SOON).unwrap(), 0);
+}
+
+/// The guest goes on here, whole, after a migration that did not happen.
+fn assert_goes_on(source: &mut Vmm) {
+    assert_eq!(source.qmp().unwrap().run_state().unwrap(), "running");
+    source.wait_next_line("^HB ").unwrap();
     source.wait_next_line("^HB ").unwrap();
     assert_eq!(source.check().unwrap().corrupt, 0);
-    let again = ferry::receive().unwrap();
-    ferry::migrate_well(&source, &again.address, &[]).unwrap();
+    Transcript::of([source.serial()]).judge().unwrap();
+}
+
+#[test]
+fn cancel_in_each_phase_leaves_the_guest_at_the_source_and_a_retry_succeeds() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    // Dirties faster than it may be sent, so that rounds go on until somebody cancels.
+    let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200 pattern=rand", 128);
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    for phase in ["at once", "first round", "later round", "two cancels"] {
+        let mut destination = ferry::receive().unwrap();
+        let mut qmp = source.qmp().unwrap();
+        qmp.want_migration_events().unwrap();
+        let parameters = json!({"max-bandwidth": 60_000_000, "downtime-limit": 1});
+        qmp.execute("migrate-set-parameters", parameters).unwrap();
+        qmp.execute("migrate", json!({"uri": destination.address})).unwrap();
+        match phase {
+            "first round" => drop(qmp.wait_migration(&["active"], SOON).unwrap()),
+            "later round" => {
+                let later = |event: &serde_json::Value| {
+                    event["event"] == "MIGRATION_PASS" && event["data"]["pass"].as_u64() >= Some(3)
+                };
+                qmp.wait_event_where(SOON, later).unwrap();
+            }
+            _ => {}
+        }
+        qmp.execute("migrate_cancel", json!({})).unwrap();
+        if phase == "two cancels" {
+            qmp.execute("migrate_cancel", json!({})).unwrap();
+        }
+        let ends = ["cancelled", "failed", "completed"];
+        assert_eq!(qmp.wait_migration(&ends, SOON).unwrap(), "cancelled", "{phase}");
+        assert_eq!(qmp.execute("query-migrate", json!({})).unwrap()["status"], "cancelled");
+        assert_goes_on(&mut source);
+        // Cancelled before it had introduced itself, the source was nobody: the wait goes on.
+        if phase.ends_with("round") {
+            let code = destination.vmm.process.exit_code(SOON).unwrap();
+            assert_ne!(code, 0, "{phase}: the destination has no guest");
+        }
+        assert_eq!(destination.vmm.serial().text(), "", "{phase}: two guests");
+    }
+    // Nothing that the failed attempts harvested is lost.
+    let mut destination = ferry::receive().unwrap();
+    let options = ["--max-bandwidth", "0", "--downtime-limit", "300ms"];
+    ferry::migrate_well(&source, &destination.address, &options).unwrap();
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+}
+
+#[test]
+fn ctrl_c_cancels_cleanly() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200", 128);
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let destination = ferry::receive().unwrap();
+    let options = ["--max-bandwidth", "30M", "--downtime-limit", "1ms"];
+    let mut migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
+    migration.client.out.wait_for("\"active\"", SOON).unwrap();
+    migration.client.signal(libc::SIGINT).unwrap();
+    let ended = migration.end(SOON).unwrap();
+    assert_eq!(ended.code, 1, "{}", ended.errors);
+    assert_eq!(ended.summary["status"], "cancelled");
+    assert_goes_on(&mut source);
+}
+
+#[test]
+fn commands_that_would_disturb_a_migration_are_refused() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200", 128);
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let destination = ferry::receive().unwrap();
+    let mut qmp = source.qmp().unwrap();
+    qmp.want_migration_events().unwrap();
+    let parameters = json!({"max-bandwidth": 30_000_000, "downtime-limit": 1});
+    qmp.execute("migrate-set-parameters", parameters).unwrap();
+    qmp.execute("migrate", json!({"uri": destination.address})).unwrap();
+    qmp.wait_migration(&["active"], SOON).unwrap();
+    for (command, arguments) in [
+        ("migrate", json!({"uri": destination.address})),
+        ("system_reset", json!({})),
+        ("migrate-set-capabilities", json!({"capabilities": []})),
+    ] {
+        let refusal = qmp.refused(command, arguments).unwrap();
+        assert!(refusal.description.contains("migration process in progress"), "{refusal}");
+    }
+    qmp.execute("migrate_cancel", json!({})).unwrap();
+    qmp.wait_migration(&["cancelled"], SOON).unwrap();
+    assert_goes_on(&mut source);
+}
+
+#[test]
+fn a_guest_that_writes_its_disk_moves_with_it() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, 8 << 20).unwrap();
+    let path = image.to_str().unwrap();
+    let guest = Guest::new("work=disk", 64).disk("root", &image);
+    let mut host = ferry::run(&guest).unwrap();
+    host.wait_line("^READY work=disk .*id=root").unwrap();
+    host.wait_line("^HB n=2 ").unwrap();
+    let mut earlier = Vec::new();
+    for _ in 0..3 {
+        let give = format!("root={path}");
+        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+        ferry::migrate_well(&host, &destination.address, &["--keep-source"]).unwrap();
+        let lines: Vec<_> = earlier.iter().map(Vmm::serial).chain([host.serial()]).collect();
+        ferry::verify_at(&mut destination.vmm, &lines).unwrap();
+        // The lock went with the guest: the old process is still there, and a third one is kept out.
+        let kernel = guest_images::KERNEL;
+        let third = ["run", "--kernel", kernel, "--disk", &format!("path={path}")];
+        let (code, text) = ferry::end_of(third).unwrap();
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains("in use by another"), "{text}");
+        earlier.push(std::mem::replace(&mut host, destination.vmm));
+    }
+    host.qmp().unwrap().execute("stop", json!({})).unwrap();
+    let before = disk::verify(&image).unwrap();
+    let written = ferry_tests::verdict::Heartbeat::parse(
+        host.serial().from(0).iter().rev().find(|line| line.starts_with("HB ")).unwrap(),
+    );
+    let written = written.unwrap().generation;
+    assert!(before >= written, "the host sees {before} of at least {written} acknowledged writes");
+}
+
+#[test]
+fn a_disk_that_the_destination_may_not_open_is_refused_before_any_page() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (image, other) = (folder.path().join("disk.img"), folder.path().join("other.img"));
+    disk::create(&image, 1 << 20).unwrap();
+    disk::create(&other, 2 << 20).unwrap();
+    let guest = Guest::new("work=disk", 64).disk("root", &image);
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=1 ").unwrap();
+    for options in [
+        vec![],
+        vec![format!("wrong={}", image.display())],
+        vec!["root=/nonexistent".into()],
+        vec![format!("root={}", other.display())],
+    ] {
+        let options: Vec<_> = options.iter().flat_map(|disk| ["--disk", disk]).collect();
+        let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
+        let ended = ferry::migrate(&source, &destination.address, &[]).unwrap();
+        assert_eq!(ended.code, 1, "{options:?}: {}", ended.errors);
+        let named =
+            ["root", "/nonexistent", "other.img"].iter().any(|name| ended.errors.contains(name));
+        assert!(named, "{options:?}: {}", ended.errors);
+        let sent = ended.summary["ram"]["transferred"].as_u64().unwrap_or(0);
+        assert!(sent < 1 << 20, "{options:?}: refused after {sent} bytes");
+        assert_goes_on(&mut source);
+    }
+}
+
+#[test]
+fn json_steps_end_with_a_summary_in_qemus_names() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=dirty fill=random ws_mb=16 rate_mbps=100", 128);
+    let source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let destination = ferry::receive().unwrap();
+    let options = ["--max-bandwidth", "400M"];
+    let migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
+    let ended = migration.end(Duration::from_secs(60)).unwrap();
+    assert_eq!(ended.code, 0, "{}", ended.errors);
+    assert!(ended.steps.len() > 1);
+    let ram = &ended.summary["ram"];
+    for key in ["transferred", "total", "duplicate", "normal", "dirty-sync-count", "page-size"] {
+        assert!(ram[key].is_number(), "{key}: {}", ended.summary);
+    }
+    for key in ["total-time", "downtime", "setup-time"] {
+        assert!(ended.summary[key].is_number(), "{key}: {}", ended.summary);
+    }
 }
