@@ -30,7 +30,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 }
 
 /// Installs the handler of the kick signal, once per process.
-fn install_kick_handler() -> Result<(), KvmError> {
+pub(super) fn install_kick_handler() -> Result<(), KvmError> {
     static INSTALLED: Once = Once::new();
     let mut result = Ok(());
     INSTALLED.call_once(|| result = register_signal_handler(SIGRTMIN(), on_kick));
@@ -99,11 +99,9 @@ impl Vcpu {
     }
 
     /// Makes kicks sent to the calling thread reach this vCPU. Call first on the vCPU's thread.
-    pub fn bind_to_thread(&mut self) -> Result<(), KvmError> {
-        install_kick_handler()?;
+    pub fn bind_to_thread(&mut self) {
         let flag = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit);
         IMMEDIATE_EXIT.with(|cell| cell.set(flag.cast::<AtomicU8>().cast_const()));
-        Ok(())
     }
 
     /// Clears the kick. Look at the mailbox only after it.

@@ -2,7 +2,7 @@
 //! dirty log. vCPUs are created here and handed to their threads.
 
 use super::ioctls::{KVM_CLEAR_DIRTY_LOG, KVM_GET_DIRTY_LOG};
-use super::vcpu::Vcpu;
+use super::vcpu::{Vcpu, install_kick_handler};
 use super::{Host, KvmError, ioctl};
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamBlock, RamLayout};
 use kvm_bindings::{
@@ -80,6 +80,8 @@ impl Vm {
 
     /// Creates vCPU `index`.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
+        // Before its thread exists: a kick that finds no handler would end the process.
+        install_kick_handler()?;
         Ok(Vcpu::new(ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(index)))?, index))
     }
 

@@ -247,9 +247,7 @@ enum After {
 impl VcpuLoop {
     /// Serves commands until the machine goes.
     fn parked(mut self) {
-        if let Err(error) = self.vcpu.bind_to_thread() {
-            return self.fail(VcpuEnd::Failed(crate::error::chain(&error)));
-        }
+        self.vcpu.bind_to_thread();
         while let Ok(command) = self.inbox.recv() {
             match command {
                 Command::Run => {

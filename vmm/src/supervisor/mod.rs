@@ -560,8 +560,10 @@ impl Supervisor {
                     len_bytes: disk.len_bytes,
                 })
             })?;
-            let backend =
-                RawFile::open(&given.path, disk.read_only).map_err(|error| failed(&error))?;
+            let backend = RawFile::open(&given.path, disk.read_only).map_err(|source| {
+                let id = disk.id.clone();
+                failed(&MachineError::Disk { id, source: source.into() })
+            })?;
             disks.push(Arc::new(BlockNode::new(disk.id.clone(), Box::new(backend))));
         }
         self.disks = disks;
