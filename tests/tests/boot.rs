@@ -1,4 +1,5 @@
 //! `ferry run` from start to exit code, and clear errors for what cannot boot.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use anyhow::Result;
 use ferry_tests::ferry::{self, Guest};

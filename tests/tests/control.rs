@@ -1,4 +1,5 @@
 //! The control socket: every command, the Python client, and clients that behave badly.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON, Vmm};

@@ -1,4 +1,5 @@
 //! Whatever dies, and whenever: one guest runs, and its user is told.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::SOON;

@@ -1,4 +1,5 @@
 //! One guest, there and back again: small losses add up where one move would hide them.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use anyhow::{Context, Result, ensure};
 use ferry_tests::ferry::{self, Guest};

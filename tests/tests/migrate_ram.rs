@@ -1,4 +1,5 @@
 //! Whole migrations between real processes, verified by the guest.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{SOON, Vmm};
