@@ -1,48 +1,179 @@
-//! Whatever dies, and whenever: one guest runs, and its user is told.
+//! Whatever dies or stalls, and whenever: at most one guest runs, it is whole, and its user is told.
+//!
+//! The moments are random, anew in every run, and a failure prints its own. Half of them are counted
+//! from the start of the migration, over its whole length; the others from the pause, around which a
+//! mistake would cost most.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::{self, Guest};
-use ferry_tests::process::SOON;
+use ferry_tests::ferry::{self, Destination, Guest};
+use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::qmp::Qmp;
+use ferry_tests::verdict::Transcript;
 use ferry_tests::{disk, skip};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 
 fn guest() -> Guest {
-    Guest::new("work=dirty fill=random fill_pct=50 ws_mb=16 rate_mbps=100", 128)
+    Guest::new("work=dirty fill=random fill_pct=50 ws_mb=8 rate_mbps=100 hb_ms=20", 64)
 }
 
-/// Moments after the start of a migration that takes about 60 ms: set-up, the first round, later
-/// rounds, the switch, and after it.
-const MOMENTS_MS: [u64; 8] = [0, 5, 15, 30, 40, 50, 60, 80];
+fn random_below(limit: u64) -> u64 {
+    RandomState::new().build_hasher().finish() % limit
+}
+
+/// When something happens to one side.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    AfterStart(Duration),
+    AfterPause(Duration),
+}
+
+impl Moment {
+    /// `count` moments for a migration that takes `total` if left alone.
+    fn several(count: usize, total: Duration) -> Vec<Self> {
+        let micros = u64::try_from(total.as_micros()).unwrap();
+        let any = |index| match index % 2 {
+            0 => Self::AfterStart(Duration::from_micros(random_below(micros * 5 / 4))),
+            _ => Self::AfterPause(Duration::from_micros(random_below(3000))),
+        };
+        (0..count).map(any).collect()
+    }
+
+    /// Waits for it; the migration has just been started. `false` if it ended before.
+    fn wait(self, qmp: &mut Qmp) -> bool {
+        let after = match self {
+            Self::AfterStart(after) => after,
+            Self::AfterPause(after) => {
+                let pause = |event: &Value| {
+                    event["event"] == "STOP"
+                        || ENDS.iter().any(|status| event["data"]["status"] == *status)
+                };
+                if qmp.wait_event_where(SOON, pause).unwrap()["event"] != "STOP" {
+                    return false;
+                }
+                after
+            }
+        };
+        let start = Instant::now();
+        // A moment is a point in time, not an event; and microseconds are too short to sleep.
+        while start.elapsed() < after {
+            std::hint::spin_loop();
+        }
+        true
+    }
+}
+
+/// A guest that runs, a destination that waits, and a control connection that hears everything.
+struct Pair {
+    source: Vmm,
+    destination: Destination,
+    qmp: Qmp,
+}
+
+impl Pair {
+    fn new(guest: &Guest) -> Self {
+        let source = ferry::run(guest).unwrap();
+        let destination = ferry::receive().unwrap();
+        source.wait_line("^HB n=1 ").unwrap();
+        let mut qmp = source.qmp().unwrap();
+        qmp.want_migration_events().unwrap();
+        Self { source, destination, qmp }
+    }
+
+    fn start(&mut self) {
+        self.qmp.execute("migrate", json!({"uri": self.destination.address})).unwrap();
+    }
+
+    /// How the migration ended, as the source says.
+    fn outcome(&mut self) -> (Value, Value) {
+        // Events may have been taken by a wait for the pause.
+        let deadline = Instant::now() + SOON;
+        loop {
+            let info = self.qmp.execute("query-migrate", json!({})).unwrap();
+            if ENDS.iter().any(|status| info["status"] == *status) {
+                return (info["status"].clone(), info["x-outcome"].clone());
+            }
+            assert!(Instant::now() < deadline, "no end in sight: {info}");
+            // Woken by the next event, whatever it is, or in a moment.
+            let _ = self.qmp.wait_event_where(Duration::from_millis(20), |_| true);
+        }
+    }
+
+    /// The guest runs on at the source, whole, and has never run at the destination.
+    fn assert_stayed(&mut self) {
+        assert_eq!(self.qmp.run_state().unwrap(), "running");
+        self.source.wait_next_line("^HB ").unwrap();
+        assert_eq!(self.source.check().unwrap().corrupt, 0);
+        assert_eq!(self.destination.vmm.serial().text(), "", "it ran at the destination too");
+        Transcript::of([self.source.serial()]).judge().unwrap();
+    }
+
+    /// The guest runs on at the destination, whole, and has stopped at the source.
+    fn assert_moved(&mut self) {
+        let said = self.source.serial().text();
+        ferry::verify_at(&mut self.destination.vmm, &[self.source.serial()]).unwrap();
+        assert_eq!(self.source.serial().text(), said, "it runs at the source too");
+    }
+}
+
+/// How long the migration takes when nothing happens to it.
+fn undisturbed(guest: &Guest) -> Duration {
+    let mut pair = Pair::new(guest);
+    let start = Instant::now();
+    pair.start();
+    assert_eq!(pair.outcome().0, "completed");
+    start.elapsed()
+}
 
 #[test]
 fn a_destination_killed_at_any_moment_never_costs_the_guest() {
     if skip::kvm_is_missing() {
         return;
     }
-    for moment in MOMENTS_MS {
-        let mut source = ferry::run(&guest()).unwrap();
-        source.wait_line("READY ").unwrap();
-        let mut destination = ferry::receive().unwrap();
-        let migration =
-            ferry::start_migrate(&source, &destination.address, &["--keep-source"]).unwrap();
-        // The moment itself is what is tested; there is no event that marks it.
-        std::thread::sleep(Duration::from_millis(moment));
-        destination.vmm.process.kill().unwrap();
-        let ended = migration.end(SOON).unwrap();
-        let status = source.qmp().unwrap().execute("query-status", json!({})).unwrap();
-        match ended.code {
-            1 => {
-                assert_eq!(status["running"], true, "killed after {moment} ms: {status}");
-                source.wait_next_line("^HB ").unwrap();
-                assert_eq!(source.check().unwrap().corrupt, 0, "killed after {moment} ms");
+    let mut outcomes = [0; 3];
+    for moment in Moment::several(30, undisturbed(&guest())) {
+        eprintln!("killing the destination at {moment:?}");
+        let mut pair = Pair::new(&guest());
+        pair.start();
+        moment.wait(&mut pair.qmp);
+        pair.destination.vmm.process.kill().unwrap();
+        let (status, outcome) = pair.outcome();
+        if status == "completed" {
+            // It was killed after the guest had moved: a crash like any other.
+            outcomes[0] += 1;
+            assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+        } else if outcome == "unknown" {
+            outcomes[1] += 1;
+            assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+            pair.qmp.refused("cont", json!({})).unwrap();
+            // Its operator has made sure that it does not run there.
+            let silent = pair.destination.vmm.serial().text().is_empty();
+            pair.qmp.execute("cont", json!({"force": true})).unwrap();
+            pair.source.wait_next_line("^HB ").unwrap();
+            assert_eq!(pair.source.check().unwrap().corrupt, 0);
+            if silent {
+                pair.assert_stayed();
             }
-            0 | 4 => assert_eq!(status["running"], false, "killed after {moment} ms: {status}"),
-            code => panic!("exit code {code}, killed after {moment} ms: {}", ended.errors),
+        } else {
+            outcomes[2] += 1;
+            assert_eq!(status, "failed");
+            pair.assert_stayed();
+            // And it can still move.
+            let second = ferry::receive().unwrap();
+            pair.destination = second;
+            pair.start();
+            assert_eq!(pair.outcome().0, "completed");
+            pair.assert_moved();
         }
     }
+    let [moved, unknown, stayed] = outcomes;
+    eprintln!("moved {moved}, unknown {unknown}, stayed {stayed}");
+    assert!(stayed > 0, "no moment was early enough to test anything");
 }
 
 #[test]
@@ -50,22 +181,85 @@ fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
     if skip::kvm_is_missing() {
         return;
     }
-    for moment in MOMENTS_MS {
-        let mut source = ferry::run(&guest()).unwrap();
-        source.wait_line("READY ").unwrap();
-        let mut destination = ferry::receive().unwrap();
-        let migration = ferry::start_migrate(&source, &destination.address, &[]).unwrap();
-        std::thread::sleep(Duration::from_millis(moment));
-        source.process.kill().unwrap();
-        let ended = migration.end(SOON).unwrap();
-        // Either the guest has arrived whole, or the destination says why not and ends, or no source
-        // ever introduced itself and it still waits.
-        if destination.vmm.wait_next_line("^HB ").is_ok() {
-            assert_eq!(destination.vmm.check().unwrap().corrupt, 0, "killed after {moment} ms");
+    for moment in Moment::several(30, undisturbed(&guest())) {
+        eprintln!("killing the source at {moment:?}");
+        let mut pair = Pair::new(&guest());
+        pair.start();
+        moment.wait(&mut pair.qmp);
+        pair.source.process.kill().unwrap();
+        // The guest has arrived whole; or the destination ends without it; or no source ever introduced
+        // itself and it waits on, for which silence is the only sign.
+        let destination = &mut pair.destination.vmm;
+        if destination.serial().wait_for("^HB ", Duration::from_secs(2)).is_ok() {
+            pair.assert_moved();
+        } else if destination.process.wait(Duration::from_secs(1)).is_err() {
+            assert_eq!(destination.qmp().unwrap().run_state().unwrap(), "inmigrate");
         } else {
-            assert_ne!(ended.code, 0, "killed after {moment} ms: {}", ended.errors);
+            assert_eq!(destination.serial().text(), "");
+            assert_eq!(destination.process.exit_code(SOON).unwrap(), 1);
         }
     }
+}
+
+#[test]
+fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    // A sleeping guest, so that several pairs can wait for the same deadline side by side.
+    let guest = Guest::new("work=dirty fill=random fill_pct=50 sleep=1 hb_ms=20", 64);
+    let total = undisturbed(&guest);
+    let mut stalled = Vec::new();
+    for moment in Moment::several(10, total) {
+        let mut pair = Pair::new(&guest);
+        pair.start();
+        moment.wait(&mut pair.qmp);
+        pair.destination.vmm.process.signal(libc::SIGSTOP).unwrap();
+        stalled.push((moment, pair));
+    }
+    for (moment, mut pair) in stalled {
+        eprintln!("the destination stalled at {moment:?}");
+        let (status, outcome) = pair.outcome();
+        let running = pair.qmp.run_state().unwrap() == "running";
+        // It wakes up long after the source has given up on it.
+        pair.destination.vmm.process.signal(libc::SIGCONT).unwrap();
+        if status == "completed" || (outcome == "unknown" && !running) {
+            // `Go` has left: the guest can only run there.
+            assert!(!running);
+            if pair.destination.vmm.wait_line("^HB ").is_ok() {
+                pair.assert_moved();
+            } else {
+                assert_eq!(outcome, "unknown");
+            }
+        } else {
+            assert_eq!(status, "failed");
+            assert!(running);
+            // If it had introduced itself the other process ends; else it waits on. Silent in any case.
+            let _ = pair.destination.vmm.process.wait(Duration::from_secs(1));
+            pair.assert_stayed();
+        }
+    }
+}
+
+#[test]
+fn a_stalled_migration_can_be_cancelled() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut pair = Pair::new(&guest());
+    let slow = json!({"max-bandwidth": 20_000_000});
+    pair.qmp.execute("migrate-set-parameters", slow).unwrap();
+    pair.start();
+    pair.qmp.wait_migration(&["active"], SOON).unwrap();
+    pair.destination.vmm.process.signal(libc::SIGSTOP).unwrap();
+    pair.source.wait_next_line("^HB ").unwrap();
+    let asked = Instant::now();
+    pair.qmp.execute("migrate_cancel", json!({})).unwrap();
+    assert_eq!(pair.qmp.wait_migration(&ENDS, SOON).unwrap(), "cancelled");
+    assert!(asked.elapsed() < Duration::from_secs(3), "a cancel took {:?}", asked.elapsed());
+    pair.destination.vmm.process.signal(libc::SIGCONT).unwrap();
+    assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+    pair.assert_stayed();
 }
 
 #[test]
@@ -74,24 +268,33 @@ fn a_destination_that_is_none_or_not_ferry_is_named() {
         return;
     }
     let mut source = ferry::run(&guest()).unwrap();
-    source.wait_line("READY ").unwrap();
+    source.wait_line("^READY ").unwrap();
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let ended = ferry::migrate(&source, &format!("tcp:{refused}"), &[]).unwrap();
     assert_eq!(ended.code, 1);
     assert!(ended.errors.contains("is `ferry receive` running there?"), "{}", ended.errors);
-    let liar = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = format!("tcp:{}", liar.local_addr().unwrap());
-    let answering = std::thread::spawn(move || {
-        let (mut stream, _) = liar.accept().unwrap();
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-        stream
-    });
-    let ended = ferry::migrate(&source, &address, &[]).unwrap();
-    assert_eq!(ended.code, 1);
-    assert!(ended.errors.contains("not Ferry"), "{}", ended.errors);
-    drop(answering.join().unwrap());
-    source.wait_next_line("^HB ").unwrap();
+
+    let noise: Vec<u8> = (0..65536).map(|_| random_below(256).try_into().unwrap()).collect();
+    for answer in
+        [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], &[0; 4096], &[0xff; 65536], &noise, b""]
+    {
+        let liar = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{}", liar.local_addr().unwrap());
+        let answer = answer.to_vec();
+        let answering = std::thread::spawn(move || {
+            let (mut stream, _) = liar.accept().unwrap();
+            // The source may hang up before all is written.
+            let _ = stream.write_all(&answer);
+            if answer.is_empty() { None } else { Some(stream) }
+        });
+        let ended = ferry::migrate(&source, &address, &[]).unwrap();
+        assert_eq!(ended.code, 1);
+        assert!(ended.errors.contains("migration failed"), "{}", ended.errors);
+        drop(answering.join().unwrap());
+        source.wait_next_line("^HB ").unwrap();
+    }
     assert_eq!(source.check().unwrap().corrupt, 0);
+    Transcript::of([source.serial()]).judge().unwrap();
 }
 
 #[test]
@@ -99,16 +302,17 @@ fn a_destination_survives_peers_that_are_not_ferry() {
     if skip::kvm_is_missing() {
         return;
     }
-    let destination = ferry::receive().unwrap();
+    let mut destination = ferry::receive().unwrap();
     let to = destination.address.strip_prefix("tcp:").unwrap();
-    for noise in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[0xff; 4096], b""] {
+    let noise: Vec<u8> = (0..65536).map(|_| random_below(256).try_into().unwrap()).collect();
+    for bytes in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[0xff; 4096], &[0; 4096], &noise, b""] {
         // The destination may hang up before all is written.
-        let _ = TcpStream::connect(to).unwrap().write_all(noise);
+        let _ = TcpStream::connect(to).unwrap().write_all(bytes);
     }
     let source = ferry::run(&guest()).unwrap();
-    source.wait_line("READY ").unwrap();
+    source.wait_line("^HB n=1 ").unwrap();
     ferry::migrate_well(&source, &destination.address, &[]).unwrap();
-    destination.vmm.wait_line("^HB ").unwrap();
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
 }
 
 #[test]
@@ -120,15 +324,66 @@ fn a_disk_that_the_destination_lacks_is_named_and_the_lock_stays() {
     let image = folder.path().join("disk.img");
     disk::create(&image, 1 << 20).unwrap();
     let mut source = ferry::run(&Guest::new("work=disk", 64).disk("root", &image)).unwrap();
-    source.wait_line("READY ").unwrap();
+    source.wait_line("^READY ").unwrap();
     let destination = ferry::receive().unwrap();
     let ended = ferry::migrate(&source, &destination.address, &[]).unwrap();
     assert_eq!(ended.code, 1);
     assert!(ended.errors.contains("--disk root=PATH"), "{}", ended.errors);
     assert_eq!(source.check().unwrap().corrupt, 0);
+    assert_locked(&image);
+}
+
+/// Another VMM cannot have the image.
+fn assert_locked(image: &std::path::Path) {
     let path = format!("path={}", image.display());
     let second = ["run", "--kernel", guest_images::KERNEL, "--disk", &path];
     let (code, text) = ferry::end_of(second).unwrap();
-    assert_eq!(code, 1);
+    assert_eq!(code, 1, "{text}");
     assert!(text.contains("in use by another virtual machine"), "{text}");
+}
+
+#[test]
+fn the_lock_comes_back_when_the_last_step_fails() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, 2 << 20).unwrap();
+    let mut source =
+        ferry::run(&Guest::new("work=disk hb_ms=20", 64).disk("root", &image)).unwrap();
+    source.wait_line("^HB n=1 ").unwrap();
+    let give = format!("root={}", image.display());
+    for attempt in 0..12 {
+        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+        let mut qmp = source.qmp().unwrap();
+        qmp.want_migration_events().unwrap();
+        qmp.execute("migrate", json!({"uri": destination.address})).unwrap();
+        let moment = Moment::AfterPause(Duration::from_micros(random_below(2000)));
+        moment.wait(&mut qmp);
+        destination.vmm.process.kill().unwrap();
+        let deadline = Instant::now() + SOON;
+        let info = loop {
+            let info = qmp.execute("query-migrate", json!({})).unwrap();
+            if ENDS.iter().any(|status| info["status"] == *status) {
+                break info;
+            }
+            assert!(Instant::now() < deadline, "{info}");
+            let _ = qmp.wait_event_where(Duration::from_millis(20), |_| true);
+        };
+        eprintln!("attempt {attempt}, killed at {moment:?}: {info}");
+        if info["status"] == "failed" && info["x-outcome"] != "unknown" {
+            assert_eq!(qmp.run_state().unwrap(), "running");
+        } else {
+            // Only a dead process can have it: its operator takes it back, and the lock with it.
+            qmp.execute("cont", json!({"force": true})).unwrap();
+            if !destination.vmm.serial().text().is_empty() {
+                // It had run and written there, so going back in time would show in the disk.
+                return;
+            }
+        }
+        assert_locked(&image);
+        source.wait_next_line("^HB ").unwrap();
+        assert_eq!(source.check().unwrap().corrupt, 0);
+    }
 }
