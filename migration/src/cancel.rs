@@ -1,19 +1,39 @@
 //! A token that ends a migration early and wakes every thread that waits for the peer.
+//!
+//! The user's side calls [`CancelToken::cancel`]; the engine registers what has to be woken, and
+//! disarms the token at the point of no return, in one step with asking whether it was too late.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-type Stopper = Box<dyn Fn() + Send + Sync>;
+type Wake = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
 struct State {
-    cancelled: bool,
-    stopper: Option<Stopper>,
+    disarmed: bool,
+    wakes: Vec<(u64, Wake)>,
+    next_id: u64,
 }
 
-/// Cheap to clone; all clones are one token.
+#[derive(Default)]
+struct Inner {
+    /// Written under the lock, read without it before every read and write of a connection.
+    cancelled: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// Cheap to clone; all clones are one token. Serves one migration.
 #[derive(Clone, Default)]
-pub struct CancelToken(Arc<(Mutex<State>, Condvar)>);
+pub struct CancelToken(Arc<Inner>);
+
+/// Keeps a wake-up registered; dropping it ends that.
+#[must_use = "dropping it ends the registration"]
+pub(crate) struct Registration {
+    token: CancelToken,
+    id: u64,
+}
 
 impl CancelToken {
     /// A token that nobody has cancelled.
@@ -22,51 +42,108 @@ impl CancelToken {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Cancels: blocked reads and writes of the connection fail at once, waits end.
-    pub fn cancel(&self) {
+    /// Cancels: blocked reads and writes of the connections fail, waits end. Without effect, and
+    /// false, once the right to run has been handed over.
+    pub fn cancel(&self) -> bool {
         let mut state = self.state();
-        state.cancelled = true;
-        if let Some(stop) = &state.stopper {
-            stop();
+        if state.disarmed {
+            return false;
         }
-        self.0.1.notify_all();
+        self.0.cancelled.store(true, Ordering::Release);
+        let wakes = std::mem::take(&mut state.wakes);
+        drop(state);
+        self.0.changed.notify_all();
+        for (_, wake) in wakes {
+            wake();
+        }
+        true
     }
 
-    /// Whether [`CancelToken::cancel`] was called.
+    /// Whether [`CancelToken::cancel`] was called in time.
     pub fn is_cancelled(&self) -> bool {
-        self.state().cancelled
+        self.0.cancelled.load(Ordering::Acquire)
     }
 
-    /// Has `stop` called when the token is cancelled, or now if it is already.
-    pub(crate) fn on_cancel(&self, stop: Stopper) {
+    /// Has `wake` called when the token is cancelled, or now if it is already.
+    pub(crate) fn on_cancel(&self, wake: impl Fn() + Send + Sync + 'static) -> Registration {
         let mut state = self.state();
-        if state.cancelled {
-            stop();
+        let id = state.next_id;
+        state.next_id += 1;
+        if self.is_cancelled() {
+            drop(state);
+            wake();
+        } else {
+            state.wakes.push((id, Arc::new(wake)));
         }
-        state.stopper = Some(stop);
+        Registration { token: self.clone(), id }
     }
 
-    /// From here on cancelling does nothing; false if it is too late.
+    /// From here on cancelling does nothing; false if it is too late for that.
     pub(crate) fn disarm(&self) -> bool {
         let mut state = self.state();
-        state.stopper = None;
-        !state.cancelled
+        if self.is_cancelled() {
+            return false;
+        }
+        state.disarmed = true;
+        state.wakes.clear();
+        true
     }
 
     /// Waits for `duration`, or until cancelled.
     pub(crate) fn wait(&self, duration: Duration) {
         let end = Instant::now() + duration;
         let mut state = self.state();
-        while !state.cancelled {
+        while !self.is_cancelled() {
             let now = Instant::now();
             if now >= end {
                 return;
             }
-            let waited = self.0.1.wait_timeout(state, end - now);
+            let waited = self.0.changed.wait_timeout(state, end - now);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.token.state().wakes.retain(|(id, _)| *id != self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flag() -> (Arc<AtomicBool>, impl Fn() + Send + Sync + 'static) {
+        let flag = Arc::new(AtomicBool::new(false));
+        let set = flag.clone();
+        (flag, move || set.store(true, Ordering::SeqCst))
+    }
+
+    #[test]
+    fn cancelling_wakes_who_is_registered_then_or_later() {
+        let token = CancelToken::new();
+        let (early, wake) = flag();
+        let _early = token.on_cancel(wake);
+        let (gone, wake) = flag();
+        drop(token.on_cancel(wake));
+        assert!(token.cancel() && token.is_cancelled());
+        let (late, wake) = flag();
+        let _late = token.on_cancel(wake);
+        assert!(early.load(Ordering::SeqCst) && late.load(Ordering::SeqCst));
+        assert!(!gone.load(Ordering::SeqCst));
+        assert!(!token.disarm(), "too late to disarm");
+        token.wait(Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn a_disarmed_token_cannot_be_cancelled() {
+        let token = CancelToken::new();
+        assert!(token.disarm());
+        assert!(!token.cancel());
+        assert!(!token.is_cancelled());
     }
 }

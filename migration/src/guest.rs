@@ -129,7 +129,8 @@ pub trait DirtySource: Send {
 
 /// A stopped guest plus the right to run it. Dropping this resumes the guest.
 pub struct PausedGuest<'g> {
-    guest: &'g mut dyn GuestControl,
+    /// `None` once surrendered.
+    guest: Option<&'g mut dyn GuestControl>,
     stopped: Option<Stopped>,
 }
 
@@ -137,12 +138,17 @@ impl<'g> PausedGuest<'g> {
     /// Pauses `guest`.
     pub fn pause(guest: &'g mut dyn GuestControl) -> Result<Self, GuestError> {
         let stopped = guest.pause()?;
-        Ok(Self { guest, stopped: Some(stopped) })
+        Ok(Self { guest: Some(guest), stopped: Some(stopped) })
     }
 
-    /// The machine, for saving.
-    pub fn guest(&mut self) -> &mut dyn GuestControl {
-        self.guest
+    /// All vCPU and device records.
+    pub fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        self.guest.as_mut().map_or(Ok(Vec::new()), |guest| guest.save_records())
+    }
+
+    /// Flushes the disks and lets go of their locks.
+    pub fn release_disks(&mut self) -> Result<(), GuestError> {
+        self.guest.as_mut().map_or(Ok(()), |guest| guest.release_disks())
     }
 
     /// Whether the guest ran before the pause.
@@ -152,32 +158,44 @@ impl<'g> PausedGuest<'g> {
 
     /// Spends the permit. From here on this side never runs the guest by itself. Returns what is
     /// needed to take a declined guest back.
-    pub(crate) fn surrender(mut self) -> Surrendered {
+    pub(crate) fn surrender(mut self) -> Surrendered<'g> {
         let was_running = self.was_running();
         self.stopped = None;
-        self.guest.surrendered();
-        Surrendered { was_running }
+        if let Some(guest) = &mut self.guest {
+            guest.surrendered();
+        }
+        Surrendered { guest: self.guest.take(), was_running }
     }
 
     /// Resumes and reports how that went; dropping does the same but can only log.
     pub fn resume(mut self) -> Result<(), GuestError> {
-        self.stopped.take().map_or(Ok(()), |stopped| self.guest.resume(stopped))
+        match (self.stopped.take(), &mut self.guest) {
+            (Some(stopped), Some(guest)) => guest.resume(stopped),
+            _ => Ok(()),
+        }
     }
 }
 
 impl Drop for PausedGuest<'_> {
     fn drop(&mut self) {
-        if let Some(stopped) = self.stopped.take()
-            && let Err(error) = self.guest.resume(stopped)
+        if let (Some(stopped), Some(guest)) = (self.stopped.take(), &mut self.guest)
+            && let Err(error) = guest.resume(stopped)
         {
             log::error!("the guest stays paused after a failed migration: {error}");
         }
     }
 }
 
-/// What remains at the source after the permit was spent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Surrendered {
-    /// Whether the guest ran before the pause.
-    pub was_running: bool,
+/// A guest whose permit was spent.
+pub(crate) struct Surrendered<'g> {
+    guest: Option<&'g mut dyn GuestControl>,
+    was_running: bool,
+}
+
+impl Surrendered<'_> {
+    /// A destination that never ran the guest has given the right to run back.
+    pub(crate) fn take_back(self) -> Result<(), GuestError> {
+        let stopped = Stopped { permit: RunPermit::received(), was_running: self.was_running };
+        self.guest.map_or(Ok(()), |guest| guest.resume(stopped))
+    }
 }

@@ -18,6 +18,7 @@
 pub mod cancel;
 pub mod destination;
 pub mod guest;
+pub mod pace;
 pub mod params;
 pub mod policy;
 pub mod ram;

@@ -1,4 +1,5 @@
-//! Decisions of a migration, from numbers alone: stop the guest now? how long to wait for the cap?
+//! Decisions of a migration, from numbers alone: stop the guest now, or send another round? Called by
+//! the source after each round; the cap on bandwidth is kept by [`crate::pace`].
 
 use std::time::Duration;
 
@@ -13,21 +14,24 @@ pub struct Round {
     pub dirtied_bytes: u64,
 }
 
-/// What the stopped phase costs besides bytes: pausing, saving, two journeys, resuming.
-pub const FIXED_DOWNTIME: Duration = Duration::from_millis(1);
+/// What the stopped phase costs besides bytes and journeys: pausing, saving, loading, resuming.
+const SWITCH: Duration = Duration::from_millis(1);
 /// A remainder that takes no longer than this is not worth another round.
 const FLOOR: Duration = Duration::from_micros(500);
 /// Rounds that shorten an already acceptable pause.
-const MAX_POLISHING_ROUNDS: u32 = 8;
+const MAX_POLISHING_ROUNDS: u32 = 10;
+
+/// What the stopped phase costs however little there is to send: `Eof` out and `Ready` back, then `Go`
+/// out and the guest runs. Two round trips are a little more than that.
+pub fn fixed_downtime(round_trip: Duration) -> Duration {
+    SWITCH + round_trip * 2
+}
 
 /// How long the guest would be stopped if `pending_bytes` were sent at `bytes_per_sec` now.
-pub fn expected_downtime(pending_bytes: u64, bytes_per_sec: u64) -> Duration {
-    if pending_bytes == 0 {
-        return FIXED_DOWNTIME;
-    }
+pub fn expected_downtime(pending_bytes: u64, bytes_per_sec: u64, fixed: Duration) -> Duration {
     // u128: bytes times nanoseconds overflow 64 bits at 18 GB.
     let nanos = u128::from(pending_bytes) * 1_000_000_000 / u128::from(bytes_per_sec.max(1));
-    FIXED_DOWNTIME + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
+    fixed + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
 }
 
 /// What `bytes` in `duration` are in a second.
@@ -50,33 +54,34 @@ pub enum Decision {
 
 /// Decides after `last`, with `polished` rounds already spent on shortening an acceptable pause. A
 /// pause within the limit is shortened further while each round removes at least 30 % of it: that
-/// costs milliseconds of total time and saves the guest most of its gap.
-pub fn decide(last: Round, bytes_per_sec: u64, limit: Duration, polished: u32) -> Decision {
-    let expected = expected_downtime(last.dirtied_bytes, bytes_per_sec);
-    if expected > limit.max(FIXED_DOWNTIME) {
+/// costs milliseconds of total time and saves the guest most of its gap. A guest that dirties faster
+/// than the link sends never gets there; its rounds go on, with the expected downtime for all to see.
+pub fn decide(
+    last: Round,
+    bytes_per_sec: u64,
+    fixed: Duration,
+    limit: Duration,
+    polished: u32,
+) -> Decision {
+    let expected = expected_downtime(last.dirtied_bytes, bytes_per_sec, fixed);
+    // What cannot be had is not waited for: with nothing left to send it is now or never.
+    if expected > limit.max(fixed) {
         return Decision::Again { polishing: false };
     }
     let shrinks = last.dirtied_bytes < last.sent_bytes / 10 * 7;
-    if shrinks && expected > FIXED_DOWNTIME + FLOOR && polished < MAX_POLISHING_ROUNDS {
+    if shrinks && expected > fixed + FLOOR && polished < MAX_POLISHING_ROUNDS {
         return Decision::Again { polishing: true };
     }
     Decision::Stop
 }
 
-/// How far ahead of `bytes_per_sec` a sender is that sent `sent_bytes` in `elapsed`; 0 is no cap.
-pub fn ahead_of_cap(sent_bytes: u64, elapsed: Duration, bytes_per_sec: u64) -> Duration {
-    if bytes_per_sec == 0 {
-        return Duration::ZERO;
-    }
-    let due = u128::from(sent_bytes) * 1_000_000_000 / u128::from(bytes_per_sec);
-    Duration::from_nanos(u64::try_from(due).unwrap_or(u64::MAX)).saturating_sub(elapsed)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const MB: u64 = 1_000_000;
+    const FIXED: Duration = Duration::from_millis(1);
 
     fn round(sent_mb: u64, dirtied_mb: u64) -> Round {
         Round {
@@ -89,34 +94,87 @@ mod tests {
     #[test]
     fn a_quiet_guest_is_stopped_at_once() {
         let limit = Duration::from_millis(20);
-        assert_eq!(decide(round(1000, 0), 1000 * MB, limit, 0), Decision::Stop);
+        assert_eq!(decide(round(1000, 0), 1000 * MB, FIXED, limit, 0), Decision::Stop);
     }
 
     #[test]
     fn a_remainder_over_the_limit_takes_another_round() {
         let again = Decision::Again { polishing: false };
-        assert_eq!(decide(round(1000, 30), 1000 * MB, Duration::from_millis(20), 0), again);
+        let limit = Duration::from_millis(20);
+        assert_eq!(decide(round(1000, 30), 1000 * MB, FIXED, limit, 0), again);
     }
 
     #[test]
     fn an_acceptable_pause_is_shortened_while_that_works() {
         let limit = Duration::from_millis(20);
         let polish = Decision::Again { polishing: true };
-        assert_eq!(decide(round(60, 15), 1000 * MB, limit, 0), polish);
-        assert_eq!(decide(round(16, 15), 1000 * MB, limit, 0), Decision::Stop, "no longer shrinks");
-        assert_eq!(decide(round(60, 15), 1000 * MB, limit, 8), Decision::Stop, "enough");
+        assert_eq!(decide(round(60, 15), 1000 * MB, FIXED, limit, 0), polish);
+        let stop = Decision::Stop;
+        assert_eq!(decide(round(16, 15), 1000 * MB, FIXED, limit, 0), stop, "no longer shrinks");
+        assert_eq!(decide(round(60, 15), 1000 * MB, FIXED, limit, 10), stop, "enough");
     }
 
     #[test]
     fn a_limit_of_zero_still_ends_with_a_clean_guest() {
-        assert_eq!(decide(round(1, 0), MB, Duration::ZERO, 0), Decision::Stop);
+        assert_eq!(decide(round(1, 0), MB, FIXED, Duration::ZERO, 0), Decision::Stop);
+    }
+
+    /// A guest that dirties `rate` bytes per second of `set` bytes, over a link of `bandwidth`.
+    fn rounds_to_stop(rate: u64, set: u64, bandwidth: u64, limit: Duration) -> Option<(u32, u64)> {
+        let (mut pending, mut polished) = (1000 * MB, 0);
+        for number in 1..200 {
+            let duration = expected_downtime(pending, bandwidth, Duration::ZERO);
+            let dirtied = u128::from(rate) * duration.as_nanos() / 1_000_000_000;
+            let dirtied = u64::try_from(dirtied).unwrap().min(set);
+            let last = Round { sent_bytes: pending, duration, dirtied_bytes: dirtied };
+            pending = dirtied;
+            match decide(last, bandwidth, FIXED, limit, polished) {
+                Decision::Stop => return Some((number, pending)),
+                Decision::Again { polishing } => polished += u32::from(polishing),
+            }
+        }
+        None
+    }
+
+    proptest! {
+        #[test]
+        fn a_stop_always_fits_the_limit(
+            sent in any::<u32>(), dirtied in any::<u32>(), bandwidth in 1u64..10_000_000_000,
+            fixed_us in 0u64..100_000, limit_us in 0u64..2_000_000, polished in 0u32..12,
+        ) {
+            let fixed = Duration::from_micros(fixed_us);
+            let limit = Duration::from_micros(limit_us);
+            let last = Round {
+                sent_bytes: sent.into(), duration: Duration::ZERO, dirtied_bytes: dirtied.into(),
+            };
+            if decide(last, bandwidth, fixed, limit, polished) == Decision::Stop {
+                let expected = expected_downtime(dirtied.into(), bandwidth, fixed);
+                prop_assert!(expected <= limit.max(fixed));
+            }
+        }
+
+        #[test]
+        fn a_guest_slower_than_the_link_always_gets_there(
+            percent in 0u64..90, set_mb in 0u64..900, limit_ms in 5u64..300,
+        ) {
+            let rate = 2000 * MB / 100 * percent;
+            let limit = Duration::from_millis(limit_ms);
+            let end = rounds_to_stop(rate, set_mb * MB, 2000 * MB, limit);
+            prop_assert!(end.is_some_and(|(rounds, _)| rounds < 100), "{:?}", end);
+        }
     }
 
     #[test]
-    fn the_cap_is_kept_on_average() {
-        let second = Duration::from_secs(1);
-        assert_eq!(ahead_of_cap(100 * MB, second, 100 * MB), Duration::ZERO);
-        assert_eq!(ahead_of_cap(150 * MB, second, 100 * MB), Duration::from_millis(500));
-        assert_eq!(ahead_of_cap(u64::MAX, second, 0), Duration::ZERO);
+    fn a_busy_guest_ends_with_far_less_than_the_limit_allows() {
+        let limit = Duration::from_millis(20);
+        let (_, pending) = rounds_to_stop(500 * MB, 256 * MB, 1900 * MB, limit).unwrap();
+        let gap = expected_downtime(pending, 1900 * MB, FIXED);
+        assert!(gap < Duration::from_millis(3), "{gap:?}");
+    }
+
+    #[test]
+    fn a_guest_faster_than_the_link_is_never_stopped_for_too_long() {
+        let limit = Duration::from_millis(20);
+        assert_eq!(rounds_to_stop(3000 * MB, 900 * MB, 1900 * MB, limit), None);
     }
 }

@@ -1,4 +1,5 @@
-//! What a migration has done so far: counters written by its thread, read by anyone.
+//! What a migration has done so far: counters written by its threads, read by anyone, and QEMU's
+//! `MigrationInfo` made of them. They outlive the migration.
 
 use crate::policy::Round;
 use serde_json::{Value, json};
@@ -143,7 +144,7 @@ impl StatsSnapshot {
     }
 }
 
-/// Counters of one migration. One thread writes, a batch of pages at a time.
+/// Counters of one migration. Written once per batch of pages, so a lock is cheap enough.
 #[derive(Debug, Default)]
 pub struct Counters(Mutex<StatsSnapshot>);
 
@@ -169,6 +170,12 @@ impl Counters {
 
     /// A cancel was asked for.
     pub fn cancelling(&self) {
-        self.update(|stats| stats.status = MigrationStatus::Cancelling);
+        use MigrationStatus::{Active, Device, Setup};
+        self.update(|stats| {
+            // One that has ended stays as it ended.
+            if matches!(stats.status, Setup | Active | Device) {
+                stats.status = MigrationStatus::Cancelling;
+            }
+        });
     }
 }

@@ -1,16 +1,31 @@
-//! The destination: accept, build, load, say Ready, run on `Go` and never without it.
+//! The destination: accept, build, load, say `Ready`, run on `Go` and never without it. Called by the
+//! VMM on the `mig-in` thread; page frames are received on `mig-recv-0`.
+//!
+//! ```text
+//! mod        greet                     who is not Ferry is dropped, and the wait goes on
+//! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
+//! receiver   page frames, meanwhile
+//! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined
+//! ```
+
+mod handover;
+mod load;
+mod receiver;
 
 use crate::cancel::CancelToken;
-use crate::guest::{DestinationHost, GuestError, MachineDescription, RunPermit};
-use crate::ram::incoming::RamIncoming;
+use crate::guest::{DestinationHost, GuestError};
 use crate::source::{MigrationEvent, chain};
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::{Listener, Transport};
-use crate::wire::{self, Kind, WireError};
-use devices::state::DeviceRecord;
+use crate::transport::channels::{Pulse, receive_hello, send_hello};
+use crate::transport::reception::Reception;
+use crate::transport::{Channel, Listener, Main, Transport};
+use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a source may take to greet, and to open its data connection.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a guest did not arrive.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +39,14 @@ pub enum DestinationError {
     /// This side's machine.
     #[error(transparent)]
     Guest(GuestError),
-    /// The right to run has arrived, but the machine does not start.
+    /// Cancelled on this side.
+    #[error("cancelled at the destination")]
+    Cancelled,
+    /// The host does not give a thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// The right to run has arrived, but the machine does not start. The source has it back, if the
+    /// connection still stands.
     #[error("the guest was handed over and cannot be started here: {0}")]
     Run(GuestError),
 }
@@ -37,30 +59,53 @@ pub struct Destination<'a> {
     pub counters: Arc<Counters>,
     /// Ends it early, until `Go` has arrived.
     pub cancel: CancelToken,
-    /// Told of every step.
+    /// Told of every step, on the thread that receives.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
+
+type OpenData<'d> = &'d mut dyn FnMut(MigrationId) -> Result<Arc<dyn Transport>, WireError>;
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. A connection that does not speak our protocol is
     /// dropped and the wait goes on; once a source has introduced itself, its failure is final.
     pub fn receive(mut self, listener: &Listener) -> Result<(), DestinationError> {
-        loop {
-            let mut transport = listener.accept(&self.cancel).map_err(DestinationError::Accept)?;
-            match greet(&mut transport) {
-                Ok(()) => return self.receive_greeted(&mut transport),
-                Err(error) => log::warn!("connection dropped: {error}"),
-            }
-            if self.cancel.is_cancelled() {
-                return Err(DestinationError::Accept(io::ErrorKind::Interrupted.into()));
-            }
-        }
+        let cancel = self.cancel.clone();
+        let mut reception = Reception::open(listener, &cancel).map_err(DestinationError::Accept)?;
+        let greeted = reception.main().map_err(|error| match error {
+            WireError::Interrupted => DestinationError::Cancelled,
+            WireError::Lost(error) => DestinationError::Accept(error),
+            error => error.into(),
+        });
+        let (main, hello) = greeted?;
+        self.arrive(Arc::new(main), &hello, &mut |id| {
+            Ok(Arc::new(reception.data(id, 0, GREETING_PATIENCE)?))
+        })
     }
 
-    /// Takes a guest over from a connection.
-    pub fn receive_over(mut self, transport: &mut dyn Transport) -> Result<(), DestinationError> {
-        greet(transport)?;
-        self.receive_greeted(transport)
+    /// Takes a guest over from connections that exist already.
+    pub fn receive_over(
+        mut self,
+        main: Arc<dyn Transport>,
+        data: Arc<dyn Transport>,
+    ) -> Result<(), DestinationError> {
+        let cancel = self.cancel.clone();
+        let greeting = Channel::new(main.clone(), cancel.clone());
+        let hello = receive_hello(&greeting, GREETING_PATIENCE).inspect_err(|error| {
+            if matches!(error, WireError::Version { .. }) {
+                // It understands the start of our Hello, and can say so.
+                let ours = Hello::new(Role::Main, MigrationId([0; 16]), 0);
+                let _ = send_hello(&greeting, &ours);
+            }
+        })?;
+        self.arrive(main, &hello, &mut |id| {
+            let channel = Channel::new(data.clone(), cancel.clone());
+            let hello = receive_hello(&channel, GREETING_PATIENCE)?;
+            if (hello.id, hello.role) != (id, Role::Data { index: 0 }) {
+                let reason = "no such migration or channel".to_owned();
+                return Err(WireError::Malformed { what: "hello", reason });
+            }
+            Ok(data.clone())
+        })
     }
 
     fn status(&mut self, status: MigrationStatus) {
@@ -68,115 +113,69 @@ impl Destination<'_> {
         (self.events)(MigrationEvent::Status(status));
     }
 
-    fn receive_greeted(&mut self, transport: &mut dyn Transport) -> Result<(), DestinationError> {
+    /// A source has introduced itself.
+    fn arrive(
+        &mut self,
+        main: Arc<dyn Transport>,
+        hello: &Hello,
+        open_data: OpenData<'_>,
+    ) -> Result<(), DestinationError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let lost = |error| DestinationError::Wire(WireError::Lost(error));
-        self.cancel.on_cancel(transport.stopper().map_err(lost)?);
-        let result = self.load(transport).and_then(|running| self.take_over(transport, running));
+        let main = Arc::new(Main::new(Channel::new(main, self.cancel.clone())));
+        let result = self.connected(&main, hello, open_data);
+        // Everything that could be said has been said.
+        main.channel().transport().shutdown();
         let error = result.as_ref().err().map(|error| chain(error));
         self.counters.update(|stats| {
             stats.total_time = stats.started.map(|started| started.elapsed());
             stats.error.clone_from(&error);
         });
-        self.status(match error {
-            None => MigrationStatus::Completed,
-            Some(_) => MigrationStatus::Failed,
+        self.status(match &result {
+            Ok(()) => MigrationStatus::Completed,
+            Err(DestinationError::Cancelled) => MigrationStatus::Cancelled,
+            Err(_) => MigrationStatus::Failed,
         });
         result
     }
 
-    /// Everything up to `Ready`: any failure is told to the source, which then goes on.
-    fn load(&mut self, transport: &mut dyn Transport) -> Result<bool, DestinationError> {
-        let result = self.load_sections(transport);
-        if let Err(error) = &result {
-            wire::refuse(transport, &chain(error));
-        }
-        result
-    }
-
-    fn load_sections(&mut self, transport: &mut dyn Transport) -> Result<bool, DestinationError> {
-        let machine = wire::expect(transport, Kind::Machine, "the machine description")?;
-        let machine: MachineDescription = decode("machine description", &machine)?;
-        let ram = self.host.build(&machine).map_err(DestinationError::Guest)?;
-        wire::send(transport, Kind::Accepted, &[])?;
-        let setup = wire::expect(transport, Kind::RamSetup, "RAM's size")?;
-        let mut ram = RamIncoming::start(ram, &setup, self.counters.clone())?;
-        self.status(MigrationStatus::Active);
-        // Batches, device state once, batches, the end of RAM once, the end.
-        let (mut devices_loaded, mut ram_ended) = (false, false);
-        loop {
-            let header = wire::receive_header(transport)?;
-            match header.kind {
-                Kind::KeepAlive => {}
-                Kind::RamBatch if !ram_ended => ram.batch(header, transport)?,
-                Kind::Devices if !devices_loaded && !ram_ended => {
-                    let payload = wire::receive_payload(transport, header)?;
-                    let records: Vec<DeviceRecord> = decode("device state", &payload)?;
-                    self.host.load_records(records).map_err(DestinationError::Guest)?;
-                    devices_loaded = true;
-                }
-                Kind::RamEnd if devices_loaded && !ram_ended => {
-                    ram.end(&wire::receive_payload(transport, header)?)?;
-                    ram_ended = true;
-                }
-                Kind::Eof if ram_ended => {
-                    let payload = wire::receive_payload(transport, header)?;
-                    let running = match payload.as_slice() {
-                        [running @ (0 | 1)] => *running == 1,
-                        other => {
-                            let reason = format!("{other:?}");
-                            return Err(WireError::Malformed { what: "end", reason }.into());
-                        }
-                    };
-                    self.host.lock_disks().map_err(DestinationError::Guest)?;
-                    return Ok(running);
-                }
-                found => {
-                    let found = format!("{found:?}");
-                    let expected = match (devices_loaded, ram_ended) {
-                        (false, _) => "pages or device state",
-                        (true, false) => "pages or the end of RAM",
-                        (true, true) => "the end",
-                    };
-                    return Err(WireError::Unexpected { found, expected }.into());
-                }
-            }
-        }
-    }
-
-    /// Ready, then `Go`, then run. Without `Go` the guest never runs here.
-    fn take_over(
+    fn connected(
         &mut self,
-        transport: &mut dyn Transport,
-        running: bool,
+        main: &Arc<Main>,
+        hello: &Hello,
+        open_data: OpenData<'_>,
     ) -> Result<(), DestinationError> {
-        wire::send(transport, Kind::Ready, &[])?;
-        wire::expect(transport, Kind::Go, "the right to run")?;
-        self.cancel.disarm();
-        self.host.run(RunPermit::received(), running).map_err(DestinationError::Run)?;
-        // If this is lost the source reports the outcome as unknown, and stays stopped.
-        if let Err(error) = wire::send(transport, Kind::Running, &[]) {
-            log::warn!("the source does not hear that the guest runs here: {error}");
+        let loaded = (|| {
+            let answer = hello.answer();
+            send_hello(main.channel(), &answer)?;
+            let data = open_data(hello.id)?;
+            let data = Channel::new(data, self.cancel.clone());
+            send_hello(&data, &Hello { role: Role::Data { index: 0 }, ..answer })?;
+            let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
+            let running = self.load(main, data)?;
+            Ok((running, pulse))
+        })();
+        match loaded {
+            Ok((running, _pulse)) => self.take_over(main, running),
+            Err(error) => Err(self.refuse(main, error)),
         }
-        Ok(())
     }
-}
 
-fn greet(transport: &mut dyn Transport) -> Result<(), WireError> {
-    match wire::expect_hello(transport) {
-        Ok(()) => wire::send_hello(transport),
-        Err(error) => {
-            if matches!(error, WireError::Version { .. }) {
-                // Its Hello has our frame format, so it understands ours, and says which version.
-                let _ = wire::send_hello(transport);
+    /// Lets go of the machine and its disks, then says why. Both are harmless if there is no machine
+    /// yet, or nobody to hear it.
+    fn refuse(&mut self, main: &Main, error: DestinationError) -> DestinationError {
+        let error = match error {
+            DestinationError::Wire(WireError::Interrupted) if self.cancel.is_cancelled() => {
+                DestinationError::Cancelled
             }
-            Err(error)
+            error => error,
+        };
+        self.host.abandon();
+        if !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
+            main.say_farewell(Kind::Refused, &chain(&error));
+            // Reading on until the source closes keeps the refusal from being overtaken by a reset.
+            main.hear_farewell();
         }
+        error
     }
-}
-
-fn decode<T: serde::de::DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T, WireError> {
-    serde_json::from_slice(json)
-        .map_err(|error| WireError::Malformed { what, reason: error.to_string() })
 }

@@ -1,138 +1,130 @@
-//! Receives pages straight into guest RAM. Nothing that arrives is trusted.
+//! Receives pages straight into guest RAM. Runs on a data channel's own thread; what arrives is
+//! checked against the machine's layout before a byte of guest RAM is touched.
 
-use super::bitmap::PageBitmap;
+use super::dirty::PageBitmap;
+use super::frame::{FRAME_HEADER_BYTES, FrameHeader, RUN_BYTES, Run, RunKind, decode_table};
+use super::zero::PAGE_BYTES;
 use crate::guest::IncomingRam;
 use crate::stats::Counters;
-use crate::transport::Transport;
-use crate::wire::{self, Decoder, Header, MAX_RAW_PAGES, MAX_RUNS, RUN_BYTES, WireError};
+use crate::transport::{Channel, PageSlice};
+use crate::wire::section::{RamSetup, RamTotals};
+use crate::wire::{Decoder, WireError};
 use devices::ram::{GuestAddress, PAGE_SIZE, PageIndex};
+use std::io;
 use std::sync::Arc;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestMemoryBackend};
 
-const PAGE_BYTES: usize = 4096;
-const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
-/// The "ram" half of a destination.
+/// What a data channel has said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrived {
+    /// Pages, which are in place now.
+    Pages,
+    /// A mark, to be echoed.
+    Mark(u64),
+    /// Nothing more will come.
+    End,
+}
+
+/// The "ram" half of a destination, for one data channel.
 pub struct RamIncoming {
     ram: IncomingRam,
     /// Pages that were ever written here: the others are zero already.
-    received: PageBitmap,
-    raw_pages: u64,
-    zero_pages: u64,
+    written: PageBitmap,
+    totals: RamTotals,
+    frames: u64,
     counters: Arc<Counters>,
-}
-
-fn malformed(reason: String) -> WireError {
-    WireError::Malformed { what: "batch of pages", reason }
+    table: Vec<u8>,
+    runs: Vec<(Run, GuestAddress)>,
 }
 
 impl RamIncoming {
     /// Checks the announced size against the machine's.
     pub fn start(
         ram: IncomingRam,
-        setup: &[u8],
+        setup: RamSetup,
         counters: Arc<Counters>,
     ) -> Result<Self, WireError> {
-        let mut decoder = Decoder::new("RAM setup", setup);
-        let (pages, page_bytes) = (decoder.u64()?, decoder.u32()?);
         let expected = ram.layout.page_count();
-        if pages != expected || u64::from(page_bytes) != PAGE_SIZE {
-            let reason = format!("{pages} pages of {page_bytes} bytes, the machine has {expected}");
+        if setup.page_count != expected || u64::from(setup.page_bytes) != PAGE_SIZE {
+            let reason = format!(
+                "{} pages of {} bytes, the machine has {expected} of {PAGE_SIZE}",
+                setup.page_count, setup.page_bytes
+            );
             return Err(WireError::Malformed { what: "RAM setup", reason });
         }
-        counters.update(|stats| stats.total_bytes = expected * PAGE_SIZE);
-        let received = PageBitmap::new(expected);
-        Ok(Self { ram, received, raw_pages: 0, zero_pages: 0, counters })
+        let (table, runs) = (Vec::new(), Vec::new());
+        let (written, totals) = (PageBitmap::new(expected), RamTotals::default());
+        Ok(Self { ram, written, totals, frames: 0, counters, table, runs })
     }
 
-    /// Receives one batch.
-    pub fn batch(
+    /// Receives one frame.
+    pub fn receive(&mut self, channel: &Channel) -> Result<Arrived, WireError> {
+        let mut header = [0; FRAME_HEADER_BYTES];
+        channel.read_when_it_comes(&mut header)?;
+        self.frames += 1;
+        match FrameHeader::decode(&header)? {
+            FrameHeader::Pages { run_count, raw_pages } => {
+                self.pages(channel, run_count, raw_pages)?;
+                Ok(Arrived::Pages)
+            }
+            FrameHeader::Mark => {
+                let mut number = [0; 8];
+                channel.read_exact(&mut number)?;
+                Ok(Arrived::Mark(Decoder::new("mark", &number).u64()?))
+            }
+            FrameHeader::End => Ok(Arrived::End),
+        }
+    }
+
+    fn pages(
         &mut self,
-        header: Header,
-        transport: &mut dyn Transport,
+        channel: &Channel,
+        run_count: usize,
+        raw_pages: u32,
     ) -> Result<(), WireError> {
-        let lost = |error, transport: &mut dyn Transport| WireError::from_io(error, transport);
-        let mut counts = [0; 8];
-        if header.len < 8 {
-            return Err(malformed(format!("{} bytes", header.len)));
-        }
-        transport.read_exact(&mut counts).map_err(|error| lost(error, transport))?;
-        let mut decoder = Decoder::new("batch of pages", &counts);
-        let (run_count, raw_pages) = (decoder.u32()?, decoder.u32()?);
-        let fits = run_count <= MAX_RUNS
-            && raw_pages <= MAX_RAW_PAGES
-            && header.len == 8 + run_count * RUN_BYTES + raw_pages * 4096;
-        if !fits {
-            let len = header.len;
-            return Err(malformed(format!("{run_count} runs, {raw_pages} pages in {len} bytes")));
-        }
-        let mut table = vec![0; usize::try_from(run_count * RUN_BYTES).unwrap_or(0)];
-        transport.read_exact(&mut table).map_err(|error| lost(error, transport))?;
-        let mut decoder = Decoder::new("batch of pages", &table);
-        let mut raw_left = u64::from(raw_pages);
-        let mut zero_pages = 0;
-        for _ in 0..run_count {
-            let (first, count) = (PageIndex(decoder.u64()?), u64::from(decoder.u32()?));
-            let address = self.ram.layout.run_address(first, count).ok_or_else(|| {
-                malformed(format!("pages {}+{count} are outside the guest's RAM", first.0))
-            })?;
-            match decoder.u32()? {
-                0 => {
-                    self.zero(first, count)?;
-                    zero_pages += count;
+        self.table.resize(run_count * RUN_BYTES, 0);
+        channel.read_exact(&mut self.table)?;
+        decode_table(&self.table, raw_pages, &self.ram.layout, &mut self.runs)?;
+        let failed = |error| WireError::Lost(io::Error::other(error));
+        let (mut pages, mut zero_pages): (Vec<PageSlice<'_>>, u64) = (Vec::new(), 0);
+        for (run, address) in &self.runs {
+            match run.kind {
+                RunKind::Raw => {
+                    let bytes = usize::try_from(run.page_count).unwrap_or(0) * PAGE_BYTES;
+                    pages.push(self.ram.ram.get_slice(*address, bytes).map_err(failed)?);
+                    self.written.insert_run(run.first, run.page_count.into());
                 }
-                1 => {
-                    raw_left = raw_left
-                        .checked_sub(count)
-                        .ok_or_else(|| malformed("more raw pages than announced".into()))?;
-                    let len = usize::try_from(count).unwrap_or(0) * PAGE_BYTES;
-                    transport
-                        .read_pages(&self.ram.ram, address, len)
-                        .map_err(|error| lost(error, transport))?;
-                    for page in first.0..first.0 + count {
-                        self.received.insert(PageIndex(page));
+                RunKind::Zero => {
+                    zero_pages += u64::from(run.page_count);
+                    for (first, count) in self.written.runs_among(run.first, run.page_count.into())
+                    {
+                        for page in (first.0..first.0 + count).map(PageIndex) {
+                            // Within `run`, which lies in RAM.
+                            let Some(at) = self.ram.layout.address_of(page) else { continue };
+                            self.ram.ram.write_slice(&ZEROES, at).map_err(failed)?;
+                        }
                     }
                 }
-                kind => return Err(malformed(format!("run of unknown kind {kind}"))),
             }
         }
-        if raw_left != 0 {
-            return Err(malformed(format!("{raw_left} raw pages belong to no run")));
+        if !pages.is_empty() {
+            channel.read_pages(&pages)?;
         }
-        self.raw_pages += u64::from(raw_pages);
-        self.zero_pages += zero_pages;
+        self.totals.raw_pages += u64::from(raw_pages);
+        self.totals.zero_pages += zero_pages;
+        let bytes = FRAME_HEADER_BYTES + self.table.len();
         self.counters.update(|stats| {
-            stats.transferred_bytes += u64::from(header.len) + 8;
+            stats.transferred_bytes += bytes as u64 + u64::from(raw_pages) * PAGE_SIZE;
             stats.normal_pages += u64::from(raw_pages);
             stats.zero_pages += zero_pages;
         });
         Ok(())
     }
 
-    /// Pages that were never written are left alone: that keeps them out of memory.
-    fn zero(&mut self, first: PageIndex, count: u64) -> Result<(), WireError> {
-        for page in (first.0..first.0 + count).map(PageIndex) {
-            if !self.received.contains(page) {
-                continue;
-            }
-            let address = self.ram.layout.address_of(page).unwrap_or(GuestAddress(0));
-            self.ram
-                .ram
-                .write_slice(&ZERO_PAGE, address)
-                .map_err(|error| malformed(error.to_string()))?;
-        }
-        Ok(())
-    }
-
-    /// Compares counts with what the source says it sent.
-    pub fn end(&self, payload: &[u8]) -> Result<(), WireError> {
-        let mut decoder = Decoder::new("RAM end", payload);
-        let theirs = (decoder.u64()?, decoder.u64()?);
-        let ours = (self.raw_pages, self.zero_pages);
-        if theirs != ours {
-            let reason = format!("source sent {theirs:?} raw and zero pages, {ours:?} arrived");
-            return Err(wire::WireError::Malformed { what: "RAM end", reason });
-        }
-        Ok(())
+    /// Frames and pages that have come.
+    pub fn totals(&self) -> (u64, RamTotals) {
+        (self.frames, self.totals)
     }
 }

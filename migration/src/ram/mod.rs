@@ -1,12 +1,28 @@
-//! The way of a page: dirty log -> [`bitmap`] -> runs -> zero or raw -> connection -> guest RAM.
+//! The way of a page.
 //!
-//! **Clear, then look, then send.** A page's dirty bit is cleared in KVM's log before the page is read.
-//! Whatever the guest writes after that sets the bit again and the page is sent again in a later
-//! round, so a page that changes between the zero test and the send, or while the kernel copies it,
-//! does no harm: the frame that decides is the last one, and it is sent while the guest is stopped.
-//! So pages go from guest RAM to the socket without a copy of our own.
+//! ```text
+//! dirty log ─▶ dirty: bits ─▶ scan: runs, zero or raw ─▶ frame: batch ─▶ data channel
+//!                populated ┘      zero, simd ┘                              │
+//! guest RAM ◀── straight into place, or left untouched if zero ◀── incoming ┘
+//! ```
+//!
+//! **Clear, then look, then send.** A page's bit is cleared in the dirty log before the page is read,
+//! and the page is sent straight from guest RAM: the only copy is the kernel's, into the socket. That
+//! is safe although the guest goes on writing. Whatever it writes after the clear sets the bit again,
+//! so the page is sent again; a torn page, or one that was judged zero and is not zero any more, is a
+//! page that the guest wrote after the clear. Frames arrive in the order of sending, so the last
+//! version wins, and that one is sent while the guest is stopped. (An encoder that has to see the same
+//! bytes twice, as XBZRLE does, needs a private copy; zero and raw do not.)
+//!
+//! **Untouched pages.** In the first round every page is dirty, and most of an idle guest's pages were
+//! never touched. [`populated`] tells them apart without reading them, which would make them exist;
+//! the destination leaves pages alone that are zero and were never written there.
 
-pub mod bitmap;
+pub mod dirty;
+pub mod frame;
 pub mod incoming;
 pub mod outgoing;
 pub mod populated;
+pub mod scan;
+pub mod simd;
+pub mod zero;

@@ -45,7 +45,15 @@ impl Populated {
             if from >= to {
                 continue;
             }
+            // In memory that others share, a page may hold something and yet not be mapped here.
+            let private = ram.find_region(block.base).is_some_and(|region| {
+                let mapping = region.get_mmap();
+                mapping.file_offset().is_none() && mapping.flags() & libc::MAP_SHARED == 0
+            });
             let Ok(host) = ram.get_host_address(block.base) else { return };
+            if !private {
+                continue;
+            }
             let host_page = host as u64 / PAGE_SIZE + (from - block.first_page.0);
             self.entries.resize(usize::try_from((to - from) * ENTRY_BYTES).unwrap_or(0), 0);
             if let Err(error) = pagemap.read_exact_at(&mut self.entries, host_page * ENTRY_BYTES) {

@@ -1,27 +1,54 @@
 //! The last step: from the moment the right to run is spent there is no error to undo.
 
 use super::SourceError;
-use crate::guest::PausedGuest;
-use crate::transport::Transport;
-use crate::wire::{self, Kind};
+use crate::guest::{PausedGuest, Surrendered};
+use crate::transport::Main;
+use crate::wire::{Kind, WireError};
+use std::time::Duration;
+
+/// How long the destination may take to start the guest.
+const VERDICT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How the handover ended.
 #[derive(Debug)]
 pub(super) enum Handover {
     /// The destination runs the guest.
     Completed,
+    /// The destination has not run the guest and never will; it has been resumed here, or the error
+    /// says why not.
+    Declined(SourceError),
     /// `Go` may or may not have arrived. Two running guests is the outcome never risked, so the guest
     /// stays stopped here.
     Unknown(SourceError),
 }
 
 /// Gives up the right to run, then sends `Go`. Returns [`Handover`], not `Result`.
-pub(super) fn hand_over(paused: PausedGuest<'_>, transport: &mut dyn Transport) -> Handover {
-    paused.surrender();
-    let answer = wire::send(transport, Kind::Go, &[])
-        .and_then(|_| wire::expect(transport, Kind::Running, "the answer to the handover"));
-    match answer {
-        Ok(_) => Handover::Completed,
-        Err(lost) => Handover::Unknown(lost.into()),
-    }
+pub(super) fn hand_over(paused: PausedGuest<'_>, main: &Main) -> Handover {
+    let surrendered = paused.surrender();
+    let verdict = main
+        .send(Kind::Go, &[])
+        .and_then(|()| main.receive_within("the answer to the handover", VERDICT_PATIENCE));
+    let lost = match verdict {
+        Ok(frame) if frame.kind == Kind::Running => return Handover::Completed,
+        // It gave up while `Go` was under way. Having said so, it does not heed `Go` any more.
+        Err(WireError::Refused(reason)) => return declined(surrendered, reason),
+        Ok(frame) if frame.kind == Kind::Declined => return declined(surrendered, frame.reason()),
+        Ok(frame) => {
+            let found = format!("{:?}", frame.kind);
+            WireError::Unexpected { found, expected: "the answer to the handover" }
+        }
+        Err(error) => match main.hear_farewell() {
+            Some(last) => return declined(surrendered, last.reason()),
+            None => error,
+        },
+    };
+    Handover::Unknown(lost.into())
+}
+
+fn declined(surrendered: Surrendered<'_>, reason: String) -> Handover {
+    let declined = SourceError::Declined { reason };
+    Handover::Declined(match surrendered.take_back() {
+        Ok(()) => declined,
+        Err(source) => SourceError::NotResumed { cause: declined.to_string(), source },
+    })
 }

@@ -1,19 +1,31 @@
-//! The source: connect, rounds, stop, hand over.
+//! The source: connect, rounds, stop, hand over. Called by the VMM on the `mig-out` thread.
+//!
+//! ```text
+//! mod       greet, describe the machine        any failure: the guest has never stopped
+//! precopy   rounds until the rest is short     any failure: the guest has never stopped
+//! stop      pause, send the rest, wait Ready   any failure: the guest is resumed
+//! handover  spend the permit, Go, verdict      Completed, Declined (resumed), or Unknown
+//! ```
 
+mod error;
 mod handover;
+mod precopy;
+mod stop;
 
-use crate::cancel::CancelToken;
-use crate::guest::{GuestControl, GuestError, MachineDescription, PausedGuest};
-use crate::params::SharedParams;
-use crate::policy::{self, Decision, Round};
-use crate::ram::outgoing::RamOutgoing;
 pub use crate::ram::outgoing::SourceRam;
+pub use error::{SourceError, SourceOutcome};
+
+use crate::cancel::{CancelToken, Registration};
+use crate::guest::{GuestControl, MachineDescription};
+use crate::params::SharedParams;
+use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::socket::SocketTransport;
-use crate::transport::{Address, Transport};
-use crate::wire::{self, Kind, WireError};
-use handover::{Handover, hand_over};
-use std::io;
+use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
+use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
+use crate::wire::section::{Section, Stage};
+use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use handover::Handover;
+use precopy::Pace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,53 +38,10 @@ pub enum MigrationEvent {
     Pass(u64),
 }
 
-/// Why a migration failed.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// Nobody listens there.
-    #[error("cannot connect to {address}: is `ferry receive` running there?")]
-    Connect {
-        /// Where.
-        address: String,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
-    /// The connection or the other side.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// This side's machine.
-    #[error(transparent)]
-    Guest(GuestError),
-    /// Guest RAM cannot be read.
-    #[error("guest RAM: {0}")]
-    Ram(String),
-    /// The user cancelled.
-    #[error("cancelled")]
-    Cancelled,
-    /// Device state that cannot be encoded.
-    #[error("cannot encode {what}")]
-    Encode {
-        /// What.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
-    },
-}
-
-/// How a migration ended.
-#[derive(Debug)]
-pub enum SourceOutcome {
-    /// The guest runs at the destination.
-    Completed,
-    /// Cancelled; the guest goes on here.
-    Cancelled,
-    /// Failed; the guest goes on here, or the error says why it cannot.
-    Failed(SourceError),
-    /// The answer to `Go` was lost: the guest is stopped here and may run there. A person decides.
-    Unknown(SourceError),
-}
+/// How long a destination may take to answer a greeting.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+/// Data channels of a migration.
+const DATA_CHANNELS: u16 = 1;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
@@ -86,27 +55,55 @@ pub struct Source<'a> {
     pub counters: Arc<Counters>,
     /// Ends it early.
     pub cancel: CancelToken,
-    /// Told of every step.
+    /// Told of every step, on the thread that migrates.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
+
+/// The connections of one migration. Dropping it ends them.
+struct Link {
+    main: Arc<Main>,
+    data: Channel,
+    /// Of a journey there and back.
+    round_trip: Duration,
+    /// A cancel wakes who writes pages; the main connection stays usable, to say why.
+    _wake: Registration,
+    /// After the others: its thread ends once they are shut down.
+    _pulse: Pulse,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.data.transport().shutdown();
+        self.main.channel().transport().shutdown();
+    }
+}
+
+type Connect<'c> = &'c mut dyn FnMut() -> Result<Arc<dyn Transport>, SourceError>;
 
 impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(mut self, address: &Address, ram: SourceRam) -> SourceOutcome {
-        self.begin();
-        let connected = SocketTransport::connect(address)
-            .map_err(|source| SourceError::Connect { address: address.to_string(), source });
-        let result = match connected {
-            Ok(mut transport) => self.run(&mut transport, ram),
-            Err(error) => Err(error),
-        };
+        let cancel = self.cancel.clone();
+        let result = self.run(ram, &mut || match SocketTransport::connect(address, &cancel) {
+            Ok(transport) => Ok(Arc::new(transport)),
+            Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
+            Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
+        });
         self.finish(result)
     }
 
-    /// Moves the guest over a connection.
-    pub fn migrate_over(mut self, transport: &mut dyn Transport, ram: SourceRam) -> SourceOutcome {
-        self.begin();
-        let result = self.run(transport, ram);
+    /// Moves the guest over connections that exist already.
+    pub fn migrate_over(
+        mut self,
+        main: Arc<dyn Transport>,
+        data: Arc<dyn Transport>,
+        ram: SourceRam,
+    ) -> SourceOutcome {
+        let mut transports = [main, data].into_iter();
+        let result = self.run(ram, &mut || {
+            let lost = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
+            transports.next().ok_or_else(|| lost().into())
+        });
         self.finish(result)
     }
 
@@ -115,15 +112,25 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Status(status));
     }
 
-    fn begin(&mut self) {
+    fn run(&mut self, ram: SourceRam, connect: Connect<'_>) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
+        let link = self.connect(connect)?;
+        let (mut ram, mut pace) =
+            self.send_running(&link, ram).map_err(|error| settle(&link, error))?;
+        let handover = self.stop_and_hand_over(&link, &mut ram, &mut pace);
+        // The guest runs again, there or here: now the dirty log may take its time to stop.
+        drop(link);
+        drop(ram);
+        handover
     }
 
     fn finish(&mut self, result: Result<Handover, SourceError>) -> SourceOutcome {
         let outcome = match result {
             Ok(Handover::Completed) => SourceOutcome::Completed,
             Ok(Handover::Unknown(error)) => SourceOutcome::Unknown(error),
+            Ok(Handover::Declined(error)) => SourceOutcome::Failed(error),
+            Err(error @ SourceError::NotResumed { .. }) => SourceOutcome::Failed(error),
             Err(_) if self.cancel.is_cancelled() => SourceOutcome::Cancelled,
             Err(error) => SourceOutcome::Failed(error),
         };
@@ -132,9 +139,9 @@ impl Source<'_> {
             SourceOutcome::Cancelled => (MigrationStatus::Cancelled, None),
             SourceOutcome::Failed(error) => (MigrationStatus::Failed, Some(chain(error))),
             SourceOutcome::Unknown(error) => {
-                let why = chain(error);
                 let text = format!(
-                    "the answer to the handover was lost ({why}): the guest may run at the destination"
+                    "the answer to the handover was lost ({}): the guest may run at the destination",
+                    chain(error)
                 );
                 (MigrationStatus::Failed, Some(text))
             }
@@ -149,35 +156,36 @@ impl Source<'_> {
         outcome
     }
 
-    fn run(
-        &mut self,
-        transport: &mut dyn Transport,
-        ram: SourceRam,
-    ) -> Result<Handover, SourceError> {
-        let stopper =
-            transport.stopper().map_err(|error| SourceError::Wire(WireError::Lost(error)))?;
-        self.cancel.on_cancel(stopper);
-        let result = self.run_connected(transport, ram);
-        self.cancel.disarm();
-        // A refusal explains a broken connection better than the break does.
-        result.map_err(|error| match error {
-            SourceError::Wire(WireError::Lost(_)) => refusal(transport).unwrap_or(error),
-            error => error,
-        })
+    /// The main connection first: the destination then knows the migration that the others belong to.
+    fn connect(&mut self, connect: Connect<'_>) -> Result<Link, SourceError> {
+        let id = MigrationId::random()?;
+        let transport = connect()?;
+        let main = Channel::new(transport, self.cancel.clone());
+        let greeted = Instant::now();
+        greet(&main, &Hello::new(Role::Main, id, DATA_CHANNELS))?;
+        let round_trip = greeted.elapsed();
+        let transport = connect()?;
+        let woken = transport.clone();
+        let wake = self.cancel.on_cancel(move || woken.shutdown());
+        let data = Channel::new(transport, self.cancel.clone());
+        greet(&data, &Hello::new(Role::Data { index: 0 }, id, DATA_CHANNELS))?;
+        let main = Arc::new(Main::new(main));
+        let pulse = Pulse::start(main.clone()).map_err(SourceError::Thread)?;
+        Ok(Link { main, data, round_trip, _wake: wake, _pulse: pulse })
     }
 
-    fn run_connected(
+    /// All that happens while the guest runs.
+    fn send_running(
         &mut self,
-        transport: &mut dyn Transport,
+        link: &Link,
         ram: SourceRam,
-    ) -> Result<Handover, SourceError> {
-        wire::send_hello(transport)?;
-        wire::expect_hello(transport)?;
+    ) -> Result<(RamOutgoing, Pace), SourceError> {
         let machine = encode("machine description", self.machine)?;
-        wire::send(transport, Kind::Machine, &machine)?;
-        wire::expect(transport, Kind::Accepted, "the answer to the machine description")?;
-        let mut ram = RamOutgoing::start(ram, self.counters.clone())?;
-        ram.announce(transport)?;
+        link.main.send(Kind::Machine, &machine)?;
+        payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
+        let mut ram = RamOutgoing::setup(ram, self.counters.clone())?;
+        let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
+        link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
         self.counters.update(|stats| {
             stats.total_bytes = total;
@@ -185,98 +193,41 @@ impl Source<'_> {
             stats.setup_time = stats.started.map(|started| started.elapsed());
         });
         self.status(MigrationStatus::Active);
-        let pace = Pace::new(self.params.clone(), self.cancel.clone());
-        let pace = self.precopy(transport, &mut ram, pace)?;
-        self.stop_and_hand_over(transport, ram, pace)
+        let mut pace = Pace::new(self.params.clone(), self.cancel.clone());
+        self.precopy(link, &mut ram, &mut pace)?;
+        Ok((ram, pace))
     }
+}
 
-    /// Rounds, until the rest fits into the pause.
-    fn precopy(
-        &mut self,
-        transport: &mut dyn Transport,
-        ram: &mut RamOutgoing,
-        mut pace: Pace,
-    ) -> Result<Pace, SourceError> {
-        let mut polished = 0;
-        for number in 1.. {
-            self.counters.update(|stats| stats.rounds = number);
-            (self.events)(MigrationEvent::Pass(number));
-            let (started, before) = (Instant::now(), self.counters.snapshot().transferred_bytes);
-            pace.round();
-            ram.send_pending(transport, &mut |sent| pace.sent(sent))?;
-            // A sign of life in a round that had nothing to send, and room for a cancel.
-            wire::send(transport, Kind::KeepAlive, &[])?;
-            if self.cancel.is_cancelled() {
-                return Err(SourceError::Cancelled);
-            }
-            ram.sync()?;
-            let sent_bytes = self.counters.snapshot().transferred_bytes - before;
-            let duration = started.elapsed();
-            let round = Round { sent_bytes, duration, dirtied_bytes: ram.pending_bytes() };
-            let limit = self.params.get().downtime_limit;
-            let bandwidth = pace.bandwidth();
-            self.record(round, bandwidth);
-            log::debug!("round {number}: {round:?}, {bandwidth} bytes/s");
-            match policy::decide(round, bandwidth, limit, polished) {
-                Decision::Stop => break,
-                Decision::Again { polishing } => polished += u32::from(polishing),
+fn greet(channel: &Channel, hello: &Hello) -> Result<(), WireError> {
+    send_hello(channel, hello)?;
+    let answer = receive_hello(channel, GREETING_PATIENCE)?;
+    if (answer.role, answer.id) != (hello.role, hello.id) {
+        let reason = "it is for another connection".to_owned();
+        return Err(WireError::Malformed { what: "hello", reason });
+    }
+    Ok(())
+}
+
+/// Before the connections go: what the destination says of a broken one explains it better than the
+/// break does; and of a failure of ours, or a cancel, the destination is told.
+fn settle(link: &Link, error: SourceError) -> SourceError {
+    let cancelled = link.main.channel().is_cancelled();
+    match error {
+        SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
+        SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
+            link.data.transport().shutdown();
+            match link.main.hear_farewell() {
+                Some(last) => WireError::Refused(last.reason()).into(),
+                None => error,
             }
         }
-        Ok(pace)
-    }
-
-    fn record(&self, round: Round, bandwidth: u64) {
-        let dirtied_per_sec = policy::per_second(round.dirtied_bytes, round.duration);
-        self.counters.update(|stats| {
-            stats.bytes_per_sec = bandwidth;
-            stats.dirty_pages_rate = dirtied_per_sec / devices::ram::PAGE_SIZE;
-            stats.remaining_bytes = round.dirtied_bytes;
-            stats.expected_downtime =
-                Some(policy::expected_downtime(round.dirtied_bytes, bandwidth));
-            stats.history.push(round);
-        });
-    }
-
-    fn stop_and_hand_over(
-        &mut self,
-        transport: &mut dyn Transport,
-        mut ram: RamOutgoing,
-        mut pace: Pace,
-    ) -> Result<Handover, SourceError> {
-        let stopped_at = Instant::now();
-        let precopy_bytes = self.counters.snapshot().transferred_bytes;
-        let mut paused = PausedGuest::pause(self.guest).map_err(SourceError::Guest)?;
-        self.counters.update(|stats| {
-            stats.status = MigrationStatus::Device;
-            stats.precopy_bytes = precopy_bytes;
-        });
-        (self.events)(MigrationEvent::Status(MigrationStatus::Device));
-        // Devices first: the destination loads them while the last pages travel, and the look at the
-        // dirty log that follows sees what saving them wrote into RAM.
-        let records = paused.guest().save_records().map_err(SourceError::Guest)?;
-        wire::send(transport, Kind::Devices, &encode("device state", &records)?)?;
-        ram.sync()?;
-        let number = self.counters.snapshot().rounds + 1;
-        self.counters.update(|stats| stats.rounds = number);
-        (self.events)(MigrationEvent::Pass(number));
-        pace.round();
-        ram.send_pending(transport, &mut |sent| pace.sent(sent))?;
-        ram.end(transport)?;
-        paused.guest().release_disks().map_err(SourceError::Guest)?;
-        wire::send(transport, Kind::Eof, &[paused.was_running().into()])?;
-        wire::expect(transport, Kind::Ready, "the destination's readiness")?;
-        if !self.cancel.disarm() {
-            return Err(SourceError::Cancelled);
+        error => {
+            let error = if cancelled { SourceError::Cancelled } else { error };
+            link.main.say_farewell(Kind::Abort, &chain(&error));
+            link.data.transport().shutdown();
+            error
         }
-        let handover = hand_over(paused, transport);
-        let downtime = stopped_at.elapsed();
-        self.counters.update(|stats| {
-            stats.downtime = Some(downtime);
-            stats.downtime_bytes = stats.transferred_bytes - precopy_bytes;
-        });
-        // The dirty log goes off after the guest runs again, with `ram`.
-        drop(ram);
-        Ok(handover)
     }
 }
 
@@ -293,94 +244,4 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 
 fn encode(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>, SourceError> {
     serde_json::to_vec(value).map_err(|source| SourceError::Encode { what, source })
-}
-
-/// A refusal that the destination sent before it closed, if there is one.
-fn refusal(transport: &mut dyn Transport) -> Option<SourceError> {
-    transport.set_patience(Duration::from_millis(500)).ok()?;
-    match wire::expect(transport, Kind::Refused, "a refusal") {
-        Err(refused @ WireError::Refused(_)) => Some(refused.into()),
-        _ => None,
-    }
-}
-
-/// Keeps to the cap and measures the bandwidth.
-struct Pace {
-    params: SharedParams,
-    cancel: CancelToken,
-    round_started: Instant,
-    round_sent: u64,
-    slept: Duration,
-    bandwidth: u64,
-    /// The cap under which the current account runs, when it began and what was sent since.
-    cap: u64,
-    account: (Instant, u64),
-}
-
-/// A round must move this much before its bandwidth counts: less is mostly latency.
-const MEASURABLE_BYTES: u64 = 1 << 20;
-/// Longest sleep at once, so that changes of the cap are noticed and the peer sees bytes.
-const SLICE: Duration = Duration::from_millis(100);
-
-impl Pace {
-    fn new(params: SharedParams, cancel: CancelToken) -> Self {
-        let now = Instant::now();
-        Self {
-            params,
-            cancel,
-            round_started: now,
-            round_sent: 0,
-            slept: Duration::ZERO,
-            bandwidth: 0,
-            cap: 0,
-            account: (now, 0),
-        }
-    }
-
-    fn round(&mut self) {
-        self.measure();
-        (self.round_started, self.round_sent) = (Instant::now(), 0);
-        self.slept = Duration::ZERO;
-    }
-
-    fn measure(&mut self) {
-        if self.round_sent < MEASURABLE_BYTES {
-            return;
-        }
-        let busy = self.round_started.elapsed().saturating_sub(self.slept);
-        self.bandwidth = policy::per_second(self.round_sent, busy);
-    }
-
-    /// What the link moves; under a cap never more than the cap.
-    fn bandwidth(&mut self) -> u64 {
-        self.measure();
-        // Nothing measurable was sent: a guess that any link of today keeps.
-        let measured = if self.bandwidth == 0 { 100 << 20 } else { self.bandwidth };
-        match self.params.get().max_bandwidth {
-            0 => measured,
-            cap => measured.min(cap),
-        }
-    }
-
-    fn sent(&mut self, bytes: u64) -> Result<(), SourceError> {
-        self.round_sent += bytes;
-        loop {
-            if self.cancel.is_cancelled() {
-                return Err(SourceError::Cancelled);
-            }
-            let cap = self.params.get().max_bandwidth;
-            let now = Instant::now();
-            if cap != self.cap || now - self.account.0 > Duration::from_secs(1) {
-                // A fresh account every second: a stall is not made good by a burst.
-                (self.cap, self.account) = (cap, (now, 0));
-            }
-            let ahead = policy::ahead_of_cap(self.account.1 + bytes, now - self.account.0, cap);
-            if ahead.is_zero() {
-                self.account.1 += bytes;
-                return Ok(());
-            }
-            self.cancel.wait(ahead.min(SLICE));
-            self.slept += now.elapsed();
-        }
-    }
 }

@@ -15,7 +15,10 @@ pub enum Address {
 
 /// Text that names no address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an address: expected tcp:HOST:PORT or unix:PATH")]
+#[error(
+    "{0:?} is not an address: expected tcp:HOST:PORT (an IPv6 address in brackets, tcp:[::1]:PORT) or \
+     unix:PATH"
+)]
 pub struct AddressError(String);
 
 impl FromStr for Address {

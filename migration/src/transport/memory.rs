@@ -1,128 +1,146 @@
-//! A connection within a process that can be cut at any byte, for tests.
+//! Connections within a process, for tests: a fuse cuts all of them at any byte, counted over all in
+//! the order of writing.
 
-use super::Transport;
-use devices::ram::{GuestAddress, GuestRam};
+use super::{PATIENCE, PageSlice, TICK, Transport};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use vm_memory::Bytes;
 
 #[derive(Default)]
-struct Link {
-    /// Bytes under way, to each end.
-    queues: [VecDeque<u8>; 2],
-    closed: bool,
-    /// Bytes that still pass before the link is cut.
+struct State {
+    /// Bytes under way: of each connection, to each end.
+    queues: Vec<[VecDeque<u8>; 2]>,
+    closed: Vec<bool>,
+    /// Bytes that still pass before everything is cut.
     passes: Option<u64>,
     exchanged: u64,
 }
 
-type Shared = Arc<(Mutex<Link>, Condvar)>;
-
-/// One end of a pair.
-pub struct MemoryTransport {
-    link: Shared,
-    end: usize,
+/// A network of connections with one fuse.
+#[derive(Clone)]
+pub struct MemoryLink {
+    shared: Arc<(Mutex<State>, Condvar)>,
     patience: Duration,
 }
 
-/// A look at the pair from outside.
-pub struct MemoryLink(Shared);
-
-/// A connected pair; with `cut_after`, the link is lost once that many bytes have been written by both
-/// ends together.
-pub fn pair(cut_after: Option<u64>) -> (MemoryTransport, MemoryTransport, MemoryLink) {
-    let link: Shared = Arc::default();
-    lock(&link).passes = cut_after;
-    let end = |end| MemoryTransport { link: link.clone(), end, patience: super::PATIENCE };
-    (end(0), end(1), MemoryLink(link.clone()))
+/// One end of a connection.
+pub struct MemoryTransport {
+    link: MemoryLink,
+    connection: usize,
+    end: usize,
 }
 
 impl MemoryLink {
-    /// Bytes written by both ends.
-    pub fn bytes_exchanged(&self) -> u64 {
-        lock(&self.0).exchanged
+    /// A link that is lost, if `cut_after` says so, once that many bytes have been written to it.
+    pub fn new(cut_after: Option<u64>) -> Self {
+        let link = Self { shared: Arc::default(), patience: PATIENCE };
+        link.state().passes = cut_after;
+        link
     }
-}
 
-fn lock(link: &Shared) -> MutexGuard<'_, Link> {
-    link.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// How long the ends of connections made from now on wait for each other.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// A new connection: its two ends.
+    pub fn connect(&self) -> (MemoryTransport, MemoryTransport) {
+        let mut state = self.state();
+        state.queues.push(Default::default());
+        state.closed.push(false);
+        let connection = state.queues.len() - 1;
+        let end = |end| MemoryTransport { link: self.clone(), connection, end };
+        (end(0), end(1))
+    }
+
+    /// Bytes written so far.
+    pub fn bytes_exchanged(&self) -> u64 {
+        self.state().exchanged
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Transport for MemoryTransport {
-    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        let mut link = lock(&self.link);
-        for byte in buffer {
-            *byte = loop {
-                if let Some(byte) = link.queues[self.end].pop_front() {
-                    break byte;
-                }
-                if link.closed {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                let waited = self.link.1.wait_timeout(link, self.patience);
-                let (next, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-                link = next;
-                if timeout.timed_out() {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-            };
-        }
-        Ok(())
-    }
-
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let mut link = lock(&self.link);
-        for byte in bytes {
-            if link.passes == Some(0) {
-                link.closed = true;
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.link.state();
+        loop {
+            let queue = &mut state.queues[self.connection][self.end];
+            if !queue.is_empty() {
+                let count = into.len().min(queue.len());
+                into[..count]
+                    .iter_mut()
+                    .zip(queue.drain(..count))
+                    .for_each(|(to, from)| *to = from);
+                return Ok(count);
             }
-            if link.closed {
-                self.link.1.notify_all();
-                return Err(io::ErrorKind::BrokenPipe.into());
+            if state.closed[self.connection] {
+                return Ok(0);
             }
-            link.passes = link.passes.map(|passes| passes - 1);
-            link.exchanged += 1;
-            link.queues[1 - self.end].push_back(*byte);
+            let tick = TICK.min(self.link.patience);
+            let waited = self.link.shared.1.wait_timeout(state, tick);
+            let (next, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = next;
+            if timeout.timed_out() && state.queues[self.connection][self.end].is_empty() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
         }
-        self.link.1.notify_all();
-        Ok(())
     }
 
-    fn read_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()> {
-        let mut copy = vec![0; len];
-        self.read_exact(&mut copy)?;
-        ram.write_slice(&copy, address).map_err(io::Error::other)
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.link.state();
+        let passing = state.passes.map_or(bytes.len(), |passes| {
+            bytes.len().min(usize::try_from(passes).unwrap_or(usize::MAX))
+        });
+        if state.passes.is_some() && passing == 0 && !bytes.is_empty() {
+            state.closed.fill(true);
+        }
+        self.link.shared.1.notify_all();
+        if state.closed[self.connection] {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        state.passes = state.passes.map(|passes| passes - passing as u64);
+        state.exchanged += passing as u64;
+        state.queues[self.connection][1 - self.end].extend(&bytes[..passing]);
+        Ok(passing)
     }
 
-    fn write_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()> {
-        let mut copy = vec![0; len];
-        ram.read_slice(&mut copy, address).map_err(io::Error::other)?;
-        self.write_all(&copy)
+    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        let Some(first) = pages.first() else { return Ok(0) };
+        let mut copy = vec![0; first.len()];
+        let count = self.receive(&mut copy)?;
+        first.copy_from(&copy[..count]);
+        Ok(count)
+    }
+
+    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        match pages.first() {
+            Some(first) if head.is_empty() => {
+                let mut copy = vec![0u8; first.len()];
+                first.copy_to(&mut copy);
+                self.send(&copy)
+            }
+            _ => self.send(head),
+        }
     }
 
     fn patience(&self) -> Duration {
-        self.patience
+        self.link.patience
     }
 
-    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
-        self.patience = patience;
-        Ok(())
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Fn() + Send + Sync>> {
-        let link = self.link.clone();
-        Ok(Box::new(move || {
-            lock(&link).closed = true;
-            link.1.notify_all();
-        }))
+    fn shutdown(&self) {
+        self.link.state().closed[self.connection] = true;
+        self.link.shared.1.notify_all();
     }
 }
 
 impl Drop for MemoryTransport {
     fn drop(&mut self) {
-        lock(&self.link).closed = true;
-        self.link.1.notify_all();
+        self.shutdown();
     }
 }

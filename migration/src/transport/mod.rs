@@ -1,33 +1,45 @@
-//! A connection between source and destination: bytes, and whole runs of guest pages.
+//! Connections between source and destination. From the bottom up:
+//!
+//! ```text
+//! Transport            some bytes at a time: socket.rs, memory.rs (tests); vectored.rs for guest pages
+//! channels::Channel    all bytes or an error: partial transfers, stalls, deadlines, cancel
+//! channels::Main       frames, both ways, with keep-alives
+//! reception            a listener's connections, sorted by their Hello
+//! ```
 
 pub mod address;
+pub mod channels;
 pub mod memory;
+pub mod reception;
 pub mod socket;
+pub mod vectored;
 
 pub use address::Address;
-pub use socket::Listener;
+pub use channels::{Channel, Main, Throttle};
+pub use socket::{Listener, SocketTransport};
+pub use vectored::PageSlice;
 
-use devices::ram::{GuestAddress, GuestRam};
 use std::io;
 use std::time::Duration;
 
-/// One connection. Reads and writes wait at most [`Transport::patience`] for the peer to move.
-pub trait Transport: Send {
-    /// Fills `buffer`.
-    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()>;
-    /// Sends all of `bytes`.
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Fills `len` bytes of guest RAM from `address` on, without a copy in between.
-    fn read_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()>;
-    /// Sends `len` bytes of guest RAM from `address` on; the only copy is the kernel's.
-    fn write_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()>;
-    /// How long the peer may stand still.
-    fn patience(&self) -> Duration;
-    /// Changes how long the peer may stand still.
-    fn set_patience(&mut self, patience: Duration) -> io::Result<()>;
-    /// Ends the connection from any thread: blocked calls fail at once.
-    fn stopper(&self) -> io::Result<Box<dyn Fn() + Send + Sync>>;
-}
-
 /// How long a peer may stand still before the migration fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// A call that moves nothing for this long returns, so that a cancel and a stall are noticed.
+pub const TICK: Duration = Duration::from_millis(50);
+
+/// One connection. All calls take `&self`: one thread may read while another writes. A call moves at
+/// least one byte, or fails with `WouldBlock` after [`TICK`]; reading 0 bytes is the end.
+pub trait Transport: Send + Sync {
+    /// Reads some bytes.
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize>;
+    /// Writes some bytes.
+    fn send(&self, bytes: &[u8]) -> io::Result<usize>;
+    /// Reads some bytes straight into guest RAM, in the order of `pages`.
+    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize>;
+    /// Writes some bytes of `head`, then of guest RAM in the order of `pages`.
+    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize>;
+    /// How long the peer may stand still.
+    fn patience(&self) -> Duration;
+    /// Ends the connection both ways, from any thread: blocked calls return at once.
+    fn shutdown(&self);
+}

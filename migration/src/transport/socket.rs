@@ -1,55 +1,49 @@
-//! TCP and Unix sockets, blocking, with a deadline on every wait.
+//! TCP and Unix sockets: blocking, but no call blocks longer than a tick.
 
-use super::{Address, PATIENCE, Transport};
+use super::{Address, PATIENCE, PageSlice, TICK, Transport, vectored};
 use crate::cancel::CancelToken;
-use devices::ram::{GuestAddress, GuestRam};
 use socket2::{Domain, SockAddr, Socket, Type};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
-use vm_memory::{GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
-/// Enough for a few milliseconds at ten gigabits.
+/// Enough to keep both sides busy while the other is not on a CPU; a wish, which the kernel caps.
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+const BACKLOG: i32 = 8;
 
-/// A connected socket. `std::net::TcpStream` serves for both families: it is what vm-memory can read
-/// into and write from guest RAM, and it only ever passes the descriptor on.
+/// A connected socket.
+#[derive(Debug)]
 pub struct SocketTransport {
-    stream: std::net::TcpStream,
+    socket: Socket,
     patience: Duration,
 }
 
 impl SocketTransport {
-    fn new(socket: Socket, address: &Address) -> io::Result<Self> {
-        // Buffers are a wish: the kernel caps them.
+    pub(super) fn new(socket: Socket) -> io::Result<Self> {
+        socket.set_nonblocking(false)?;
         let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
         let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-        if matches!(address, Address::Tcp(_)) {
+        if !socket.local_addr()?.is_unix() {
             socket.set_tcp_nodelay(true)?;
         }
-        let mut transport = Self { stream: socket.into(), patience: PATIENCE };
-        transport.set_patience(PATIENCE)?;
-        Ok(transport)
+        socket.set_read_timeout(Some(TICK))?;
+        socket.set_write_timeout(Some(TICK))?;
+        Ok(Self { socket, patience: PATIENCE })
     }
 
-    /// Connects.
-    pub fn connect(address: &Address) -> io::Result<Self> {
-        let connect = |domain, to: &SockAddr| {
-            let socket = Socket::new(domain, Type::STREAM, None)?;
-            // Before connecting: the TCP window's scale is agreed on then.
-            let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
-            socket.connect_timeout(to, CONNECT_PATIENCE)?;
-            Self::new(socket, address)
-        };
+    /// Connects. A cancel ends it, but for the look-up of a host name, which ends when the system's
+    /// resolver says so.
+    pub fn connect(address: &Address, cancel: &CancelToken) -> io::Result<Self> {
         match address {
-            Address::Unix(path) => connect(Domain::UNIX, &SockAddr::unix(path)?),
+            Address::Unix(path) => connect_to(Domain::UNIX, &SockAddr::unix(path)?, cancel),
             Address::Tcp(host_port) => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for to in host_port.to_socket_addrs()? {
-                    match connect(Domain::for_address(to), &to.into()) {
+                    match connect_to(Domain::for_address(to), &to.into(), cancel) {
                         Ok(transport) => return Ok(transport),
                         Err(error) => last = error,
                     }
@@ -58,54 +52,56 @@ impl SocketTransport {
             }
         }
     }
+
+    /// Changes how long the peer may stand still.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
 }
 
-fn volatile_error(error: VolatileMemoryError) -> io::Error {
-    match error {
-        VolatileMemoryError::IOError(error) => error,
-        error => io::Error::other(error),
+fn connect_to(domain: Domain, to: &SockAddr, cancel: &CancelToken) -> io::Result<SocketTransport> {
+    let socket = Socket::new(domain, Type::STREAM, None)?;
+    // Before connecting: the TCP window's scale is agreed on then.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+    let waiting = socket.try_clone()?;
+    // Shutting down a socket that still connects makes it fail at once.
+    let _wake = cancel.on_cancel(move || drop(waiting.shutdown(Shutdown::Both)));
+    if cancel.is_cancelled() {
+        return Err(io::ErrorKind::Interrupted.into());
     }
+    socket.connect_timeout(to, CONNECT_PATIENCE)?;
+    SocketTransport::new(socket)
 }
 
 impl Transport for SocketTransport {
-    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        self.stream.read_exact(buffer)
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        (&self.socket).read(into)
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes)
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.send_with_flags(bytes, libc::MSG_NOSIGNAL)
     }
 
-    fn read_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()> {
-        let mut slice = ram.get_slice(address, len).map_err(io::Error::other)?;
-        self.stream.read_exact_volatile(&mut slice).map_err(volatile_error)
+    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        vectored::receive(self.socket.as_fd(), pages)
     }
 
-    fn write_pages(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> io::Result<()> {
-        let slice = ram.get_slice(address, len).map_err(io::Error::other)?;
-        self.stream.write_all_volatile(&slice).map_err(volatile_error)
+    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        vectored::send(self.socket.as_fd(), head, pages)
     }
 
     fn patience(&self) -> Duration {
         self.patience
     }
 
-    fn set_patience(&mut self, patience: Duration) -> io::Result<()> {
-        self.patience = patience;
-        self.stream.set_read_timeout(Some(patience))?;
-        self.stream.set_write_timeout(Some(patience))
-    }
-
-    fn stopper(&self) -> io::Result<Box<dyn Fn() + Send + Sync>> {
-        let stream = self.stream.try_clone()?;
-        Ok(Box::new(move || {
-            // Fails only if the peer is gone already.
-            let _ = stream.shutdown(Shutdown::Both);
-        }))
+    fn shutdown(&self) {
+        // Fails only if the peer is gone already.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 
 /// A destination's listening socket.
+#[derive(Debug)]
 pub struct Listener {
     socket: Socket,
     address: Address,
@@ -121,9 +117,11 @@ impl Listener {
             if domain != Domain::UNIX {
                 socket.set_reuse_address(true)?;
             }
+            // Inherited by the connections, whose window's scale is agreed on before `accept`.
             let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
             socket.bind(at)?;
-            socket.listen(8)?;
+            socket.listen(BACKLOG)?;
+            socket.set_nonblocking(true)?;
             Ok::<_, io::Error>(socket)
         };
         match address {
@@ -133,8 +131,8 @@ impl Listener {
                 Ok(Self { socket, address: address.clone(), path: Some(path.clone()) })
             }
             Address::Tcp(host_port) => {
-                let at =
-                    host_port.to_socket_addrs()?.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
+                let mut all = host_port.to_socket_addrs()?;
+                let at = all.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let socket = listen(Domain::for_address(at), &at.into())?;
                 let bound = socket.local_addr()?.as_socket().unwrap_or(at);
                 Ok(Self { socket, address: Address::Tcp(bound.to_string()), path: None })
@@ -147,18 +145,21 @@ impl Listener {
         &self.address
     }
 
-    /// Waits for a connection, until cancelled.
-    pub fn accept(&self, cancel: &CancelToken) -> io::Result<SocketTransport> {
-        let socket = self.socket.try_clone()?;
-        // Shutting a listening socket down wakes its accept.
-        cancel.on_cancel(Box::new(move || drop(socket.shutdown(Shutdown::Both))));
-        let (connection, _) = self.socket.accept()?;
-        SocketTransport::new(connection, &self.address)
+    /// A connection that waits to be accepted; `WouldBlock` if there is none. It does not block.
+    pub(super) fn accept_waiting(&self) -> io::Result<(Socket, String)> {
+        let (socket, from) = self.socket.accept()?;
+        socket.set_nonblocking(true)?;
+        let from = from.as_socket().map_or_else(|| "a local process".into(), |at| at.to_string());
+        Ok((socket, from))
+    }
+
+    pub(super) fn raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 }
 
 /// Removes a socket that a dead process left behind; anything else stays.
-fn remove_stale(path: &PathBuf) -> io::Result<()> {
+fn remove_stale(path: &Path) -> io::Result<()> {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
     if is_socket {
         match std::os::unix::net::UnixStream::connect(path) {

@@ -1,4 +1,4 @@
-//! Little-endian integers to and from bytes: the only file with byte-order calls.
+//! Little-endian integers and short strings, to and from bytes: the only file with byte-order calls.
 #![expect(clippy::little_endian_bytes, reason = "the codec")]
 
 use super::WireError;
@@ -28,6 +28,13 @@ impl Encoder {
         self.raw(&value.to_le_bytes())
     }
 
+    /// One byte of length, then the text, cut after 255 bytes: names of ours are shorter.
+    pub fn str8(&mut self, text: &str) -> &mut Self {
+        let bytes = text.as_bytes();
+        let len = u8::try_from(bytes.len()).unwrap_or(u8::MAX);
+        self.u8(len).raw(&bytes[..usize::from(len)])
+    }
+
     /// Bytes as they are.
     pub fn raw(&mut self, bytes: &[u8]) -> &mut Self {
         self.0.extend_from_slice(bytes);
@@ -40,12 +47,13 @@ impl Encoder {
     }
 
     /// Starts anew, keeping the memory.
-    pub fn clear(&mut self) {
+    pub fn clear(&mut self) -> &mut Self {
         self.0.clear();
+        self
     }
 }
 
-/// Takes a payload apart.
+/// Takes a payload apart. Nothing is allocated for a length before it was checked.
 #[derive(Debug)]
 pub struct Decoder<'a> {
     what: &'static str,
@@ -58,17 +66,21 @@ impl<'a> Decoder<'a> {
         Self { what, rest: bytes }
     }
 
+    /// An error about this payload.
+    pub fn malformed(&self, reason: impl Into<String>) -> WireError {
+        WireError::Malformed { what: self.what, reason: reason.into() }
+    }
+
     /// The next `len` bytes.
     pub fn raw(&mut self, len: usize) -> Result<&'a [u8], WireError> {
-        let (bytes, rest) = self.rest.split_at_checked(len).ok_or_else(|| {
-            let reason = "it is too short".to_owned();
-            WireError::Malformed { what: self.what, reason }
-        })?;
+        let split = self.rest.split_at_checked(len);
+        let (bytes, rest) = split.ok_or_else(|| self.malformed("it is too short"))?;
         self.rest = rest;
         Ok(bytes)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+    /// The next `N` bytes.
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let mut array = [0; N];
         array.copy_from_slice(self.raw(N)?);
         Ok(array)
@@ -92,5 +104,25 @@ impl<'a> Decoder<'a> {
     /// Eight bytes.
     pub fn u64(&mut self) -> Result<u64, WireError> {
         self.array().map(u64::from_le_bytes)
+    }
+
+    /// One byte of length, then that much UTF-8.
+    pub fn str8(&mut self) -> Result<&'a str, WireError> {
+        let len = usize::from(self.u8()?);
+        let bytes = self.raw(len)?;
+        std::str::from_utf8(bytes).map_err(|_| self.malformed("a name is not UTF-8"))
+    }
+
+    /// All that is left.
+    pub fn rest(self) -> &'a [u8] {
+        self.rest
+    }
+
+    /// Checks that nothing is left.
+    pub fn finish(self) -> Result<(), WireError> {
+        match self.rest.len() {
+            0 => Ok(()),
+            extra => Err(self.malformed(format!("{extra} bytes too many"))),
+        }
     }
 }

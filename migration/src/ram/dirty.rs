@@ -1,4 +1,6 @@
-//! One bit per page of RAM.
+//! One bit per page of RAM, walked by words and runs. Called by `outgoing` (what is to be sent) and
+//! `incoming` (what has arrived). Where the bits come from is the business of
+//! [`DirtySource`](crate::guest::DirtySource).
 
 use devices::ram::PageIndex;
 use std::ops::Range;
@@ -50,14 +52,25 @@ impl PageBitmap {
         word.is_some_and(|word| word >> (page.0 % 64) & 1 == 1)
     }
 
-    /// Sets `page`; one past the end is ignored.
-    pub fn insert(&mut self, page: PageIndex) {
-        if page.0 < self.page_count
-            && let Some(word) =
-                usize::try_from(page.0 / 64).ok().and_then(|at| self.words.get_mut(at))
-        {
-            *word |= 1 << (page.0 % 64);
+    /// Sets `page_count` pages from `first` on; those past the end are ignored.
+    pub fn insert_run(&mut self, first: PageIndex, page_count: u64) {
+        let end = first.0.saturating_add(page_count).min(self.page_count);
+        let mut at = first.0;
+        while at < end {
+            let in_word = (64 - at % 64).min(end - at);
+            let mask = if in_word == 64 { u64::MAX } else { ((1 << in_word) - 1) << (at % 64) };
+            if let Some(word) = usize::try_from(at / 64).ok().and_then(|at| self.words.get_mut(at))
+            {
+                *word |= mask;
+            }
+            at += in_word;
         }
+    }
+
+    /// Runs of set pages among the `page_count` from `first` on.
+    pub fn runs_among(&self, first: PageIndex, page_count: u64) -> Runs<'_> {
+        let end = first.0.saturating_add(page_count).min(self.page_count);
+        Runs { words: &self.words, at: first.0, end }
     }
 
     /// Runs of set pages within the words `range`, whole words at a time.
@@ -125,6 +138,27 @@ mod tests {
             prop_assert_eq!(from_runs.len() as u64, bitmap.count());
             prop_assert_eq!(from_runs, naive);
         }
+
+        #[test]
+        fn inserted_runs_are_what_comes_out(
+            inserted in prop::collection::vec((0u64..300, 0u64..100), 0..6),
+            window in (0u64..300, 0u64..300),
+        ) {
+            let mut bitmap = PageBitmap::new(256);
+            for (first, count) in &inserted {
+                bitmap.insert_run(PageIndex(*first), *count);
+            }
+            let within = |page: u64, run: (u64, u64)| (run.0..run.0 + run.1).contains(&page);
+            let found: Vec<_> = bitmap
+                .runs_among(PageIndex(window.0), window.1)
+                .flat_map(|(first, count)| first.0..first.0 + count)
+                .collect();
+            let naive: Vec<_> = (0..256)
+                .filter(|page| within(*page, window))
+                .filter(|page| inserted.iter().any(|run| within(*page, *run)))
+                .collect();
+            prop_assert_eq!(found, naive);
+        }
     }
 
     #[test]
@@ -133,7 +167,7 @@ mod tests {
         bitmap.set_all();
         assert_eq!(bitmap.runs(0..4).collect::<Vec<_>>(), [(PageIndex(0), 200)]);
         assert_eq!(bitmap.count(), 200);
-        bitmap.insert(PageIndex(200));
+        bitmap.insert_run(PageIndex(150), 500);
         assert_eq!(bitmap.count(), 200);
     }
 }

@@ -1,0 +1,198 @@
+//! Moves a gigabyte between two processes over loopback TCP, without KVM, and prints how fast.
+//!
+//! ```text
+//! cargo run --release -p migration --example loopback -- [MiB] [percent random] [unix]
+//! ```
+//! The parent is the source, a child of the same program the destination, each with a mapping like a
+//! virtual machine's: anonymous, private, advised to use huge pages.
+
+use devices::ram::{GuestAddress, GuestRam, PageIndex, RamLayout};
+use devices::state::DeviceRecord;
+use migration::cancel::CancelToken;
+use migration::destination::Destination;
+use migration::guest::{
+    DestinationHost, DirtySource, GuestControl, GuestError, IncomingRam, MachineDescription,
+    RunPermit, Stopped,
+};
+use migration::params::SharedParams;
+use migration::source::{Source, SourceOutcome, SourceRam};
+use migration::stats::Counters;
+use migration::transport::{Address, Listener};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+use vm_memory::{Bytes, GuestMemoryBackend};
+
+fn allocate(layout: &RamLayout) -> GuestRam {
+    let ram = GuestRam::from_ranges(&layout.ranges()).expect("guest RAM is mapped");
+    for (block, region) in layout.blocks().iter().zip(ram.iter()) {
+        let len = usize::try_from(block.len_bytes()).expect("64-bit host");
+        // SAFETY: the range is exactly one live mapping; the advice changes no content.
+        unsafe { libc::madvise(region.get_mmap().as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+    }
+    ram
+}
+
+struct Guest(Option<RunPermit>);
+
+impl GuestControl for Guest {
+    fn pause(&mut self) -> Result<Stopped, GuestError> {
+        let permit = self.0.take().ok_or_else(|| GuestError::new("no permit"))?;
+        Ok(Stopped { permit, was_running: true })
+    }
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        Ok(Vec::new())
+    }
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+        self.0 = Some(stopped.permit);
+        Ok(())
+    }
+    fn surrendered(&mut self) {}
+}
+
+/// Nothing writes.
+struct Quiet;
+
+impl DirtySource for Quiet {
+    fn start(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn drain_into(&mut self, _: &mut [u64]) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn clear(&mut self, _: PageIndex, _: &[u64]) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn stop(&mut self) {}
+}
+
+struct Host(Option<IncomingRam>);
+
+impl DestinationHost for Host {
+    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+        let layout = RamLayout::for_size(description.ram_bytes)
+            .map_err(|error| GuestError::new(error.to_string()))?;
+        let ram = IncomingRam { ram: allocate(&layout), layout };
+        self.0 = Some(ram.clone());
+        Ok(ram)
+    }
+    fn load_records(&mut self, _: Vec<DeviceRecord>) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn lock_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn run(&mut self, _: RunPermit, _: bool) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn abandon(&mut self) {}
+}
+
+/// A sum that tells two memories apart.
+fn checksum(ram: &GuestRam, layout: &RamLayout) -> u64 {
+    let mut page = [0u8; 4096];
+    let mut sum = 0u64;
+    for index in 0..layout.page_count() {
+        let Some(address) = layout.address_of(PageIndex(index)) else { continue };
+        ram.read_slice(&mut page, address).expect("RAM is readable");
+        for word in page.as_chunks::<8>().0 {
+            #[expect(clippy::host_endian_bytes, reason = "both ends are this program")]
+            let word = u64::from_ne_bytes(*word);
+            sum = sum.rotate_left(5).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(word);
+        }
+    }
+    sum
+}
+
+fn receive(address: &str) {
+    let listener = Listener::bind(&address.parse().expect("an address")).expect("it can be bound");
+    println!("{}", listener.local_address());
+    let mut host = Host(None);
+    Destination {
+        host: &mut host,
+        counters: Arc::new(Counters::new()),
+        cancel: CancelToken::new(),
+        events: &mut |_| {},
+    }
+    .receive(&listener)
+    .expect("the guest arrives");
+    let ram = host.0.expect("there is a machine");
+    println!("{}", checksum(&ram.ram, &ram.layout));
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [receiver, address] = args.as_slice()
+        && receiver == "receive"
+    {
+        return receive(address);
+    }
+    let number = |index: usize, default| {
+        args.get(index).map_or(default, |arg| arg.parse().unwrap_or(default))
+    };
+    let (size_mib, percent): (u64, u64) = (number(0, 1024), number(1, 75));
+    let layout = RamLayout::for_size(size_mib << 20).expect("a size for RAM");
+    let ram = allocate(&layout);
+    let mut random = std::fs::File::open("/dev/urandom").expect("there is randomness");
+    let mut block = vec![0u8; 2 << 20];
+    random.read_exact(&mut block).expect("there is randomness");
+    for start in (0..(size_mib << 20) * percent / 100).step_by(2 << 20) {
+        block.rotate_left(8);
+        ram.write_slice(&block, GuestAddress(start)).expect("it fits");
+    }
+    let at = if args.iter().any(|arg| arg == "unix") {
+        format!("unix:{}", std::env::temp_dir().join("ferry-loopback").display())
+    } else {
+        "tcp:127.0.0.1:0".to_owned()
+    };
+    let sum = checksum(&ram, &layout);
+    for _ in 0..5 {
+        let mut child = Command::new(std::env::current_exe().expect("this program"))
+            .args(["receive", &at])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a child");
+        let mut lines = BufReader::new(child.stdout.take().expect("its output")).lines();
+        let address: Address = lines
+            .next()
+            .and_then(Result::ok)
+            .and_then(|line| line.parse().ok())
+            .expect("an address");
+        let counters = Arc::new(Counters::new());
+        let started = Instant::now();
+        let outcome = Source {
+            guest: &mut Guest(Some(RunPermit::cold_boot())),
+            machine: &MachineDescription {
+                version: 1,
+                ram_bytes: size_mib << 20,
+                machine: serde_json::Value::Null,
+            },
+            params: SharedParams::default(),
+            counters: counters.clone(),
+            cancel: CancelToken::new(),
+            events: &mut |_| {},
+        }
+        .migrate(
+            &address,
+            SourceRam { ram: ram.clone(), layout: layout.clone(), dirty: Box::new(Quiet) },
+        );
+        let elapsed = started.elapsed();
+        assert!(matches!(outcome, SourceOutcome::Completed), "{outcome:?}");
+        let arrived = lines.next().and_then(Result::ok).and_then(|line| line.parse::<u64>().ok());
+        assert_eq!(arrived, Some(sum), "the memory that arrived is another");
+        child.wait().expect("the child ends");
+        let stats = counters.snapshot();
+        println!(
+            "{size_mib} MiB, {percent} % random: {elapsed:.1?}, {:.2} GB/s of RAM, {:.2} GB/s sent, \
+             setup {:.1?}, stopped {:.2?}",
+            (size_mib << 20) as f64 / elapsed.as_secs_f64() / 1e9,
+            stats.transferred_bytes as f64 / elapsed.as_secs_f64() / 1e9,
+            stats.setup_time.unwrap_or_default(),
+            stats.downtime.unwrap_or_default(),
+        );
+    }
+}

@@ -1,0 +1,113 @@
+//! From the machine description to the last page: an explicit order of frames, any other refused by
+//! name.
+
+use super::receiver::Receiver;
+use super::{Destination, DestinationError};
+use crate::guest::MachineDescription;
+use crate::ram::incoming::RamIncoming;
+use crate::stats::MigrationStatus;
+use crate::transport::channels::payload_of;
+use crate::transport::{Channel, Main};
+use crate::wire::section::{BODY_VERSION, Eof, RamSetup, RamTotals, Section, Stage};
+use crate::wire::{Frame, Kind, WireError};
+use devices::state::DeviceRecord;
+use std::sync::Arc;
+
+impl Destination<'_> {
+    /// Loads everything; what it returns says whether the guest ran at the source.
+    pub(super) fn load(
+        &mut self,
+        main: &Arc<Main>,
+        data: Channel,
+    ) -> Result<bool, DestinationError> {
+        let frame = main.receive()?;
+        let machine = payload_of(frame, Kind::Machine, "the machine description")?;
+        let machine: MachineDescription = from_json("machine description", &machine)?;
+        let ram = self.host.build(&machine).map_err(DestinationError::Guest)?;
+        let total_bytes = ram.layout.size_bytes();
+        self.counters.update(|stats| stats.total_bytes = total_bytes);
+        main.send(Kind::Accepted, &[])?;
+        let frame = main.receive()?;
+        let setup = RamSetup::decode(section(&frame, "ram", Stage::Setup, "the setup of RAM")?)?;
+        if setup.data_channels != 1 {
+            let reason = format!("{} data channels", setup.data_channels);
+            return Err(WireError::Malformed { what: "RAM setup", reason }.into());
+        }
+        let ram = RamIncoming::start(ram, setup, self.counters.clone())?;
+        let receiver = Receiver::start(ram, data, main.clone())?;
+        self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
+        self.status(MigrationStatus::Active);
+        self.load_rest(main, &receiver).map_err(|error| match error {
+            // Woken because the pages have failed.
+            DestinationError::Wire(WireError::Interrupted) => match receiver.take_error() {
+                Some(lost @ WireError::Lost(_)) => why_lost(main, lost).into(),
+                other => other.map_or(error, DestinationError::Wire),
+            },
+            error => error,
+        })
+    }
+
+    /// Everything on the main connection while pages come on the other.
+    fn load_rest(&mut self, main: &Main, receiver: &Receiver) -> Result<bool, DestinationError> {
+        let frame = main.receive()?;
+        let body = section(&frame, "device", Stage::Full, "the state of the devices")?;
+        let records: Vec<DeviceRecord> = from_json("device state", body)?;
+        drop(frame);
+        self.host.load_records(records).map_err(DestinationError::Guest)?;
+        let frame = main.receive()?;
+        let theirs = RamTotals::decode(section(&frame, "ram", Stage::End, "the end of RAM")?)?;
+        let frame = main.receive()?;
+        let eof = Eof::decode(&payload_of(frame, Kind::Eof, "the end of the stream")?)?;
+        let (frames, ours) = receiver.finish()?;
+        if (&[frames][..], ours) != (&eof.frames[..], theirs) {
+            let reason = format!(
+                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames} have arrived",
+                eof.frames
+            );
+            return Err(WireError::Malformed { what: "end of the stream", reason }.into());
+        }
+        self.host.lock_disks().map_err(DestinationError::Guest)?;
+        Ok(eof.running)
+    }
+}
+
+/// A source that gives up says so on the main connection, and then ends the other.
+fn why_lost(main: &Main, lost: WireError) -> WireError {
+    match main.hear_farewell() {
+        Some(last) if last.kind == Kind::Abort => WireError::Aborted(last.reason()),
+        _ => lost,
+    }
+}
+
+/// The body of the section that has to come now.
+fn section<'f>(
+    frame: &'f Frame,
+    name: &str,
+    stage: Stage,
+    expected: &'static str,
+) -> Result<&'f [u8], WireError> {
+    if frame.kind != Kind::Section {
+        return Err(WireError::Unexpected { found: format!("{:?}", frame.kind), expected });
+    }
+    let section = Section::decode(&frame.payload)?;
+    if (section.name, section.stage) != (name, stage) {
+        let found = match section.name {
+            "ram" | "device" => format!("{:?} of section {:?}", section.stage, section.name),
+            unknown => format!("unknown section {unknown:?}"),
+        };
+        return Err(WireError::Unexpected { found, expected });
+    }
+    if section.version != BODY_VERSION {
+        let reason = format!("version {}, known is {BODY_VERSION}", section.version);
+        return Err(WireError::Malformed { what: expected, reason });
+    }
+    Ok(section.body)
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(
+    what: &'static str,
+    json: &[u8],
+) -> Result<T, WireError> {
+    serde_json::from_slice(json)
+        .map_err(|error| WireError::Malformed { what, reason: error.to_string() })
+}

@@ -1,0 +1,271 @@
+//! Frames of the data channels, byte by byte. Pure: no I/O, no guest memory.
+//!
+//! ```text
+//! frame   kind u8 (1 pages, 2 mark, 3 end) · 0 u8 · run count u16 · raw pages u32     8 bytes
+//! pages   run table, then the raw pages of all raw runs, in the order of the table
+//! run     first page u64 · page count u32 · kind u8 (0 zero, 1 raw) · 0 u8 · 0 u16    16 bytes
+//! mark    number u64                    echoed on the main connection once all before it is in place
+//! end     nothing                       the last frame of the channel
+//! ```
+//! All integers little-endian. A run lies wholly in one block of RAM.
+
+use crate::wire::{Decoder, Encoder, WireError};
+use devices::ram::{GuestAddress, PageIndex, RamLayout};
+
+/// Bytes of a frame's header.
+pub const FRAME_HEADER_BYTES: usize = 8;
+/// Bytes of one run in a frame's table.
+pub const RUN_BYTES: usize = 16;
+/// Most runs of a frame.
+pub const MAX_RUNS: usize = 512;
+/// Most raw pages of a frame: 4 MiB.
+pub const MAX_RAW_PAGES: u32 = 1024;
+const WHAT: &str = "page frame";
+
+/// How the pages of a run travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RunKind {
+    /// They are zero; there is no payload.
+    Zero = 0,
+    /// As they are.
+    Raw = 1,
+}
+
+/// Neighbouring pages that travel the same way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// The first.
+    pub first: PageIndex,
+    /// How many.
+    pub page_count: u32,
+    /// Which way.
+    pub kind: RunKind,
+}
+
+/// A frame that is being put together.
+#[derive(Debug, Default)]
+pub struct Batch {
+    runs: Vec<Run>,
+    raw_pages: u32,
+    zero_pages: u64,
+}
+
+impl Batch {
+    /// Appends pages of one block, all of one kind, growing the last run where they continue it.
+    /// They must fit: see [`Batch::room`].
+    pub fn push(&mut self, first: PageIndex, page_count: u32, kind: RunKind, layout: &RamLayout) {
+        match kind {
+            RunKind::Zero => self.zero_pages += u64::from(page_count),
+            RunKind::Raw => self.raw_pages += page_count,
+        }
+        if let Some(last) = self.runs.last_mut()
+            && last.kind == kind
+            && last.first.0 + u64::from(last.page_count) == first.0
+            && let Some(sum) = last.page_count.checked_add(page_count)
+            // A run never goes on from one block into the next.
+            && layout.run_address(last.first, sum.into()).is_some()
+        {
+            last.page_count = sum;
+            return;
+        }
+        self.runs.push(Run { first, page_count, kind });
+    }
+
+    /// Whether another run can be appended, with raw pages up to `most_raw` in all.
+    pub fn has_room(&self, most_raw: u32) -> bool {
+        self.runs.len() < MAX_RUNS && self.raw_pages < most_raw
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// The runs.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Raw pages of all runs.
+    pub fn raw_pages(&self) -> u32 {
+        self.raw_pages
+    }
+
+    /// Zero pages of all runs.
+    pub fn zero_pages(&self) -> u64 {
+        self.zero_pages
+    }
+
+    /// Header and table.
+    pub fn encode_head(&self, encoder: &mut Encoder) {
+        let run_count = u16::try_from(self.runs.len()).unwrap_or(u16::MAX);
+        encoder.clear().u8(1).u8(0).u16(run_count).u32(self.raw_pages);
+        for run in &self.runs {
+            encoder.u64(run.first.0).u32(run.page_count).u8(run.kind as u8).u8(0).u16(0);
+        }
+    }
+
+    /// Starts anew, keeping the memory.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        (self.raw_pages, self.zero_pages) = (0, 0);
+    }
+}
+
+/// A mark.
+pub fn encode_mark(encoder: &mut Encoder, number: u64) {
+    encoder.clear().u8(2).u8(0).u16(0).u32(0).u64(number);
+}
+
+/// The end of a channel.
+pub fn encode_end(encoder: &mut Encoder) {
+    encoder.clear().u8(3).u8(0).u16(0).u32(0);
+}
+
+/// A frame's header, checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameHeader {
+    /// Pages.
+    Pages {
+        /// Runs in the table; at most [`MAX_RUNS`].
+        run_count: usize,
+        /// Raw pages after the table; at most [`MAX_RAW_PAGES`].
+        raw_pages: u32,
+    },
+    /// A mark; its number follows.
+    Mark,
+    /// The last frame.
+    End,
+}
+
+impl FrameHeader {
+    /// Reads a header.
+    pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new(WHAT, bytes);
+        let (kind, zero) = (decoder.u8()?, decoder.u8()?);
+        let (run_count, raw_pages) = (usize::from(decoder.u16()?), decoder.u32()?);
+        match (kind, zero, run_count, raw_pages) {
+            (1, 0, 1..=MAX_RUNS, 0..=MAX_RAW_PAGES) => Ok(Self::Pages { run_count, raw_pages }),
+            (2, 0, 0, 0) => Ok(Self::Mark),
+            (3, 0, 0, 0) => Ok(Self::End),
+            (1, 0, ..) => {
+                Err(decoder.malformed(format!("{run_count} runs of {raw_pages} raw pages")))
+            }
+            _ => Err(decoder.malformed(format!("header {bytes:02x?}"))),
+        }
+    }
+}
+
+/// Reads a table into `runs`, each with its guest address. Every run lies in RAM, and the raw ones
+/// have `raw_pages` pages together.
+pub fn decode_table(
+    table: &[u8],
+    raw_pages: u32,
+    layout: &RamLayout,
+    runs: &mut Vec<(Run, GuestAddress)>,
+) -> Result<(), WireError> {
+    runs.clear();
+    let mut raw_left = raw_pages;
+    for bytes in table.chunks(RUN_BYTES) {
+        let mut decoder = Decoder::new(WHAT, bytes);
+        let (first, page_count) = (PageIndex(decoder.u64()?), decoder.u32()?);
+        let kind = match (decoder.u8()?, decoder.u8()?, decoder.u16()?) {
+            (0, 0, 0) => RunKind::Zero,
+            (1, 0, 0) => RunKind::Raw,
+            (kind, ..) => return Err(decoder.malformed(format!("a run of unknown kind {kind}"))),
+        };
+        let address = layout.run_address(first, page_count.into()).ok_or_else(|| {
+            decoder.malformed(format!("pages {}+{page_count} are outside the guest's RAM", first.0))
+        })?;
+        if kind == RunKind::Raw {
+            let left = raw_left.checked_sub(page_count);
+            raw_left = left.ok_or_else(|| decoder.malformed("more raw pages than announced"))?;
+        }
+        runs.push((Run { first, page_count, kind }, address));
+    }
+    if raw_left != 0 {
+        let decoder = Decoder::new(WHAT, &[]);
+        return Err(decoder.malformed(format!("{raw_left} raw pages belong to no run")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn layout() -> RamLayout {
+        RamLayout::for_size((3 << 30) + (4 << 20)).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn a_batch_reads_back_as_pushed(
+            pushed in prop::collection::vec((0u64..787_000, 1u32..3, any::<bool>()), 1..200),
+        ) {
+            let layout = layout();
+            let mut batch = Batch::default();
+            let mut naive = Vec::new();
+            for (first, page_count, raw) in pushed {
+                let kind = if raw { RunKind::Raw } else { RunKind::Zero };
+                if layout.run_address(PageIndex(first), page_count.into()).is_none() {
+                    continue;
+                }
+                batch.push(PageIndex(first), page_count, kind, &layout);
+                naive.extend((first..first + u64::from(page_count)).map(|page| (page, kind)));
+            }
+            prop_assume!(!batch.is_empty());
+            let mut head = Encoder::default();
+            batch.encode_head(&mut head);
+            let (header, table) = head.bytes().split_first_chunk().unwrap();
+            let header = FrameHeader::decode(header).unwrap();
+            let raw_pages = batch.raw_pages();
+            prop_assert_eq!(header, FrameHeader::Pages { run_count: batch.runs().len(), raw_pages });
+            let mut runs = Vec::new();
+            decode_table(table, raw_pages, &layout, &mut runs).unwrap();
+            let pages: Vec<_> = runs
+                .iter()
+                .flat_map(|(run, _)| {
+                    (run.first.0..run.first.0 + u64::from(run.page_count)).map(|page| (page, run.kind))
+                })
+                .collect();
+            prop_assert_eq!(pages, naive);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(
+            header in any::<[u8; 8]>(),
+            table in prop::collection::vec(any::<u8>(), 0..80),
+            raw_pages in 0u32..5,
+        ) {
+            let _ = FrameHeader::decode(&header);
+            let _ = decode_table(&table, raw_pages, &layout(), &mut Vec::new());
+        }
+    }
+
+    #[test]
+    fn a_run_stops_at_the_hole() {
+        let layout = layout();
+        let last_low = PageIndex((3 << 30) / 4096 - 1);
+        let mut batch = Batch::default();
+        batch.push(last_low, 1, RunKind::Raw, &layout);
+        batch.push(PageIndex(last_low.0 + 1), 1, RunKind::Raw, &layout);
+        assert_eq!(batch.runs().len(), 2);
+    }
+
+    #[test]
+    fn impossible_headers_are_refused() {
+        for header in [
+            [1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 0, 1, 2, 0, 0, 0, 0],
+            [1, 0, 1, 0, 1, 4, 0, 0],
+            [1, 1, 1, 0, 1, 0, 0, 0],
+            [2, 0, 1, 0, 0, 0, 0, 0],
+            [4, 0, 0, 0, 0, 0, 0, 0],
+        ] {
+            assert!(FrameHeader::decode(&header).is_err(), "{header:?}");
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! How a migration ends at the source, and why.
+
+use crate::guest::GuestError;
+use crate::wire::WireError;
+use std::io;
+
+/// Why a migration failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Nobody listens there.
+    #[error("cannot connect to {address}: is `ferry receive` running there?")]
+    Connect {
+        /// Where.
+        address: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection or the other side.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// This side's machine.
+    #[error(transparent)]
+    Guest(GuestError),
+    /// Guest RAM cannot be read.
+    #[error("guest RAM: {0}")]
+    Ram(String),
+    /// The user cancelled.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// Device state that cannot be encoded.
+    #[error("cannot encode {what}")]
+    Encode {
+        /// What.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The host does not give a thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// The destination got the right to run, could not, and gave it back.
+    #[error("the destination could not start the guest, which goes on here: {reason}")]
+    Declined {
+        /// In the destination's words.
+        reason: String,
+    },
+    /// The migration failed, and then the guest could not go on here either.
+    #[error("{cause}; then the guest could not be resumed here, and stays paused")]
+    NotResumed {
+        /// Why the migration failed.
+        cause: String,
+        /// Why the guest stays paused.
+        #[source]
+        source: GuestError,
+    },
+}
+
+/// How a migration ended.
+#[derive(Debug)]
+pub enum SourceOutcome {
+    /// The guest runs at the destination.
+    Completed,
+    /// Cancelled; the guest goes on here.
+    Cancelled,
+    /// Failed; the guest goes on here, or the error says why it cannot.
+    Failed(SourceError),
+    /// The answer to `Go` was lost: the guest is stopped here and may run there. A person decides.
+    Unknown(SourceError),
+}

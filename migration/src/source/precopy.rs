@@ -1,0 +1,165 @@
+//! The round loop, while the guest runs: send what is dirty, wait until it is in place, look what has
+//! become dirty meanwhile, let `policy` decide.
+
+use super::{Link, MigrationEvent, Source, SourceError};
+use crate::cancel::CancelToken;
+use crate::pace::{Allowance, TokenBucket};
+use crate::params::SharedParams;
+use crate::policy::{self, Decision, Round};
+use crate::ram::outgoing::RamOutgoing;
+use crate::transport::Throttle;
+use crate::transport::channels::payload_of;
+use crate::wire::{Decoder, Kind, WireError};
+use devices::ram::PAGE_SIZE;
+use std::time::{Duration, Instant};
+
+impl Source<'_> {
+    /// Rounds, until the rest fits into the pause.
+    pub(super) fn precopy(
+        &mut self,
+        link: &Link,
+        ram: &mut RamOutgoing,
+        pace: &mut Pace,
+    ) -> Result<(), SourceError> {
+        let fixed = policy::fixed_downtime(link.round_trip);
+        let mut polished = 0;
+        for number in 1.. {
+            self.begin_pass(number);
+            let harvested = Instant::now();
+            pace.begin_round();
+            ram.iterate(&link.data, pace)?;
+            ram.mark(number, &link.data, pace)?;
+            let sent_bytes = pace.end_round(|| await_mark(link, number))?;
+            // The last look before the decision: a round over a clean guest ends here at once.
+            ram.harvest()?;
+            let duration = harvested.elapsed();
+            let round = Round { sent_bytes, duration, dirtied_bytes: ram.pending_bytes() };
+            let (bandwidth, limit) = (pace.bandwidth(), self.params.get().downtime_limit);
+            let expected = policy::expected_downtime(round.dirtied_bytes, bandwidth, fixed);
+            self.record(round, bandwidth, expected);
+            log::debug!("round {number}: {round:?}, {bandwidth} bytes/s, {expected:?} to stop");
+            match policy::decide(round, bandwidth, fixed, limit, polished) {
+                Decision::Stop => break,
+                Decision::Again { polishing } => polished += u32::from(polishing),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn begin_pass(&mut self, number: u64) {
+        self.counters.update(|stats| stats.rounds = number);
+        (self.events)(MigrationEvent::Pass(number));
+    }
+
+    fn record(&self, round: Round, bandwidth: u64, expected: Duration) {
+        let dirtied_per_sec = policy::per_second(round.dirtied_bytes, round.duration);
+        self.counters.update(|stats| {
+            stats.bytes_per_sec = bandwidth;
+            stats.dirty_pages_rate = dirtied_per_sec / PAGE_SIZE;
+            stats.remaining_bytes = round.dirtied_bytes;
+            stats.expected_downtime = Some(expected);
+            stats.history.push(round);
+        });
+    }
+}
+
+/// Waits until the destination has all pages before mark `number` in place.
+fn await_mark(link: &Link, number: u64) -> Result<(), SourceError> {
+    let what = "the echo of a mark";
+    let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
+    let mut decoder = Decoder::new(what, &payload);
+    let echoed = decoder.u64()?;
+    decoder.finish()?;
+    if echoed != number {
+        return Err(
+            WireError::Unexpected { found: format!("mark {echoed}"), expected: what }.into()
+        );
+    }
+    Ok(())
+}
+
+/// A round must move this much before its bandwidth counts: less is mostly journeys.
+const MEASURABLE_BYTES: u64 = 4 << 20;
+/// Until something was measured: a guess that any link of today keeps.
+const ASSUMED_BYTES_PER_SEC: u64 = 100 << 20;
+/// Longest wait for tokens at once, so that a raised cap is noticed.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
+/// Keeps to the cap and measures the bandwidth.
+pub(super) struct Pace {
+    params: SharedParams,
+    cancel: CancelToken,
+    origin: Instant,
+    bucket: TokenBucket,
+    round_began: Instant,
+    round_sent: u64,
+    /// How long the cap held this round up.
+    round_held: Duration,
+    measured: u64,
+}
+
+impl Pace {
+    pub(super) fn new(params: SharedParams, cancel: CancelToken) -> Self {
+        let now = Instant::now();
+        Self {
+            params,
+            cancel,
+            origin: now,
+            bucket: TokenBucket::default(),
+            round_began: now,
+            round_sent: 0,
+            round_held: Duration::ZERO,
+            measured: ASSUMED_BYTES_PER_SEC,
+        }
+    }
+
+    pub(super) fn begin_round(&mut self) {
+        (self.round_began, self.round_sent) = (Instant::now(), 0);
+        self.round_held = Duration::ZERO;
+    }
+
+    /// Waits with `settled` until all has arrived, then takes the measure. Returns what was sent.
+    fn end_round(
+        &mut self,
+        settled: impl FnOnce() -> Result<(), SourceError>,
+    ) -> Result<u64, SourceError> {
+        settled()?;
+        if self.round_sent >= MEASURABLE_BYTES {
+            let busy = self.round_began.elapsed().saturating_sub(self.round_held);
+            self.measured = policy::per_second(self.round_sent, busy);
+        }
+        Ok(self.round_sent)
+    }
+
+    /// What the link moves; under a cap never more than the cap.
+    fn bandwidth(&self) -> u64 {
+        match self.params.get().max_bandwidth {
+            0 => self.measured,
+            cap => self.measured.min(cap),
+        }
+    }
+}
+
+impl Throttle for Pace {
+    fn allow(&mut self, wanted: usize) -> Result<usize, WireError> {
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(WireError::Interrupted);
+            }
+            let cap = self.params.get().max_bandwidth;
+            let now = Instant::now();
+            match self.bucket.allow(now.duration_since(self.origin), cap, wanted) {
+                Allowance::Bytes(bytes) => return Ok(bytes),
+                Allowance::Wait(duration) => {
+                    self.cancel.wait(duration.min(LONGEST_WAIT));
+                    self.round_held += now.elapsed();
+                }
+            }
+        }
+    }
+
+    fn sent(&mut self, bytes: usize) {
+        self.round_sent += bytes as u64;
+        self.bucket.spend(bytes);
+    }
+}

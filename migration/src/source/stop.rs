@@ -1,0 +1,100 @@
+//! The pause: device records, the rest of RAM, the end of the stream, and the destination's `Ready`.
+//! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed.
+
+use super::handover::{Handover, hand_over};
+use super::precopy::Pace;
+use super::{Link, MigrationEvent, Source, SourceError, chain, encode, settle};
+use crate::guest::PausedGuest;
+use crate::ram::outgoing::RamOutgoing;
+use crate::stats::{Counters, MigrationStatus};
+use crate::transport::channels::payload_of;
+use crate::wire::Kind;
+use crate::wire::section::{Eof, Section, Stage};
+use std::time::{Duration, Instant};
+
+/// How long a destination may take to load the rest, besides the time that the rest may travel.
+const READY_PATIENCE: Duration = Duration::from_secs(60);
+
+impl Source<'_> {
+    pub(super) fn stop_and_hand_over(
+        &mut self,
+        link: &Link,
+        ram: &mut RamOutgoing,
+        pace: &mut Pace,
+    ) -> Result<Handover, SourceError> {
+        let Self { guest, counters, params, cancel, events, .. } = self;
+        let stopped_at = Instant::now();
+        let before = counters.snapshot().transferred_bytes;
+        let mut paused = match PausedGuest::pause(&mut **guest) {
+            Ok(paused) => paused,
+            Err(error) => return Err(settle(link, SourceError::Guest(error))),
+        };
+        counters.update(|stats| {
+            stats.status = MigrationStatus::Device;
+            stats.precopy_bytes = before;
+        });
+        events(MigrationEvent::Status(MigrationStatus::Device));
+        let patience = READY_PATIENCE + params.get().downtime_limit * 2;
+        let ready = send_stopped(link, ram, pace, &mut paused, counters, &mut **events)
+            .and_then(|()| {
+                let frame = link.main.receive_within("the destination's readiness", patience)?;
+                Ok(payload_of(frame, Kind::Ready, "the destination's readiness")?)
+            })
+            // The point of no return: a cancel comes either before it or not at all.
+            .and_then(|_| if cancel.disarm() { Ok(()) } else { Err(SourceError::Cancelled) });
+        if let Err(error) = ready {
+            return Err(give_up(link, paused, error));
+        }
+        let handover = hand_over(paused, &link.main);
+        let downtime = stopped_at.elapsed();
+        counters.update(|stats| {
+            stats.downtime = Some(downtime);
+            stats.downtime_bytes = stats.transferred_bytes - before;
+        });
+        Ok(handover)
+    }
+}
+
+fn send_stopped(
+    link: &Link,
+    ram: &mut RamOutgoing,
+    pace: &mut Pace,
+    paused: &mut PausedGuest<'_>,
+    counters: &Counters,
+    events: &mut dyn FnMut(MigrationEvent),
+) -> Result<(), SourceError> {
+    let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
+    link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
+    ram.harvest()?;
+    let (number, pending) = (counters.snapshot().rounds + 1, ram.pending_bytes());
+    counters.update(|stats| {
+        (stats.rounds, stats.remaining_bytes) = (number, pending);
+        stats.transferred_bytes += records.len() as u64;
+    });
+    events(MigrationEvent::Pass(number));
+    pace.begin_round();
+    ram.complete(&link.data, pace)?;
+    paused.release_disks().map_err(SourceError::Guest)?;
+    let (frames, totals) = ram.totals();
+    let eof = Eof { running: paused.was_running(), frames: vec![frames] };
+    let end = Section::encode(Stage::End, "ram", &totals.encode());
+    link.main.send_all(&[(Kind::Section, &end), (Kind::Eof, &eof.encode())])?;
+    Ok(())
+}
+
+/// First the destination is told, so that it lets go of the disks; then the guest is resumed.
+fn give_up(link: &Link, paused: PausedGuest<'_>, error: SourceError) -> SourceError {
+    let told_by_peer = matches!(
+        error,
+        SourceError::Wire(crate::wire::WireError::Refused(_) | crate::wire::WireError::Lost(_))
+    );
+    let error = settle(link, error);
+    if !told_by_peer {
+        // It closes the connection once the disks are free.
+        link.main.hear_farewell();
+    }
+    match paused.resume() {
+        Ok(()) => error,
+        Err(source) => SourceError::NotResumed { cause: chain(&error), source },
+    }
+}

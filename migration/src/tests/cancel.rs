@@ -1,0 +1,47 @@
+//! A cancel at any step, from either side.
+
+use super::fake::*;
+use crate::params::Params;
+use crate::source::{MigrationEvent, SourceOutcome};
+use crate::stats::MigrationStatus;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_cancel_at_any_step_leaves_the_guest_running_at_the_source() {
+    use MigrationEvent::{Pass, Status};
+    use MigrationStatus::{Active, Device, Setup};
+    for at in [Status(Setup), Status(Active), Pass(1), Status(Device), Pass(2)] {
+        let end = migrate(&Scenario { cancel_source_at: Some(at), ..Default::default() });
+        assert!(matches!(end.source, SourceOutcome::Cancelled), "{at:?}: {:?}", end.source);
+        end.assert_back_at_source(&format!("{at:?}"));
+        assert_eq!(end.events.last(), Some(&Status(MigrationStatus::Cancelled)));
+    }
+}
+
+#[test]
+fn the_destination_hears_that_the_source_has_cancelled() {
+    let at = MigrationEvent::Status(MigrationStatus::Device);
+    let end = migrate(&Scenario { cancel_source_at: Some(at), ..Default::default() });
+    let heard = end.destination.unwrap_err();
+    assert!(heard.contains("cancelled"), "{heard}");
+}
+
+#[test]
+fn a_cancel_at_the_destination_leaves_the_guest_running_at_the_source() {
+    for at in [MigrationStatus::Setup, MigrationStatus::Active] {
+        let end = migrate(&Scenario { cancel_destination_at: Some(at), ..Default::default() });
+        assert!(matches!(end.source, SourceOutcome::Failed(_)), "{at:?}: {:?}", end.source);
+        end.assert_back_at_source(&format!("{at:?}"));
+    }
+}
+
+#[test]
+fn a_cancel_ends_a_migration_that_would_take_hours() {
+    let params = Params { max_bandwidth: 100, ..Default::default() };
+    let started = Instant::now();
+    let at = MigrationEvent::Pass(1);
+    let end = migrate(&Scenario { params, cancel_source_at: Some(at), ..Default::default() });
+    assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+    assert!(started.elapsed() < Duration::from_secs(3));
+    end.assert_back_at_source("a low cap");
+}

@@ -1,0 +1,515 @@
+//! A machine without KVM for both ends, a link in memory, and whole migrations made of them.
+
+use crate::cancel::CancelToken;
+use crate::destination::Destination;
+use crate::guest::*;
+use crate::params::{Params, SharedParams};
+use crate::source::{MigrationEvent, Source, SourceOutcome, SourceRam, chain};
+use crate::stats::{Counters, MigrationStatus};
+use crate::transport::Transport;
+use crate::transport::memory::{MemoryLink, MemoryTransport};
+use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
+use devices::state::DeviceRecord;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestMemoryBackend};
+
+pub const RAM_BYTES: u64 = 2 << 20;
+
+/// The one disk that both ends see, and who holds its lock.
+#[derive(Default)]
+pub struct Disk {
+    holder: Mutex<Option<&'static str>>,
+    changed: Condvar,
+}
+
+impl Disk {
+    /// Waits a while for a holder that is about to let go, as a machine that takes its disk back does.
+    fn lock(&self, who: &'static str, patience: Duration) -> Result<(), GuestError> {
+        let holder = self.holder.lock().unwrap();
+        let others = |holder: &mut Option<&str>| holder.is_some_and(|holder| holder != who);
+        let (mut holder, _) = self.changed.wait_timeout_while(holder, patience, others).unwrap();
+        if let Some(other) = holder.filter(|other| *other != who) {
+            return Err(GuestError::new(format!("the disk is locked by the {other}")));
+        }
+        *holder = Some(who);
+        Ok(())
+    }
+
+    fn unlock(&self, who: &'static str) {
+        let mut holder = self.holder.lock().unwrap();
+        if *holder == Some(who) {
+            *holder = None;
+        }
+        self.changed.notify_all();
+    }
+
+    pub fn holder(&self) -> Option<&'static str> {
+        *self.holder.lock().unwrap()
+    }
+}
+
+#[derive(Default)]
+pub struct Machine {
+    pub running: AtomicBool,
+    pub permit: Mutex<Option<RunPermit>>,
+    pub surrendered: AtomicBool,
+    pub abandoned: AtomicU32,
+}
+
+/// Where a scripted failure happens.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Fail {
+    #[default]
+    Nothing,
+    Track,
+    Pause,
+    Save,
+    Release,
+    Build,
+    Load,
+    Lock,
+    Run,
+    PanicInSave,
+}
+
+pub struct FakeSource {
+    pub machine: Arc<Machine>,
+    pub disk: Arc<Disk>,
+    pub fail: Fail,
+    pub ram: GuestRam,
+    /// Writes RAM while the guest runs.
+    pub mutator: Option<Mutator>,
+}
+
+fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
+    if fail == here {
+        Err(GuestError::new(format!("scripted failure of {here:?}")))
+    } else {
+        Ok(())
+    }
+}
+
+impl GuestControl for FakeSource {
+    fn pause(&mut self) -> Result<Stopped, GuestError> {
+        step(self.fail, Fail::Pause)?;
+        if let Some(mutator) = &mut self.mutator {
+            mutator.stop();
+        }
+        let was_running = self.machine.running.swap(false, SeqCst);
+        let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
+        Ok(Stopped { permit, was_running })
+    }
+
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        assert!(self.fail != Fail::PanicInSave, "scripted panic");
+        step(self.fail, Fail::Save)?;
+        // Saving a device may write RAM.
+        self.ram.write_obj(0x77u8, GuestAddress(9 * PAGE_SIZE)).unwrap();
+        let state = serde_json::json!({"answer": 42});
+        Ok(vec![DeviceRecord { kind: "fake".into(), instance: String::new(), version: 1, state }])
+    }
+
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        step(self.fail, Fail::Release)?;
+        self.disk.unlock("source");
+        Ok(())
+    }
+
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+        *self.machine.permit.lock().unwrap() = Some(stopped.permit);
+        self.disk.lock("source", Duration::from_secs(5))?;
+        self.machine.running.store(stopped.was_running, SeqCst);
+        Ok(())
+    }
+
+    fn surrendered(&mut self) {
+        assert!(self.machine.permit.lock().unwrap().is_none());
+        self.machine.surrendered.store(true, SeqCst);
+    }
+}
+
+pub struct FakeHost {
+    pub machine: Arc<Machine>,
+    pub disk: Arc<Disk>,
+    pub fail: Fail,
+    pub ram: Option<GuestRam>,
+    pub records: Vec<DeviceRecord>,
+}
+
+impl DestinationHost for FakeHost {
+    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+        step(self.fail, Fail::Build)?;
+        let layout = RamLayout::for_size(description.ram_bytes)
+            .map_err(|error| GuestError::new(error.to_string()))?;
+        let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+        self.ram = Some(ram.clone());
+        Ok(IncomingRam { ram, layout })
+    }
+
+    fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
+        self.records.extend(records);
+        step(self.fail, Fail::Load)
+    }
+
+    fn lock_disks(&mut self) -> Result<(), GuestError> {
+        step(self.fail, Fail::Lock)?;
+        self.disk.lock("destination", Duration::ZERO)
+    }
+
+    fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
+        step(self.fail, Fail::Run)?;
+        assert_eq!(self.disk.holder(), Some("destination"), "no guest runs on an unlocked disk");
+        *self.machine.permit.lock().unwrap() = Some(permit);
+        self.machine.running.store(running, SeqCst);
+        Ok(())
+    }
+
+    fn abandon(&mut self) {
+        assert!(!self.machine.running.load(SeqCst), "a running guest is not abandoned");
+        self.machine.abandoned.fetch_add(1, SeqCst);
+        self.disk.unlock("destination");
+    }
+}
+
+/// What was written through vm-memory, as it marks it. Manual: a bit stays until it is cleared.
+pub struct FakeDirty {
+    pub ram: GuestRam,
+    pub log: Vec<u64>,
+    pub fail: Fail,
+}
+
+impl FakeDirty {
+    fn collect(&mut self) {
+        let mut words = self.log.as_mut_slice();
+        for region in self.ram.iter() {
+            let marks = region.get_mmap().bitmap().get_and_reset();
+            let (here, rest) = words.split_at_mut(marks.len());
+            here.iter_mut().zip(marks).for_each(|(word, marks)| *word |= marks);
+            words = rest;
+        }
+    }
+}
+
+impl DirtySource for FakeDirty {
+    fn start(&mut self) -> Result<(), GuestError> {
+        step(self.fail, Fail::Track)?;
+        self.log.fill(u64::MAX);
+        Ok(())
+    }
+
+    fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError> {
+        self.collect();
+        bitmap.iter_mut().zip(&self.log).for_each(|(word, log)| *word |= log);
+        Ok(())
+    }
+
+    fn clear(&mut self, first: PageIndex, mask: &[u64]) -> Result<(), GuestError> {
+        assert!(first.0.is_multiple_of(64));
+        // Marks that are collected only now came before the clear, and so before the copy.
+        self.collect();
+        let log = &mut self.log[usize::try_from(first.0 / 64).unwrap()..];
+        assert!(mask.len() <= log.len());
+        log.iter_mut().zip(mask).for_each(|(log, mask)| *log &= !mask);
+        Ok(())
+    }
+
+    fn stop(&mut self) {}
+}
+
+/// A guest that writes its RAM: pages in turn, each with an ever growing number.
+pub struct Mutator {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Mutator {
+    pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut number = 1u64;
+            while !stopped.load(SeqCst) {
+                for page in pages.clone() {
+                    // Now and then a page becomes zero again.
+                    let value = if number.is_multiple_of(7) { 0 } else { number };
+                    for offset in [8, 4088] {
+                        ram.write_obj(value, GuestAddress(page * PAGE_SIZE + offset)).unwrap();
+                    }
+                    number += 1;
+                }
+                let end = Instant::now() + gap;
+                while Instant::now() < end {
+                    std::hint::spin_loop();
+                }
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+
+    fn stop(&mut self) {
+        self.stop.store(true, SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Mutator {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+pub struct End {
+    pub source: SourceOutcome,
+    pub destination: Result<(), String>,
+    pub source_machine: Arc<Machine>,
+    pub destination_machine: Arc<Machine>,
+    pub disk: Arc<Disk>,
+    pub source_ram: GuestRam,
+    pub host: FakeHost,
+    pub bytes_exchanged: u64,
+    pub counters: Arc<Counters>,
+    pub destination_counters: Arc<Counters>,
+    pub events: Vec<MigrationEvent>,
+}
+
+impl End {
+    pub fn running_guests(&self) -> usize {
+        [&self.source_machine, &self.destination_machine]
+            .iter()
+            .filter(|machine| machine.running.load(SeqCst))
+            .count()
+    }
+
+    pub fn permits(&self) -> usize {
+        [&self.source_machine, &self.destination_machine]
+            .iter()
+            .filter(|machine| machine.permit.lock().unwrap().is_some())
+            .count()
+    }
+
+    /// The guest goes on at the source as if nothing had happened.
+    pub fn assert_back_at_source(&self, case: &str) {
+        assert!(self.source_machine.running.load(SeqCst), "{case}: {:?}", self.source);
+        assert!(!self.destination_machine.running.load(SeqCst), "{case}");
+        assert_eq!(self.disk.holder(), Some("source"), "{case}");
+        assert!(self.source_machine.permit.lock().unwrap().is_some(), "{case}");
+        assert!(self.destination.is_err(), "{case}");
+    }
+
+    pub fn assert_moved(&self) {
+        assert!(matches!(self.source, SourceOutcome::Completed), "{:?}", self.source);
+        assert_eq!(self.destination, Ok(()));
+        self.assert_same_ram();
+        assert_eq!(self.disk.holder(), Some("destination"));
+        assert!(self.source_machine.permit.lock().unwrap().is_none());
+        assert!(self.destination_machine.permit.lock().unwrap().is_some());
+        assert!(self.source_machine.surrendered.load(SeqCst));
+        assert_eq!(self.destination_machine.abandoned.load(SeqCst), 0);
+        assert_eq!(self.host.records.len(), 1);
+    }
+
+    fn assert_same_ram(&self) {
+        let there = self.host.ram.as_ref().unwrap();
+        for region in self.source_ram.iter() {
+            use vm_memory::GuestMemoryRegion;
+            let len = usize::try_from(region.len()).unwrap();
+            let mut images = [vec![0u8; len], vec![0u8; len]];
+            self.source_ram.read_slice(&mut images[0], region.start_addr()).unwrap();
+            there.read_slice(&mut images[1], region.start_addr()).unwrap();
+            let [here, there] = &images;
+            let differs = (0..len / 4096)
+                .find(|page| here[page * 4096..][..4096] != there[page * 4096..][..4096]);
+            assert_eq!(differs, None, "a page differs");
+        }
+        let saved: u8 = there.read_obj(GuestAddress(9 * PAGE_SIZE)).unwrap();
+        assert_eq!(saved, 0x77, "what saving wrote has travelled too");
+    }
+}
+
+#[derive(Clone)]
+pub struct Scenario {
+    pub cut_after: Option<u64>,
+    pub fail: Fail,
+    pub paused: bool,
+    pub ram_bytes: u64,
+    pub dirtying: Option<(u64, Duration)>,
+    pub params: Params,
+    pub cancel_source_at: Option<MigrationEvent>,
+    pub cancel_destination_at: Option<MigrationStatus>,
+    pub patience: Duration,
+}
+
+impl Default for Scenario {
+    fn default() -> Self {
+        Self {
+            cut_after: None,
+            fail: Fail::Nothing,
+            paused: false,
+            ram_bytes: RAM_BYTES,
+            dirtying: None,
+            params: Params::default(),
+            cancel_source_at: None,
+            cancel_destination_at: None,
+            patience: Duration::from_secs(5),
+        }
+    }
+}
+
+pub fn migrate(scenario: &Scenario) -> End {
+    let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
+    let (main_out, main_in) = link.connect();
+    let (data_out, data_in) = link.connect();
+    let source = Ends { main: Arc::new(main_out), data: Arc::new(data_out) };
+    let destination = Ends { main: Arc::new(main_in), data: Arc::new(data_in) };
+    migrate_over(scenario, source, destination, move || link.bytes_exchanged())
+}
+
+pub struct Ends {
+    pub main: Arc<dyn Transport>,
+    pub data: Arc<dyn Transport>,
+}
+
+pub fn migrate_over(
+    scenario: &Scenario,
+    source: Ends,
+    destination: Ends,
+    exchanged: impl FnOnce() -> u64,
+) -> End {
+    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
+    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+    // One page of text; most of the rest was never touched.
+    ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    let disk = Arc::<Disk>::default();
+    disk.lock("source", Duration::ZERO).unwrap();
+    let source_machine = Arc::new(Machine::default());
+    source_machine.running.store(!scenario.paused, SeqCst);
+    *source_machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
+    let destination_machine = Arc::new(Machine::default());
+    let destination_counters = Arc::new(Counters::new());
+    let receiver = {
+        let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);
+        let (counters, cancel_at) = (destination_counters.clone(), scenario.cancel_destination_at);
+        std::thread::spawn(move || {
+            let mut host = FakeHost { machine, disk, fail, ram: None, records: Vec::new() };
+            let cancel = CancelToken::new();
+            let canceller = cancel.clone();
+            let mut events = |event| {
+                if cancel_at.is_some_and(|at| event == MigrationEvent::Status(at)) {
+                    canceller.cancel();
+                }
+            };
+            let result = Destination { host: &mut host, counters, cancel, events: &mut events }
+                .receive_over(destination.main, destination.data);
+            (result.map_err(|error| chain(&error)), host)
+        })
+    };
+    let mutator =
+        scenario.dirtying.map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap));
+    let mut guest = FakeSource {
+        machine: source_machine.clone(),
+        disk: disk.clone(),
+        fail: scenario.fail,
+        ram: ram.clone(),
+        mutator,
+    };
+    let machine =
+        MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
+    let counters = Arc::new(Counters::new());
+    let cancel = CancelToken::new();
+    let canceller = cancel.clone();
+    let mut seen = Vec::new();
+    let mut events = |event| {
+        seen.push(event);
+        if scenario.cancel_source_at == Some(event) {
+            canceller.cancel();
+        }
+    };
+    let words = usize::try_from(layout.page_count() / 64).unwrap();
+    let dirty = FakeDirty { ram: ram.clone(), log: vec![0; words], fail: scenario.fail };
+    let outcome = Source {
+        guest: &mut guest,
+        machine: &machine,
+        params: SharedParams::new(scenario.params.clone()),
+        counters: counters.clone(),
+        cancel,
+        events: &mut events,
+    }
+    .migrate_over(
+        source.main,
+        source.data,
+        SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
+    );
+    let (result, host) = receiver.join().unwrap();
+    End {
+        source: outcome,
+        destination: result,
+        source_machine,
+        destination_machine,
+        disk,
+        source_ram: ram,
+        host,
+        bytes_exchanged: exchanged(),
+        counters,
+        destination_counters,
+        events: seen,
+    }
+}
+
+/// One end of a main and of a data connection, for a peer that does not play by the rules.
+pub struct Liar {
+    pub main: MemoryTransport,
+    pub data: MemoryTransport,
+}
+
+impl Liar {
+    pub fn say(&self, bytes: &[u8]) {
+        write_all(&self.main, bytes);
+    }
+
+    pub fn frame(&self, kind: crate::wire::Kind, payload: &[u8]) {
+        let mut bytes = Vec::new();
+        crate::wire::append_frame(&mut bytes, kind, payload).unwrap();
+        self.say(&bytes);
+    }
+}
+
+pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        match transport.send(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            // The victim has already had enough.
+            Err(_) => return,
+        }
+    }
+}
+
+/// Lets `speak` be the source of a destination; returns what the destination says of it.
+pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
+    let link = MemoryLink::new(None).with_patience(patience);
+    let ((main, main_in), (data, data_in)) = (link.connect(), link.connect());
+    let liar = Liar { main, data };
+    let machine = Arc::new(Machine::default());
+    let ours = machine.clone();
+    let receiver = std::thread::spawn(move || {
+        let (disk, fail) = (Arc::default(), Fail::Nothing);
+        let mut host = FakeHost { machine: ours, disk, fail, ram: None, records: Vec::new() };
+        let destination = Destination {
+            host: &mut host,
+            counters: Arc::default(),
+            cancel: CancelToken::new(),
+            events: &mut |_| {},
+        };
+        destination
+            .receive_over(Arc::new(main_in), Arc::new(data_in))
+            .map_err(|error| chain(&error))
+    });
+    speak(&liar);
+    drop(liar);
+    let result = receiver.join().unwrap();
+    assert!(!machine.running.load(SeqCst), "no guest may run without Go");
+    result.unwrap_err()
+}

@@ -1,0 +1,308 @@
+//! Peers that do not play by the rules: each gets a clear error, and no guest runs.
+
+use super::fake::*;
+use crate::guest::MachineDescription;
+use crate::ram::frame::{Batch, RunKind, encode_end};
+use crate::transport::Transport;
+use crate::wire::section::{Eof, RamSetup, RamTotals, Section, Stage};
+use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
+use devices::ram::{PAGE_SIZE, PageIndex, RamLayout};
+use proptest::prelude::*;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(2);
+
+fn greet(liar: &Liar) {
+    let id = MigrationId([3; 16]);
+    liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 1).encode());
+    let mut bytes = Vec::new();
+    let data = Hello::new(Role::Data { index: 0 }, id, 1);
+    wire::append_frame(&mut bytes, Kind::Hello, &data.encode()).unwrap();
+    write_all(&liar.data, &bytes);
+}
+
+fn describe(liar: &Liar) {
+    greet(liar);
+    let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: "x".into() };
+    liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
+}
+
+fn ram_setup(liar: &Liar) {
+    let setup = RamSetup { page_count: RAM_BYTES / PAGE_SIZE, page_bytes: 4096, data_channels: 1 };
+    liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
+}
+
+fn introduce(liar: &Liar) {
+    describe(liar);
+    ram_setup(liar);
+}
+
+fn devices(liar: &Liar) {
+    liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
+}
+
+fn ram_end(liar: &Liar, totals: RamTotals) {
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
+}
+
+fn end_data(liar: &Liar) {
+    let mut end = Encoder::default();
+    encode_end(&mut end);
+    write_all(&liar.data, end.bytes());
+}
+
+/// A frame of one run, made by hand, with a payload of `raw` pages.
+fn pages(liar: &Liar, first: u64, count: u32, kind: u8, raw: u32) {
+    let mut frame = Encoder::default();
+    frame.u8(1).u8(0).u16(1).u32(raw).u64(first).u32(count).u8(kind).u8(0).u16(0);
+    frame.raw(&vec![1; raw as usize * 4096]);
+    write_all(&liar.data, frame.bytes());
+}
+
+/// Waits until the destination has had enough.
+fn listen(liar: &Liar) {
+    let mut buffer = [0; 4096];
+    while !matches!(liar.main.receive(&mut buffer), Ok(0)) {}
+}
+
+#[test]
+fn lies_are_refused_by_name() {
+    type Lie = fn(&Liar);
+    let lies: &[(&str, Lie)] = &[
+        ("is not Ferry", |liar| liar.say(b"GET / HTTP/1.1\r\n\r\n")),
+        ("is not Ferry", |liar| liar.say(&[0; 64])),
+        ("is not Ferry", |liar| liar.frame(Kind::Go, &[])),
+        ("is not Ferry", |liar| liar.say(&wire::header(Kind::Hello, u32::MAX))),
+        ("speaks stream version 9, this one 1", |liar| {
+            let mut hello = Encoder::default();
+            hello.raw(b"FERRYMIG").u16(9).raw(b"whatever version 9 says here");
+            liar.frame(Kind::Hello, hello.bytes());
+        }),
+        ("no such migration", |liar| {
+            liar.frame(Kind::Hello, &Hello::new(Role::Main, MigrationId([3; 16]), 1).encode());
+            let mut bytes = Vec::new();
+            let other = Hello::new(Role::Data { index: 0 }, MigrationId([4; 16]), 1);
+            wire::append_frame(&mut bytes, Kind::Hello, &other.encode()).unwrap();
+            write_all(&liar.data, &bytes);
+        }),
+        ("at most 1048576 are possible", |liar| {
+            greet(liar);
+            liar.say(&wire::header(Kind::Machine, u32::MAX));
+        }),
+        ("malformed machine description", |liar| {
+            greet(liar);
+            liar.frame(Kind::Machine, b"{\"version\": 1}");
+        }),
+        ("out of range", |liar| {
+            greet(liar);
+            liar.frame(
+                Kind::Machine,
+                br#"{"version":1,"ram_bytes":9223372036854775808,"machine":{}}"#,
+            );
+        }),
+        ("unexpected Section where the machine description", |liar| {
+            greet(liar);
+            ram_setup(liar);
+        }),
+        ("malformed RAM setup: 7 pages", |liar| {
+            describe(liar);
+            let setup = RamSetup { page_count: 7, page_bytes: 4096, data_channels: 1 };
+            liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
+        }),
+        ("unexpected Machine where the setup of RAM", |liar| {
+            describe(liar);
+            liar.frame(Kind::Machine, b"{}");
+        }),
+        ("unexpected unknown section \"teapot\"", |liar| {
+            introduce(liar);
+            liar.frame(Kind::Section, &Section::encode(Stage::Full, "teapot", &[]));
+        }),
+        ("unexpected Setup of section \"ram\" where the state of the devices", |liar| {
+            introduce(liar);
+            ram_setup(liar);
+        }),
+        ("unexpected Full of section \"device\" where the end of RAM", |liar| {
+            introduce(liar);
+            devices(liar);
+            devices(liar);
+        }),
+        ("unexpected End of section \"ram\" where the state of the devices", |liar| {
+            introduce(liar);
+            ram_end(liar, RamTotals::default());
+        }),
+        ("unexpected Eof where the state of the devices", |liar| {
+            introduce(liar);
+            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![0] }.encode());
+        }),
+        ("unexpected Go where the state of the devices", |liar| {
+            introduce(liar);
+            liar.frame(Kind::Go, &[]);
+        }),
+        ("malformed device state", |liar| {
+            introduce(liar);
+            liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[{}]"));
+        }),
+        ("the source has sent", |liar| {
+            introduce(liar);
+            devices(liar);
+            end_data(liar);
+            ram_end(liar, RamTotals { raw_pages: 1, zero_pages: 0 });
+            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+        }),
+        ("the source has sent", |liar| {
+            introduce(liar);
+            devices(liar);
+            end_data(liar);
+            ram_end(liar, RamTotals::default());
+            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1, 1] }.encode());
+        }),
+        ("the source has ended the migration: I changed my mind", |liar| {
+            introduce(liar);
+            liar.frame(Kind::Abort, b"I changed my mind");
+        }),
+        ("pages 512+1 are outside", |liar| (introduce(liar), pages(liar, 512, 1, 1, 1)).1),
+        ("pages 511+2 are outside", |liar| (introduce(liar), pages(liar, 511, 2, 1, 2)).1),
+        ("are outside the guest's RAM", |liar| (introduce(liar), pages(liar, u64::MAX, 1, 0, 0)).1),
+        ("pages 0+0 are outside", |liar| (introduce(liar), pages(liar, 0, 0, 0, 0)).1),
+        ("more raw pages", |liar| (introduce(liar), pages(liar, 0, 2, 1, 1)).1),
+        ("belong to no run", |liar| (introduce(liar), pages(liar, 0, 1, 0, 1)).1),
+        ("unknown kind 7", |liar| (introduce(liar), pages(liar, 0, 1, 7, 0)).1),
+        ("1 runs of 1025 raw pages", |liar| (introduce(liar), pages(liar, 0, 1025, 1, 1025)).1),
+        ("malformed page frame: header", |liar| {
+            introduce(liar);
+            write_all(&liar.data, &[0xff; 8]);
+        }),
+        ("connection lost", |liar| {
+            introduce(liar);
+            liar.data.shutdown();
+        }),
+    ];
+    for (expected, lie) in lies {
+        let error = receive_from(PATIENCE, |liar| {
+            lie(liar);
+            listen(liar);
+        });
+        assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+    }
+}
+
+#[test]
+fn a_refusal_names_its_reason_to_the_source() {
+    receive_from(PATIENCE, |liar| {
+        introduce(liar);
+        pages(liar, 512, 1, 1, 1);
+        let mut heard = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match liar.main.receive(&mut buffer) {
+                Ok(0) => break,
+                Ok(count) => heard.extend_from_slice(&buffer[..count]),
+                Err(_) => {}
+            }
+        }
+        let text = String::from_utf8_lossy(&heard);
+        assert!(text.contains("are outside the guest's RAM"), "{text}");
+    });
+}
+
+#[test]
+fn a_source_that_stands_still_is_noticed() {
+    let patience = Duration::from_millis(200);
+    let error = receive_from(patience, |liar| (introduce(liar), listen(liar)).1);
+    assert!(error.contains("stalled"), "{error}");
+    // In the middle of a page.
+    let error = receive_from(patience, |liar| {
+        introduce(liar);
+        write_all(&liar.data, &[1, 0, 1, 0, 1, 0, 0, 0]);
+        listen(liar);
+    });
+    assert!(error.contains("stalled"), "{error}");
+    // All is sent but the last pages.
+    let error = receive_from(patience, |liar| {
+        introduce(liar);
+        devices(liar);
+        ram_end(liar, RamTotals::default());
+        liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+        listen(liar);
+    });
+    assert!(error.contains("stalled"), "{error}");
+}
+
+#[test]
+fn without_go_no_guest_runs() {
+    let error = receive_from(Duration::from_millis(200), |liar| {
+        introduce(liar);
+        devices(liar);
+        end_data(liar);
+        ram_end(liar, RamTotals::default());
+        liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+        listen(liar);
+    });
+    assert!(error.contains("stalled"), "{error}");
+}
+
+/// The fixed parts of a stream, as they were recorded when version 1 was made.
+#[test]
+fn a_stream_of_version_1_looks_as_it_always_did() {
+    let mut stream = Vec::new();
+    let hello = Hello {
+        role: Role::Data { index: 2 },
+        id: MigrationId(*b"0123456789abcdef"),
+        data_channels: 3,
+        capabilities: vec!["xbzrle".into()],
+    };
+    let mut add = |kind, payload: &[u8]| wire::append_frame(&mut stream, kind, payload).unwrap();
+    add(Kind::Hello, &hello.encode());
+    add(Kind::Machine, br#"{"version":1,"ram_bytes":2097152,"machine":{}}"#);
+    let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
+    add(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
+    add(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
+    let totals = RamTotals { raw_pages: 2, zero_pages: 510 };
+    add(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
+    add(Kind::Eof, &Eof { running: true, frames: vec![4] }.encode());
+    for kind in [Kind::Go, Kind::KeepAlive, Kind::Accepted, Kind::Ready, Kind::Running] {
+        add(kind, &[]);
+    }
+    add(Kind::Mark, Encoder::default().u64(7).bytes());
+    for kind in [Kind::Abort, Kind::Refused, Kind::Declined] {
+        add(kind, b"why");
+    }
+    let layout = RamLayout::for_size(2 << 20).unwrap();
+    let mut batch = Batch::default();
+    batch.push(PageIndex(0), 3, RunKind::Zero, &layout);
+    batch.push(PageIndex(3), 2, RunKind::Raw, &layout);
+    let mut head = Encoder::default();
+    batch.encode_head(&mut head);
+    stream.extend_from_slice(head.bytes());
+    crate::ram::frame::encode_mark(&mut head, 7);
+    stream.extend_from_slice(head.bytes());
+    encode_end(&mut head);
+    stream.extend_from_slice(head.bytes());
+    let lines: Vec<String> = stream
+        .chunks(16)
+        .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect())
+        .collect();
+    assert_eq!(lines.join("\n") + "\n", include_str!("golden-v1.hex"));
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_never_panic_or_run_a_guest(
+        main in prop::collection::vec(any::<u8>(), 0..200),
+        data in prop::collection::vec(any::<u8>(), 0..200),
+        depth in 0..4,
+    ) {
+        receive_from(PATIENCE, |liar| {
+            match depth {
+                0 => {}
+                1 => greet(liar),
+                2 => introduce(liar),
+                _ => (introduce(liar), devices(liar)).1,
+            }
+            liar.say(&main);
+            write_all(&liar.data, &data);
+            liar.data.shutdown();
+            liar.main.shutdown();
+        });
+    }
+}

@@ -1,0 +1,6 @@
+//! Whole migrations without KVM: a fake guest, links that are cut, peers that lie.
+
+mod cancel;
+mod fake;
+mod lies;
+mod whole;

@@ -1,0 +1,127 @@
+//! What has to hold for whole migrations, however they end.
+
+use super::fake::*;
+use crate::params::Params;
+use crate::source::{MigrationEvent, SourceOutcome, chain};
+use crate::stats::MigrationStatus;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+#[test]
+fn a_guest_moves_whole_and_runs_once() {
+    let end = migrate(&Scenario::default());
+    end.assert_moved();
+    assert_eq!(end.running_guests(), 1);
+    let stats = end.counters.snapshot();
+    assert!(stats.downtime.is_some() && stats.total_time.is_some());
+    assert_eq!(stats.normal_pages, 2);
+    let there = end.destination_counters.snapshot();
+    assert_eq!((there.normal_pages, there.zero_pages), (stats.normal_pages, stats.zero_pages));
+}
+
+#[test]
+fn events_come_in_qemus_order() {
+    use MigrationEvent::{Pass, Status};
+    use MigrationStatus::*;
+    let end = migrate(&Scenario::default());
+    let expected =
+        [Status(Setup), Status(Active), Pass(1), Status(Device), Pass(2), Status(Completed)];
+    assert_eq!(end.events, expected);
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() {
+    let end = migrate(&Scenario { paused: true, ..Default::default() });
+    end.assert_moved();
+    assert_eq!(end.running_guests(), 0);
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_arrives_whole() {
+    for gap_us in [0, 50, 500] {
+        let end = migrate(&Scenario {
+            ram_bytes: 16 << 20,
+            dirtying: Some((700, Duration::from_micros(gap_us))),
+            ..Default::default()
+        });
+        end.assert_moved();
+        assert_eq!(end.running_guests(), 1);
+    }
+}
+
+#[test]
+fn memory_on_both_sides_of_the_hole_arrives_whole() {
+    // Mapped, but hardly touched.
+    let end = migrate(&Scenario { ram_bytes: (3 << 30) + (4 << 20), ..Default::default() });
+    assert!(matches!(end.source, SourceOutcome::Completed), "{:?}", end.source);
+    assert_eq!(end.counters.snapshot().zero_pages, ((3 << 30) + (4 << 20)) / 4096 - 1);
+}
+
+#[test]
+fn a_cap_is_kept_also_while_the_guest_writes() {
+    let params = Params { max_bandwidth: 20 << 20, ..Default::default() };
+    let end = migrate(&Scenario {
+        ram_bytes: 4 << 20,
+        dirtying: Some((700, Duration::from_millis(400))),
+        params,
+        ..Default::default()
+    });
+    end.assert_moved();
+    let stats = end.counters.snapshot();
+    let rate = stats.transferred_bytes as f64 / stats.total_time.unwrap().as_secs_f64();
+    assert!(rate < 1.05 * f64::from(20 << 20), "{rate} bytes/s");
+}
+
+/// The one that matters most.
+#[test]
+fn cutting_the_link_at_any_byte_never_runs_two_guests() {
+    let all = migrate(&Scenario::default()).bytes_exchanged;
+    let mut unknown = 0;
+    for cut in 0..all {
+        let end = migrate(&Scenario { cut_after: Some(cut), ..Default::default() });
+        let running = end.running_guests();
+        assert!(running <= 1, "two guests after a cut at byte {cut}");
+        assert!(end.permits() <= 1, "two permits after a cut at byte {cut}");
+        match &end.source {
+            SourceOutcome::Unknown(_) => unknown += 1,
+            SourceOutcome::Failed(_) => end.assert_back_at_source(&format!("cut at byte {cut}")),
+            other => panic!("cut at byte {cut}: {other:?}"),
+        }
+    }
+    // Only the bytes of `Go` and of `Running` are in doubt.
+    assert!(unknown <= 16, "{unknown} cuts end as unknown");
+    let end = migrate(&Scenario { cut_after: Some(all), ..Default::default() });
+    end.assert_moved();
+}
+
+#[test]
+fn a_failure_at_any_step_leaves_the_guest_running_at_the_source() {
+    use Fail::*;
+    for fail in [Track, Pause, Save, Release, Build, Load, Lock, Run] {
+        let end = migrate(&Scenario { fail, ..Default::default() });
+        let SourceOutcome::Failed(error) = &end.source else {
+            panic!("{fail:?}: {:?}", end.source)
+        };
+        let expected = format!("scripted failure of {fail:?}");
+        assert!(chain(error).contains(&expected), "{}", chain(error));
+        let there = end.destination.as_ref().unwrap_err();
+        assert!(there.contains(&expected), "{fail:?}: the destination hears {there:?}");
+        end.assert_back_at_source(&format!("{fail:?}"));
+        assert_eq!(end.destination_machine.abandoned.load(SeqCst), 1, "{fail:?}");
+    }
+}
+
+#[test]
+fn a_panic_at_the_source_resumes_its_guest() {
+    let end = std::panic::catch_unwind(|| {
+        migrate(&Scenario { fail: Fail::PanicInSave, ..Default::default() })
+    });
+    assert!(end.is_err(), "the panic goes on");
+}
+
+#[test]
+fn a_guest_that_left_may_come_back_any_number_of_times() {
+    for _ in 0..20 {
+        migrate(&Scenario::default()).assert_moved();
+    }
+}

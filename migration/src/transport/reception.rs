@@ -1,0 +1,234 @@
+//! Where a listener's connections say Hello. Called by the destination: once for the main connection
+//! of a migration, then once per data connection.
+//!
+//! Anybody may connect: a port scan, a browser, somebody who says nothing. So greetings are read side
+//! by side, a few bytes at a time and never waiting for one of them; who is not Ferry, or too slow,
+//! is dropped with a line in the log, and the wait goes on.
+
+use super::socket::{Listener, SocketTransport};
+use crate::cancel::CancelToken;
+use crate::wire::{self, HEADER_BYTES, Hello, Kind, MigrationId, Role, WireError};
+use socket2::Socket;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// How long a connection may take to say Hello.
+const GREETING_PATIENCE: Duration = Duration::from_secs(5);
+/// Connections that are listened to at the same time; the oldest gives way.
+const MAX_GREETING: usize = 16;
+
+/// A connection that has not said all of its Hello.
+struct Greeting {
+    socket: Socket,
+    from: String,
+    bytes: Vec<u8>,
+    since: Instant,
+}
+
+/// What a greeting has come to.
+enum Progress {
+    Incomplete,
+    Greeted(Hello),
+}
+
+impl Greeting {
+    /// Reads what has come, and not a byte past the Hello.
+    fn advance(&mut self) -> Result<Progress, WireError> {
+        loop {
+            let mut wanted = HEADER_BYTES;
+            if let Some(header) = self.bytes.first_chunk() {
+                match wire::decode_header(header) {
+                    Ok((Kind::Hello, len)) => wanted += usize::try_from(len).unwrap_or(0),
+                    _ => return Err(WireError::NotFerry),
+                }
+                if self.bytes.len() == wanted {
+                    return Hello::decode(&self.bytes[HEADER_BYTES..]).map(Progress::Greeted);
+                }
+            }
+            let have = self.bytes.len();
+            self.bytes.resize(wanted, 0);
+            let result = (&self.socket).read(&mut self.bytes[have..]);
+            self.bytes.truncate(have + result.as_ref().map_or(0, |count| *count));
+            match result {
+                Ok(0) => return Err(WireError::Lost(io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Progress::Incomplete);
+                }
+                Err(error) => return Err(WireError::Lost(error)),
+            }
+        }
+    }
+}
+
+/// Sorts a listener's connections.
+pub struct Reception<'a> {
+    listener: &'a Listener,
+    cancel: &'a CancelToken,
+    epoll: Epoll,
+    greetings: Vec<Greeting>,
+}
+
+fn watch(epoll: &Epoll, fd: i32) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
+}
+
+impl<'a> Reception<'a> {
+    /// Greets who connects to `listener`, until `cancel`.
+    pub fn open(listener: &'a Listener, cancel: &'a CancelToken) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        watch(&epoll, listener.raw_fd())?;
+        Ok(Self { listener, cancel, epoll, greetings: Vec::new() })
+    }
+
+    /// Waits for the main connection of a migration.
+    pub fn main(&mut self) -> Result<(SocketTransport, Hello), WireError> {
+        self.next(None, "a source", |hello| match hello.role {
+            Role::Main if hello.data_channels == 1 => Ok(()),
+            Role::Main => Err(format!("{} data channels, this build has 1", hello.data_channels)),
+            Role::Data { .. } => Err("no such migration".to_owned()),
+        })
+    }
+
+    /// Waits for data connection `index` of migration `id`.
+    pub fn data(
+        &mut self,
+        id: MigrationId,
+        index: u16,
+        longest: Duration,
+    ) -> Result<SocketTransport, WireError> {
+        let belongs = |hello: &Hello| match hello.role {
+            Role::Main => Err("another migration is arriving here".to_owned()),
+            Role::Data { .. } if hello.id != id => Err("no such migration".to_owned()),
+            Role::Data { index: other } if other != index => {
+                Err(format!("no data channel {other}"))
+            }
+            Role::Data { .. } => Ok(()),
+        };
+        let end = Some((Instant::now() + longest, longest));
+        self.next(end, "the data connection", belongs).map(|(transport, _)| transport)
+    }
+
+    /// Waits for a connection that `fits`; all others are told why not.
+    fn next(
+        &mut self,
+        end: Option<(Instant, Duration)>,
+        what: &'static str,
+        fits: impl Fn(&Hello) -> Result<(), String>,
+    ) -> Result<(SocketTransport, Hello), WireError> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(WireError::Lost)?);
+        watch(&self.epoll, wake.as_raw_fd()).map_err(WireError::Lost)?;
+        let waker = wake.clone();
+        let _wake = self.cancel.on_cancel(move || drop(waker.write(1)));
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(WireError::Interrupted);
+            }
+            self.accept_all()?;
+            if let Some(found) = self.advance_all(&fits) {
+                return Ok(found);
+            }
+            let now = Instant::now();
+            if let Some((end, longest)) = end
+                && now >= end
+            {
+                return Err(WireError::Late { what, seconds: longest.as_secs() });
+            }
+            let oldest = self.greetings.iter().map(|one| one.since + GREETING_PATIENCE).min();
+            let until = [oldest, end.map(|(end, _)| end)].into_iter().flatten().min();
+            // Rounded up, so that what it waits for is over then.
+            let timeout = until.map_or(-1, |until| {
+                let millis = until.saturating_duration_since(now).as_millis() + 1;
+                i32::try_from(millis).unwrap_or(i32::MAX)
+            });
+            match self.epoll.wait(timeout, &mut [EpollEvent::default(); MAX_GREETING + 2]) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    return Err(WireError::Lost(error));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn accept_all(&mut self) -> Result<(), WireError> {
+        loop {
+            match self.listener.accept_waiting() {
+                Ok((socket, from)) => {
+                    log::debug!("{from} has connected");
+                    if self.greetings.len() == MAX_GREETING {
+                        let oldest = self.greetings.remove(0);
+                        log::warn!("{}: dropped, too many others connect", oldest.from);
+                    }
+                    watch(&self.epoll, socket.as_raw_fd()).map_err(WireError::Lost)?;
+                    let since = Instant::now();
+                    self.greetings.push(Greeting { socket, from, bytes: Vec::new(), since });
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                // The peer was quicker to go than we to accept.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(WireError::Lost(error)),
+            }
+        }
+    }
+
+    /// Reads from all; returns the first that has said a fitting Hello.
+    fn advance_all(
+        &mut self,
+        fits: &impl Fn(&Hello) -> Result<(), String>,
+    ) -> Option<(SocketTransport, Hello)> {
+        let mut index = 0;
+        while let Some(greeting) = self.greetings.get_mut(index) {
+            let progress = match greeting.advance() {
+                Ok(Progress::Incomplete) if greeting.since.elapsed() < GREETING_PATIENCE => {
+                    index += 1;
+                    continue;
+                }
+                Ok(Progress::Incomplete) => {
+                    let seconds = GREETING_PATIENCE.as_secs();
+                    Err(WireError::Late { what: "the greeting", seconds })
+                }
+                Ok(Progress::Greeted(hello)) => Ok(hello),
+                Err(error) => Err(error),
+            };
+            let Greeting { socket, from, .. } = self.greetings.remove(index);
+            // What leaves the list leaves the set, also if the socket stays open.
+            let _ =
+                self.epoll.ctl(ControlOperation::Delete, socket.as_raw_fd(), EpollEvent::default());
+            match progress {
+                Ok(hello) => match (fits(&hello), SocketTransport::new(socket)) {
+                    (Ok(()), Ok(transport)) => return Some((transport, hello)),
+                    (Err(reason), Ok(transport)) => {
+                        log::warn!("{from}: dropped, {reason}");
+                        answer(&transport, Kind::Refused, reason.as_bytes());
+                    }
+                    (_, Err(error)) => log::warn!("{from}: dropped, {error}"),
+                },
+                Err(error) => {
+                    log::warn!("{from}: dropped, {error}");
+                    // Another version of Ferry understands the start of our Hello, and can say so.
+                    if let (WireError::Version { .. }, Ok(transport)) =
+                        (error, SocketTransport::new(socket))
+                    {
+                        let ours = Hello::new(Role::Main, MigrationId([0; 16]), 0);
+                        answer(&transport, Kind::Hello, &ours.encode());
+                    }
+                }
+            }
+        }
+        None
+    }
+}
+
+/// One short frame into the empty buffer of a new connection, as far as it goes.
+fn answer(transport: &dyn super::Transport, kind: Kind, payload: &[u8]) {
+    let mut bytes = Vec::new();
+    if wire::append_frame(&mut bytes, kind, payload).is_ok() {
+        let _ = transport.send(&bytes);
+    }
+}

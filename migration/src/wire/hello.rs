@@ -1,0 +1,188 @@
+//! The first frame on every connection, both ways: who speaks, which version, for which migration.
+//!
+//! ```text
+//! Hello   magic "FERRYMIG" · version u16                 the same in every version
+//!         role u8 (0 main, 1 data) · data channel u16    which data channel this connection is
+//!         migration id, 16 bytes                         random: finds the migration, and is its key
+//!         data channels u16                              how many the source will open
+//!         capability count u8 · capability str8 …        what the source wants, what both can do
+//! ```
+//! The source speaks first, on the main connection, with an id it has drawn. The destination answers
+//! with the same id and the capabilities that it has too. Then the source opens its data connections;
+//! each says Hello with the id of the main one, and is answered.
+
+use super::{Decoder, Encoder, WireError};
+use std::io::Read;
+
+/// First bytes of either side.
+pub const MAGIC: &[u8; 8] = b"FERRYMIG";
+/// Version of the stream.
+pub const VERSION: u16 = 1;
+/// Most capabilities that one side may name.
+pub const MAX_CAPABILITIES: u8 = 32;
+/// Longest name of a capability.
+pub const MAX_CAPABILITY_BYTES: usize = 64;
+/// Longest Hello.
+pub const MAX_HELLO_BYTES: u32 = 8 + 2 + 3 + 16 + 2 + 1 + 32 * 65;
+/// Capabilities of this build that change the stream: none yet.
+pub const CAPABILITIES: &[&str] = &[];
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Control: sections one way, replies the other.
+    Main,
+    /// Page frames, one way.
+    Data {
+        /// Which of the data channels, from 0.
+        index: u16,
+    },
+}
+
+/// Finds the migration that a connection belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl MigrationId {
+    /// One that nobody can guess.
+    pub fn random() -> Result<Self, WireError> {
+        let mut id = [0; 16];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut id))
+            .map_err(WireError::Lost)?;
+        Ok(Self(id))
+    }
+}
+
+/// Introduces a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// What the connection is for.
+    pub role: Role,
+    /// Which migration it belongs to.
+    pub id: MigrationId,
+    /// Data channels of the migration.
+    pub data_channels: u16,
+    /// What the sender wants to use.
+    pub capabilities: Vec<String>,
+}
+
+impl Hello {
+    /// A source's Hello.
+    pub fn new(role: Role, id: MigrationId, data_channels: u16) -> Self {
+        let capabilities = CAPABILITIES.iter().map(ToString::to_string).collect();
+        Self { role, id, data_channels, capabilities }
+    }
+
+    /// The destination's answer: the same, with those capabilities that it has too.
+    pub fn answer(&self) -> Self {
+        let mut answer = self.clone();
+        answer.capabilities.retain(|wanted| CAPABILITIES.contains(&wanted.as_str()));
+        answer
+    }
+
+    /// The payload of a Hello frame.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        let (role, index) = match self.role {
+            Role::Main => (0, 0),
+            Role::Data { index } => (1, index),
+        };
+        encoder.raw(MAGIC).u16(VERSION).u8(role).u16(index);
+        encoder.raw(&self.id.0).u16(self.data_channels);
+        let named = self.capabilities.iter().take(usize::from(MAX_CAPABILITIES));
+        encoder.u8(u8::try_from(named.len()).unwrap_or(MAX_CAPABILITIES));
+        for capability in named {
+            encoder.str8(capability);
+        }
+        encoder.bytes().to_vec()
+    }
+
+    /// Reads the payload of a Hello frame. What is not ours at all, and what is another version, are
+    /// told apart from what is broken.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("hello", payload);
+        if decoder.raw(MAGIC.len()).ok() != Some(MAGIC) {
+            return Err(WireError::NotFerry);
+        }
+        let theirs = decoder.u16().map_err(|_| WireError::NotFerry)?;
+        if theirs != VERSION {
+            return Err(WireError::Version { theirs });
+        }
+        let role = match (decoder.u8()?, decoder.u16()?) {
+            (0, 0) => Role::Main,
+            (1, index) => Role::Data { index },
+            (role, index) => {
+                return Err(decoder.malformed(format!("no role {role} with channel {index}")));
+            }
+        };
+        let id = MigrationId(decoder.array()?);
+        let data_channels = decoder.u16()?;
+        let count = decoder.u8()?;
+        if count > MAX_CAPABILITIES {
+            return Err(decoder.malformed(format!("{count} capabilities")));
+        }
+        let mut capabilities = Vec::new();
+        for _ in 0..count {
+            let name = decoder.str8()?;
+            if name.len() > MAX_CAPABILITY_BYTES {
+                return Err(decoder.malformed("a capability's name is too long"));
+            }
+            capabilities.push(name.to_owned());
+        }
+        decoder.finish()?;
+        Ok(Self { role, id, data_channels, capabilities })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hello() -> impl Strategy<Value = Hello> {
+        let names = prop::collection::vec("[a-z-]{0,64}", 0..=32);
+        (any::<Option<u16>>(), any::<[u8; 16]>(), any::<u16>(), names).prop_map(
+            |(index, id, data_channels, capabilities)| Hello {
+                role: index.map_or(Role::Main, |index| Role::Data { index }),
+                id: MigrationId(id),
+                data_channels,
+                capabilities,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn a_hello_reads_back_as_written(hello in hello()) {
+            let payload = hello.encode();
+            prop_assert!(payload.len() <= MAX_HELLO_BYTES as usize);
+            prop_assert_eq!(Hello::decode(&payload).unwrap(), hello);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Hello::decode(&bytes);
+            let mut ours = MAGIC.to_vec();
+            ours.extend([1, 0]);
+            ours.extend(bytes);
+            let _ = Hello::decode(&ours);
+        }
+    }
+
+    #[test]
+    fn another_version_and_another_program_are_told_apart() {
+        let mut payload = Hello::new(Role::Main, MigrationId([7; 16]), 1).encode();
+        payload[8] = 9;
+        assert!(matches!(Hello::decode(&payload), Err(WireError::Version { theirs: 9 })));
+        payload[0] = b'f';
+        assert!(matches!(Hello::decode(&payload), Err(WireError::NotFerry)));
+    }
+
+    #[test]
+    fn an_answer_names_only_what_both_can_do() {
+        let mut hello = Hello::new(Role::Main, MigrationId([7; 16]), 1);
+        hello.capabilities.push("from-the-future".into());
+        assert!(hello.answer().capabilities.is_empty());
+    }
+}

@@ -1,0 +1,196 @@
+//! Sections: named, versioned, length-framed payloads on the main channel, so that a bad one cannot
+//! desynchronise its neighbours, and one that this build does not know is refused by name.
+//!
+//! ```text
+//! Section   stage u8 · version u16 · name str8 · body
+//! ram       Setup  page count u64 · page bytes u32 · data channels u16
+//!           End    raw pages u64 · zero pages u64      all that was sent since Setup, on all channels
+//! device    Full   JSON array of DeviceRecord
+//! Eof       guest runs u8 · data channels u16 · frames u64 per channel
+//! ```
+
+use super::{Decoder, Encoder, WireError};
+
+/// When in a participant's life a section comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Announces what will come.
+    Setup = 1,
+    /// The last of it.
+    End = 3,
+    /// All at once.
+    Full = 4,
+}
+
+/// A section, its body not yet read.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Section<'a> {
+    /// When it comes.
+    pub stage: Stage,
+    /// Version of the body's layout.
+    pub version: u16,
+    /// Whose it is.
+    pub name: &'a str,
+    /// In that participant's own layout.
+    pub body: &'a [u8],
+}
+
+/// Version of the bodies that this build writes and reads.
+pub const BODY_VERSION: u16 = 1;
+
+impl<'a> Section<'a> {
+    /// The payload of a Section frame.
+    pub fn encode(stage: Stage, name: &str, body: &[u8]) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        encoder.u8(stage as u8).u16(BODY_VERSION).str8(name).raw(body);
+        encoder.bytes().to_vec()
+    }
+
+    /// Reads the payload of a Section frame.
+    pub fn decode(payload: &'a [u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("section", payload);
+        let stage = match decoder.u8()? {
+            1 => Stage::Setup,
+            3 => Stage::End,
+            4 => Stage::Full,
+            other => return Err(decoder.malformed(format!("no stage {other}"))),
+        };
+        let version = decoder.u16()?;
+        let name = decoder.str8()?;
+        Ok(Self { stage, version, name, body: decoder.rest() })
+    }
+}
+
+/// Announces RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamSetup {
+    /// Pages in all blocks.
+    pub page_count: u64,
+    /// Bytes in a page.
+    pub page_bytes: u32,
+    /// Channels that page frames come on.
+    pub data_channels: u16,
+}
+
+impl RamSetup {
+    /// As a section's body.
+    pub fn encode(self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        encoder.u64(self.page_count).u32(self.page_bytes).u16(self.data_channels);
+        encoder.bytes().to_vec()
+    }
+
+    /// From a section's body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("RAM setup", body);
+        let setup = Self {
+            page_count: decoder.u64()?,
+            page_bytes: decoder.u32()?,
+            data_channels: decoder.u16()?,
+        };
+        decoder.finish()?;
+        Ok(setup)
+    }
+}
+
+/// How many pages travelled, counted by either side on its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RamTotals {
+    /// Pages sent as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+}
+
+impl RamTotals {
+    /// As a section's body.
+    pub fn encode(self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        encoder.u64(self.raw_pages).u64(self.zero_pages);
+        encoder.bytes().to_vec()
+    }
+
+    /// From a section's body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("RAM end", body);
+        let totals = Self { raw_pages: decoder.u64()?, zero_pages: decoder.u64()? };
+        decoder.finish()?;
+        Ok(totals)
+    }
+}
+
+/// Ends the stream: whether the guest ran, and how many frames each data channel carried.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Eof {
+    /// False for a guest that its user had paused.
+    pub running: bool,
+    /// Frames per data channel, the last one included.
+    pub frames: Vec<u64>,
+}
+
+/// Most data channels of a migration.
+pub const MAX_DATA_CHANNELS: u16 = 64;
+
+impl Eof {
+    /// The payload of an Eof frame.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        let channels = u16::try_from(self.frames.len()).unwrap_or(u16::MAX);
+        encoder.u8(self.running.into()).u16(channels);
+        for frames in &self.frames {
+            encoder.u64(*frames);
+        }
+        encoder.bytes().to_vec()
+    }
+
+    /// Reads the payload of an Eof frame.
+    pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("end of the stream", payload);
+        let running = match decoder.u8()? {
+            0 => false,
+            1 => true,
+            other => return Err(decoder.malformed(format!("run state {other}"))),
+        };
+        let channels = decoder.u16()?;
+        if channels > MAX_DATA_CHANNELS {
+            return Err(decoder.malformed(format!("{channels} data channels")));
+        }
+        let frames = (0..channels).map(|_| decoder.u64()).collect::<Result<_, _>>()?;
+        decoder.finish()?;
+        Ok(Self { running, frames })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn everything_reads_back_as_written(
+            numbers in any::<(u64, u32, u16)>(),
+            body in prop::collection::vec(any::<u8>(), 0..50),
+            name in "[a-z]{0,255}",
+            frames in prop::collection::vec(any::<u64>(), 0..=64),
+        ) {
+            let payload = Section::encode(Stage::Full, &name, &body);
+            let section = Section { stage: Stage::Full, version: 1, name: &name, body: &body };
+            prop_assert_eq!(Section::decode(&payload).unwrap(), section);
+            let (page_count, page_bytes, data_channels) = numbers;
+            let setup = RamSetup { page_count, page_bytes, data_channels };
+            prop_assert_eq!(RamSetup::decode(&setup.encode()).unwrap(), setup);
+            let totals = RamTotals { raw_pages: page_count, zero_pages: 3 };
+            prop_assert_eq!(RamTotals::decode(&totals.encode()).unwrap(), totals);
+            let eof = Eof { running: page_bytes & 1 == 1, frames };
+            prop_assert_eq!(Eof::decode(&eof.encode()).unwrap(), eof);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = (Section::decode(&bytes), RamSetup::decode(&bytes));
+            let _ = (RamTotals::decode(&bytes), Eof::decode(&bytes));
+        }
+    }
+}
