@@ -6,9 +6,11 @@ use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, skip};
 use serde_json::{Value, json};
-use std::io::{Read, Write};
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 fn idle() -> Vmm {
     let vmm = ferry::run_with(&Guest::new("work=idle", 64), &["--name", "vm1"]).unwrap();
@@ -225,4 +227,54 @@ fn resident_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_still_stops_goes_on_and_quits() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let qmp = format!("unix:{}", socket.display());
+    let (reader, writer) = std::io::pipe().unwrap();
+    let size = fcntl(&reader, libc::F_SETPIPE_SZ, 4096);
+    let mut child = ferry::command(["run", "--qmp", &qmp, "--kernel", guest_images::KERNEL])
+        .args(["--cmdline", "work=idle hb_ms=1"])
+        .stdout(writer)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let end = Instant::now() + SOON;
+    // A pipe gives no event when it is full.
+    while unread(&reader) < size / 2 || !socket.exists() {
+        assert!(Instant::now() < end, "only {} bytes", unread(&reader));
+        std::thread::yield_now();
+    }
+    let mut qmp = Qmp::connect(&socket, SOON).unwrap();
+    let began = Instant::now();
+    for _ in 0..5 {
+        qmp.execute("stop", json!({})).unwrap();
+        qmp.execute("cont", json!({})).unwrap();
+    }
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+/// The size that a pipe has after `command`.
+fn fcntl(pipe: &PipeReader, command: i32, value: i32) -> i32 {
+    // SAFETY: the descriptor is open as long as `pipe` is borrowed, and no memory is passed.
+    let result = unsafe { libc::fcntl(pipe.as_raw_fd(), command, value) };
+    assert!(result >= 0, "{}", std::io::Error::last_os_error());
+    result
+}
+
+/// Bytes that wait in a pipe.
+fn unread(pipe: &PipeReader) -> i32 {
+    let mut count = 0;
+    // SAFETY: the descriptor is open, and the kernel writes one int to `count`.
+    let result = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    assert!(result >= 0, "{}", std::io::Error::last_os_error());
+    count
 }

@@ -5,6 +5,7 @@
 //! On a terminal, Ctrl-A x ends the VMM, as in QEMU; raw mode is undone when the console is dropped.
 
 use crate::config::SerialConfig;
+use devices::patient::PatientWriter;
 use devices::serial::SerialConsole;
 use regex::bytes::Regex;
 use std::fs::File;
@@ -21,9 +22,9 @@ use vmm_sys_util::terminal::Terminal;
 
 /// Longest piece of output without a newline that `--expect` looks at.
 const EXPECT_LINE_BYTES: usize = 16 << 10;
-/// A client that does not read its serial socket for this long is dropped, so that it cannot stop
-/// the guest.
-const CLIENT_PATIENCE: Duration = Duration::from_millis(500);
+/// Whoever does not read the output for this long loses some of it, a socket's client its connection
+/// too, so that none can stop the guest.
+const READER_PATIENCE: Duration = Duration::from_millis(500);
 const ESCAPE: u8 = 1; // Ctrl-A
 
 /// A console that cannot be opened.
@@ -82,8 +83,7 @@ struct Attached {
 
 enum Sink {
     Null,
-    Stdout(io::Stdout),
-    File(File),
+    File(PatientWriter),
     Client(Option<UnixStream>),
 }
 
@@ -123,10 +123,15 @@ impl Console {
             SerialConfig::Stdio => {
                 let stdin =
                     io::stdin().as_fd().try_clone_to_owned().map_err(ConsoleError::Start)?;
-                (Sink::Stdout(io::stdout()), Input::Stdin(File::from(stdin)))
+                let stdout =
+                    io::stdout().as_fd().try_clone_to_owned().map_err(ConsoleError::Start)?;
+                let stdout = PatientWriter::new(File::from(stdout), READER_PATIENCE)
+                    .map_err(ConsoleError::Start)?;
+                (Sink::File(stdout), Input::Stdin(File::from(stdin)))
             }
             SerialConfig::File(path) => {
                 let file = File::create(path)
+                    .and_then(|file| PatientWriter::new(file, READER_PATIENCE))
                     .map_err(|source| ConsoleError::File { path: path.clone(), source })?;
                 (Sink::File(file), Input::None)
             }
@@ -247,18 +252,18 @@ struct Writer(Arc<Mutex<Output>>);
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut output = lock(&self.0);
-        output.write(bytes)?;
+        // Written before it is looked at: a match ends the process, and the log is complete then. What
+        // the reader does not take was said all the same.
+        let written = output.write(bytes);
         if let Some(expect) = &mut output.expect {
             expect.look(bytes);
         }
-        Ok(bytes.len())
+        written.map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &mut lock(&self.0).sink {
-            Sink::Stdout(stdout) => stdout.flush(),
-            _ => Ok(()),
-        }
+        // Nothing is buffered on the way.
+        Ok(())
     }
 }
 
@@ -266,7 +271,6 @@ impl Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match &mut self.sink {
             Sink::Null => Ok(()),
-            Sink::Stdout(stdout) => stdout.write_all(bytes),
             Sink::File(file) => file.write_all(bytes),
             Sink::Client(client) => {
                 if let Some(stream) = client
@@ -438,7 +442,7 @@ impl Reader {
 }
 
 fn prepare_client(client: UnixStream) -> io::Result<(UnixStream, UnixStream)> {
-    client.set_write_timeout(Some(CLIENT_PATIENCE))?;
+    client.set_write_timeout(Some(READER_PATIENCE))?;
     let for_output = client.try_clone()?;
     Ok((client, for_output))
 }
