@@ -358,7 +358,7 @@ impl HostOptions {
                 None
             }
         });
-        if let Some(Err(error)) = self.expect.as_deref().map(regex::bytes::Regex::new) {
+        if let Some(Err(error)) = self.expect.as_deref().map(regex_lite::Regex::new) {
             problems.push(format!("--expect: {error}"));
         }
         HostConfig {

@@ -7,7 +7,7 @@
 use crate::config::SerialConfig;
 use devices::patient::PatientWriter;
 use devices::serial::SerialConsole;
-use regex::bytes::Regex;
+use regex_lite::Regex;
 use std::fs::File;
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -22,6 +22,8 @@ use vmm_sys_util::terminal::Terminal;
 
 /// Longest piece of output without a newline that `--expect` looks at.
 const EXPECT_LINE_BYTES: usize = 16 << 10;
+/// Up to here `--expect` looks at a line at each byte; a longer one it looks at when it is complete.
+const PROMPT_BYTES: usize = 200;
 /// Whoever does not read the output for this long loses some of it, a socket's client its connection
 /// too, so that none can stop the guest.
 const READER_PATIENCE: Duration = Duration::from_millis(500);
@@ -288,22 +290,30 @@ impl Output {
 
 impl Expect {
     fn look(&mut self, bytes: &[u8]) {
-        if self.matched {
-            return;
-        }
         for byte in bytes {
+            if self.matched {
+                return;
+            }
+            if *byte == b'\n' {
+                self.compare();
+                self.line.clear();
+                continue;
+            }
             if self.line.len() == EXPECT_LINE_BYTES {
                 self.line.drain(..EXPECT_LINE_BYTES / 2);
             }
             self.line.push(*byte);
         }
-        // A prompt has no newline, so the unfinished line counts too.
-        if self.pattern.is_match(&self.line) {
+        // A prompt has no newline, but it is short.
+        if !self.matched && self.line.len() <= PROMPT_BYTES {
+            self.compare();
+        }
+    }
+
+    fn compare(&mut self) {
+        if self.pattern.is_match(&String::from_utf8_lossy(&self.line)) {
             self.matched = true;
             (self.tell)(ConsoleEvent::Expected);
-        }
-        if let Some(end) = self.line.iter().rposition(|byte| *byte == b'\n') {
-            self.line.drain(..=end);
         }
     }
 }

@@ -85,7 +85,7 @@ pub enum SetupError {
     EventLoop(#[source] io::Error),
     /// `--expect`.
     #[error("--expect")]
-    Expect(#[source] regex::Error),
+    Expect(#[source] regex_lite::Error),
 }
 
 impl SetupError {
@@ -174,7 +174,7 @@ impl Supervisor {
         let config = mission.host();
         let control = config.qmp.as_ref().map(|path| ControlServer::bind(&path.0)).transpose()?;
         let (mailbox, inbox, wake) = Mailbox::new().map_err(SetupError::EventLoop)?;
-        let expect = config.expect.as_deref().map(regex::bytes::Regex::new).transpose();
+        let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
         let to_us = mailbox.clone();
         let console = Console::open(
             &config.serial,
