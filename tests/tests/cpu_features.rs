@@ -20,6 +20,7 @@ fn frame(from: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
     Ok((header[0], payload))
 }
 
+#[expect(clippy::little_endian_bytes, reason = "a codec of frame headers")]
 fn send(to: &mut TcpStream, kind: u8, payload: &[u8]) -> std::io::Result<()> {
     let mut bytes = vec![kind, 0, 0, 0];
     bytes.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
