@@ -22,7 +22,8 @@ pub struct I8042(ExitSink);
 
 impl I8042 {
     const COMMAND_OFFSET: u64 = 4;
-    const COMMAND_RESET_CPU: u8 = 0xfe;
+    /// Pulses the CPU's reset line.
+    pub const COMMAND_RESET_CPU: u8 = 0xfe;
 
     /// A controller that reports to `sink`.
     pub fn new(sink: ExitSink) -> Self {
@@ -95,6 +96,33 @@ impl BusDevice for PowerPort {
     }
 }
 
+/// Sleep control and status registers of hardware-reduced ACPI (ACPI 6.5, 4.8.3.7), a byte each.
+pub struct SleepControl(ExitSink);
+
+impl SleepControl {
+    /// What the `\_S5` object tells the guest to write as its sleep type.
+    pub const SLP_TYP_S5: u8 = 5;
+    const SLP_EN: u8 = 1 << 5;
+    const SLP_TYP_SHIFT: u8 = 2;
+
+    /// Registers that report to `sink`.
+    pub fn new(sink: ExitSink) -> Self {
+        Self(sink)
+    }
+}
+
+impl BusDevice for SleepControl {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if offset == 0 && data == [Self::SLP_EN | Self::SLP_TYP_S5 << Self::SLP_TYP_SHIFT] {
+            (self.0)(GuestExit::PowerOff);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,5 +164,18 @@ mod tests {
         port.write(0, &[0, 0x20]);
         port.write(0, &[0, 0x34]);
         assert_eq!(exits.try_iter().count(), 2);
+    }
+
+    #[test]
+    fn the_sleep_register_knows_s5_alone() {
+        let (sink, exits) = sink();
+        let mut sleep = SleepControl::new(sink);
+        sleep.write(0, &[0x14]);
+        sleep.write(0, &[0x20]);
+        sleep.write(1, &[0x34]);
+        sleep.write(0, &[0x34, 0]);
+        assert!(exits.try_recv().is_err(), "no enable bit, S0, the status register, two bytes");
+        sleep.write(0, &[0x34]);
+        assert_eq!(exits.try_recv(), Ok(GuestExit::PowerOff));
     }
 }

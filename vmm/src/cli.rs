@@ -1,7 +1,8 @@
 //! The command line.
 
 use crate::config::{
-    HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_duration, parse_rate,
+    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_duration,
+    parse_rate,
 };
 use clap::{Args, Parser, Subcommand};
 use migration::transport::Address;
@@ -76,6 +77,9 @@ pub struct ReceiveArgs {
     /// Kernel to boot if the guest resets itself here
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
+    /// The ramdisk to boot it with
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
     /// Options for this process.
     #[command(flatten)]
     pub host: HostOptions,
@@ -98,7 +102,7 @@ impl ReceiveArgs {
             address: self.address,
             disks: self.disks,
             paused: self.paused,
-            kernel: self.kernel,
+            boot: self.kernel.map(|kernel| BootFiles { kernel, initrd: self.initrd }),
             host,
         })
     }

@@ -36,6 +36,22 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     parse_size(text, 1)
 }
 
+/// `on` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Switch(pub bool);
+
+impl FromStr for Switch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "on" => Ok(Self(true)),
+            "off" => Ok(Self(false)),
+            other => Err(format!("{other:?} is neither on nor off")),
+        }
+    }
+}
+
 /// A duration such as `20ms`, `30s` or `2m`; a plain number is seconds.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -174,15 +190,28 @@ pub struct HostConfig {
     pub timeout: Option<Duration>,
     /// End well when serial output matches.
     pub expect: Option<String>,
+    /// End when the guest asks for a reset.
+    pub no_reboot: bool,
+}
+
+/// What a guest boots from, at its start and after each reset.
+#[derive(Debug, Clone)]
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Initial ramdisk, or Multiboot modules.
+    pub initrd: Option<PathBuf>,
 }
 
 /// A guest to boot.
 #[derive(Debug, Clone)]
 pub struct RunConfig {
-    /// The kernel.
-    pub kernel: PathBuf,
-    /// Its command line.
+    /// Kernel and ramdisk.
+    pub boot: BootFiles,
+    /// The kernel's command line.
     pub cmdline: String,
+    /// Whether the guest finds ACPI tables.
+    pub acpi: bool,
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// vCPUs.
@@ -204,8 +233,8 @@ pub struct ReceiveConfig {
     pub disks: Vec<ReceiveDisk>,
     /// Do not run it when it has arrived.
     pub paused: bool,
-    /// Kernel to boot if the guest asks for a reset.
-    pub kernel: Option<PathBuf>,
+    /// What to boot if the guest asks for a reset.
+    pub boot: Option<BootFiles>,
     /// This process.
     pub host: HostConfig,
 }
@@ -228,16 +257,19 @@ fn disks_from_text<'de, D: Deserializer<'de>>(
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunOptions {
-    /// Kernel to boot: a 64-bit ELF, PVH or vmlinux
+    /// Kernel to boot: a bzImage, a 64-bit ELF (PVH or vmlinux) or a Multiboot kernel
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
+    /// Initial ramdisk; for a Multiboot kernel its modules, "PATH ARGUMENTS,PATH,…"
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
     /// Kernel command line
     #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
     /// Guest memory [default: 128M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
-    /// Number of vCPUs, 1 to 8 [default: 1]
+    /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
     /// A disk: path=PATH[,id=ID][,format=raw][,readonly=on]
@@ -247,6 +279,10 @@ pub struct RunOptions {
     /// The guest's name
     #[arg(long)]
     pub name: Option<String>,
+    /// Whether the guest finds ACPI tables [default: on]
+    #[arg(long, value_name = "on|off")]
+    #[serde(deserialize_with = "from_text")]
+    pub acpi: Option<Switch>,
     /// Options for this process.
     #[command(flatten)]
     #[serde(flatten)]
@@ -271,6 +307,9 @@ pub struct HostOptions {
     /// End with exit code 0 as soon as serial output matches
     #[arg(long, value_name = "REGEX")]
     pub expect: Option<String>,
+    /// End, with exit code 0, when the guest asks for a reset
+    #[arg(long)]
+    pub no_reboot: bool,
 }
 
 impl RunOptions {
@@ -279,16 +318,19 @@ impl RunOptions {
         let disk = if self.disk.is_empty() { file.disk } else { self.disk };
         Self {
             kernel: self.kernel.or(file.kernel),
+            initrd: self.initrd.or(file.initrd),
             cmdline: self.cmdline.or(file.cmdline),
             memory: self.memory.or(file.memory),
             cpus: self.cpus.or(file.cpus),
             disk,
             name: self.name.or(file.name),
+            acpi: self.acpi.or(file.acpi),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
                 qmp: self.host.qmp.or(file.host.qmp),
                 timeout: self.host.timeout.or(file.host.timeout),
                 expect: self.host.expect.or(file.host.expect),
+                no_reboot: self.host.no_reboot || file.host.no_reboot,
             },
         }
     }
@@ -312,7 +354,8 @@ impl RunOptions {
         }
         let cpus = self.cpus.unwrap_or(1);
         if !(1..=crate::machine::description::MAX_CPUS).contains(&cpus) {
-            problems.push(format!("--cpus: {cpus} is not in 1 to 8"));
+            let most = crate::machine::description::MAX_CPUS;
+            problems.push(format!("--cpus: {cpus} is not in 1 to {most}"));
         }
         if self.kernel.is_none() {
             problems.push("--kernel: give the kernel to boot".into());
@@ -335,7 +378,8 @@ impl RunOptions {
         let host = self.host.validate(&mut problems);
         match self.kernel {
             Some(kernel) if problems.is_empty() => Ok(RunConfig {
-                kernel,
+                boot: BootFiles { kernel, initrd: self.initrd },
+                acpi: self.acpi.unwrap_or(Switch(true)).0,
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
@@ -366,6 +410,7 @@ impl HostOptions {
             qmp: self.qmp,
             timeout,
             expect: self.expect,
+            no_reboot: self.no_reboot,
         }
     }
 }
@@ -393,7 +438,7 @@ mod tests {
     fn every_problem_is_reported_at_once_by_option() {
         let options = RunOptions {
             memory: Some("3K".into()),
-            cpus: Some(9),
+            cpus: Some(17),
             disk: vec!["path=a,id=x".parse().unwrap(), "path=b,id=x".parse().unwrap()],
             host: HostOptions { expect: Some("(".into()), ..Default::default() },
             ..Default::default()

@@ -1,6 +1,7 @@
 //! First registers, page tables, GDT and CPUID of a cold boot.
 
-use super::layout::{BOOT_STACK, GDT, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
+use super::layout::{BOOT_STACK, GDT, MULTIBOOT_INFO, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
+use super::multiboot::BOOTLOADER_MAGIC;
 use super::{BootError, EntryPoint, write_bytes};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::set_boot_registers;
@@ -25,22 +26,19 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
     let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, ..Default::default() };
     match entry {
         EntryPoint::Pvh { address } => {
-            regs.rip = address;
             regs.rbx = PVH_START_INFO;
-            let code = segment(0x08, 0xb, Mode::Protected32);
-            write_gdt(ram, code)?;
-            set_boot_registers(vcpu, &regs, |sregs| {
-                set_segments(sregs, code);
-                sregs.cr0 = CR0_PE | CR0_ET;
-                sregs.cr4 = 0;
-            })
+            enter_32_bit(vcpu, regs, address, ram)
+        }
+        EntryPoint::Multiboot { address } => {
+            (regs.rax, regs.rbx) = (BOOTLOADER_MAGIC, MULTIBOOT_INFO);
+            enter_32_bit(vcpu, regs, address, ram)
         }
         EntryPoint::Linux64 { address } => {
             regs.rip = address;
             regs.rsi = ZERO_PAGE;
             regs.rsp = BOOT_STACK;
             regs.rbp = BOOT_STACK;
-            let code = segment(0x08, 0xb, Mode::Long64);
+            let code = segment(CODE_SELECTOR, 0xb, Mode::Long64);
             write_gdt(ram, code)?;
             set_boot_registers(vcpu, &regs, |sregs| {
                 set_segments(sregs, code);
@@ -52,6 +50,27 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
         }
     }
 }
+
+fn enter_32_bit(
+    vcpu: &Vcpu,
+    mut regs: kvm_regs,
+    address: u64,
+    ram: &GuestRam,
+) -> Result<(), KvmError> {
+    regs.rip = address;
+    let code = segment(CODE_SELECTOR, 0xb, Mode::Protected32);
+    write_gdt(ram, code)?;
+    set_boot_registers(vcpu, &regs, |sregs| {
+        set_segments(sregs, code);
+        sregs.cr0 = CR0_PE | CR0_ET;
+        sregs.cr4 = 0;
+    })
+}
+
+/// The selectors that Linux' boot protocol asks for; the other protocols leave them open.
+const CODE_SELECTOR: u16 = 0x10;
+const DATA_SELECTOR: u16 = 0x18;
+const TASK_SELECTOR: u16 = 0x20;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -76,11 +95,17 @@ fn segment(selector: u16, type_: u8, mode: Mode) -> kvm_segment {
 }
 
 fn data_segment() -> kvm_segment {
-    segment(0x10, 0x3, Mode::Protected32)
+    segment(DATA_SELECTOR, 0x3, Mode::Protected32)
 }
 
 fn task_segment() -> kvm_segment {
-    kvm_segment { limit: 0x67, selector: 0x18, type_: 0xb, present: 1, ..Default::default() }
+    kvm_segment {
+        limit: 0x67,
+        selector: TASK_SELECTOR,
+        type_: 0xb,
+        present: 1,
+        ..Default::default()
+    }
 }
 
 fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
@@ -89,7 +114,7 @@ fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = task_segment();
     sregs.gdt.base = GDT;
-    sregs.gdt.limit = 4 * 8 - 1;
+    sregs.gdt.limit = 5 * 8 - 1;
     sregs.idt.limit = 0;
 }
 
@@ -111,7 +136,8 @@ fn descriptor(segment: kvm_segment) -> u64 {
 }
 
 fn write_gdt(ram: &GuestRam, code: kvm_segment) -> Result<(), KvmError> {
-    let table = [0, descriptor(code), descriptor(data_segment()), descriptor(task_segment())];
+    let (data, task) = (data_segment(), task_segment());
+    let table = [0, 0, descriptor(code), descriptor(data), descriptor(task)];
     for (address, entry) in (GDT..).step_by(8).zip(table) {
         ram.write_obj(entry, GuestAddress(address))
             .map_err(|error| KvmError::State { what: "boot GDT", reason: error.to_string() })?;

@@ -7,6 +7,8 @@ pub const GDT: u64 = 0x500;
 pub const PVH_START_INFO: u64 = 0x6000;
 /// Linux' zero page (`boot_params`).
 pub const ZERO_PAGE: u64 = 0x7000;
+/// PVH module list.
+pub const PVH_MODLIST: u64 = 0x6800;
 /// PVH memory map.
 pub const PVH_MEMMAP: u64 = 0x8000;
 /// First of the page tables that a 64-bit entry needs: PML4, PDPT and four page directories.
@@ -17,6 +19,14 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const CMDLINE: u64 = 0x2_0000;
 /// Longest command line with its NUL; what x86 Linux takes.
 pub const CMDLINE_MAX_BYTES: usize = 2048;
+/// Multiboot info, memory map, module list and strings.
+pub const MULTIBOOT_INFO: u64 = 0x3_0000;
+/// End of what Multiboot structures may use.
+pub const MULTIBOOT_END: u64 = 0x4_0000;
+/// The ACPI root pointer; the other tables follow it. BIOS area: no kernel takes it for free RAM.
+pub const ACPI_RSDP: u64 = 0xe_0000;
+/// End of what ACPI tables may use.
+pub const ACPI_END: u64 = 0x10_0000;
 /// End of conventional memory that the guest is told of; above it lies what a BIOS would use.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// Where kernels may be loaded from.
@@ -27,13 +37,37 @@ pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
 /// Interrupt lines of the virtio devices: IOAPIC pins that no legacy device has.
 pub const VIRTIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
 
+/// Interrupt line of the power button.
+pub const POWER_BUTTON_GSI: u32 = 9;
+
+/// Where a virtio-mmio device lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioSlot {
+    /// First register.
+    pub base: u64,
+    /// Interrupt line.
+    pub gsi: u32,
+}
+
+/// The place of virtio device `index`; `None` past the last.
+pub fn virtio_slot(index: usize) -> Option<MmioSlot> {
+    let gsi = *VIRTIO_GSIS.get(index)?;
+    Some(MmioSlot { base: VIRTIO_MMIO_BASE + index as u64 * devices::virtio::mmio::MMIO_LEN, gsi })
+}
+
 /// COM1.
 pub const COM1_PORT: u64 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
 /// Keyboard controller, for its reset line.
 pub const I8042_PORT: u64 = 0x60;
+/// The keyboard controller's command register.
+pub const I8042_COMMAND_PORT: u64 = 0x64;
 /// isa-debug-exit, as QEMU users configure it.
 pub const DEBUG_EXIT_PORT: u64 = 0xf4;
 /// PM1a control register.
 pub const POWER_PORT: u64 = 0x604;
+/// Sleep control register.
+pub const SLEEP_CONTROL_PORT: u64 = 0x608;
+/// Sleep status register.
+pub const SLEEP_STATUS_PORT: u64 = 0x609;

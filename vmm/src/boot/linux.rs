@@ -1,29 +1,46 @@
 //! Linux' zero page for the 64-bit entry (Linux, `Documentation/arch/x86/boot.rst`).
 
+use super::initrd::Placed;
 use super::layout::{CMDLINE, ZERO_PAGE};
 use super::{BootError, usable_ram};
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
 const LOADER_UNDEFINED: u8 = 0xff;
 const E820_RAM: u32 = 1;
 
+/// The header that a vmlinux, which has none of its own, would have.
+pub(super) fn header_of_vmlinux() -> setup_header {
+    setup_header {
+        boot_flag: BOOT_FLAG,
+        header: HEADER_MAGIC,
+        kernel_alignment: 0x0100_0000,
+        ..Default::default()
+    }
+}
+
 pub(super) fn write_zero_page(
     ram: &GuestRam,
     layout: &RamLayout,
+    header: setup_header,
     cmdline: &str,
+    initrd: Option<Placed>,
+    rsdp: u64,
 ) -> Result<(), BootError> {
-    let mut params = boot_params::default();
-    params.hdr.boot_flag = BOOT_FLAG;
-    params.hdr.header = HEADER_MAGIC;
+    let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.kernel_alignment = 0x0100_0000;
-    params.hdr.cmd_line_ptr = u32::try_from(CMDLINE).unwrap_or(0);
+    params.hdr.cmd_line_ptr = low(CMDLINE);
     params.hdr.cmdline_size = u32::try_from(cmdline.len()).unwrap_or(0);
+    if let Some(initrd) = initrd {
+        // Below 4 GiB: it lies in the first block of RAM.
+        params.hdr.ramdisk_image = low(initrd.address);
+        params.hdr.ramdisk_size = low(initrd.len_bytes);
+    }
     let ranges = usable_ram(layout);
     params.e820_entries = u8::try_from(ranges.len()).unwrap_or(0);
     for (entry, (addr, size)) in params.e820_table.iter_mut().zip(ranges) {
@@ -42,10 +59,14 @@ mod tests {
     #[test]
     fn the_zero_page_names_command_line_and_memory() {
         let (ram, layout) = test_ram(8 << 20);
-        write_zero_page(&ram, &layout, "quiet").unwrap();
+        let initrd = Some(Placed { address: 0x30_0000, len_bytes: 99 });
+        let header = header_of_vmlinux();
+        write_zero_page(&ram, &layout, header, "quiet", initrd, 0xe_0000).unwrap();
         let byte = |at: u64| ram.read_obj::<u8>(GuestAddress(ZERO_PAGE + at)).unwrap();
         assert_eq!(byte(0x1e8), 2, "two e820 entries");
-        assert_eq!(ram.read_obj::<u32>(GuestAddress(ZERO_PAGE + 0x228)).unwrap(), 0x2_0000);
-        assert_eq!(ram.read_obj::<u32>(GuestAddress(ZERO_PAGE + 0x202)).unwrap(), HEADER_MAGIC);
+        let word = |at: u64| ram.read_obj::<u32>(GuestAddress(ZERO_PAGE + at)).unwrap();
+        assert_eq!((word(0x202), word(0x228)), (HEADER_MAGIC, 0x2_0000));
+        assert_eq!((word(0x218), word(0x21c)), (0x30_0000, 99), "ramdisk");
+        assert_eq!(word(0x70), 0xe_0000, "ACPI root pointer");
     }
 }

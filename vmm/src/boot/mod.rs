@@ -1,16 +1,29 @@
-//! From a kernel file to an entry point: [`load`] puts kernel and command line into RAM, the
-//! protocol's module ([`pvh`], [`linux`]) adds what the kernel expects to find, and [`cpu`] turns
-//! the entry point into first registers.
+//! From a kernel file to an entry point: [`load`] tells by its content what the kernel is and puts it,
+//! its ramdisk and its command line into RAM; the protocol's module adds what the kernel expects to
+//! find; [`cpu`] turns the entry point into first registers.
+//!
+//! ```text
+//! bzimage     -> linux (zero page)       64-bit entry      distributions' kernels
+//! multiboot   -> multiboot info          32-bit entry      test kernels
+//! elf         -> pvh (start info)        32-bit entry      a note says so
+//!             -> linux (zero page)       64-bit entry      vmlinux
+//! ```
 
+mod acpi;
+mod bzimage;
 pub mod cpu;
+mod elf;
+mod initrd;
 pub mod layout;
 mod linux;
+mod multiboot;
 mod pvh;
 
+pub use acpi::Hardware;
+
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
-use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END};
-use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{Elf, KernelLoader, KernelLoaderResult};
+use initrd::Placed;
+use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
@@ -29,7 +42,10 @@ pub enum BootError {
         source: io::Error,
     },
     /// Not a format that we boot.
-    #[error("{path} is not a kernel Ferry can boot: expected a 64-bit x86 ELF (PVH or vmlinux)")]
+    #[error(
+        "{path} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
+         or a Multiboot kernel"
+    )]
     NotAKernel {
         /// The file.
         path: PathBuf,
@@ -54,6 +70,30 @@ pub enum BootError {
         start: u64,
         /// End of what is needed.
         end: u64,
+        /// RAM size.
+        ram_bytes: u64,
+    },
+    /// The ramdisk or a module cannot be read.
+    #[error("cannot read --initrd {path}")]
+    ReadInitrd {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The ramdisk does not fit beside the kernel.
+    #[error(
+        "--initrd {path} does not fit: it has {len_bytes} bytes, beside the kernel there is room for \
+         {room_bytes}; raise --memory ({ram_bytes} bytes now)"
+    )]
+    InitrdDoesNotFit {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        len_bytes: u64,
+        /// What would fit.
+        room_bytes: u64,
         /// RAM size.
         ram_bytes: u64,
     },
@@ -84,6 +124,11 @@ pub enum EntryPoint {
         /// Entry address.
         address: u64,
     },
+    /// 32-bit protected mode, `eax` the magic number, `ebx` at the Multiboot info.
+    Multiboot {
+        /// Entry address.
+        address: u64,
+    },
     /// 64-bit mode with identity-mapped low memory, `rsi` at the zero page.
     Linux64 {
         /// Entry address.
@@ -91,35 +136,87 @@ pub enum EntryPoint {
     },
 }
 
-/// Puts the kernel at `path` and its command line into RAM.
+/// What a machine boots.
+#[derive(Debug, Clone, Copy)]
+pub struct BootSource<'a> {
+    /// Kernel file.
+    pub kernel: &'a Path,
+    /// Initial ramdisk; for Multiboot the modules, as for QEMU: `PATH [ARGUMENTS],…`.
+    pub initrd: Option<&'a Path>,
+    /// Command line, without what Ferry adds.
+    pub cmdline: &'a str,
+}
+
+/// Puts the kernel, its ramdisk, its command line and the tables that tell of `hardware` into RAM.
 pub fn load(
-    path: &Path,
-    cmdline: &str,
+    source: &BootSource<'_>,
+    hardware: &Hardware,
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<EntryPoint, BootError> {
+    let path = source.kernel;
     let read_error = |source| BootError::Read { path: path.to_owned(), source };
     let mut file = File::open(path).map_err(read_error)?;
-    check_elf(path, &mut file, layout)?;
-    let loaded: KernelLoaderResult = Elf::load(ram, None, &mut file, None).map_err(|error| {
-        BootError::Unloadable { path: path.to_owned(), reason: error.to_string() }
-    })?;
-    write_cmdline(cmdline, ram)?;
-    match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(address) => {
-            log::info!("{}: PVH ELF kernel, entry {:#x}", path.display(), address.0);
-            pvh::write_start_info(ram, layout)?;
-            Ok(EntryPoint::Pvh { address: address.0 })
+    let mut head = Vec::new();
+    file.by_ref().take(HEAD_BYTES).read_to_end(&mut head).map_err(read_error)?;
+    file.rewind().map_err(read_error)?;
+    let rsdp = if hardware.acpi { acpi::write_tables(hardware, ram)? } else { 0 };
+    if bzimage::is_bzimage(&head) {
+        // A kernel that a distribution packs knows ACPI.
+        let cmdline = source.cmdline_for(hardware, !hardware.acpi);
+        let kernel = bzimage::load(path, &mut file, &cmdline, ram, layout)?;
+        write_cmdline(&cmdline, ram)?;
+        let limit = u64::from(kernel.header.initrd_addr_max).saturating_add(1);
+        let initrd = source.load_initrd(ram, layout, kernel.end, limit)?;
+        linux::write_zero_page(ram, layout, kernel.header, &cmdline, initrd, rsdp)?;
+        cpu::write_page_tables(ram)?;
+        return Ok(EntryPoint::Linux64 { address: kernel.entry });
+    }
+    let cmdline = source.cmdline_for(hardware, true);
+    if let Some(header) = multiboot::find_header(&head) {
+        return multiboot::load(source, &mut file, &header, &cmdline, ram, layout);
+    }
+    if !elf::is_elf(&head) {
+        return Err(BootError::NotAKernel { path: path.to_owned() });
+    }
+    let kernel = elf::load(path, &mut file, ram, layout)?;
+    write_cmdline(&cmdline, ram)?;
+    let initrd = source.load_initrd(ram, layout, kernel.end, u64::MAX)?;
+    if kernel.pvh {
+        pvh::write_start_info(ram, layout, initrd, rsdp)?;
+        return Ok(EntryPoint::Pvh { address: kernel.entry });
+    }
+    linux::write_zero_page(ram, layout, linux::header_of_vmlinux(), &cmdline, initrd, rsdp)?;
+    cpu::write_page_tables(ram)?;
+    Ok(EntryPoint::Linux64 { address: kernel.entry })
+}
+
+impl BootSource<'_> {
+    /// The command line, with `virtio_mmio.device=SIZE@BASE:IRQ` for kernels that find devices there.
+    fn cmdline_for(&self, hardware: &Hardware, with_devices: bool) -> String {
+        let mut words = vec![self.cmdline.to_owned()];
+        words.retain(|word| !word.is_empty());
+        if with_devices {
+            let word =
+                |slot: &MmioSlot| format!("virtio_mmio.device=4K@{:#x}:{}", slot.base, slot.gsi);
+            words.extend(hardware.virtio.iter().map(word));
         }
-        _ => {
-            let address = loaded.kernel_load.0;
-            log::info!("{}: 64-bit ELF kernel, entry {address:#x}", path.display());
-            linux::write_zero_page(ram, layout, cmdline)?;
-            cpu::write_page_tables(ram)?;
-            Ok(EntryPoint::Linux64 { address })
-        }
+        words.join(" ")
+    }
+
+    fn load_initrd(
+        &self,
+        ram: &GuestRam,
+        layout: &RamLayout,
+        floor: u64,
+        limit: u64,
+    ) -> Result<Option<Placed>, BootError> {
+        self.initrd.map(|path| initrd::load(path, ram, layout, floor, limit)).transpose()
     }
 }
+
+/// What is looked at to tell what a file is; a Multiboot header lies in the first 8 KiB.
+const HEAD_BYTES: u64 = 8 << 10;
 
 /// Memory that the guest is told it may use: `(start, length)`.
 fn usable_ram(layout: &RamLayout) -> Vec<(u64, u64)> {
@@ -151,76 +248,6 @@ fn write_bytes(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), BootErr
     ram.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Ram(error.to_string()))
 }
 
-const EHDR_BYTES: usize = 64;
-const PHDR_BYTES: usize = 56;
-const PT_LOAD: u32 = 1;
-const EM_X86_64: u16 = 62;
-
-/// Looks at the headers before the loader does, so that the user hears what is wrong with the file
-/// and where; the loader's own errors do not say.
-#[expect(clippy::little_endian_bytes, reason = "a codec of the ELF headers")]
-fn check_elf(path: &Path, file: &mut File, layout: &RamLayout) -> Result<(), BootError> {
-    let path = path.to_owned();
-    let read_error = |source| BootError::Read { path: path.clone(), source };
-    let file_len = file.metadata().map_err(read_error)?.len();
-    let mut head = Vec::new();
-    // Program headers of real kernels follow the ELF header closely; 64 KiB hold the most there are.
-    file.by_ref().take(64 << 10).read_to_end(&mut head).map_err(read_error)?;
-    file.rewind().map_err(read_error)?;
-    if !head.starts_with(b"\x7fELF") {
-        return Err(BootError::NotAKernel { path });
-    }
-    let truncated = |what: &str| BootError::Truncated { path: path.clone(), what: what.into() };
-    let header = head.get(..EHDR_BYTES).ok_or_else(|| truncated("the ELF header"))?;
-    let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-    if header[4] != 2 || header[5] != 1 || u16_at(18) != EM_X86_64 {
-        return Err(BootError::NotAKernel { path });
-    }
-    let field = |bytes: &[u8], at: usize| -> u64 {
-        bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
-    };
-    let table = usize::try_from(field(header, 32)).unwrap_or(usize::MAX);
-    let (entry_bytes, count) = (usize::from(u16_at(54)), usize::from(u16_at(56)));
-    if entry_bytes != PHDR_BYTES || count == 0 {
-        let reason = "it has no program headers".into();
-        return Err(BootError::Unloadable { path, reason });
-    }
-    let mut loadable = 0;
-    for index in 0..count {
-        let header = table
-            .checked_add(index * PHDR_BYTES)
-            .and_then(|start| head.get(start..start.checked_add(PHDR_BYTES)?))
-            .ok_or_else(|| truncated("the program header table"))?;
-        let kind = header[..4].try_into().map_or(0, u32::from_le_bytes);
-        let (offset, address) = (field(header, 8), field(header, 24));
-        let (file_bytes, mem_bytes) = (field(header, 32), field(header, 40));
-        if offset.checked_add(file_bytes).is_none_or(|end| end > file_len) {
-            return Err(truncated(&format!("segment {index}")));
-        }
-        if kind != PT_LOAD || mem_bytes == 0 {
-            continue;
-        }
-        loadable += 1;
-        if address < HIGH_RAM_START {
-            let reason = format!("segment {index} lies at {address:#x}, below 1 MiB");
-            return Err(BootError::Unloadable { path, reason });
-        }
-        let end = address.saturating_add(mem_bytes.max(file_bytes));
-        let fits = layout.blocks().iter().any(|block| {
-            address >= block.base.0 && end <= block.base.0.saturating_add(block.len_bytes())
-        });
-        if !fits {
-            let ram_bytes = layout.size_bytes();
-            return Err(BootError::DoesNotFit { path, start: address, end, ram_bytes });
-        }
-    }
-    if loadable == 0 {
-        let reason = "it has no loadable segment".into();
-        return Err(BootError::Unloadable { path, reason });
-    }
-    Ok(())
-}
-
 /// Reads guest memory in tests of the protocols.
 #[cfg(test)]
 fn test_ram(bytes: u64) -> (GuestRam, RamLayout) {
@@ -228,65 +255,8 @@ fn test_ram(bytes: u64) -> (GuestRam, RamLayout) {
     (GuestRam::from_ranges(&layout.ranges()).unwrap(), layout)
 }
 
+/// Two vCPUs and one virtio device, for tests of the protocols.
 #[cfg(test)]
-#[allow(clippy::little_endian_bytes, reason = "makes ELF headers")]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn load_bytes(bytes: &[u8], ram_bytes: u64) -> Result<EntryPoint, BootError> {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(bytes).unwrap();
-        let (ram, layout) = test_ram(ram_bytes);
-        load(file.path(), "", &ram, &layout)
-    }
-
-    fn elf(address: u64, mem_bytes: u64) -> Vec<u8> {
-        let mut image = vec![0u8; EHDR_BYTES + PHDR_BYTES + 16];
-        image[..6].copy_from_slice(b"\x7fELF\x02\x01");
-        image[18] = 62;
-        image[24..32].copy_from_slice(&address.to_le_bytes());
-        image[32] = 64;
-        image[54] = 56;
-        image[56] = 1;
-        let header = &mut image[EHDR_BYTES..];
-        header[0] = 1;
-        header[8] = 120;
-        header[24..32].copy_from_slice(&address.to_le_bytes());
-        header[32] = 16;
-        header[40..48].copy_from_slice(&mem_bytes.to_le_bytes());
-        image
-    }
-
-    #[test]
-    fn an_elf_without_note_is_entered_in_64_bit_mode() {
-        let entry = load_bytes(&elf(0x10_0000, 16), 4 << 20).unwrap();
-        assert_eq!(entry, EntryPoint::Linux64 { address: 0x10_0000 });
-    }
-
-    #[test]
-    fn what_is_wrong_with_a_kernel_is_said() {
-        let cases: [(Vec<u8>, &str); 7] = [
-            (b"#!/bin/sh\n".to_vec(), "is not a kernel Ferry can boot"),
-            (vec![], "is not a kernel Ferry can boot"),
-            (b"\x7fELF\x02\x01".to_vec(), "is truncated: the ELF header"),
-            (elf(0x10_0000, 16)[..100].to_vec(), "is truncated: the program header table"),
-            (elf(0x10_0000, 16)[..125].to_vec(), "is truncated: segment 0"),
-            (elf(0x10_0000, 64 << 20), "does not fit"),
-            (elf(0x8000, 16), "below 1 MiB"),
-        ];
-        for (image, expected) in cases {
-            let error = load_bytes(&image, 4 << 20).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error:?} lacks {expected:?}");
-        }
-        assert!(load_bytes(&elf(u64::MAX - 8, 64), 4 << 20).is_err());
-    }
-
-    #[test]
-    fn command_lines_that_do_not_fit_are_refused() {
-        let (ram, _) = test_ram(4 << 20);
-        assert!(write_cmdline(&"x".repeat(CMDLINE_MAX_BYTES - 1), &ram).is_ok());
-        assert!(write_cmdline(&"x".repeat(CMDLINE_MAX_BYTES), &ram).is_err());
-        assert!(write_cmdline("a\0b", &ram).is_err());
-    }
+fn test_hardware(acpi: bool) -> Hardware {
+    Hardware { acpi, cpus: 2, virtio: layout::virtio_slot(0).into_iter().collect() }
 }

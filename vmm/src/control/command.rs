@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 18] = [
+pub const NAMES: [&str; 19] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -17,6 +17,7 @@ pub const NAMES: [&str; 18] = [
     "stop",
     "cont",
     "system_reset",
+    "system_powerdown",
     "quit",
     "migrate",
     "migrate_cancel",
@@ -52,6 +53,8 @@ pub enum Command {
     },
     /// `system_reset`
     Reset,
+    /// `system_powerdown`
+    Powerdown,
     /// `quit`
     Quit,
     /// `migrate`
@@ -154,6 +157,7 @@ impl Command {
             "stop" => Self::Stop,
             "cont" => Self::Cont { force: arguments.flag("force")?.unwrap_or(false) },
             "system_reset" => Self::Reset,
+            "system_powerdown" => Self::Powerdown,
             "quit" => Self::Quit,
             "migrate" => {
                 let uri = arguments.text("uri")?.ok_or_else(|| missing("uri"))?;

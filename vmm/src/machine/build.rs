@@ -3,8 +3,9 @@
 
 use super::description::{Description, DiskDescription};
 use super::vcpus::{VcpuContext, Vcpus};
-use super::{Backends, Disk, Machine, MachineError, boot_kernel, cpu_features};
-use crate::boot::{cpu, layout};
+use super::{Backends, Disk, Machine, MachineError, cpu_features};
+use crate::boot::layout::{self, MmioSlot};
+use crate::boot::{self, BootSource, Hardware, cpu};
 use crate::kvm::blob::Blob;
 use crate::kvm::cpu_state::{CpuStateLayout, effective_cpuid, set_cpuid, set_tsc_khz};
 use crate::kvm::vcpu::Vcpu;
@@ -14,7 +15,7 @@ use devices::block::BlockNode;
 use devices::bus::{Bus, BusDevice, BusError};
 use devices::irq::EventIrq;
 use devices::ram::{GuestRam, RamLayout};
-use devices::reset::{DebugExitPort, ExitSink, I8042, PowerPort};
+use devices::reset::{DebugExitPort, ExitSink, I8042, PowerPort, SleepControl};
 use devices::serial::SerialConsole;
 use devices::virtio::blk::Block;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, NOTIFY_OFFSET};
@@ -34,8 +35,12 @@ pub struct NewMachine<'a> {
     pub cpus: u8,
     /// Kernel file.
     pub kernel: &'a Path,
+    /// Initial ramdisk, or Multiboot modules.
+    pub initrd: Option<&'a Path>,
     /// Kernel command line, without what Ferry adds.
     pub cmdline: String,
+    /// Whether there are ACPI tables.
+    pub acpi: bool,
 }
 
 impl Machine {
@@ -50,13 +55,17 @@ impl Machine {
         let supported = host.supported_cpuid()?;
         parts.configure_cpus(supported.as_slice(), tsc_khz)?;
         let disks = backends.disks.iter().map(|node| describe_disk(node)).collect::<Vec<_>>();
-        let cmdline = cmdline_with_devices(&new.cmdline, disks.len());
-        boot_kernel(new.kernel, &cmdline, &parts.vm, parts.first()?)?;
+        let source = BootSource { kernel: new.kernel, initrd: new.initrd, cmdline: &new.cmdline };
+        let virtio = (0..disks.len()).map(device_slot).collect::<Result<_, _>>()?;
+        let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, virtio };
+        let entry = boot::load(&source, &hardware, parts.vm.ram(), parts.vm.layout())?;
+        cpu::set_entry(parts.first()?, entry, parts.vm.ram())?;
         let description = Description {
             name: new.name,
             memory_bytes: new.memory_bytes,
             cpus: new.cpus,
             cmdline: new.cmdline,
+            acpi: new.acpi,
             disks,
             cpuid: effective_cpuid(parts.first()?)?.into_iter().map(Blob).collect(),
             tsc_khz,
@@ -144,6 +153,9 @@ impl Parts {
         let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
         insert(&mut pio, layout::DEBUG_EXIT_PORT, 4, debug_exit)?;
         insert(&mut pio, layout::POWER_PORT, 2, Arc::new(Mutex::new(PowerPort::new(exits()))))?;
+        let sleep = Arc::new(Mutex::new(SleepControl::new(exits())));
+        insert(&mut pio, layout::SLEEP_CONTROL_PORT, 2, sleep)?;
+        let power_button = irq_line(&vm, layout::POWER_BUTTON_GSI)?;
         let mut mmio = Bus::new();
         let mut disks = Vec::with_capacity(backends.disks.len());
         for (index, node) in backends.disks.into_iter().enumerate() {
@@ -165,6 +177,7 @@ impl Parts {
             vcpus,
             disks,
             serial,
+            power_button,
             description,
             permit: None,
             running: false,
@@ -221,16 +234,10 @@ fn check_disks(expected: &[DiskDescription], given: &[Arc<BlockNode>]) -> Result
     Ok(())
 }
 
-fn device_address(index: usize) -> u64 {
-    layout::VIRTIO_MMIO_BASE + index as u64 * MMIO_LEN
-}
-
-fn device_gsi(index: usize) -> Result<u32, MachineError> {
+fn device_slot(index: usize) -> Result<MmioSlot, MachineError> {
     let most = layout::VIRTIO_GSIS.len();
-    layout::VIRTIO_GSIS
-        .get(index)
-        .copied()
-        .ok_or_else(|| MachineError::Records(format!("at most {most} disks are possible")))
+    layout::virtio_slot(index)
+        .ok_or_else(|| MachineError::Records(format!("at most {most} virtio devices are possible")))
 }
 
 fn add_disk(
@@ -239,39 +246,15 @@ fn add_disk(
     index: usize,
     node: Arc<BlockNode>,
 ) -> Result<Disk, MachineError> {
-    let irq = irq_line(vm, device_gsi(index)?)?;
+    let slot = device_slot(index)?;
+    let irq = irq_line(vm, slot.gsi)?;
     let ram: GuestRam = vm.ram().clone();
     let transport = MmioTransport::new(ram, Box::new(Block::new(node.clone())), irq)
         .map_err(|source| MachineError::Setup { what: "virtio-blk device", source })?;
-    let base = device_address(index);
     for (queue, event) in (0..).zip(transport.queue_events()) {
-        vm.route_notify(event, base + NOTIFY_OFFSET, queue)?;
+        vm.route_notify(event, slot.base + NOTIFY_OFFSET, queue)?;
     }
     let transport = Arc::new(Mutex::new(transport));
-    insert(mmio, base, MMIO_LEN, transport.clone())?;
+    insert(mmio, slot.base, MMIO_LEN, transport.clone())?;
     Ok(Disk { node, transport })
-}
-
-/// Kernels that find devices on the command line (`virtio_mmio.device=SIZE@BASE:IRQ`) find them there.
-fn cmdline_with_devices(cmdline: &str, disk_count: usize) -> String {
-    let mut words = vec![cmdline.to_owned()];
-    words.retain(|word| !word.is_empty());
-    for (index, gsi) in layout::VIRTIO_GSIS.iter().enumerate().take(disk_count) {
-        words.push(format!("virtio_mmio.device=4K@{:#x}:{gsi}", device_address(index)));
-    }
-    words.join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_announced_on_the_command_line() {
-        assert_eq!(cmdline_with_devices("", 0), "");
-        assert_eq!(
-            cmdline_with_devices("work=disk", 2),
-            "work=disk virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0001000:17"
-        );
-    }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Version of [`Description`] that this build writes.
 const VERSION: u16 = 1;
 /// Most vCPUs of a machine.
-pub const MAX_CPUS: u8 = 8;
+pub const MAX_CPUS: u8 = 16;
 /// Most disks of a machine: one interrupt line each.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
@@ -26,6 +26,9 @@ pub struct Description {
     pub cpus: u8,
     /// Command line as the user gave it, for a reset at the destination.
     pub cmdline: String,
+    /// Whether the guest finds ACPI tables; for a reset at the destination.
+    #[serde(default)]
+    pub acpi: bool,
     /// Disks in the order of their devices.
     pub disks: Vec<DiskDescription>,
     /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
@@ -120,6 +123,7 @@ pub(crate) fn sample() -> Description {
         memory_bytes: 128 << 20,
         cpus: 2,
         cmdline: "work=idle".into(),
+        acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
         cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
         tsc_khz: 2_000_000,

@@ -12,20 +12,19 @@ mod records;
 pub mod run_state;
 pub mod vcpus;
 
-use crate::boot::{self, BootError, cpu};
+use crate::boot::BootError;
 use crate::kvm::KvmError;
-use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::vm_state::ClockState;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
+use devices::irq::{EventIrq, IrqLine};
 use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
 use devices::virtio::mmio::MmioTransport;
 use migration::guest::RunPermit;
 use std::io::{self, Write};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
 
@@ -126,6 +125,7 @@ pub struct Machine {
     vcpus: Vcpus,
     disks: Vec<Disk>,
     serial: Arc<Mutex<SerialConsole>>,
+    power_button: Arc<EventIrq>,
     description: Description,
     permit: Option<RunPermit>,
     /// Set while vCPUs run.
@@ -149,6 +149,12 @@ impl Machine {
     /// Its console, for input.
     pub fn serial(&self) -> &Arc<Mutex<SerialConsole>> {
         &self.serial
+    }
+
+    /// Presses the ACPI power button; a guest that does not listen ignores it.
+    pub fn press_power_button(&self) -> Result<(), MachineError> {
+        let setup = |source| MachineError::Setup { what: "power button", source };
+        self.power_button.raise().map_err(setup)
     }
 
     /// Its disks.
@@ -249,11 +255,4 @@ impl Machine {
 /// A poisoned lock means that a device panicked, which is our bug; its state is still the best we have.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Puts a kernel into RAM and vCPU 0 at its entry.
-fn boot_kernel(kernel: &Path, cmdline: &str, vm: &Vm, first: &Vcpu) -> Result<(), MachineError> {
-    let entry = boot::load(kernel, cmdline, vm.ram(), vm.layout())?;
-    cpu::set_entry(first, entry, vm.ram())?;
-    Ok(())
 }

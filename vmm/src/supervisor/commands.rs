@@ -37,6 +37,13 @@ impl Supervisor {
             Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
             Command::Cont { force } => self.cont(force),
             Command::Reset => self.system_reset(),
+            Command::Powerdown => {
+                if let Some(machine) = &self.machine {
+                    machine.press_power_button().map_err(|error| failed(&error))?;
+                    self.tell(&Event::plain("POWERDOWN"));
+                }
+                Ok(empty())
+            }
             Command::Quit => {
                 self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
                 Ok(empty())

@@ -263,8 +263,10 @@ impl Supervisor {
             name: config.name,
             memory_bytes: config.memory_bytes,
             cpus: config.cpus,
-            kernel: &config.kernel,
+            kernel: &config.boot.kernel,
+            initrd: config.boot.initrd.as_deref(),
             cmdline: config.cmdline,
+            acpi: config.acpi,
         })
     }
 
@@ -339,9 +341,9 @@ impl Supervisor {
     }
 
     fn rebuild(&mut self) -> Result<(), String> {
-        let kernel = match &self.mission {
-            Mission::Run(config) => config.kernel.clone(),
-            Mission::Receive(config) => config.kernel.clone().ok_or(
+        let files = match &self.mission {
+            Mission::Run(config) => config.boot.clone(),
+            Mission::Receive(config) => config.boot.clone().ok_or(
                 "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
             )?,
         };
@@ -354,8 +356,10 @@ impl Supervisor {
             name: description.name,
             memory_bytes: description.memory_bytes,
             cpus: description.cpus,
-            kernel: &kernel,
+            kernel: &files.kernel,
+            initrd: files.initrd.as_deref(),
             cmdline: description.cmdline,
+            acpi: description.acpi,
         };
         self.install(new).map_err(|error| chain(&error))
     }
@@ -381,6 +385,13 @@ impl Supervisor {
 
     fn on_message(&mut self, message: Message) {
         match message {
+            Message::GuestExit(GuestExit::Reset) if self.mission.host().no_reboot => {
+                self.become_state(RunState::Shutdown);
+                self.end(
+                    self.code_unless_expecting(exit_code::OK),
+                    &Event::ending("SHUTDOWN", true, "guest-reset"),
+                );
+            }
             Message::GuestExit(GuestExit::Reset) => self.reset(true),
             Message::GuestExit(GuestExit::PowerOff) => {
                 self.become_state(RunState::Shutdown);
