@@ -29,6 +29,11 @@ pub enum MigrationStatus {
 }
 
 impl MigrationStatus {
+    /// Whether the migration has ended, one way or another.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Cancelled | Self::Completed | Self::Failed)
+    }
+
     /// QEMU's word for it.
     pub fn name(self) -> &'static str {
         match self {

@@ -168,6 +168,9 @@ impl Supervisor {
     }
 
     fn migrate(&mut self, uri: &str) -> Result<Value, QmpError> {
+        if matches!(self.state, RunState::Running | RunState::Paused) {
+            self.jobs.reap_settled();
+        }
         if self.jobs.busy() {
             return Err(QmpError::generic("There's a migration process in progress"));
         }

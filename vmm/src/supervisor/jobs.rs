@@ -13,7 +13,13 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+/// One of this process's migrations, which come one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobId(u64);
+
 struct Job {
+    id: JobId,
+    incoming: bool,
     thread: JoinHandle<()>,
     cancel: CancelToken,
 }
@@ -22,6 +28,7 @@ struct Job {
 #[derive(Default)]
 pub struct Jobs {
     current: Option<Job>,
+    last_id: JobId,
     /// Counters of the running migration, or of the last one.
     pub counters: Arc<Counters>,
     /// Parameters, also while it runs.
@@ -38,9 +45,12 @@ impl Jobs {
 
     fn spawn(
         &mut self,
-        name: &str,
-        work: impl FnOnce(Arc<Counters>, CancelToken, SharedParams) + Send + 'static,
+        incoming: bool,
+        work: impl FnOnce(JobId, Arc<Counters>, CancelToken, SharedParams) + Send + 'static,
     ) -> io::Result<()> {
+        let id = JobId(self.last_id.0 + 1);
+        self.last_id = id;
+        let name = if incoming { "mig-in" } else { "mig-out" };
         self.counters = Arc::default();
         let cancel = CancelToken::new();
         let (counters, token, params) =
@@ -48,8 +58,8 @@ impl Jobs {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(512 << 10)
-            .spawn(move || work(counters, token, params))?;
-        self.current = Some(Job { thread, cancel });
+            .spawn(move || work(id, counters, token, params))?;
+        self.current = Some(Job { id, incoming, thread, cancel });
         Ok(())
     }
 
@@ -61,7 +71,7 @@ impl Jobs {
         ram: SourceRam,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        self.spawn("mig-out", move |counters, cancel, params| {
+        self.spawn(false, move |id, counters, cancel, params| {
             let mut guest = GuestProxy::new(mailbox.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
             let source = Source {
@@ -73,13 +83,13 @@ impl Jobs {
                 events: &mut events,
             };
             let outcome = source.migrate(&to, ram);
-            mailbox.post(Message::OutgoingEnded(outcome));
+            mailbox.post(Message::OutgoingEnded(id, outcome));
         })
     }
 
     /// Starts waiting for a guest.
     pub fn receive(&mut self, listener: Listener, mailbox: Mailbox) -> io::Result<()> {
-        self.spawn("mig-in", move |counters, cancel, _| {
+        self.spawn(true, move |id, counters, cancel, _| {
             let mut host = GuestProxy::new(mailbox.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
@@ -88,7 +98,7 @@ impl Jobs {
             // A source that wants to come back here finds the address free.
             drop(listener);
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
-            mailbox.post(Message::IncomingEnded(result));
+            mailbox.post(Message::IncomingEnded(id, result));
         })
     }
 
@@ -100,12 +110,22 @@ impl Jobs {
         }
     }
 
-    /// Joins the thread of a migration that has ended.
-    pub fn reap(&mut self) {
-        if let Some(job) = self.current.take()
+    /// Joins the thread of migration `id`, unless that was done already.
+    pub fn reap(&mut self, id: JobId) {
+        if let Some(job) = self.current.take_if(|job| job.id == id)
             && job.thread.join().is_err()
         {
             log::error!("the migration thread panicked");
+        }
+    }
+
+    /// For a guest that runs or is paused here: joins the thread of a migration that is over but for
+    /// saying so. Who has heard of its end from elsewhere may ask for the next at once.
+    pub fn reap_settled(&mut self) {
+        let ended = self.counters.snapshot().status.is_over();
+        let job = self.current.as_ref().filter(|job| job.incoming || ended);
+        if let Some(id) = job.map(|job| job.id) {
+            self.reap(id);
         }
     }
 

@@ -1,6 +1,7 @@
 //! How other threads reach the supervisor: a channel, and an eventfd that wakes its event loop.
 
 use super::guest::GuestRequest;
+use super::jobs::JobId;
 use crate::console::ConsoleEvent;
 use crate::machine::vcpus::VcpuEnd;
 use devices::reset::GuestExit;
@@ -23,9 +24,9 @@ pub enum Message {
     /// A migration has come further.
     Migration(MigrationEvent),
     /// The outgoing migration has ended.
-    OutgoingEnded(SourceOutcome),
+    OutgoingEnded(JobId, SourceOutcome),
     /// The incoming migration has ended; the text says why it failed.
-    IncomingEnded(Result<(), String>),
+    IncomingEnded(JobId, Result<(), String>),
 }
 
 /// The sending half; cheap to clone.

@@ -424,13 +424,13 @@ impl Supervisor {
             }
             Message::Guest(request) => self.on_guest_request(request),
             Message::Migration(event) => self.on_migration_event(event),
-            Message::OutgoingEnded(outcome) => {
-                self.jobs.reap();
+            Message::OutgoingEnded(id, outcome) => {
+                self.jobs.reap(id);
                 log::info!("migration: {outcome:?}");
             }
-            Message::IncomingEnded(Ok(())) => self.jobs.reap(),
-            Message::IncomingEnded(Err(why)) => {
-                self.jobs.reap();
+            Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
+            Message::IncomingEnded(id, Err(why)) => {
+                self.jobs.reap(id);
                 eprintln!("ferry: the guest did not arrive: {why}");
                 self.end(exit_code::GUEST_FAILED, &Event::ending("SHUTDOWN", false, "host-error"));
             }
