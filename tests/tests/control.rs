@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 fn idle() -> Vmm {
@@ -239,12 +239,13 @@ fn a_guest_whose_output_nobody_reads_still_stops_goes_on_and_quits() {
     let qmp = format!("unix:{}", socket.display());
     let (reader, writer) = std::io::pipe().unwrap();
     shrink(&reader);
-    let mut child = ferry::command(["run", "--qmp", &qmp, "--kernel", guest_images::KERNEL])
+    let child = ferry::command(["run", "--qmp", &qmp, "--kernel", guest_images::KERNEL])
         .args(["--cmdline", "work=idle hb_ms=1"])
         .stdout(writer)
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
+    let mut child = KilledOnDrop(child);
     let end = Instant::now() + SOON;
     // The second and last buffer of the pipe is in use; a pipe gives no event for that.
     while unread(&reader) <= 4096 || !socket.exists() {
@@ -259,8 +260,18 @@ fn a_guest_whose_output_nobody_reads_still_stops_goes_on_and_quits() {
         qmp.execute("cont", json!({})).unwrap();
     }
     qmp.execute("quit", json!({})).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(child.0.wait().unwrap().code(), Some(0));
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+}
+
+struct KilledOnDrop(Child);
+
+impl Drop for KilledOnDrop {
+    fn drop(&mut self) {
+        // It has ended already if all went well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Leaves a pipe two buffers of a page each.
