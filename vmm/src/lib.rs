@@ -11,6 +11,7 @@ pub mod client;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod desk;
 pub mod doctor;
 pub mod error;
 pub mod kvm;

@@ -99,7 +99,12 @@ pub struct Incoming {
     pub id: Option<Value>,
     /// What is asked.
     pub command: Command,
+    /// In the client's own words, to be asked elsewhere.
+    pub request: message::Request,
 }
+
+/// An answer.
+pub type QmpResult = Result<Value, QmpError>;
 
 struct Client {
     stream: UnixStream,
@@ -232,7 +237,8 @@ impl ControlServer {
                 }
                 Ok(request) => match self.understand(id, &request) {
                     Ok(Some(command)) => {
-                        requests.push(Incoming { client: id, id: request.id, command });
+                        let echoed = request.id.clone();
+                        requests.push(Incoming { client: id, id: echoed, command, request });
                     }
                     Ok(None) => self.reply(id, request.id, Ok(json!({}))),
                     Err(error) => self.reply(id, request.id, Err(error)),
@@ -265,7 +271,7 @@ impl ControlServer {
     }
 
     /// Answers a request.
-    pub fn reply(&mut self, client: ClientId, id: Option<Value>, result: Result<Value, QmpError>) {
+    pub fn reply(&mut self, client: ClientId, id: Option<Value>, result: QmpResult) {
         self.send(client, &reply(id, result));
     }
 

@@ -168,7 +168,7 @@ impl Parts {
         let context = VcpuContext {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
-            ended,
+            ended: ended.clone(),
             on_end: backends.events.on_end,
             layout: cpu_layout,
         };
@@ -178,6 +178,7 @@ impl Parts {
             disks,
             serial,
             power_button,
+            ended,
             description,
             permit: None,
             running: false,

@@ -25,6 +25,7 @@ use devices::state::RestoreError;
 use devices::virtio::mmio::MmioTransport;
 use migration::guest::RunPermit;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
 
@@ -126,6 +127,8 @@ pub struct Machine {
     disks: Vec<Disk>,
     serial: Arc<Mutex<SerialConsole>>,
     power_button: Arc<EventIrq>,
+    /// Raised by the device or vCPU that ended the guest; the supervisor hears of it a moment later.
+    ended: Arc<AtomicBool>,
     description: Description,
     permit: Option<RunPermit>,
     /// Set while vCPUs run.
@@ -244,6 +247,12 @@ impl Machine {
             lock(&disk.transport).drain();
         }
         Ok(())
+    }
+
+    /// Whether the guest has asked for its end or a reset, or crashed: it is not to move any more. Tells
+    /// the truth once the machine is stopped.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// Whether vCPUs run.

@@ -193,7 +193,7 @@ impl Supervisor {
             dirty: Box::new(VmDirtyLog::new(vm)),
         };
         let description = machine.description().to_stream();
-        let started = self.jobs.send(address, description, ram, self.mailbox.clone());
+        let started = self.jobs.send(address, description, ram, self.desk.mailbox().clone());
         started.map(|()| empty()).map_err(|error| failed(&error))
     }
 }

@@ -1,7 +1,7 @@
 //! The machine as migration threads see it: each call becomes a message to the supervisor, which
 //! alone touches the machine, and waits for its answer.
 
-use super::mailbox::{Mailbox, Message};
+use super::messages::{Mailbox, Message};
 use devices::state::DeviceRecord;
 use migration::guest::{
     DestinationHost, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit, Stopped,

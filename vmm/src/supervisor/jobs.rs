@@ -1,7 +1,7 @@
 //! Migrations: at most one runs, on a thread of its own; its counters outlive it.
 
 use super::guest::GuestProxy;
-use super::mailbox::{Mailbox, Message};
+use super::messages::{Mailbox, Message};
 use migration::cancel::CancelToken;
 use migration::destination::{Destination, DestinationError};
 use migration::guest::{MachineDescription, RunPermit};

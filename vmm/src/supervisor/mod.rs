@@ -1,17 +1,18 @@
 //! The main thread: the one event loop that owns the machine. Run state changes here and nowhere else.
 //!
-//! Everything reaches it as a message ([`mailbox`]), a request on the control socket, a signal or the
+//! Everything reaches it as a message ([`messages`]), a request on the control socket, a signal or the
 //! timeout; [`guest`] is its face to migration threads, [`commands`] answers the control socket,
 //! [`jobs`] starts and reaps migrations.
 
 mod commands;
 pub mod guest;
 mod jobs;
-pub mod mailbox;
+pub mod messages;
 
 use crate::config::{HostConfig, ReceiveConfig, RunConfig};
 use crate::console::{Console, ConsoleEvent};
-use crate::control::{ClientId, ControlServer, Event};
+use crate::control::{Event, Incoming};
+use crate::desk::{self, Clerk, Desk, DeskError};
 use crate::error::{chain, guest_error};
 use crate::kvm::Host;
 use crate::machine::build::NewMachine;
@@ -22,22 +23,13 @@ use crate::machine::{Backends, GuestEvents, Machine, MachineError};
 use devices::block::BlockNode;
 use devices::block::raw::{OpenError, RawFile};
 use devices::reset::GuestExit;
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use guest::GuestRequest;
 use jobs::Jobs;
-use mailbox::{Mailbox, Message};
+use messages::Message;
 use migration::guest::{IncomingRam, RunPermit, Stopped};
 use migration::source::MigrationEvent;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
-use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
 /// How the process ends: `ferry run`'s exit codes.
 pub mod exit_code {
@@ -59,9 +51,9 @@ pub enum SetupError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The control socket.
+    /// The control socket or the event loop.
     #[error(transparent)]
-    Control(#[from] crate::control::ControlError),
+    Desk(#[from] DeskError),
     /// COM1.
     #[error(transparent)]
     Console(#[from] crate::console::ConsoleError),
@@ -80,9 +72,9 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
-    /// The host has no more descriptors or threads.
-    #[error("cannot start the event loop")]
-    EventLoop(#[source] io::Error),
+    /// The host has no more threads.
+    #[error("cannot start a migration's thread")]
+    Thread(#[source] io::Error),
     /// `--expect`.
     #[error("--expect")]
     Expect(#[source] regex_lite::Error),
@@ -92,9 +84,10 @@ impl SetupError {
     /// The exit code: 3 where the host is at fault, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Kvm(_) | Self::Machine(MachineError::Kvm(_)) | Self::EventLoop(_) => {
-                exit_code::HOST
-            }
+            Self::Kvm(_)
+            | Self::Machine(MachineError::Kvm(_))
+            | Self::Thread(_)
+            | Self::Desk(DeskError::EventLoop(_)) => exit_code::HOST,
             _ => exit_code::GUEST_FAILED,
         }
     }
@@ -115,12 +108,6 @@ impl Mission {
     }
 }
 
-const TOKEN_MAILBOX: u32 = 0;
-const TOKEN_CONTROL: u32 = 1;
-const TOKEN_SIGNAL: u32 = 2;
-const TOKEN_TIMEOUT: u32 = 3;
-const TOKEN_CLIENTS: u32 = 16;
-
 /// The owner of the machine.
 pub struct Supervisor {
     mission: Mission,
@@ -132,14 +119,7 @@ pub struct Supervisor {
     state: RunState,
     jobs: Jobs,
     console: Console,
-    control: Option<ControlServer>,
-    mailbox: Mailbox,
-    inbox: Receiver<Message>,
-    wake: Arc<EventFd>,
-    signals: UnixStream,
-    timeout: Option<TimerFd>,
-    clients: Vec<(ClientId, RawFd, bool)>,
-    exit: Option<u8>,
+    desk: Desk<Message>,
 }
 
 /// Boots a guest and runs it to its end; returns the exit code.
@@ -153,7 +133,7 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
     supervisor.boot()?;
     supervisor.start()?;
-    supervisor.serve()
+    Ok(desk::serve(supervisor)?)
 }
 
 /// Waits for a guest and runs it to its end; returns the exit code.
@@ -164,39 +144,23 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let mut supervisor = Supervisor::new(Mission::Receive(config), host, Vec::new())?;
     supervisor.state = RunState::Inmigrate;
     eprintln!("ferry: listening on {}", listener.local_address());
-    let mailbox = supervisor.mailbox.clone();
-    supervisor.jobs.receive(listener, mailbox).map_err(SetupError::EventLoop)?;
-    supervisor.serve()
+    let mailbox = supervisor.desk.mailbox().clone();
+    supervisor.jobs.receive(listener, mailbox).map_err(SetupError::Thread)?;
+    Ok(desk::serve(supervisor)?)
 }
 
 impl Supervisor {
     fn new(mission: Mission, host: Host, disks: Vec<Arc<BlockNode>>) -> Result<Self, SetupError> {
         let config = mission.host();
-        let control = config.qmp.as_ref().map(|path| ControlServer::bind(&path.0)).transpose()?;
-        let (mailbox, inbox, wake) = Mailbox::new().map_err(SetupError::EventLoop)?;
+        let control = config.qmp.as_ref().map(|path| path.0.as_path());
+        let desk = Desk::open(control, config.timeout)?;
         let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
-        let to_us = mailbox.clone();
+        let to_us = desk.mailbox().clone();
         let console = Console::open(
             &config.serial,
             expect.map_err(SetupError::Expect)?,
             Arc::new(move |event| to_us.post(Message::Console(event))),
         )?;
-        let (signals, signalled) = UnixStream::pair().map_err(SetupError::EventLoop)?;
-        for signal in [SIGINT, SIGTERM] {
-            let end = signalled.try_clone().map_err(SetupError::EventLoop)?;
-            signal_hook::low_level::pipe::register(signal, end).map_err(SetupError::EventLoop)?;
-        }
-        let timeout = match config.timeout {
-            None => None,
-            Some(duration) => {
-                let mut timer =
-                    TimerFd::new().map_err(|error| SetupError::EventLoop(error.into()))?;
-                // Zero would disarm it.
-                let duration = duration.max(std::time::Duration::from_nanos(1));
-                timer.reset(duration, None).map_err(|error| SetupError::EventLoop(error.into()))?;
-                Some(timer)
-            }
-        };
         Ok(Self {
             mission,
             host,
@@ -205,46 +169,12 @@ impl Supervisor {
             state: RunState::Prelaunch,
             jobs: Jobs::default(),
             console,
-            control,
-            mailbox,
-            inbox,
-            wake,
-            signals,
-            timeout,
-            clients: Vec::new(),
-            exit: None,
+            desk,
         })
     }
 
-    fn serve(self) -> Result<u8, SetupError> {
-        let failed = |error: event_manager::Error| SetupError::EventLoop(io::Error::other(error));
-        let mut manager = EventManager::new().map_err(failed)?;
-        let supervisor = Rc::new(RefCell::new(self));
-        manager.add_subscriber(supervisor.clone());
-        loop {
-            let exit = supervisor.borrow().exit;
-            if let Some(code) = exit {
-                supervisor.borrow_mut().shut_down();
-                return Ok(code);
-            }
-            manager.run().map_err(failed)?;
-        }
-    }
-
-    /// Stops everything before the process ends, so that logs and disks are whole.
-    fn shut_down(&mut self) {
-        self.jobs.abandon();
-        self.console.detach();
-        if let Some(machine) = &mut self.machine
-            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks())
-        {
-            log::error!("while shutting down: {}", chain(&error));
-        }
-        self.machine = None;
-    }
-
     fn backends(&self) -> Backends {
-        let (exits, ends) = (self.mailbox.clone(), self.mailbox.clone());
+        let (exits, ends) = (self.desk.mailbox().clone(), self.desk.mailbox().clone());
         Backends {
             disks: self.disks.clone(),
             serial_output: self.console.writer(),
@@ -289,14 +219,12 @@ impl Supervisor {
     }
 
     fn tell(&mut self, event: &Event) {
-        if let Some(control) = &mut self.control {
-            control.broadcast(event);
-        }
+        self.desk.tell(event);
     }
 
     fn end(&mut self, code: u8, event: &Event) {
-        self.tell(event);
-        self.exit.get_or_insert(code);
+        self.desk.tell(event);
+        self.desk.end(code);
     }
 
     /// Stops the guest because the user asked.
@@ -381,60 +309,6 @@ impl Supervisor {
         }
         let event = Event::ending("SHUTDOWN", false, "host-error");
         self.end(exit_code::GUEST_FAILED, &event);
-    }
-
-    fn on_message(&mut self, message: Message) {
-        match message {
-            Message::GuestExit(GuestExit::Reset) if self.mission.host().no_reboot => {
-                self.become_state(RunState::Shutdown);
-                self.end(
-                    self.code_unless_expecting(exit_code::OK),
-                    &Event::ending("SHUTDOWN", true, "guest-reset"),
-                );
-            }
-            Message::GuestExit(GuestExit::Reset) => self.reset(true),
-            Message::GuestExit(GuestExit::PowerOff) => {
-                self.become_state(RunState::Shutdown);
-                self.end(
-                    self.code_unless_expecting(exit_code::OK),
-                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
-                );
-            }
-            Message::GuestExit(GuestExit::DebugExit(value)) => {
-                self.become_state(RunState::Shutdown);
-                // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
-                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
-                self.end(
-                    self.code_unless_expecting(code),
-                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
-                );
-            }
-            Message::VcpuEnd(VcpuEnd::TripleFault) => {
-                eprintln!("ferry: the guest has crashed (triple fault)");
-                self.become_state(RunState::Shutdown);
-                let event = Event::ending("SHUTDOWN", true, "guest-panic");
-                self.end(exit_code::GUEST_FAILED, &event);
-            }
-            Message::VcpuEnd(VcpuEnd::Failed(why)) => self.fail(&why),
-            Message::Console(ConsoleEvent::Expected) => {
-                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
-            }
-            Message::Console(ConsoleEvent::Quit) => {
-                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-ui"));
-            }
-            Message::Guest(request) => self.on_guest_request(request),
-            Message::Migration(event) => self.on_migration_event(event),
-            Message::OutgoingEnded(id, outcome) => {
-                self.jobs.reap(id);
-                log::info!("migration: {outcome:?}");
-            }
-            Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
-            Message::IncomingEnded(id, Err(why)) => {
-                self.jobs.reap(id);
-                eprintln!("ferry: the guest did not arrive: {why}");
-                self.end(exit_code::GUEST_FAILED, &Event::ending("SHUTDOWN", false, "host-error"));
-            }
-        }
     }
 
     /// A guest that ends before `--expect` matched has failed.
@@ -524,6 +398,10 @@ impl Supervisor {
         };
         let Some(machine) = &mut self.machine else { return refused("there is no machine") };
         machine.pause().map_err(|error| guest_error(&error))?;
+        if machine.has_ended() {
+            // Its message is on the way here: the guest ends, or is reset, where it is.
+            return refused("the guest has just ended or asked for a reset");
+        }
         let Some(permit) = machine.take_permit() else {
             return refused("the right to run this guest is elsewhere");
         };
@@ -607,57 +485,6 @@ impl Supervisor {
         self.console.attach(serial);
         Ok(())
     }
-
-    fn on_timeout(&mut self) {
-        eprintln!("ferry: --timeout has passed");
-        let event = Event::ending("SHUTDOWN", false, "host-signal");
-        self.end(exit_code::TIMEOUT, &event);
-    }
-
-    fn on_signal(&mut self) {
-        use std::io::Read;
-        // One byte per signal; that there is one is all that counts.
-        let _ = (&self.signals).read(&mut [0; 16]);
-        let event = Event::ending("SHUTDOWN", false, "host-signal");
-        self.end(exit_code::GUEST_FAILED, &event);
-    }
-
-    /// Brings the event loop's interests up to date with the clients there are.
-    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
-        let Some(control) = &mut self.control else { return };
-        self.clients.retain_mut(|(id, fd, writing)| {
-            if control.client_fd(*id) != Some(*fd) {
-                // It may not have been added, if the host has no more watches to give.
-                let _ = ops.remove(Events::empty_raw(*fd));
-                return false;
-            }
-            let wants = control.wants_write(*id);
-            if std::mem::replace(writing, wants) != wants {
-                let interest = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
-                let token = TOKEN_CLIENTS + id.0;
-                let _ = ops.modify(Events::with_data_raw(*fd, token, interest));
-            }
-            true
-        });
-        control.close_gone();
-    }
-
-    fn on_client(&mut self, id: ClientId, events: EventSet) {
-        if events.contains(EventSet::OUT)
-            && let Some(control) = &mut self.control
-        {
-            control.on_writable(id);
-        }
-        if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
-            let requests = self.control.as_mut().map(|control| control.on_readable(id));
-            for request in requests.unwrap_or_default() {
-                let result = self.execute(request.command);
-                if let Some(control) = &mut self.control {
-                    control.reply(request.client, request.id, result);
-                }
-            }
-        }
-    }
 }
 
 /// Takes the disks' locks back. A destination that refused lets go of them when its connection closes,
@@ -676,55 +503,92 @@ fn relock(machine: &Machine) -> Result<(), MachineError> {
     result
 }
 
-impl MutEventSubscriber for Supervisor {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        let mut add = |fd: RawFd, token: u32| {
-            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
-                log::error!("event loop: {error}");
+impl Clerk for Supervisor {
+    type Message = Message;
+
+    fn desk(&mut self) -> &mut Desk<Message> {
+        &mut self.desk
+    }
+
+    fn on_message(&mut self, message: Message) {
+        match message {
+            Message::GuestExit(GuestExit::Reset) if self.mission.host().no_reboot => {
+                self.become_state(RunState::Shutdown);
+                self.end(
+                    self.code_unless_expecting(exit_code::OK),
+                    &Event::ending("SHUTDOWN", true, "guest-reset"),
+                );
             }
-        };
-        add(self.wake.as_raw_fd(), TOKEN_MAILBOX);
-        add(self.signals.as_raw_fd(), TOKEN_SIGNAL);
-        if let Some(timeout) = &self.timeout {
-            add(timeout.as_raw_fd(), TOKEN_TIMEOUT);
-        }
-        if let Some(control) = &self.control {
-            add(control.fd(), TOKEN_CONTROL);
+            Message::GuestExit(GuestExit::Reset) => self.reset(true),
+            Message::GuestExit(GuestExit::PowerOff) => {
+                self.become_state(RunState::Shutdown);
+                self.end(
+                    self.code_unless_expecting(exit_code::OK),
+                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
+                );
+            }
+            Message::GuestExit(GuestExit::DebugExit(value)) => {
+                self.become_state(RunState::Shutdown);
+                // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
+                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
+                self.end(
+                    self.code_unless_expecting(code),
+                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
+                );
+            }
+            Message::VcpuEnd(VcpuEnd::TripleFault) => {
+                eprintln!("ferry: the guest has crashed (triple fault)");
+                self.become_state(RunState::Shutdown);
+                let event = Event::ending("SHUTDOWN", true, "guest-panic");
+                self.end(exit_code::GUEST_FAILED, &event);
+            }
+            Message::VcpuEnd(VcpuEnd::Failed(why)) => self.fail(&why),
+            Message::Console(ConsoleEvent::Expected) => {
+                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
+            }
+            Message::Console(ConsoleEvent::Quit) => {
+                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-ui"));
+            }
+            Message::Guest(request) => self.on_guest_request(request),
+            Message::Migration(event) => self.on_migration_event(event),
+            Message::OutgoingEnded(id, outcome) => {
+                self.jobs.reap(id);
+                log::info!("migration: {outcome:?}");
+            }
+            Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
+            Message::IncomingEnded(id, Err(why)) => {
+                self.jobs.reap(id);
+                eprintln!("ferry: the guest did not arrive: {why}");
+                self.end(exit_code::GUEST_FAILED, &Event::ending("SHUTDOWN", false, "host-error"));
+            }
         }
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        match events.data() {
-            TOKEN_MAILBOX => {
-                // Read first: what is posted later wakes again.
-                let _ = self.wake.read();
-                while let Ok(message) = self.inbox.try_recv() {
-                    self.on_message(message);
-                }
-            }
-            TOKEN_SIGNAL => self.on_signal(),
-            TOKEN_TIMEOUT => self.on_timeout(),
-            TOKEN_CONTROL => {
-                let accepted = self.control.as_mut().map(ControlServer::accept);
-                match accepted {
-                    Some(Ok(Some(id))) => {
-                        let fd = self.control.as_ref().and_then(|control| control.client_fd(id));
-                        if let Some(fd) = fd {
-                            let token = TOKEN_CLIENTS + id.0;
-                            let _ = ops.add(Events::with_data_raw(fd, token, EventSet::IN));
-                            self.clients.push((id, fd, false));
-                        }
-                    }
-                    Some(Err(error)) => log::warn!("control client: {error}"),
-                    _ => {}
-                }
-            }
-            token => {
-                if let Some(id) = token.checked_sub(TOKEN_CLIENTS) {
-                    self.on_client(ClientId(id), events.event_set());
-                }
-            }
+    fn on_request(&mut self, request: Incoming) {
+        let result = self.execute(request.command.clone());
+        self.desk.reply(&request, result);
+    }
+
+    fn on_timeout(&mut self) {
+        eprintln!("ferry: --timeout has passed");
+        let event = Event::ending("SHUTDOWN", false, "host-signal");
+        self.end(exit_code::TIMEOUT, &event);
+    }
+
+    fn on_signal(&mut self) {
+        let event = Event::ending("SHUTDOWN", false, "host-signal");
+        self.end(exit_code::GUEST_FAILED, &event);
+    }
+
+    /// Stops everything before the process ends, so that logs and disks are whole.
+    fn shut_down(&mut self) {
+        self.jobs.abandon();
+        self.console.detach();
+        if let Some(machine) = &mut self.machine
+            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks())
+        {
+            log::error!("while shutting down: {}", chain(&error));
         }
-        self.watch_clients(ops);
+        self.machine = None;
     }
 }

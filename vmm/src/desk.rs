@@ -1,0 +1,249 @@
+//! What every process that answers for a guest answers to: its threads' messages, the control socket,
+//! signals and `--timeout`, on one event loop. The supervisor owns a machine behind it, the shuttle a
+//! process that does.
+
+use crate::control::{ClientId, ControlError, ControlServer, Event, Incoming, QmpResult};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::cell::RefCell;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+const TOKEN_MAILBOX: u32 = 0;
+const TOKEN_CONTROL: u32 = 1;
+const TOKEN_SIGNAL: u32 = 2;
+const TOKEN_TIMEOUT: u32 = 3;
+const TOKEN_CLIENTS: u32 = 16;
+
+/// The sending half of an event loop's messages; cheap to clone.
+pub struct Mailbox<M> {
+    sender: Sender<M>,
+    wake: Arc<EventFd>,
+}
+
+impl<M> Clone for Mailbox<M> {
+    fn clone(&self) -> Self {
+        Self { sender: self.sender.clone(), wake: self.wake.clone() }
+    }
+}
+
+impl<M> Mailbox<M> {
+    /// Posts a message. An event loop that has ended needs none.
+    pub fn post(&self, message: M) {
+        if self.sender.send(message).is_ok() {
+            // Fails only when the counter is full, and then the loop is awake anyway.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// Who sits at a desk.
+pub trait Clerk {
+    /// What its threads tell it.
+    type Message;
+    /// Its desk.
+    fn desk(&mut self) -> &mut Desk<Self::Message>;
+    /// A thread has something to say.
+    fn on_message(&mut self, message: Self::Message);
+    /// A client asks; the answer goes through [`Desk::reply`], now or later.
+    fn on_request(&mut self, request: Incoming);
+    /// SIGINT or SIGTERM.
+    fn on_signal(&mut self);
+    /// `--timeout` has passed.
+    fn on_timeout(&mut self);
+    /// The process is about to end.
+    fn shut_down(&mut self);
+}
+
+/// The event loop's side of it.
+pub struct Desk<M> {
+    mailbox: Mailbox<M>,
+    inbox: Receiver<M>,
+    control: Option<ControlServer>,
+    signals: UnixStream,
+    timeout: Option<TimerFd>,
+    clients: Vec<(ClientId, RawFd, bool)>,
+    exit: Option<u8>,
+}
+
+impl<M> Desk<M> {
+    /// Binds the control socket, takes the signals and starts the timeout.
+    pub fn open(control: Option<&Path>, timeout: Option<Duration>) -> Result<Self, DeskError> {
+        let control = control.map(ControlServer::bind).transpose()?;
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let (sender, inbox) = channel();
+        let (signals, signalled) = UnixStream::pair()?;
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
+        }
+        let timeout = timeout.map(timer).transpose()?;
+        let mailbox = Mailbox { sender, wake };
+        let clients = Vec::new();
+        Ok(Self { mailbox, inbox, control, signals, timeout, clients, exit: None })
+    }
+
+    /// Where threads post their messages.
+    pub fn mailbox(&self) -> &Mailbox<M> {
+        &self.mailbox
+    }
+
+    /// Tells every client.
+    pub fn tell(&mut self, event: &Event) {
+        if let Some(control) = &mut self.control {
+            control.broadcast(event);
+        }
+    }
+
+    /// Answers a request.
+    pub fn reply(&mut self, request: &Incoming, result: QmpResult) {
+        if let Some(control) = &mut self.control {
+            control.reply(request.client, request.id.clone(), result);
+        }
+    }
+
+    /// Ends the loop with `code`, unless it is ending already.
+    pub fn end(&mut self, code: u8) {
+        self.exit.get_or_insert(code);
+    }
+
+    fn read_mail(&self) -> Option<M> {
+        self.inbox.try_recv().ok()
+    }
+
+    fn accept(&mut self, ops: &mut EventOps<'_>) {
+        let Some(control) = &mut self.control else { return };
+        match control.accept() {
+            Ok(Some(id)) => {
+                if let Some(fd) = control.client_fd(id) {
+                    let token = TOKEN_CLIENTS + id.0;
+                    let _ = ops.add(Events::with_data_raw(fd, token, EventSet::IN));
+                    self.clients.push((id, fd, false));
+                }
+            }
+            Ok(None) => {}
+            Err(error) => log::warn!("control client: {error}"),
+        }
+    }
+
+    fn requests(&mut self, id: ClientId, events: EventSet) -> Vec<Incoming> {
+        let Some(control) = &mut self.control else { return Vec::new() };
+        if events.contains(EventSet::OUT) {
+            control.on_writable(id);
+        }
+        if events.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
+            return control.on_readable(id);
+        }
+        Vec::new()
+    }
+
+    /// Brings the event loop's interests up to date with the clients there are.
+    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
+        let Some(control) = &mut self.control else { return };
+        self.clients.retain_mut(|(id, fd, writing)| {
+            if control.client_fd(*id) != Some(*fd) {
+                // It may not have been added, if the host has no more watches to give.
+                let _ = ops.remove(Events::empty_raw(*fd));
+                return false;
+            }
+            let wants = control.wants_write(*id);
+            if std::mem::replace(writing, wants) != wants {
+                let interest = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+                let token = TOKEN_CLIENTS + id.0;
+                let _ = ops.modify(Events::with_data_raw(*fd, token, interest));
+            }
+            true
+        });
+        control.close_gone();
+    }
+}
+
+/// A desk that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DeskError {
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The host has no more descriptors or threads.
+    #[error("cannot start the event loop")]
+    EventLoop(#[from] io::Error),
+}
+
+fn timer(duration: Duration) -> io::Result<TimerFd> {
+    let mut timer = TimerFd::new()?;
+    // Zero would disarm it.
+    timer.reset(duration.max(Duration::from_nanos(1)), None)?;
+    Ok(timer)
+}
+
+/// Runs the event loop until the clerk ends it; returns the exit code.
+pub fn serve<C: Clerk + 'static>(clerk: C) -> Result<u8, DeskError> {
+    let failed = |error: event_manager::Error| DeskError::EventLoop(io::Error::other(error));
+    let mut manager = EventManager::new().map_err(failed)?;
+    let at_work = Rc::new(RefCell::new(AtWork(clerk)));
+    manager.add_subscriber(at_work.clone());
+    loop {
+        let exit = at_work.borrow_mut().0.desk().exit;
+        if let Some(code) = exit {
+            at_work.borrow_mut().0.shut_down();
+            return Ok(code);
+        }
+        manager.run().map_err(failed)?;
+    }
+}
+
+struct AtWork<C>(C);
+
+impl<C: Clerk> MutEventSubscriber for AtWork<C> {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let desk = self.0.desk();
+        let mut add = |fd: RawFd, token: u32| {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
+                log::error!("event loop: {error}");
+            }
+        };
+        add(desk.mailbox.wake.as_raw_fd(), TOKEN_MAILBOX);
+        add(desk.signals.as_raw_fd(), TOKEN_SIGNAL);
+        if let Some(timeout) = &desk.timeout {
+            add(timeout.as_raw_fd(), TOKEN_TIMEOUT);
+        }
+        if let Some(control) = &desk.control {
+            add(control.fd(), TOKEN_CONTROL);
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        let clerk = &mut self.0;
+        match events.data() {
+            TOKEN_MAILBOX => {
+                // Read first: what is posted later wakes again.
+                let _ = clerk.desk().mailbox.wake.read();
+                while let Some(message) = clerk.desk().read_mail() {
+                    clerk.on_message(message);
+                }
+            }
+            TOKEN_SIGNAL => {
+                // One byte per signal; that there is one is all that counts.
+                let _ = (&clerk.desk().signals).read(&mut [0; 16]);
+                clerk.on_signal();
+            }
+            TOKEN_TIMEOUT => clerk.on_timeout(),
+            TOKEN_CONTROL => clerk.desk().accept(ops),
+            token => {
+                if let Some(id) = token.checked_sub(TOKEN_CLIENTS) {
+                    for request in clerk.desk().requests(ClientId(id), events.event_set()) {
+                        clerk.on_request(request);
+                    }
+                }
+            }
+        }
+        clerk.desk().watch_clients(ops);
+    }
+}

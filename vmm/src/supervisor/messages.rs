@@ -1,0 +1,30 @@
+//! What other threads tell the supervisor.
+
+use super::guest::GuestRequest;
+use super::jobs::JobId;
+use crate::console::ConsoleEvent;
+use crate::desk;
+use crate::machine::vcpus::VcpuEnd;
+use devices::reset::GuestExit;
+use migration::source::{MigrationEvent, SourceOutcome};
+
+/// Where they post it.
+pub type Mailbox = desk::Mailbox<Message>;
+
+/// What other threads tell the supervisor.
+pub enum Message {
+    /// The guest reset, powered off or wrote the debug-exit port.
+    GuestExit(GuestExit),
+    /// A vCPU cannot go on.
+    VcpuEnd(VcpuEnd),
+    /// Serial output matched, or the user pressed Ctrl-A x.
+    Console(ConsoleEvent),
+    /// A migration thread needs the guest.
+    Guest(GuestRequest),
+    /// A migration has come further.
+    Migration(MigrationEvent),
+    /// The outgoing migration has ended.
+    OutgoingEnded(JobId, SourceOutcome),
+    /// The incoming migration has ended; the text says why it failed.
+    IncomingEnded(JobId, Result<(), String>),
+}
