@@ -53,6 +53,7 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
         }
     }
     match machine.text("code") {
+        Some("reset") => machine::reset(),
         Some(_) => machine::debug_exit(machine.number("code", 0) as u32),
         None => machine::power_off(),
     }

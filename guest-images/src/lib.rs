@@ -9,7 +9,7 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4 (exit status `N << 1 \| 1`), else power off |
+//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4 (exit status `N << 1 \| 1`), `code=reset` resets, else power off |
 //! | `work=idle` | every CPU sleeps on its LAPIC timer, one wake-up per heartbeat |
 //! | `work=spin` | every CPU watches the TSC; RAM is filled first if `fill=` is given |
 //! | `work=dirty` | fill RAM, then rewrite a working set at a rate |
@@ -65,6 +65,11 @@
 
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
+/// Path of a Multiboot kernel as a 32-bit ELF: prints `CMDLINE …` and, for each module, `MODULE string HOLDS
+/// content`, then writes the number of modules to port 0xf4.
+pub const MULTIBOOT_ELF: &str = env!("FERRY_MULTIBOOT_ELF");
+/// The same as a flat binary.
+pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
 
 #[cfg(test)]
 mod tests {
