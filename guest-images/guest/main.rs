@@ -5,6 +5,7 @@
 mod clock;
 mod console;
 mod disk;
+mod diskread;
 mod fpu;
 mod heartbeat;
 mod machine;
@@ -47,6 +48,7 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
             "idle" => sleeper::idle(&machine),
             "spin" | "dirty" => paced::run(&machine),
             "disk" => disk::run(&machine),
+            "diskread" => diskread::run(&machine),
             "selftest" => pages::self_test(&machine),
             "fault" => machine::fault(),
             other => println!("ERROR unknown work={other}"),
