@@ -6,6 +6,7 @@ use crate::config::{BootFiles, RunConfig};
 use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
@@ -29,6 +30,8 @@ pub(super) struct Child {
     /// Its first line on standard error, or the end of it.
     first_line: Option<Receiver<()>>,
     ended: Receiver<u8>,
+    /// Received from there.
+    code: Cell<Option<u8>>,
 }
 
 impl Child {
@@ -98,7 +101,16 @@ impl Child {
         thread("errors", move || pass_errors(errors, &telling))?;
         let input = Arc::new(Mutex::new(Input::start(input)?));
         let address = address(folder, id);
-        Ok(Self { id, control, address, output, input, first_line: Some(first_line), ended })
+        Ok(Self {
+            id,
+            control,
+            address,
+            output,
+            input,
+            first_line: Some(first_line),
+            ended,
+            code: Cell::new(None),
+        })
     }
 
     /// Its number.
@@ -156,15 +168,18 @@ impl Child {
                 Err(ClientError::Connect { .. }) => {}
                 result => return result,
             }
-            if self.ended.recv_timeout(Duration::from_millis(1)).is_ok() {
+            if self.ended_within(Duration::from_millis(1)).is_some() {
                 return Err(ClientError::Lost(io::ErrorKind::ConnectionAborted.into()));
             }
         }
     }
 
-    /// Waits for its end.
-    pub fn exit_code(&self) -> u8 {
-        self.ended.recv_timeout(START_PATIENCE).unwrap_or(exit_code::GUEST_FAILED)
+    /// Waits for its end, and gives its exit code.
+    pub fn ended_within(&self, patience: Duration) -> Option<u8> {
+        if self.code.get().is_none() {
+            self.code.set(self.ended.recv_timeout(patience).ok());
+        }
+        self.code.get()
     }
 }
 

@@ -43,6 +43,9 @@ enum Message {
     Hopped(ChildId, Result<Duration, HopError>),
 }
 
+/// How soon a child's end is known after its control socket has closed.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Counts children.
 type ChildId = u32;
 
@@ -91,7 +94,10 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let client = match current.connect(desk.mailbox()) {
         Ok(client) => client,
         // It has said why on standard error.
-        Err(_) => return Ok(current.exit_code()),
+        Err(_) => {
+            let code = current.ended_within(ENDING_PATIENCE);
+            return Ok(code.unwrap_or(exit_code::GUEST_FAILED));
+        }
     };
     console.attach(current.input());
     desk.set_alarm(every);
@@ -136,6 +142,12 @@ impl Shuttle {
     }
 
     fn move_failed(&mut self, error: &HopError) {
+        if matches!(error, HopError::Client(_))
+            && let Some(code) = self.current.ended_within(ENDING_PATIENCE)
+        {
+            // The guest has ended, not the move failed; the message that says so is on its way.
+            self.ended.insert(self.current.id(), code);
+        }
         if !self.ended.contains_key(&self.current.id()) {
             self.failures += 1;
             eprintln!("ferry: move {} failed: {}", self.moves + 1, chain(error));
