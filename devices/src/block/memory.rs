@@ -44,8 +44,13 @@ impl Script {
 
     /// Waits until an access is held.
     pub fn wait_until_held(&self) {
+        self.wait_until_held_by(1);
+    }
+
+    /// Waits until as many accesses as that are held.
+    pub fn wait_until_held_by(&self, count: usize) {
         let state = lock(&self.state);
-        let waited = self.changed.wait_while(state, |state| state.waiting == 0);
+        let waited = self.changed.wait_while(state, |state| state.waiting < count);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 

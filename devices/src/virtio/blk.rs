@@ -11,6 +11,8 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT, Reader, Writer};
 
 const DEVICE_ID: u32 = 2;
 const QUEUE_SIZE: u16 = 256;
+/// Most queues of a disk.
+pub const MAX_QUEUES: u16 = 16;
 /// A chain has a header and a status besides its segments.
 const SEG_MAX: u32 = 254;
 
@@ -18,6 +20,7 @@ const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
+const F_MQ: u64 = 1 << 12;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -36,21 +39,23 @@ const BUFFER_BYTES: usize = 128 << 10;
 /// A virtio-blk device.
 pub struct Block {
     node: Arc<BlockNode>,
+    queue_count: u16,
 }
 
 impl Block {
-    /// A device that shows `node`.
-    pub fn new(node: Arc<BlockNode>) -> Self {
-        Self { node }
+    /// A device that shows `node` through `queue_count` queues, 1 to [`MAX_QUEUES`].
+    pub fn new(node: Arc<BlockNode>, queue_count: u16) -> Self {
+        Self { node, queue_count: queue_count.clamp(1, MAX_QUEUES) }
     }
 
-    /// The configuration space up to `blk_size`; what follows reads as zero.
+    /// The configuration space up to `num_queues`; what follows reads as zero.
     #[expect(clippy::little_endian_bytes, reason = "virtio configuration is little-endian")]
-    fn config(&self) -> [u8; 24] {
-        let mut config = [0; 24];
+    fn config(&self) -> [u8; 36] {
+        let mut config = [0; 36];
         config[..8].copy_from_slice(&(self.node.len_bytes() / SECTOR_BYTES).to_le_bytes());
         config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
         config[20..24].copy_from_slice(&512u32.to_le_bytes());
+        config[34..36].copy_from_slice(&self.queue_count.to_le_bytes());
         config
     }
 }
@@ -62,7 +67,12 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let read_only = if self.node.read_only() { F_RO } else { 0 };
-        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | read_only
+        let several_queues = if self.queue_count > 1 { F_MQ } else { 0 };
+        F_SEG_MAX | F_BLK_SIZE | F_FLUSH | read_only | several_queues
+    }
+
+    fn queue_count(&self) -> u16 {
+        self.queue_count
     }
 
     fn queue_max_size(&self) -> u16 {
@@ -77,7 +87,7 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn processor(&self, driver_features: u64) -> Box<dyn QueueProcessor> {
+    fn processor(&self, _queue: u16, driver_features: u64) -> Box<dyn QueueProcessor> {
         Box::new(Processor {
             node: self.node.clone(),
             buffer: vec![0; BUFFER_BYTES],
@@ -86,8 +96,12 @@ impl VirtioDevice for Block {
         })
     }
 
-    fn thread_name(&self) -> String {
-        format!("blk-{}", self.node.id())
+    fn thread_name(&self, queue: u16) -> String {
+        match self.queue_count {
+            1 => format!("blk-{}", self.node.id()),
+            // The kernel keeps 15 bytes of a name: the number goes first.
+            _ => format!("blk{queue}-{}", self.node.id()),
+        }
     }
 
     fn save(&self) -> DeviceRecord {

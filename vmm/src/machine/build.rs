@@ -250,7 +250,7 @@ fn add_disk(
     let slot = device_slot(index)?;
     let irq = irq_line(vm, slot.gsi)?;
     let ram: GuestRam = vm.ram().clone();
-    let transport = MmioTransport::new(ram, Box::new(Block::new(node.clone())), irq)
+    let transport = MmioTransport::new(ram, Box::new(Block::new(node.clone(), 1)), irq)
         .map_err(|source| MachineError::Setup { what: "virtio-blk device", source })?;
     for (queue, event) in (0..).zip(transport.queue_events()) {
         vm.route_notify(event, slot.base + NOTIFY_OFFSET, queue)?;

@@ -19,6 +19,8 @@ const USED: u64 = 0x3000;
 const HEADER: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 const STATUS: u64 = 0x8000;
+/// Each queue has its own of the above.
+const QUEUE_SPAN: u64 = 0x1_0000;
 /// What our own guest kernel accepts.
 const F_FLUSH: u64 = 1 << 9;
 
@@ -27,7 +29,12 @@ struct Driver {
     transport: MmioTransport,
     irq: Arc<CountingIrq>,
     node: Arc<BlockNode>,
+    queue_count: u16,
+    /// The queue that requests go to, and how many have gone there.
+    queue: u16,
     avail: u16,
+    /// The same of the queues that are not in use now.
+    avail_of: [u16; 16],
 }
 
 impl Driver {
@@ -43,10 +50,31 @@ impl Driver {
     }
 
     fn with(ram: GuestRam, node: Arc<BlockNode>, avail: u16) -> Self {
+        Self::with_queues(ram, node, avail, 1)
+    }
+
+    fn with_queues(ram: GuestRam, node: Arc<BlockNode>, avail: u16, queue_count: u16) -> Self {
         let irq = Arc::new(CountingIrq::default());
-        let device = Box::new(Block::new(node.clone()));
+        let device = Box::new(Block::new(node.clone(), queue_count));
         let transport = MmioTransport::new(ram.clone(), device, irq.clone()).unwrap();
-        Self { ram, transport, irq, node, avail }
+        Self { ram, transport, irq, node, queue_count, queue: 0, avail, avail_of: [0; 16] }
+    }
+
+    fn several(queue_count: u16) -> (Self, Arc<Script>) {
+        let (one, script) = Self::of(MemoryDisk::new(64 << 10));
+        (Self::with_queues(one.ram, one.node, 0, queue_count), script)
+    }
+
+    /// From now on requests go to `queue`.
+    fn select(&mut self, queue: u16) {
+        self.avail_of[usize::from(self.queue)] = self.avail;
+        self.queue = queue;
+        self.avail = self.avail_of[usize::from(queue)];
+    }
+
+    /// Where something of the selected queue lies.
+    fn at(&self, address: u64) -> GuestAddress {
+        GuestAddress(address + u64::from(self.queue) * QUEUE_SPAN)
     }
 
     fn get(&mut self, offset: u64) -> u32 {
@@ -68,17 +96,21 @@ impl Driver {
         }
         self.set(0x70, 11);
         assert_eq!(self.get(0x70), 11, "features accepted");
-        self.set(0x30, 0);
-        self.set(0x38, 16);
-        for (register, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
-            self.set(register, u32::try_from(address).unwrap());
+        for queue in 0..self.queue_count {
+            self.select(queue);
+            self.set(0x30, queue.into());
+            self.set(0x38, 16);
+            for (register, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
+                self.set(register, u32::try_from(self.at(address).0).unwrap());
+            }
+            self.set(0x44, 1);
         }
-        self.set(0x44, 1);
+        self.select(0);
         self.set(0x70, 15);
     }
 
     fn descriptor(&self, index: u64, address: u64, len: u32, flags: u16, next: u16) {
-        let at = GuestAddress(DESC + index * 16);
+        let at = self.at(DESC + index * 16);
         self.ram.write_obj(address, at).unwrap();
         self.ram.write_obj(len, GuestAddress(at.0 + 8)).unwrap();
         self.ram.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
@@ -87,27 +119,27 @@ impl Driver {
 
     /// Makes a request of header, data and status available; `notify` tells the device.
     fn submit(&mut self, kind: u32, sector: u64, len: u32, notify: bool) {
-        self.ram.write_obj(kind, GuestAddress(HEADER)).unwrap();
-        self.ram.write_obj(sector, GuestAddress(HEADER + 8)).unwrap();
-        self.ram.write_obj(0xaau8, GuestAddress(STATUS)).unwrap();
+        self.ram.write_obj(kind, self.at(HEADER)).unwrap();
+        self.ram.write_obj(sector, self.at(HEADER + 8)).unwrap();
+        self.ram.write_obj(0xaau8, self.at(STATUS)).unwrap();
         let device_writes = if kind == 1 { 0 } else { 2 };
-        self.descriptor(0, HEADER, 16, 1, 1);
+        self.descriptor(0, self.at(HEADER).0, 16, 1, 1);
         if len > 0 {
-            self.descriptor(1, DATA, len, 1 | device_writes, 2);
+            self.descriptor(1, self.at(DATA).0, len, 1 | device_writes, 2);
         } else {
-            self.descriptor(0, HEADER, 16, 1, 2);
+            self.descriptor(0, self.at(HEADER).0, 16, 1, 2);
         }
-        self.descriptor(2, STATUS, 1, 2, 0);
+        self.descriptor(2, self.at(STATUS).0, 1, 2, 0);
         self.publish(0, notify);
     }
 
     fn publish(&mut self, head: u16, notify: bool) {
-        let slot = AVAIL + 4 + u64::from(self.avail % 16) * 2;
-        self.ram.write_obj(head, GuestAddress(slot)).unwrap();
+        let slot = self.at(AVAIL + 4 + u64::from(self.avail % 16) * 2);
+        self.ram.write_obj(head, slot).unwrap();
         self.avail = self.avail.wrapping_add(1);
-        self.ram.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
+        self.ram.write_obj(self.avail, self.at(AVAIL + 2)).unwrap();
         if notify {
-            self.set(0x50, 0);
+            self.set(0x50, self.queue.into());
         }
     }
 
@@ -118,7 +150,7 @@ impl Driver {
     }
 
     fn used(&self) -> u16 {
-        self.ram.read_obj(GuestAddress(USED + 2)).unwrap()
+        self.ram.read_obj(self.at(USED + 2)).unwrap()
     }
 
     /// Waits for the device to answer, and returns the status.
@@ -128,7 +160,7 @@ impl Driver {
             assert!(Instant::now() < deadline, "no answer");
             std::thread::yield_now();
         }
-        self.ram.read_obj(GuestAddress(STATUS)).unwrap()
+        self.ram.read_obj(self.at(STATUS)).unwrap()
     }
 
     fn wait_for_needs_reset(&mut self) {
@@ -311,14 +343,134 @@ fn records_of_impossible_devices_are_refused() {
     };
     assert!(refused(&|state| state.device_id = 1));
     assert!(refused(&|state| state.driver_features |= 1 << 60));
-    assert!(refused(&|state| state.queue.size = 3));
-    assert!(refused(&|state| state.queue.desc_table = 1));
-    assert!(refused(&|state| state.queue.used_ring = 1 << 40), "outside RAM");
+    assert!(refused(&|state| state.queues[0].size = 3));
+    assert!(refused(&|state| state.queues[0].desc_table = 1));
+    assert!(refused(&|state| state.queues[0].used_ring = 1 << 40), "outside RAM");
+    assert!(refused(&|state| state.queues.clear()), "no queue");
+    assert!(refused(&|state| state.queues.push(state.queues[0].clone())), "one too many");
     assert!(refused(&|state| state.status = 4), "DRIVER_OK before all others");
     assert!(refused(&|state| state.status |= 0x100));
     assert!(refused(&|state| state.driver_features = 0), "no VERSION_1");
     assert!(refused(&|state| state.device.kind = "virtio-net".into()));
     assert!(Driver::new().transport.restore(good.clone()).is_ok());
+}
+
+#[test]
+fn a_record_of_version_1_has_its_one_queue() {
+    let mut driver = Driver::new();
+    driver.start(F_VERSION_1);
+    driver.submit(4, 0, 0, true);
+    driver.wait();
+    driver.transport.drain();
+    let now = driver.transport.save_record("disk0");
+    let mut old = now.clone();
+    old.version = 1;
+    let state = old.state.as_object_mut().unwrap();
+    let queues = state.remove("queues").unwrap();
+    state.insert("queue".into(), queues[0].clone());
+    let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), driver.avail);
+    destination.transport.restore_record(old).unwrap();
+    assert_eq!(destination.transport.save_record("disk0"), now);
+}
+
+#[test]
+fn queues_are_programmed_one_by_one_and_there_are_no_more_than_that() {
+    let (mut driver, _) = Driver::several(3);
+    assert_ne!(driver.get(0x10) & 1 << 12, 0, "VIRTIO_BLK_F_MQ");
+    assert_eq!(driver.get(0x120) >> 16, 3, "num_queues");
+    for (queue, max_size) in [(0, 256), (2, 256), (3, 0), (u32::MAX, 0)] {
+        driver.set(0x30, queue);
+        assert_eq!(driver.get(0x34), max_size, "queue {queue}");
+        driver.set(0x44, 1);
+        assert_eq!(driver.get(0x44), u32::from(max_size > 0), "queue {queue}");
+    }
+    let ready = |state: MmioState| state.queues.iter().map(|queue| queue.ready).collect::<Vec<_>>();
+    assert_eq!(ready(driver.transport.save()), [true, false, true]);
+}
+
+#[test]
+fn impossible_queue_sizes_are_refused() {
+    let mut driver = Driver::new();
+    for (asked, size) in [(8, 8), (0, 8), (3, 8), (512, 8), (65536, 8), (0x1_0010, 8), (256, 256)] {
+        driver.set(0x38, asked);
+        assert_eq!(driver.transport.save().queues[0].size, size, "after {asked}");
+    }
+}
+
+#[test]
+fn every_queue_is_served() {
+    let (mut driver, _) = Driver::several(4);
+    driver.start(F_VERSION_1);
+    for queue in [3, 1, 2, 0, 3] {
+        driver.select(queue);
+        driver.submit(4, 0, 0, true);
+        assert_eq!(driver.wait(), 0, "queue {queue}");
+    }
+    driver.set(0x50, 4);
+    driver.set(0x50, u32::MAX);
+    assert_eq!(driver.get(0x70), 15, "a queue that is not there can be notified");
+}
+
+#[test]
+fn a_driver_may_leave_queues_alone() {
+    let (mut driver, _) = Driver::several(4);
+    driver.queue_count = 1;
+    driver.start(F_VERSION_1);
+    driver.set(0x50, 3);
+    driver.submit(4, 0, 0, true);
+    assert_eq!(driver.wait(), 0);
+}
+
+#[test]
+fn all_queues_are_drained_together_and_move_together() {
+    let (mut source, script) = Driver::several(3);
+    source.start(F_VERSION_1 | F_FLUSH);
+    script.hold(true);
+    for queue in 0..3 {
+        source.select(queue);
+        source.submit(4, 0, 0, true);
+    }
+    script.wait_until_held_by(3);
+    let drain = source.transport.begin_drain();
+    for queue in 0..3 {
+        source.select(queue);
+        source.submit(4, 0, 0, true);
+    }
+    script.hold(false);
+    drain.wait();
+    for queue in 0..3 {
+        source.select(queue);
+        assert_eq!(source.used(), 1, "one was in flight, the other stays in the ring");
+    }
+    let record = source.transport.save_record("disk0");
+    let mut one = Driver::with(source.ram.clone(), source.node.clone(), 0);
+    let error = one.transport.restore_record(record.clone()).unwrap_err().to_string();
+    assert!(error.contains("1 virtqueues here and 3 there"), "{error}");
+    let mut destination = Driver::with_queues(source.ram.clone(), source.node.clone(), 2, 3);
+    destination.avail_of = [2; 16];
+    destination.transport.restore_record(record).unwrap();
+    destination.transport.resume();
+    for queue in 0..3 {
+        destination.select(queue);
+        assert_eq!(destination.wait(), 0);
+    }
+    assert_eq!(script.flush_count(), 6);
+}
+
+#[test]
+fn one_broken_queue_stops_the_whole_device() {
+    let (mut driver, _) = Driver::several(2);
+    driver.start(F_VERSION_1);
+    driver.select(1);
+    driver.descriptor(0, HEADER, 16, 0, 0);
+    driver.publish(0, true);
+    driver.wait_for_needs_reset();
+    driver.select(0);
+    driver.submit(4, 0, 0, true);
+    driver.transport.drain();
+    assert_eq!(driver.used(), 0);
+    driver.set(0x70, 0);
+    assert_eq!(driver.get(0x70), 0);
 }
 
 #[test]
@@ -489,14 +641,14 @@ proptest! {
     fn any_register_access_is_survived(
         accesses in prop::collection::vec((0u64..0x200, any::<u32>(), any::<bool>()), 0..60)
     ) {
-        let mut driver = Driver::new();
+        let (mut driver, _) = Driver::several(2);
         for (offset, value, write) in accesses {
             if write { driver.set(offset, value) } else { let _ = driver.get(offset); }
         }
         driver.transport.drain();
         let record = driver.transport.save_record("disk0");
         // Whatever a guest can program can also be moved: it cannot pin itself to its host.
-        let mut destination = Driver::new();
+        let (mut destination, _) = Driver::several(2);
         prop_assert!(destination.transport.restore_record(record.clone()).is_ok());
         prop_assert_eq!(destination.transport.save_record("disk0"), record);
     }
@@ -509,7 +661,7 @@ proptest! {
              prop_oneof![0u32..16, any::<u32>(), Just(0xfff0), Just(4096), Just(0x8f)]), 0..30),
         started in any::<bool>()
     ) {
-        let mut driver = Driver::new();
+        let (mut driver, _) = Driver::several(3);
         if started {
             driver.start(F_VERSION_1 | F_EVENT_IDX);
         }
@@ -518,7 +670,8 @@ proptest! {
         }
         driver.transport.drain();
         let record = driver.transport.save_record("disk0");
-        let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), 0);
+        let (ram, node) = (driver.ram.clone(), driver.node.clone());
+        let mut destination = Driver::with_queues(ram, node, 0, 3);
         prop_assert!(destination.transport.restore_record(record.clone()).is_ok());
         prop_assert_eq!(destination.transport.save_record("disk0"), record);
     }
