@@ -178,6 +178,8 @@ impl QueueProcessor for Processor {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
         let broken = |error: virtio_queue::Error| BrokenQueue(error.to_string());
+        // Whether the driver was seen to have made something available that we have not looked at.
+        let mut announced = false;
         loop {
             queue.disable_notification(ram).map_err(broken)?;
             let mut served = false;
@@ -196,12 +198,13 @@ impl QueueProcessor for Processor {
                     host.interrupt();
                 }
             }
-            if !queue.enable_notification(ram).map_err(broken)? {
-                return Ok(());
-            }
-            if !served {
-                // More is announced than can be read: without this a guest could make us spin.
+            if announced && !served {
+                // More was announced than can be read: without this a guest could make us spin.
                 return Err(BrokenQueue("an available entry cannot be read".into()));
+            }
+            announced = queue.enable_notification(ram).map_err(broken)?;
+            if !announced {
+                return Ok(());
             }
         }
     }

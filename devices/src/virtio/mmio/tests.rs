@@ -593,6 +593,18 @@ fn a_drain_waits_for_the_request_in_flight_and_leaves_the_rest() {
 }
 
 #[test]
+fn requests_that_arrive_while_the_worker_finds_none_are_served() {
+    let mut driver = Driver::new();
+    driver.start(F_VERSION_1 | F_FLUSH);
+    for _ in 0..20_000 {
+        // Once more than needed: the worker looks again when it has served the request.
+        driver.submit(4, 0, 0, true);
+        driver.set(0x50, 0);
+        assert_eq!(driver.wait(), 0);
+    }
+}
+
+#[test]
 fn a_guest_that_never_stops_asking_cannot_hold_up_a_reset() {
     let mut driver = Driver::new();
     driver.start(F_VERSION_1);
