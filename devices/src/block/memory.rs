@@ -128,6 +128,19 @@ impl BlockBackend for MemoryDisk {
         Ok(())
     }
 
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.write_zeroes(offset_bytes, len_bytes, true)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, _may_unmap: bool) -> io::Result<()> {
+        self.script.access()?;
+        let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
+        let range = Self::range(offset_bytes, len)?;
+        let mut bytes = lock(&self.bytes);
+        bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
+        Ok(())
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.script.access()?;
         lock(&self.script.state).flush_count += 1;

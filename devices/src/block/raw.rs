@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// An image that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +79,39 @@ impl RawFile {
     }
 }
 
+/// Zeroes are written in pieces of this size.
+const ZEROES_BYTES: u64 = 1 << 20;
+
+impl RawFile {
+    /// Changes the allocation of a range; `false` if the file system does not know how.
+    fn allocate(&self, mode: fn() -> FallocateMode, offset: u64, len: u64) -> io::Result<bool> {
+        loop {
+            let Err(error) = fallocate(&self.file, mode(), true, offset, len) else {
+                return Ok(true);
+            };
+            match error.errno() {
+                libc::EINTR => {}
+                // EINVAL: a block device with larger sectors than the guest's.
+                libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => return Ok(false),
+                other => return Err(io::Error::from_raw_os_error(other)),
+            }
+        }
+    }
+
+    fn write_zeroes_as_data(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let piece = usize::try_from(len_bytes.min(ZEROES_BYTES)).map_err(io::Error::other)?;
+        let zeroes = vec![0; piece];
+        let (mut offset, mut left) = (offset_bytes, len_bytes);
+        while left > 0 {
+            let len = left.min(zeroes.len() as u64);
+            let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
+            self.write_at(part.unwrap_or(&zeroes), offset)?;
+            (offset, left) = (offset + len, left - len);
+        }
+        Ok(())
+    }
+}
+
 impl BlockBackend for RawFile {
     fn location(&self) -> String {
         self.path.display().to_string()
@@ -97,6 +131,18 @@ impl BlockBackend for RawFile {
 
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.file.write_all_at(buffer, offset_bytes)
+    }
+
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        // Advice: where there are no holes, nothing happens.
+        self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes).map(drop)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
+        let zeroed = may_unmap
+            && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
+            || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
+        if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -146,6 +192,55 @@ mod tests {
         writer.unlock();
         assert!(readers.iter().all(|reader| reader.lock().is_ok()));
         assert!(other.lock().is_err());
+    }
+
+    /// Allocated bytes of the file.
+    fn allocated(path: &Path) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap()) * 512
+    }
+
+    /// Here, and on a file system in memory, which has holes but cannot zero a range.
+    fn images(len: usize) -> Vec<tempfile::NamedTempFile> {
+        let in_memory = tempfile::NamedTempFile::new_in("/dev/shm");
+        let fill = |mut file: tempfile::NamedTempFile| {
+            file.write_all(&vec![0xa5; len]).unwrap();
+            file
+        };
+        std::iter::once(image(0)).chain(in_memory).map(fill).collect()
+    }
+
+    #[test]
+    fn zeroed_and_discarded_ranges_read_as_zeroes_and_nothing_else_changes() {
+        type Zero = fn(&RawFile, u64, u64) -> io::Result<()>;
+        let ways: [Zero; 4] = [
+            RawFile::discard,
+            |raw, offset, len| raw.write_zeroes(offset, len, true),
+            |raw, offset, len| raw.write_zeroes(offset, len, false),
+            RawFile::write_zeroes_as_data,
+        ];
+        let size = 4 << 20;
+        for (way, zero) in ways.iter().enumerate() {
+            for file in images(size) {
+                let raw = RawFile::open(file.path(), false).unwrap();
+                let (start, end) = (512 * 3, size - 512);
+                zero(&raw, start as u64, (end - start) as u64).unwrap();
+                let mut expected = vec![0xa5; size];
+                expected[start..end].fill(0);
+                assert!(std::fs::read(file.path()).unwrap() == expected, "way {way}");
+            }
+        }
+    }
+
+    #[test]
+    fn space_is_freed_only_where_the_guest_allows_it() {
+        for (may_unmap, freed) in [(true, true), (false, false)] {
+            for file in images(1 << 20) {
+                let raw = RawFile::open(file.path(), false).unwrap();
+                raw.write_zeroes(0, 1 << 20, may_unmap).unwrap();
+                raw.flush().unwrap();
+                assert_eq!(allocated(file.path()) == 0, freed, "may unmap: {may_unmap}");
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
-//! serves a queue, [`blk`] the block device.
+//! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves.
 
 pub mod blk;
+mod blk_worker;
 pub mod mmio;
 pub mod worker;
 
