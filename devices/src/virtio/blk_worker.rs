@@ -314,3 +314,6 @@ impl Processor {
         Ok(ranges)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -168,7 +168,7 @@ impl MmioTransport {
         self.device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT
     }
 
-    fn status(&self) -> u32 {
+    pub(super) fn status(&self) -> u32 {
         self.shared.status.load(Ordering::SeqCst)
     }
 

@@ -3,6 +3,8 @@
 
 pub mod blk;
 mod blk_worker;
+#[cfg(test)]
+pub(crate) mod driver;
 pub mod mmio;
 pub mod worker;
 
