@@ -1,13 +1,15 @@
 //! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used.
 
 use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
+use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::{BlockNode, SECTOR_BYTES};
 use crate::ram::{GuestAddress, GuestRam};
 use crate::segments::Segments;
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::Bytes;
 
 const T_IN: u32 = 0;
@@ -110,42 +112,17 @@ impl QueueProcessor for Processor {
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
-        let broken = |error: virtio_queue::Error| BrokenQueue(error.to_string());
-        // Whether the driver was seen to have made something available that we have not looked at.
-        let mut announced = false;
-        loop {
-            queue.disable_notification(ram).map_err(broken)?;
-            let mut served = false;
-            loop {
-                if host.must_yield() {
-                    // Notifications may stay off: whoever resumes the worker makes it look again.
-                    return Ok(());
-                }
-                let next = queue.iter(ram).map_err(broken)?.next();
-                let Some(chain) = next else { break };
-                served = true;
-                let mut request = Request::parse(ram, chain)?;
-                let room = request.to_guest.len();
-                let result = self.execute(ram, &mut request);
-                let written = room - request.to_guest.len();
-                let status = self.status(&request, result);
-                ram.write_obj(status, request.status)
-                    .map_err(|error| BrokenQueue(error.to_string()))?;
-                let used_len = u32::try_from(written + 1).unwrap_or(u32::MAX);
-                queue.add_used(ram, request.head, used_len).map_err(broken)?;
-                if queue.needs_notification(ram).map_err(broken)? {
-                    host.interrupt();
-                }
-            }
-            if announced && !served {
-                // More was announced than can be read: without this a guest could make us spin.
-                return Err(BrokenQueue("an available entry cannot be read".into()));
-            }
-            announced = queue.enable_notification(ram).map_err(broken)?;
-            if !announced {
-                return Ok(());
-            }
-        }
+        take_all(ram, queue, host, |queue, host, chain| {
+            let mut request = Request::parse(ram, chain)?;
+            let room = request.to_guest.len();
+            let result = self.execute(ram, &mut request);
+            let written = room - request.to_guest.len();
+            let status = self.status(&request, result);
+            ram.write_obj(status, request.status)
+                .map_err(|error| BrokenQueue(error.to_string()))?;
+            give_back(ram, queue, host, request.head, written + 1)?;
+            Ok(ControlFlow::Continue(()))
+        })
     }
 }
 

@@ -1,11 +1,14 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
-//! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves.
+//! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the source of
+//! random bytes. `chains` is what their workers have in common.
 
 pub mod blk;
 mod blk_worker;
+mod chains;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod mmio;
+pub mod rng;
 pub mod worker;
 
 use crate::ram::GuestRam;
