@@ -1,5 +1,6 @@
 //! What a user can ask for, from the command line, a TOML file or both; checked in one place.
 
+use crate::machine::description::check_rng;
 use migration::transport::Address;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::path::PathBuf;
@@ -216,6 +217,8 @@ pub struct RunConfig {
     pub cmdline: String,
     /// Whether the guest finds ACPI tables.
     pub acpi: bool,
+    /// Whether the guest has a virtio-rng.
+    pub rng: bool,
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// vCPUs.
@@ -292,6 +295,9 @@ pub struct RunOptions {
     /// Move the guest to a fresh process this often, e.g. 2s, while it runs
     #[arg(long, value_name = "DURATION")]
     pub migrate_every: Option<String>,
+    /// Give the guest a source of random bytes (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
     /// Options for this process.
     #[command(flatten)]
     #[serde(flatten)]
@@ -338,6 +344,7 @@ impl RunOptions {
             disk,
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
+            rng: self.rng || file.rng,
             migrate_every: self.migrate_every.or(file.migrate_every),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
@@ -391,11 +398,15 @@ impl RunOptions {
             disks.push((id, disk));
         }
         let migrate_every = duration("--migrate-every", self.migrate_every, &mut problems);
+        if let Err(error) = check_rng(self.rng, disks.iter().map(|(id, _)| id.as_str())) {
+            problems.push(format!("--rng: {error}"));
+        }
         let host = self.host.validate(&mut problems);
         match self.kernel {
             Some(kernel) if problems.is_empty() => Ok(RunConfig {
                 boot: BootFiles { kernel, initrd: self.initrd },
                 acpi: self.acpi.unwrap_or(Switch(true)).0,
+                rng: self.rng,
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,

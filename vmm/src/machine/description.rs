@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 const VERSION: u16 = 1;
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u8 = 16;
-/// Most disks of a machine: one interrupt line each.
+/// Most virtio devices of a machine, disks most of all: one interrupt line each.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
 /// One guest's hardware.
@@ -31,6 +31,9 @@ pub struct Description {
     pub acpi: bool,
     /// Disks in the order of their devices.
     pub disks: Vec<DiskDescription>,
+    /// Whether a virtio-rng follows the disks. Older guests have none.
+    #[serde(default)]
+    pub rng: bool,
     /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
     pub cpuid: Vec<Blob<kvm_cpuid_entry2>>,
     /// Frequency of the guest's TSC in kHz.
@@ -106,6 +109,8 @@ impl Description {
         if self.cpuid.is_empty() || self.cpuid.len() > KVM_MAX_CPUID_ENTRIES {
             return invalid(format!("{} CPUID entries", self.cpuid.len()));
         }
+        check_rng(self.rng, self.disks.iter().map(|disk| disk.id.as_str()))
+            .map_err(DescriptionError::Invalid)?;
         for (index, disk) in self.disks.iter().enumerate() {
             if self.disks[..index].iter().any(|other| other.id == disk.id) {
                 return invalid(format!("disk {:?} is there twice", disk.id));
@@ -113,6 +118,23 @@ impl Description {
         }
         Ok(())
     }
+}
+
+/// Whether a random number generator has room beside these disks.
+pub fn check_rng<'a>(
+    rng: bool,
+    mut disk_ids: impl ExactSizeIterator<Item = &'a str>,
+) -> Result<(), String> {
+    if !rng {
+        return Ok(());
+    }
+    if disk_ids.len() >= MAX_DISKS {
+        return Err(format!("at most {} disks beside a virtio-rng", MAX_DISKS - 1));
+    }
+    if disk_ids.any(|id| id == super::RNG_INSTANCE) {
+        return Err(format!("a disk beside a virtio-rng cannot be {:?}", super::RNG_INSTANCE));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -125,6 +147,7 @@ pub(crate) fn sample() -> Description {
         cmdline: "work=idle".into(),
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
+        rng: true,
         cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
         tsc_khz: 2_000_000,
     }
@@ -153,7 +176,20 @@ mod tests {
         refuse(&|d| d.memory_bytes = 1, "not a multiple");
         refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");
+        refuse(&|d| d.disks[1].id = "rng".into(), "beside a virtio-rng");
+        refuse(
+            &|d| {
+                let more = (2..MAX_DISKS)
+                    .map(|n| DiskDescription { id: format!("disk{n}"), ..d.disks[0].clone() });
+                let more: Vec<_> = more.collect();
+                d.disks.extend(more);
+            },
+            "at most 7 disks beside",
+        );
         refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
+        let mut old = sample().to_stream();
+        old.machine.as_object_mut().unwrap().remove("rng");
+        assert!(!Description::from_stream(&old).unwrap().rng, "older guests have none");
         let mut stream = sample().to_stream();
         stream.ram_bytes = 4 << 20;
         assert!(Description::from_stream(&stream).is_err());

@@ -40,6 +40,9 @@ impl Child {
         command.arg(format!("--memory={}B", config.memory_bytes));
         command.arg(format!("--cpus={}", config.cpus));
         command.arg(if config.acpi { "--acpi=on" } else { "--acpi=off" });
+        if config.rng {
+            command.arg("--rng");
+        }
         for (_, disk) in &config.disks {
             command.args(["--disk", &disk.text]);
         }

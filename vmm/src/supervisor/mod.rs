@@ -202,6 +202,7 @@ impl Supervisor {
             initrd: config.boot.initrd.as_deref(),
             cmdline: config.cmdline,
             acpi: config.acpi,
+            rng: config.rng,
         })
     }
 
@@ -293,6 +294,7 @@ impl Supervisor {
             initrd: files.initrd.as_deref(),
             cmdline: description.cmdline,
             acpi: description.acpi,
+            rng: description.rng,
         };
         self.install(new).map_err(|error| chain(&error))
     }
