@@ -30,9 +30,9 @@ pub trait BlockBackend: Send + Sync {
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
-    /// Fills `buffer` from `offset_bytes` on.
+    /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
-    /// Writes `buffer` at `offset_bytes`.
+    /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()>;
     /// The guest has no use for these bytes any more: frees their space where that is possible. They
     /// may read as anything that they were, or as zeroes.

@@ -3,6 +3,7 @@
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
 //! file, [`memory`] in tests. Locks follow the right to run, so taking them is separate from opening.
 
+pub mod aligned;
 pub mod backend;
 pub mod memory;
 mod ofd_lock;
@@ -70,13 +71,13 @@ impl BlockNode {
         self.check(offset_bytes, len_bytes)
     }
 
-    /// Fills `buffer` from `offset_bytes` on.
+    /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.backend.read_at(buffer, offset_bytes)
     }
 
-    /// Writes `buffer` at `offset_bytes`.
+    /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.check_write(offset_bytes, buffer.len() as u64)?;
         self.backend.write_at(buffer, offset_bytes)

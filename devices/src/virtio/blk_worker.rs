@@ -3,6 +3,7 @@
 use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
+use crate::block::aligned::AlignedBuffer;
 use crate::block::{BlockNode, SECTOR_BYTES};
 use crate::ram::{GuestAddress, GuestRam};
 use crate::segments::Segments;
@@ -100,7 +101,7 @@ struct ZeroRange {
 /// Serves one queue.
 pub(super) struct Processor {
     node: Arc<BlockNode>,
-    buffer: Vec<u8>,
+    buffer: AlignedBuffer,
     driver_features: u64,
     host_errors: u64,
 }
@@ -128,7 +129,7 @@ impl QueueProcessor for Processor {
 
 impl Processor {
     pub(super) fn new(node: Arc<BlockNode>, driver_features: u64) -> Self {
-        Self { node, buffer: vec![0; BUFFER_BYTES], driver_features, host_errors: 0 }
+        Self { node, buffer: AlignedBuffer::new(BUFFER_BYTES), driver_features, host_errors: 0 }
     }
 
     fn accepted(&self, feature: u64) -> bool {

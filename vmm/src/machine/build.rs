@@ -43,6 +43,8 @@ pub struct NewMachine<'a> {
     pub cmdline: String,
     /// Whether there are ACPI tables.
     pub acpi: bool,
+    /// Number of queues of each disk of the backends.
+    pub disk_queues: Vec<u16>,
     /// Whether there is a source of random bytes.
     pub rng: bool,
 }
@@ -58,7 +60,9 @@ impl Machine {
         let tsc_khz = parts.first()?.tsc_khz()?;
         let supported = host.supported_cpuid()?;
         parts.configure_cpus(supported.as_slice(), tsc_khz)?;
-        let disks = backends.disks.iter().map(|node| describe_disk(node)).collect::<Vec<_>>();
+        let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
+        let disks = backends.disks.iter().zip(queues);
+        let disks = disks.map(|(node, queues)| describe_disk(node, queues)).collect::<Vec<_>>();
         let source = BootSource { kernel: new.kernel, initrd: new.initrd, cmdline: &new.cmdline };
         let device_count = disks.len() + usize::from(new.rng);
         let virtio = (0..device_count).map(device_slot).collect::<Result<_, _>>()?;
@@ -164,8 +168,10 @@ impl Parts {
         let power_button = irq_line(&vm, layout::POWER_BUTTON_GSI)?;
         let mut mmio = Bus::new();
         let mut disks = Vec::with_capacity(backends.disks.len());
-        for (index, node) in backends.disks.into_iter().enumerate() {
-            disks.push(add_disk(&vm, &mut mmio, index, node)?);
+        for (node, described) in backends.disks.into_iter().zip(&description.disks) {
+            let device = Box::new(Block::new(node.clone(), described.queues));
+            let transport = add_device(&vm, &mut mmio, disks.len(), device)?;
+            disks.push(Disk { node, transport });
         }
         let rng = if description.rng {
             Some(add_device(&vm, &mut mmio, disks.len(), Box::new(Rng))?)
@@ -219,11 +225,12 @@ fn irq_line(vm: &Vm, gsi: u32) -> Result<Arc<EventIrq>, MachineError> {
     Ok(Arc::new(irq))
 }
 
-fn describe_disk(node: &BlockNode) -> DiskDescription {
+fn describe_disk(node: &BlockNode, queues: u16) -> DiskDescription {
     DiskDescription {
         id: node.id().to_owned(),
         len_bytes: node.len_bytes(),
         read_only: node.read_only(),
+        queues,
     }
 }
 
@@ -251,16 +258,6 @@ fn device_slot(index: usize) -> Result<MmioSlot, MachineError> {
     let most = layout::VIRTIO_GSIS.len();
     layout::virtio_slot(index)
         .ok_or_else(|| MachineError::Records(format!("at most {most} virtio devices are possible")))
-}
-
-fn add_disk(
-    vm: &Vm,
-    mmio: &mut Bus,
-    index: usize,
-    node: Arc<BlockNode>,
-) -> Result<Disk, MachineError> {
-    let transport = add_device(vm, mmio, index, Box::new(Block::new(node.clone(), 1)))?;
-    Ok(Disk { node, transport })
 }
 
 /// Adds virtio device `index`: its registers, notifications and interrupt line.

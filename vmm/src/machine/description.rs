@@ -3,6 +3,7 @@
 
 use crate::kvm::blob::Blob;
 use devices::ram::RamLayout;
+use devices::virtio::blk::MAX_QUEUES;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use migration::guest::MachineDescription;
 use serde::{Deserialize, Serialize};
@@ -50,6 +51,13 @@ pub struct DiskDescription {
     pub len_bytes: u64,
     /// Whether the guest may write it.
     pub read_only: bool,
+    /// Number of its queues. Older guests have one.
+    #[serde(default = "one")]
+    pub queues: u16,
+}
+
+fn one() -> u16 {
+    1
 }
 
 /// A description that no machine can be built from.
@@ -112,6 +120,10 @@ impl Description {
         check_rng(self.rng, self.disks.iter().map(|disk| disk.id.as_str()))
             .map_err(DescriptionError::Invalid)?;
         for (index, disk) in self.disks.iter().enumerate() {
+            if !(1..=MAX_QUEUES).contains(&disk.queues) {
+                let (id, queues) = (&disk.id, disk.queues);
+                return invalid(format!("disk {id:?} with {queues} queues (1 to {MAX_QUEUES})"));
+            }
             if self.disks[..index].iter().any(|other| other.id == disk.id) {
                 return invalid(format!("disk {:?} is there twice", disk.id));
             }
@@ -139,7 +151,8 @@ pub fn check_rng<'a>(
 
 #[cfg(test)]
 pub(crate) fn sample() -> Description {
-    let disk = |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false };
+    let disk =
+        |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false, queues: 4 };
     Description {
         name: Some("vm1".into()),
         memory_bytes: 128 << 20,
@@ -176,6 +189,8 @@ mod tests {
         refuse(&|d| d.memory_bytes = 1, "not a multiple");
         refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");
+        refuse(&|d| d.disks[1].queues = 0, "0 queues");
+        refuse(&|d| d.disks[1].queues = 17, "17 queues");
         refuse(&|d| d.disks[1].id = "rng".into(), "beside a virtio-rng");
         refuse(
             &|d| {
@@ -189,7 +204,9 @@ mod tests {
         refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
         let mut old = sample().to_stream();
         old.machine.as_object_mut().unwrap().remove("rng");
-        assert!(!Description::from_stream(&old).unwrap().rng, "older guests have none");
+        old.machine["disks"][0].as_object_mut().unwrap().remove("queues");
+        let old = Description::from_stream(&old).unwrap();
+        assert_eq!((old.rng, old.disks[0].queues), (false, 1), "what older guests have");
         let mut stream = sample().to_stream();
         stream.ram_bytes = 4 << 20;
         assert!(Description::from_stream(&stream).is_err());

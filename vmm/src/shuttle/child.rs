@@ -6,6 +6,7 @@ use crate::config::{BootFiles, RunConfig};
 use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
+use devices::block::raw::Cache;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
@@ -63,7 +64,11 @@ impl Child {
         command.arg(format!("unix:{}", address(folder, id).display()));
         boot_files(&mut command, &config.boot);
         for (id, disk) in &config.disks {
-            command.arg("--disk").arg(format!("{id}={}", disk.path.display()));
+            let cache = match disk.cache {
+                Cache::Writeback => "writeback",
+                Cache::None => "none",
+            };
+            command.arg("--disk").arg(format!("{id}={},cache={cache}", disk.path.display()));
         }
         Self::start(id, command, config, folder, mailbox)
     }
