@@ -14,6 +14,7 @@ pub mod irq;
 pub mod patient;
 pub mod ram;
 pub mod reset;
+pub mod segments;
 pub mod serial;
 pub mod state;
 pub mod virtio;

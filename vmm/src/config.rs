@@ -1,5 +1,8 @@
 //! What a user can ask for, from the command line, a TOML file or both; checked in one place.
 
+use crate::machine::description::check_rng;
+use devices::block::raw::Cache;
+use devices::virtio::blk::MAX_QUEUES;
 use migration::transport::Address;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::path::PathBuf;
@@ -114,7 +117,7 @@ impl FromStr for SocketPath {
     }
 }
 
-/// A disk: `path=…,id=…,format=raw,readonly=on`.
+/// A disk: `path=…,id=…,format=raw,readonly=on,queues=4,cache=none`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
     /// The image.
@@ -123,6 +126,10 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// Number of its queues.
+    pub queues: u16,
+    /// Whether the host's page cache is used.
+    pub cache: Cache,
     /// As it was given.
     pub text: String,
 }
@@ -132,6 +139,7 @@ impl FromStr for DiskConfig {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut path, mut id, mut read_only) = (None, None, false);
+        let (mut queues, mut cache) = (1, Cache::Writeback);
         for pair in text.split(',') {
             match pair.split_once('=') {
                 Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
@@ -142,15 +150,23 @@ impl FromStr for DiskConfig {
                 }
                 Some(("readonly", "on")) => read_only = true,
                 Some(("readonly", "off")) => read_only = false,
+                Some(("queues", value)) => queues = parse_queues(value)?,
+                Some(("cache", value)) => cache = value.parse()?,
                 _ => {
-                    let keys = "path=PATH[,id=ID][,format=raw][,readonly=on|off]";
+                    let keys = "path=PATH[,id=ID][,format=raw][,readonly=on|off][,queues=N]\
+                                [,cache=writeback|none]";
                     return Err(format!("{pair:?} in {text:?}: expected {keys}"));
                 }
             }
         }
         let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
-        Ok(Self { path, id, read_only, text: text.to_owned() })
+        Ok(Self { path, id, read_only, queues, cache, text: text.to_owned() })
     }
+}
+
+fn parse_queues(text: &str) -> Result<u16, String> {
+    let fine = |queues: &u16| (1..=MAX_QUEUES).contains(queues);
+    text.parse().ok().filter(fine).ok_or_else(|| format!("queues {text:?}: 1 to {MAX_QUEUES}"))
 }
 
 /// Whether `id` can name a disk: no path tricks, and short enough for get-id users to tell apart.
@@ -159,13 +175,15 @@ fn is_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
 }
 
-/// A disk of an arriving guest: `ID=PATH`.
+/// A disk of an arriving guest: `ID=PATH` or `ID=PATH,cache=none`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiveDisk {
     /// Its name at the source.
     pub id: String,
     /// The image here.
     pub path: PathBuf,
+    /// Whether the host's page cache is used here.
+    pub cache: Cache,
 }
 
 impl FromStr for ReceiveDisk {
@@ -174,9 +192,14 @@ impl FromStr for ReceiveDisk {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
             Some((id, path)) if is_id(id) && !path.is_empty() => {
-                Ok(Self { id: id.to_owned(), path: path.into() })
+                // A path may have commas, so only this one end of it is not part of it.
+                let (path, cache) = match path.rsplit_once(",cache=") {
+                    Some((path, cache)) => (path, cache.parse()?),
+                    None => (path, Cache::Writeback),
+                };
+                Ok(Self { id: id.to_owned(), path: path.into(), cache })
             }
-            _ => Err(format!("{text:?}: expected ID=PATH")),
+            _ => Err(format!("{text:?}: expected ID=PATH[,cache=writeback|none]")),
         }
     }
 }
@@ -216,6 +239,8 @@ pub struct RunConfig {
     pub cmdline: String,
     /// Whether the guest finds ACPI tables.
     pub acpi: bool,
+    /// Whether the guest has a virtio-rng.
+    pub rng: bool,
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// vCPUs.
@@ -278,7 +303,7 @@ pub struct RunOptions {
     /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
-    /// A disk: path=PATH[,id=ID][,format=raw][,readonly=on]
+    /// A disk: path=PATH[,id=ID][,format=raw][,readonly=on][,queues=N][,cache=writeback|none]
     #[arg(long = "disk", value_name = "path=PATH,…")]
     #[serde(deserialize_with = "disks_from_text")]
     pub disk: Vec<DiskConfig>,
@@ -292,6 +317,9 @@ pub struct RunOptions {
     /// Move the guest to a fresh process this often, e.g. 2s, while it runs
     #[arg(long, value_name = "DURATION")]
     pub migrate_every: Option<String>,
+    /// Give the guest a source of random bytes (virtio-rng)
+    #[arg(long)]
+    pub rng: bool,
     /// Options for this process.
     #[command(flatten)]
     #[serde(flatten)]
@@ -338,6 +366,7 @@ impl RunOptions {
             disk,
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
+            rng: self.rng || file.rng,
             migrate_every: self.migrate_every.or(file.migrate_every),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
@@ -391,11 +420,15 @@ impl RunOptions {
             disks.push((id, disk));
         }
         let migrate_every = duration("--migrate-every", self.migrate_every, &mut problems);
+        if let Err(error) = check_rng(self.rng, disks.iter().map(|(id, _)| id.as_str())) {
+            problems.push(format!("--rng: {error}"));
+        }
         let host = self.host.validate(&mut problems);
         match self.kernel {
             Some(kernel) if problems.is_empty() => Ok(RunConfig {
                 boot: BootFiles { kernel, initrd: self.initrd },
                 acpi: self.acpi.unwrap_or(Switch(true)).0,
+                rng: self.rng,
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
@@ -475,6 +508,16 @@ mod tests {
     fn disks_and_consoles_are_read_and_tricks_refused() {
         let disk: DiskConfig = "path=/a,id=root,format=raw,readonly=on".parse().unwrap();
         assert_eq!((disk.id.as_deref(), disk.read_only), (Some("root"), true));
+        assert_eq!((disk.queues, disk.cache), (1, Cache::Writeback));
+        let disk: DiskConfig = "path=/a,queues=16,cache=none".parse().unwrap();
+        assert_eq!((disk.queues, disk.cache), (16, Cache::None));
+        for bad in ["queues=0", "queues=17", "queues=", "queues=-1", "cache=unsafe", "cache="] {
+            assert!(format!("path=/a,{bad}").parse::<DiskConfig>().is_err(), "{bad}");
+        }
+        let given = |text: &str| text.parse::<ReceiveDisk>().map(|disk| (disk.path, disk.cache));
+        assert_eq!(given("d=/a"), Ok(("/a".into(), Cache::Writeback)));
+        assert_eq!(given("d=/a,b,cache=none"), Ok(("/a,b".into(), Cache::None)));
+        assert!(given("d=/a,cache=no").is_err());
         for bad in ["", "id=x", "path=/a,format=qcow2", "path=/a,size=3", "path=/a,readonly=maybe"]
         {
             assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");

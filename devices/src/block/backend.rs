@@ -30,10 +30,15 @@ pub trait BlockBackend: Send + Sync {
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
-    /// Fills `buffer` from `offset_bytes` on.
+    /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
-    /// Writes `buffer` at `offset_bytes`.
+    /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()>;
+    /// The guest has no use for these bytes any more: frees their space where that is possible. They
+    /// may read as anything that they were, or as zeroes.
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()>;
+    /// Makes these bytes zero, and frees their space if `may_unmap` and that is possible.
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()>;
     /// Makes every acknowledged write durable.
     fn flush(&self) -> io::Result<()>;
     /// Takes the lock that goes with the right to run.

@@ -44,8 +44,13 @@ impl Script {
 
     /// Waits until an access is held.
     pub fn wait_until_held(&self) {
+        self.wait_until_held_by(1);
+    }
+
+    /// Waits until as many accesses as that are held.
+    pub fn wait_until_held_by(&self, count: usize) {
         let state = lock(&self.state);
-        let waited = self.changed.wait_while(state, |state| state.waiting == 0);
+        let waited = self.changed.wait_while(state, |state| state.waiting < count);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -120,6 +125,19 @@ impl BlockBackend for MemoryDisk {
         let range = Self::range(offset_bytes, buffer.len())?;
         let target = bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?;
         target.copy_from_slice(buffer);
+        Ok(())
+    }
+
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.write_zeroes(offset_bytes, len_bytes, true)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, _may_unmap: bool) -> io::Result<()> {
+        self.script.access()?;
+        let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
+        let range = Self::range(offset_bytes, len)?;
+        let mut bytes = lock(&self.bytes);
+        bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
         Ok(())
     }
 

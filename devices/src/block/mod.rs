@@ -3,6 +3,7 @@
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
 //! file, [`memory`] in tests. Locks follow the right to run, so taking them is separate from opening.
 
+pub mod aligned;
 pub mod backend;
 pub mod memory;
 mod ofd_lock;
@@ -55,27 +56,54 @@ impl BlockNode {
         self.read_only
     }
 
-    fn check(&self, offset_bytes: u64, len: usize) -> io::Result<()> {
-        let end = u64::try_from(len).ok().and_then(|len| offset_bytes.checked_add(len));
+    fn check(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let end = offset_bytes.checked_add(len_bytes);
         if end.is_none_or(|end| end > self.len_bytes) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "access past the disk's end"));
         }
         Ok(())
     }
 
-    /// Fills `buffer` from `offset_bytes` on.
-    pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
-        self.check(offset_bytes, buffer.len())?;
-        self.backend.read_at(buffer, offset_bytes)
-    }
-
-    /// Writes `buffer` at `offset_bytes`.
-    pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+    fn check_write(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         if self.read_only {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the disk is read-only"));
         }
-        self.check(offset_bytes, buffer.len())?;
+        self.check(offset_bytes, len_bytes)
+    }
+
+    /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
+    pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.check(offset_bytes, buffer.len() as u64)?;
+        self.backend.read_at(buffer, offset_bytes)
+    }
+
+    /// Writes `buffer` at `offset_bytes`; both in whole sectors.
+    pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.check_write(offset_bytes, buffer.len() as u64)?;
         self.backend.write_at(buffer, offset_bytes)
+    }
+
+    /// Frees the space of bytes that the guest does not need any more. Advice: they may stay.
+    pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.check_write(offset_bytes, len_bytes)?;
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        self.backend.discard(offset_bytes, len_bytes)
+    }
+
+    /// Makes bytes zero, and frees their space if `may_unmap` and that is possible.
+    pub fn write_zeroes(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
+        self.check_write(offset_bytes, len_bytes)?;
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
     }
 
     /// Makes every acknowledged write durable.
@@ -107,5 +135,16 @@ mod tests {
         assert!(node.read_at(&mut [0; 512], 513).is_err());
         assert!(node.write_at(&[0; 1], 1024).is_err());
         assert!(node.write_at(&[0; 8], u64::MAX - 3).is_err());
+        assert!(node.discard(512, 512).is_ok() && node.discard(1024, 0).is_ok());
+        assert!(node.discard(512, 1024).is_err());
+        assert!(node.write_zeroes(u64::MAX - 3, 8, true).is_err());
+    }
+
+    #[test]
+    fn a_read_only_disk_takes_no_writes_of_any_kind() {
+        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024).into_read_only()));
+        assert!(node.write_at(&[0; 1], 0).is_err());
+        assert!(node.discard(0, 512).is_err());
+        assert!(node.write_zeroes(0, 512, false).is_err());
     }
 }

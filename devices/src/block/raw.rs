@@ -2,12 +2,15 @@
 //! called raw by the user.
 
 use super::SECTOR_BYTES;
+use super::aligned::AlignedBuffer;
 use super::backend::{BlockBackend, LockError};
 use super::ofd_lock::{self, Operation};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// An image that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -38,12 +41,45 @@ pub enum OpenError {
         /// Its size.
         len_bytes: u64,
     },
+    /// No direct I/O.
+    #[error("disk image {path} cannot bypass the host's page cache ({why}): use cache=writeback")]
+    NoDirectIo {
+        /// The file.
+        path: PathBuf,
+        /// What stands in the way.
+        why: &'static str,
+        /// What the host says.
+        #[source]
+        source: io::Error,
+    },
     /// Nothing in it.
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
     Empty {
         /// The file.
         path: PathBuf,
     },
+}
+
+/// Whether the host's page cache stands between the guest and the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// Yes; the guest's flushes make it durable.
+    #[default]
+    Writeback,
+    /// No: direct I/O.
+    None,
+}
+
+impl FromStr for Cache {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "writeback" => Ok(Self::Writeback),
+            "none" => Ok(Self::None),
+            other => Err(format!("cache {other:?} is neither writeback nor none")),
+        }
+    }
 }
 
 /// An open raw image.
@@ -53,19 +89,31 @@ pub struct RawFile {
     path: PathBuf,
     len_bytes: u64,
     read_only: bool,
+    cache: Cache,
 }
 
 impl RawFile {
     /// Opens the image without locking it.
-    pub fn open(path: &Path, read_only: bool) -> Result<Self, OpenError> {
+    pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
         let path = path.to_owned();
         let failed = |source| OpenError::Open { path: path.clone(), source };
         let kind = std::fs::metadata(&path).map_err(failed)?.file_type();
         if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
             return Err(OpenError::NotAFile { path });
         }
-        let mut file =
-            OpenOptions::new().read(true).write(!read_only).open(&path).map_err(failed)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        if cache == Cache::None {
+            options.custom_flags(libc::O_DIRECT);
+        }
+        let mut file = match options.open(&path) {
+            Ok(file) => file,
+            Err(source) if is_invalid(&source) && cache == Cache::None => {
+                let why = "its file system refuses O_DIRECT";
+                return Err(OpenError::NoDirectIo { path, why, source });
+            }
+            Err(source) => return Err(failed(source)),
+        };
         // A block device has no length in its metadata, but an end to seek to.
         let len_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if len_bytes == 0 {
@@ -74,7 +122,69 @@ impl RawFile {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path, len_bytes });
         }
-        Ok(Self { file, path, len_bytes, read_only })
+        if cache == Cache::None
+            && let Err(source) = probe_direct_io(&file, len_bytes)
+        {
+            let why = "it needs accesses of more than 512 bytes";
+            return Err(match is_invalid(&source) {
+                true => OpenError::NoDirectIo { path, why, source },
+                false => OpenError::Open { path, source },
+            });
+        }
+        Ok(Self { file, path, len_bytes, read_only, cache })
+    }
+
+    /// Whether the kernel would refuse `buffer` for its place in memory.
+    fn must_bounce(&self, buffer: &[u8]) -> bool {
+        self.cache == Cache::None && !buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
+    }
+}
+
+/// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
+/// has found out.
+const DIRECT_ALIGNMENT: usize = 512;
+
+/// Reads one sector to where an aligned buffer may lie at worst.
+fn probe_direct_io(file: &File, len_bytes: u64) -> io::Result<()> {
+    let mut buffer = AlignedBuffer::new(2 * DIRECT_ALIGNMENT);
+    let (_, sector) = buffer.split_at_mut(DIRECT_ALIGNMENT);
+    file.read_exact_at(sector, (len_bytes - SECTOR_BYTES).min(SECTOR_BYTES))
+}
+
+fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// Zeroes are written in pieces of this size.
+const ZEROES_BYTES: u64 = 1 << 20;
+
+impl RawFile {
+    /// Changes the allocation of a range; `false` if the file system does not know how.
+    fn allocate(&self, mode: fn() -> FallocateMode, offset: u64, len: u64) -> io::Result<bool> {
+        loop {
+            let Err(error) = fallocate(&self.file, mode(), true, offset, len) else {
+                return Ok(true);
+            };
+            match error.errno() {
+                libc::EINTR => {}
+                // EINVAL: a block device with larger sectors than the guest's.
+                libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL => return Ok(false),
+                other => return Err(io::Error::from_raw_os_error(other)),
+            }
+        }
+    }
+
+    fn write_zeroes_as_data(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        let piece = usize::try_from(len_bytes.min(ZEROES_BYTES)).map_err(io::Error::other)?;
+        let zeroes = AlignedBuffer::new(piece);
+        let (mut offset, mut left) = (offset_bytes, len_bytes);
+        while left > 0 {
+            let len = left.min(zeroes.len() as u64);
+            let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
+            self.write_at(part.unwrap_or(&zeroes), offset)?;
+            (offset, left) = (offset + len, left - len);
+        }
+        Ok(())
     }
 }
 
@@ -92,11 +202,34 @@ impl BlockBackend for RawFile {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        if self.must_bounce(buffer) {
+            let mut aligned = AlignedBuffer::new(buffer.len());
+            self.file.read_exact_at(&mut aligned, offset_bytes)?;
+            buffer.copy_from_slice(&aligned);
+            return Ok(());
+        }
         self.file.read_exact_at(buffer, offset_bytes)
     }
 
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        if self.must_bounce(buffer) {
+            let mut aligned = AlignedBuffer::new(buffer.len());
+            aligned.copy_from_slice(buffer);
+            return self.file.write_all_at(&aligned, offset_bytes);
+        }
         self.file.write_all_at(buffer, offset_bytes)
+    }
+
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        // Advice: where there are no holes, nothing happens.
+        self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes).map(drop)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
+        let zeroed = may_unmap
+            && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
+            || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
+        if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -135,9 +268,9 @@ mod tests {
     #[test]
     fn one_writer_or_many_readers_hold_an_image() {
         let file = image(512);
-        let writer = RawFile::open(file.path(), false).unwrap();
-        let other = RawFile::open(file.path(), false).unwrap();
-        let readers = [(); 2].map(|()| RawFile::open(file.path(), true).unwrap());
+        let writer = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+        let other = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+        let readers = [(); 2].map(|()| RawFile::open(file.path(), true, Cache::Writeback).unwrap());
         writer.lock().unwrap();
         writer.lock().unwrap();
         let error = other.lock().unwrap_err().to_string();
@@ -148,23 +281,119 @@ mod tests {
         assert!(other.lock().is_err());
     }
 
+    /// Allocated bytes of the file.
+    fn allocated(path: &Path) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap()) * 512
+    }
+
+    /// Here, and on a file system in memory, which has holes but cannot zero a range.
+    fn images(len: usize) -> Vec<tempfile::NamedTempFile> {
+        let in_memory = tempfile::NamedTempFile::new_in("/dev/shm");
+        let fill = |mut file: tempfile::NamedTempFile| {
+            file.write_all(&vec![0xa5; len]).unwrap();
+            file
+        };
+        std::iter::once(image(0)).chain(in_memory).map(fill).collect()
+    }
+
+    #[test]
+    fn zeroed_and_discarded_ranges_read_as_zeroes_and_nothing_else_changes() {
+        type Zero = fn(&RawFile, u64, u64) -> io::Result<()>;
+        let ways: [Zero; 4] = [
+            RawFile::discard,
+            |raw, offset, len| raw.write_zeroes(offset, len, true),
+            |raw, offset, len| raw.write_zeroes(offset, len, false),
+            RawFile::write_zeroes_as_data,
+        ];
+        let size = 4 << 20;
+        for (way, zero) in ways.iter().enumerate() {
+            for file in images(size) {
+                let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+                let (start, end) = (512 * 3, size - 512);
+                zero(&raw, start as u64, (end - start) as u64).unwrap();
+                let mut expected = vec![0xa5; size];
+                expected[start..end].fill(0);
+                assert!(std::fs::read(file.path()).unwrap() == expected, "way {way}");
+            }
+        }
+    }
+
+    #[test]
+    fn space_is_freed_only_where_the_guest_allows_it() {
+        for (may_unmap, freed) in [(true, true), (false, false)] {
+            for file in images(1 << 20) {
+                let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+                raw.write_zeroes(0, 1 << 20, may_unmap).unwrap();
+                raw.flush().unwrap();
+                assert_eq!(allocated(file.path()) == 0, freed, "may unmap: {may_unmap}");
+            }
+        }
+    }
+
+    #[test]
+    fn direct_io_takes_buffers_from_anywhere() {
+        // Where the host's file systems have no direct I/O, the refusal is what is tested.
+        for file in images(64 << 10) {
+            let raw = match RawFile::open(file.path(), false, Cache::None) {
+                Ok(raw) => raw,
+                Err(error) => {
+                    assert!(error.to_string().contains("cache=writeback"), "{error}");
+                    continue;
+                }
+            };
+            let mut buffer = AlignedBuffer::new(8 << 10);
+            for (start, len, offset) in [(0, 4096, 0), (512, 512, 512), (1, 1024, 1536)] {
+                buffer.fill(0x11);
+                let piece = &mut buffer[start..start + len];
+                raw.write_at(piece, offset).unwrap();
+                piece.fill(0);
+                raw.read_at(piece, offset).unwrap();
+                assert!(piece.iter().all(|byte| *byte == 0x11), "{len} bytes at {start}");
+            }
+            raw.write_zeroes(512, 1024, false).unwrap();
+            raw.write_zeroes_as_data(2048, 512).unwrap();
+            raw.flush().unwrap();
+            let mut expected = vec![0xa5; 64 << 10];
+            expected[..4096].fill(0x11);
+            expected[512..1536].fill(0);
+            expected[2048..2560].fill(0);
+            assert!(std::fs::read(file.path()).unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn a_file_system_without_direct_io_is_refused_with_a_remedy() {
+        let path = Path::new("/sys/kernel/uevent_seqnum");
+        let error = RawFile::open(path, true, Cache::None).unwrap_err().to_string();
+        assert!(error.contains("refuses O_DIRECT") && error.contains("cache=writeback"), "{error}");
+        assert_eq!("none".parse(), Ok(Cache::None));
+        assert!("unsafe".parse::<Cache>().is_err());
+    }
+
     #[test]
     fn a_lock_goes_with_its_file() {
         let file = image(512);
-        RawFile::open(file.path(), false).unwrap().lock().unwrap();
-        assert!(RawFile::open(file.path(), false).unwrap().lock().is_ok());
+        RawFile::open(file.path(), false, Cache::Writeback).unwrap().lock().unwrap();
+        assert!(RawFile::open(file.path(), false, Cache::Writeback).unwrap().lock().is_ok());
     }
 
     #[test]
     fn images_that_cannot_be_disks_are_refused_with_a_remedy() {
         let directory = tempfile::tempdir().unwrap();
         assert!(matches!(
-            RawFile::open(&directory.path().join("none"), false),
+            RawFile::open(&directory.path().join("none"), false, Cache::Writeback),
             Err(OpenError::Open { .. })
         ));
-        assert!(matches!(RawFile::open(directory.path(), true), Err(OpenError::NotAFile { .. })));
-        let odd = RawFile::open(image(700).path(), false).unwrap_err().to_string();
+        assert!(matches!(
+            RawFile::open(directory.path(), true, Cache::Writeback),
+            Err(OpenError::NotAFile { .. })
+        ));
+        let odd =
+            RawFile::open(image(700).path(), false, Cache::Writeback).unwrap_err().to_string();
         assert!(odd.contains("700 bytes") && odd.contains("truncate"), "{odd}");
-        assert!(matches!(RawFile::open(image(0).path(), false), Err(OpenError::Empty { .. })));
+        assert!(matches!(
+            RawFile::open(image(0).path(), false, Cache::Writeback),
+            Err(OpenError::Empty { .. })
+        ));
     }
 }

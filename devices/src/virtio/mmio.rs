@@ -1,17 +1,17 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2), and its record.
 //!
-//! Registers are served on the vCPU's thread; the queue by a [`Worker`], started when the driver sets
-//! DRIVER_OK and ended by a reset. What a driver programs wrongly is ignored or makes the device
-//! need a reset, as the specification says; it never harms the VMM.
+//! Registers are served on the vCPU's thread; each queue by a [`Worker`] of its own, started when the
+//! driver sets DRIVER_OK and ended by a reset. What a driver programs wrongly is ignored or makes the
+//! device need a reset, as the specification says; it never harms the VMM.
 
-use super::worker::{QueueSignals, Worker};
+use super::worker::{Parking, QueueSignals, Worker};
 use super::{BrokenQueue, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::lock;
 use crate::ram::GuestRam;
 use crate::state::{DeviceRecord, Persist};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -61,10 +61,29 @@ impl QueueSignals for Shared {
         self.interrupt(INTERRUPT_USED);
     }
 
+    fn is_live(&self) -> bool {
+        is_live(self.status.load(Ordering::SeqCst))
+    }
+
     fn broken(&self, reason: &BrokenQueue) {
         log::warn!("a guest's virtqueue cannot be served, the device needs a reset: {reason}");
         self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::SeqCst);
         self.interrupt(INTERRUPT_CONFIG);
+    }
+}
+
+/// One virtqueue and what serves it.
+struct QueueSlot {
+    queue: Arc<Mutex<Queue>>,
+    notify: EventFd,
+    worker: Option<Worker>,
+}
+
+impl QueueSlot {
+    fn new(max_size: u16) -> io::Result<Self> {
+        let queue = Queue::new(max_size).map_err(io::Error::other)?;
+        let notify = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self { queue: Arc::new(Mutex::new(queue)), notify, worker: None })
     }
 }
 
@@ -73,9 +92,7 @@ pub struct MmioTransport {
     ram: GuestRam,
     device: Box<dyn VirtioDevice>,
     shared: Arc<Shared>,
-    queue: Arc<Mutex<Queue>>,
-    notify: EventFd,
-    worker: Option<Worker>,
+    queues: Vec<QueueSlot>,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
@@ -91,7 +108,9 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         irq: Arc<dyn IrqLine>,
     ) -> io::Result<Self> {
-        let queue = Queue::new(device.queue_max_size()).map_err(io::Error::other)?;
+        let max_size = device.queue_max_size();
+        let queues = (0..device.queue_count()).map(|_| QueueSlot::new(max_size));
+        let queues = queues.collect::<io::Result<_>>()?;
         Ok(Self {
             ram,
             device,
@@ -100,9 +119,7 @@ impl MmioTransport {
                 interrupt_status: AtomicU32::new(0),
                 irq,
             }),
-            queue: Arc::new(Mutex::new(queue)),
-            notify: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            worker: None,
+            queues,
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
@@ -112,49 +129,59 @@ impl MmioTransport {
     }
 
     /// The event that each queue's notifications signal, by queue number.
-    pub fn queue_events(&self) -> [&EventFd; 1] {
-        [&self.notify]
+    pub fn queue_events(&self) -> impl Iterator<Item = &EventFd> {
+        self.queues.iter().map(|slot| &slot.notify)
+    }
+
+    /// Tells all workers to start no new request. [`MmioTransport::drain`] waits for those in flight.
+    pub fn begin_drain(&mut self) -> Drain {
+        self.drained = true;
+        Drain(self.workers().map(Worker::park).collect())
     }
 
     /// Waits until no request is in flight and starts no new one.
     pub fn drain(&mut self) {
-        self.drained = true;
-        if let Some(worker) = &self.worker {
-            worker.park();
-        }
+        self.begin_drain().wait();
     }
 
     /// Serves again. A notification or interrupt that was in flight may have been lost, so both are
     /// made again.
     pub fn resume(&mut self) {
         self.drained = false;
-        if let Some(worker) = &self.worker {
-            worker.resume();
-        }
+        self.workers().for_each(Worker::resume);
         let pending = self.shared.interrupt_status.load(Ordering::SeqCst);
         if pending != 0 {
             self.shared.interrupt(pending);
         }
     }
 
+    fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.queues.iter().filter_map(|slot| slot.worker.as_ref())
+    }
+
+    /// The queue of a number that the driver chose, if there is one.
+    fn queue(&self, number: u32) -> Option<&QueueSlot> {
+        self.queues.get(usize::try_from(number).ok()?)
+    }
+
     fn features(&self) -> u64 {
         self.device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT
     }
 
-    fn status(&self) -> u32 {
+    pub(super) fn status(&self) -> u32 {
         self.shared.status.load(Ordering::SeqCst)
     }
 
     fn register(&self, offset: u64) -> u32 {
-        let selected = self.queue_select == 0;
+        let selected = self.queue(self.queue_select);
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
             0x08 => self.device.device_id(),
             0x0c => VENDOR,
             0x10 => half(self.features(), self.device_features_select),
-            0x34 if selected => self.device.queue_max_size().into(),
-            0x44 if selected => lock(&self.queue).ready().into(),
+            0x34 => selected.map_or(0, |_| self.device.queue_max_size().into()),
+            0x44 => selected.map_or(0, |slot| lock(&slot.queue).ready().into()),
             0x60 => self.shared.interrupt_status.load(Ordering::SeqCst),
             0x70 => self.status(),
             // Shared memory regions: there are none, which reads as length -1.
@@ -170,17 +197,17 @@ impl MmioTransport {
             0x20 => self.set_driver_features(value),
             0x24 => self.driver_features_select = value,
             0x30 => self.queue_select = value,
-            0x50 if value == 0 => {
-                // As if it had come through the ioeventfd; a full counter is awake already.
-                let _ = self.notify.write(1);
+            0x50 => {
+                if let Some(slot) = self.queue(value) {
+                    // As if it had come through the ioeventfd; a full counter is awake already.
+                    let _ = slot.notify.write(1);
+                }
             }
             0x64 => {
                 self.shared.interrupt_status.fetch_and(!value, Ordering::SeqCst);
             }
             0x70 => self.set_status(value),
-            0x38 | 0x44 | 0x80..=0xa4 if self.queue_select == 0 => {
-                self.set_queue_register(offset, value);
-            }
+            0x38 | 0x44 | 0x80..=0xa4 => self.set_queue_register(offset, value),
             _ => log::debug!("virtio-mmio write of {value:#x} to {offset:#x} ignored"),
         }
     }
@@ -203,10 +230,13 @@ impl MmioTransport {
         if self.status() & STATUS_DRIVER_OK != 0 {
             return;
         }
-        let mut queue = lock(&self.queue);
+        let Some(slot) = self.queue(self.queue_select) else { return };
+        let mut queue = lock(&slot.queue);
         match offset {
             0x38 => match u16::try_from(value) {
-                Ok(size) if size > 0 => queue.set_size(size),
+                Ok(size) if size.is_power_of_two() && size <= queue.max_size() => {
+                    queue.set_size(size);
+                }
                 _ => log::debug!("virtqueue size {value} ignored"),
             },
             0x44 => queue.set_ready(value & 1 == 1),
@@ -240,7 +270,9 @@ impl MmioTransport {
         self.shared.status.fetch_or(new, Ordering::SeqCst);
         if newly(new, STATUS_DRIVER_OK) && is_live(new) {
             let event_idx = self.driver_features & F_EVENT_IDX != 0;
-            lock(&self.queue).set_event_idx(event_idx);
+            for slot in &self.queues {
+                lock(&slot.queue).set_event_idx(event_idx);
+            }
             if let Err(reason) = self.activate() {
                 self.shared.broken(&reason);
             }
@@ -251,43 +283,73 @@ impl MmioTransport {
         self.driver_features & !self.features() == 0 && self.driver_features & F_VERSION_1 != 0
     }
 
-    /// Starts the worker, unless the driver left the queue alone; it just cannot be used then.
+    /// Starts a worker for each queue that the driver has set up; the others just cannot be used. On
+    /// an error none runs.
     fn activate(&mut self) -> Result<(), BrokenQueue> {
+        let workers: Vec<_> =
+            (0..).zip(&self.queues).map(|(number, slot)| self.start(number, slot)).collect();
+        let workers = workers.into_iter().collect::<Result<Vec<_>, _>>()?;
+        for (slot, worker) in self.queues.iter_mut().zip(workers) {
+            slot.worker = worker;
+        }
+        Ok(())
+    }
+
+    fn start(&self, number: u16, slot: &QueueSlot) -> Result<Option<Worker>, BrokenQueue> {
         {
-            let queue = lock(&self.queue);
+            let queue = lock(&slot.queue);
             if !queue.ready() {
-                return Ok(());
+                return Ok(None);
             }
             if !queue.is_valid(&self.ram) {
-                return Err(BrokenQueue("its rings lie outside RAM".into()));
+                return Err(BrokenQueue(format!("the rings of queue {number} lie outside RAM")));
             }
         }
-        let worker = self.notify.try_clone().and_then(|notify| {
+        let worker = slot.notify.try_clone().and_then(|notify| {
             Worker::start(
-                self.device.thread_name(),
+                self.device.thread_name(number),
                 self.ram.clone(),
-                self.queue.clone(),
+                slot.queue.clone(),
                 notify,
-                self.device.processor(self.driver_features),
+                self.device.processor(number, self.driver_features),
                 self.shared.clone(),
                 self.drained,
             )
         });
-        self.worker =
-            Some(worker.map_err(|error| BrokenQueue(format!("no worker thread: {error}")))?);
-        Ok(())
+        worker.map(Some).map_err(|error| BrokenQueue(format!("no worker thread: {error}")))
+    }
+
+    fn stop_workers(&mut self) {
+        // All are told before the first is waited for.
+        self.workers().for_each(Worker::end);
+        for slot in &mut self.queues {
+            slot.worker = None;
+        }
     }
 
     fn reset(&mut self) {
-        // Joins the thread: after the reset nothing touches the old rings.
-        self.worker = None;
-        lock(&self.queue).reset();
+        // Joins the threads: after the reset nothing touches the old rings.
+        self.stop_workers();
+        for slot in &self.queues {
+            lock(&slot.queue).reset();
+        }
         self.shared.status.store(0, Ordering::SeqCst);
         self.shared.interrupt_status.store(0, Ordering::SeqCst);
         self.driver_features = 0;
         self.driver_features_select = 0;
         self.device_features_select = 0;
         self.queue_select = 0;
+    }
+}
+
+/// Workers that have been told to park.
+#[must_use = "requests are in flight until it has been waited for"]
+pub struct Drain(Vec<Parking>);
+
+impl Drain {
+    /// Waits until no request is in flight.
+    pub fn wait(self) {
+        self.0.into_iter().for_each(Parking::wait);
     }
 }
 
@@ -299,7 +361,7 @@ fn in_order(status: u32) -> bool {
         && needs(STATUS_DRIVER_OK, STATUS_FEATURES_OK)
 }
 
-/// Whether a device of this status serves its queue.
+/// Whether a device of this status serves its queues.
 fn is_live(status: u32) -> bool {
     status & STATUS_DRIVER_OK != 0 && status & (STATUS_NEEDS_RESET | STATUS_FAILED) == 0
 }
@@ -343,7 +405,7 @@ impl BusDevice for MmioTransport {
     }
 }
 
-/// All registers, the queue, and the device's own record.
+/// All registers, the queues, and the device's own record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MmioState {
@@ -354,7 +416,9 @@ pub struct MmioState {
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-    queue: SavedQueue,
+    /// Since version 2; version 1 had one queue.
+    #[serde(alias = "queue", deserialize_with = "one_or_more")]
+    queues: Vec<SavedQueue>,
     device: DeviceRecord,
 }
 
@@ -372,13 +436,56 @@ struct SavedQueue {
     used_ring: u64,
 }
 
+impl SavedQueue {
+    fn of(queue: &Queue) -> Self {
+        let state = queue.state();
+        Self {
+            size: state.size,
+            ready: state.ready,
+            event_idx: state.event_idx_enabled,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
+        }
+    }
+
+    fn check(self, max_size: u16) -> Result<Queue, String> {
+        Queue::try_from(QueueState {
+            max_size,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+            event_idx_enabled: self.event_idx,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.desc_table,
+            avail_ring: self.avail_ring,
+            used_ring: self.used_ring,
+        })
+        .map_err(|error| format!("virtqueue: {error}"))
+    }
+}
+
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SavedQueue>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMore {
+        More(Vec<SavedQueue>),
+        One(SavedQueue),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::More(queues) => queues,
+        OneOrMore::One(queue) => vec![queue],
+    })
+}
+
 impl Persist for MmioTransport {
     const KIND: &'static str = "virtio-mmio";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
     type State = MmioState;
 
     fn save(&self) -> MmioState {
-        let queue = lock(&self.queue).state();
         MmioState {
             device_id: self.device.device_id(),
             status: self.status(),
@@ -387,16 +494,7 @@ impl Persist for MmioTransport {
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
             queue_select: self.queue_select,
-            queue: SavedQueue {
-                size: queue.size,
-                ready: queue.ready,
-                event_idx: queue.event_idx_enabled,
-                next_avail: queue.next_avail,
-                next_used: queue.next_used,
-                desc_table: queue.desc_table,
-                avail_ring: queue.avail_ring,
-                used_ring: queue.used_ring,
-            },
+            queues: self.queues.iter().map(|slot| SavedQueue::of(&lock(&slot.queue))).collect(),
             device: self.device.save(),
         }
     }
@@ -408,6 +506,10 @@ impl Persist for MmioTransport {
                 self.device.device_id(),
                 state.device_id
             ));
+        }
+        if state.queues.len() != self.queues.len() {
+            let (here, there) = (self.queues.len(), state.queues.len());
+            return Err(format!("{here} virtqueues here and {there} there"));
         }
         let status = state.status;
         if status & !(STATUS_BY_DRIVER | STATUS_NEEDS_RESET) != 0 || !in_order(status) {
@@ -421,21 +523,13 @@ impl Persist for MmioTransport {
             ));
         }
         self.device.restore(state.device).map_err(|error| error_chain(&error))?;
-        let saved = state.queue;
-        let queue = Queue::try_from(QueueState {
-            max_size: self.device.queue_max_size(),
-            next_avail: saved.next_avail,
-            next_used: saved.next_used,
-            event_idx_enabled: saved.event_idx,
-            size: saved.size,
-            ready: saved.ready,
-            desc_table: saved.desc_table,
-            avail_ring: saved.avail_ring,
-            used_ring: saved.used_ring,
-        })
-        .map_err(|error| format!("virtqueue: {error}"))?;
-        self.worker = None;
-        *lock(&self.queue) = queue;
+        let max_size = self.device.queue_max_size();
+        let queues = state.queues.into_iter().map(|saved| saved.check(max_size));
+        let queues = queues.collect::<Result<Vec<_>, _>>()?;
+        self.stop_workers();
+        for (slot, queue) in self.queues.iter().zip(queues) {
+            *lock(&slot.queue) = queue;
+        }
         self.shared.status.store(status, Ordering::SeqCst);
         let interrupts = state.interrupt_status & (INTERRUPT_USED | INTERRUPT_CONFIG);
         self.shared.interrupt_status.store(interrupts, Ordering::SeqCst);

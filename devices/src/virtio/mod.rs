@@ -1,8 +1,14 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
-//! serves a queue, [`blk`] the block device.
+//! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the source of
+//! random bytes. `chains` is what their workers have in common.
 
 pub mod blk;
+mod blk_worker;
+mod chains;
+#[cfg(test)]
+pub(crate) mod driver;
 pub mod mmio;
+pub mod rng;
 pub mod worker;
 
 use crate::ram::GuestRam;
@@ -21,20 +27,22 @@ pub const F_INDIRECT: u64 = 1 << 28;
 #[error("{0}")]
 pub struct BrokenQueue(pub String);
 
-/// A kind of device, behind any transport. One queue each so far.
+/// A kind of device, behind any transport.
 pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2, 5).
     fn device_id(&self) -> u32;
     /// Offered features, without those of ring and transport.
     fn features(&self) -> u64;
-    /// Most descriptors of the queue.
+    /// Number of queues; does not change.
+    fn queue_count(&self) -> u16;
+    /// Most descriptors of a queue.
     fn queue_max_size(&self) -> u16;
     /// Reads the configuration space; past its end it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// What serves the queue, on a thread of its own, for a driver that accepted `driver_features`.
-    fn processor(&self, driver_features: u64) -> Box<dyn QueueProcessor>;
-    /// Names the thread.
-    fn thread_name(&self) -> String;
+    /// What serves a queue, on a thread of its own, for a driver that accepted `driver_features`.
+    fn processor(&self, queue: u16, driver_features: u64) -> Box<dyn QueueProcessor>;
+    /// Names the thread of a queue.
+    fn thread_name(&self, queue: u16) -> String;
     /// The state that is the device's own; it travels inside the transport's record.
     fn save(&self) -> DeviceRecord;
     /// Checks and takes over what [`VirtioDevice::save`] made.

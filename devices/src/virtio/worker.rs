@@ -30,7 +30,9 @@ enum Command {
 pub trait QueueSignals: Send + Sync {
     /// The driver wants to hear of used buffers.
     fn used(&self);
-    /// The queue cannot be served.
+    /// Whether the device still serves its queues: none of them is broken.
+    fn is_live(&self) -> bool;
+    /// The queue cannot be served, and so no other of the device is, from now on.
     fn broken(&self, reason: &BrokenQueue);
 }
 
@@ -72,7 +74,6 @@ impl Worker {
             inbox,
             processor,
             signals,
-            broken: false,
         };
         let thread = std::thread::Builder::new()
             // The name holds the disk's, which a user or a stream chose; a zero byte would panic.
@@ -91,13 +92,18 @@ impl Worker {
         }
     }
 
-    /// Waits until no request is in flight; none is started until [`Worker::resume`].
-    pub fn park(&self) {
+    /// Tells the thread to start no request until [`Worker::resume`]; does not wait for the one in
+    /// flight.
+    pub fn park(&self) -> Parking {
         let (done, parked) = channel();
         self.yielding.store(true, Ordering::SeqCst);
         self.send(Command::Park(done));
-        // An error means that the thread has ended, which is as good as parked.
-        let _ = parked.recv();
+        Parking(parked)
+    }
+
+    /// Tells the thread that it will end soon; dropping the worker ends it.
+    pub fn end(&self) {
+        self.yielding.store(true, Ordering::SeqCst);
     }
 
     /// Serves again, whatever is available first.
@@ -107,9 +113,20 @@ impl Worker {
     }
 }
 
+/// A worker that has been told to park.
+pub struct Parking(Receiver<()>);
+
+impl Parking {
+    /// Waits until no request is in flight.
+    pub fn wait(self) {
+        // An error means that the thread has ended, which is as good as parked.
+        let _ = self.0.recv();
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.yielding.store(true, Ordering::SeqCst);
+        self.end();
         self.commands = None;
         let _ = self.wake.write(1);
         if let Some(thread) = self.thread.take()
@@ -130,7 +147,6 @@ struct Serving {
     inbox: Receiver<Command>,
     processor: Box<dyn QueueProcessor>,
     signals: Arc<dyn QueueSignals>,
-    broken: bool,
 }
 
 impl Serving {
@@ -147,13 +163,12 @@ impl Serving {
     }
 
     fn serve(&mut self) {
-        if self.broken {
+        if !self.signals.is_live() {
             return;
         }
         let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
         let served = self.processor.process(&self.ram, &mut lock(&self.queue), &mut host);
         if let Err(reason) = served {
-            self.broken = true;
             self.signals.broken(&reason);
         }
     }

@@ -17,8 +17,10 @@ use devices::irq::EventIrq;
 use devices::ram::{GuestRam, RamLayout};
 use devices::reset::{DebugExitPort, ExitSink, I8042, PowerPort, SleepControl};
 use devices::serial::SerialConsole;
+use devices::virtio::VirtioDevice;
 use devices::virtio::blk::Block;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, NOTIFY_OFFSET};
+use devices::virtio::rng::Rng;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::io;
 use std::path::Path;
@@ -41,6 +43,10 @@ pub struct NewMachine<'a> {
     pub cmdline: String,
     /// Whether there are ACPI tables.
     pub acpi: bool,
+    /// Number of queues of each disk of the backends.
+    pub disk_queues: Vec<u16>,
+    /// Whether there is a source of random bytes.
+    pub rng: bool,
 }
 
 impl Machine {
@@ -54,9 +60,12 @@ impl Machine {
         let tsc_khz = parts.first()?.tsc_khz()?;
         let supported = host.supported_cpuid()?;
         parts.configure_cpus(supported.as_slice(), tsc_khz)?;
-        let disks = backends.disks.iter().map(|node| describe_disk(node)).collect::<Vec<_>>();
+        let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
+        let disks = backends.disks.iter().zip(queues);
+        let disks = disks.map(|(node, queues)| describe_disk(node, queues)).collect::<Vec<_>>();
         let source = BootSource { kernel: new.kernel, initrd: new.initrd, cmdline: &new.cmdline };
-        let virtio = (0..disks.len()).map(device_slot).collect::<Result<_, _>>()?;
+        let device_count = disks.len() + usize::from(new.rng);
+        let virtio = (0..device_count).map(device_slot).collect::<Result<_, _>>()?;
         let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, virtio };
         let entry = boot::load(&source, &hardware, parts.vm.ram(), parts.vm.layout())?;
         cpu::set_entry(parts.first()?, entry, parts.vm.ram())?;
@@ -67,6 +76,7 @@ impl Machine {
             cmdline: new.cmdline,
             acpi: new.acpi,
             disks,
+            rng: new.rng,
             cpuid: effective_cpuid(parts.first()?)?.into_iter().map(Blob).collect(),
             tsc_khz,
         };
@@ -158,9 +168,16 @@ impl Parts {
         let power_button = irq_line(&vm, layout::POWER_BUTTON_GSI)?;
         let mut mmio = Bus::new();
         let mut disks = Vec::with_capacity(backends.disks.len());
-        for (index, node) in backends.disks.into_iter().enumerate() {
-            disks.push(add_disk(&vm, &mut mmio, index, node)?);
+        for (node, described) in backends.disks.into_iter().zip(&description.disks) {
+            let device = Box::new(Block::new(node.clone(), described.queues));
+            let transport = add_device(&vm, &mut mmio, disks.len(), device)?;
+            disks.push(Disk { node, transport });
         }
+        let rng = if description.rng {
+            Some(add_device(&vm, &mut mmio, disks.len(), Box::new(Rng))?)
+        } else {
+            None
+        };
         let mut cpu_layout = CpuStateLayout::probe(host, &vm)?;
         if let Some(first) = self.vcpus.first() {
             cpu_layout.keep_readable(first)?;
@@ -176,6 +193,7 @@ impl Parts {
         Ok(Machine {
             vcpus,
             disks,
+            rng,
             serial,
             power_button,
             ended,
@@ -207,11 +225,12 @@ fn irq_line(vm: &Vm, gsi: u32) -> Result<Arc<EventIrq>, MachineError> {
     Ok(Arc::new(irq))
 }
 
-fn describe_disk(node: &BlockNode) -> DiskDescription {
+fn describe_disk(node: &BlockNode, queues: u16) -> DiskDescription {
     DiskDescription {
         id: node.id().to_owned(),
         len_bytes: node.len_bytes(),
         read_only: node.read_only(),
+        queues,
     }
 }
 
@@ -241,21 +260,22 @@ fn device_slot(index: usize) -> Result<MmioSlot, MachineError> {
         .ok_or_else(|| MachineError::Records(format!("at most {most} virtio devices are possible")))
 }
 
-fn add_disk(
+/// Adds virtio device `index`: its registers, notifications and interrupt line.
+fn add_device(
     vm: &Vm,
     mmio: &mut Bus,
     index: usize,
-    node: Arc<BlockNode>,
-) -> Result<Disk, MachineError> {
+    device: Box<dyn VirtioDevice>,
+) -> Result<Arc<Mutex<MmioTransport>>, MachineError> {
     let slot = device_slot(index)?;
     let irq = irq_line(vm, slot.gsi)?;
     let ram: GuestRam = vm.ram().clone();
-    let transport = MmioTransport::new(ram, Box::new(Block::new(node.clone())), irq)
-        .map_err(|source| MachineError::Setup { what: "virtio-blk device", source })?;
+    let transport = MmioTransport::new(ram, device, irq)
+        .map_err(|source| MachineError::Setup { what: "virtio device", source })?;
     for (queue, event) in (0..).zip(transport.queue_events()) {
         vm.route_notify(event, slot.base + NOTIFY_OFFSET, queue)?;
     }
     let transport = Arc::new(Mutex::new(transport));
     insert(mmio, slot.base, MMIO_LEN, transport.clone())?;
-    Ok(Disk { node, transport })
+    Ok(transport)
 }

@@ -3,6 +3,7 @@
 
 use crate::kvm::blob::Blob;
 use devices::ram::RamLayout;
+use devices::virtio::blk::MAX_QUEUES;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use migration::guest::MachineDescription;
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 const VERSION: u16 = 1;
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u8 = 16;
-/// Most disks of a machine: one interrupt line each.
+/// Most virtio devices of a machine, disks most of all: one interrupt line each.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
 /// One guest's hardware.
@@ -31,6 +32,9 @@ pub struct Description {
     pub acpi: bool,
     /// Disks in the order of their devices.
     pub disks: Vec<DiskDescription>,
+    /// Whether a virtio-rng follows the disks. Older guests have none.
+    #[serde(default)]
+    pub rng: bool,
     /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
     pub cpuid: Vec<Blob<kvm_cpuid_entry2>>,
     /// Frequency of the guest's TSC in kHz.
@@ -47,6 +51,13 @@ pub struct DiskDescription {
     pub len_bytes: u64,
     /// Whether the guest may write it.
     pub read_only: bool,
+    /// Number of its queues. Older guests have one.
+    #[serde(default = "one")]
+    pub queues: u16,
+}
+
+fn one() -> u16 {
+    1
 }
 
 /// A description that no machine can be built from.
@@ -106,7 +117,13 @@ impl Description {
         if self.cpuid.is_empty() || self.cpuid.len() > KVM_MAX_CPUID_ENTRIES {
             return invalid(format!("{} CPUID entries", self.cpuid.len()));
         }
+        check_rng(self.rng, self.disks.iter().map(|disk| disk.id.as_str()))
+            .map_err(DescriptionError::Invalid)?;
         for (index, disk) in self.disks.iter().enumerate() {
+            if !(1..=MAX_QUEUES).contains(&disk.queues) {
+                let (id, queues) = (&disk.id, disk.queues);
+                return invalid(format!("disk {id:?} with {queues} queues (1 to {MAX_QUEUES})"));
+            }
             if self.disks[..index].iter().any(|other| other.id == disk.id) {
                 return invalid(format!("disk {:?} is there twice", disk.id));
             }
@@ -115,9 +132,27 @@ impl Description {
     }
 }
 
+/// Whether a random number generator has room beside these disks.
+pub fn check_rng<'a>(
+    rng: bool,
+    mut disk_ids: impl ExactSizeIterator<Item = &'a str>,
+) -> Result<(), String> {
+    if !rng {
+        return Ok(());
+    }
+    if disk_ids.len() >= MAX_DISKS {
+        return Err(format!("at most {} disks beside a virtio-rng", MAX_DISKS - 1));
+    }
+    if disk_ids.any(|id| id == super::RNG_INSTANCE) {
+        return Err(format!("a disk beside a virtio-rng cannot be {:?}", super::RNG_INSTANCE));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 pub(crate) fn sample() -> Description {
-    let disk = |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false };
+    let disk =
+        |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false, queues: 4 };
     Description {
         name: Some("vm1".into()),
         memory_bytes: 128 << 20,
@@ -125,6 +160,7 @@ pub(crate) fn sample() -> Description {
         cmdline: "work=idle".into(),
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
+        rng: true,
         cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
         tsc_khz: 2_000_000,
     }
@@ -153,7 +189,24 @@ mod tests {
         refuse(&|d| d.memory_bytes = 1, "not a multiple");
         refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");
+        refuse(&|d| d.disks[1].queues = 0, "0 queues");
+        refuse(&|d| d.disks[1].queues = 17, "17 queues");
+        refuse(&|d| d.disks[1].id = "rng".into(), "beside a virtio-rng");
+        refuse(
+            &|d| {
+                let more = (2..MAX_DISKS)
+                    .map(|n| DiskDescription { id: format!("disk{n}"), ..d.disks[0].clone() });
+                let more: Vec<_> = more.collect();
+                d.disks.extend(more);
+            },
+            "at most 7 disks beside",
+        );
         refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
+        let mut old = sample().to_stream();
+        old.machine.as_object_mut().unwrap().remove("rng");
+        old.machine["disks"][0].as_object_mut().unwrap().remove("queues");
+        let old = Description::from_stream(&old).unwrap();
+        assert_eq!((old.rng, old.disks[0].queues), (false, 1), "what older guests have");
         let mut stream = sample().to_stream();
         stream.ram_bytes = 4 << 20;
         assert!(Description::from_stream(&stream).is_err());

@@ -22,12 +22,15 @@ use devices::irq::{EventIrq, IrqLine};
 use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
-use devices::virtio::mmio::MmioTransport;
+use devices::virtio::mmio::{Drain, MmioTransport};
 use migration::guest::RunPermit;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
+
+/// Names the random number generator's record, so no disk may have this name beside it.
+pub const RNG_INSTANCE: &str = "rng";
 
 /// Why a machine cannot be built, started, stopped or moved.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +128,7 @@ pub struct Disk {
 pub struct Machine {
     vcpus: Vcpus,
     disks: Vec<Disk>,
+    rng: Option<Arc<Mutex<MmioTransport>>>,
     serial: Arc<Mutex<SerialConsole>>,
     power_button: Arc<EventIrq>,
     /// Raised by the device or vCPU that ended the guest; the supervisor hears of it a moment later.
@@ -168,6 +172,13 @@ impl Machine {
     /// Its disks.
     pub fn disks(&self) -> &[Disk] {
         &self.disks
+    }
+
+    /// All virtio devices, in the order of their slots, and the instances that their records name.
+    fn virtio_devices(&self) -> impl Iterator<Item = (&str, MutexGuard<'_, MmioTransport>)> {
+        let disks = self.disks.iter().map(|disk| (disk.node.id(), &disk.transport));
+        let rng = self.rng.iter().map(|transport| (RNG_INSTANCE, transport));
+        disks.chain(rng).map(|(instance, transport)| (instance, lock(transport)))
     }
 
     /// Kernel thread ids of the vCPUs.
@@ -235,9 +246,7 @@ impl Machine {
         self.vcpus.notify_clock_paused()?;
         // Devices first: a notification or interrupt that was in flight at the pause is made again.
         lock(&self.serial).resume();
-        for disk in &self.disks {
-            lock(&disk.transport).resume();
-        }
+        self.virtio_devices().for_each(|(_, mut device)| device.resume());
         self.vcpus.run()?;
         Ok(())
     }
@@ -248,9 +257,10 @@ impl Machine {
             return Ok(());
         }
         self.vcpus.park()?;
-        for disk in &self.disks {
-            lock(&disk.transport).drain();
-        }
+        // All are told before the first is waited for.
+        let drains: Vec<_> =
+            self.virtio_devices().map(|(_, mut device)| device.begin_drain()).collect();
+        drains.into_iter().for_each(Drain::wait);
         Ok(())
     }
 

@@ -23,8 +23,8 @@ impl Machine {
     /// All records. Stopped only.
     pub fn save_records(&self) -> Result<Vec<DeviceRecord>, MachineError> {
         let mut records = vec![lock(&self.serial).save_record("")];
-        for disk in &self.disks {
-            records.push(lock(&disk.transport).save_record(disk.node.id()));
+        for (instance, device) in self.virtio_devices() {
+            records.push(device.save_record(instance));
         }
         for (index, state) in self.vcpus.save()?.iter().enumerate() {
             records.push(record(VCPU, &index.to_string(), state));
@@ -51,9 +51,8 @@ impl Machine {
         irqchip.restore(&self.vm)?;
         let serial = records.take(SerialConsole::KIND, "")?;
         lock(&self.serial).restore_record(serial)?;
-        for disk in &self.disks {
-            let record = records.take(MmioTransport::KIND, disk.node.id())?;
-            lock(&disk.transport).restore_record(record)?;
+        for (instance, mut device) in self.virtio_devices() {
+            device.restore_record(records.take(MmioTransport::KIND, instance)?)?;
         }
         self.arriving_clock = Some(clock);
         records.must_be_empty()

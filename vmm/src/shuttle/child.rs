@@ -6,6 +6,7 @@ use crate::config::{BootFiles, RunConfig};
 use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
+use devices::block::raw::Cache;
 use serde_json::json;
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -49,6 +50,9 @@ impl Child {
         command.arg(format!("--memory={}B", config.memory_bytes));
         command.arg(format!("--cpus={}", config.cpus));
         command.arg(if config.acpi { "--acpi=on" } else { "--acpi=off" });
+        if config.rng {
+            command.arg("--rng");
+        }
         for (_, disk) in &config.disks {
             command.args(["--disk", &disk.text]);
         }
@@ -69,7 +73,11 @@ impl Child {
         command.arg(format!("unix:{}", address(folder, id).display()));
         boot_files(&mut command, &config.boot);
         for (id, disk) in &config.disks {
-            command.arg("--disk").arg(format!("{id}={}", disk.path.display()));
+            let cache = match disk.cache {
+                Cache::Writeback => "writeback",
+                Cache::None => "none",
+            };
+            command.arg("--disk").arg(format!("{id}={},cache={cache}", disk.path.display()));
         }
         Self::start(id, command, config, folder, mailbox)
     }

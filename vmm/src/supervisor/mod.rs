@@ -127,7 +127,7 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Host::open()?;
     let mut disks = Vec::new();
     for (id, disk) in &config.disks {
-        let backend = RawFile::open(&disk.path, disk.read_only)?;
+        let backend = RawFile::open(&disk.path, disk.read_only, disk.cache)?;
         disks.push(Arc::new(BlockNode::new(id.clone(), Box::new(backend))));
     }
     let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
@@ -202,6 +202,8 @@ impl Supervisor {
             initrd: config.boot.initrd.as_deref(),
             cmdline: config.cmdline,
             acpi: config.acpi,
+            disk_queues: config.disks.iter().map(|(_, disk)| disk.queues).collect(),
+            rng: config.rng,
         })
     }
 
@@ -293,6 +295,8 @@ impl Supervisor {
             initrd: files.initrd.as_deref(),
             cmdline: description.cmdline,
             acpi: description.acpi,
+            disk_queues: description.disks.iter().map(|disk| disk.queues).collect(),
+            rng: description.rng,
         };
         self.install(new).map_err(|error| chain(&error))
     }
@@ -445,10 +449,11 @@ impl Supervisor {
                     len_bytes: disk.len_bytes,
                 })
             })?;
-            let backend = RawFile::open(&given.path, disk.read_only).map_err(|source| {
-                let id = disk.id.clone();
-                failed(&MachineError::Disk { id, source: source.into() })
-            })?;
+            let backend =
+                RawFile::open(&given.path, disk.read_only, given.cache).map_err(|source| {
+                    let id = disk.id.clone();
+                    failed(&MachineError::Disk { id, source: source.into() })
+                })?;
             disks.push(Arc::new(BlockNode::new(disk.id.clone(), Box::new(backend))));
         }
         self.disks = disks;

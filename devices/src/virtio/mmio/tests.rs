@@ -1,144 +1,13 @@
-//! A driver's side of the transport and of virtio-blk: registers, rings in guest RAM, requests.
-#![allow(clippy::little_endian_bytes, reason = "a driver's registers")]
+//! Registers, queues and records of the transport, with a disk behind it.
 
 use super::*;
-use crate::block::BlockNode;
-use crate::block::memory::{MemoryDisk, Script};
+use crate::block::memory::MemoryDisk;
 use crate::hostile::{any_changes, any_json, change};
-use crate::irq::CountingIrq;
 use crate::ram::{GuestAddress, PAGE_SIZE};
-use crate::virtio::blk::Block;
+use crate::virtio::driver::*;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
-
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const HEADER: u64 = 0x4000;
-const DATA: u64 = 0x5000;
-const STATUS: u64 = 0x8000;
-/// What our own guest kernel accepts.
-const F_FLUSH: u64 = 1 << 9;
-
-struct Driver {
-    ram: GuestRam,
-    transport: MmioTransport,
-    irq: Arc<CountingIrq>,
-    node: Arc<BlockNode>,
-    avail: u16,
-}
-
-impl Driver {
-    fn new() -> Self {
-        Self::of(MemoryDisk::new(64 << 10)).0
-    }
-
-    fn of(disk: MemoryDisk) -> (Self, Arc<Script>) {
-        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        let script = disk.script();
-        let node = Arc::new(BlockNode::new("disk0", Box::new(disk)));
-        (Self::with(ram, node, 0), script)
-    }
-
-    fn with(ram: GuestRam, node: Arc<BlockNode>, avail: u16) -> Self {
-        let irq = Arc::new(CountingIrq::default());
-        let device = Box::new(Block::new(node.clone()));
-        let transport = MmioTransport::new(ram.clone(), device, irq.clone()).unwrap();
-        Self { ram, transport, irq, node, avail }
-    }
-
-    fn get(&mut self, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        self.transport.read(offset, &mut data);
-        u32::from_le_bytes(data)
-    }
-
-    fn set(&mut self, offset: u64, value: u32) {
-        self.transport.write(offset, &value.to_le_bytes());
-    }
-
-    fn start(&mut self, features: u64) {
-        self.set(0x70, 1);
-        self.set(0x70, 3);
-        for half in [0, 1] {
-            self.set(0x24, half);
-            self.set(0x20, u32::try_from(features >> (32 * half) & 0xffff_ffff).unwrap());
-        }
-        self.set(0x70, 11);
-        assert_eq!(self.get(0x70), 11, "features accepted");
-        self.set(0x30, 0);
-        self.set(0x38, 16);
-        for (register, address) in [(0x80, DESC), (0x90, AVAIL), (0xa0, USED)] {
-            self.set(register, u32::try_from(address).unwrap());
-        }
-        self.set(0x44, 1);
-        self.set(0x70, 15);
-    }
-
-    fn descriptor(&self, index: u64, address: u64, len: u32, flags: u16, next: u16) {
-        let at = GuestAddress(DESC + index * 16);
-        self.ram.write_obj(address, at).unwrap();
-        self.ram.write_obj(len, GuestAddress(at.0 + 8)).unwrap();
-        self.ram.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
-        self.ram.write_obj(next, GuestAddress(at.0 + 14)).unwrap();
-    }
-
-    /// Makes a request of header, data and status available; `notify` tells the device.
-    fn submit(&mut self, kind: u32, sector: u64, len: u32, notify: bool) {
-        self.ram.write_obj(kind, GuestAddress(HEADER)).unwrap();
-        self.ram.write_obj(sector, GuestAddress(HEADER + 8)).unwrap();
-        self.ram.write_obj(0xaau8, GuestAddress(STATUS)).unwrap();
-        let device_writes = if kind == 1 { 0 } else { 2 };
-        self.descriptor(0, HEADER, 16, 1, 1);
-        if len > 0 {
-            self.descriptor(1, DATA, len, 1 | device_writes, 2);
-        } else {
-            self.descriptor(0, HEADER, 16, 1, 2);
-        }
-        self.descriptor(2, STATUS, 1, 2, 0);
-        self.publish(0, notify);
-    }
-
-    fn publish(&mut self, head: u16, notify: bool) {
-        let slot = AVAIL + 4 + u64::from(self.avail % 16) * 2;
-        self.ram.write_obj(head, GuestAddress(slot)).unwrap();
-        self.avail = self.avail.wrapping_add(1);
-        self.ram.write_obj(self.avail, GuestAddress(AVAIL + 2)).unwrap();
-        if notify {
-            self.set(0x50, 0);
-        }
-    }
-
-    /// Whether the device's own writes marked the page of `address`.
-    fn marked(&self, address: u64) -> bool {
-        let region = self.ram.find_region(GuestAddress(0)).unwrap();
-        region.bitmap().dirty_at(usize::try_from(address).unwrap())
-    }
-
-    fn used(&self) -> u16 {
-        self.ram.read_obj(GuestAddress(USED + 2)).unwrap()
-    }
-
-    /// Waits for the device to answer, and returns the status.
-    fn wait(&self) -> u8 {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.used() != self.avail {
-            assert!(Instant::now() < deadline, "no answer");
-            std::thread::yield_now();
-        }
-        self.ram.read_obj(GuestAddress(STATUS)).unwrap()
-    }
-
-    fn wait_for_needs_reset(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while self.get(0x70) & STATUS_NEEDS_RESET == 0 {
-            assert!(Instant::now() < deadline, "the device does not complain");
-            std::thread::yield_now();
-        }
-    }
-}
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 #[test]
 fn a_driver_finds_a_block_device_of_the_right_size() {
@@ -147,48 +16,6 @@ fn a_driver_finds_a_block_device_of_the_right_size() {
     assert_eq!(driver.get(0x100), 128, "sectors");
     driver.set(0x30, 1);
     assert_eq!(driver.get(0x34), 0, "there is no second queue");
-}
-
-#[test]
-fn what_is_written_is_read_back() {
-    let mut driver = Driver::new();
-    driver.start(F_VERSION_1);
-    driver.ram.write_slice(&[0x5a; 1024], GuestAddress(DATA)).unwrap();
-    driver.submit(1, 3, 1024, true);
-    assert_eq!(driver.wait(), 0);
-    assert!(driver.irq.count() > 0);
-    driver.ram.write_slice(&[0; 1024], GuestAddress(DATA)).unwrap();
-    driver.submit(0, 4, 512, true);
-    assert_eq!(driver.wait(), 0);
-    let mut back = [0; 512];
-    driver.ram.read_slice(&mut back, GuestAddress(DATA)).unwrap();
-    assert_eq!(back, [0x5a; 512]);
-}
-
-#[test]
-fn flush_id_and_unknown_requests_are_answered() {
-    let mut driver = Driver::new();
-    driver.start(F_VERSION_1 | F_EVENT_IDX);
-    driver.submit(4, 0, 0, true);
-    assert_eq!(driver.wait(), 0);
-    driver.submit(8, 0, 20, true);
-    assert_eq!(driver.wait(), 0);
-    assert_eq!(driver.ram.read_obj::<[u8; 5]>(GuestAddress(DATA)).unwrap(), *b"disk0");
-    driver.submit(99, 0, 0, true);
-    assert_eq!(driver.wait(), 2);
-}
-
-#[test]
-fn requests_past_the_end_fail_and_the_device_goes_on() {
-    let mut driver = Driver::new();
-    driver.start(F_VERSION_1);
-    for (sector, len) in [(128, 512), (u64::MAX, 512), (u64::MAX / 512, 512), (127, 1024), (0, 100)]
-    {
-        driver.submit(0, sector, len, true);
-        assert_eq!(driver.wait(), 1, "sector {sector}, {len} bytes");
-    }
-    driver.submit(0, 127, 512, true);
-    assert_eq!(driver.wait(), 0);
 }
 
 #[test]
@@ -311,9 +138,11 @@ fn records_of_impossible_devices_are_refused() {
     };
     assert!(refused(&|state| state.device_id = 1));
     assert!(refused(&|state| state.driver_features |= 1 << 60));
-    assert!(refused(&|state| state.queue.size = 3));
-    assert!(refused(&|state| state.queue.desc_table = 1));
-    assert!(refused(&|state| state.queue.used_ring = 1 << 40), "outside RAM");
+    assert!(refused(&|state| state.queues[0].size = 3));
+    assert!(refused(&|state| state.queues[0].desc_table = 1));
+    assert!(refused(&|state| state.queues[0].used_ring = 1 << 40), "outside RAM");
+    assert!(refused(&|state| state.queues.clear()), "no queue");
+    assert!(refused(&|state| state.queues.push(state.queues[0].clone())), "one too many");
     assert!(refused(&|state| state.status = 4), "DRIVER_OK before all others");
     assert!(refused(&|state| state.status |= 0x100));
     assert!(refused(&|state| state.driver_features = 0), "no VERSION_1");
@@ -322,65 +151,121 @@ fn records_of_impossible_devices_are_refused() {
 }
 
 #[test]
-fn a_disk_that_became_another_is_refused() {
-    let (mut source, _) = Driver::of(MemoryDisk::new(64 << 10));
-    source.start(F_VERSION_1);
-    source.transport.drain();
-    let others = [MemoryDisk::new(32 << 10), MemoryDisk::new(64 << 10).into_read_only()];
-    for other in others {
-        let (mut destination, _) = Driver::of(other);
-        let record = source.transport.save_record("disk0");
-        let error = destination.transport.restore_record(record).unwrap_err().to_string();
-        assert!(error.contains("writable with 128 sectors"), "{error}");
-    }
-}
-
-#[test]
-fn a_read_only_disk_says_so_and_takes_no_writes() {
-    let (mut driver, _) = Driver::of(MemoryDisk::new(64 << 10).into_read_only());
-    assert_ne!(driver.get(0x10) & 1 << 5, 0, "VIRTIO_BLK_F_RO");
-    driver.start(F_VERSION_1);
-    driver.submit(1, 0, 512, true);
-    assert_eq!(driver.wait(), 1);
-    driver.submit(0, 0, 512, true);
-    assert_eq!(driver.wait(), 0);
-}
-
-#[test]
-fn a_failing_disk_fails_requests_and_recovers() {
-    let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
-    driver.start(F_VERSION_1 | F_FLUSH);
-    script.fail(true);
-    for (kind, len) in [(0, 512), (1, 512), (4, 0)] {
-        driver.submit(kind, 0, len, true);
-        assert_eq!(driver.wait(), 1, "request of type {kind}");
-    }
-    script.fail(false);
-    driver.submit(0, 0, 512, true);
-    assert_eq!(driver.wait(), 0);
-}
-
-#[test]
-fn writes_are_durable_at_once_for_a_driver_that_cannot_flush() {
-    for (features, flush_count) in [(F_VERSION_1, 1), (F_VERSION_1 | F_FLUSH, 0)] {
-        let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
-        driver.start(features);
-        driver.submit(1, 0, 512, true);
-        assert_eq!(driver.wait(), 0);
-        assert_eq!(script.flush_count(), flush_count);
-    }
-}
-
-#[test]
-fn data_in_the_wrong_direction_fails_the_request() {
+fn a_record_of_version_1_has_its_one_queue() {
     let mut driver = Driver::new();
     driver.start(F_VERSION_1);
-    for (kind, flags) in [(0, 1), (1, 3)] {
-        driver.submit(kind, 0, 512, false);
-        driver.descriptor(1, DATA, 512, flags, 2);
-        driver.set(0x50, 0);
-        assert_eq!(driver.wait(), 1, "request of type {kind}");
+    driver.submit(4, 0, 0, true);
+    driver.wait();
+    driver.transport.drain();
+    let now = driver.transport.save_record("disk0");
+    let mut old = now.clone();
+    old.version = 1;
+    let state = old.state.as_object_mut().unwrap();
+    let queues = state.remove("queues").unwrap();
+    state.insert("queue".into(), queues[0].clone());
+    let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), driver.avail);
+    destination.transport.restore_record(old).unwrap();
+    assert_eq!(destination.transport.save_record("disk0"), now);
+}
+
+#[test]
+fn queues_are_programmed_one_by_one_and_there_are_no_more_than_that() {
+    let (mut driver, _) = Driver::several(3);
+    assert_ne!(driver.get(0x10) & 1 << 12, 0, "VIRTIO_BLK_F_MQ");
+    assert_eq!(driver.get(0x120) >> 16, 3, "num_queues");
+    for (queue, max_size) in [(0, 256), (2, 256), (3, 0), (u32::MAX, 0)] {
+        driver.set(0x30, queue);
+        assert_eq!(driver.get(0x34), max_size, "queue {queue}");
+        driver.set(0x44, 1);
+        assert_eq!(driver.get(0x44), u32::from(max_size > 0), "queue {queue}");
     }
+    let ready = |state: MmioState| state.queues.iter().map(|queue| queue.ready).collect::<Vec<_>>();
+    assert_eq!(ready(driver.transport.save()), [true, false, true]);
+}
+
+#[test]
+fn impossible_queue_sizes_are_refused() {
+    let mut driver = Driver::new();
+    for (asked, size) in [(8, 8), (0, 8), (3, 8), (512, 8), (65536, 8), (0x1_0010, 8), (256, 256)] {
+        driver.set(0x38, asked);
+        assert_eq!(driver.transport.save().queues[0].size, size, "after {asked}");
+    }
+}
+
+#[test]
+fn every_queue_is_served() {
+    let (mut driver, _) = Driver::several(4);
+    driver.start(F_VERSION_1);
+    for queue in [3, 1, 2, 0, 3] {
+        driver.select(queue);
+        driver.submit(4, 0, 0, true);
+        assert_eq!(driver.wait(), 0, "queue {queue}");
+    }
+    driver.set(0x50, 4);
+    driver.set(0x50, u32::MAX);
+    assert_eq!(driver.get(0x70), 15, "a queue that is not there can be notified");
+}
+
+#[test]
+fn a_driver_may_leave_queues_alone() {
+    let (mut driver, _) = Driver::several(4);
+    driver.queue_count = 1;
+    driver.start(F_VERSION_1);
+    driver.set(0x50, 3);
+    driver.submit(4, 0, 0, true);
+    assert_eq!(driver.wait(), 0);
+}
+
+#[test]
+fn all_queues_are_drained_together_and_move_together() {
+    let (mut source, script) = Driver::several(3);
+    source.start(F_VERSION_1 | F_FLUSH);
+    script.hold(true);
+    for queue in 0..3 {
+        source.select(queue);
+        source.submit(4, 0, 0, true);
+    }
+    script.wait_until_held_by(3);
+    let drain = source.transport.begin_drain();
+    for queue in 0..3 {
+        source.select(queue);
+        source.submit(4, 0, 0, true);
+    }
+    script.hold(false);
+    drain.wait();
+    for queue in 0..3 {
+        source.select(queue);
+        assert_eq!(source.used(), 1, "one was in flight, the other stays in the ring");
+    }
+    let record = source.transport.save_record("disk0");
+    let mut one = Driver::with(source.ram.clone(), source.node.clone(), 0);
+    let error = one.transport.restore_record(record.clone()).unwrap_err().to_string();
+    assert!(error.contains("1 virtqueues here and 3 there"), "{error}");
+    let mut destination = Driver::with_queues(source.ram.clone(), source.node.clone(), 2, 3);
+    destination.avail_of = [2; 16];
+    destination.transport.restore_record(record).unwrap();
+    destination.transport.resume();
+    for queue in 0..3 {
+        destination.select(queue);
+        assert_eq!(destination.wait(), 0);
+    }
+    assert_eq!(script.flush_count(), 6);
+}
+
+#[test]
+fn one_broken_queue_stops_the_whole_device() {
+    let (mut driver, _) = Driver::several(2);
+    driver.start(F_VERSION_1);
+    driver.select(1);
+    driver.descriptor(0, HEADER, 16, 0, 0);
+    driver.publish(0, true);
+    driver.wait_for_needs_reset();
+    driver.select(0);
+    driver.submit(4, 0, 0, true);
+    driver.transport.drain();
+    assert_eq!(driver.used(), 0);
+    driver.set(0x70, 0);
+    assert_eq!(driver.get(0x70), 0);
 }
 
 #[test]
@@ -441,6 +326,18 @@ fn a_drain_waits_for_the_request_in_flight_and_leaves_the_rest() {
 }
 
 #[test]
+fn requests_that_arrive_while_the_worker_finds_none_are_served() {
+    let mut driver = Driver::new();
+    driver.start(F_VERSION_1 | F_FLUSH);
+    for _ in 0..20_000 {
+        // Once more than needed: the worker looks again when it has served the request.
+        driver.submit(4, 0, 0, true);
+        driver.set(0x50, 0);
+        assert_eq!(driver.wait(), 0);
+    }
+}
+
+#[test]
 fn a_guest_that_never_stops_asking_cannot_hold_up_a_reset() {
     let mut driver = Driver::new();
     driver.start(F_VERSION_1);
@@ -489,14 +386,14 @@ proptest! {
     fn any_register_access_is_survived(
         accesses in prop::collection::vec((0u64..0x200, any::<u32>(), any::<bool>()), 0..60)
     ) {
-        let mut driver = Driver::new();
+        let (mut driver, _) = Driver::several(2);
         for (offset, value, write) in accesses {
             if write { driver.set(offset, value) } else { let _ = driver.get(offset); }
         }
         driver.transport.drain();
         let record = driver.transport.save_record("disk0");
         // Whatever a guest can program can also be moved: it cannot pin itself to its host.
-        let mut destination = Driver::new();
+        let (mut destination, _) = Driver::several(2);
         prop_assert!(destination.transport.restore_record(record.clone()).is_ok());
         prop_assert_eq!(destination.transport.save_record("disk0"), record);
     }
@@ -509,7 +406,7 @@ proptest! {
              prop_oneof![0u32..16, any::<u32>(), Just(0xfff0), Just(4096), Just(0x8f)]), 0..30),
         started in any::<bool>()
     ) {
-        let mut driver = Driver::new();
+        let (mut driver, _) = Driver::several(3);
         if started {
             driver.start(F_VERSION_1 | F_EVENT_IDX);
         }
@@ -518,7 +415,8 @@ proptest! {
         }
         driver.transport.drain();
         let record = driver.transport.save_record("disk0");
-        let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), 0);
+        let (ram, node) = (driver.ram.clone(), driver.node.clone());
+        let mut destination = Driver::with_queues(ram, node, 0, 3);
         prop_assert!(destination.transport.restore_record(record.clone()).is_ok());
         prop_assert_eq!(destination.transport.save_record("disk0"), record);
     }

@@ -1,0 +1,50 @@
+//! A buffer that direct I/O accepts.
+
+/// Alignment that every device accepts: a page.
+const ALIGNMENT: usize = 4096;
+
+/// Bytes that start at a page boundary.
+#[derive(Debug)]
+pub struct AlignedBuffer {
+    /// More than needed; never grows, so that the aligned part stays where it is.
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    /// Zeroes.
+    pub fn new(len: usize) -> Self {
+        let bytes = vec![0; len + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        Self { bytes, start, len }
+    }
+}
+
+impl std::ops::Deref for AlignedBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.bytes.get(self.start..self.start + self.len).unwrap_or_default()
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.bytes.get_mut(self.start..self.start + self.len).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_start_at_a_page_and_have_the_length_asked_for() {
+        for len in [0, 1, 512, 4096, 100_000] {
+            let mut buffer = AlignedBuffer::new(len);
+            assert_eq!((buffer.as_ptr().addr() % 4096, buffer.len()), (0, len));
+            buffer.fill(7);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used.
+
+use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
+use super::chains::{give_back, take_all};
+use super::{BrokenQueue, QueueHost, QueueProcessor};
+use crate::block::aligned::AlignedBuffer;
+use crate::block::{BlockNode, SECTOR_BYTES};
+use crate::ram::{GuestAddress, GuestRam};
+use crate::segments::Segments;
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use virtio_queue::{DescriptorChain, Queue};
+use vm_memory::Bytes;
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+const ID_BYTES: usize = 20;
+
+/// `struct virtio_blk_discard_write_zeroes`: sector u64, num_sectors u32, flags u32.
+const RANGE_BYTES: usize = 16;
+const RANGE_F_UNMAP: u32 = 1;
+
+const S_OK: u8 = 0;
+const S_IOERR: u8 = 1;
+const S_UNSUPP: u8 = 2;
+
+/// Data moves through a buffer of this size, which fits in a core's second-level cache.
+const BUFFER_BYTES: usize = 128 << 10;
+
+/// A request that did not succeed, and whose fault it is.
+#[derive(Debug)]
+enum Failed {
+    /// The guest asks for what cannot be: `S_IOERR`.
+    Guest(&'static str),
+    /// The guest asks for what the device does not know: `S_UNSUPP`.
+    Unsupported(&'static str),
+    /// The disk: `S_IOERR`.
+    Host(io::Error),
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
+#[derive(Debug)]
+struct Request {
+    head: u16,
+    kind: u32,
+    sector: u64,
+    from_guest: Segments,
+    to_guest: Segments,
+    status: GuestAddress,
+}
+
+impl Request {
+    /// Reads a chain. One that cannot even be answered (no header, no room for a status, buffers
+    /// outside RAM) breaks the queue.
+    #[expect(clippy::little_endian_bytes, reason = "the request header is little-endian")]
+    fn parse(ram: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Result<Self, BrokenQueue> {
+        let broken = |what: &str| BrokenQueue(format!("request {what}"));
+        let head = chain.head_index();
+        let (mut from_guest, mut to_guest) = (Segments::default(), Segments::default());
+        for descriptor in chain {
+            let side = if descriptor.is_write_only() { &mut to_guest } else { &mut from_guest };
+            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            if !side.push(ram, descriptor.addr(), len) {
+                return Err(broken("with a buffer outside RAM"));
+            }
+        }
+        let mut header = [0u8; 16];
+        from_guest.read(ram, &mut header).ok_or_else(|| broken("without a header"))?;
+        // The status byte is the last of the device-writable part, after all data room.
+        let status = to_guest.take_last_byte().ok_or_else(|| broken("without a status byte"))?;
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        Ok(Self {
+            head,
+            kind: u32::from_le_bytes([t0, t1, t2, t3]),
+            sector: u64::from_le_bytes(sector),
+            from_guest,
+            to_guest,
+            status,
+        })
+    }
+}
+
+/// One range of a discard or write-zeroes request, checked.
+struct ZeroRange {
+    offset_bytes: u64,
+    len_bytes: u64,
+    unmap: bool,
+}
+
+/// Serves one queue.
+pub(super) struct Processor {
+    node: Arc<BlockNode>,
+    buffer: AlignedBuffer,
+    driver_features: u64,
+    host_errors: u64,
+}
+
+impl QueueProcessor for Processor {
+    fn process(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue> {
+        take_all(ram, queue, host, |queue, host, chain| {
+            let mut request = Request::parse(ram, chain)?;
+            let room = request.to_guest.len();
+            let result = self.execute(ram, &mut request);
+            let written = room - request.to_guest.len();
+            let status = self.status(&request, result);
+            ram.write_obj(status, request.status)
+                .map_err(|error| BrokenQueue(error.to_string()))?;
+            give_back(ram, queue, host, request.head, written + 1)?;
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+}
+
+impl Processor {
+    pub(super) fn new(node: Arc<BlockNode>, driver_features: u64) -> Self {
+        Self { node, buffer: AlignedBuffer::new(BUFFER_BYTES), driver_features, host_errors: 0 }
+    }
+
+    fn accepted(&self, feature: u64) -> bool {
+        self.driver_features & feature != 0
+    }
+
+    fn execute(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+        match request.kind {
+            T_IN => self.read(ram, request),
+            T_OUT => self.write(ram, request),
+            T_FLUSH => Ok(self.node.flush()?),
+            T_GET_ID => {
+                let mut id = [0u8; ID_BYTES];
+                id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
+                let len = request.to_guest.len().min(ID_BYTES);
+                let id = id.get(..len).unwrap_or_default();
+                request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
+            }
+            T_DISCARD if self.accepted(F_DISCARD) => {
+                for range in self.ranges(ram, request, blk::DISCARD_LIMITS)? {
+                    self.node.discard(range.offset_bytes, range.len_bytes)?;
+                }
+                self.settle_write()
+            }
+            T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
+                for range in self.ranges(ram, request, blk::WRITE_ZEROES_LIMITS)? {
+                    let (offset_bytes, len_bytes) = (range.offset_bytes, range.len_bytes);
+                    self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
+                }
+                self.settle_write()
+            }
+            _ => Err(Failed::Unsupported("of a type that was not offered")),
+        }
+    }
+
+    /// The status byte; says in the log why a request failed.
+    fn status(&mut self, request: &Request, result: Result<(), Failed>) -> u8 {
+        let (id, kind, sector) = (self.node.id(), request.kind, request.sector);
+        match result {
+            Ok(()) => S_OK,
+            Err(Failed::Guest(mistake)) => {
+                log::debug!("disk {id}: request {kind} at sector {sector}: {mistake}");
+                S_IOERR
+            }
+            Err(Failed::Unsupported(what)) => {
+                log::debug!("disk {id}: request {kind} at sector {sector}: {what}");
+                S_UNSUPP
+            }
+            Err(Failed::Host(error)) => {
+                self.host_errors += 1;
+                // A dying disk fails every request; ever rarer lines say so without filling the log.
+                if self.host_errors.is_power_of_two() {
+                    let count = self.host_errors;
+                    log::error!("disk {id}: request at sector {sector}: {error} (error {count})");
+                }
+                S_IOERR
+            }
+        }
+    }
+
+    /// The byte offset of `len` bytes from `sector` on.
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
+        let offset = sector.checked_mul(SECTOR_BYTES);
+        let end = offset.and_then(|offset| offset.checked_add(len));
+        match (offset, end) {
+            (Some(offset), Some(end))
+                if end <= self.node.len_bytes() && len.is_multiple_of(SECTOR_BYTES) =>
+            {
+                Ok(offset)
+            }
+            _ => Err(Failed::Guest("past the end of the disk, or not whole sectors")),
+        }
+    }
+
+    fn read(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+        if !request.from_guest.is_empty() {
+            return Err(Failed::Guest("a read with data to write"));
+        }
+        let room = &mut request.to_guest;
+        let mut offset = self.offset(request.sector, room.len() as u64)?;
+        while !room.is_empty() {
+            let len = room.len().min(self.buffer.len());
+            let (piece, _) = self.buffer.split_at_mut(len);
+            self.node.read_at(piece, offset)?;
+            room.write(ram, piece).ok_or(Failed::Guest("no room for what was read"))?;
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+        if !request.to_guest.is_empty() {
+            return Err(Failed::Guest("a write with room to read"));
+        }
+        self.check_writable()?;
+        let data = &mut request.from_guest;
+        let mut offset = self.offset(request.sector, data.len() as u64)?;
+        while !data.is_empty() {
+            let len = data.len().min(self.buffer.len());
+            let (piece, _) = self.buffer.split_at_mut(len);
+            data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
+            self.node.write_at(piece, offset)?;
+            offset += len as u64;
+        }
+        self.settle_write()
+    }
+
+    fn check_writable(&self) -> Result<(), Failed> {
+        if self.node.read_only() {
+            return Err(Failed::Guest("a write to a read-only disk"));
+        }
+        Ok(())
+    }
+
+    /// A driver that cannot ask for a flush takes every completed write for durable (5.2.6.2).
+    fn settle_write(&self) -> Result<(), Failed> {
+        if !self.accepted(F_FLUSH) {
+            self.node.flush()?;
+        }
+        Ok(())
+    }
+
+    /// The ranges of a discard or write-zeroes request. All are checked before the first is touched.
+    #[expect(clippy::little_endian_bytes, reason = "the ranges are little-endian")]
+    fn ranges(
+        &self,
+        ram: &GuestRam,
+        request: &mut Request,
+        limits: blk::RangeLimits,
+    ) -> Result<Vec<ZeroRange>, Failed> {
+        if !request.to_guest.is_empty() {
+            return Err(Failed::Guest("a discard or write-zeroes with room to read"));
+        }
+        self.check_writable()?;
+        let len = request.from_guest.len();
+        let count = len / RANGE_BYTES;
+        let most = usize::try_from(limits.ranges).unwrap_or(usize::MAX);
+        if count == 0 || count > most || !len.is_multiple_of(RANGE_BYTES) {
+            return Err(Failed::Guest("no ranges, too many, or not whole ones"));
+        }
+        let mut ranges = Vec::with_capacity(count);
+        for _ in 0..count {
+            let mut bytes = [0u8; RANGE_BYTES];
+            let read = request.from_guest.read(ram, &mut bytes);
+            read.ok_or(Failed::Guest("not all ranges are there"))?;
+            let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
+            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            let known = if request.kind == T_WRITE_ZEROES { RANGE_F_UNMAP } else { 0 };
+            if flags & !known != 0 {
+                return Err(Failed::Unsupported("with an unknown flag"));
+            }
+            if sectors > limits.sectors {
+                return Err(Failed::Guest("a range that is too long"));
+            }
+            let len_bytes = u64::from(sectors) * SECTOR_BYTES;
+            let offset_bytes = self.offset(u64::from_le_bytes(sector), len_bytes)?;
+            ranges.push(ZeroRange { offset_bytes, len_bytes, unmap: flags & RANGE_F_UNMAP != 0 });
+        }
+        Ok(ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests;
