@@ -1,28 +1,48 @@
-//! Builds the guest kernel: one rustc call with the guest's own sources and linker script.
+//! Builds the guest kernels: one rustc call each, with the guest's own sources and linker script.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=guest");
+    println!("cargo::rerun-if-changed=multiboot");
     println!("cargo::rerun-if-changed=build.rs");
+    let guest = build("guest", "ferry-guest.elf", &["-Clink-args=-Wl,-z,max-page-size=4096"]);
+    println!("cargo::rustc-env=FERRY_GUEST_KERNEL={}", guest.display());
+    // The loader reads 32-bit ELF, whatever the objects were; of the linkers only GNU ld writes it.
+    let elf =
+        build("multiboot", "multiboot.elf", &["-Clink-args=-fuse-ld=bfd -Wl,--oformat,elf32-i386"]);
+    println!("cargo::rustc-env=FERRY_MULTIBOOT_ELF={}", elf.display());
+    let flat = build(
+        "multiboot",
+        "multiboot.bin",
+        &["--cfg=flat", "-Clink-args=-Wl,--oformat,binary", "-Cstrip=none"],
+    );
+    println!("cargo::rustc-env=FERRY_MULTIBOOT_FLAT={}", flat.display());
+}
+
+fn build(folder: &str, name: &str, more: &[&str]) -> PathBuf {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let kernel = out.join("ferry-guest.elf");
+    let kernel = out.join(name);
     let rustc = env::var_os("RUSTC").expect("cargo sets RUSTC");
-    let script = env::current_dir().expect("a folder to build in").join("guest/link.ld");
+    let here = env::current_dir().expect("a folder to build in");
+    let script = here.join(folder).join("link.ld");
     let status = Command::new(rustc)
-        .args(["--edition=2024", "--crate-type=bin", "--crate-name=ferry_guest", "guest/main.rs"])
+        .args(["--edition=2024", "--crate-type=bin"])
+        .arg(format!("--crate-name={}", name.replace(['-', '.'], "_")))
+        .arg(Path::new(folder).join("main.rs"))
         .args(["--target=x86_64-unknown-linux-gnu", "-Copt-level=3", "-Cpanic=abort"])
         .args(["-Crelocation-model=static", "-Cno-redzone=yes", "-Cdebuginfo=0"])
         .arg("-Cstrip=debuginfo")
         .args(["-Cforce-unwind-tables=no", "-Ccodegen-units=1", "-Clink-args=-nostdlib -static"])
-        .args(["-Clink-args=-no-pie -nostartfiles -Wl,--build-id=none -Wl,-z,max-page-size=4096"])
+        .args(["-Clink-args=-no-pie -nostartfiles -Wl,--build-id=none"])
         .arg(format!("-Clink-arg=-Wl,-T,{}", script.display()))
+        .args(more)
         .arg("-o")
         .arg(&kernel)
         .status()
         .expect("rustc starts");
-    assert!(status.success(), "the guest kernel does not build");
-    println!("cargo::rustc-env=FERRY_GUEST_KERNEL={}", kernel.display());
+    assert!(status.success(), "the guest kernel {name} does not build");
+    kernel
 }

@@ -85,6 +85,13 @@ pub fn exit_now(code: u32) -> ! {
     stop()
 }
 
+/// Pulses the CPU's reset line through the keyboard controller.
+pub fn reset() -> ! {
+    console::flush();
+    outb(0x64, 0xfe);
+    stop()
+}
+
 pub fn power_off() -> ! {
     console::flush();
     unsafe { asm!("out dx, ax", in("dx") 0x604u16, in("ax") 0x2000u16) };

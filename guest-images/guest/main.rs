@@ -5,6 +5,7 @@
 mod clock;
 mod console;
 mod disk;
+mod diskread;
 mod fpu;
 mod heartbeat;
 mod machine;
@@ -47,12 +48,14 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
             "idle" => sleeper::idle(&machine),
             "spin" | "dirty" => paced::run(&machine),
             "disk" => disk::run(&machine),
+            "diskread" => diskread::run(&machine),
             "selftest" => pages::self_test(&machine),
             "fault" => machine::fault(),
             other => println!("ERROR unknown work={other}"),
         }
     }
     match machine.text("code") {
+        Some("reset") => machine::reset(),
         Some(_) => machine::debug_exit(machine.number("code", 0) as u32),
         None => machine::power_off(),
     }

@@ -11,8 +11,10 @@ use core::sync::atomic::{Ordering, fence};
 
 const VECTOR: u32 = 33;
 const DEVICE_BLOCK: u32 = 2;
-/// Requests in flight.
+/// Requests in flight, unless told otherwise.
 pub const BATCH: usize = 8;
+/// Most of them: what their headers and tables leave room for.
+pub const MAX_SLOTS: usize = 32;
 const QUEUE_SIZE: usize = 64;
 const DESCRIPTORS_PER_REQUEST: usize = 3;
 pub const SECTOR_WORDS: usize = 64;
@@ -77,6 +79,8 @@ pub struct Disk {
     /// Descriptors, available ring, used ring, a page each; headers, statuses and indirect tables.
     rings: *mut u8,
     data: *mut u64,
+    /// Of each request's data.
+    slot_bytes: usize,
     avail: u16,
     pub features: u64,
     /// Requests that the device said were done well.
@@ -116,23 +120,39 @@ impl Disk {
         machine.words().find_map(parse)
     }
 
-    /// Starts the disk; its rings and data take the first pages of `machine`.
+    /// Starts the disk for a batch of sectors; its rings and data take the first pages of `machine`.
     pub fn start(machine: &Machine) -> Result<Self, &'static str> {
+        Self::start_with(machine, BATCH, SECTOR_WORDS * 8)
+    }
+
+    /// Starts the disk for `slots` requests of `slot_bytes` each.
+    pub fn start_with(
+        machine: &Machine,
+        slots: usize,
+        slot_bytes: usize,
+    ) -> Result<Self, &'static str> {
         let (base, irq) = Self::find(machine).ok_or("no virtio-blk device on the command line")?;
-        for page in 0..RING_PAGES + DATA_PAGES {
+        let pages = RING_PAGES + (slots * slot_bytes).div_ceil(4096);
+        if slots > MAX_SLOTS || pages > machine.page_count() {
+            return Err("not enough memory for so many requests");
+        }
+        for page in 0..pages {
             // SAFETY: nothing else uses these pages.
             unsafe { machine.page(page).write_bytes(0, 512) };
         }
         let rings = machine.page(0).cast::<u8>();
         let data = machine.page(RING_PAGES);
         let mut disk =
-            Self { base, rings, data, avail: 0, features: 0, acknowledged: 0, lost_interrupts: 0 };
+            Self { base, rings, data, slot_bytes, avail: 0, features: 0, acknowledged: 0, lost_interrupts: 0 };
         if disk.get(VERSION) != 2 {
             return Err("the device is not virtio-mmio version 2");
         }
         disk.set(STATUS, 0);
         disk.set(STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER);
         disk.negotiate()?;
+        if slots * DESCRIPTORS_PER_REQUEST > QUEUE_SIZE && !disk.has(F_INDIRECT) {
+            return Err("the device has no indirect descriptors for so many requests");
+        }
         disk.set(QUEUE_SELECT, 0);
         if disk.get(QUEUE_MAX) < QUEUE_SIZE as u32 {
             return Err("the device's queue is too short");
@@ -206,13 +226,14 @@ impl Disk {
             write_volatile(header.add(8).cast::<u64>(), sector);
             write_volatile(header.add(HEADER_STATUS), 0xff);
         }
-        let first = slot * DESCRIPTORS_PER_REQUEST;
-        let (table, base) = if self.has(F_INDIRECT) {
+        let indirect = self.has(F_INDIRECT);
+        let first = if indirect { slot } else { slot * DESCRIPTORS_PER_REQUEST };
+        let (table, base) = if indirect {
             (unsafe { self.rings.add(INDIRECT_TABLES + slot * 64) }, 0)
         } else {
             (self.rings, first)
         };
-        let data = self.data as usize + slot * SECTOR_WORDS * 8;
+        let data = self.data as usize + slot * self.slot_bytes;
         let direction = if kind == T_OUT { 0 } else { DESC_WRITE };
         let mut count = 0;
         let mut add = |address, len, flags, is_last: bool| {

@@ -9,11 +9,12 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4 (exit status `N << 1 \| 1`), else power off |
+//! | `work=hello` | print a line, then exit: `code=N` writes N to port 0xf4 (exit status `N << 1 \| 1`), `code=reset` resets, else power off |
 //! | `work=idle` | every CPU sleeps on its LAPIC timer, one wake-up per heartbeat |
 //! | `work=spin` | every CPU watches the TSC; RAM is filled first if `fill=` is given |
 //! | `work=dirty` | fill RAM, then rewrite a working set at a rate |
 //! | `work=disk` | virtio-blk driver: numbered, checksummed sectors, rewritten for ever |
+//! | `work=diskread` | read blocks of `bs=4096` bytes, `qd=1` to 32 at a time, `pattern=seq\|rand`, for `run_ms=1000`; then exit with 0 |
 //! | `work=selftest` | flip bits and see that each check notices; code 0 if so, 1 if not |
 //! | `work=fault` | touch unmapped memory: shows what `FAULT` looks like |
 //! | `cpus=N` | CPUs to use, 1 to 8; the default is all that CPUID tells of. Others stay parked |
@@ -56,6 +57,8 @@
 //! - `CHECK pages=P corrupt=C gen=G untouched=U` or `CHECK sectors=S corrupt=C gen=G acked=N` answers a
 //!   `c` on the serial line: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
 //!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off.
+//! - `READY work=diskread bs=B qd=Q blocks=N`, then `DISKREAD requests=R us=T kbps=K iops=I`: R reads in T, K in
+//!   1000 bytes per second.
 //! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`,
 //!   `SELFTEST lost registers detected`, `SELFTEST failed …`.
 //! - `FAULT vector=V error=E rip=R cr2=A` (exit code 0x7f), `PANIC …` (0x7d), `ERROR …`, `DISK-ERROR …`:
@@ -65,6 +68,11 @@
 
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
+/// Path of a Multiboot kernel as a 32-bit ELF: prints `CMDLINE …` and, for each module, `MODULE string HOLDS
+/// content`, then writes the number of modules to port 0xf4.
+pub const MULTIBOOT_ELF: &str = env!("FERRY_MULTIBOOT_ELF");
+/// The same as a flat binary.
+pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
 
 #[cfg(test)]
 mod tests {

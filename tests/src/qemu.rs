@@ -18,8 +18,17 @@ fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("qmp");
     let mut command = Command::new(PROGRAM);
+    // With ACPI, QEMU does not tell a kernel of its disks on the command line.
+    let machine = if guest.disks.is_empty() { "microvm" } else { "microvm,acpi=off" };
+    for disk in &guest.disks {
+        let path = disk.split(',').find_map(|pair| pair.strip_prefix("path="));
+        let path = path.context("a disk without a path")?;
+        let drive = format!("id=disk,file={path},format=raw,if=none,aio=io_uring");
+        command.args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"]);
+        command.args(["-global", "virtio-mmio.force-legacy=false"]);
+    }
     command
-        .args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config"])
+        .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config"])
         .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
         .args(["-m", &format!("{}M", guest.memory_mb), "-smp", &guest.cpus.to_string()])

@@ -5,6 +5,7 @@ use anyhow::Result;
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON};
 use ferry_tests::{disk, skip};
+use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -299,4 +300,66 @@ fn doctor_names_what_it_looked_at() {
         return;
     }
     assert_ends(&["doctor"], 0, &["KVM", "dirty log", "huge pages"]);
+}
+
+#[test]
+fn multiboot_kernels_get_command_line_and_modules() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
+    std::fs::write(&first, "one").unwrap();
+    std::fs::write(&second, "two").unwrap();
+    let modules = format!("{} a b,{}", first.display(), second.display());
+    for kernel in [guest_images::MULTIBOOT_ELF, guest_images::MULTIBOOT_FLAT] {
+        let arguments =
+            ["run", "--kernel", kernel, "--initrd", &modules, "--cmdline", "test=all", "-v"];
+        let (code, said) = ferry::end_of(arguments).unwrap();
+        assert_eq!(code, 2 << 1 | 1, "{said}");
+        assert!(said.contains(&format!("CMDLINE {kernel} test=all\n")), "{said}");
+        assert!(said.contains(&format!("MODULE {} a b HOLDS one\n", first.display())), "{said}");
+        assert!(said.contains(&format!("MODULE {} HOLDS two\n", second.display())), "{said}");
+        assert!(said.contains("Multiboot kernel ("), "-v says what was detected: {said}");
+    }
+}
+
+#[test]
+fn a_ramdisk_that_does_not_fit_is_refused_with_the_sizes() {
+    let folder = tempfile::tempdir().unwrap();
+    let initrd = folder.path().join("initrd");
+    std::fs::File::create(&initrd).unwrap().set_len(64 << 20).unwrap();
+    let initrd = initrd.to_str().unwrap();
+    let kernel = guest_images::KERNEL;
+    if !skip::kvm_is_missing() {
+        let arguments = ["run", "--kernel", kernel, "--memory", "32M", "--initrd", initrd];
+        assert_ends(&arguments, 1, &["does not fit", "67108864 bytes", "--memory"]);
+        let arguments = ["run", "--kernel", kernel, "--initrd", "/nonexistent"];
+        assert_ends(&arguments, 1, &["/nonexistent"]);
+        let long = "x".repeat(4000);
+        assert_ends(&["run", "--kernel", kernel, "--cmdline", &long], 1, &["--cmdline", "2047"]);
+    }
+}
+
+#[test]
+fn no_reboot_ends_a_guest_that_resets() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let (code, said) = run_to_end("work=hello code=reset", &["--no-reboot"]).unwrap();
+    assert_eq!((code, said.matches("FERRY hello").count()), (0, 1), "{said}");
+    let mut vmm = ferry::run(&Guest::new("work=hello code=reset", 64)).unwrap();
+    vmm.wait_line("FERRY hello").unwrap();
+    vmm.wait_next_line("FERRY hello").unwrap();
+    vmm.process.kill().unwrap();
+
+    let vmm = ferry::run_with(&Guest::new("work=idle", 64), &["--no-reboot"]).unwrap();
+    vmm.wait_line("^HB ").unwrap();
+    // What the host asks for is done all the same.
+    let mut qmp = vmm.qmp().unwrap();
+    qmp.execute("system_reset", json!({})).unwrap();
+    qmp.wait_event("RESET", SOON).unwrap();
+    qmp.execute("system_powerdown", json!({})).unwrap();
+    qmp.wait_event("POWERDOWN", SOON).unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "running", "this guest does not listen to the button");
 }

@@ -123,6 +123,8 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// As it was given.
+    pub text: String,
 }
 
 impl FromStr for DiskConfig {
@@ -147,7 +149,7 @@ impl FromStr for DiskConfig {
             }
         }
         let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
-        Ok(Self { path, id, read_only })
+        Ok(Self { path, id, read_only, text: text.to_owned() })
     }
 }
 
@@ -192,6 +194,8 @@ pub struct HostConfig {
     pub expect: Option<String>,
     /// End when the guest asks for a reset.
     pub no_reboot: bool,
+    /// End when the parent process does.
+    pub with_parent: bool,
 }
 
 /// What a guest boots from, at its start and after each reset.
@@ -220,6 +224,8 @@ pub struct RunConfig {
     pub disks: Vec<(String, DiskConfig)>,
     /// The guest's name.
     pub name: Option<String>,
+    /// Move it to a fresh process this often.
+    pub migrate_every: Option<Duration>,
     /// This process.
     pub host: HostConfig,
 }
@@ -283,6 +289,9 @@ pub struct RunOptions {
     #[arg(long, value_name = "on|off")]
     #[serde(deserialize_with = "from_text")]
     pub acpi: Option<Switch>,
+    /// Move the guest to a fresh process this often, e.g. 2s, while it runs
+    #[arg(long, value_name = "DURATION")]
+    pub migrate_every: Option<String>,
     /// Options for this process.
     #[command(flatten)]
     #[serde(flatten)]
@@ -310,6 +319,10 @@ pub struct HostOptions {
     /// End, with exit code 0, when the guest asks for a reset
     #[arg(long)]
     pub no_reboot: bool,
+    /// End when the process that started this one does: for `--migrate-every`
+    #[arg(long, hide = true)]
+    #[serde(skip)]
+    pub with_parent: bool,
 }
 
 impl RunOptions {
@@ -325,12 +338,14 @@ impl RunOptions {
             disk,
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
+            migrate_every: self.migrate_every.or(file.migrate_every),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
                 qmp: self.host.qmp.or(file.host.qmp),
                 timeout: self.host.timeout.or(file.host.timeout),
                 expect: self.host.expect.or(file.host.expect),
                 no_reboot: self.host.no_reboot || file.host.no_reboot,
+                with_parent: self.host.with_parent,
             },
         }
     }
@@ -375,6 +390,7 @@ impl RunOptions {
             }
             disks.push((id, disk));
         }
+        let migrate_every = duration("--migrate-every", self.migrate_every, &mut problems);
         let host = self.host.validate(&mut problems);
         match self.kernel {
             Some(kernel) if problems.is_empty() => Ok(RunConfig {
@@ -385,6 +401,7 @@ impl RunOptions {
                 cpus,
                 disks,
                 name: self.name,
+                migrate_every,
                 host,
             }),
             _ => Err(problems),
@@ -395,13 +412,7 @@ impl RunOptions {
 impl HostOptions {
     /// Checks all; adds every problem to `problems`.
     pub fn validate(self, problems: &mut Vec<String>) -> HostConfig {
-        let timeout = self.timeout.and_then(|text| match parse_duration(&text) {
-            Ok(duration) => Some(duration),
-            Err(error) => {
-                problems.push(format!("--timeout: {error}"));
-                None
-            }
-        });
+        let timeout = duration("--timeout", self.timeout, problems);
         if let Some(Err(error)) = self.expect.as_deref().map(regex_lite::Regex::new) {
             problems.push(format!("--expect: {error}"));
         }
@@ -411,6 +422,17 @@ impl HostOptions {
             timeout,
             expect: self.expect,
             no_reboot: self.no_reboot,
+            with_parent: self.with_parent,
+        }
+    }
+}
+
+fn duration(option: &str, text: Option<String>, problems: &mut Vec<String>) -> Option<Duration> {
+    match parse_duration(&text?) {
+        Ok(duration) => Some(duration),
+        Err(error) => {
+            problems.push(format!("{option}: {error}"));
+            None
         }
     }
 }

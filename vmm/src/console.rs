@@ -5,6 +5,7 @@
 //! On a terminal, Ctrl-A x ends the VMM, as in QEMU; raw mode is undone when the console is dropped.
 
 use crate::config::SerialConfig;
+use crate::supervisor::exit_code;
 use devices::patient::PatientWriter;
 use devices::serial::SerialConsole;
 use regex_lite::Regex;
@@ -76,8 +77,26 @@ pub struct Console {
     socket_path: Option<PathBuf>,
 }
 
+/// Takes what is typed.
+pub trait ConsoleInput: Send {
+    /// Takes as much of `bytes` as there is room for; returns how much.
+    fn enqueue(&mut self, bytes: &[u8]) -> usize;
+    /// Readable when there is room again.
+    fn room_event(&self) -> &EventFd;
+}
+
+impl ConsoleInput for SerialConsole {
+    fn enqueue(&mut self, bytes: &[u8]) -> usize {
+        self.enqueue_input(bytes)
+    }
+
+    fn room_event(&self) -> &EventFd {
+        self.room_event()
+    }
+}
+
 struct Attached {
-    serial: Mutex<Option<Arc<Mutex<SerialConsole>>>>,
+    input: Mutex<Option<Arc<Mutex<dyn ConsoleInput>>>>,
     /// The attachment changed, or the console closes.
     changed: EventFd,
     closing: std::sync::atomic::AtomicBool,
@@ -101,7 +120,7 @@ struct Expect {
     tell: ConsoleSink,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -156,7 +175,7 @@ impl Console {
         let mut console = Self {
             output: Arc::new(Mutex::new(Output { sink, expect })),
             attached: Arc::new(Attached {
-                serial: Mutex::new(None),
+                input: Mutex::new(None),
                 changed: EventFd::new(EFD_NONBLOCK).map_err(ConsoleError::Start)?,
                 closing: false.into(),
             }),
@@ -195,22 +214,27 @@ impl Console {
         Box::new(Writer(self.output.clone()))
     }
 
-    /// Sends input to `serial` from now on.
-    pub fn attach(&self, serial: Arc<Mutex<SerialConsole>>) {
-        *lock(&self.attached.serial) = Some(serial);
+    /// Sends input to `input` from now on.
+    pub fn attach(&self, input: Arc<Mutex<dyn ConsoleInput>>) {
+        *lock(&self.attached.input) = Some(input);
         // An eventfd fails to count only when it is already readable.
         let _ = self.attached.changed.write(1);
     }
 
-    /// Forgets the attached machine.
+    /// Keeps input until something is attached again.
     pub fn detach(&self) {
-        *lock(&self.attached.serial) = None;
+        *lock(&self.attached.input) = None;
         let _ = self.attached.changed.write(1);
     }
 
-    /// Whether `--expect` was given and has not matched.
-    pub fn expectation_unmet(&self) -> bool {
-        lock(&self.output).expect.as_ref().is_some_and(|expect| !expect.matched)
+    /// The exit code of a guest that has ended with `code`: if it never said what `--expect` wants, it has
+    /// failed.
+    pub fn code_unless_expecting(&self, code: u8) -> u8 {
+        if lock(&self.output).expect.as_ref().is_none_or(|expect| expect.matched) {
+            return code;
+        }
+        eprintln!("ferry: the guest has ended and --expect never matched");
+        exit_code::GUEST_FAILED
     }
 }
 
@@ -339,9 +363,9 @@ impl Reader {
                 return Ok(());
             }
             self.deliver();
-            let serial = lock(&self.attached.serial).clone();
+            let attached = lock(&self.attached.input).clone();
             let room =
-                serial.as_ref().and_then(|serial| lock(serial).room_event().try_clone().ok());
+                attached.as_ref().and_then(|input| lock(input).room_event().try_clone().ok());
             let source = self.source();
             let epoll = Epoll::new()?;
             let watch = |fd: RawFd| {
@@ -444,8 +468,8 @@ impl Reader {
         if self.pending.is_empty() {
             return;
         }
-        if let Some(serial) = lock(&self.attached.serial).clone() {
-            let taken = lock(&serial).enqueue_input(&self.pending);
+        if let Some(input) = lock(&self.attached.input).clone() {
+            let taken = lock(&input).enqueue(&self.pending);
             self.pending.drain(..taken.min(self.pending.len()));
         }
     }

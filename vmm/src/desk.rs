@@ -21,6 +21,7 @@ const TOKEN_MAILBOX: u32 = 0;
 const TOKEN_CONTROL: u32 = 1;
 const TOKEN_SIGNAL: u32 = 2;
 const TOKEN_TIMEOUT: u32 = 3;
+const TOKEN_ALARM: u32 = 4;
 const TOKEN_CLIENTS: u32 = 16;
 
 /// The sending half of an event loop's messages; cheap to clone.
@@ -59,6 +60,8 @@ pub trait Clerk {
     fn on_signal(&mut self);
     /// `--timeout` has passed.
     fn on_timeout(&mut self);
+    /// The time set with [`Desk::set_alarm`] has come.
+    fn on_alarm(&mut self) {}
     /// The process is about to end.
     fn shut_down(&mut self);
 }
@@ -70,6 +73,7 @@ pub struct Desk<M> {
     control: Option<ControlServer>,
     signals: UnixStream,
     timeout: Option<TimerFd>,
+    alarm: TimerFd,
     clients: Vec<(ClientId, RawFd, bool)>,
     exit: Option<u8>,
 }
@@ -85,9 +89,10 @@ impl<M> Desk<M> {
             signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
         }
         let timeout = timeout.map(timer).transpose()?;
+        let alarm = TimerFd::new().map_err(io::Error::from)?;
         let mailbox = Mailbox { sender, wake };
         let clients = Vec::new();
-        Ok(Self { mailbox, inbox, control, signals, timeout, clients, exit: None })
+        Ok(Self { mailbox, inbox, control, signals, timeout, alarm, clients, exit: None })
     }
 
     /// Where threads post their messages.
@@ -106,6 +111,15 @@ impl<M> Desk<M> {
     pub fn reply(&mut self, request: &Incoming, result: QmpResult) {
         if let Some(control) = &mut self.control {
             control.reply(request.client, request.id.clone(), result);
+        }
+    }
+
+    /// Has [`Clerk::on_alarm`] called after `duration`, once.
+    pub fn set_alarm(&mut self, duration: Duration) {
+        // Zero would disarm it.
+        let duration = duration.max(Duration::from_nanos(1));
+        if let Err(error) = self.alarm.reset(duration, None) {
+            log::error!("cannot set the alarm: {error}");
         }
     }
 
@@ -214,6 +228,7 @@ impl<C: Clerk> MutEventSubscriber for AtWork<C> {
         if let Some(timeout) = &desk.timeout {
             add(timeout.as_raw_fd(), TOKEN_TIMEOUT);
         }
+        add(desk.alarm.as_raw_fd(), TOKEN_ALARM);
         if let Some(control) = &desk.control {
             add(control.fd(), TOKEN_CONTROL);
         }
@@ -235,6 +250,11 @@ impl<C: Clerk> MutEventSubscriber for AtWork<C> {
                 clerk.on_signal();
             }
             TOKEN_TIMEOUT => clerk.on_timeout(),
+            TOKEN_ALARM => {
+                // Read until the next is set.
+                let _ = clerk.desk().alarm.wait();
+                clerk.on_alarm();
+            }
             TOKEN_CONTROL => clerk.desk().accept(ops),
             token => {
                 if let Some(id) = token.checked_sub(TOKEN_CLIENTS) {

@@ -2,7 +2,8 @@
 //!
 //! [`cli`] and [`config`] say what is asked for; the [`supervisor`] on the main thread owns the one
 //! [`machine`] of a process, which is built on [`kvm`] and entered as [`boot`] says; [`console`] and
-//! [`control`] are its ways in and out. [`client`] talks to another process's control socket, and
+//! [`control`] are its ways in and out, which meet at a [`desk`]. The [`shuttle`] moves a guest between
+//! processes of its own again and again. [`client`] talks to another process's control socket, and
 //! [`doctor`] looks at the host.
 
 pub mod boot;
@@ -16,4 +17,5 @@ pub mod doctor;
 pub mod error;
 pub mod kvm;
 pub mod machine;
+pub mod shuttle;
 pub mod supervisor;

@@ -3,6 +3,7 @@
 use clap::Parser;
 use std::process::ExitCode;
 use vmm::cli::{Cli, Command};
+use vmm::shuttle;
 use vmm::supervisor::{self, SetupError, exit_code};
 
 fn main() -> ExitCode {
@@ -14,7 +15,10 @@ fn main() -> ExitCode {
     };
     env_logger::Builder::new().filter_level(level).parse_default_env().init();
     let code = match cli.command {
-        Command::Run(args) => start(args.into_config(), supervisor::run),
+        Command::Run(args) => start(args.into_config(), |config| match config.migrate_every {
+            Some(every) => shuttle::run(config, every),
+            None => supervisor::run(config),
+        }),
         Command::Receive(args) => start(args.into_config(), supervisor::receive),
         Command::Migrate(args) => vmm::client::migrate::run(&args),
         Command::Ctl(args) => vmm::client::ctl::run(&args),

@@ -11,6 +11,7 @@ use ferry_tests::qemu;
 use ferry_tests::qmp::Qmp;
 use ferry_tests::verdict::{Heartbeat, Transcript};
 use serde_json::{Value, json};
+use std::io::Read;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -82,6 +83,34 @@ const ROWS: &[Row] = &[
         measure: mostly_zero,
         target: Target::AtMost(40.0),
     },
+    Row {
+        name: "blk-rand-1",
+        title: "virtio-blk random 4 KiB reads, queue depth 1",
+        unit: "kIOPS",
+        measure: |program| Ok(disk_reads(program, "bs=4096 qd=1")?.1),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-rand-32",
+        title: "the same, queue depth 32",
+        unit: "kIOPS",
+        measure: |program| Ok(disk_reads(program, "bs=4096 qd=32")?.1),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-seq-1",
+        title: "virtio-blk sequential 1 MiB reads, depth 1",
+        unit: "GB/s",
+        measure: |program| Ok(disk_reads(program, "bs=1048576 qd=1 pattern=seq")?.0),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-seq-32",
+        title: "the same, queue depth 32",
+        unit: "GB/s",
+        measure: |program| Ok(disk_reads(program, "bs=1048576 qd=32 pattern=seq")?.0),
+        target: Target::RatioAtLeast(1.0),
+    },
 ];
 
 fn run(program: Program, guest: &Guest) -> Result<Vmm> {
@@ -122,6 +151,23 @@ fn memory(program: Program) -> Result<f64> {
         bail!("no mapping is as large as the guest's RAM");
     }
     Ok((total - ram) as f64 * 1024.0 / 1e6)
+}
+
+/// GB/s and thousands of reads per second, as the guest measures them, from a disk of random bytes in
+/// the page cache.
+fn disk_reads(program: Program, how: &str) -> Result<(f64, f64)> {
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("disk.img");
+    let random = std::fs::File::open("/dev/urandom")?;
+    std::io::copy(&mut random.take(256 << 20), &mut std::fs::File::create(&image)?)?;
+    let guest = Guest::new(&format!("work=diskread {how}"), 256).disk("disk", &image);
+    let vmm = run(program, &guest)?;
+    let line = vmm.wait_line("^DISKREAD ")?.text;
+    let field = |name: &str| -> Result<f64> {
+        let value = line.split(' ').find_map(|word| word.strip_prefix(name));
+        Ok(value.with_context(|| format!("no {name} in {line:?}"))?.parse()?)
+    };
+    Ok((field("kbps=")? / 1e6, field("iops=")? / 1e3))
 }
 
 struct Moved {

@@ -180,9 +180,16 @@ const HYPERVISOR_BASE: u32 = 0x4000_0000;
 /// TSC and bus frequency in kHz, as VMware defined it and Linux reads it.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const BUS_KHZ: u32 = 1_000_000;
+/// The first four letters of `AuthenticAMD` and `HygonGenuine`.
+const AMD_VENDORS: [u32; 2] = [0x6874_7541, 0x6f67_7948];
+const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_CMP_LEGACY: u32 = 1 << 1;
+const AMD_SIZES: u32 = 0x8000_0008;
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32) {
     let id_bits = count.next_power_of_two().trailing_zeros();
+    let amd = entries.iter().any(|entry| entry.function == 0 && AMD_VENDORS.contains(&entry.ebx));
     for entry in entries.iter_mut() {
         match (entry.function, entry.index) {
             (1, _) => {
@@ -199,6 +206,10 @@ fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32)
             (0xb | 0x1f, 0) => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
             (0xb | 0x1f, 1) => (entry.eax, entry.ebx, entry.ecx) = (id_bits, count, 2 << 8 | 1),
             (0xb | 0x1f, level) => (entry.eax, entry.ebx, entry.ecx) = (0, 0, level),
+            // The same in AMD's words (APM volume 3, appendix E.4): `count` cores, a thread each.
+            (AMD_SIZES, _) if amd => entry.ecx = id_bits << 12 | (count - 1),
+            (AMD_TOPOLOGY, _) if amd => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
+            (AMD_FEATURES, _) if amd && count > 1 => entry.ecx |= AMD_CMP_LEGACY,
             (HYPERVISOR_BASE, _) => {
                 entry.eax = entry.eax.max(HYPERVISOR_TIMING);
             }
@@ -248,6 +259,12 @@ mod tests {
         assert_eq!(entries[0].ebx >> 16 & 0xff, 3);
         assert_eq!((entries[1].edx, entries[2].edx), (2, 2));
         assert_eq!((entries[2].eax, entries[2].ebx), (2, 3));
+        let mut amd = vec![leaf(0, 0), leaf(AMD_SIZES, 0), leaf(AMD_TOPOLOGY, 0)];
+        patch(&mut amd, 2, 3, 2_000_000);
+        assert_eq!((amd[1].ecx, amd[2].eax), (0, 0), "not AMD's CPU");
+        amd[0].ebx = AMD_VENDORS[0];
+        patch(&mut amd, 2, 3, 2_000_000);
+        assert_eq!((amd[1].ecx, amd[2].eax), (2 << 12 | 2, 2));
         let timing = entries.last().unwrap();
         assert_eq!((timing.function, timing.eax), (HYPERVISOR_TIMING, 2_000_000));
     }

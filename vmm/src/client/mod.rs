@@ -69,6 +69,17 @@ impl QmpClient {
         }
     }
 
+    /// Waits, however long, for the next event.
+    pub fn event(&mut self) -> Result<Value, ClientError> {
+        self.stream.get_ref().set_read_timeout(None).map_err(ClientError::Lost)?;
+        loop {
+            let message = self.read()?;
+            if message.get("event").is_some() {
+                return Ok(message);
+            }
+        }
+    }
+
     /// Asks and waits for the answer; events that come before it are passed over.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         let request = json!({"execute": command, "arguments": arguments});

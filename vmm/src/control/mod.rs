@@ -7,6 +7,7 @@ pub mod message;
 use command::Command;
 use message::{Framer, QmpError, greeting, line, reply};
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -48,29 +49,34 @@ pub enum ControlError {
 /// Something that clients are told.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    name: &'static str,
+    name: Cow<'static, str>,
     data: Option<Value>,
 }
 
 impl Event {
     /// An event without data.
     pub fn plain(name: &'static str) -> Self {
-        Self { name, data: None }
+        Self { name: name.into(), data: None }
     }
 
     /// `SHUTDOWN` or `RESET`, by the guest or not, and why.
     pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
-        Self { name, data: Some(json!({"guest": guest, "reason": reason})) }
+        Self { name: name.into(), data: Some(json!({"guest": guest, "reason": reason})) }
     }
 
     /// `MIGRATION`.
     pub fn migration(status: &str) -> Self {
-        Self { name: "MIGRATION", data: Some(json!({"status": status})) }
+        Self { name: "MIGRATION".into(), data: Some(json!({"status": status})) }
     }
 
     /// `MIGRATION_PASS`.
     pub fn pass(number: u64) -> Self {
-        Self { name: "MIGRATION_PASS", data: Some(json!({"pass": number})) }
+        Self { name: "MIGRATION_PASS".into(), data: Some(json!({"pass": number})) }
+    }
+
+    /// One that another process told us.
+    pub fn forwarded(name: &str, data: Option<Value>) -> Self {
+        Self { name: name.to_owned().into(), data }
     }
 
     fn to_json(&self) -> Value {

@@ -58,7 +58,8 @@ const WORDS: [FeatureWord; 13] = [
     word(7, 1, Register::Edx, 0),
     word(0xd, 0, Register::Eax, 0),
     word(0xd, 1, Register::Eax, 0),
-    word(0x8000_0001, 0, Register::Ecx, 0),
+    // CMP_LEGACY is topology.
+    word(0x8000_0001, 0, Register::Ecx, 1 << 1),
     word(0x8000_0001, 0, Register::Edx, 0),
     word(0x8000_0008, 0, Register::Ebx, 0),
     word(0x4000_0001, 0, Register::Eax, 0),

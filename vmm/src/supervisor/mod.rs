@@ -152,6 +152,11 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
 impl Supervisor {
     fn new(mission: Mission, host: Host, disks: Vec<Arc<BlockNode>>) -> Result<Self, SetupError> {
         let config = mission.host();
+        if config.with_parent {
+            let kill = rustix::process::Signal::KILL;
+            let set = rustix::process::set_parent_process_death_signal(Some(kill));
+            set.map_err(|error| SetupError::Thread(error.into()))?;
+        }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
         let desk = Desk::open(control, config.timeout)?;
         let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
@@ -309,15 +314,6 @@ impl Supervisor {
         }
         let event = Event::ending("SHUTDOWN", false, "host-error");
         self.end(exit_code::GUEST_FAILED, &event);
-    }
-
-    /// A guest that ends before `--expect` matched has failed.
-    fn code_unless_expecting(&self, code: u8) -> u8 {
-        if !self.console.expectation_unmet() {
-            return code;
-        }
-        eprintln!("ferry: the guest has ended and --expect never matched");
-        exit_code::GUEST_FAILED
     }
 
     fn on_migration_event(&mut self, event: MigrationEvent) {
@@ -515,7 +511,7 @@ impl Clerk for Supervisor {
             Message::GuestExit(GuestExit::Reset) if self.mission.host().no_reboot => {
                 self.become_state(RunState::Shutdown);
                 self.end(
-                    self.code_unless_expecting(exit_code::OK),
+                    self.console.code_unless_expecting(exit_code::OK),
                     &Event::ending("SHUTDOWN", true, "guest-reset"),
                 );
             }
@@ -523,7 +519,7 @@ impl Clerk for Supervisor {
             Message::GuestExit(GuestExit::PowerOff) => {
                 self.become_state(RunState::Shutdown);
                 self.end(
-                    self.code_unless_expecting(exit_code::OK),
+                    self.console.code_unless_expecting(exit_code::OK),
                     &Event::ending("SHUTDOWN", true, "guest-shutdown"),
                 );
             }
@@ -532,7 +528,7 @@ impl Clerk for Supervisor {
                 // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
                 let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
                 self.end(
-                    self.code_unless_expecting(code),
+                    self.console.code_unless_expecting(code),
                     &Event::ending("SHUTDOWN", true, "guest-shutdown"),
                 );
             }

@@ -1,0 +1,15 @@
+//! A Multiboot 1 kernel: prints what the loader has told it, then exits through port 0xf4 with the
+//! number of modules.
+#![no_std]
+#![no_main]
+
+#[cfg(flat)]
+core::arch::global_asm!(include_str!("header-flat.s"), options(att_syntax));
+#[cfg(not(flat))]
+core::arch::global_asm!(include_str!("header-elf.s"), options(att_syntax));
+core::arch::global_asm!(include_str!("kernel.s"), options(att_syntax));
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

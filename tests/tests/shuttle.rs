@@ -1,0 +1,145 @@
+//! `ferry run --migrate-every`: what the user holds on to keeps working across the moves.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::verdict::Transcript;
+use ferry_tests::{disk, skip};
+use serde_json::json;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+fn shuttle(guest: &Guest, more: &[&str]) -> Vmm {
+    ferry::run_with(guest, &[&["--migrate-every", "200ms"], more].concat()).unwrap()
+}
+
+/// The last line's number of moves.
+fn moves(vmm: &Vmm) -> u32 {
+    let said = vmm.process.err.text();
+    let line = said.lines().find(|line| line.contains("ferry: moved ")).expect("a last line");
+    assert!(!line.contains("failed"), "{said}");
+    line.split(' ').nth(2).unwrap().parse().unwrap()
+}
+
+/// Waits until the guest is in child process `n`, of which there is a control socket only then.
+fn wait_for_moves(vmm: &Vmm, at_least: u32) {
+    let folder = children_folder(vmm);
+    let end = Instant::now() + SOON;
+    // A socket that appears gives no event to wait for without a watch on the folder.
+    while !folder.join(format!("control-{}", at_least + 1)).exists() {
+        assert!(Instant::now() < end, "no {at_least} moves: {}", vmm.process.err.tail());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Where the shuttle's children have their sockets, from a child's command line.
+fn children_folder(vmm: &Vmm) -> std::path::PathBuf {
+    let child = *children(vmm.process.id()).first().expect("a child");
+    let cmdline = std::fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap();
+    let socket = cmdline.split('\0').find_map(|word| word.strip_prefix("unix:")).unwrap();
+    Path::new(socket).parent().unwrap().to_owned()
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{parent}/task")).unwrap();
+    threads
+        .filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("children")).ok())
+        .flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<_>>())
+        .collect()
+}
+
+#[test]
+fn serial_line_input_and_exit_code_survive_the_moves() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut vmm = shuttle(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64), &[]);
+    vmm.wait_line("^HB n=15 ").unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    vmm.wait_next_line("^HB ").unwrap();
+    vmm.wait_next_line("^HB ").unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    // Every heartbeat is there, once and in order, whichever process printed it.
+    Transcript::of([vmm.serial()]).judge().unwrap();
+    vmm.process.type_in("q").unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest wrote 0 to the debug-exit port");
+    assert!(moves(&vmm) >= 3, "{}", vmm.process.err.text());
+}
+
+#[test]
+fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, 1 << 20).unwrap();
+    let guest = Guest::new("work=disk", 64).disk("root", &image);
+    let mut vmm = shuttle(&guest, &["--name", "vm1"]);
+    vmm.wait_line("^HB n=1 ").unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    for target in [1, 2, 4] {
+        wait_for_moves(&vmm, target);
+        assert_eq!(qmp.run_state().unwrap(), "running");
+        assert_eq!(qmp.execute("query-name", json!({})).unwrap()["name"], "vm1");
+        assert_eq!(qmp.execute("query-block", json!({})).unwrap()[0]["device"], "root");
+    }
+    let refused = qmp.execute("migrate", json!({"uri": "tcp:127.0.0.1:1"})).unwrap_err();
+    assert!(refused.to_string().contains("--migrate-every"), "{refused}");
+    qmp.execute("system_reset", json!({})).unwrap();
+    let from = vmm.serial().count();
+    vmm.serial().wait_from(from, "^HB n=1 ", SOON).unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
+    assert!(moves(&vmm) >= 4);
+}
+
+#[test]
+fn timeout_and_expect_are_the_shuttles_own() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=idle", 64);
+    let mut vmm = shuttle(&guest, &["--timeout", "2s"]);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 124);
+    assert!(moves(&vmm) >= 2);
+    let mut vmm = shuttle(&guest, &["--expect", "^HB n=9 "]);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
+    assert!(vmm.serial().text().contains("HB n=9 "), "the log is complete");
+    let mut vmm = shuttle(&Guest::new("work=hello", 64), &["--expect", "never said"]);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1);
+    let mut vmm = shuttle(&Guest::new("work=hello code=7", 64), &[]);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 15);
+}
+
+#[test]
+fn a_killed_shuttle_leaves_no_guest_behind() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut vmm = shuttle(&Guest::new("work=idle", 64), &[]);
+    vmm.wait_line("^HB n=5 ").unwrap();
+    let orphans = children(vmm.process.id());
+    assert!(!orphans.is_empty());
+    vmm.process.kill().unwrap();
+    let end = Instant::now() + SOON;
+    for orphan in orphans {
+        // Who adopts it does not tell us of its end.
+        while Path::new(&format!("/proc/{orphan}/exe")).exists() {
+            assert!(Instant::now() < end, "process {orphan} goes on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_boot_is_reported_as_without_moves() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let arguments = ["run", "--kernel", "/dev/null", "--migrate-every", "1s"];
+    let (code, said) = ferry::end_of(arguments).unwrap();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("/dev/null is not a kernel"), "{said}");
+}

@@ -1,0 +1,78 @@
+//! One move, on a thread of its own: a client of the two children's control sockets.
+
+use super::child::Child;
+use super::{ChildId, Message};
+use crate::client::{ClientError, QmpClient};
+use crate::desk::Mailbox;
+use serde_json::{Value, json};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// A move that takes longer is cancelled: the guest writes faster than it can be moved.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// Why a move has failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum HopError {
+    /// The destination does not start.
+    #[error("cannot start a process")]
+    Start(#[source] io::Error),
+    /// A control socket.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// In the source's words.
+    #[error("{0}")]
+    Failed(String),
+    /// In the source's words.
+    #[error("the guest may run in either process: {0}")]
+    Unknown(String),
+}
+
+/// Moves the guest from `from` to `to`.
+pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<Message>) {
+    let control = from.control().to_string_lossy().into_owned();
+    let uri = format!("unix:{}", to.address().display());
+    let (wait_until_ready, answer) = (to.take_readiness(), mailbox.clone());
+    let builder = std::thread::Builder::new().name("hop".into()).stack_size(256 << 10);
+    let spawned = builder.spawn(move || {
+        wait_until_ready();
+        answer.post(Message::Hopped(id, hop(&control, &uri)));
+    });
+    if let Err(error) = spawned {
+        mailbox.post(Message::Hopped(id, Err(HopError::Start(error))));
+    }
+}
+
+fn hop(control: &str, uri: &str) -> Result<Duration, HopError> {
+    let mut source = QmpClient::connect(control)?;
+    source.execute("migrate", json!({"uri": uri}))?;
+    let began = Instant::now();
+    let mut cancelled = false;
+    let info = loop {
+        let info = source.execute("query-migrate", json!({}))?;
+        if matches!(info["status"].as_str(), Some("completed" | "failed" | "cancelled")) {
+            break info;
+        }
+        if !cancelled && began.elapsed() > PATIENCE {
+            source.execute("migrate_cancel", json!({}))?;
+            cancelled = true;
+        }
+        std::thread::sleep(INTERVAL);
+    };
+    let reason = info["error-desc"].as_str().unwrap_or("no reason given").to_owned();
+    match info["status"].as_str() {
+        Some("completed") => {
+            // It may be gone before it has answered.
+            let _: Result<Value, ClientError> = source.execute("quit", json!({}));
+            Ok(Duration::from_micros(info["x-downtime-us"].as_u64().unwrap_or(0)))
+        }
+        Some("cancelled") => {
+            let seconds = PATIENCE.as_secs();
+            Err(HopError::Failed(format!("cancelled after {seconds} s: the guest writes too fast")))
+        }
+        _ if info["x-outcome"] == "unknown" => Err(HopError::Unknown(reason)),
+        _ => Err(HopError::Failed(reason)),
+    }
+}

@@ -1,0 +1,281 @@
+//! `ferry run --migrate-every`: the guest lives in a child process and is moved to a fresh one again and
+//! again, while this process keeps what its user holds on to: console, control socket, timeout, exit
+//! code. Children are ordinary `ferry run` and `ferry receive`.
+//!
+//! ```text
+//! user ── console ─┬─ input ───────────▶ child n   (the guest)
+//!                  └─ output ◀── pump ── child n, to its end, then child n+1
+//! user ── control socket ── requests ──▶ child n; those that come during a move wait for its end
+//! alarm ─▶ start child n+1, `migrate` to it on thread `hop` ─▶ child n+1 is the guest's
+//! ```
+
+mod child;
+mod hop;
+
+use crate::client::QmpClient;
+use crate::config::RunConfig;
+use crate::console::{Console, ConsoleEvent};
+use crate::control::command::Command;
+use crate::control::message::QmpError;
+use crate::control::{Event, Incoming, QmpResult};
+use crate::desk::{self, Clerk, Desk};
+use crate::error::chain;
+use crate::supervisor::{SetupError, exit_code};
+use child::{Child, Pump};
+use hop::HopError;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the shuttle's threads tell it.
+enum Message {
+    /// The console's user or pattern.
+    Console(ConsoleEvent),
+    /// A child told its clients something.
+    Event(ChildId, Value),
+    /// A child has ended, with this exit code.
+    Ended(ChildId, u8),
+    /// A child's output has been passed on to its end.
+    Drained(ChildId),
+    /// A move has ended; how long the guest was stopped.
+    Hopped(ChildId, Result<Duration, HopError>),
+}
+
+/// Counts children.
+type ChildId = u32;
+
+/// A move under way.
+struct Move {
+    to: Child,
+    /// To be asked when it is over.
+    waiting: Vec<Incoming>,
+}
+
+struct Shuttle {
+    config: RunConfig,
+    every: Duration,
+    folder: tempfile::TempDir,
+    console: Console,
+    pump: Pump,
+    current: Child,
+    /// The current child's control socket.
+    client: QmpClient,
+    last_id: ChildId,
+    moving: Option<Move>,
+    ended: BTreeMap<ChildId, u8>,
+    drained: Option<ChildId>,
+    moves: u32,
+    failures: u32,
+    worst: Duration,
+    desk: Desk<Message>,
+}
+
+/// Boots a guest and moves it every `every`, to its end; returns the exit code.
+pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
+    let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
+    let mut desk = Desk::open(control, config.host.timeout)?;
+    let expect = config.host.expect.as_deref().map(regex_lite::Regex::new).transpose();
+    let to_us = desk.mailbox().clone();
+    let console = Console::open(
+        &config.host.serial,
+        expect.map_err(SetupError::Expect)?,
+        Arc::new(move |event| to_us.post(Message::Console(event))),
+    )?;
+    let folder = tempfile::Builder::new().prefix("ferry-").tempdir().map_err(SetupError::Thread)?;
+    let pump = Pump::start(console.writer(), desk.mailbox().clone()).map_err(SetupError::Thread)?;
+    let mut current =
+        Child::boot(&config, folder.path(), desk.mailbox()).map_err(SetupError::Thread)?;
+    pump.follow(current.id(), current.take_output());
+    let client = match current.connect(desk.mailbox()) {
+        Ok(client) => client,
+        // It has said why on standard error.
+        Err(_) => return Ok(current.exit_code()),
+    };
+    console.attach(current.input());
+    desk.set_alarm(every);
+    desk::serve(Shuttle {
+        config,
+        every,
+        folder,
+        console,
+        pump,
+        current,
+        client,
+        last_id: 1,
+        moving: None,
+        ended: BTreeMap::new(),
+        drained: None,
+        moves: 0,
+        failures: 0,
+        worst: Duration::ZERO,
+        desk,
+    })
+    .map_err(SetupError::from)
+}
+
+impl Shuttle {
+    fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn start_move(&mut self) {
+        let id = self.last_id + 1;
+        self.last_id = id;
+        let started = Child::receive(id, &self.config, self.folder(), self.desk.mailbox());
+        let mut to = match started {
+            Ok(to) => to,
+            Err(error) => return self.move_failed(&HopError::Start(error)),
+        };
+        self.pump.follow(id, to.take_output());
+        // What is typed meanwhile waits for the guest at its destination.
+        self.console.detach();
+        hop::start(id, &self.current, &mut to, self.desk.mailbox().clone());
+        self.moving = Some(Move { to, waiting: Vec::new() });
+    }
+
+    fn move_failed(&mut self, error: &HopError) {
+        if !self.ended.contains_key(&self.current.id()) {
+            self.failures += 1;
+            eprintln!("ferry: move {} failed: {}", self.moves + 1, chain(error));
+        }
+    }
+
+    fn finish_move(&mut self, result: Result<Duration, HopError>) {
+        let Some(Move { to, waiting }) = self.moving.take() else { return };
+        match result.and_then(|downtime| Ok((downtime, to.connect(self.desk.mailbox())?))) {
+            Ok((downtime, client)) => {
+                self.moves += 1;
+                self.worst = self.worst.max(downtime);
+                self.client = client;
+                self.current = to;
+            }
+            Err(error) => {
+                self.move_failed(&error);
+                if matches!(error, HopError::Unknown(_)) {
+                    // Nobody can say which of the two has the guest: run neither.
+                    self.finish(exit_code::GUEST_FAILED);
+                }
+            }
+        }
+        self.console.attach(self.current.input());
+        for request in waiting {
+            self.ask(&request);
+        }
+        if !self.end_if_over() {
+            self.desk.set_alarm(self.every);
+        }
+    }
+
+    fn ask(&mut self, request: &Incoming) {
+        let arguments = Value::Object(request.request.arguments.clone());
+        let result: QmpResult = match &request.command {
+            Command::Migrate { .. } => {
+                Err(QmpError::generic("The guest is moved by --migrate-every, and by nobody else"))
+            }
+            _ => self
+                .client
+                .execute(&request.request.execute, arguments)
+                .map_err(|error| QmpError::generic(chain(&error))),
+        };
+        // A child that quits may be gone before it has answered.
+        let quits = request.command == Command::Quit;
+        self.desk.reply(request, if quits { Ok(json!({})) } else { result });
+    }
+
+    /// Ends with the current child, once all that the guest has said is passed on.
+    fn end_if_over(&mut self) -> bool {
+        let Some(code) = self.ended.get(&self.current.id()).copied() else { return false };
+        if self.moving.is_some() || self.drained < Some(self.current.id()) {
+            return false;
+        }
+        let code = self.console.code_unless_expecting(code);
+        self.finish(code);
+        true
+    }
+
+    fn finish(&mut self, code: u8) {
+        self.desk.end(code);
+    }
+}
+
+impl Clerk for Shuttle {
+    type Message = Message;
+
+    fn desk(&mut self) -> &mut Desk<Message> {
+        &mut self.desk
+    }
+
+    fn on_message(&mut self, message: Message) {
+        match message {
+            Message::Console(ConsoleEvent::Expected | ConsoleEvent::Quit) => {
+                self.finish(exit_code::OK);
+            }
+            Message::Event(id, event) => {
+                // The stop and start of a move are nobody's business.
+                let name = event["event"].as_str().unwrap_or_default();
+                let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
+                if id == self.current.id() && !by_move {
+                    self.desk.tell(&Event::forwarded(name, event.get("data").cloned()));
+                }
+            }
+            Message::Ended(id, code) => {
+                self.ended.insert(id, code);
+                self.end_if_over();
+            }
+            Message::Drained(id) => {
+                self.drained = self.drained.max(Some(id));
+                self.end_if_over();
+            }
+            Message::Hopped(id, result) => {
+                if self.moving.as_ref().is_some_and(|moving| moving.to.id() == id) {
+                    self.finish_move(result);
+                }
+            }
+        }
+    }
+
+    fn on_request(&mut self, request: Incoming) {
+        match &mut self.moving {
+            Some(_) if request.command == Command::Quit => {
+                self.desk.reply(&request, Ok(json!({})));
+                self.finish(exit_code::OK);
+            }
+            Some(moving) => moving.waiting.push(request),
+            None => self.ask(&request),
+        }
+    }
+
+    fn on_signal(&mut self) {
+        self.finish(exit_code::GUEST_FAILED);
+    }
+
+    fn on_timeout(&mut self) {
+        eprintln!("ferry: --timeout has passed");
+        self.finish(exit_code::TIMEOUT);
+    }
+
+    fn on_alarm(&mut self) {
+        if self.moving.is_none() && !self.ended.contains_key(&self.current.id()) {
+            self.start_move();
+        }
+    }
+
+    fn shut_down(&mut self) {
+        self.console.detach();
+        if self.moving.is_none() && !self.ended.contains_key(&self.current.id()) {
+            // Lets it flush its disks. An error means that it has just ended.
+            let _ = self.client.execute("quit", json!({}));
+        }
+        let failed = match self.failures {
+            0 => String::new(),
+            failures => format!(", {failures} moves failed"),
+        };
+        eprintln!(
+            "ferry: moved {} times, worst downtime {:.2} ms{failed}",
+            self.moves,
+            self.worst.as_secs_f64() * 1e3
+        );
+    }
+}
