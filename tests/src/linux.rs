@@ -27,12 +27,16 @@ const ASSETS: &str = "FERRY_TEST_LINUX";
 const GUEST_MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "button", "evdev"];
 
 /// What a Linux guest boots from.
-pub struct Assets(PathBuf);
+pub struct Assets {
+    folder: PathBuf,
+    /// What its command line needs on this host.
+    cmdline: &'static str,
+}
 
 impl Assets {
     fn prepare(packages: &Packages, store: &Path) -> Result<Self> {
-        let assets = Self(store.join("guest"));
-        std::fs::create_dir_all(&assets.0)?;
+        let assets = Self { folder: store.join("guest"), cmdline: "" };
+        std::fs::create_dir_all(&assets.folder)?;
         replace(&assets.kernel(), &std::fs::read(&packages.kernel)?)?;
         let mut archive = Archive::default();
         for folder in ["proc", "sys", "dev", "tmp", "mnt"] {
@@ -48,18 +52,20 @@ impl Assets {
         Ok(assets)
     }
 
-    fn folder(&self) -> &Path {
-        &self.0
+    /// Those that came with the emulated machine.
+    fn in_machine(folder: PathBuf) -> Self {
+        // Its CPU does not tell KVM of XSETBV, so KVM cannot know which registers XSAVE would save.
+        Self { folder, cmdline: "noxsave" }
     }
 
     /// A bzImage.
     pub fn kernel(&self) -> PathBuf {
-        self.0.join("kernel")
+        self.folder.join("kernel")
     }
 
     /// Its ramdisk.
     pub fn initrd(&self) -> PathBuf {
-        self.0.join("initrd")
+        self.folder.join("initrd")
     }
 }
 
@@ -79,22 +85,19 @@ pub fn check(body: impl FnOnce(&Assets) -> Result<()>) {
     static PLACE: OnceLock<Result<Place>> = OnceLock::new();
     let thread = std::thread::current();
     let test = thread.name().unwrap_or_default();
-    let outcome = match PLACE.get_or_init(place) {
+    match PLACE.get_or_init(place) {
         Ok(Place::Here(assets)) => {
-            println!("BEGIN {test}");
+            // Past the name that the test runner prints.
+            println!("\nBEGIN {test}");
             let verdict = Verdict(test);
-            let outcome = body(assets);
-            if outcome.is_ok() {
-                std::mem::forget(verdict);
-                println!("RESULT {test} ok");
-            }
-            outcome
+            body(assets).unwrap_or_else(|error| panic!("{error:#}"));
+            std::mem::forget(verdict);
+            println!("RESULT {test} ok");
         }
-        Ok(Place::Nested(machine)) => machine.verdict(test),
-        Err(reason) => return skip(&format!("no Linux guest can run here: {reason:#}")),
-    };
-    if let Err(error) = outcome {
-        panic!("{error:#}");
+        Ok(Place::Nested(machine)) => {
+            machine.verdict(test).unwrap_or_else(|error| panic!("{error:#}"));
+        }
+        Err(reason) => skip(&format!("no Linux guest can run here: {reason:#}")),
     }
 }
 
@@ -109,7 +112,7 @@ impl Drop for Verdict<'_> {
 
 fn place() -> Result<Place> {
     if let Some(folder) = std::env::var_os(ASSETS) {
-        return Ok(Place::Here(Assets(folder.into())));
+        return Ok(Place::Here(Assets::in_machine(folder.into())));
     }
     let store = store()?;
     let packages = Packages::find(&store)?;

@@ -16,7 +16,7 @@ clock() { cat /sys/devices/system/clocksource/clocksource0/current_clocksource; 
 
 finish() {
     umount /mnt || echo "WRONG still mounted"
-    dmesg | grep -iE 'lockup|stall|hung|I/O error|EXT4-fs (error|warn)|unstable|BUG:|WARNING:|Oops|call trace|unexpected|soft lock|not responding|spurious|nobody cared' |
+    dmesg | grep -iE 'lockup|stall|hung|I/O error|EXT4-fs (error|warn)|unstable|BUG:|WARNING:|Oops|unexpected|not responding|spurious|nobody cared' |
         sed 's/^/COMPLAINT /'
     echo "END cpus=$(nproc) clock=$(clock) uptime=$(uptime)"
     "$@" -f

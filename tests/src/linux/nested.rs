@@ -48,7 +48,7 @@ impl Machine {
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-serial", "stdio", "-serial"])
             .arg(format!("file:{}", console.display()))
-            .args(["-append", "console=ttyS1 panic=-1"])
+            .args(["-append", "console=ttyS1 panic=-1 tsc=reliable"])
             .arg("-kernel")
             .arg(&packages.kernel)
             .arg("-initrd")
@@ -126,7 +126,9 @@ fn contents(packages: &Packages, assets: &Assets) -> Result<Vec<u8>> {
 fn run_tests(test: &Path, assets: &Assets) -> Result<String> {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
     let mut script = String::from("export RUST_TEST_THREADS=1 RUST_TEST_NOCAPTURE=1 CI=true\n");
-    for (name, value) in [(ASSETS, assets.folder()), ("FERRY_BIN", &ferry::binary())] {
+    for (name, value) in
+        [(ASSETS, assets.folder.as_path()), ("FERRY_BIN", ferry::binary().as_path())]
+    {
         script += &format!("export {name}={}\n", quoted(path_text(value)?));
     }
     script += &quoted(path_text(test)?);
