@@ -1,5 +1,6 @@
 //! Capabilities and parameters of a migration, with QEMU's names and defaults, validated once.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,12 +11,44 @@ pub struct Params {
     pub max_bandwidth: u64,
     /// Longest pause to aim for. QEMU's `downtime-limit`.
     pub downtime_limit: Duration,
+    /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
+    pub auto_converge: bool,
+    /// How.
+    pub throttle: ThrottleParams,
 }
 
 impl Default for Params {
     fn default() -> Self {
         // QEMU caps at 128 MiB/s by default; a migration tool should use the link it is given.
-        Self { max_bandwidth: 0, downtime_limit: Duration::from_millis(300) }
+        Self {
+            max_bandwidth: 0,
+            downtime_limit: Duration::from_millis(300),
+            auto_converge: false,
+            throttle: ThrottleParams::default(),
+        }
+    }
+}
+
+/// How far a guest is slowed down. All are percent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThrottleParams {
+    /// The guest is slowed down while it dirties more than so much of what is sent meanwhile. QEMU's
+    /// `throttle-trigger-threshold`.
+    pub trigger_threshold: u8,
+    /// The first step. QEMU's `cpu-throttle-initial`.
+    pub initial: u8,
+    /// Each further step. Several are taken at once if the figures ask for them. QEMU's
+    /// `cpu-throttle-increment`.
+    pub increment: u8,
+    /// One step at a time, and the last no further than needed. QEMU's `cpu-throttle-tailslow`.
+    pub tailslow: bool,
+    /// Never more than this. QEMU's `max-cpu-throttle`.
+    pub max: u8,
+}
+
+impl Default for ThrottleParams {
+    fn default() -> Self {
+        Self { trigger_threshold: 50, initial: 20, increment: 10, tailslow: false, max: 99 }
     }
 }
 
@@ -30,6 +63,24 @@ pub enum ParamsError {
         "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 milliseconds"
     )]
     DowntimeLimit,
+    /// A percentage that makes no sense.
+    #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
+    Percent {
+        /// Which.
+        name: &'static str,
+        /// The least that is allowed.
+        least: u8,
+        /// The most.
+        most: u8,
+    },
+}
+
+fn in_range(name: &'static str, value: u8, range: RangeInclusive<u8>) -> Result<(), ParamsError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (least, most) = range.into_inner();
+    Err(ParamsError::Percent { name, least, most })
 }
 
 impl Params {
@@ -38,7 +89,11 @@ impl Params {
         if self.downtime_limit > MAX_DOWNTIME_LIMIT {
             return Err(ParamsError::DowntimeLimit);
         }
-        Ok(())
+        let throttle = &self.throttle;
+        in_range("throttle-trigger-threshold", throttle.trigger_threshold, 1..=100)?;
+        in_range("cpu-throttle-initial", throttle.initial, 1..=99)?;
+        in_range("cpu-throttle-increment", throttle.increment, 1..=99)?;
+        in_range("max-cpu-throttle", throttle.max, throttle.initial..=99)
     }
 }
 
@@ -60,5 +115,34 @@ impl SharedParams {
     /// Replaces the values; a running migration notices at its next step.
     pub fn set(&self, params: Params) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = params;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_out_of_range_is_named() {
+        let refused = |throttle: ThrottleParams| {
+            let params = Params { throttle, ..Params::default() };
+            params.validate().unwrap_err().to_string()
+        };
+        let default = ThrottleParams::default;
+        assert_eq!(Params::default().validate(), Ok(()));
+        assert_eq!(
+            refused(ThrottleParams { initial: 0, ..default() }),
+            "Parameter 'cpu-throttle-initial' expects an integer in the range of 1 to 99"
+        );
+        let none = refused(ThrottleParams { trigger_threshold: 101, ..default() });
+        assert!(none.contains("throttle-trigger-threshold"), "{none}");
+        let none = refused(ThrottleParams { increment: 100, ..default() });
+        assert!(none.contains("cpu-throttle-increment"), "{none}");
+        // A maximum below the first step.
+        let none = refused(ThrottleParams { max: 19, ..default() });
+        assert!(
+            none.contains("'max-cpu-throttle' expects an integer in the range of 20"),
+            "{none}"
+        );
     }
 }

@@ -121,6 +121,9 @@ pub struct MigrateArgs {
     /// Cap in bytes per second, e.g. 1G; 0 for none
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub max_bandwidth: Option<u64>,
+    /// Slow the guest down if it writes faster than it can be sent
+    #[arg(long)]
+    pub auto_converge: bool,
     /// Leave the source process, stopped, after success
     #[arg(long)]
     pub keep_source: bool,

@@ -79,6 +79,11 @@ impl RamOutgoing {
         RamSetup { page_count, page_bytes: 4096, data_channels: 1 }
     }
 
+    /// Pages that are known to be dirty.
+    pub fn pending(&self) -> &PageBitmap {
+        &self.pending
+    }
+
     /// Bytes that are known to be dirty.
     pub fn pending_bytes(&self) -> u64 {
         self.pending.count() * PAGE_SIZE
@@ -89,17 +94,20 @@ impl RamOutgoing {
         self.ram.dirty.drain_into(self.pending.words_mut()).map_err(SourceError::Guest)
     }
 
-    /// Sends every pending page once, while the guest runs.
+    /// Sends every pending page once, while the guest runs. Between chunks `between` is told which word
+    /// of the bitmap comes next, and may harvest.
     pub fn iterate(
         &mut self,
         channel: &Channel,
         throttle: &mut dyn Throttle,
+        between: &mut dyn FnMut(&mut Self, usize) -> Result<(), SourceError>,
     ) -> Result<(), SourceError> {
         let mut start = 0;
         while let Some(chunk) = self.next_chunk(start) {
             start = chunk.end;
             self.clear(chunk.clone())?;
             self.send_words(chunk, channel, throttle)?;
+            between(self, start)?;
         }
         self.populated = None;
         Ok(())

@@ -10,6 +10,7 @@
 
 mod error;
 mod handover;
+mod pace;
 mod precopy;
 mod stop;
 
@@ -21,13 +22,13 @@ use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
 use crate::ram::outgoing::RamOutgoing;
-use crate::stats::{Counters, MigrationStatus};
+use crate::stats::{Counters, MigrationStatus, NotConverging};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
 use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
 use crate::wire::section::{Section, Stage};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use handover::Handover;
-use precopy::Pace;
+use pace::Pace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stop;
@@ -39,6 +40,8 @@ pub enum MigrationEvent {
     Status(MigrationStatus),
     /// Round `n` begins, counted from 1.
     Pass(u64),
+    /// As things are the guest cannot be moved: it writes faster than is sent.
+    NotConverging(NotConverging),
 }
 
 /// How long a destination may take to answer a greeting.
@@ -134,9 +137,23 @@ impl Source<'_> {
         handover
     }
 
+    /// Slows the guest down by `percent`. That it cannot be is no reason to fail.
+    fn set_throttle(&mut self, percent: u8) {
+        if self.counters.throttle_percent() == percent {
+            return;
+        }
+        // Noted first: what may have been done is undone in the end.
+        self.counters.update(|stats| stats.throttle_percent = percent);
+        if let Err(error) = self.guest.throttle(percent) {
+            log::warn!("the guest cannot be throttled by {percent} %: {error}");
+        }
+    }
+
     fn finish(&mut self, result: Result<Handover, SourceError>) -> SourceOutcome {
+        // Before the end is told: the next migration may begin at once.
+        self.set_throttle(0);
         let outcome = match result {
-            Ok(Handover::Completed) => SourceOutcome::Completed,
+            Ok(Handover::Completed { .. }) => SourceOutcome::Completed,
             Ok(Handover::Unknown(error)) => SourceOutcome::Unknown(error),
             Ok(Handover::Declined(error)) => SourceOutcome::Failed(error),
             Err(error @ SourceError::NotResumed { .. }) => SourceOutcome::Failed(error),
@@ -200,6 +217,13 @@ impl Source<'_> {
         self.status(MigrationStatus::Active);
         let fixed = policy::fixed_downtime(link.round_trip);
         Ok((ram, Pace::new(self.params.clone(), self.cancel.clone(), fixed)))
+    }
+}
+
+impl Drop for Source<'_> {
+    /// Throttling never outlives a migration, not even one that panics.
+    fn drop(&mut self) {
+        self.set_throttle(0);
     }
 }
 

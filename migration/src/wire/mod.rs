@@ -109,7 +109,9 @@ impl Kind {
             Self::Eof => MAX_EOF_BYTES,
             Self::Mark => 8,
             Self::Abort | Self::Refused | Self::Declined => MAX_REASON_BYTES,
-            Self::Go | Self::KeepAlive | Self::Accepted | Self::Ready | Self::Running => 0,
+            Self::Go | Self::KeepAlive | Self::Accepted | Self::Ready => 0,
+            // Microseconds that it took to start the guest, or nothing.
+            Self::Running => 8,
         }
     }
 }

@@ -55,6 +55,10 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
         parameters["max-bandwidth"] = rate.into();
     }
     client.execute("migrate-set-parameters", parameters)?;
+    if args.auto_converge {
+        let on = json!([{"capability": "auto-converge", "state": true}]);
+        client.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
+    }
     client.execute("migrate", json!({"uri": args.address.to_string()})).map(drop)
 }
 

@@ -87,13 +87,47 @@ pub struct ParameterChange {
     pub max_bandwidth: Option<u64>,
     /// `downtime-limit`.
     pub downtime_limit: Option<Duration>,
+    /// `throttle-trigger-threshold`, percent, like the three below.
+    pub throttle_trigger_threshold: Option<u8>,
+    /// `cpu-throttle-initial`
+    pub cpu_throttle_initial: Option<u8>,
+    /// `cpu-throttle-increment`
+    pub cpu_throttle_increment: Option<u8>,
+    /// `max-cpu-throttle`
+    pub max_cpu_throttle: Option<u8>,
+    /// `cpu-throttle-tailslow`
+    pub cpu_throttle_tailslow: Option<bool>,
+}
+
+fn change<T>(value: &mut T, new: Option<T>) {
+    if let Some(new) = new {
+        *value = new;
+    }
 }
 
 impl ParameterChange {
+    fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        Ok(Self {
+            max_bandwidth: arguments.number("max-bandwidth")?,
+            downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
+            throttle_trigger_threshold: arguments.small("throttle-trigger-threshold")?,
+            cpu_throttle_initial: arguments.small("cpu-throttle-initial")?,
+            cpu_throttle_increment: arguments.small("cpu-throttle-increment")?,
+            max_cpu_throttle: arguments.small("max-cpu-throttle")?,
+            cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow")?,
+        })
+    }
+
     /// `params` with the changes, checked.
     pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
-        params.max_bandwidth = self.max_bandwidth.unwrap_or(params.max_bandwidth);
-        params.downtime_limit = self.downtime_limit.unwrap_or(params.downtime_limit);
+        change(&mut params.max_bandwidth, self.max_bandwidth);
+        change(&mut params.downtime_limit, self.downtime_limit);
+        let throttle = &mut params.throttle;
+        change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
+        change(&mut throttle.initial, self.cpu_throttle_initial);
+        change(&mut throttle.increment, self.cpu_throttle_increment);
+        change(&mut throttle.max, self.max_cpu_throttle);
+        change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
         params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
         Ok(params)
     }
@@ -104,6 +138,11 @@ pub fn parameters(params: &Params) -> Value {
     json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
+        "throttle-trigger-threshold": params.throttle.trigger_threshold,
+        "cpu-throttle-initial": params.throttle.initial,
+        "cpu-throttle-increment": params.throttle.increment,
+        "cpu-throttle-tailslow": params.throttle.tailslow,
+        "max-cpu-throttle": params.throttle.max,
     })
 }
 
@@ -125,6 +164,11 @@ impl Arguments {
 
     fn number(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
         self.optional(name, "integer", Value::as_u64)
+    }
+
+    /// A percentage, whose range is checked later: what is far out of it becomes 255.
+    fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
+        Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
     }
 
     fn flag(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
@@ -184,10 +228,9 @@ impl Command {
             }
             "migrate_cancel" => Self::MigrateCancel,
             "query-migrate" => Self::QueryMigrate,
-            "migrate-set-parameters" => Self::SetParameters(ParameterChange {
-                max_bandwidth: arguments.number("max-bandwidth")?,
-                downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
-            }),
+            "migrate-set-parameters" => {
+                Self::SetParameters(ParameterChange::parse(&mut arguments)?)
+            }
             "query-migrate-parameters" => Self::QueryParameters,
             "migrate-set-capabilities" => {
                 let list = arguments
@@ -211,7 +254,7 @@ fn capability(value: &Value) -> Result<(String, bool), QmpError> {
         value.get("capability").and_then(Value::as_str).ok_or_else(|| missing("capability"))?;
     let state = value.get("state").and_then(Value::as_bool).ok_or_else(|| missing("state"))?;
     match name {
-        "events" => Ok((name.to_owned(), state)),
+        "events" | "auto-converge" => Ok((name.to_owned(), state)),
         "return-path" if state => Ok((name.to_owned(), state)),
         "return-path" => Err(QmpError::generic("Capability 'return-path' is always on")),
         other => Err(QmpError::generic(format!("Invalid parameter '{other}'"))),
@@ -253,5 +296,16 @@ mod tests {
         let change = parse("migrate-set-parameters", json!({"downtime-limit": 2_000_001}));
         let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
         assert!(change.apply(Params::default()).is_err());
+        for (name, value) in [
+            ("throttle-trigger-threshold", 0),
+            ("cpu-throttle-initial", 100),
+            ("cpu-throttle-increment", 1_000_000),
+            ("max-cpu-throttle", 19),
+        ] {
+            let change = parse("migrate-set-parameters", json!({name: value}));
+            let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
+            let refused = change.apply(Params::default()).unwrap_err().desc;
+            assert!(refused.contains(name), "{refused}");
+        }
     }
 }

@@ -69,16 +69,21 @@ impl Supervisor {
             Command::QueryParameters => Ok(parameters(&self.jobs.params.get())),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
+                let mut params = self.jobs.params.get();
                 for (name, state) in list {
-                    if name == "events" {
-                        self.jobs.events_wanted = state;
+                    match name.as_str() {
+                        "events" => self.jobs.events_wanted = state,
+                        "auto-converge" => params.auto_converge = state,
+                        _ => {}
                     }
                 }
+                self.jobs.params.set(params);
                 Ok(empty())
             }
             Command::QueryCapabilities => Ok(json!([
                 {"capability": "events", "state": self.jobs.events_wanted},
                 {"capability": "return-path", "state": true},
+                {"capability": "auto-converge", "state": self.jobs.params.get().auto_converge},
             ])),
         }
     }

@@ -327,6 +327,9 @@ impl Supervisor {
         match event {
             MigrationEvent::Status(status) => self.tell(&Event::migration(status.name())),
             MigrationEvent::Pass(number) => self.tell(&Event::pass(number)),
+            MigrationEvent::NotConverging(facts) => {
+                self.tell(&Event::not_converging(facts.to_json()));
+            }
         }
     }
 
@@ -353,6 +356,12 @@ impl Supervisor {
             }
             GuestRequest::Resume(stopped, reply) => {
                 drop(reply.send(self.resume_after_migration(stopped)));
+            }
+            GuestRequest::Throttle(percent, reply) => {
+                if let Some(machine) = &self.machine {
+                    machine.throttle(percent);
+                }
+                drop(reply.send(Ok(())));
             }
             GuestRequest::Surrendered(reply) => {
                 self.become_state(RunState::Postmigrate);
@@ -554,6 +563,10 @@ impl Clerk for Supervisor {
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 self.jobs.reap(id);
+                // It has done so itself, unless its thread died before it could.
+                if let Some(machine) = &self.machine {
+                    machine.throttle(0);
+                }
                 log::info!("migration: {outcome:?}");
             }
             Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
