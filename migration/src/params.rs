@@ -1,5 +1,6 @@
 //! Capabilities and parameters of a migration, with QEMU's names and defaults, validated once.
 
+use crate::wire::section::MAX_DATA_CHANNELS;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,6 +12,8 @@ pub struct Params {
     pub max_bandwidth: u64,
     /// Longest pause to aim for. QEMU's `downtime-limit`.
     pub downtime_limit: Duration,
+    /// Data channels, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
+    pub multifd_channels: u16,
     /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
     /// How.
@@ -23,11 +26,21 @@ impl Default for Params {
         Self {
             max_bandwidth: 0,
             downtime_limit: Duration::from_millis(300),
+            multifd_channels: default_channels(),
             auto_converge: false,
             throttle: ThrottleParams::default(),
         }
     }
 }
+
+/// A channel keeps a processor busy on either side; half of this side's leave the guest the others.
+fn default_channels() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(processors / 2).unwrap_or(MOST_CHOSEN).clamp(1, MOST_CHOSEN)
+}
+
+/// Most channels that are opened if nobody says how many.
+const MOST_CHOSEN: u16 = 4;
 
 /// How far a guest is slowed down. All are percent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +76,9 @@ pub enum ParamsError {
         "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 milliseconds"
     )]
     DowntimeLimit,
+    /// `multifd-channels` is none or too many.
+    #[error("Parameter 'multifd-channels' expects an integer in the range of 1 to 16")]
+    Channels,
     /// A percentage that makes no sense.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
     Percent {
@@ -88,6 +104,9 @@ impl Params {
     pub fn validate(&self) -> Result<(), ParamsError> {
         if self.downtime_limit > MAX_DOWNTIME_LIMIT {
             return Err(ParamsError::DowntimeLimit);
+        }
+        if !(1..=MAX_DATA_CHANNELS).contains(&self.multifd_channels) {
+            return Err(ParamsError::Channels);
         }
         let throttle = &self.throttle;
         in_range("throttle-trigger-threshold", throttle.trigger_threshold, 1..=100)?;

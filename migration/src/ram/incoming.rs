@@ -3,11 +3,12 @@
 
 use super::dirty::PageBitmap;
 use super::frame::{FRAME_HEADER_BYTES, FrameHeader, RUN_BYTES, Run, RunKind, decode_table};
+use super::shard::Tally;
 use super::zero::PAGE_BYTES;
 use crate::guest::IncomingRam;
 use crate::stats::Counters;
 use crate::transport::{Channel, PageSlice};
-use crate::wire::section::{RamSetup, RamTotals};
+use crate::wire::section::RamSetup;
 use crate::wire::{Decoder, WireError};
 use devices::ram::{GuestAddress, PAGE_SIZE, PageIndex};
 use std::io;
@@ -32,8 +33,7 @@ pub struct RamIncoming {
     ram: IncomingRam,
     /// Pages that were ever written here: the others are zero already.
     written: PageBitmap,
-    totals: RamTotals,
-    frames: u64,
+    tally: Tally,
     counters: Arc<Counters>,
     table: Vec<u8>,
     runs: Vec<(Run, GuestAddress)>,
@@ -55,15 +55,15 @@ impl RamIncoming {
             return Err(WireError::Malformed { what: "RAM setup", reason });
         }
         let (table, runs) = (Vec::new(), Vec::new());
-        let (written, totals) = (PageBitmap::new(expected), RamTotals::default());
-        Ok(Self { ram, written, totals, frames: 0, counters, table, runs })
+        let (written, tally) = (PageBitmap::new(expected), Tally::default());
+        Ok(Self { ram, written, tally, counters, table, runs })
     }
 
     /// Receives one frame.
     pub fn receive(&mut self, channel: &Channel) -> Result<Arrived, WireError> {
         let mut header = [0; FRAME_HEADER_BYTES];
         channel.read_when_it_comes(&mut header)?;
-        self.frames += 1;
+        self.tally.frames += 1;
         match FrameHeader::decode(&header)? {
             FrameHeader::Pages { run_count, raw_pages } => {
                 self.pages(channel, run_count, raw_pages)?;
@@ -112,8 +112,8 @@ impl RamIncoming {
         if !pages.is_empty() {
             channel.read_pages(&pages)?;
         }
-        self.totals.raw_pages += u64::from(raw_pages);
-        self.totals.zero_pages += zero_pages;
+        self.tally.pages.raw_pages += u64::from(raw_pages);
+        self.tally.pages.zero_pages += zero_pages;
         let bytes = FRAME_HEADER_BYTES + self.table.len();
         self.counters.update(|stats| {
             stats.transferred_bytes += bytes as u64 + u64::from(raw_pages) * PAGE_SIZE;
@@ -124,7 +124,7 @@ impl RamIncoming {
     }
 
     /// Frames and pages that have come.
-    pub fn totals(&self) -> (u64, RamTotals) {
-        (self.frames, self.totals)
+    pub fn tally(&self) -> Tally {
+        self.tally
     }
 }

@@ -1,9 +1,10 @@
 //! The way of a page.
 //!
 //! ```text
-//! dirty log ─▶ dirty: bits ─▶ scan: runs, zero or raw ─▶ frame: batch ─▶ data channel
-//!                populated ┘      zero, simd ┘                              │
-//! guest RAM ◀── straight into place, or left untouched if zero ◀── incoming ┘
+//! dirty log ─▶ outgoing: bits ─▶ lanes ─┬▶ shard: scan: runs, zero or raw ─▶ frame ─▶ data channel
+//!              dirty, populated ┘       ├▶ shard …            zero, simd ┘             │
+//!                                       └▶ …                                           │
+//! guest RAM ◀── straight into place, or left untouched if zero ◀── incoming ◀─ … ◀─────┘
 //! ```
 //!
 //! **Clear, then look, then send.** A page's bit is cleared in the dirty log before the page is read,
@@ -21,9 +22,11 @@
 pub mod dirty;
 pub mod frame;
 pub mod incoming;
+pub mod lanes;
 pub mod outgoing;
 pub mod populated;
 pub mod scan;
+pub mod shard;
 pub mod simd;
 pub mod watch;
 pub mod zero;

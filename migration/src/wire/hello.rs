@@ -11,6 +11,7 @@
 //! with the same id and the capabilities that it has too. Then the source opens its data connections;
 //! each says Hello with the id of the main one, and is answered.
 
+use super::section::MAX_DATA_CHANNELS;
 use super::{Decoder, Encoder, WireError};
 use std::io::Read;
 
@@ -79,6 +80,14 @@ impl Hello {
         let mut answer = self.clone();
         answer.capabilities.retain(|wanted| CAPABILITIES.contains(&wanted.as_str()));
         answer
+    }
+
+    /// Whether a migration can have as many data channels; if not, the reason.
+    pub fn check_channels(&self) -> Result<(), String> {
+        match self.data_channels {
+            1..=MAX_DATA_CHANNELS => Ok(()),
+            other => Err(format!("{other} data channels, possible are 1 to {MAX_DATA_CHANNELS}")),
+        }
     }
 
     /// The payload of a Hello frame.

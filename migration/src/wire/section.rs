@@ -10,6 +10,7 @@
 //! ```
 
 use super::{Decoder, Encoder, WireError};
+use std::iter::Sum;
 
 /// When in a participant's life a section comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +104,15 @@ pub struct RamTotals {
     pub zero_pages: u64,
 }
 
+impl Sum for RamTotals {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            raw_pages: sum.raw_pages + one.raw_pages,
+            zero_pages: sum.zero_pages + one.zero_pages,
+        })
+    }
+}
+
 impl RamTotals {
     /// As a section's body.
     pub fn encode(self) -> Vec<u8> {
@@ -130,7 +140,7 @@ pub struct Eof {
 }
 
 /// Most data channels of a migration.
-pub const MAX_DATA_CHANNELS: u16 = 64;
+pub const MAX_DATA_CHANNELS: u16 = 16;
 
 impl Eof {
     /// The payload of an Eof frame.
@@ -173,7 +183,7 @@ mod tests {
             numbers in any::<(u64, u32, u16)>(),
             body in prop::collection::vec(any::<u8>(), 0..50),
             name in "[a-z]{0,255}",
-            frames in prop::collection::vec(any::<u64>(), 0..=64),
+            frames in prop::collection::vec(any::<u64>(), 0..=16),
         ) {
             let payload = Section::encode(Stage::Full, &name, &body);
             let section = Section { stage: Stage::Full, version: 1, name: &name, body: &body };
