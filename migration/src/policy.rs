@@ -75,6 +75,13 @@ pub fn decide(
     Decision::Stop
 }
 
+/// Whether a guest that has just been stopped stays so, now that what is left is known for certain. It
+/// runs on instead if the pause would break the limit that was promised. A pause that never could keep
+/// it, because the fixed part alone is longer, is judged by its own prediction.
+pub fn may_go_on(expected: Duration, limit: Duration, predicted: Duration) -> bool {
+    expected <= limit.max(predicted + predicted / 4 + FLOOR)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,6 +119,14 @@ mod tests {
         let stop = Decision::Stop;
         assert_eq!(decide(round(16, 15), 1000 * MB, FIXED, limit, 0), stop, "no longer shrinks");
         assert_eq!(decide(round(60, 15), 1000 * MB, FIXED, limit, 10), stop, "enough");
+    }
+
+    #[test]
+    fn a_pause_that_would_break_its_promise_is_called_off() {
+        let [limit, predicted] = [20, 15].map(Duration::from_millis);
+        assert!(may_go_on(Duration::from_millis(19), limit, predicted));
+        assert!(!may_go_on(Duration::from_millis(21), limit, predicted));
+        assert!(may_go_on(predicted, Duration::ZERO, predicted), "no limit could be kept");
     }
 
     #[test]

@@ -88,6 +88,8 @@ pub struct StatsSnapshot {
     pub error: Option<String>,
     /// The answer to `Go` was lost: the guest may run at the destination.
     pub outcome_unknown: bool,
+    /// Pauses that were called off because they would have been too long.
+    pub called_off: u64,
     /// Finished rounds.
     pub history: Vec<Round>,
 }
@@ -141,6 +143,9 @@ impl StatsSnapshot {
         }
         if let Some(error) = &self.error {
             put("error-desc", error.as_str().into());
+        }
+        if self.called_off > 0 {
+            put("x-called-off-switches", self.called_off.into());
         }
         if self.outcome_unknown {
             put("x-outcome", "unknown".into());

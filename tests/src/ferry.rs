@@ -28,6 +28,10 @@ pub fn binary() -> PathBuf {
 /// A guest to boot, under either VMM.
 #[derive(Debug, Clone)]
 pub struct Guest {
+    /// The kernel; ours, unless changed.
+    pub kernel: PathBuf,
+    /// An initial ramdisk.
+    pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     pub cmdline: String,
     /// RAM.
@@ -41,7 +45,15 @@ pub struct Guest {
 impl Guest {
     /// One vCPU, no disk.
     pub fn new(cmdline: &str, memory_mb: u64) -> Self {
-        Self { cmdline: cmdline.into(), memory_mb, cpus: 1, disks: Vec::new() }
+        let kernel = guest_images::KERNEL.into();
+        Self {
+            kernel,
+            initrd: None,
+            cmdline: cmdline.into(),
+            memory_mb,
+            cpus: 1,
+            disks: Vec::new(),
+        }
     }
 
     /// With this many vCPUs, all of which work.
@@ -89,8 +101,11 @@ pub fn run(guest: &Guest) -> Result<Vmm> {
 /// As [`run`], with more options.
 pub fn run_with(guest: &Guest, more: &[&str]) -> Result<Vmm> {
     let (memory, cpus) = (format!("{}M", guest.memory_mb), guest.cpus.to_string());
-    let kernel = ["--kernel", guest_images::KERNEL, "--cmdline", &guest.cmdline];
+    let path = |path: &PathBuf| path.to_str().context("a path is not UTF-8").map(str::to_owned);
+    let (kernel, initrd) = (path(&guest.kernel)?, guest.initrd.as_ref().map(path).transpose()?);
+    let kernel = ["--kernel", &kernel, "--cmdline", &guest.cmdline];
     let mut arguments = [&kernel[..], &["--memory", &memory, "--cpus", &cpus], more].concat();
+    arguments.extend(initrd.iter().flat_map(|initrd| ["--initrd", initrd.as_str()]));
     arguments.extend(guest.disks.iter().flat_map(|disk| ["--disk", disk.as_str()]));
     start("run", &arguments)
 }

@@ -34,7 +34,9 @@ fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
         .args(["-m", &format!("{}M", guest.memory_mb), "-smp", &guest.cpus.to_string()])
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
-        .args(["-kernel", guest_images::KERNEL, "-append", &guest.cmdline])
+        .arg("-kernel")
+        .arg(&guest.kernel)
+        .args(["-append", &guest.cmdline])
         .args(more);
     Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
 }

@@ -115,8 +115,10 @@ impl Pair {
 
     /// The guest runs on at the destination, whole, and has stopped at the source.
     fn assert_moved(&mut self) {
-        let said = self.source.serial().text();
         ferry::verify_at(&mut self.destination.vmm, &[self.source.serial()]).unwrap();
+        // All that the source has ever said has been collected by now.
+        let said = self.source.serial().text();
+        self.destination.vmm.wait_next_line("^HB ").unwrap();
         assert_eq!(self.source.serial().text(), said, "it runs at the source too");
     }
 }

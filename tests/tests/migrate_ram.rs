@@ -16,9 +16,9 @@ fn move_and_verify(guest: &Guest, address: &str, options: &[&str]) {
     let ended = ferry::migrate_well(&source, &destination.address, options).unwrap();
     assert_eq!(ended.summary["status"], "completed");
     assert!(ended.summary["ram"]["total"].as_u64().unwrap() >= guest.memory_mb << 20);
-    let (_, beats) = ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-    let last = beats.last().unwrap();
-    assert!(last.alive.is_none_or(|alive| alive == u64::from(guest.cpus)), "{last:?}");
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    // A CPU that wakes once per heartbeat may miss one by a hair; one that died misses all.
+    destination.vmm.wait_line(&format!("^HB .* alive={} ", guest.cpus)).unwrap();
 }
 
 #[test]

@@ -138,6 +138,9 @@ fn a_guest_that_cannot_boot_is_reported_as_without_moves() {
     if skip::kvm_is_missing() {
         return;
     }
+    let usage = ["run", "--kernel", "/dev/null", "--migrate-every", "often"];
+    let (code, said) = ferry::end_of(usage).unwrap();
+    assert!(code == 2 && said.contains("--migrate-every"), "{said}");
     let arguments = ["run", "--kernel", "/dev/null", "--migrate-every", "1s"];
     let (code, said) = ferry::end_of(arguments).unwrap();
     assert_eq!(code, 1, "{said}");

@@ -3,7 +3,8 @@
 //! ```text
 //! mod       greet, describe the machine        any failure: the guest has never stopped
 //! precopy   rounds until the rest is short     any failure: the guest has never stopped
-//! stop      pause, send the rest, wait Ready   any failure: the guest is resumed
+//! stop      pause, send the rest, wait Ready   any failure: the guest is resumed; so it is, and the
+//!                                              rounds go on, if more is left than was predicted
 //! handover  spend the permit, Go, verdict      Completed, Declined (resumed), or Unknown
 //! ```
 
@@ -18,6 +19,7 @@ pub use error::{SourceError, SourceOutcome};
 use crate::cancel::{CancelToken, Registration};
 use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
+use crate::policy;
 use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
@@ -28,6 +30,7 @@ use handover::Handover;
 use precopy::Pace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stop::Stop;
 
 /// A step of a migration, told while it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,9 +119,15 @@ impl Source<'_> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
         let link = self.connect(connect)?;
-        let (mut ram, mut pace) =
-            self.send_running(&link, ram).map_err(|error| settle(&link, error))?;
-        let handover = self.stop_and_hand_over(&link, &mut ram, &mut pace);
+        let (mut ram, mut pace) = self.set_up(&link, ram).map_err(|error| settle(&link, error))?;
+        let handover = loop {
+            self.precopy(&link, &mut ram, &mut pace).map_err(|error| settle(&link, error))?;
+            match self.stop_and_hand_over(&link, &mut ram, &mut pace) {
+                Ok(Stop::TooMuchLeft) => {}
+                Ok(Stop::HandedOver(handover)) => break Ok(handover),
+                Err(error) => break Err(error),
+            }
+        };
         // The guest runs again, there or here: now the dirty log may take its time to stop.
         drop(link);
         drop(ram);
@@ -174,16 +183,12 @@ impl Source<'_> {
         Ok(Link { main, data, round_trip, _wake: wake, _pulse: pulse })
     }
 
-    /// All that happens while the guest runs.
-    fn send_running(
-        &mut self,
-        link: &Link,
-        ram: SourceRam,
-    ) -> Result<(RamOutgoing, Pace), SourceError> {
+    /// What comes before the first page.
+    fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(RamOutgoing, Pace), SourceError> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
-        let mut ram = RamOutgoing::setup(ram, self.counters.clone())?;
+        let ram = RamOutgoing::setup(ram, self.counters.clone())?;
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
@@ -193,9 +198,8 @@ impl Source<'_> {
             stats.setup_time = stats.started.map(|started| started.elapsed());
         });
         self.status(MigrationStatus::Active);
-        let mut pace = Pace::new(self.params.clone(), self.cancel.clone());
-        self.precopy(link, &mut ram, &mut pace)?;
-        Ok((ram, pace))
+        let fixed = policy::fixed_downtime(link.round_trip);
+        Ok((ram, Pace::new(self.params.clone(), self.cancel.clone(), fixed)))
     }
 }
 

@@ -21,9 +21,9 @@ impl Source<'_> {
         ram: &mut RamOutgoing,
         pace: &mut Pace,
     ) -> Result<(), SourceError> {
-        let fixed = policy::fixed_downtime(link.round_trip);
         let mut polished = 0;
-        for number in 1.. {
+        loop {
+            let number = self.counters.snapshot().rounds + 1;
             self.begin_pass(number);
             let harvested = Instant::now();
             pace.begin_round();
@@ -34,16 +34,19 @@ impl Source<'_> {
             ram.harvest()?;
             let duration = harvested.elapsed();
             let round = Round { sent_bytes, duration, dirtied_bytes: ram.pending_bytes() };
-            let (bandwidth, limit) = (pace.bandwidth(), self.params.get().downtime_limit);
-            let expected = policy::expected_downtime(round.dirtied_bytes, bandwidth, fixed);
+            let (bandwidth, fixed) = (pace.bandwidth(), pace.fixed);
+            let limit = self.params.get().downtime_limit.saturating_sub(pace.margin);
+            let expected = pace.expected_downtime(round.dirtied_bytes);
             self.record(round, bandwidth, expected);
             log::debug!("round {number}: {round:?}, {bandwidth} bytes/s, {expected:?} to stop");
             match policy::decide(round, bandwidth, fixed, limit, polished) {
-                Decision::Stop => break,
+                Decision::Stop => {
+                    pace.predicted = expected;
+                    return Ok(());
+                }
                 Decision::Again { polishing } => polished += u32::from(polishing),
             }
         }
-        Ok(())
     }
 
     pub(super) fn begin_pass(&mut self, number: u64) {
@@ -96,10 +99,17 @@ pub(super) struct Pace {
     /// How long the cap held this round up.
     round_held: Duration,
     measured: u64,
+    /// What the pause costs however little there is to send.
+    pub(super) fixed: Duration,
+    /// The pause that the last decision promised.
+    predicted: Duration,
+    /// How much longer the pause would have been than predicted, when it was called off: so much less
+    /// than the limit the next decision has to promise.
+    margin: Duration,
 }
 
 impl Pace {
-    pub(super) fn new(params: SharedParams, cancel: CancelToken) -> Self {
+    pub(super) fn new(params: SharedParams, cancel: CancelToken, fixed: Duration) -> Self {
         let now = Instant::now();
         Self {
             params,
@@ -110,7 +120,27 @@ impl Pace {
             round_sent: 0,
             round_held: Duration::ZERO,
             measured: ASSUMED_BYTES_PER_SEC,
+            fixed,
+            predicted: fixed,
+            margin: Duration::ZERO,
         }
+    }
+
+    /// How long the guest would be stopped if `pending_bytes` were left.
+    pub(super) fn expected_downtime(&self, pending_bytes: u64) -> Duration {
+        policy::expected_downtime(pending_bytes, self.bandwidth(), self.fixed)
+    }
+
+    /// With the guest stopped for `stopped` already and `pending_bytes` left: whether the limit can still
+    /// be kept. If not, the next prediction is taken with more caution.
+    pub(super) fn keeps_limit(&mut self, stopped: Duration, pending_bytes: u64) -> bool {
+        let expected = stopped + self.expected_downtime(pending_bytes);
+        let limit = self.params.get().downtime_limit;
+        if policy::may_go_on(expected, limit, self.predicted) {
+            return true;
+        }
+        self.margin = (self.margin + expected.saturating_sub(self.predicted)).min(limit / 2);
+        false
     }
 
     pub(super) fn begin_round(&mut self) {

@@ -15,13 +15,23 @@ use std::time::{Duration, Instant};
 /// How long a destination may take to load the rest, besides the time that the rest may travel.
 const READY_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How a stop has ended.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// With the right to run spent.
+    HandedOver(Handover),
+    /// Called off: more was left than fits the limit. The guest runs.
+    TooMuchLeft,
+}
+
 impl Source<'_> {
+    /// Stops the guest and, unless that turns out to take too long, hands it over.
     pub(super) fn stop_and_hand_over(
         &mut self,
         link: &Link,
         ram: &mut RamOutgoing,
         pace: &mut Pace,
-    ) -> Result<Handover, SourceError> {
+    ) -> Result<Stop, SourceError> {
         let Self { guest, counters, params, cancel, events, .. } = self;
         let stopped_at = Instant::now();
         let before = counters.snapshot().transferred_bytes;
@@ -29,6 +39,19 @@ impl Source<'_> {
             Ok(paused) => paused,
             Err(error) => return Err(settle(link, SourceError::Guest(error))),
         };
+        // For certain now, and before anything of the last step has been sent.
+        match ram.harvest() {
+            Ok(()) if pace.keeps_limit(stopped_at.elapsed(), ram.pending_bytes()) => {}
+            Ok(()) => {
+                log::info!("{} bytes are left, too much: the guest runs on", ram.pending_bytes());
+                counters.update(|stats| stats.called_off += 1);
+                return match paused.resume() {
+                    Ok(()) => Ok(Stop::TooMuchLeft),
+                    Err(error) => Err(settle(link, SourceError::Guest(error))),
+                };
+            }
+            Err(error) => return Err(give_up(link, paused, error)),
+        }
         counters.update(|stats| {
             stats.status = MigrationStatus::Device;
             stats.precopy_bytes = before;
@@ -51,7 +74,7 @@ impl Source<'_> {
             stats.downtime = Some(downtime);
             stats.downtime_bytes = stats.transferred_bytes - before;
         });
-        Ok(handover)
+        Ok(Stop::HandedOver(handover))
     }
 }
 

@@ -81,6 +81,8 @@ pub struct FakeSource {
     pub ram: GuestRam,
     /// Writes RAM while the guest runs.
     pub mutator: Option<Mutator>,
+    /// At so many pauses the guest writes much in its last moment.
+    pub bursts: u32,
 }
 
 fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
@@ -96,6 +98,12 @@ impl GuestControl for FakeSource {
         step(self.fail, Fail::Pause)?;
         if let Some(mutator) = &mut self.mutator {
             mutator.stop();
+        }
+        if let Some(left) = self.bursts.checked_sub(1) {
+            self.bursts = left;
+            for page in 16..816 {
+                self.ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap();
+            }
         }
         let was_running = self.machine.running.swap(false, SeqCst);
         let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
@@ -337,6 +345,7 @@ pub struct Scenario {
     pub paused: bool,
     pub ram_bytes: u64,
     pub dirtying: Option<(u64, Duration)>,
+    pub bursts: u32,
     pub params: Params,
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
@@ -351,6 +360,7 @@ impl Default for Scenario {
             paused: false,
             ram_bytes: RAM_BYTES,
             dirtying: None,
+            bursts: 0,
             params: Params::default(),
             cancel_source_at: None,
             cancel_destination_at: None,
@@ -415,6 +425,7 @@ pub fn migrate_over(
         fail: scenario.fail,
         ram: ram.clone(),
         mutator,
+        bursts: scenario.bursts,
     };
     let machine =
         MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };

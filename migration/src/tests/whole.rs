@@ -72,6 +72,18 @@ fn a_cap_is_kept_also_while_the_guest_writes() {
     assert!(rate < 1.05 * f64::from(20 << 20), "{rate} bytes/s");
 }
 
+#[test]
+fn a_guest_with_more_left_than_predicted_runs_on_and_moves_later() {
+    let limit = Duration::from_millis(60);
+    let params = Params { max_bandwidth: 20 << 20, downtime_limit: limit };
+    let end = migrate(&Scenario { ram_bytes: 4 << 20, bursts: 2, params, ..Default::default() });
+    end.assert_moved();
+    assert_eq!(end.running_guests(), 1);
+    let stats = end.counters.snapshot();
+    assert_eq!(stats.called_off, 2, "800 pages take 156 ms at this cap");
+    assert!(stats.downtime.unwrap() < limit, "{:?}", stats.downtime);
+}
+
 /// The one that matters most.
 #[test]
 fn cutting_the_link_at_any_byte_never_runs_two_guests() {

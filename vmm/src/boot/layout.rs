@@ -26,7 +26,9 @@ pub const MULTIBOOT_END: u64 = 0x4_0000;
 /// The ACPI root pointer; the other tables follow it. BIOS area: no kernel takes it for free RAM.
 pub const ACPI_RSDP: u64 = 0xe_0000;
 /// End of what ACPI tables may use.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where real mode goes for a reset.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of conventional memory that the guest is told of; above it lies what a BIOS would use.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// Where kernels may be loaded from.

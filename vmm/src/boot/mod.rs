@@ -22,8 +22,9 @@ mod pvh;
 pub use acpi::Hardware;
 
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
+use devices::reset::I8042;
 use initrd::Placed;
-use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot};
+use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot, RESET_VECTOR};
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
@@ -147,6 +148,14 @@ pub struct BootSource<'a> {
     pub cmdline: &'a str,
 }
 
+/// What a BIOS has at the reset vector: the keyboard controller's reset, in real mode. With
+/// hardware-reduced ACPI but no EFI, Linux reboots by a jump there.
+///
+/// ```text
+/// mov al, 0xfe; out 0x64, al; l: hlt; jmp l
+/// ```
+const RESET_CODE: [u8; 7] = [0xb0, I8042::COMMAND_RESET_CPU, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
 /// Puts the kernel, its ramdisk, its command line and the tables that tell of `hardware` into RAM.
 pub fn load(
     source: &BootSource<'_>,
@@ -160,6 +169,7 @@ pub fn load(
     let mut head = Vec::new();
     file.by_ref().take(HEAD_BYTES).read_to_end(&mut head).map_err(read_error)?;
     file.rewind().map_err(read_error)?;
+    write_bytes(ram, RESET_VECTOR, &RESET_CODE)?;
     let rsdp = if hardware.acpi { acpi::write_tables(hardware, ram)? } else { 0 };
     if bzimage::is_bzimage(&head) {
         // A kernel that a distribution packs knows ACPI.

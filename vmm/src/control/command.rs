@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 19] = [
+pub const NAMES: [&str; 20] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -19,6 +19,7 @@ pub const NAMES: [&str; 19] = [
     "system_reset",
     "system_powerdown",
     "quit",
+    "x-console-input",
     "migrate",
     "migrate_cancel",
     "query-migrate",
@@ -57,6 +58,9 @@ pub enum Command {
     Powerdown,
     /// `quit`
     Quit,
+    /// `x-console-input`, Ferry's own: bytes for the guest's serial port. The answer's `taken` says how
+    /// many it had room for. Each character of `data` is a byte, U+0000 to U+00FF.
+    ConsoleInput(Vec<u8>),
     /// `migrate`
     Migrate {
         /// The destination.
@@ -159,6 +163,13 @@ impl Command {
             "system_reset" => Self::Reset,
             "system_powerdown" => Self::Powerdown,
             "quit" => Self::Quit,
+            "x-console-input" => {
+                let data = arguments.text("data")?.ok_or_else(|| missing("data"))?;
+                let bytes: Result<_, _> = data.chars().map(u8::try_from).collect();
+                Self::ConsoleInput(bytes.map_err(|_| {
+                    QmpError::generic("Parameter 'data' expects characters up to U+00FF")
+                })?)
+            }
             "migrate" => {
                 let uri = arguments.text("uri")?.ok_or_else(|| missing("uri"))?;
                 // Always detached, as in QEMU.

@@ -158,6 +158,11 @@ impl Machine {
         &self.serial
     }
 
+    /// Gives the guest input on its console; returns how many bytes there was room for.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        lock(&self.serial).enqueue_input(bytes)
+    }
+
     /// Presses the ACPI power button; a guest that does not listen ignores it.
     pub fn press_power_button(&self) -> Result<(), MachineError> {
         let setup = |source| MachineError::Setup { what: "power button", source };

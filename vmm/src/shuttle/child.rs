@@ -7,18 +7,26 @@ use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
 use devices::block::raw::Cache;
+use serde_json::json;
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
+use std::process::{ChildStderr, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a child may take to say that it is there.
 const START_PATIENCE: Duration = Duration::from_secs(20);
-/// Pieces of input on their way to a child.
-const INPUT_PIECES: usize = 16;
+
+/// A conversation with a child.
+pub(super) struct Connection {
+    /// Asks it.
+    pub client: QmpClient,
+    /// Takes the guest's input.
+    pub input: Arc<Mutex<Input>>,
+}
 
 /// A child process.
 pub(super) struct Child {
@@ -26,10 +34,11 @@ pub(super) struct Child {
     control: PathBuf,
     address: PathBuf,
     output: Option<ChildStdout>,
-    input: Arc<Mutex<Input>>,
     /// Its first line on standard error, or the end of it.
     first_line: Option<Receiver<()>>,
     ended: Receiver<u8>,
+    /// Received from there.
+    code: Cell<Option<u8>>,
 }
 
 impl Child {
@@ -86,10 +95,9 @@ impl Child {
         if config.host.no_reboot {
             command.arg("--no-reboot");
         }
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn()?;
         let missing = || io::Error::other("a child process without pipes");
-        let input = process.stdin.take().ok_or_else(missing)?;
         let errors = process.stderr.take().ok_or_else(missing)?;
         let output = process.stdout.take();
         let (ending, ended) = channel();
@@ -104,9 +112,16 @@ impl Child {
         })?;
         let (telling, first_line) = channel();
         thread("errors", move || pass_errors(errors, &telling))?;
-        let input = Arc::new(Mutex::new(Input::start(input)?));
         let address = address(folder, id);
-        Ok(Self { id, control, address, output, input, first_line: Some(first_line), ended })
+        Ok(Self {
+            id,
+            control,
+            address,
+            output,
+            first_line: Some(first_line),
+            ended,
+            code: Cell::new(None),
+        })
     }
 
     /// Its number.
@@ -129,11 +144,6 @@ impl Child {
         self.output.take()
     }
 
-    /// Where the guest's input goes.
-    pub fn input(&self) -> Arc<Mutex<Input>> {
-        self.input.clone()
-    }
-
     /// Gives what waits until it listens, or has ended; once. A child that does neither in time is found
     /// out by whoever connects.
     pub fn take_readiness(&mut self) -> impl FnOnce() + Send + 'static {
@@ -144,16 +154,19 @@ impl Child {
     }
 
     /// Connects to its control socket, and hears its events from now on.
-    pub fn connect(&self, mailbox: &Mailbox<Message>) -> Result<QmpClient, ClientError> {
+    pub fn connect(&self, mailbox: &Mailbox<Message>) -> Result<Connection, ClientError> {
         let mut listener = self.first_client()?;
-        let client = QmpClient::connect(&self.control.to_string_lossy())?;
+        let path = self.control.to_string_lossy();
+        let client = QmpClient::connect(&path)?;
+        let input = Input::new(QmpClient::connect(&path)?).map_err(ClientError::Lost)?;
         let (id, to_us) = (self.id, mailbox.clone());
         let started = thread("events", move || {
             while let Ok(event) = listener.event() {
                 to_us.post(Message::Event(id, event));
             }
         });
-        started.map(|()| client).map_err(ClientError::Lost)
+        started.map_err(ClientError::Lost)?;
+        Ok(Connection { client, input: Arc::new(Mutex::new(input)) })
     }
 
     /// `ferry run` says nothing when it listens: it is there when it answers, or when it has ended.
@@ -164,15 +177,18 @@ impl Child {
                 Err(ClientError::Connect { .. }) => {}
                 result => return result,
             }
-            if self.ended.recv_timeout(Duration::from_millis(1)).is_ok() {
+            if self.ended_within(Duration::from_millis(1)).is_some() {
                 return Err(ClientError::Lost(io::ErrorKind::ConnectionAborted.into()));
             }
         }
     }
 
-    /// Waits for its end.
-    pub fn exit_code(&self) -> u8 {
-        self.ended.recv_timeout(START_PATIENCE).unwrap_or(exit_code::GUEST_FAILED)
+    /// Waits for its end, and gives its exit code.
+    pub fn ended_within(&self, patience: Duration) -> Option<u8> {
+        if self.code.get().is_none() {
+            self.code.set(self.ended.recv_timeout(patience).ok());
+        }
+        self.code.get()
     }
 }
 
@@ -210,36 +226,43 @@ fn pass_errors(errors: ChildStderr, first: &Sender<()>) {
     }
 }
 
-/// Input on its way to a child: a thread writes it, so that nobody waits for a child that does not read.
+/// Input on its way to the guest: over the control socket, because that says how much the guest's serial
+/// port has taken. The rest stays with the console, and a move loses nothing of it.
 pub(super) struct Input {
-    pieces: SyncSender<Vec<u8>>,
+    client: QmpClient,
     room: Arc<EventFd>,
 }
 
+/// When to ask again a guest whose serial port is full.
+const ROOM_INTERVAL: Duration = Duration::from_millis(10);
+
 impl Input {
-    fn start(mut pipe: ChildStdin) -> io::Result<Self> {
-        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        let (pieces, queue) = sync_channel::<Vec<u8>>(INPUT_PIECES);
-        let taken = room.clone();
-        thread("input", move || {
-            for piece in queue {
-                let _ = taken.write(1);
-                if pipe.write_all(&piece).is_err() {
-                    return;
-                }
-            }
-        })?;
-        Ok(Self { pieces, room })
+    fn new(client: QmpClient) -> io::Result<Self> {
+        Ok(Self { client, room: Arc::new(EventFd::new(EFD_NONBLOCK)?) })
     }
 }
 
 impl ConsoleInput for Input {
     fn enqueue(&mut self, bytes: &[u8]) -> usize {
-        match self.pieces.try_send(bytes.to_vec()) {
-            Err(TrySendError::Full(_)) => 0,
-            // A child that is gone takes no more; what it is sent is lost with it.
-            Ok(()) | Err(TrySendError::Disconnected(_)) => bytes.len(),
+        let data: String = bytes.iter().copied().map(char::from).collect();
+        // A child that is gone takes nothing: the next one will.
+        let Ok(answer) = self.client.execute("x-console-input", json!({"data": data})) else {
+            return 0;
+        };
+        let taken = answer["taken"].as_u64().and_then(|taken| usize::try_from(taken).ok());
+        let taken = taken.unwrap_or(0).min(bytes.len());
+        if taken < bytes.len() {
+            let room = self.room.clone();
+            // Room in the port is no event of the control socket's.
+            let waker = thread("room", move || {
+                std::thread::sleep(ROOM_INTERVAL);
+                let _ = room.write(1);
+            });
+            if let Err(error) = waker {
+                log::warn!("typed input waits for more input: {error}");
+            }
         }
+        taken
     }
 
     fn room_event(&self) -> &EventFd {

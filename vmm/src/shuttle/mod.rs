@@ -12,7 +12,6 @@
 mod child;
 mod hop;
 
-use crate::client::QmpClient;
 use crate::config::RunConfig;
 use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
@@ -21,7 +20,7 @@ use crate::control::{Event, Incoming, QmpResult};
 use crate::desk::{self, Clerk, Desk};
 use crate::error::chain;
 use crate::supervisor::{SetupError, exit_code};
-use child::{Child, Pump};
+use child::{Child, Connection, Pump};
 use hop::HopError;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -43,6 +42,9 @@ enum Message {
     Hopped(ChildId, Result<Duration, HopError>),
 }
 
+/// How soon a child's end is known after its control socket has closed.
+const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Counts children.
 type ChildId = u32;
 
@@ -60,8 +62,8 @@ struct Shuttle {
     console: Console,
     pump: Pump,
     current: Child,
-    /// The current child's control socket.
-    client: QmpClient,
+    /// With the current child; none if it ended before it could be asked.
+    connection: Option<Connection>,
     last_id: ChildId,
     moving: Option<Move>,
     ended: BTreeMap<ChildId, u8>,
@@ -88,13 +90,12 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let mut current =
         Child::boot(&config, folder.path(), desk.mailbox()).map_err(SetupError::Thread)?;
     pump.follow(current.id(), current.take_output());
-    let client = match current.connect(desk.mailbox()) {
-        Ok(client) => client,
-        // It has said why on standard error.
-        Err(_) => return Ok(current.exit_code()),
-    };
-    console.attach(current.input());
-    desk.set_alarm(every);
+    // A child that cannot be asked has ended: the event loop hears of it, and of all it has said.
+    let connection = current.connect(desk.mailbox()).ok();
+    if let Some(connection) = &connection {
+        console.attach(connection.input.clone());
+        desk.set_alarm(every);
+    }
     desk::serve(Shuttle {
         config,
         every,
@@ -102,7 +103,7 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
         console,
         pump,
         current,
-        client,
+        connection,
         last_id: 1,
         moving: None,
         ended: BTreeMap::new(),
@@ -136,6 +137,12 @@ impl Shuttle {
     }
 
     fn move_failed(&mut self, error: &HopError) {
+        if matches!(error, HopError::Client(_))
+            && let Some(code) = self.current.ended_within(ENDING_PATIENCE)
+        {
+            // The guest has ended, not the move failed; the message that says so is on its way.
+            self.ended.insert(self.current.id(), code);
+        }
         if !self.ended.contains_key(&self.current.id()) {
             self.failures += 1;
             eprintln!("ferry: move {} failed: {}", self.moves + 1, chain(error));
@@ -145,10 +152,10 @@ impl Shuttle {
     fn finish_move(&mut self, result: Result<Duration, HopError>) {
         let Some(Move { to, waiting }) = self.moving.take() else { return };
         match result.and_then(|downtime| Ok((downtime, to.connect(self.desk.mailbox())?))) {
-            Ok((downtime, client)) => {
+            Ok((downtime, connection)) => {
                 self.moves += 1;
                 self.worst = self.worst.max(downtime);
-                self.client = client;
+                self.connection = Some(connection);
                 self.current = to;
             }
             Err(error) => {
@@ -159,7 +166,9 @@ impl Shuttle {
                 }
             }
         }
-        self.console.attach(self.current.input());
+        if let Some(connection) = &self.connection {
+            self.console.attach(connection.input.clone());
+        }
         for request in waiting {
             self.ask(&request);
         }
@@ -174,10 +183,13 @@ impl Shuttle {
             Command::Migrate { .. } => {
                 Err(QmpError::generic("The guest is moved by --migrate-every, and by nobody else"))
             }
-            _ => self
-                .client
-                .execute(&request.request.execute, arguments)
-                .map_err(|error| QmpError::generic(chain(&error))),
+            _ => match &mut self.connection {
+                None => Err(QmpError::generic("The guest has ended")),
+                Some(connection) => connection
+                    .client
+                    .execute(&request.request.execute, arguments)
+                    .map_err(|error| QmpError::generic(chain(&error))),
+            },
         };
         // A child that quits may be gone before it has answered.
         let quits = request.command == Command::Quit;
@@ -264,9 +276,9 @@ impl Clerk for Shuttle {
 
     fn shut_down(&mut self) {
         self.console.detach();
-        if self.moving.is_none() && !self.ended.contains_key(&self.current.id()) {
+        if let (None, Some(connection)) = (&self.moving, &mut self.connection) {
             // Lets it flush its disks. An error means that it has just ended.
-            let _ = self.client.execute("quit", json!({}));
+            let _ = connection.client.execute("quit", json!({}));
         }
         let failed = match self.failures {
             0 => String::new(),

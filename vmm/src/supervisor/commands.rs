@@ -44,6 +44,12 @@ impl Supervisor {
                 }
                 Ok(empty())
             }
+            Command::ConsoleInput(bytes) => {
+                // What the FIFO takes while the guest is here moves with it; later it would be lost.
+                let here = matches!(self.state, RunState::Running | RunState::Paused);
+                let machine = self.machine.as_ref().filter(|_| here);
+                Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
+            }
             Command::Quit => {
                 self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
                 Ok(empty())
@@ -77,7 +83,10 @@ impl Supervisor {
         }
     }
 
-    fn no_migration(&self, what: &str) -> Result<(), QmpError> {
+    fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
+        if matches!(self.state, RunState::Running | RunState::Paused) {
+            self.jobs.reap_settled();
+        }
         if self.jobs.busy() {
             let desc = format!("There's a migration process in progress: cannot {what} now");
             return Err(QmpError::generic(desc));
@@ -168,12 +177,7 @@ impl Supervisor {
     }
 
     fn migrate(&mut self, uri: &str) -> Result<Value, QmpError> {
-        if matches!(self.state, RunState::Running | RunState::Paused) {
-            self.jobs.reap_settled();
-        }
-        if self.jobs.busy() {
-            return Err(QmpError::generic("There's a migration process in progress"));
-        }
+        self.no_migration("start another")?;
         if !matches!(self.state, RunState::Running | RunState::Paused) {
             let desc = format!("The guest is {} and cannot be migrated", self.state.name());
             return Err(QmpError::generic(desc));
