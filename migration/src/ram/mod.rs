@@ -25,4 +25,5 @@ pub mod outgoing;
 pub mod populated;
 pub mod scan;
 pub mod simd;
+pub mod xbzrle;
 pub mod zero;
