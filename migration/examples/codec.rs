@@ -7,6 +7,7 @@
 //! the plain vector sum and the plain comparison say what memory allows. Time is this thread's
 //! processor time, so that neighbours take as little part in it as possible; the best of some passes.
 
+use migration::ram::compress::{Compressor, Decompressor, Method};
 use migration::ram::simd::Kernel;
 use migration::ram::xbzrle::{self, Encoded, Encoder, Page};
 use std::time::Duration;
@@ -209,8 +210,94 @@ fn compare(len: usize) {
     }
 }
 
+/// Something like log files: lines that resemble each other, with numbers that differ.
+fn text(memory: &mut [u8], random: &mut Random) {
+    const WORDS: [&str; 16] = [
+        "request",
+        "served",
+        "from",
+        "cache",
+        "in",
+        "connection",
+        "closed",
+        "by",
+        "peer",
+        "retry",
+        "after",
+        "page",
+        "fault",
+        "at",
+        "warning:",
+        "timeout",
+    ];
+    let (mut at, mut line) = (0, 0);
+    while at < memory.len() {
+        line += 1;
+        let mut text = format!("[{:5}.{:06}] ", line / 50, random.below(1_000_000));
+        for _ in 0..4 + random.below(8) {
+            text.push_str(WORDS[random.below(16)]);
+            text.push(' ');
+        }
+        text.push_str(&format!("{:x}\n", random.below(1 << 24)));
+        let len = text.len().min(memory.len() - at);
+        memory[at..at + len].copy_from_slice(&text.as_bytes()[..len]);
+        at += len;
+    }
+}
+
+/// Pages in a run that is compressed as a whole.
+const RUN_PAGES: usize = 64;
+
+fn compress(len: usize) {
+    let mut memory = Memory::new(len);
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for kind in ["text", "half text, half random", "random"] {
+        match kind {
+            "text" => text(memory.bytes(), &mut random),
+            "random" => random.fill(memory.bytes()),
+            _ => memory.bytes().chunks_mut(8 * PAGE).step_by(2).for_each(|run| random.fill(run)),
+        }
+        let memory = memory.bytes();
+        println!("runs of {RUN_PAGES} pages, {kind}");
+        for (name, method) in [
+            ("zlib:1", Method::Zlib { level: 1 }),
+            ("zlib:6", Method::Zlib { level: 6 }),
+            ("zstd:1", Method::Zstd { level: 1 }),
+            ("zstd:3", Method::Zstd { level: 3 }),
+        ] {
+            let mut compressor = Compressor::new(method).expect("a level that there is");
+            let mut decompressor = Decompressor::new(method).expect("a level that there is");
+            let (mut sent, mut ends) = (Vec::with_capacity(len), Vec::new());
+            let pack = rate(len, || {
+                sent.clear();
+                ends.clear();
+                for run in memory.chunks(RUN_PAGES * PAGE) {
+                    compressor.compress(run, &mut sent);
+                    ends.push(sent.len());
+                }
+            });
+            let raw = std::iter::once(&0).chain(&ends).zip(&ends).filter(|(a, b)| a == b).count();
+            let size = sent.len() + raw * RUN_PAGES * PAGE;
+            let mut back = vec![0; RUN_PAGES * PAGE];
+            let unpack = rate(len, || {
+                let mut start = 0;
+                for end in ends.iter().filter(|end| **end > 0) {
+                    if *end > start {
+                        let run = &sent[start..*end];
+                        decompressor.decompress(run, &mut back).expect("our own run");
+                    }
+                    start = *end;
+                }
+            });
+            print!("  {name}  {pack:6.2} GB/s, to {:5.1} %", size as f64 * 100. / len as f64);
+            if sent.is_empty() { println!() } else { println!(", back {unpack:5.2} GB/s") }
+        }
+    }
+}
+
 fn main() {
     let mib = std::env::args().nth(1).and_then(|arg| arg.parse().ok()).unwrap_or(512usize);
     let len = mib << 20;
     compare(len);
+    compress(len.min(64 << 20));
 }
