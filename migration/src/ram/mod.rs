@@ -18,6 +18,8 @@
 //! never touched. [`populated`] tells them apart without reading them, which would make them exist;
 //! the destination leaves pages alone that are zero and were never written there.
 
+pub mod adaptive;
+pub mod cache;
 pub mod compress;
 pub mod dirty;
 pub mod frame;
