@@ -19,6 +19,9 @@
 //! never touched. [`populated`] tells them apart without reading them, which would make them exist;
 //! the destination leaves pages alone that are zero and were never written there.
 
+pub mod adaptive;
+pub mod cache;
+pub mod compress;
 pub mod dirty;
 pub mod frame;
 pub mod incoming;
@@ -29,4 +32,5 @@ pub mod scan;
 pub mod shard;
 pub mod simd;
 pub mod watch;
+pub mod xbzrle;
 pub mod zero;
