@@ -1,6 +1,8 @@
 //! Capabilities and parameters of a migration, with QEMU's names and defaults, validated once.
 
+use crate::ram::compress::Method;
 use crate::wire::section::MAX_DATA_CHANNELS;
+use devices::ram::PAGE_SIZE;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,10 +16,49 @@ pub struct Params {
     pub downtime_limit: Duration,
     /// Data channels, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
     pub multifd_channels: u16,
+    /// Send what has changed of a page, if the destination has an older version. QEMU's capability
+    /// `xbzrle`.
+    pub xbzrle: bool,
+    /// Bytes of older versions to keep for it, over all channels. QEMU's `xbzrle-cache-size`.
+    pub xbzrle_cache_size: u64,
+    /// Compress runs of pages. QEMU's `multifd-compression`.
+    pub compression: Compression,
+    /// Level of zlib, 0 to 9. QEMU's `multifd-zlib-level`.
+    pub zlib_level: u8,
+    /// Level of zstd, 0 to 20. QEMU's `multifd-zstd-level`.
+    pub zstd_level: u8,
     /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
     /// How.
     pub throttle: ThrottleParams,
+}
+
+/// How runs of pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// With zlib.
+    Zlib,
+    /// With zstd.
+    Zstd,
+}
+
+impl Compression {
+    /// QEMU's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    /// The one that QEMU calls `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::None, Self::Zlib, Self::Zstd].into_iter().find(|method| method.name() == name)
+    }
 }
 
 impl Default for Params {
@@ -27,6 +68,11 @@ impl Default for Params {
             max_bandwidth: 0,
             downtime_limit: Duration::from_millis(300),
             multifd_channels: default_channels(),
+            xbzrle: false,
+            xbzrle_cache_size: 64 << 20,
+            compression: Compression::None,
+            zlib_level: 1,
+            zstd_level: 1,
             auto_converge: false,
             throttle: ThrottleParams::default(),
         }
@@ -79,9 +125,14 @@ pub enum ParamsError {
     /// `multifd-channels` is none or too many.
     #[error("Parameter 'multifd-channels' expects an integer in the range of 1 to 16")]
     Channels,
-    /// A percentage that makes no sense.
+    /// `xbzrle-cache-size` holds no page for each channel.
+    #[error(
+        "Parameter 'xbzrle-cache-size' expects a page of {PAGE_SIZE} bytes for each channel at least"
+    )]
+    CacheTooSmall,
+    /// A percentage or level that makes no sense.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
-    Percent {
+    Range {
         /// Which.
         name: &'static str,
         /// The least that is allowed.
@@ -96,10 +147,19 @@ fn in_range(name: &'static str, value: u8, range: RangeInclusive<u8>) -> Result<
         return Ok(());
     }
     let (least, most) = range.into_inner();
-    Err(ParamsError::Percent { name, least, most })
+    Err(ParamsError::Range { name, least, most })
 }
 
 impl Params {
+    /// The compressor to use, if any.
+    pub fn method(&self) -> Option<Method> {
+        match self.compression {
+            Compression::None => None,
+            Compression::Zlib => Some(Method::Zlib { level: self.zlib_level }),
+            Compression::Zstd => Some(Method::Zstd { level: self.zstd_level }),
+        }
+    }
+
     /// Checks every range.
     pub fn validate(&self) -> Result<(), ParamsError> {
         if self.downtime_limit > MAX_DOWNTIME_LIMIT {
@@ -108,6 +168,11 @@ impl Params {
         if !(1..=MAX_DATA_CHANNELS).contains(&self.multifd_channels) {
             return Err(ParamsError::Channels);
         }
+        if self.xbzrle_cache_size < PAGE_SIZE * u64::from(self.multifd_channels) {
+            return Err(ParamsError::CacheTooSmall);
+        }
+        in_range("multifd-zlib-level", self.zlib_level, 0..=Method::MAX_ZLIB_LEVEL)?;
+        in_range("multifd-zstd-level", self.zstd_level, 0..=Method::MAX_ZSTD_LEVEL)?;
         let throttle = &self.throttle;
         in_range("throttle-trigger-threshold", throttle.trigger_threshold, 1..=100)?;
         in_range("cpu-throttle-initial", throttle.initial, 1..=99)?;

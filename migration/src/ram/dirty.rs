@@ -102,6 +102,11 @@ impl<'a> Words<'a> {
         self.runs_until(first.0, first.0.saturating_add(page_count))
     }
 
+    /// Whether `page` is set.
+    pub fn contains(self, page: PageIndex) -> bool {
+        self.word_of(page.0) >> (page.0 % 64) & 1 == 1
+    }
+
     fn runs_until(self, at: u64, end: u64) -> Runs<'a> {
         Runs { bits: self, at, end }
     }

@@ -22,7 +22,9 @@
 pub mod adaptive;
 pub mod cache;
 pub mod compress;
+pub mod decode;
 pub mod dirty;
+pub mod encode;
 pub mod frame;
 pub mod incoming;
 pub mod lanes;

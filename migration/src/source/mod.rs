@@ -228,7 +228,9 @@ impl Source<'_> {
         let common = Common {
             ram: ram.ram.clone(),
             layout: ram.layout.clone(),
+            params: self.params.clone(),
             counters: self.counters.clone(),
+            shards: u16::try_from(link.data.len()).unwrap_or(u16::MAX),
         };
         let channels = link.data.iter();
         let shards = channels

@@ -2,7 +2,7 @@
 
 use super::fake::*;
 use crate::guest::MachineDescription;
-use crate::ram::frame::{Batch, RunKind, encode_end};
+use crate::ram::frame::{Batch, Packing, RunKind, encode_end};
 use crate::transport::Transport;
 use crate::wire::section::{Eof, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
@@ -146,7 +146,7 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             devices(liar);
             end_data(liar);
-            ram_end(liar, RamTotals { raw_pages: 1, zero_pages: 0 });
+            ram_end(liar, RamTotals { raw_pages: 1, ..Default::default() });
             liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
         }),
         ("the source has sent", |liar| {
@@ -257,7 +257,7 @@ fn a_stream_of_version_1_looks_as_it_always_did() {
     let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
     add(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
     add(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
-    let totals = RamTotals { raw_pages: 2, zero_pages: 510 };
+    let totals = RamTotals { raw_pages: 2, zero_pages: 510, delta_pages: 0 };
     add(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
     add(Kind::Eof, &Eof { running: true, frames: vec![4] }.encode());
     for kind in [Kind::Go, Kind::KeepAlive, Kind::Accepted, Kind::Ready, Kind::Running] {
@@ -272,7 +272,7 @@ fn a_stream_of_version_1_looks_as_it_always_did() {
     batch.push(PageIndex(0), 3, RunKind::Zero, &layout);
     batch.push(PageIndex(3), 2, RunKind::Raw, &layout);
     let mut head = Encoder::default();
-    batch.encode_head(&mut head);
+    batch.encode_head(Packing::None, &mut head);
     stream.extend_from_slice(head.bytes());
     crate::ram::frame::encode_mark(&mut head, 7);
     stream.extend_from_slice(head.bytes());
