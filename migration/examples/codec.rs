@@ -1,16 +1,19 @@
 //! How fast the pieces are that a page goes through, on one core: XBZRLE, the zero test, compression.
 //!
 //! ```text
-//! cargo run --release -p migration --example codec -- [MiB]
+//! cargo run --release -p migration --example codec -- [MiB] [xbzrle] [zero] [compress]
 //! ```
 //! The working set is larger than the processor's caches, so that memory is part of what is measured;
 //! the plain vector sum and the plain comparison say what memory allows. Time is this thread's
 //! processor time, so that neighbours take as little part in it as possible; the best of some passes.
 
+use devices::ram::{GuestRam, RamLayout};
 use migration::ram::compress::{Compressor, Decompressor, Method};
 use migration::ram::simd::Kernel;
 use migration::ram::xbzrle::{self, Encoded, Encoder, Page};
+use migration::ram::zero::is_zero;
 use std::time::Duration;
+use vm_memory::{GuestMemoryBackend, VolatileMemory};
 
 const PAGE: usize = 4096;
 const PASSES: usize = 5;
@@ -210,6 +213,57 @@ fn compare(len: usize) {
     }
 }
 
+/// What memory allows: every word is read, and enters a sum.
+fn sum(memory: &[u8]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    fn wide(memory: &[u8]) -> u64 {
+        narrow(memory)
+    }
+    #[inline(always)]
+    fn narrow(memory: &[u8]) -> u64 {
+        // Sums of their own, or each addition waits for the one before.
+        let mut sums = [0u64; 64];
+        for block in memory.as_chunks::<512>().0 {
+            for (sum, word) in sums.iter_mut().zip(block.as_chunks::<8>().0) {
+                #[expect(clippy::host_endian_bytes, reason = "never leaves this program")]
+                let word = u64::from_ne_bytes(*word);
+                *sum = sum.wrapping_add(word);
+            }
+        }
+        sums.iter().fold(0, |all, sum| all.wrapping_add(*sum))
+    }
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has the instructions.
+        return unsafe { wide(memory) };
+    }
+    narrow(memory)
+}
+
+fn zeroes(len: usize) {
+    let layout = RamLayout::for_size(len as u64).expect("a size for RAM");
+    let ram = GuestRam::from_ranges(&layout.ranges()).expect("guest RAM is mapped");
+    let region = ram.iter().next().expect("there is memory").get_mmap();
+    let len = region.size();
+    // SAFETY: exactly one live mapping; the advice changes no content.
+    unsafe { libc::madvise(region.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+    // SAFETY: the mapping is anonymous memory, and nobody writes it while it is borrowed here.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), len) };
+    // Untouched memory would be one zero page again and again.
+    bytes.fill(1);
+    bytes.fill(0);
+    let plain = rate(len, || assert_eq!(sum(bytes), 0));
+    let scan = rate(len, || {
+        for at in (0..len).step_by(PAGE) {
+            let page = region.get_slice(at, PAGE).expect("a page of it");
+            assert!(is_zero(&page));
+        }
+    });
+    println!("zero pages\n  vector sum            {plain:6.2} GB/s");
+    println!("  zero test             {scan:6.2} GB/s, {:.2} of it", scan / plain);
+}
+
 /// Something like log files: lines that resemble each other, with numbers that differ.
 fn text(memory: &mut [u8], random: &mut Random) {
     const WORDS: [&str; 16] = [
@@ -296,8 +350,19 @@ fn compress(len: usize) {
 }
 
 fn main() {
-    let mib = std::env::args().nth(1).and_then(|arg| arg.parse().ok()).unwrap_or(512usize);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mib = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(256usize);
     let len = mib << 20;
-    compare(len);
-    compress(len.min(64 << 20));
+    let parts: [(&str, &dyn Fn()); 3] = [
+        ("xbzrle", &|| compare(len)),
+        ("zero", &|| zeroes(len)),
+        ("compress", &|| compress(len.min(64 << 20))),
+    ];
+    let named = |name: &str| args.iter().any(|arg| arg == name);
+    let all = !parts.iter().any(|(name, _)| named(name));
+    for (name, part) in parts {
+        if all || named(name) {
+            part();
+        }
+    }
 }

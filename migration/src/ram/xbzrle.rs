@@ -26,6 +26,9 @@ const SHORT_COUNT: u16 = 0x7f;
 /// Bytes that are copied for a short run, whatever its length: one move instead of a loop.
 const SHORT_RUN: usize = 16;
 
+/// Runs that are encoded one by one before the vector kernel is asked again.
+const RUNS_BY_HAND: usize = 8;
+
 /// What came of an attempt to encode a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoded {
@@ -104,20 +107,20 @@ impl Encoder {
         if runs == 0 {
             return Encoded::Unchanged;
         }
-        let (mut out, mut run) = (Output { into, len: 0 }, 0);
+        let (mut run, mut len) = (0, 0);
         while run < runs {
-            let Output { into, len } = &mut out;
-            (run, *len) = simd::short_runs(self.kernel, &self.changes, run, new, into, *len);
+            (run, len) = simd::short_runs(self.kernel, &self.changes, run, new, into, len);
             // What the kernel could not do, or all if there is none.
-            let end = runs.min(run + 8);
+            let end = runs.min(run + RUNS_BY_HAND);
             for run in run..end {
-                if !out.push(self.changes.run(run), new) {
-                    return Encoded::Overflow;
+                match push(self.changes.run(run), new, into, len) {
+                    Some(next) => len = next,
+                    None => return Encoded::Overflow,
                 }
             }
             run = end;
         }
-        Encoded::Bytes(out.len)
+        Encoded::Bytes(len)
     }
 }
 
@@ -127,51 +130,46 @@ fn two_bytes(count: u16) -> [u8; 2] {
     [(count & SHORT_COUNT) as u8 | more, ((count >> 7) & SHORT_COUNT) as u8]
 }
 
-struct Output<'a> {
-    into: &'a mut [u8],
-    len: usize,
+/// Writes one pair at byte `len` of `into`; returns where the next one goes, or nothing if this one
+/// does not fit.
+#[inline(always)]
+fn push([before, start, end]: [u16; 3], new: &Page, into: &mut [u8], len: usize) -> Option<usize> {
+    let (unchanged, changed) = (start - before, end - start);
+    let from = usize::from(start);
+    let room = into.get_mut(len..len + 3 + SHORT_RUN);
+    if let (Some(room), Some(bytes)) = (room, new.get(from..from + SHORT_RUN))
+        && usize::from(changed) <= SHORT_RUN
+    {
+        // The second byte is overwritten if there is none: cheaper than a guess that fails.
+        let long = usize::from(unchanged > SHORT_COUNT);
+        room[..2].copy_from_slice(&two_bytes(unchanged));
+        let room = &mut room[1 + long..];
+        room[0] = (changed & SHORT_COUNT) as u8;
+        room[1..1 + SHORT_RUN].copy_from_slice(bytes);
+        return Some(len + 2 + long + usize::from(changed));
+    }
+    push_long([before, start, end], new, into, len)
 }
 
-impl Output<'_> {
-    /// Appends one pair; false if it does not fit.
-    #[inline(always)]
-    fn push(&mut self, [before, start, end]: [u16; 3], new: &Page) -> bool {
-        let unchanged = start - before;
-        let changed = end - start;
-        let from = usize::from(start);
-        let room = self.into.get_mut(self.len..self.len + 3 + SHORT_RUN);
-        if let (Some(room), Some(bytes)) = (room, new.get(from..from + SHORT_RUN))
-            && usize::from(changed) <= SHORT_RUN
-        {
-            // The second byte is overwritten if there is none: cheaper than a guess that fails.
-            let long = unchanged > SHORT_COUNT;
-            room[..2].copy_from_slice(&two_bytes(unchanged));
-            let room = &mut room[1 + usize::from(long)..];
-            room[0] = (changed & SHORT_COUNT) as u8;
-            room[1..1 + SHORT_RUN].copy_from_slice(bytes);
-            self.len += 2 + usize::from(long) + usize::from(changed);
-            return true;
-        }
-        self.push_long(unchanged, new, start, end)
-    }
+/// The same for long runs, and near the ends of the page and the output.
+fn push_long(
+    [before, start, end]: [u16; 3],
+    new: &Page,
+    into: &mut [u8],
+    len: usize,
+) -> Option<usize> {
+    let len = append(short_form(&two_bytes(start - before)), into, len)?;
+    let len = append(short_form(&two_bytes(end - start)), into, len)?;
+    append(&new[usize::from(start)..usize::from(end)], into, len)
+}
 
-    /// The same for long runs, and near the ends of the page and the output.
-    fn push_long(&mut self, unchanged: u16, new: &Page, start: u16, end: u16) -> bool {
-        self.count(unchanged)
-            && self.count(end - start)
-            && self.bytes(&new[usize::from(start)..usize::from(end)])
-    }
+fn short_form(count: &[u8; 2]) -> &[u8] {
+    &count[..1 + usize::from(count[0] >= 0x80)]
+}
 
-    fn count(&mut self, count: u16) -> bool {
-        self.bytes(&two_bytes(count)[..1 + usize::from(count > SHORT_COUNT)])
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) -> bool {
-        let Some(to) = self.into.get_mut(self.len..self.len + bytes.len()) else { return false };
-        to.copy_from_slice(bytes);
-        self.len += bytes.len();
-        true
-    }
+fn append(bytes: &[u8], into: &mut [u8], len: usize) -> Option<usize> {
+    into.get_mut(len..len + bytes.len())?.copy_from_slice(bytes);
+    Some(len + bytes.len())
 }
 
 /// Applies `delta` to `page`, which is what the peer had when it made the delta. After an error the
