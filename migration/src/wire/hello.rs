@@ -18,7 +18,7 @@ use std::io::Read;
 /// First bytes of either side.
 pub const MAGIC: &[u8; 8] = b"FERRYMIG";
 /// Version of the stream.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most capabilities that one side may name.
 pub const MAX_CAPABILITIES: u8 = 32;
 /// Longest name of a capability.
