@@ -3,7 +3,7 @@
 //!
 //! Start at [`ram`] (pages and blocks), then [`bus`] (how an access finds its device), [`state`]
 //! (how a device is saved) and [`virtio`]. Unsafe code is denied but for `block/ofd_lock.rs`, which
-//! wraps one `fcntl`.
+//! wraps one `fcntl`, and `block/uring.rs`, which hands guest RAM to the kernel.
 #![deny(unsafe_code)]
 
 pub mod block;

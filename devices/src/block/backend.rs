@@ -1,6 +1,8 @@
 //! What stores a disk's bytes.
 
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 /// A lock that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +41,9 @@ pub trait BlockBackend: Send + Sync {
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()>;
     /// Makes these bytes zero, and frees their space if `may_unmap` and that is possible.
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()>;
+    /// The file whose bytes are the disk's, if there is one, and the alignment of memory that it
+    /// needs: whoever has it may read, write and sync it directly.
+    fn plain_file(&self) -> Option<(Arc<File>, usize)>;
     /// Makes every acknowledged write durable.
     fn flush(&self) -> io::Result<()>;
     /// Takes the lock that goes with the right to run.

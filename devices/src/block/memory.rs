@@ -3,6 +3,7 @@
 
 use super::backend::{BlockBackend, LockError};
 use crate::lock;
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -139,6 +140,10 @@ impl BlockBackend for MemoryDisk {
         let mut bytes = lock(&self.bytes);
         bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
         Ok(())
+    }
+
+    fn plain_file(&self) -> Option<(Arc<File>, usize)> {
+        None
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -1,19 +1,42 @@
 //! A disk: the single door for every read and write, whoever makes it.
 //!
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
-//! file, [`memory`] in tests. Locks follow the right to run, so taking them is separate from opening.
+//! file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
+//! the node has admitted. Locks follow the right to run, so taking them is separate from opening.
 
 pub mod aligned;
 pub mod backend;
 pub mod memory;
 mod ofd_lock;
 pub mod raw;
+pub mod uring;
 
 use backend::{BlockBackend, LockError};
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 /// Bytes of the unit that guests address disks by.
 pub const SECTOR_BYTES: u64 = 512;
+
+/// An access that a node has admitted, to be made directly on its file. Kept until it is complete.
+#[derive(Debug)]
+pub struct Access {
+    file: Arc<File>,
+    /// Of the memory that the file's data may come from and go to.
+    alignment: usize,
+}
+
+/// Kind of an [`Access`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AccessKind {
+    /// Of bytes.
+    Read,
+    /// Of bytes.
+    Write,
+    /// Of everything.
+    Flush,
+}
 
 /// A named disk.
 pub struct BlockNode {
@@ -69,6 +92,21 @@ impl BlockNode {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the disk is read-only"));
         }
         self.check(offset_bytes, len_bytes)
+    }
+
+    /// Checks an access, and admits it if it may be made directly on a file; `None` if it has to go
+    /// through this node.
+    pub fn access(
+        &self,
+        kind: AccessKind,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> io::Result<Option<Access>> {
+        match kind {
+            AccessKind::Write => self.check_write(offset_bytes, len_bytes)?,
+            AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes)?,
+        }
+        Ok(self.backend.plain_file().map(|(file, alignment)| Access { file, alignment }))
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
@@ -146,5 +184,8 @@ mod tests {
         assert!(node.write_at(&[0; 1], 0).is_err());
         assert!(node.discard(0, 512).is_err());
         assert!(node.write_zeroes(0, 512, false).is_err());
+        assert!(node.access(AccessKind::Write, 0, 512).is_err());
+        assert!(node.access(AccessKind::Read, 0, 512).unwrap().is_none(), "there is no file");
+        assert!(node.access(AccessKind::Read, 512, 1024).is_err());
     }
 }

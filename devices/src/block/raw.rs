@@ -10,6 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// An image that cannot be opened.
@@ -85,7 +86,7 @@ impl FromStr for Cache {
 /// An open raw image.
 #[derive(Debug)]
 pub struct RawFile {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     len_bytes: u64,
     read_only: bool,
@@ -131,6 +132,7 @@ impl RawFile {
                 false => OpenError::Open { path, source },
             });
         }
+        let file = Arc::new(file);
         Ok(Self { file, path, len_bytes, read_only, cache })
     }
 
@@ -162,7 +164,7 @@ impl RawFile {
     /// Changes the allocation of a range; `false` if the file system does not know how.
     fn allocate(&self, mode: fn() -> FallocateMode, offset: u64, len: u64) -> io::Result<bool> {
         loop {
-            let Err(error) = fallocate(&self.file, mode(), true, offset, len) else {
+            let Err(error) = fallocate(self.file.as_ref(), mode(), true, offset, len) else {
                 return Ok(true);
             };
             match error.errno() {
@@ -230,6 +232,14 @@ impl BlockBackend for RawFile {
             && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
             || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
         if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
+    }
+
+    fn plain_file(&self) -> Option<(Arc<File>, usize)> {
+        let alignment = match self.cache {
+            Cache::Writeback => 1,
+            Cache::None => DIRECT_ALIGNMENT,
+        };
+        Some((self.file.clone(), alignment))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -4,6 +4,7 @@
 use super::blk_worker::Processor;
 use super::{QueueProcessor, VirtioDevice};
 use crate::block::{BlockNode, SECTOR_BYTES};
+use crate::ram::GuestRam;
 use crate::state::{DeviceRecord, Persist, RestoreError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -99,8 +100,13 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn processor(&self, _queue: u16, driver_features: u64) -> Box<dyn QueueProcessor> {
-        Box::new(Processor::new(self.node.clone(), driver_features))
+    fn processor(
+        &self,
+        _queue: u16,
+        driver_features: u64,
+        ram: &GuestRam,
+    ) -> Box<dyn QueueProcessor> {
+        Box::new(Processor::new(self.node.clone(), driver_features, ram, QUEUE_SIZE))
     }
 
     fn thread_name(&self, queue: u16) -> String {

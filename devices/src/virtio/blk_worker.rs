@@ -4,11 +4,13 @@ use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
-use crate::block::{BlockNode, SECTOR_BYTES};
+use crate::block::uring::{Operation, Ring, Transfer};
+use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::ram::{GuestAddress, GuestRam};
 use crate::segments::Segments;
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use virtio_queue::{DescriptorChain, Queue};
 use vm_memory::Bytes;
@@ -49,15 +51,23 @@ impl From<io::Error> for Failed {
     }
 }
 
-/// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
-#[derive(Debug)]
-struct Request {
+/// Which request it is, and where its status goes.
+#[derive(Debug, Clone, Copy)]
+struct Ticket {
     head: u16,
     kind: u32,
     sector: u64,
+    status: GuestAddress,
+    /// Bytes that the device may write, but for the status.
+    room: usize,
+}
+
+/// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
+#[derive(Debug)]
+struct Request {
+    ticket: Ticket,
     from_guest: Segments,
     to_guest: Segments,
-    status: GuestAddress,
 }
 
 impl Request {
@@ -80,14 +90,14 @@ impl Request {
         // The status byte is the last of the device-writable part, after all data room.
         let status = to_guest.take_last_byte().ok_or_else(|| broken("without a status byte"))?;
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        Ok(Self {
+        let ticket = Ticket {
             head,
             kind: u32::from_le_bytes([t0, t1, t2, t3]),
             sector: u64::from_le_bytes(sector),
-            from_guest,
-            to_guest,
             status,
-        })
+            room: to_guest.len(),
+        };
+        Ok(Self { ticket, from_guest, to_guest })
     }
 }
 
@@ -98,10 +108,12 @@ struct ZeroRange {
     unmap: bool,
 }
 
-/// Serves one queue.
+/// Serves one queue: through a [`Ring`] what can go that way, the rest one by one through a buffer.
 pub(super) struct Processor {
     node: Arc<BlockNode>,
     buffer: AlignedBuffer,
+    /// None where the kernel does not let us have one.
+    ring: Option<Ring<Ticket>>,
     driver_features: u64,
     host_errors: u64,
 }
@@ -113,23 +125,152 @@ impl QueueProcessor for Processor {
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
-        take_all(ram, queue, host, |queue, host, chain| {
-            let mut request = Request::parse(ram, chain)?;
-            let room = request.to_guest.len();
-            let result = self.execute(ram, &mut request);
-            let written = room - request.to_guest.len();
-            let status = self.status(&request, result);
-            ram.write_obj(status, request.status)
-                .map_err(|error| BrokenQueue(error.to_string()))?;
-            give_back(ram, queue, host, request.head, written + 1)?;
-            Ok(ControlFlow::Continue(()))
-        })
+        loop {
+            self.take_back(ram, queue, host)?;
+            if !self.has_room() {
+                return Ok(());
+            }
+            take_all(ram, queue, host, |queue, host, chain| {
+                let request = Request::parse(ram, chain)?;
+                if let Some(mut request) = self.start(request) {
+                    let result = self.execute(ram, &mut request);
+                    let left = request.to_guest.len();
+                    self.answer(ram, queue, host, request.ticket, left, result)?;
+                }
+                Ok(if self.has_room() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+            })?;
+            let full = !self.has_room();
+            self.submit()?;
+            self.take_back(ram, queue, host)?;
+            // What did not fit may wait in the ring, unannounced.
+            if !full || host.must_yield() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn settle(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue> {
+        let mut result = Ok(());
+        while let Some(ring) = &mut self.ring
+            && ring.in_flight() > 0
+        {
+            ring.wait().map_err(broken_ring)?;
+            // Whatever is wrong with the queue, all must end.
+            result = result.and(self.take_back(ram, queue, host));
+        }
+        result
+    }
+
+    fn completions(&self) -> Option<RawFd> {
+        self.ring.as_ref().map(Ring::descriptor)
     }
 }
 
+fn broken_ring(error: io::Error) -> BrokenQueue {
+    BrokenQueue(format!("io_uring: {error}"))
+}
+
 impl Processor {
-    pub(super) fn new(node: Arc<BlockNode>, driver_features: u64) -> Self {
-        Self { node, buffer: AlignedBuffer::new(BUFFER_BYTES), driver_features, host_errors: 0 }
+    pub(super) fn new(
+        node: Arc<BlockNode>,
+        driver_features: u64,
+        ram: &GuestRam,
+        depth: u16,
+    ) -> Self {
+        let plain = node.access(AccessKind::Read, 0, 0).is_ok_and(|access| access.is_some());
+        let ring = plain.then(|| Ring::new(ram.clone(), depth)).transpose();
+        let ring = ring.unwrap_or_else(|error| {
+            log::info!("disk {}: no io_uring ({error}), requests go one by one", node.id());
+            None
+        });
+        let buffer = AlignedBuffer::new(BUFFER_BYTES);
+        Self { node, buffer, ring, driver_features, host_errors: 0 }
+    }
+
+    fn has_room(&self) -> bool {
+        self.ring.as_ref().is_none_or(Ring::has_room)
+    }
+
+    /// Puts a request on its way, or gives it back to be served at once. What is wrong with a request
+    /// is found, and said, when it is served.
+    fn start(&mut self, mut request: Request) -> Option<Request> {
+        let Ok(Some((access, offset_bytes))) = self.admit(&request) else { return Some(request) };
+        let Some(ring) = &mut self.ring else { return Some(request) };
+        let operation = match request.ticket.kind {
+            T_IN => Operation::Read(std::mem::take(&mut request.to_guest)),
+            T_OUT => Operation::Write {
+                data: std::mem::take(&mut request.from_guest),
+                // A driver that cannot ask for a flush takes every completed write for durable.
+                durable: self.driver_features & F_FLUSH == 0,
+            },
+            _ => Operation::Flush,
+        };
+        let transfer = Transfer { access, operation, offset_bytes };
+        let Err((transfer, _)) = ring.push(transfer, request.ticket) else { return None };
+        match transfer.operation {
+            Operation::Read(room) => request.to_guest = room,
+            Operation::Write { data, .. } => request.from_guest = data,
+            Operation::Flush => {}
+        }
+        Some(request)
+    }
+
+    /// Whether a request may go through the ring, and from which byte of the file on.
+    fn admit(&self, request: &Request) -> Result<Option<(Access, u64)>, Failed> {
+        let (kind, offset, len) = match request.ticket.kind {
+            T_IN => (AccessKind::Read, self.check_read(request)?, request.to_guest.len()),
+            T_OUT => (AccessKind::Write, self.check_write(request)?, request.from_guest.len()),
+            T_FLUSH => (AccessKind::Flush, 0, 0),
+            _ => return Ok(None),
+        };
+        let access = self.node.access(kind, offset, len as u64)?;
+        Ok(access.map(|access| (access, offset)))
+    }
+
+    /// Gives back the requests that have ended.
+    fn take_back(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue> {
+        let mut result = Ok(());
+        while let Some((ticket, transfer, ended)) =
+            self.ring.as_mut().and_then(Ring::next_completion)
+        {
+            let left = match transfer.operation {
+                Operation::Read(segments) => segments.len(),
+                Operation::Write { .. } | Operation::Flush => ticket.room,
+            };
+            let answered = self.answer(ram, queue, host, ticket, left, ended.map_err(Failed::Host));
+            result = result.and(answered);
+        }
+        // Those that ended too early go on.
+        result.and(self.submit())
+    }
+
+    fn submit(&mut self) -> Result<(), BrokenQueue> {
+        self.ring.as_mut().map_or(Ok(()), Ring::submit).map_err(broken_ring)
+    }
+
+    /// Writes the status and gives the chain back; `left` bytes of its room were not written.
+    fn answer(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+        ticket: Ticket,
+        left: usize,
+        result: Result<(), Failed>,
+    ) -> Result<(), BrokenQueue> {
+        let status = self.status(&ticket, result);
+        ram.write_obj(status, ticket.status).map_err(|error| BrokenQueue(error.to_string()))?;
+        give_back(ram, queue, host, ticket.head, ticket.room.saturating_sub(left) + 1)
     }
 
     fn accepted(&self, feature: u64) -> bool {
@@ -137,7 +278,7 @@ impl Processor {
     }
 
     fn execute(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
-        match request.kind {
+        match request.ticket.kind {
             T_IN => self.read(ram, request),
             T_OUT => self.write(ram, request),
             T_FLUSH => Ok(self.node.flush()?),
@@ -166,8 +307,8 @@ impl Processor {
     }
 
     /// The status byte; says in the log why a request failed.
-    fn status(&mut self, request: &Request, result: Result<(), Failed>) -> u8 {
-        let (id, kind, sector) = (self.node.id(), request.kind, request.sector);
+    fn status(&mut self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
+        let (id, kind, sector) = (self.node.id(), ticket.kind, ticket.sector);
         match result {
             Ok(()) => S_OK,
             Err(Failed::Guest(mistake)) => {
@@ -204,12 +345,17 @@ impl Processor {
         }
     }
 
-    fn read(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+    /// Where a read starts.
+    fn check_read(&self, request: &Request) -> Result<u64, Failed> {
         if !request.from_guest.is_empty() {
             return Err(Failed::Guest("a read with data to write"));
         }
+        self.offset(request.ticket.sector, request.to_guest.len() as u64)
+    }
+
+    fn read(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+        let mut offset = self.check_read(request)?;
         let room = &mut request.to_guest;
-        let mut offset = self.offset(request.sector, room.len() as u64)?;
         while !room.is_empty() {
             let len = room.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
@@ -220,13 +366,18 @@ impl Processor {
         Ok(())
     }
 
-    fn write(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+    /// Where a write starts.
+    fn check_write(&self, request: &Request) -> Result<u64, Failed> {
         if !request.to_guest.is_empty() {
             return Err(Failed::Guest("a write with room to read"));
         }
         self.check_writable()?;
+        self.offset(request.ticket.sector, request.from_guest.len() as u64)
+    }
+
+    fn write(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+        let mut offset = self.check_write(request)?;
         let data = &mut request.from_guest;
-        let mut offset = self.offset(request.sector, data.len() as u64)?;
         while !data.is_empty() {
             let len = data.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
@@ -278,7 +429,7 @@ impl Processor {
             let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
             let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
             let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-            let known = if request.kind == T_WRITE_ZEROES { RANGE_F_UNMAP } else { 0 };
+            let known = if request.ticket.kind == T_WRITE_ZEROES { RANGE_F_UNMAP } else { 0 };
             if flags & !known != 0 {
                 return Err(Failed::Unsupported("with an unknown flag"));
             }

@@ -311,7 +311,7 @@ impl MmioTransport {
                 self.ram.clone(),
                 slot.queue.clone(),
                 notify,
-                self.device.processor(number, self.driver_features),
+                self.device.processor(number, self.driver_features, &self.ram),
                 self.shared.clone(),
                 self.drained,
             )

@@ -13,6 +13,7 @@ pub mod worker;
 
 use crate::ram::GuestRam;
 use crate::state::{DeviceRecord, RestoreError};
+use std::os::fd::RawFd;
 use virtio_queue::Queue;
 
 /// `VIRTIO_F_VERSION_1`: not a legacy device.
@@ -40,7 +41,12 @@ pub trait VirtioDevice: Send {
     /// Reads the configuration space; past its end it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// What serves a queue, on a thread of its own, for a driver that accepted `driver_features`.
-    fn processor(&self, queue: u16, driver_features: u64) -> Box<dyn QueueProcessor>;
+    fn processor(
+        &self,
+        queue: u16,
+        driver_features: u64,
+        ram: &GuestRam,
+    ) -> Box<dyn QueueProcessor>;
     /// Names the thread of a queue.
     fn thread_name(&self, queue: u16) -> String;
     /// The state that is the device's own; it travels inside the transport's record.
@@ -57,13 +63,24 @@ pub trait QueueHost {
     fn must_yield(&self) -> bool;
 }
 
-/// Serves one queue.
+/// Serves one queue. Dropping it waits until it touches no RAM any more.
 pub trait QueueProcessor: Send {
-    /// Serves all that is available, request by request, until the host must yield.
+    /// Serves all that is available, request by request, until the host must yield. Requests may
+    /// still be in flight after that.
     fn process(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
+    /// Waits until no request is in flight, and gives those that were back. Takes no new ones.
+    fn settle(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue>;
+    /// Readable when a request that was in flight has ended, and `process` should run again. `None`
+    /// if none is ever in flight after `process`.
+    fn completions(&self) -> Option<RawFd>;
 }

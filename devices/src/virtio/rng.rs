@@ -8,6 +8,7 @@ use crate::segments::Segments;
 use crate::state::{DeviceRecord, Persist, RestoreError};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
+use std::os::fd::RawFd;
 use virtio_queue::{DescriptorChain, Queue};
 
 const DEVICE_ID: u32 = 4;
@@ -40,7 +41,12 @@ impl VirtioDevice for Rng {
         data.fill(0);
     }
 
-    fn processor(&self, _queue: u16, _driver_features: u64) -> Box<dyn QueueProcessor> {
+    fn processor(
+        &self,
+        _queue: u16,
+        _driver_features: u64,
+        _ram: &GuestRam,
+    ) -> Box<dyn QueueProcessor> {
         Box::new(Processor { bytes: vec![0; MOST_BYTES] })
     }
 
@@ -93,6 +99,20 @@ impl QueueProcessor for Processor {
             give_back(ram, queue, host, head, written)?;
             Ok(ControlFlow::Continue(()))
         })
+    }
+
+    fn settle(
+        &mut self,
+        _ram: &GuestRam,
+        _queue: &mut Queue,
+        _host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue> {
+        // Requests are served one by one, to their end.
+        Ok(())
+    }
+
+    fn completions(&self) -> Option<RawFd> {
+        None
     }
 }
 

@@ -4,9 +4,10 @@
 //!           resume                         park (answered when no request is in flight)
 //!  parked ─────────▶ serving, or waiting ─────────▶ parked
 //! ```
-//! A request is served to its end before the thread looks at its commands, so that a parked worker has
-//! none in flight. Whoever wants it to park raises `yielding` first: the requests behind the one in
-//! flight stay in the ring, and a guest that never stops asking cannot hold up a pause or a reset.
+//! Before it answers that it has parked, the thread waits until no request is in flight and gives all
+//! of them back, so that a parked worker touches no RAM. Whoever wants it to park raises `yielding`
+//! first: the requests that have not been started stay in the ring, and a guest that never stops
+//! asking cannot hold up a pause or a reset.
 
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::lock;
@@ -36,7 +37,7 @@ pub trait QueueSignals: Send + Sync {
     fn broken(&self, reason: &BrokenQueue);
 }
 
-/// A running worker. Dropping it ends the thread after the request in flight.
+/// A running worker. Dropping it ends the thread after the requests in flight.
 pub struct Worker {
     commands: Option<Sender<Command>>,
     wake: Arc<EventFd>,
@@ -59,10 +60,10 @@ impl Worker {
         let yielding = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
-        for event in [&notify, wake.as_ref()] {
-            let token = u64::try_from(event.as_raw_fd()).unwrap_or(0);
-            let interest = EpollEvent::new(EventSet::IN, token);
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
+        let events = [Some(notify.as_raw_fd()), Some(wake.as_raw_fd()), processor.completions()];
+        for fd in events.into_iter().flatten() {
+            let interest = EpollEvent::new(EventSet::IN, 0);
+            epoll.ctl(ControlOperation::Add, fd, interest)?;
         }
         let mut serving = Serving {
             ram,
@@ -163,19 +164,32 @@ impl Serving {
     }
 
     fn serve(&mut self) {
-        if !self.signals.is_live() {
-            return;
+        if self.signals.is_live() {
+            let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
+            let served = self.processor.process(&self.ram, &mut lock(&self.queue), &mut host);
+            if let Err(reason) = served {
+                self.signals.broken(&reason);
+            }
         }
+        if !self.signals.is_live() {
+            self.settle();
+        }
+    }
+
+    /// Waits until no request is in flight.
+    fn settle(&mut self) {
         let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
-        let served = self.processor.process(&self.ram, &mut lock(&self.queue), &mut host);
-        if let Err(reason) = served {
+        let settled = self.processor.settle(&self.ram, &mut lock(&self.queue), &mut host);
+        if let Err(reason) = settled
+            && self.signals.is_live()
+        {
             self.signals.broken(&reason);
         }
     }
 
-    /// Waits for a notification or a command.
+    /// Waits for a notification, a completion or a command.
     fn wait(&self) -> Option<()> {
-        let mut events = [EpollEvent::default(); 2];
+        let mut events = [EpollEvent::default(); 3];
         loop {
             match self.epoll.wait(-1, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -197,6 +211,7 @@ impl Serving {
             match self.inbox.try_recv() {
                 Ok(Command::Resume) => {}
                 Ok(Command::Park(done)) => {
+                    self.settle();
                     let _ = done.send(());
                     self.parked()?;
                 }

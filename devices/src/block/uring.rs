@@ -1,0 +1,481 @@
+//! Many accesses to a disk's file in flight at once, straight from and to guest RAM, through io_uring.
+//!
+//! Owned by one queue's worker; [`super::BlockNode::access`] decides what may pass through here. RAM
+//! that an access has written is marked dirty before anyone hears of its completion, so a guest that
+//! knows of data has a page that will be migrated. Unsafe code: guest RAM is handed to the kernel as
+//! addresses, and must stay until the kernel has done with it.
+#![allow(unsafe_code)]
+
+use super::Access;
+use crate::ram::GuestRam;
+use crate::segments::{Segment, Segments};
+use io_uring::types::{Fd, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
+
+/// The kernel takes no more pieces in one access (`IOV_MAX`).
+const MOST_PIECES: usize = 1024;
+
+/// What to do with a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Operation {
+    /// Fills the pieces of RAM.
+    Read(Segments),
+    /// Writes the pieces of RAM, and makes that durable if asked to.
+    Write {
+        /// What to write.
+        data: Segments,
+        /// Whether it is durable when it is complete.
+        durable: bool,
+    },
+    /// Makes every completed write durable.
+    Flush,
+}
+
+/// One access, on its way or about to be.
+#[derive(Debug)]
+pub struct Transfer {
+    /// Where to.
+    pub access: Access,
+    /// What.
+    pub operation: Operation,
+    /// From where on in the file.
+    pub offset_bytes: u64,
+}
+
+/// Addresses for the kernel.
+#[derive(Debug, Default)]
+struct Pieces(Vec<libc::iovec>);
+
+// SAFETY: the addresses point into guest RAM, which is mapped for the whole process; `Ring` keeps it.
+unsafe impl Send for Pieces {}
+
+#[derive(Debug)]
+struct Slot<T> {
+    transfer: Transfer,
+    /// The rest of the transfer, as the kernel reads it; stays where it is until completion.
+    pieces: Pieces,
+    token: T,
+}
+
+/// Accesses in flight; `T` is the caller's note of what each is for.
+pub struct Ring<T> {
+    uring: IoUring,
+    ram: GuestRam,
+    /// By `user_data` of their entries.
+    slots: Vec<Option<Slot<T>>>,
+    free: Vec<usize>,
+    in_flight: usize,
+    depth: usize,
+}
+
+impl<T> std::fmt::Debug for Ring<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+impl<T> Ring<T> {
+    /// Room for `depth` accesses. Fails where the kernel has no io_uring or does not let us use it.
+    pub fn new(ram: GuestRam, depth: u16) -> io::Result<Self> {
+        // The completion queue has twice as many entries, so it never overflows.
+        let uring = IoUring::new(depth.into())?;
+        Ok(Self {
+            uring,
+            ram,
+            slots: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            depth: depth.into(),
+        })
+    }
+
+    /// Readable while there are completions to take.
+    pub fn descriptor(&self) -> RawFd {
+        self.uring.as_raw_fd()
+    }
+
+    /// Accesses that have not been taken back.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether another access can be taken on.
+    pub fn has_room(&self) -> bool {
+        self.in_flight < self.depth
+    }
+
+    /// Takes an access on, to be started by [`Ring::submit`]. Gives it back if there is no room for
+    /// it, or if the kernel would not take its pieces of RAM as they are.
+    pub fn push(&mut self, transfer: Transfer, token: T) -> Result<(), (Transfer, T)> {
+        let pieces = self.has_room().then(|| self.pieces_of(&transfer)).flatten();
+        let Some(pieces) = pieces else { return Err((transfer, token)) };
+        let slot = Some(Slot { transfer, pieces, token });
+        let index = match self.free.pop() {
+            Some(index) => index,
+            None => {
+                self.slots.push(None);
+                self.slots.len() - 1
+            }
+        };
+        if let Some(place) = self.slots.get_mut(index) {
+            *place = slot;
+        }
+        self.in_flight += 1;
+        self.enqueue(index);
+        Ok(())
+    }
+
+    /// The pieces as addresses, if the kernel takes them.
+    fn pieces_of(&self, transfer: &Transfer) -> Option<Pieces> {
+        let segments = match &transfer.operation {
+            Operation::Read(segments) | Operation::Write { data: segments, .. } => segments,
+            Operation::Flush => return Some(Pieces::default()),
+        };
+        if segments.is_empty() || segments.pieces().len() > MOST_PIECES {
+            return None;
+        }
+        let mut pieces = Vec::with_capacity(segments.pieces().len());
+        for Segment { address, len } in segments.pieces() {
+            // A piece that crosses from one region of RAM to the next is several in our memory.
+            for slice in self.ram.get_slices(address, len) {
+                let slice = slice.ok()?;
+                let start = slice.ptr_guard_mut().as_ptr();
+                let aligned = |number: usize| number.is_multiple_of(transfer.access.alignment);
+                if !aligned(start.addr()) || !aligned(slice.len()) {
+                    return None;
+                }
+                pieces.push(libc::iovec { iov_base: start.cast(), iov_len: slice.len() });
+            }
+        }
+        (pieces.len() <= MOST_PIECES).then_some(Pieces(pieces))
+    }
+
+    /// Queues what is left of a slot's transfer. There is an entry for each slot, so that there is
+    /// always room.
+    fn enqueue(&mut self, index: usize) {
+        let Some(Some(slot)) = self.slots.get(index) else { return };
+        let fd = Fd(slot.transfer.access.file.as_raw_fd());
+        let (pieces, offset) = (&slot.pieces.0, slot.transfer.offset_bytes);
+        let count = u32::try_from(pieces.len()).unwrap_or(0);
+        let entry: squeue::Entry = match &slot.transfer.operation {
+            Operation::Read(_) => {
+                opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).build()
+            }
+            Operation::Write { durable, .. } => {
+                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                let write = opcode::Writev::new(fd, pieces.as_ptr(), count).offset(offset);
+                write.rw_flags(flags).build()
+            }
+            Operation::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+        };
+        let entry = entry.user_data(index as u64);
+        // SAFETY: the addresses lie in `self.ram`, checked by `get_slices`; the list of them, the RAM
+        // and the open file stay with the slot until its completion has been seen. `Drop` waits for
+        // that, and leaks all three if it cannot.
+        let pushed = unsafe { self.uring.submission().push(&entry) };
+        debug_assert!(pushed.is_ok(), "an entry for each slot");
+    }
+
+    /// Starts all that has been pushed.
+    pub fn submit(&mut self) -> io::Result<()> {
+        while !self.uring.submission().is_empty() {
+            self.enter(0)?;
+        }
+        Ok(())
+    }
+
+    /// Starts all that has been pushed and waits for a completion.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.submit()?;
+        if self.in_flight > 0 && self.uring.completion().is_empty() {
+            self.enter(1)?;
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, wanted: usize) -> io::Result<()> {
+        match self.uring.submit_and_wait(wanted) {
+            Ok(_) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                // The kernel is short of memory for a moment.
+                std::thread::yield_now();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes back an access that has ended, and how. One that was cut short is continued: call
+    /// [`Ring::submit`] after the last.
+    pub fn next_completion(&mut self) -> Option<(T, Transfer, io::Result<()>)> {
+        loop {
+            let entry = self.uring.completion().next()?;
+            let Ok(index) = usize::try_from(entry.user_data()) else { continue };
+            let Some(mut slot) = self.slots.get_mut(index).and_then(Option::take) else { continue };
+            let progress = self.account(&mut slot.transfer, entry.result());
+            if let Progress::Continue = progress
+                && let Some(pieces) = self.pieces_of(&slot.transfer)
+            {
+                slot.pieces = pieces;
+                if let Some(place) = self.slots.get_mut(index) {
+                    *place = Some(slot);
+                }
+                self.enqueue(index);
+                continue;
+            }
+            self.free.push(index);
+            self.in_flight -= 1;
+            let result = match progress {
+                Progress::Done => Ok(()),
+                // Direct I/O that ended where it cannot go on.
+                Progress::Continue => Err(io::ErrorKind::UnexpectedEof.into()),
+                Progress::Failed(error) => Err(error),
+            };
+            return Some((slot.token, slot.transfer, result));
+        }
+    }
+
+    /// Marks what was written, and takes off the transfer what has been done.
+    fn account(&self, transfer: &mut Transfer, result: i32) -> Progress {
+        let done = match usize::try_from(result) {
+            Ok(done) => done,
+            Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::Continue,
+            Err(_) => {
+                // Some of it may have been written all the same.
+                self.mark_rest(transfer);
+                return Progress::Failed(io::Error::from_raw_os_error(-result));
+            }
+        };
+        let (segments, reading) = match &mut transfer.operation {
+            Operation::Flush => return Progress::Done,
+            Operation::Read(segments) => (segments, true),
+            Operation::Write { data, .. } => (data, false),
+        };
+        let mut left = done;
+        while let Some(piece) = segments.take_front(left) {
+            left -= piece.len;
+            if reading {
+                self.mark(piece);
+            }
+        }
+        transfer.offset_bytes += (done - left) as u64;
+        match (segments.is_empty(), done) {
+            (true, _) => Progress::Done,
+            (false, 0) => {
+                self.mark_rest(transfer);
+                Progress::Failed(io::ErrorKind::UnexpectedEof.into())
+            }
+            (false, _) => Progress::Continue,
+        }
+    }
+
+    fn mark_rest(&self, transfer: &Transfer) {
+        if let Operation::Read(segments) = &transfer.operation {
+            segments.pieces().for_each(|piece| self.mark(piece));
+        }
+    }
+
+    fn mark(&self, piece: Segment) {
+        for slice in self.ram.get_slices(piece.address, piece.len).flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+}
+
+enum Progress {
+    Done,
+    Continue,
+    Failed(io::Error),
+}
+
+impl<T> Drop for Ring<T> {
+    /// Waits until the kernel touches no RAM any more.
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            if let Err(error) = self.wait() {
+                log::error!("io_uring does not end {} accesses: {error}", self.in_flight);
+                std::mem::forget(self.ram.clone());
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            while self.next_completion().is_some() {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::{GuestAddress, PAGE_SIZE};
+    use std::fs::File;
+    use std::io::Write;
+    use std::sync::Arc;
+    use vm_memory::{Bytes, GuestMemoryRegion};
+
+    fn ram() -> GuestRam {
+        GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)])
+            .unwrap()
+    }
+
+    /// `None`, said aloud, where the kernel does not let us.
+    fn ring(depth: u16) -> Option<Ring<u64>> {
+        let ring = Ring::new(ram(), depth);
+        ring.inspect_err(|error| eprintln!("SKIPPED: no io_uring here: {error}")).ok()
+    }
+
+    fn image(len: usize) -> Arc<File> {
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..len).map(|at| u8::try_from(at / 512 % 251).unwrap()).collect();
+        file.write_all(&bytes).unwrap();
+        Arc::new(file)
+    }
+
+    fn segments(ram: &GuestRam, pieces: &[(u64, usize)]) -> Segments {
+        let mut segments = Segments::default();
+        for (address, len) in pieces {
+            assert!(segments.push(ram, GuestAddress(*address), *len));
+        }
+        segments
+    }
+
+    fn transfer(file: &Arc<File>, operation: Operation, offset_bytes: u64) -> Transfer {
+        Transfer { access: Access { file: file.clone(), alignment: 1 }, operation, offset_bytes }
+    }
+
+    fn finish(ring: &mut Ring<u64>) -> Vec<(u64, io::Result<()>)> {
+        let mut ended = Vec::new();
+        while ring.in_flight() > 0 {
+            ring.wait().unwrap();
+            while let Some((token, _, result)) = ring.next_completion() {
+                ended.push((token, result));
+            }
+        }
+        ended.sort_by_key(|(token, _)| *token);
+        ended
+    }
+
+    fn marked(ram: &GuestRam, address: u64) -> bool {
+        let region = ram.find_region(GuestAddress(address)).unwrap();
+        let offset = address - region.start_addr().0;
+        region.bitmap().dirty_at(usize::try_from(offset).unwrap())
+    }
+
+    #[test]
+    fn a_read_fills_pieces_of_ram_across_regions_and_marks_them_only() {
+        let (Some(mut ring), file) = (ring(4), image(64 << 10)) else { return };
+        let ram = ring.ram.clone();
+        let read = segments(&ram, &[(0x3000, 512), ((1 << 20) - 512, 1024), (0x5100, 512)]);
+        assert!(ring.push(transfer(&file, Operation::Read(read), 512), 7).is_ok());
+        assert!(matches!(finish(&mut ring)[..], [(7, Ok(()))]));
+        let sector = |address| ram.read_obj::<u8>(GuestAddress(address)).unwrap();
+        let starts = [0x3000, (1 << 20) - 512, 1 << 20, 0x5100];
+        assert_eq!(starts.map(sector), [1, 2, 3, 4]);
+        let pages = [0x2000, 0x3000, 0x4000, 0x5000, (1 << 20) - PAGE_SIZE, 1 << 20];
+        assert_eq!(pages.map(|page| marked(&ram, page)), [false, true, false, true, true, true]);
+    }
+
+    #[test]
+    fn many_writes_are_in_flight_and_mark_nothing() {
+        let (Some(mut ring), file) = (ring(16), image(64 << 10)) else { return };
+        let ram = ring.ram.clone();
+        for index in 0..16u64 {
+            let address = 0x1000 * (index + 1);
+            let fill = [u8::try_from(index).unwrap() + 100; 512];
+            ram.write_slice(&fill, GuestAddress(address)).unwrap();
+        }
+        ram.iter().for_each(|region| region.get_mmap().bitmap().reset());
+        for index in 0..16u64 {
+            let data = segments(&ram, &[(0x1000 * (index + 1), 512)]);
+            let write = Operation::Write { data, durable: index == 3 };
+            assert!(ring.push(transfer(&file, write, 1024 * index), index).is_ok());
+        }
+        assert!(!ring.has_room());
+        assert!(ring.push(transfer(&file, Operation::Flush, 0), 99).is_err(), "it is full");
+        assert!(finish(&mut ring).iter().all(|(_, result)| result.is_ok()));
+        assert!(ring.push(transfer(&file, Operation::Flush, 0), 16).is_ok());
+        assert!(matches!(finish(&mut ring)[..], [(16, Ok(()))]));
+        let mut back = vec![0; 64 << 10];
+        std::os::unix::fs::FileExt::read_exact_at(&*file, &mut back, 0).unwrap();
+        for index in 0..16 {
+            let fill = u8::try_from(index).unwrap() + 100;
+            assert!(back[1024 * index..][..512].iter().all(|byte| *byte == fill), "write {index}");
+        }
+        assert!((0..32).all(|page| !marked(&ram, page * PAGE_SIZE)));
+    }
+
+    #[test]
+    fn a_file_that_shrank_fails_the_read_after_its_end() {
+        let (Some(mut ring), file) = (ring(4), image(4096)) else { return };
+        let ram = ring.ram.clone();
+        let read = segments(&ram, &[(0x1000, 4096), (0x8000, 4096)]);
+        assert!(ring.push(transfer(&file, Operation::Read(read), 0), 1).is_ok());
+        let ended = finish(&mut ring);
+        let error = ended[0].1.as_ref().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert!(marked(&ram, 0x1000) && marked(&ram, 0x8000), "whatever may have been written");
+    }
+
+    #[test]
+    fn an_access_that_comes_in_parts_is_put_together() {
+        let Some(mut ring) = ring(4) else { return };
+        let ram = ring.ram.clone();
+        // A pipe gives what it has; what it has not is waited for.
+        let (reader, mut writer) = io::pipe().unwrap();
+        let file = Arc::new(File::from(std::os::fd::OwnedFd::from(reader)));
+        let read = segments(&ram, &[(0x1000, 100), (0x2000, 100)]);
+        writer.write_all(&[1; 150]).unwrap();
+        assert!(ring.push(transfer(&file, Operation::Read(read), 0), 1).is_ok());
+        ring.wait().unwrap();
+        assert!(ring.next_completion().is_none(), "not all has come");
+        ring.submit().unwrap();
+        assert_eq!(ring.in_flight(), 1);
+        writer.write_all(&[2; 50]).unwrap();
+        assert!(matches!(finish(&mut ring)[..], [(1, Ok(()))]));
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(0x2000 + 49)).unwrap(), 1);
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(0x2000 + 50)).unwrap(), 2);
+    }
+
+    #[test]
+    fn what_is_abandoned_in_flight_is_waited_for_and_marked() {
+        let Some(mut ring) = ring(4) else { return };
+        let ram = ring.ram.clone();
+        let (reader, mut writer) = io::pipe().unwrap();
+        let file = Arc::new(File::from(std::os::fd::OwnedFd::from(reader)));
+        let read = segments(&ram, &[(0x1000, 512)]);
+        assert!(ring.push(transfer(&file, Operation::Read(read), 0), 1).is_ok());
+        ring.submit().unwrap();
+        let (sender, dropped) = std::sync::mpsc::channel();
+        let dropping = std::thread::spawn(move || {
+            drop(ring);
+            sender.send(()).unwrap();
+        });
+        let early = dropped.recv_timeout(std::time::Duration::from_millis(50));
+        assert!(early.is_err(), "one is in flight");
+        writer.write_all(&[3; 512]).unwrap();
+        dropping.join().unwrap();
+        assert_eq!(ram.read_obj::<u8>(GuestAddress(0x1000)).unwrap(), 3);
+        assert!(marked(&ram, 0x1000));
+    }
+
+    #[test]
+    fn what_the_kernel_would_refuse_is_given_back() {
+        let (Some(mut ring), file) = (ring(4), image(64 << 10)) else { return };
+        let ram = ring.ram.clone();
+        let many = vec![(0x1000, 1); MOST_PIECES + 1];
+        for (pieces, alignment) in
+            [(&many[..], 1), (&[], 1), (&[(0x1001, 512)], 512), (&[(0x1000, 511)], 512)]
+        {
+            let operation = Operation::Read(segments(&ram, pieces));
+            let access = Access { file: file.clone(), alignment };
+            let given = Transfer { access, operation, offset_bytes: 0 };
+            let (back, token) = ring.push(given, 5).unwrap_err();
+            assert_eq!((back.operation, token), (Operation::Read(segments(&ram, pieces)), 5));
+        }
+        assert_eq!(ring.in_flight(), 0);
+    }
+}
