@@ -340,7 +340,8 @@ impl StatsSnapshot {
     /// `x-downtime-us`.
     pub fn to_json(&self) -> Value {
         if self.status == MigrationStatus::None {
-            return json!({});
+            let waiting = |address: &Value| json!({"socket-address": [address]});
+            return self.address.as_ref().map_or_else(|| json!({}), waiting);
         }
         let page = devices::ram::PAGE_SIZE;
         let bytes_per_sec = self.overall_bytes_per_sec();
@@ -461,6 +462,11 @@ impl Counters {
         self.lock().throttle_percent
     }
 
+    /// A destination waits for a source at `address`, which is said as QEMU's `SocketAddress`.
+    pub fn listening(&self, address: Value) {
+        self.update(|stats| stats.address = Some(address));
+    }
+
     /// A cancel was asked for.
     pub fn cancelling(&self) {
         use MigrationStatus::{Active, Device, Setup};
@@ -470,5 +476,60 @@ impl Counters {
                 stats.status = MigrationStatus::Cancelling;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_history_keeps_its_beginning_and_its_end() {
+        let mut history = History::default();
+        for number in 1..=1000 {
+            history.push(RoundRecord { number, ..Default::default() });
+        }
+        let numbers: Vec<_> = history.iter().map(|round| round.number).collect();
+        let expected: Vec<_> = (1..=16).chain(953..=1000).collect();
+        assert_eq!(numbers, expected);
+    }
+
+    #[test]
+    fn what_has_ended_keeps_its_figures_and_not_its_prospects() {
+        let counters = Counters::new();
+        assert_eq!(counters.snapshot().to_json(), json!({}));
+        let facts = NotConverging {
+            dirty_bytes_per_sec: 2,
+            bytes_per_sec: 1,
+            expected_downtime: Duration::from_millis(500),
+            downtime_limit: Duration::from_millis(300),
+            throttle_percent: 0,
+        };
+        counters.update(|stats| {
+            stats.status = MigrationStatus::Active;
+            stats.throttle_percent = 40;
+            stats.not_converging = Some(facts);
+            stats.expected_downtime = Some(facts.expected_downtime);
+            stats.history.push(RoundRecord { number: 1, ..Default::default() });
+            stats.setup_time = Some(Duration::from_millis(100));
+        });
+        let info = counters.snapshot().to_json();
+        assert_eq!(info["cpu-throttle-percentage"], 40);
+        assert_eq!(info["expected-downtime"], 500);
+        assert_eq!(info["x-not-converging"]["expected-downtime"], 500);
+        counters.update(|stats| {
+            stats.status = MigrationStatus::Completed;
+            stats.throttle_percent = 0;
+            stats.transferred_bytes = 125_000_000;
+            stats.total_time = Some(Duration::from_millis(1100));
+            stats.downtime_parts = Some(DowntimeParts::default());
+        });
+        let info = counters.snapshot().to_json();
+        for gone in ["cpu-throttle-percentage", "expected-downtime", "x-not-converging"] {
+            assert!(info.get(gone).is_none(), "{gone}: {info}");
+        }
+        assert_eq!(info["ram"]["mbps"], 1000.0);
+        assert_eq!(info["x-rounds"][0]["round"], 1);
+        assert_eq!(info["x-downtime-parts"]["pause"], 0);
     }
 }

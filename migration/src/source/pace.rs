@@ -5,7 +5,7 @@ use crate::cancel::CancelToken;
 use crate::pace::cap::Sent;
 use crate::pace::{Cap, Speed, Stretch};
 use crate::params::SharedParams;
-use crate::policy::{self, Dirtying, Look, Outlook};
+use crate::policy::{self, Dirtying, Look, Outlook, Round};
 use crate::ram::dirty::PageBitmap;
 use crate::ram::watch::{Counts, Watch};
 use devices::ram::PAGE_SIZE;
@@ -27,6 +27,8 @@ pub(super) struct Pace {
     /// Whether there is an end in sight.
     pub(super) outlook: Outlook,
     first_round: bool,
+    /// In this round the guest was slowed down.
+    rate_changed: bool,
     round_bytes: u64,
     /// When the stretch at hand began, and what had been sent then: bytes and pages.
     stretch: (Duration, Sent, u64),
@@ -52,6 +54,7 @@ impl Pace {
             counts: Counts::default(),
             outlook: Outlook::default(),
             first_round: true,
+            rate_changed: false,
             round_bytes: 0,
             stretch: (Duration::ZERO, Sent::default(), 0),
             last_look: Duration::ZERO,
@@ -94,6 +97,7 @@ impl Pace {
     pub(super) fn begin_round(&mut self, pending: &PageBitmap, first: bool) {
         self.watch.begin(pending);
         self.counts = Counts::default();
+        self.rate_changed = false;
         (self.first_round, self.round_bytes) = (first, pending.count() * PAGE_SIZE);
         let now = self.cap.now();
         self.last_look = now;
@@ -165,17 +169,26 @@ impl Pace {
 
     /// Bytes per second that the guest would dirty if all were clean, if that is known.
     pub(super) fn dirtied_per_sec(&self) -> Option<u64> {
-        self.dirtying.bytes_per_sec()
+        self.dirtying.steady_bytes_per_sec()
+    }
+
+    /// How fast the guest has proved to write in `round`, which is over, in bytes of RAM per second.
+    pub(super) fn proved_by(&self, round: Round) -> u64 {
+        let part = u128::from(round.dirtied_bytes) * u128::from(self.guest_bytes_per_sec());
+        let part = part / u128::from(round.sent_bytes.max(1));
+        let seen = u64::try_from(part).unwrap_or(u64::MAX);
+        match self.dirtied_per_sec() {
+            // What it has dirtied before it was slowed down proves nothing any more.
+            Some(dirtied) => dirtied.min(seen),
+            None if self.rate_changed => 0,
+            None => seen,
+        }
     }
 
     /// The guest writes faster or slower from now on.
     pub(super) fn rate_has_changed(&mut self) {
+        self.rate_changed = true;
         self.dirtying.forget_rate();
-    }
-
-    /// Whether this is the first round, in which every page is sent whether it is in use or not.
-    pub(super) fn is_first_round(&self) -> bool {
-        self.first_round
     }
 
     /// Whether what becomes dirty in this round tells what is to be done about the guest.

@@ -4,7 +4,7 @@
 
 use super::pace::Pace;
 use super::{Link, MigrationEvent, Source, SourceError};
-use crate::policy::{self, Decision, Round};
+use crate::policy::{self, Decision, Outlook, Round};
 use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
 use crate::transport::channels::payload_of;
@@ -131,7 +131,7 @@ impl Source<'_> {
         if pace.round_matters() && self.slow_down(dirtied, sent, pace) {
             return;
         }
-        if self.cannot_slow_down() && pace.outlook.look(dirtied, sent) && expected > pace.limit() {
+        if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
             self.say_not_converging(dirtied, expected, pace);
         }
     }
@@ -141,19 +141,12 @@ impl Source<'_> {
         let expected = pace.expected_downtime(round.dirtied_bytes);
         let fits = expected <= pace.limit();
         let sent = pace.guest_bytes_per_sec();
-        let dirtied = pace.dirtied_per_sec().unwrap_or(0);
-        let slowed = !fits && {
-            // What the round itself has shown, as a rate.
-            let part = u128::from(round.dirtied_bytes) * u128::from(sent);
-            let seen = part / u128::from(round.sent_bytes.max(1));
-            let seen = u64::try_from(seen).unwrap_or(u64::MAX);
-            let dirtied = if pace.is_first_round() { seen } else { seen.max(dirtied) };
-            self.slow_down(dirtied, sent, pace)
-        };
-        if !slowed && pace.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {
-            if self.cannot_slow_down() {
-                self.say_not_converging(dirtied, expected, pace);
-            }
+        let dirtied = pace.proved_by(round);
+        let slowed = !fits && self.slow_down(dirtied, sent, pace);
+        if slowed || !self.cannot_slow_down() {
+            pace.outlook = Outlook::default();
+        } else if pace.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {
+            self.say_not_converging(dirtied, expected, pace);
         }
         if !pace.outlook.is_hopeless() {
             self.counters.update(|stats| stats.not_converging = None);
@@ -187,7 +180,7 @@ impl Source<'_> {
 
     fn say_not_converging(&mut self, dirtied: u64, expected: Duration, pace: &Pace) {
         let facts = NotConverging {
-            dirty_bytes_per_sec: dirtied,
+            dirty_bytes_per_sec: pace.dirtied_per_sec().map_or(dirtied, |rate| rate.max(dirtied)),
             bytes_per_sec: pace.guest_bytes_per_sec(),
             expected_downtime: expected,
             downtime_limit: self.params.get().downtime_limit,

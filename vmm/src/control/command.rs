@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 22] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -27,6 +27,8 @@ pub const NAMES: [&str; 20] = [
     "query-migrate-parameters",
     "migrate-set-capabilities",
     "query-migrate-capabilities",
+    "calc-dirty-rate",
+    "query-dirty-rate",
 ];
 
 /// A request that was understood.
@@ -78,6 +80,13 @@ pub enum Command {
     SetCapabilities(Vec<(String, bool)>),
     /// `query-migrate-capabilities`
     QueryCapabilities,
+    /// `calc-dirty-rate`: how long to measure.
+    CalcDirtyRate(Duration),
+    /// `query-dirty-rate`
+    QueryDirtyRate {
+        /// Times in milliseconds instead of seconds.
+        in_millis: bool,
+    },
 }
 
 /// Parameters to change; the others stay.
@@ -239,6 +248,8 @@ impl Command {
                 Self::SetCapabilities(list.iter().map(capability).collect::<Result<_, _>>()?)
             }
             "query-migrate-capabilities" => Self::QueryCapabilities,
+            "calc-dirty-rate" => Self::CalcDirtyRate(calc_time(&mut arguments)?),
+            "query-dirty-rate" => Self::QueryDirtyRate { in_millis: in_millis(&mut arguments)? },
             other => {
                 let desc = format!("The command {other} has not been found");
                 return Err(QmpError::not_found(desc));
@@ -247,6 +258,43 @@ impl Command {
         arguments.none_left()?;
         Ok(command)
     }
+}
+
+/// Whether `calc-time-unit` says so.
+fn in_millis(arguments: &mut Arguments) -> Result<bool, QmpError> {
+    match arguments.text("calc-time-unit")?.as_deref() {
+        None | Some("second") => Ok(false),
+        Some("millisecond") => Ok(true),
+        Some(_) => {
+            Err(QmpError::generic("Parameter 'calc-time-unit' expects 'second' or 'millisecond'"))
+        }
+    }
+}
+
+/// How long `calc-dirty-rate` is to measure.
+fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
+    const RANGE: std::ops::RangeInclusive<Duration> =
+        Duration::from_millis(50)..=Duration::from_secs(60);
+    let time = arguments.number("calc-time")?.ok_or_else(|| missing("calc-time"))?;
+    let time = match in_millis(arguments)? {
+        true => Duration::from_millis(time),
+        false => Duration::from_secs(time),
+    };
+    // Taken and without effect: the log knows every page, none has to be sampled.
+    arguments.number("sample-pages")?;
+    if let Some(mode) = arguments.text("mode")?
+        && mode != "dirty-bitmap"
+    {
+        return Err(QmpError::generic(format!(
+            "Mode {mode:?} is not supported: the dirty rate is measured with 'dirty-bitmap'"
+        )));
+    }
+    if !RANGE.contains(&time) {
+        return Err(QmpError::generic(
+            "Parameter 'calc-time' expects a time in the range of 50 milliseconds to 60 seconds",
+        ));
+    }
+    Ok(time)
 }
 
 fn capability(value: &Value) -> Result<(String, bool), QmpError> {
@@ -288,6 +336,22 @@ mod tests {
             if let Err(error) = parse(name, json!({})) {
                 assert!(error.desc.ends_with("is missing"), "{name}: {error:?}");
             }
+        }
+    }
+
+    #[test]
+    fn the_time_of_a_measurement_is_checked() {
+        let parsed = parse("calc-dirty-rate", json!({"calc-time": 1}));
+        assert_eq!(parsed.unwrap(), Command::CalcDirtyRate(Duration::from_secs(1)));
+        for arguments in [
+            json!({"calc-time": 0}),
+            json!({"calc-time": 61}),
+            json!({"calc-time": 49, "calc-time-unit": "millisecond"}),
+            json!({"calc-time": 1, "calc-time-unit": "hour"}),
+            json!({"calc-time": 1, "mode": "page-sampling"}),
+            json!({"calc-time": u64::MAX}),
+        ] {
+            assert!(parse("calc-dirty-rate", arguments.clone()).is_err(), "{arguments}");
         }
     }
 

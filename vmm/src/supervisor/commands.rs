@@ -80,12 +80,26 @@ impl Supervisor {
                 self.jobs.params.set(params);
                 Ok(empty())
             }
+            Command::CalcDirtyRate(calc_time) => self.calc_dirty_rate(calc_time),
+            Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
             Command::QueryCapabilities => Ok(json!([
                 {"capability": "events", "state": self.jobs.events_wanted},
                 {"capability": "return-path", "state": true},
                 {"capability": "auto-converge", "state": self.jobs.params.get().auto_converge},
             ])),
         }
+    }
+
+    fn calc_dirty_rate(&mut self, calc_time: std::time::Duration) -> Result<Value, QmpError> {
+        self.no_migration("measure the dirty rate")?;
+        if self.dirty_rate.is_measuring() {
+            return Err(QmpError::generic("The dirty rate is being measured already"));
+        }
+        let Some(machine) = &self.machine else {
+            return Err(QmpError::generic("There is no machine"));
+        };
+        let started = self.dirty_rate.start(machine.vm().clone(), calc_time);
+        started.map(|()| empty()).map_err(|error| failed(&error))
     }
 
     fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
@@ -195,6 +209,8 @@ impl Supervisor {
         let Some(machine) = &self.machine else {
             return Err(QmpError::generic("There is no machine"));
         };
+        // It needs the dirty log for itself.
+        self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
             ram: vm.ram().clone(),
