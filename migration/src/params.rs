@@ -14,7 +14,9 @@ pub struct Params {
     pub max_bandwidth: u64,
     /// Longest pause to aim for. QEMU's `downtime-limit`.
     pub downtime_limit: Duration,
-    /// Data channels, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
+    /// Several data channels. QEMU's capability `multifd`; on unless somebody turns it off.
+    pub multifd: bool,
+    /// How many, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
     pub multifd_channels: u16,
     /// Send what has changed of a page, if the destination has an older version. QEMU's capability
     /// `xbzrle`.
@@ -67,6 +69,7 @@ impl Default for Params {
         Self {
             max_bandwidth: 0,
             downtime_limit: Duration::from_millis(300),
+            multifd: true,
             multifd_channels: default_channels(),
             xbzrle: false,
             xbzrle_cache_size: 64 << 20,
@@ -151,6 +154,11 @@ fn in_range(name: &'static str, value: u8, range: RangeInclusive<u8>) -> Result<
 }
 
 impl Params {
+    /// Data channels to open.
+    pub fn channels(&self) -> u16 {
+        if self.multifd { self.multifd_channels } else { 1 }
+    }
+
     /// The compressor to use, if any.
     pub fn method(&self) -> Option<Method> {
         match self.compression {

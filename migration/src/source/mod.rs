@@ -96,7 +96,7 @@ impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(mut self, address: &Address, ram: SourceRam) -> SourceOutcome {
         let cancel = self.cancel.clone();
-        let channels = self.params.get().multifd_channels;
+        let channels = self.params.get().channels();
         let result =
             self.run(ram, channels, &mut || match SocketTransport::connect(address, &cancel) {
                 Ok(transport) => Ok(Arc::new(transport)),
@@ -240,7 +240,9 @@ impl Source<'_> {
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let params = self.params.get();
         self.counters.update(|stats| {
+            stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());
