@@ -1,7 +1,7 @@
 //! How a migration ends at the source, and why.
 
 use crate::guest::GuestError;
-use crate::ram::compress::MethodError;
+use crate::ram::encode::WantError;
 use crate::wire::WireError;
 use std::io;
 
@@ -26,9 +26,9 @@ pub enum SourceError {
     /// Guest RAM cannot be read.
     #[error("guest RAM: {0}")]
     Ram(String),
-    /// Pages cannot be compressed as wanted.
+    /// Pages cannot be made smaller as wanted.
     #[error(transparent)]
-    Compression(MethodError),
+    Encoding(WantError),
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,
