@@ -2,14 +2,14 @@
 //! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed.
 
 use super::handover::{Handover, hand_over};
-use super::precopy::Pace;
+use super::pace::Pace;
 use super::{Link, MigrationEvent, Source, SourceError, chain, encode, settle};
 use crate::guest::PausedGuest;
 use crate::ram::outgoing::RamOutgoing;
-use crate::stats::{Counters, MigrationStatus};
+use crate::stats::{Counters, DowntimeParts, MigrationStatus};
 use crate::transport::channels::payload_of;
 use crate::wire::Kind;
-use crate::wire::section::{Eof, Section, Stage};
+use crate::wire::section::{Eof, RamTotals, Section, Stage};
 use std::time::{Duration, Instant};
 
 /// How long a destination may take to load the rest, besides the time that the rest may travel.
@@ -33,15 +33,17 @@ impl Source<'_> {
         pace: &mut Pace,
     ) -> Result<Stop, SourceError> {
         let Self { guest, counters, params, cancel, events, .. } = self;
-        let stopped_at = Instant::now();
-        let before = counters.snapshot().transferred_bytes;
+        let mut watch = StopWatch::start();
+        let mut parts = DowntimeParts::default();
+        let before = counters.figures().transferred_bytes;
         let mut paused = match PausedGuest::pause(&mut **guest) {
             Ok(paused) => paused,
             Err(error) => return Err(settle(link, SourceError::Guest(error))),
         };
+        parts.pause = watch.lap();
         // For certain now, and before anything of the last step has been sent.
         match ram.harvest() {
-            Ok(()) if pace.keeps_limit(stopped_at.elapsed(), ram.pending_bytes()) => {}
+            Ok(()) if pace.keeps_limit(watch.total(), ram.pending_bytes()) => {}
             Ok(()) => {
                 log::info!("{} bytes are left, too much: the guest runs on", ram.pending_bytes());
                 counters.update(|stats| stats.called_off += 1);
@@ -56,9 +58,16 @@ impl Source<'_> {
             stats.status = MigrationStatus::Device;
             stats.precopy_bytes = before;
         });
+        parts.final_harvest = watch.lap();
         events(MigrationEvent::Status(MigrationStatus::Device));
         let patience = READY_PATIENCE + params.get().downtime_limit * 2;
-        let ready = send_stopped(link, ram, pace, &mut paused, counters, &mut **events)
+        let sent = send_stopped(
+            &mut LastStep { link, counters, watch: &mut watch, parts: &mut parts },
+            ram,
+            &mut paused,
+            &mut **events,
+        );
+        let ready = sent
             .and_then(|()| {
                 let frame = link.main.receive_within("the destination's readiness", patience)?;
                 Ok(payload_of(frame, Kind::Ready, "the destination's readiness")?)
@@ -68,40 +77,80 @@ impl Source<'_> {
         if let Err(error) = ready {
             return Err(give_up(link, paused, error));
         }
+        parts.ready = watch.lap();
         let handover = hand_over(paused, &link.main);
-        let downtime = stopped_at.elapsed();
+        if let Handover::Completed { started_in } = handover {
+            let whole = watch.lap();
+            // The other side's own word: it cannot have taken longer than the whole.
+            parts.resume = started_in.unwrap_or_default().min(whole);
+            parts.handover = whole - parts.resume;
+        }
         counters.update(|stats| {
-            stats.downtime = Some(downtime);
+            stats.downtime = Some(watch.total());
+            stats.downtime_parts = Some(parts);
             stats.downtime_bytes = stats.transferred_bytes - before;
         });
         Ok(Stop::HandedOver(handover))
     }
 }
 
+/// Tells what the time with the guest stopped is spent on.
+struct StopWatch {
+    started: Instant,
+    lap: Instant,
+}
+
+impl StopWatch {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { started: now, lap: now }
+    }
+
+    /// Since the last lap.
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.lap, now)
+    }
+
+    fn total(&self) -> Duration {
+        self.started.elapsed()
+    }
+}
+
+/// What sending the rest needs besides the guest and its RAM.
+struct LastStep<'s> {
+    link: &'s Link,
+    counters: &'s Counters,
+    watch: &'s mut StopWatch,
+    parts: &'s mut DowntimeParts,
+}
+
 fn send_stopped(
-    link: &Link,
+    step: &mut LastStep<'_>,
     ram: &mut RamOutgoing,
-    pace: &mut Pace,
     paused: &mut PausedGuest<'_>,
-    counters: &Counters,
     events: &mut dyn FnMut(MigrationEvent),
 ) -> Result<(), SourceError> {
+    let LastStep { link, counters, watch, parts } = step;
     let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
     link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
+    parts.device_state = watch.lap();
     ram.harvest()?;
-    let (number, pending) = (counters.snapshot().rounds + 1, ram.pending_bytes());
+    parts.final_harvest += watch.lap();
+    let (number, pending) = (counters.rounds() + 1, ram.pending_bytes());
     counters.update(|stats| {
         (stats.rounds, stats.remaining_bytes) = (number, pending);
         stats.transferred_bytes += records.len() as u64;
     });
     events(MigrationEvent::Pass(number));
-    pace.begin_round();
-    ram.complete(&link.data, pace)?;
+    let tallies = ram.complete()?;
     paused.release_disks().map_err(SourceError::Guest)?;
-    let (frames, totals) = ram.totals();
-    let eof = Eof { running: paused.was_running(), frames: vec![frames] };
+    let totals: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
+    let frames = tallies.iter().map(|tally| tally.frames).collect();
+    let eof = Eof { running: paused.was_running(), frames };
     let end = Section::encode(Stage::End, "ram", &totals.encode());
     link.main.send_all(&[(Kind::Section, &end), (Kind::Eof, &eof.encode())])?;
+    parts.final_send = watch.lap();
     Ok(())
 }
 
