@@ -149,6 +149,76 @@ impl NotConverging {
     }
 }
 
+/// Pages that XBZRLE was tried on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct XbzrleStats {
+    /// Size of the caches, in bytes; 0 if XBZRLE is off.
+    pub cache_size: u64,
+    /// Pages sent as deltas.
+    pub pages: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Pages of which no older version was known.
+    pub misses: u64,
+    /// Pages whose delta would have been longer than they are.
+    pub overflows: u64,
+    /// Pages that the guest has written without changing them; nothing was sent.
+    pub unchanged: u64,
+}
+
+impl XbzrleStats {
+    /// Adds what was done since; the size of the caches stays.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.pages += more.pages;
+        self.bytes += more.bytes;
+        self.misses += more.misses;
+        self.overflows += more.overflows;
+        self.unchanged += more.unchanged;
+    }
+
+    /// As QEMU's `xbzrle-cache`.
+    fn to_json(self) -> Value {
+        let tried = self.pages + self.misses + self.overflows + self.unchanged;
+        let page = devices::ram::PAGE_SIZE as f64;
+        json!({
+            "cache-size": self.cache_size,
+            "bytes": self.bytes,
+            "pages": self.pages,
+            "cache-miss": self.misses,
+            "cache-miss-rate": self.misses as f64 / tried.max(1) as f64,
+            "encoding-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
+            "overflow": self.overflows,
+        })
+    }
+}
+
+/// Raw pages that were compressed; they count as normal ones as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CompressionStats {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of those, compressed.
+    pub bytes: u64,
+}
+
+impl CompressionStats {
+    /// Adds what was done since.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.pages += more.pages;
+        self.bytes += more.bytes;
+    }
+
+    /// As QEMU's `compression`, as far as it applies.
+    fn to_json(self) -> Value {
+        let page = devices::ram::PAGE_SIZE as f64;
+        json!({
+            "pages": self.pages,
+            "compressed-size": self.bytes,
+            "compression-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
+        })
+    }
+}
+
 /// A copy of all counters.
 #[derive(Debug, Clone, Default)]
 pub struct StatsSnapshot {
@@ -164,6 +234,10 @@ pub struct StatsSnapshot {
     pub zero_pages: u64,
     /// Pages sent as they are.
     pub normal_pages: u64,
+    /// What XBZRLE did.
+    pub xbzrle: XbzrleStats,
+    /// What compression did.
+    pub compression: CompressionStats,
     /// Rounds begun.
     pub rounds: u64,
     /// Pages that the guest dirties per second.
@@ -247,9 +321,9 @@ impl DowntimeParts {
 }
 
 impl StatsSnapshot {
-    /// Pages of either kind that were sent.
+    /// Pages of any kind that were sent, or found to be unchanged.
     pub fn pages_sent(&self) -> u64 {
-        self.zero_pages + self.normal_pages
+        self.zero_pages + self.normal_pages + self.xbzrle.pages + self.xbzrle.unchanged
     }
 
     /// Bytes per second: while it runs as last measured, afterwards over all that followed the setup.
@@ -278,7 +352,7 @@ impl StatsSnapshot {
                 "remaining": self.remaining_bytes,
                 "total": self.total_bytes,
                 "duplicate": self.zero_pages,
-                "skipped": 0,
+                "skipped": self.xbzrle.unchanged,
                 "normal": self.normal_pages,
                 "normal-bytes": self.normal_pages * page,
                 "dirty-pages-rate": self.dirty_pages_rate,
@@ -303,6 +377,12 @@ impl StatsSnapshot {
         if let Some(downtime) = self.downtime {
             put("downtime", millis(downtime).into());
             put("x-downtime-us", micros(downtime).into());
+        }
+        if self.xbzrle.cache_size > 0 {
+            put("xbzrle-cache", self.xbzrle.to_json());
+        }
+        if self.compression.pages > 0 {
+            put("compression", self.compression.to_json());
         }
         if let Some(parts) = self.downtime_parts {
             put("x-downtime-parts", parts.to_json());

@@ -1,10 +1,11 @@
 //! The command line.
 
 use crate::config::{
-    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_duration,
-    parse_rate,
+    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
+    parse_duration, parse_rate,
 };
 use clap::{Args, Parser, Subcommand};
+use migration::params::Compression;
 use migration::transport::Address;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -121,6 +122,18 @@ pub struct MigrateArgs {
     /// Cap in bytes per second, e.g. 1G; 0 for none
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub max_bandwidth: Option<u64>,
+    /// Data connections, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub channels: Option<u16>,
+    /// Send what has changed of a page instead of the page
+    #[arg(long)]
+    pub xbzrle: bool,
+    /// Memory for that, e.g. 256M
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub xbzrle_cache_size: Option<u64>,
+    /// Compress memory: none, zlib[:0-9] or zstd[:0-20]
+    #[arg(long, value_name = "METHOD[:LEVEL]", value_parser = parse_compression)]
+    pub compress: Option<(Compression, Option<u8>)>,
     /// Slow the guest down if it writes faster than it can be sent
     #[arg(long)]
     pub auto_converge: bool,

@@ -1,7 +1,7 @@
 //! From the machine description to the last page: an explicit order of frames, any other refused by
 //! name.
 
-use super::receiver::Receiver;
+use super::receiver::Receivers;
 use super::{Destination, DestinationError};
 use crate::guest::MachineDescription;
 use crate::ram::incoming::RamIncoming;
@@ -18,7 +18,7 @@ impl Destination<'_> {
     pub(super) fn load(
         &mut self,
         main: &Arc<Main>,
-        data: Channel,
+        data: Vec<Channel>,
     ) -> Result<bool, DestinationError> {
         let frame = main.receive()?;
         let machine = payload_of(frame, Kind::Machine, "the machine description")?;
@@ -29,17 +29,19 @@ impl Destination<'_> {
         main.send(Kind::Accepted, &[])?;
         let frame = main.receive()?;
         let setup = RamSetup::decode(section(&frame, "ram", Stage::Setup, "the setup of RAM")?)?;
-        if setup.data_channels != 1 {
-            let reason = format!("{} data channels", setup.data_channels);
+        if usize::from(setup.data_channels) != data.len() {
+            let reason = format!("{} data channels, {} exist", setup.data_channels, data.len());
             return Err(WireError::Malformed { what: "RAM setup", reason }.into());
         }
-        let ram = RamIncoming::start(ram, setup, self.counters.clone())?;
-        let receiver = Receiver::start(ram, data, main.clone())?;
+        let channels = data
+            .into_iter()
+            .map(|data| Ok((RamIncoming::start(ram.clone(), setup, self.counters.clone())?, data)));
+        let receivers = Receivers::start(channels.collect::<Result<_, WireError>>()?, main)?;
         self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
         self.status(MigrationStatus::Active);
-        self.load_rest(main, &receiver).map_err(|error| match error {
+        self.load_rest(main, &receivers).map_err(|error| match error {
             // Woken because the pages have failed.
-            DestinationError::Wire(WireError::Interrupted) => match receiver.take_error() {
+            DestinationError::Wire(WireError::Interrupted) => match receivers.take_error() {
                 Some(lost @ WireError::Lost(_)) => why_lost(main, lost).into(),
                 other => other.map_or(error, DestinationError::Wire),
             },
@@ -48,7 +50,7 @@ impl Destination<'_> {
     }
 
     /// Everything on the main connection while pages come on the other.
-    fn load_rest(&mut self, main: &Main, receiver: &Receiver) -> Result<bool, DestinationError> {
+    fn load_rest(&mut self, main: &Main, receivers: &Receivers) -> Result<bool, DestinationError> {
         let frame = main.receive()?;
         let body = section(&frame, "device", Stage::Full, "the state of the devices")?;
         let records: Vec<DeviceRecord> = from_json("device state", body)?;
@@ -58,10 +60,12 @@ impl Destination<'_> {
         let theirs = RamTotals::decode(section(&frame, "ram", Stage::End, "the end of RAM")?)?;
         let frame = main.receive()?;
         let eof = Eof::decode(&payload_of(frame, Kind::Eof, "the end of the stream")?)?;
-        let (frames, ours) = receiver.finish()?;
-        if (&[frames][..], ours) != (&eof.frames[..], theirs) {
+        let tallies = receivers.finish()?;
+        let frames: Vec<_> = tallies.iter().map(|tally| tally.frames).collect();
+        let ours: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
+        if (&frames, ours) != (&eof.frames, theirs) {
             let reason = format!(
-                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames} have arrived",
+                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames:?} have arrived",
                 eof.frames
             );
             return Err(WireError::Malformed { what: "end of the stream", reason }.into());

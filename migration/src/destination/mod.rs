@@ -1,5 +1,5 @@
 //! The destination: accept, build, load, say `Ready`, run on `Go` and never without it. Called by the
-//! VMM on the `mig-in` thread; page frames are received on `mig-recv-0`.
+//! VMM on the `mig-in` thread; page frames are received on threads `mig-recv-N`.
 //!
 //! ```text
 //! mod        greet                     who is not Ferry is dropped, and the wait goes on
@@ -63,7 +63,7 @@ pub struct Destination<'a> {
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-type OpenData<'d> = &'d mut dyn FnMut(MigrationId) -> Result<Arc<dyn Transport>, WireError>;
+type OpenData<'d> = &'d mut dyn FnMut(MigrationId, u16) -> Result<Arc<dyn Transport>, WireError>;
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. A connection that does not speak our protocol is
@@ -77,8 +77,8 @@ impl Destination<'_> {
             error => error.into(),
         });
         let (main, hello) = greeted?;
-        self.arrive(Arc::new(main), &hello, &mut |id| {
-            Ok(Arc::new(reception.data(id, 0, GREETING_PATIENCE)?))
+        self.arrive(Arc::new(main), &hello, &mut |id, index| {
+            Ok(Arc::new(reception.data(id, index, GREETING_PATIENCE)?))
         })
     }
 
@@ -86,7 +86,7 @@ impl Destination<'_> {
     pub fn receive_over(
         mut self,
         main: Arc<dyn Transport>,
-        data: Arc<dyn Transport>,
+        data: Vec<Arc<dyn Transport>>,
     ) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
         let greeting = Channel::new(main.clone(), cancel.clone());
@@ -97,10 +97,12 @@ impl Destination<'_> {
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
-        self.arrive(main, &hello, &mut |id| {
+        self.arrive(main, &hello, &mut |id, index| {
+            let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
+            let data = data.get(usize::from(index)).ok_or_else(missing)?;
             let channel = Channel::new(data.clone(), cancel.clone());
             let hello = receive_hello(&channel, GREETING_PATIENCE)?;
-            if (hello.id, hello.role) != (id, Role::Data { index: 0 }) {
+            if (hello.id, hello.role) != (id, Role::Data { index }) {
                 let reason = "no such migration or channel".to_owned();
                 return Err(WireError::Malformed { what: "hello", reason });
             }
@@ -146,11 +148,16 @@ impl Destination<'_> {
         open_data: OpenData<'_>,
     ) -> Result<(), DestinationError> {
         let loaded = (|| {
+            let malformed = |reason| WireError::Malformed { what: "hello", reason };
+            hello.check_channels().map_err(malformed)?;
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
-            let data = open_data(hello.id)?;
-            let data = Channel::new(data, self.cancel.clone());
-            send_hello(&data, &Hello { role: Role::Data { index: 0 }, ..answer })?;
+            let mut data = Vec::new();
+            for index in 0..hello.data_channels {
+                let channel = Channel::new(open_data(hello.id, index)?, self.cancel.clone());
+                send_hello(&channel, &Hello { role: Role::Data { index }, ..answer.clone() })?;
+                data.push(channel);
+            }
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
             let running = self.load(main, data)?;
             Ok((running, pulse))

@@ -1,6 +1,7 @@
 //! How a migration ends at the source, and why.
 
 use crate::guest::GuestError;
+use crate::ram::compress::MethodError;
 use crate::wire::WireError;
 use std::io;
 
@@ -25,6 +26,9 @@ pub enum SourceError {
     /// Guest RAM cannot be read.
     #[error("guest RAM: {0}")]
     Ram(String),
+    /// Pages cannot be compressed as wanted.
+    #[error(transparent)]
+    Compression(MethodError),
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,

@@ -21,7 +21,9 @@ use crate::cancel::{CancelToken, Registration};
 use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
+use crate::ram::lanes::Lanes;
 use crate::ram::outgoing::RamOutgoing;
+use crate::ram::shard::{Common, Shard};
 use crate::stats::{Counters, MigrationStatus, NotConverging};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
 use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
@@ -46,8 +48,6 @@ pub enum MigrationEvent {
 
 /// How long a destination may take to answer a greeting.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
-/// Data channels of a migration.
-const DATA_CHANNELS: u16 = 1;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
@@ -68,18 +68,24 @@ pub struct Source<'a> {
 /// The connections of one migration. Dropping it ends them.
 struct Link {
     main: Arc<Main>,
-    data: Channel,
+    data: Vec<Arc<Channel>>,
     /// Of a journey there and back.
     round_trip: Duration,
     /// A cancel wakes who writes pages; the main connection stays usable, to say why.
-    _wake: Registration,
+    _wake: Vec<Registration>,
     /// After the others: its thread ends once they are shut down.
     _pulse: Pulse,
 }
 
+impl Link {
+    fn end_data(&self) {
+        self.data.iter().for_each(|data| data.transport().shutdown());
+    }
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
-        self.data.transport().shutdown();
+        self.end_data();
         self.main.channel().transport().shutdown();
     }
 }
@@ -90,23 +96,26 @@ impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(mut self, address: &Address, ram: SourceRam) -> SourceOutcome {
         let cancel = self.cancel.clone();
-        let result = self.run(ram, &mut || match SocketTransport::connect(address, &cancel) {
-            Ok(transport) => Ok(Arc::new(transport)),
-            Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
-            Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
-        });
+        let channels = self.params.get().channels();
+        let result =
+            self.run(ram, channels, &mut || match SocketTransport::connect(address, &cancel) {
+                Ok(transport) => Ok(Arc::new(transport)),
+                Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
+                Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
+            });
         self.finish(result)
     }
 
-    /// Moves the guest over connections that exist already.
+    /// Moves the guest over connections that exist already; there are as many data channels as `data`.
     pub fn migrate_over(
         mut self,
         main: Arc<dyn Transport>,
-        data: Arc<dyn Transport>,
+        data: Vec<Arc<dyn Transport>>,
         ram: SourceRam,
     ) -> SourceOutcome {
-        let mut transports = [main, data].into_iter();
-        let result = self.run(ram, &mut || {
+        let channels = u16::try_from(data.len()).unwrap_or(u16::MAX);
+        let mut transports = std::iter::once(main).chain(data);
+        let result = self.run(ram, channels, &mut || {
             let lost = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
             transports.next().ok_or_else(|| lost().into())
         });
@@ -118,10 +127,15 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Status(status));
     }
 
-    fn run(&mut self, ram: SourceRam, connect: Connect<'_>) -> Result<Handover, SourceError> {
+    fn run(
+        &mut self,
+        ram: SourceRam,
+        channels: u16,
+        connect: Connect<'_>,
+    ) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let link = self.connect(connect)?;
+        let link = self.connect(channels, connect)?;
         let (mut ram, mut pace) = self.set_up(&link, ram).map_err(|error| settle(&link, error))?;
         let handover = loop {
             self.precopy(&link, &mut ram, &mut pace).map_err(|error| settle(&link, error))?;
@@ -183,18 +197,22 @@ impl Source<'_> {
     }
 
     /// The main connection first: the destination then knows the migration that the others belong to.
-    fn connect(&mut self, connect: Connect<'_>) -> Result<Link, SourceError> {
+    fn connect(&mut self, channels: u16, connect: Connect<'_>) -> Result<Link, SourceError> {
         let id = MigrationId::random()?;
         let transport = connect()?;
         let main = Channel::new(transport, self.cancel.clone());
         let greeted = Instant::now();
-        greet(&main, &Hello::new(Role::Main, id, DATA_CHANNELS))?;
+        greet(&main, &Hello::new(Role::Main, id, channels))?;
         let round_trip = greeted.elapsed();
-        let transport = connect()?;
-        let woken = transport.clone();
-        let wake = self.cancel.on_cancel(move || woken.shutdown());
-        let data = Channel::new(transport, self.cancel.clone());
-        greet(&data, &Hello::new(Role::Data { index: 0 }, id, DATA_CHANNELS))?;
+        let (mut data, mut wake) = (Vec::new(), Vec::new());
+        for index in 0..channels {
+            let transport = connect()?;
+            let woken = transport.clone();
+            wake.push(self.cancel.on_cancel(move || woken.shutdown()));
+            let channel = Channel::new(transport, self.cancel.clone());
+            greet(&channel, &Hello::new(Role::Data { index }, id, channels))?;
+            data.push(Arc::new(channel));
+        }
         let main = Arc::new(Main::new(main));
         let pulse = Pulse::start(main.clone()).map_err(SourceError::Thread)?;
         Ok(Link { main, data, round_trip, _wake: wake, _pulse: pulse })
@@ -205,18 +223,32 @@ impl Source<'_> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
-        let ram = RamOutgoing::setup(ram, self.counters.clone())?;
+        let fixed = policy::fixed_downtime(link.round_trip);
+        let pace = Pace::new(self.params.clone(), self.cancel.clone(), fixed);
+        let common = Common {
+            ram: ram.ram.clone(),
+            layout: ram.layout.clone(),
+            params: self.params.clone(),
+            counters: self.counters.clone(),
+            shards: u16::try_from(link.data.len()).unwrap_or(u16::MAX),
+        };
+        let channels = link.data.iter();
+        let shards = channels
+            .map(|channel| Shard::new(common.clone(), channel.clone(), Box::new(pace.cap())));
+        let lanes = Lanes::start(shards.collect(), &link.main)?;
+        let ram = RamOutgoing::setup(ram, lanes)?;
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let params = self.params.get();
         self.counters.update(|stats| {
+            stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());
         });
         self.status(MigrationStatus::Active);
-        let fixed = policy::fixed_downtime(link.round_trip);
-        Ok((ram, Pace::new(self.params.clone(), self.cancel.clone(), fixed)))
+        Ok((ram, pace))
     }
 }
 
@@ -244,7 +276,7 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
         SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
-            link.data.transport().shutdown();
+            link.end_data();
             match link.main.hear_farewell() {
                 Some(last) => WireError::Refused(last.reason()).into(),
                 None => error,
@@ -253,7 +285,7 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };
             link.main.say_farewell(Kind::Abort, &chain(&error));
-            link.data.transport().shutdown();
+            link.end_data();
             error
         }
     }

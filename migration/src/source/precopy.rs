@@ -10,6 +10,7 @@ use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
 use crate::transport::channels::payload_of;
 use crate::wire::{Decoder, Kind, WireError};
 use devices::ram::PAGE_SIZE;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
@@ -55,8 +56,7 @@ impl Source<'_> {
         let before = self.counters.figures();
         let sent_bytes = ram.pending_bytes();
         pace.begin_round(ram.pending(), number == 1);
-        let mut cap = pace.cap();
-        ram.iterate(&link.data, &mut cap, &mut |ram, cursor| {
+        ram.iterate(&mut |ram, cursor| {
             if pace.look_is_due() {
                 let looked = Instant::now();
                 ram.harvest()?;
@@ -66,8 +66,8 @@ impl Source<'_> {
             }
             Ok(())
         })?;
-        ram.mark(number, &link.data, &mut cap)?;
-        await_mark(link, number)?;
+        ram.mark(number)?;
+        await_marks(link, number).map_err(|error| ram.explain(error))?;
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
         let looked = Instant::now();
@@ -196,17 +196,19 @@ impl Source<'_> {
     }
 }
 
-/// Waits until the destination has all pages before mark `number` in place.
-fn await_mark(link: &Link, number: u64) -> Result<(), SourceError> {
+/// Waits until the destination has all pages before mark `number` in place, on every channel.
+fn await_marks(link: &Link, number: u64) -> Result<(), SourceError> {
     let what = "the echo of a mark";
-    let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
-    let mut decoder = Decoder::new(what, &payload);
-    let echoed = decoder.u64()?;
-    decoder.finish()?;
-    if echoed != number {
-        return Err(
-            WireError::Unexpected { found: format!("mark {echoed}"), expected: what }.into()
-        );
+    let mut missing: BTreeSet<u16> = (0..).take(link.data.len()).collect();
+    while !missing.is_empty() {
+        let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
+        let mut decoder = Decoder::new(what, &payload);
+        let (echoed, channel) = (decoder.u64()?, decoder.u16()?);
+        decoder.finish()?;
+        if echoed != number || !missing.remove(&channel) {
+            let found = format!("mark {echoed} of channel {channel}");
+            return Err(WireError::Unexpected { found, expected: what }.into());
+        }
     }
     Ok(())
 }

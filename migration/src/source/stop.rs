@@ -9,7 +9,7 @@ use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, DowntimeParts, MigrationStatus};
 use crate::transport::channels::payload_of;
 use crate::wire::Kind;
-use crate::wire::section::{Eof, Section, Stage};
+use crate::wire::section::{Eof, RamTotals, Section, Stage};
 use std::time::{Duration, Instant};
 
 /// How long a destination may take to load the rest, besides the time that the rest may travel.
@@ -62,7 +62,7 @@ impl Source<'_> {
         events(MigrationEvent::Status(MigrationStatus::Device));
         let patience = READY_PATIENCE + params.get().downtime_limit * 2;
         let sent = send_stopped(
-            &mut LastStep { link, pace, counters, watch: &mut watch, parts: &mut parts },
+            &mut LastStep { link, counters, watch: &mut watch, parts: &mut parts },
             ram,
             &mut paused,
             &mut **events,
@@ -120,7 +120,6 @@ impl StopWatch {
 /// What sending the rest needs besides the guest and its RAM.
 struct LastStep<'s> {
     link: &'s Link,
-    pace: &'s Pace,
     counters: &'s Counters,
     watch: &'s mut StopWatch,
     parts: &'s mut DowntimeParts,
@@ -132,7 +131,7 @@ fn send_stopped(
     paused: &mut PausedGuest<'_>,
     events: &mut dyn FnMut(MigrationEvent),
 ) -> Result<(), SourceError> {
-    let LastStep { link, pace, counters, watch, parts } = step;
+    let LastStep { link, counters, watch, parts } = step;
     let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
     link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
     parts.device_state = watch.lap();
@@ -144,10 +143,11 @@ fn send_stopped(
         stats.transferred_bytes += records.len() as u64;
     });
     events(MigrationEvent::Pass(number));
-    ram.complete(&link.data, &mut pace.cap())?;
+    let tallies = ram.complete()?;
     paused.release_disks().map_err(SourceError::Guest)?;
-    let (frames, totals) = ram.totals();
-    let eof = Eof { running: paused.was_running(), frames: vec![frames] };
+    let totals: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
+    let frames = tallies.iter().map(|tally| tally.frames).collect();
+    let eof = Eof { running: paused.was_running(), frames };
     let end = Section::encode(Stage::End, "ram", &totals.encode());
     link.main.send_all(&[(Kind::Section, &end), (Kind::Eof, &eof.encode())])?;
     parts.final_send = watch.lap();

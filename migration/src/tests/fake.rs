@@ -395,7 +395,7 @@ impl Default for Scenario {
             ram_bytes: RAM_BYTES,
             dirtying: None,
             bursts: 0,
-            params: Params::default(),
+            params: Params { multifd_channels: 1, ..Params::default() },
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
@@ -407,15 +407,19 @@ impl Default for Scenario {
 pub fn migrate(scenario: &Scenario) -> End {
     let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
     let (main_out, main_in) = link.connect();
-    let (data_out, data_in) = link.connect();
-    let source = Ends { main: Arc::new(main_out), data: Arc::new(data_out) };
-    let destination = Ends { main: Arc::new(main_in), data: Arc::new(data_in) };
+    let mut source = Ends { main: Arc::new(main_out), data: Vec::new() };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new() };
+    for _ in 0..scenario.params.multifd_channels {
+        let (data_out, data_in) = link.connect();
+        source.data.push(Arc::new(data_out));
+        destination.data.push(Arc::new(data_in));
+    }
     migrate_over(scenario, source, destination, move || link.bytes_exchanged())
 }
 
 pub struct Ends {
     pub main: Arc<dyn Transport>,
-    pub data: Arc<dyn Transport>,
+    pub data: Vec<Arc<dyn Transport>>,
 }
 
 pub fn migrate_over(
@@ -550,7 +554,7 @@ pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
             events: &mut |_| {},
         };
         destination
-            .receive_over(Arc::new(main_in), Arc::new(data_in))
+            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)])
             .map_err(|error| chain(&error))
     });
     speak(&liar);

@@ -54,9 +54,23 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
     if let Some(rate) = args.max_bandwidth {
         parameters["max-bandwidth"] = rate.into();
     }
+    if let Some(channels) = args.channels {
+        parameters["multifd-channels"] = channels.into();
+    }
+    if let Some(bytes) = args.xbzrle_cache_size {
+        parameters["xbzrle-cache-size"] = bytes.into();
+    }
+    if let Some((method, level)) = args.compress {
+        parameters["multifd-compression"] = method.name().into();
+        if let Some(level) = level {
+            parameters[format!("multifd-{}-level", method.name())] = level.into();
+        }
+    }
     client.execute("migrate-set-parameters", parameters)?;
-    if args.auto_converge {
-        let on = json!([{"capability": "auto-converge", "state": true}]);
+    let wanted = [("auto-converge", args.auto_converge), ("xbzrle", args.xbzrle)];
+    let on = wanted.iter().filter(|(_, wanted)| *wanted);
+    let on: Vec<_> = on.map(|(name, _)| json!({"capability": name, "state": true})).collect();
+    if !on.is_empty() {
         client.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
     }
     client.execute("migrate", json!({"uri": args.address.to_string()})).map(drop)

@@ -1,7 +1,7 @@
 //! Every command and its arguments.
 
 use super::message::{QmpError, Request};
-use migration::params::Params;
+use migration::params::{Compression, Params};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -96,6 +96,16 @@ pub struct ParameterChange {
     pub max_bandwidth: Option<u64>,
     /// `downtime-limit`.
     pub downtime_limit: Option<Duration>,
+    /// `multifd-channels`
+    pub multifd_channels: Option<u16>,
+    /// `multifd-compression`
+    pub multifd_compression: Option<Compression>,
+    /// `multifd-zlib-level`
+    pub multifd_zlib_level: Option<u8>,
+    /// `multifd-zstd-level`
+    pub multifd_zstd_level: Option<u8>,
+    /// `xbzrle-cache-size`, bytes.
+    pub xbzrle_cache_size: Option<u64>,
     /// `throttle-trigger-threshold`, percent, like the three below.
     pub throttle_trigger_threshold: Option<u8>,
     /// `cpu-throttle-initial`
@@ -119,6 +129,22 @@ impl ParameterChange {
         Ok(Self {
             max_bandwidth: arguments.number("max-bandwidth")?,
             downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
+            multifd_channels: arguments
+                .number("multifd-channels")?
+                .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
+            multifd_compression: arguments
+                .text("multifd-compression")?
+                .map(|name| {
+                    Compression::from_name(&name).ok_or_else(|| {
+                        let words =
+                            "Parameter 'multifd-compression' expects 'none', 'zlib' or 'zstd'";
+                        QmpError::generic(words)
+                    })
+                })
+                .transpose()?,
+            multifd_zlib_level: arguments.small("multifd-zlib-level")?,
+            multifd_zstd_level: arguments.small("multifd-zstd-level")?,
+            xbzrle_cache_size: arguments.number("xbzrle-cache-size")?,
             throttle_trigger_threshold: arguments.small("throttle-trigger-threshold")?,
             cpu_throttle_initial: arguments.small("cpu-throttle-initial")?,
             cpu_throttle_increment: arguments.small("cpu-throttle-increment")?,
@@ -131,6 +157,11 @@ impl ParameterChange {
     pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
         change(&mut params.max_bandwidth, self.max_bandwidth);
         change(&mut params.downtime_limit, self.downtime_limit);
+        change(&mut params.multifd_channels, self.multifd_channels);
+        change(&mut params.compression, self.multifd_compression);
+        change(&mut params.zlib_level, self.multifd_zlib_level);
+        change(&mut params.zstd_level, self.multifd_zstd_level);
+        change(&mut params.xbzrle_cache_size, self.xbzrle_cache_size);
         let throttle = &mut params.throttle;
         change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
         change(&mut throttle.initial, self.cpu_throttle_initial);
@@ -147,6 +178,11 @@ pub fn parameters(params: &Params) -> Value {
     json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
+        "multifd-channels": params.multifd_channels,
+        "multifd-compression": params.compression.name(),
+        "multifd-zlib-level": params.zlib_level,
+        "multifd-zstd-level": params.zstd_level,
+        "xbzrle-cache-size": params.xbzrle_cache_size,
         "throttle-trigger-threshold": params.throttle.trigger_threshold,
         "cpu-throttle-initial": params.throttle.initial,
         "cpu-throttle-increment": params.throttle.increment,
@@ -175,7 +211,7 @@ impl Arguments {
         self.optional(name, "integer", Value::as_u64)
     }
 
-    /// A percentage, whose range is checked later: what is far out of it becomes 255.
+    /// A percentage or level, whose range is checked later: what is far out of it becomes 255.
     fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
         Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
     }
@@ -302,7 +338,7 @@ fn capability(value: &Value) -> Result<(String, bool), QmpError> {
         value.get("capability").and_then(Value::as_str).ok_or_else(|| missing("capability"))?;
     let state = value.get("state").and_then(Value::as_bool).ok_or_else(|| missing("state"))?;
     match name {
-        "events" | "auto-converge" => Ok((name.to_owned(), state)),
+        "events" | "auto-converge" | "xbzrle" | "multifd" => Ok((name.to_owned(), state)),
         "return-path" if state => Ok((name.to_owned(), state)),
         "return-path" => Err(QmpError::generic("Capability 'return-path' is always on")),
         other => Err(QmpError::generic(format!("Invalid parameter '{other}'"))),

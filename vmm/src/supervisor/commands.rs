@@ -63,6 +63,10 @@ impl Supervisor {
             }
             Command::QueryMigrate => Ok(self.jobs.counters.snapshot().to_json()),
             Command::SetParameters(change) => {
+                if change.multifd_channels.is_some() {
+                    self.no_migration("change the number of data channels")?;
+                }
+                change.xbzrle_cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
                 self.jobs.params.set(change.apply(self.jobs.params.get())?);
                 Ok(empty())
             }
@@ -74,6 +78,8 @@ impl Supervisor {
                     match name.as_str() {
                         "events" => self.jobs.events_wanted = state,
                         "auto-converge" => params.auto_converge = state,
+                        "xbzrle" => params.xbzrle = state,
+                        "multifd" => params.multifd = state,
                         _ => {}
                     }
                 }
@@ -82,11 +88,27 @@ impl Supervisor {
             }
             Command::CalcDirtyRate(calc_time) => self.calc_dirty_rate(calc_time),
             Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
-            Command::QueryCapabilities => Ok(json!([
-                {"capability": "events", "state": self.jobs.events_wanted},
-                {"capability": "return-path", "state": true},
-                {"capability": "auto-converge", "state": self.jobs.params.get().auto_converge},
-            ])),
+            Command::QueryCapabilities => {
+                let params = self.jobs.params.get();
+                Ok(json!([
+                    {"capability": "events", "state": self.jobs.events_wanted},
+                    {"capability": "return-path", "state": true},
+                    {"capability": "auto-converge", "state": params.auto_converge},
+                    {"capability": "xbzrle", "state": params.xbzrle},
+                    {"capability": "multifd", "state": params.multifd},
+                ]))
+            }
+        }
+    }
+
+    /// There are no more older versions to keep than there are pages.
+    fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
+        let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
+        match memory.filter(|memory| bytes > *memory) {
+            None => Ok(()),
+            Some(memory) => Err(QmpError::generic(format!(
+                "Parameter 'xbzrle-cache-size' expects at most the guest's memory, {memory} bytes"
+            ))),
         }
     }
 
