@@ -3,7 +3,7 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BlockBackend, LockError};
+use super::backend::{BlockBackend, Content, Extent, LockError};
 use super::ofd_lock::{self, Operation};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -136,6 +136,12 @@ impl RawFile {
         Ok(Self { file, path, len_bytes, read_only, cache })
     }
 
+    /// How long the file is now; its disk is as long as it was when it was opened.
+    fn current_len(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        Ok(if metadata.is_file() { metadata.len() } else { self.len_bytes })
+    }
+
     /// Whether the kernel would refuse `buffer` for its place in memory.
     fn must_bounce(&self, buffer: &[u8]) -> bool {
         self.cache == Cache::None && !buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
@@ -232,6 +238,32 @@ impl BlockBackend for RawFile {
             && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
             || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
         if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
+    }
+
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        let rest = self.len_bytes.saturating_sub(offset_bytes);
+        let extent = |end: u64, content| {
+            // A file that has shrunk meanwhile still gets its read, and that its error.
+            let len_bytes = end.saturating_sub(offset_bytes).clamp(1, rest.max(1));
+            Ok(Extent { len_bytes, content })
+        };
+        let seek = |to| rustix::fs::seek(&self.file, to);
+        match seek(rustix::fs::SeekFrom::Data(offset_bytes)) {
+            Ok(data) if data > offset_bytes => extent(data, Content::Zero),
+            Ok(_) => match seek(rustix::fs::SeekFrom::Hole(offset_bytes)) {
+                Ok(hole) => extent(hole, Content::Data),
+                Err(error) => Err(error.into()),
+            },
+            // No data from here on; or past the end of a file that has shrunk.
+            Err(rustix::io::Errno::NXIO) if self.current_len()? >= self.len_bytes => {
+                extent(self.len_bytes, Content::Zero)
+            }
+            // Block devices and some file systems do not know.
+            Err(
+                rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP,
+            ) => extent(self.len_bytes, Content::Data),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
@@ -368,6 +400,40 @@ mod tests {
             expected[512..1536].fill(0);
             expected[2048..2560].fill(0);
             assert!(std::fs::read(file.path()).unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn holes_are_found_and_data_is_never_called_a_hole() {
+        for directory in [std::env::temp_dir(), "/dev/shm".into()] {
+            let Ok(file) = tempfile::NamedTempFile::new_in(directory) else { continue };
+            let size = 8 << 20;
+            file.as_file().set_len(size).unwrap();
+            let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+            let all = |content| Extent { len_bytes: size, content };
+            assert_eq!(raw.extent_at(0).unwrap(), all(Content::Zero));
+            raw.write_at(&[1; 4096], 2 << 20).unwrap();
+            raw.write_at(&[1; 4096], size - 4096).unwrap();
+            let (mut at, mut data) = (0, Vec::new());
+            while at < size {
+                let extent = raw.extent_at(at).unwrap();
+                assert!(extent.len_bytes > 0 && at + extent.len_bytes <= size);
+                if extent.content == Content::Data {
+                    data.push(at..at + extent.len_bytes);
+                }
+                at += extent.len_bytes;
+            }
+            for written in [2 << 20, size - 4096] {
+                assert!(data.iter().any(|range| range.contains(&written)), "{written}: {data:?}");
+            }
+            let bytes: u64 = data.iter().map(|range| range.end - range.start).sum();
+            assert!(bytes <= 256 << 10, "{bytes} bytes of data");
+            raw.discard(0, size).unwrap();
+            assert_eq!(raw.extent_at(512).unwrap().content, Content::Zero);
+            // Somebody truncates it: what is gone is read, and the read says so.
+            file.as_file().set_len(1 << 20).unwrap();
+            assert_eq!(raw.extent_at(4 << 20).unwrap().content, Content::Data);
+            assert!(raw.read_at(&mut [0; 512], 4 << 20).is_err());
         }
     }
 
