@@ -1,6 +1,7 @@
 //! What a migration has done so far: counters written by its threads, read by anyone, and QEMU's
 //! `MigrationInfo` made of them. They outlive the migration.
 
+use crate::block::stats::DiskStats;
 use crate::policy::Round;
 use serde_json::{Value, json};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -92,6 +93,8 @@ pub struct StatsSnapshot {
     pub called_off: u64,
     /// Finished rounds.
     pub history: Vec<Round>,
+    /// The disks, if any travel.
+    pub disk: Option<DiskStats>,
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -143,6 +146,9 @@ impl StatsSnapshot {
         }
         if let Some(error) = &self.error {
             put("error-desc", error.as_str().into());
+        }
+        if let Some(disk) = &self.disk {
+            put("disk", disk.to_json());
         }
         if self.called_off > 0 {
             put("x-called-off-switches", self.called_off.into());

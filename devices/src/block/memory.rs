@@ -55,6 +55,11 @@ impl Script {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Accesses that wait now.
+    pub fn held(&self) -> usize {
+        lock(&self.state).waiting
+    }
+
     /// Flushes so far.
     pub fn flush_count(&self) -> usize {
         lock(&self.state).flush_count

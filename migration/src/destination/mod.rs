@@ -5,13 +5,16 @@
 //! mod        greet                     who is not Ferry is dropped, and the wait goes on
 //! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
 //! receiver   page frames, meanwhile
+//! disks      chunks of disks, meanwhile, if they travel
 //! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined
 //! ```
 
+mod disks;
 mod handover;
 mod load;
 mod receiver;
 
+use crate::block::LoadError;
 use crate::cancel::CancelToken;
 use crate::guest::{DestinationHost, GuestError};
 use crate::source::{MigrationEvent, chain};
@@ -19,6 +22,7 @@ use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channels::{Pulse, receive_hello, send_hello};
 use crate::transport::reception::Reception;
 use crate::transport::{Channel, Listener, Main, Transport};
+use crate::wire::hello::DISKS;
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::io;
 use std::sync::Arc;
@@ -39,6 +43,9 @@ pub enum DestinationError {
     /// This side's machine.
     #[error(transparent)]
     Guest(GuestError),
+    /// A disk that arrives.
+    #[error(transparent)]
+    Disk(LoadError),
     /// Cancelled on this side.
     #[error("cancelled at the destination")]
     Cancelled,
@@ -63,7 +70,8 @@ pub struct Destination<'a> {
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-type OpenData<'d> = &'d mut dyn FnMut(MigrationId) -> Result<Arc<dyn Transport>, WireError>;
+/// Waits for the connection of a migration that has this role.
+type Open<'d> = &'d mut dyn FnMut(MigrationId, Role) -> Result<Arc<dyn Transport>, WireError>;
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. A connection that does not speak our protocol is
@@ -77,18 +85,27 @@ impl Destination<'_> {
             error => error.into(),
         });
         let (main, hello) = greeted?;
-        self.arrive(Arc::new(main), &hello, &mut |id| {
-            Ok(Arc::new(reception.data(id, 0, GREETING_PATIENCE)?))
+        self.arrive(Arc::new(main), &hello, &mut |id, role| {
+            Ok(Arc::new(match role {
+                Role::Main | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
+                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
+            }))
         })
     }
 
-    /// Takes a guest over from connections that exist already.
+    /// Takes a guest over from connections that exist already: the main one first, then those of the
+    /// pages, then that of the disks.
     pub fn receive_over(
         mut self,
-        main: Arc<dyn Transport>,
-        data: Arc<dyn Transport>,
+        transports: Vec<Arc<dyn Transport>>,
     ) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
+        let mut transports = transports.into_iter();
+        let mut next = move || {
+            let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
+            transports.next().ok_or_else(missing)
+        };
+        let main = next()?;
         let greeting = Channel::new(main.clone(), cancel.clone());
         let hello = receive_hello(&greeting, GREETING_PATIENCE).inspect_err(|error| {
             if matches!(error, WireError::Version { .. }) {
@@ -97,14 +114,15 @@ impl Destination<'_> {
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
-        self.arrive(main, &hello, &mut |id| {
+        self.arrive(main, &hello, &mut |id, role| {
+            let data = next()?;
             let channel = Channel::new(data.clone(), cancel.clone());
             let hello = receive_hello(&channel, GREETING_PATIENCE)?;
-            if (hello.id, hello.role) != (id, Role::Data { index: 0 }) {
+            if (hello.id, hello.role) != (id, role) {
                 let reason = "no such migration or channel".to_owned();
                 return Err(WireError::Malformed { what: "hello", reason });
             }
-            Ok(data.clone())
+            Ok(data)
         })
     }
 
@@ -118,12 +136,12 @@ impl Destination<'_> {
         &mut self,
         main: Arc<dyn Transport>,
         hello: &Hello,
-        open_data: OpenData<'_>,
+        open: Open<'_>,
     ) -> Result<(), DestinationError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
         let main = Arc::new(Main::new(Channel::new(main, self.cancel.clone())));
-        let result = self.connected(&main, hello, open_data);
+        let result = self.connected(&main, hello, open);
         // Everything that could be said has been said.
         main.channel().transport().shutdown();
         let error = result.as_ref().err().map(|error| chain(error));
@@ -143,16 +161,21 @@ impl Destination<'_> {
         &mut self,
         main: &Arc<Main>,
         hello: &Hello,
-        open_data: OpenData<'_>,
+        open: Open<'_>,
     ) -> Result<(), DestinationError> {
         let loaded = (|| {
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
-            let data = open_data(hello.id)?;
-            let data = Channel::new(data, self.cancel.clone());
-            send_hello(&data, &Hello { role: Role::Data { index: 0 }, ..answer })?;
+            let with_disks = answer.has(DISKS);
+            let mut open = |role| {
+                let channel = Channel::new(open(hello.id, role)?, self.cancel.clone());
+                send_hello(&channel, &Hello { role, ..answer.clone() })?;
+                Ok::<_, WireError>(channel)
+            };
+            let data = open(Role::Data { index: 0 })?;
+            let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
-            let running = self.load(main, data)?;
+            let running = self.load(main, data, disks)?;
             Ok((running, pulse))
         })();
         match loaded {

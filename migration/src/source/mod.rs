@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod       greet, describe the machine        any failure: the guest has never stopped
+//! freight   what travels: RAM and disks, weighed together
 //! precopy   rounds until the rest is short     any failure: the guest has never stopped
 //! stop      pause, send the rest, wait Ready   any failure: the guest is resumed; so it is, and the
 //!                                              rounds go on, if more is left than was predicted
@@ -9,6 +10,7 @@
 //! ```
 
 mod error;
+mod freight;
 mod handover;
 mod precopy;
 mod stop;
@@ -16,6 +18,8 @@ mod stop;
 pub use crate::ram::outgoing::SourceRam;
 pub use error::{SourceError, SourceOutcome};
 
+use crate::block::SourceDisks;
+use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::{CancelToken, Registration};
 use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
@@ -24,8 +28,10 @@ use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
 use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
+use crate::wire::hello::DISKS;
 use crate::wire::section::{Section, Stage};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use freight::Freight;
 use handover::Handover;
 use precopy::Pace;
 use std::sync::Arc;
@@ -52,6 +58,8 @@ pub struct Source<'a> {
     pub guest: &'a mut dyn GuestControl,
     /// What it is.
     pub machine: &'a MachineDescription,
+    /// Disks that leave with it.
+    pub disks: SourceDisks,
     /// Limits, read anew at every step.
     pub params: SharedParams,
     /// What has been done.
@@ -66,18 +74,32 @@ pub struct Source<'a> {
 struct Link {
     main: Arc<Main>,
     data: Channel,
+    /// Of the disks, until they take it over.
+    disks: Option<Channel>,
     /// Of a journey there and back.
     round_trip: Duration,
-    /// A cancel wakes who writes pages; the main connection stays usable, to say why.
-    _wake: Registration,
+    /// A cancel wakes who writes pages or disks; the main connection stays usable, to say why.
+    _wakes: Vec<Registration>,
+    /// Ended with the others.
+    disks_transport: Option<Arc<dyn Transport>>,
     /// After the others: its thread ends once they are shut down.
     _pulse: Pulse,
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.data.transport().shutdown();
+        self.end_data();
         self.main.channel().transport().shutdown();
+    }
+}
+
+impl Link {
+    /// Ends all but the main connection.
+    fn end_data(&self) {
+        self.data.transport().shutdown();
+        if let Some(disks) = &self.disks_transport {
+            disks.shutdown();
+        }
     }
 }
 
@@ -95,14 +117,14 @@ impl Source<'_> {
         self.finish(result)
     }
 
-    /// Moves the guest over connections that exist already.
+    /// Moves the guest over connections that exist already: the main one first, then those of the pages,
+    /// then that of the disks.
     pub fn migrate_over(
         mut self,
-        main: Arc<dyn Transport>,
-        data: Arc<dyn Transport>,
+        transports: Vec<Arc<dyn Transport>>,
         ram: SourceRam,
     ) -> SourceOutcome {
-        let mut transports = [main, data].into_iter();
+        let mut transports = transports.into_iter();
         let result = self.run(ram, &mut || {
             let lost = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
             transports.next().ok_or_else(|| lost().into())
@@ -118,11 +140,13 @@ impl Source<'_> {
     fn run(&mut self, ram: SourceRam, connect: Connect<'_>) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let link = self.connect(connect)?;
-        let (mut ram, mut pace) = self.set_up(&link, ram).map_err(|error| settle(&link, error))?;
+        let mut link = self.connect(connect)?;
+        let disks = link.disks.take();
+        let set_up = self.set_up(&link, disks, ram);
+        let (mut freight, mut pace) = set_up.map_err(|error| settle(&link, error))?;
         let handover = loop {
-            self.precopy(&link, &mut ram, &mut pace).map_err(|error| settle(&link, error))?;
-            match self.stop_and_hand_over(&link, &mut ram, &mut pace) {
+            self.precopy(&link, &mut freight, &mut pace).map_err(|error| settle(&link, error))?;
+            match self.stop_and_hand_over(&link, &mut freight, &mut pace) {
                 Ok(Stop::TooMuchLeft) => {}
                 Ok(Stop::HandedOver(handover)) => break Ok(handover),
                 Err(error) => break Err(error),
@@ -130,7 +154,7 @@ impl Source<'_> {
         };
         // The guest runs again, there or here: now the dirty log may take its time to stop.
         drop(link);
-        drop(ram);
+        drop(freight);
         handover
     }
 
@@ -171,23 +195,51 @@ impl Source<'_> {
         let transport = connect()?;
         let main = Channel::new(transport, self.cancel.clone());
         let greeted = Instant::now();
-        greet(&main, &Hello::new(Role::Main, id, DATA_CHANNELS))?;
+        let hello = Hello::new(Role::Main, id, DATA_CHANNELS);
+        let with_disks = !self.disks.disks.is_empty();
+        let hello = if with_disks { hello.wanting(DISKS) } else { hello };
+        let answer = greet(&main, &hello)?;
+        if with_disks && !answer.has(DISKS) {
+            return Err(SourceError::NoDisksThere);
+        }
         let round_trip = greeted.elapsed();
-        let transport = connect()?;
-        let woken = transport.clone();
-        let wake = self.cancel.on_cancel(move || woken.shutdown());
-        let data = Channel::new(transport, self.cancel.clone());
-        greet(&data, &Hello::new(Role::Data { index: 0 }, id, DATA_CHANNELS))?;
+        let mut wakes = Vec::new();
+        let mut open = |role| {
+            let transport = connect()?;
+            let woken = transport.clone();
+            wakes.push(self.cancel.on_cancel(move || woken.shutdown()));
+            let channel = Channel::new(transport, self.cancel.clone());
+            greet(&channel, &Hello::new(role, id, DATA_CHANNELS))?;
+            Ok::<_, SourceError>(channel)
+        };
+        let data = open(Role::Data { index: 0 })?;
+        let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
+        let disks_transport = disks.as_ref().map(|channel| channel.transport().clone());
         let main = Arc::new(Main::new(main));
         let pulse = Pulse::start(main.clone()).map_err(SourceError::Thread)?;
-        Ok(Link { main, data, round_trip, _wake: wake, _pulse: pulse })
+        Ok(Link { main, data, disks, round_trip, _wakes: wakes, disks_transport, _pulse: pulse })
     }
 
     /// What comes before the first page.
-    fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(RamOutgoing, Pace), SourceError> {
+    fn set_up(
+        &mut self,
+        link: &Link,
+        disks: Option<Channel>,
+        ram: SourceRam,
+    ) -> Result<(Freight, Pace), SourceError> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
+        let disks = match disks {
+            None => None,
+            Some(channel) => {
+                let leaving = self.disks.clone();
+                let disks = DisksOutgoing::setup(leaving, channel, self.counters.clone())?;
+                let setup = disks.announcement().encode();
+                link.main.send(Kind::Section, &Section::encode(Stage::Setup, "block", &setup))?;
+                Some(disks)
+            }
+        };
         let ram = RamOutgoing::setup(ram, self.counters.clone())?;
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
@@ -199,18 +251,19 @@ impl Source<'_> {
         });
         self.status(MigrationStatus::Active);
         let fixed = policy::fixed_downtime(link.round_trip);
-        Ok((ram, Pace::new(self.params.clone(), self.cancel.clone(), fixed)))
+        let pace = Pace::new(self.params.clone(), self.cancel.clone(), fixed);
+        Ok((Freight::new(ram, disks, fixed), pace))
     }
 }
 
-fn greet(channel: &Channel, hello: &Hello) -> Result<(), WireError> {
+fn greet(channel: &Channel, hello: &Hello) -> Result<Hello, WireError> {
     send_hello(channel, hello)?;
     let answer = receive_hello(channel, GREETING_PATIENCE)?;
     if (answer.role, answer.id) != (hello.role, hello.id) {
         let reason = "it is for another connection".to_owned();
         return Err(WireError::Malformed { what: "hello", reason });
     }
-    Ok(())
+    Ok(answer)
 }
 
 /// Before the connections go: what the destination says of a broken one explains it better than the
@@ -220,7 +273,7 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
         SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
-            link.data.transport().shutdown();
+            link.end_data();
             match link.main.hear_farewell() {
                 Some(last) => WireError::Refused(last.reason()).into(),
                 None => error,
@@ -229,7 +282,7 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };
             link.main.say_farewell(Kind::Abort, &chain(&error));
-            link.data.transport().shutdown();
+            link.end_data();
             error
         }
     }

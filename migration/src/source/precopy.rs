@@ -1,12 +1,11 @@
 //! The round loop, while the guest runs: send what is dirty, wait until it is in place, look what has
 //! become dirty meanwhile, let `policy` decide.
 
-use super::{Link, MigrationEvent, Source, SourceError};
+use super::{Freight, Link, MigrationEvent, Source, SourceError};
 use crate::cancel::CancelToken;
 use crate::pace::{Allowance, TokenBucket};
 use crate::params::SharedParams;
 use crate::policy::{self, Decision, Round};
-use crate::ram::outgoing::RamOutgoing;
 use crate::transport::Throttle;
 use crate::transport::channels::payload_of;
 use crate::wire::{Decoder, Kind, WireError};
@@ -18,26 +17,38 @@ impl Source<'_> {
     pub(super) fn precopy(
         &mut self,
         link: &Link,
-        ram: &mut RamOutgoing,
+        freight: &mut Freight,
         pace: &mut Pace,
     ) -> Result<(), SourceError> {
         let mut polished = 0;
+        if self.counters.snapshot().rounds == 0
+            && let Some(disks) = &mut freight.disks
+        {
+            // Disks take longest, so they go first: RAM that was sent before would have to go again.
+            disks.iterate(pace)?;
+        }
         loop {
             let number = self.counters.snapshot().rounds + 1;
             self.begin_pass(number);
             let harvested = Instant::now();
+            let disk_bytes = freight.iterate_disks(pace)?;
             pace.begin_round();
+            let ram = &mut freight.ram;
             ram.iterate(&link.data, pace)?;
             ram.mark(number, &link.data, pace)?;
-            let sent_bytes = pace.end_round(|| await_mark(link, number))?;
+            let ram_bytes = pace.end_round(|| await_mark(link, number))?;
             // The last look before the decision: a round over a clean guest ends here at once.
             ram.harvest()?;
+            let ram_left = ram.pending_bytes();
             let duration = harvested.elapsed();
-            let round = Round { sent_bytes, duration, dirtied_bytes: ram.pending_bytes() };
+            pace.fixed = freight.fixed_downtime();
+            let sent_bytes = ram_bytes + freight.as_pages(disk_bytes, pace.bandwidth());
+            let dirtied_bytes = freight.pending_bytes(pace.bandwidth());
+            let round = Round { sent_bytes, duration, dirtied_bytes };
             let (bandwidth, fixed) = (pace.bandwidth(), pace.fixed);
             let limit = self.params.get().downtime_limit.saturating_sub(pace.margin);
             let expected = pace.expected_downtime(round.dirtied_bytes);
-            self.record(round, bandwidth, expected);
+            self.record(round, ram_left, bandwidth, expected);
             log::debug!("round {number}: {round:?}, {bandwidth} bytes/s, {expected:?} to stop");
             match policy::decide(round, bandwidth, fixed, limit, polished) {
                 Decision::Stop => {
@@ -54,12 +65,12 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Pass(number));
     }
 
-    fn record(&self, round: Round, bandwidth: u64, expected: Duration) {
-        let dirtied_per_sec = policy::per_second(round.dirtied_bytes, round.duration);
+    fn record(&self, round: Round, ram_left: u64, bandwidth: u64, expected: Duration) {
+        let dirtied_per_sec = policy::per_second(ram_left, round.duration);
         self.counters.update(|stats| {
             stats.bytes_per_sec = bandwidth;
             stats.dirty_pages_rate = dirtied_per_sec / PAGE_SIZE;
-            stats.remaining_bytes = round.dirtied_bytes;
+            stats.remaining_bytes = ram_left;
             stats.expected_downtime = Some(expected);
             stats.history.push(round);
         });
@@ -162,7 +173,7 @@ impl Pace {
     }
 
     /// What the link moves; under a cap never more than the cap.
-    fn bandwidth(&self) -> u64 {
+    pub(super) fn bandwidth(&self) -> u64 {
         match self.params.get().max_bandwidth {
             0 => self.measured,
             cap => self.measured.min(cap),

@@ -1,11 +1,11 @@
 //! The pause: device records, the rest of RAM, the end of the stream, and the destination's `Ready`.
 //! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed.
 
+use super::freight::Freight;
 use super::handover::{Handover, hand_over};
 use super::precopy::Pace;
 use super::{Link, MigrationEvent, Source, SourceError, chain, encode, settle};
 use crate::guest::PausedGuest;
-use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channels::payload_of;
 use crate::wire::Kind;
@@ -29,7 +29,7 @@ impl Source<'_> {
     pub(super) fn stop_and_hand_over(
         &mut self,
         link: &Link,
-        ram: &mut RamOutgoing,
+        freight: &mut Freight,
         pace: &mut Pace,
     ) -> Result<Stop, SourceError> {
         let Self { guest, counters, params, cancel, events, .. } = self;
@@ -40,10 +40,12 @@ impl Source<'_> {
             Err(error) => return Err(settle(link, SourceError::Guest(error))),
         };
         // For certain now, and before anything of the last step has been sent.
-        match ram.harvest() {
-            Ok(()) if pace.keeps_limit(stopped_at.elapsed(), ram.pending_bytes()) => {}
+        let harvested = freight.ram.harvest();
+        let left = freight.pending_bytes(pace.bandwidth());
+        match harvested {
+            Ok(()) if pace.keeps_limit(stopped_at.elapsed(), left) => {}
             Ok(()) => {
-                log::info!("{} bytes are left, too much: the guest runs on", ram.pending_bytes());
+                log::info!("{left} bytes are left, too much: the guest runs on");
                 counters.update(|stats| stats.called_off += 1);
                 return match paused.resume() {
                     Ok(()) => Ok(Stop::TooMuchLeft),
@@ -58,7 +60,7 @@ impl Source<'_> {
         });
         events(MigrationEvent::Status(MigrationStatus::Device));
         let patience = READY_PATIENCE + params.get().downtime_limit * 2;
-        let ready = send_stopped(link, ram, pace, &mut paused, counters, &mut **events)
+        let ready = send_stopped(link, freight, pace, &mut paused, counters, &mut **events)
             .and_then(|()| {
                 let frame = link.main.receive_within("the destination's readiness", patience)?;
                 Ok(payload_of(frame, Kind::Ready, "the destination's readiness")?)
@@ -80,7 +82,7 @@ impl Source<'_> {
 
 fn send_stopped(
     link: &Link,
-    ram: &mut RamOutgoing,
+    freight: &mut Freight,
     pace: &mut Pace,
     paused: &mut PausedGuest<'_>,
     counters: &Counters,
@@ -88,6 +90,11 @@ fn send_stopped(
 ) -> Result<(), SourceError> {
     let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
     link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
+    let Freight { ram, disks, .. } = freight;
+    // The destination writes and flushes the last of the disks while the last pages travel.
+    if let Some(disks) = disks {
+        disks.complete(pace)?;
+    }
     ram.harvest()?;
     let (number, pending) = (counters.snapshot().rounds + 1, ram.pending_bytes());
     counters.update(|stats| {
@@ -100,8 +107,13 @@ fn send_stopped(
     paused.release_disks().map_err(SourceError::Guest)?;
     let (frames, totals) = ram.totals();
     let eof = Eof { running: paused.was_running(), frames: vec![frames] };
-    let end = Section::encode(Stage::End, "ram", &totals.encode());
-    link.main.send_all(&[(Kind::Section, &end), (Kind::Eof, &eof.encode())])?;
+    let ram_end = Section::encode(Stage::End, "ram", &totals.encode());
+    let disks_end =
+        disks.as_ref().map(|disks| Section::encode(Stage::End, "block", &disks.totals().encode()));
+    let eof = eof.encode();
+    let mut frames: Vec<_> = disks_end.iter().map(|end| (Kind::Section, end.as_slice())).collect();
+    frames.extend([(Kind::Section, ram_end.as_slice()), (Kind::Eof, &eof)]);
+    link.main.send_all(&frames)?;
     Ok(())
 }
 
