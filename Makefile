@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 FERRY := $(abspath $(TARGET))/release/ferry
 SKIPS := $(abspath $(TARGET))/skipped-tests
 
-.PHONY: build demo test test-kvm bench lint fmt clean
+.PHONY: build demo test test-kvm test-linux bench lint fmt clean
 
 build: ## the ferry program
 	@tests/install-deps.sh build
@@ -24,6 +24,10 @@ test: build ## every test; skips what this host cannot run, and says so
 
 test-kvm: export FERRY_REQUIRE_KVM = 1
 test-kvm: test ## the same, but a test that cannot run fails
+
+test-linux: build ## those of them in which stock Linux is the guest, with what they say
+	tests/install-deps.sh linux
+	FERRY_BIN=$(FERRY) FERRY_REQUIRE_KVM=1 cargo test --package ferry-tests --test linux -- --nocapture
 
 bench: build ## Ferry and QEMU side by side; BENCH="--row gap --runs 3" for a part
 	tests/install-deps.sh bench

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Installs what the tests need and the machine lacks; run by `make test`. Does nothing the second time.
 #   tests/install-deps.sh build  a C linker
+#   tests/install-deps.sh linux  for stock Linux as well: QEMU, which emulates a host for it, and ext4's tools
 #   tests/install-deps.sh test   binutils and Python's QMP client (in target/) as well
-#   tests/install-deps.sh bench  a C linker, and QEMU to compare with
+#   tests/install-deps.sh bench  as for linux: QEMU is also what the benchmark compares with
 set -eu
 what=${1:-test}
 cd "$(dirname "$0")/.."
@@ -14,7 +15,15 @@ fi
 
 packages=
 need() { command -v "$1" >/dev/null || packages="$packages $2"; }
+# ext4's tools may lie where only root looks.
+PATH=$PATH:/usr/sbin:/sbin
 need cc gcc
+case "$what" in
+linux | test | bench)
+    need qemu-system-x86_64 qemu-system-x86
+    need mke2fs e2fsprogs
+    ;;
+esac
 case "$what" in
 test)
     need objdump binutils
@@ -22,7 +31,6 @@ test)
     # Debian has venv apart from Python.
     python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
     ;;
-bench) need qemu-system-x86_64 qemu-system-x86 ;;
 esac
 if [ -n "$packages" ]; then
     if ! command -v apt-get >/dev/null; then

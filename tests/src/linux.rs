@@ -2,10 +2,12 @@
 //! a hardware one, and in an emulated machine with such a KVM elsewhere.
 //!
 //! - [`check`]: runs the body of a test where a stock kernel can run.
+//! - [`boot`]: how long it takes to boot.
 //! - [`guest`]: the guest in tests' words: its disk, its lines, its complaints.
 //! - [`packages`], [`modules`], [`cpio`]: kernel and busybox, and ramdisks made of them.
 //! - [`nested`]: the emulated machine.
 
+pub mod boot;
 pub mod cpio;
 pub mod guest;
 pub mod modules;
@@ -16,7 +18,7 @@ use crate::skip::skip;
 use anyhow::{Context, Result};
 use cpio::Archive;
 use modules::Modules;
-use nested::Machine;
+use nested::{Machine, Payload};
 use packages::Packages;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -69,12 +71,32 @@ impl Assets {
     }
 }
 
-/// Where the tests of this program run.
-enum Place {
+/// Where a stock kernel can run.
+pub enum Place {
     /// Here, on this host's KVM.
     Here(Assets),
-    /// In an emulated machine.
+    /// In an emulated machine, which runs the calling program once more: there, it is `Here`.
     Nested(Machine),
+}
+
+impl Place {
+    /// Finds out, fetches what is needed, and starts the emulated machine with `payload` if it takes one.
+    pub fn find(payload: impl FnOnce() -> Result<Payload>) -> Result<Self> {
+        if let Some(folder) = std::env::var_os(ASSETS) {
+            return Ok(Self::Here(Assets::in_machine(folder.into())));
+        }
+        let store = store()?;
+        let packages = Packages::find(&store)?;
+        for name in ["mke2fs", "e2fsck"] {
+            program(name)?;
+        }
+        let assets = Assets::prepare(&packages, &store)?;
+        Ok(if has_hardware_kvm() {
+            Self::Here(assets)
+        } else {
+            Self::Nested(Machine::start(&packages, &assets, &store, &payload()?)?)
+        })
+    }
 }
 
 /// Runs `body`, the calling test's body, where a stock kernel can run.
@@ -85,7 +107,11 @@ pub fn check(body: impl FnOnce(&Assets) -> Result<()>) {
     static PLACE: OnceLock<Result<Place>> = OnceLock::new();
     let thread = std::thread::current();
     let test = thread.name().unwrap_or_default();
-    match PLACE.get_or_init(place) {
+    let same_tests = || {
+        let arguments = std::env::args().skip(1).collect();
+        Ok(Payload { arguments, programs: Vec::new(), files: Vec::new() })
+    };
+    match PLACE.get_or_init(|| Place::find(same_tests)) {
         Ok(Place::Here(assets)) => {
             // Past the name that the test runner prints.
             println!("\nBEGIN {test}");
@@ -110,23 +136,6 @@ impl Drop for Verdict<'_> {
     }
 }
 
-fn place() -> Result<Place> {
-    if let Some(folder) = std::env::var_os(ASSETS) {
-        return Ok(Place::Here(Assets::in_machine(folder.into())));
-    }
-    let store = store()?;
-    let packages = Packages::find(&store)?;
-    for name in ["mke2fs", "e2fsck"] {
-        program(name)?;
-    }
-    let assets = Assets::prepare(&packages, &store)?;
-    Ok(if has_hardware_kvm() {
-        Place::Here(assets)
-    } else {
-        Place::Nested(Machine::start(&packages, &assets, &store)?)
-    })
-}
-
 /// Writes a file at once: a test program beside this one may be reading the old one.
 fn replace(path: &Path, contents: &[u8]) -> Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
@@ -144,15 +153,17 @@ fn has_hardware_kvm() -> bool {
         && Path::new("/dev/kvm").exists()
 }
 
-/// `linux-test` in the build's target folder; this program is in `target/debug/deps`.
+/// `linux-test` in the build's target folder; this program is in `target/debug` or `target/debug/deps`.
 fn store() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
-    let target = own.ancestors().nth(3).context("this program is not in a target folder")?;
+    let profile = own.ancestors().skip(1).find(|folder| !folder.ends_with("deps"));
+    let target =
+        profile.and_then(Path::parent).context("this program is not in a target folder")?;
     Ok(target.join("linux-test"))
 }
 
 /// Path of a program that may lie where only root looks.
-fn program(name: &str) -> Result<PathBuf> {
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     ["/usr/sbin", "/sbin"]
         .iter()

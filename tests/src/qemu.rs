@@ -4,9 +4,22 @@ use crate::ferry::Guest;
 use crate::process::{Process, SOON, Vmm};
 use anyhow::{Context, Result};
 use serde_json::json;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The program and the firmware with which `microvm` starts a kernel.
+pub fn files() -> Result<(PathBuf, Vec<PathBuf>)> {
+    let folders = ["/usr/share/qemu", "/usr/share/seabios"].map(Path::new);
+    let find = |name: &str| {
+        let mut paths = folders.iter().map(|folder| folder.join(name));
+        paths.find(|path| path.is_file()).with_context(|| format!("no {name} in {folders:?}"))
+    };
+    let firmware = ["bios-microvm.bin", "linuxboot_dma.bin", "kvmvapic.bin"].map(find);
+    let program = crate::linux::program(PROGRAM)?;
+    Ok((program, firmware.into_iter().collect::<Result<_>>()?))
+}
 
 /// QEMU's version line, or nothing if it is not installed.
 pub fn version() -> Option<String> {
@@ -38,6 +51,9 @@ fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
         .arg(&guest.kernel)
         .args(["-append", &guest.cmdline])
         .args(more);
+    if let Some(initrd) = &guest.initrd {
+        command.arg("-initrd").arg(initrd);
+    }
     Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
 }
 

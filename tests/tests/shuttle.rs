@@ -21,23 +21,9 @@ fn moves(vmm: &Vmm) -> u32 {
     line.split(' ').nth(2).unwrap().parse().unwrap()
 }
 
-/// Waits until the guest is in child process `n`, of which there is a control socket only then.
-fn wait_for_moves(vmm: &Vmm, at_least: u32) {
-    let folder = children_folder(vmm);
-    let end = Instant::now() + SOON;
-    // A socket that appears gives no event to wait for without a watch on the folder.
-    while !folder.join(format!("control-{}", at_least + 1)).exists() {
-        assert!(Instant::now() < end, "no {at_least} moves: {}", vmm.process.err.tail());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Where the shuttle's children have their sockets, from a child's command line.
-fn children_folder(vmm: &Vmm) -> std::path::PathBuf {
-    let child = *children(vmm.process.id()).first().expect("a child");
-    let cmdline = std::fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap();
-    let socket = cmdline.split('\0').find_map(|word| word.strip_prefix("unix:")).unwrap();
-    Path::new(socket).parent().unwrap().to_owned()
+/// Waits for move `number`, of which `-v` tells.
+fn wait_for_move(vmm: &Vmm, number: u32) {
+    vmm.process.err.wait_for(&format!(r"\bmove {number}: "), SOON).unwrap();
 }
 
 fn children(parent: u32) -> Vec<u32> {
@@ -75,11 +61,11 @@ fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
     let image = folder.path().join("disk.img");
     disk::create(&image, 1 << 20).unwrap();
     let guest = Guest::new("work=disk", 64).disk("root", &image);
-    let mut vmm = shuttle(&guest, &["--name", "vm1"]);
+    let mut vmm = shuttle(&guest, &["--name", "vm1", "-v"]);
     vmm.wait_line("^HB n=1 ").unwrap();
     let mut qmp = vmm.qmp().unwrap();
-    for target in [1, 2, 4] {
-        wait_for_moves(&vmm, target);
+    for number in [1, 2, 4] {
+        wait_for_move(&vmm, number);
         assert_eq!(qmp.run_state().unwrap(), "running");
         assert_eq!(qmp.execute("query-name", json!({})).unwrap()["name"], "vm1");
         assert_eq!(qmp.execute("query-block", json!({})).unwrap()[0]["device"], "root");

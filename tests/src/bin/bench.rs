@@ -6,6 +6,7 @@
 use anyhow::{Context, Result, bail};
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::lines::Lines;
+use ferry_tests::linux;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qemu;
 use ferry_tests::qmp::Qmp;
@@ -111,7 +112,34 @@ const ROWS: &[Row] = &[
         measure: |program| Ok(disk_reads(program, "bs=1048576 qd=32 pattern=seq")?.0),
         target: Target::RatioAtLeast(1.0),
     },
+    Row {
+        name: "linux-boot",
+        title: "Debian's cloud kernel, process start to /init",
+        unit: "s",
+        measure: linux_boot,
+        target: Target::RatioAtMost(0.9),
+    },
 ];
+
+/// Where stock Linux runs: here, or both VMMs in one emulated machine.
+fn linux_boot(program: Program) -> Result<f64> {
+    let contender = match program {
+        Program::Ferry => linux::boot::Contender { name: "ferry", run: ferry::run },
+        Program::Qemu => linux::boot::Contender { name: "qemu", run: qemu::run },
+    };
+    linux::boot::seconds(&contender, || {
+        let mut arguments = vec!["--row".to_owned(), "linux-boot".to_owned()];
+        let mut given = std::env::args().skip(1);
+        while let Some(argument) = given.next() {
+            let value = given.next();
+            if argument != "--row" {
+                arguments.push(argument);
+                arguments.extend(value);
+            }
+        }
+        arguments
+    })
+}
 
 fn run(program: Program, guest: &Guest) -> Result<Vmm> {
     match program {

@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # The whole user space of the Linux guest. The kernel turns work=... on its command line into a variable.
 # Lines that begin with a word in capitals are what the test reads.
+echo "INIT"
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc

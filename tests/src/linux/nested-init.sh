@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # User space of the emulated machine: loads KVM and runs the test program on its own serial port.
 /bin/busybox --install -s /bin
-export PATH=/bin
+export PATH=/bin:/usr/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

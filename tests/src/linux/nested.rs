@@ -1,19 +1,19 @@
 //! A machine with a faithful KVM on any host: QEMU emulates an AMD CPU with its virtualisation, a stock
-//! kernel's `kvm_amd` drives it. The test program itself runs inside; this side waits for its verdicts.
+//! kernel's `kvm_amd` drives it. The calling program runs inside once more; this side reads what it says.
 //!
 //! ```text
 //! host: cargo test -> QEMU (TCG) -> L1: Debian kernel, kvm_amd, this very test program, ferry -> L2: the guest
 //!          ^                                  |
 //!          +------- serial port: RESULT … ----+
 //! ```
-//! One machine serves all tests of a test program: it takes seconds to start.
+//! One machine serves all tests of a test program, or a whole benchmark: it takes seconds to start.
 
 use super::cpio::Archive;
 use super::modules::Modules;
 use super::packages::Packages;
 use super::{ASSETS, Assets, program, replace};
 use crate::ferry;
-use crate::lines::Lines;
+use crate::lines::{Found, Lines};
 use crate::process::Process;
 use anyhow::{Context, Result, ensure};
 use std::os::unix::process::CommandExt;
@@ -29,6 +29,16 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Longest life of the machine.
 const LIFETIME: Duration = Duration::from_secs(3600);
 
+/// What runs in the machine, besides the calling program.
+pub struct Payload {
+    /// The program's arguments there.
+    pub arguments: Vec<String>,
+    /// Programs that it needs besides ferry and ext4's tools.
+    pub programs: Vec<PathBuf>,
+    /// Files that those need.
+    pub files: Vec<PathBuf>,
+}
+
 /// The running machine.
 pub struct Machine {
     output: Lines,
@@ -38,9 +48,14 @@ pub struct Machine {
 
 impl Machine {
     /// Starts it; `assets` are what a Linux guest in it boots from.
-    pub fn start(packages: &Packages, assets: &Assets, store: &Path) -> Result<Self> {
+    pub fn start(
+        packages: &Packages,
+        assets: &Assets,
+        store: &Path,
+        payload: &Payload,
+    ) -> Result<Self> {
         let ramdisk = store.join("machine.cpio");
-        replace(&ramdisk, &contents(packages, assets)?)?;
+        replace(&ramdisk, &contents(packages, assets, payload)?)?;
         let console = store.join("machine.log");
         let mut command = Command::new(EMULATOR);
         command
@@ -56,10 +71,15 @@ impl Machine {
         Ok(Self { output: start_for_good(command)?, console })
     }
 
+    /// Waits for a line from line `from` on.
+    pub fn wait_from(&self, from: usize, pattern: &str) -> Result<Found> {
+        let found = self.output.wait_from(from, pattern, LIMIT);
+        found.with_context(|| format!("its kernel: {}", self.console.display()))
+    }
+
     /// Waits until `test` has ended in the machine; prints what it said there.
     pub fn verdict(&self, test: &str) -> Result<()> {
-        let result = self.output.wait_for(&format!("^RESULT {test} "), LIMIT);
-        let result = result.with_context(|| format!("its kernel: {}", self.console.display()))?;
+        let result = self.wait_from(0, &format!("^RESULT {test} "))?;
         let lines = self.output.from(0);
         let begin = lines.iter().rposition(|line| *line == format!("BEGIN {test}")).unwrap_or(0);
         for line in &lines[begin..=result.index] {
@@ -92,7 +112,7 @@ fn start_for_good(mut command: Command) -> Result<Lines> {
 }
 
 /// The machine's ramdisk.
-fn contents(packages: &Packages, assets: &Assets) -> Result<Vec<u8>> {
+fn contents(packages: &Packages, assets: &Assets, payload: &Payload) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["proc", "sys", "dev", "tmp"] {
         archive.folder(folder)?;
@@ -103,27 +123,27 @@ fn contents(packages: &Packages, assets: &Assets) -> Result<Vec<u8>> {
         archive.file(&format!("modules/{index:02}-{}", module.name), &module.contents)?;
     }
     // Everything lies where it lies on the host, so paths in programs and variables stay true.
-    let test = std::env::current_exe()?;
-    let programs = [test.clone(), ferry::binary(), program("mke2fs")?, program("e2fsck")?];
-    let mut copied = Vec::new();
-    for program in programs {
-        for file in with_libraries(&program)? {
-            if !copied.contains(&file) {
-                archive.copy(path_text(&file)?, &file)?;
-                copied.push(file);
-            }
-        }
+    let own = std::env::current_exe()?;
+    let programs = [own.clone(), ferry::binary(), program("mke2fs")?, program("e2fsck")?];
+    let mut files = payload.files.clone();
+    for program in programs.iter().chain(&payload.programs) {
+        files.extend(with_libraries(program)?);
+    }
+    files.sort();
+    files.dedup();
+    for file in files {
+        archive.copy(path_text(&file)?, &file)?;
     }
     archive.copy(guest_images::KERNEL, Path::new(guest_images::KERNEL))?;
     archive.copy(path_text(&assets.kernel())?, &assets.kernel())?;
     archive.copy(path_text(&assets.initrd())?, &assets.initrd())?;
-    archive.file("run-tests", run_tests(&test, assets)?.as_bytes())?;
+    archive.file("run-tests", run_tests(&own, assets, &payload.arguments)?.as_bytes())?;
     archive.file("init", include_bytes!("nested-init.sh"))?;
     archive.finish()
 }
 
-/// The script that runs this test program in the machine, with the same filters.
-fn run_tests(test: &Path, assets: &Assets) -> Result<String> {
+/// The script that runs the calling program in the machine.
+fn run_tests(own: &Path, assets: &Assets, arguments: &[String]) -> Result<String> {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
     let mut script = String::from("export RUST_TEST_THREADS=1 RUST_TEST_NOCAPTURE=1 CI=true\n");
     for (name, value) in
@@ -131,9 +151,9 @@ fn run_tests(test: &Path, assets: &Assets) -> Result<String> {
     {
         script += &format!("export {name}={}\n", quoted(path_text(value)?));
     }
-    script += &quoted(path_text(test)?);
-    for argument in std::env::args().skip(1) {
-        script += &format!(" {}", quoted(&argument));
+    script += &quoted(path_text(own)?);
+    for argument in arguments {
+        script += &format!(" {}", quoted(argument));
     }
     Ok(script + "\n")
 }

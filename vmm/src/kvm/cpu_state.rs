@@ -17,6 +17,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
+use std::sync::Once;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 const MSR_IA32_TSC: u32 = 0x10;
@@ -295,10 +296,35 @@ fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
         log::warn!("cannot set the TSC offset: {}", std::io::Error::last_os_error());
         return;
     }
-    match read_tsc_offset(vcpu) {
-        Some(now) if now == offset => {}
-        // A software KVM reports success and goes on showing the host's own TSC, which is just as
-        // continuous for a guest that stays on this host.
-        now => log::debug!("TSC offset reads back as {now:?} after setting {offset:#x}"),
+    let Some(now) = read_tsc_offset(vcpu).filter(|now| *now != offset) else { return };
+    // A software KVM reports success and goes on showing the host's own TSC, which is just as continuous
+    // for a guest that stays on this host.
+    let khz = vcpu.tsc_khz().unwrap_or(0);
+    if is_noticed(now.wrapping_sub(offset), khz) {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            log::warn!(
+                "this host's KVM ignores the TSC offset: the guest's TSC jumps on its arrival"
+            );
+        });
+    }
+}
+
+/// Whether a guest sees by its clock that its TSC is off by `ticks` (modulo 2^64): clocks of hosts do not
+/// agree to a few milliseconds either.
+fn is_noticed(ticks: u64, khz: u32) -> bool {
+    ticks.min(ticks.wrapping_neg()) > u64::from(khz) * 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_that_jumps_is_noticed_in_both_directions() {
+        let (khz, second) = (2_000_000, 2_000_000_000_u64);
+        assert!(is_noticed(second, khz) && is_noticed(second.wrapping_neg(), khz));
+        let millisecond = second / 1000;
+        assert!(!is_noticed(millisecond, khz) && !is_noticed(millisecond.wrapping_neg(), khz));
     }
 }
