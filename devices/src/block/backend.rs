@@ -80,6 +80,8 @@ pub trait BlockBackend: Send + Sync {
     /// What stands behind `offset_bytes`, which lies on the disk, and how far. What was never written,
     /// or was freed, need not be read to be copied. Bytes may be said to be data that are zeroes.
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent>;
+    /// About how much space it takes on the host.
+    fn allocated_bytes(&self) -> io::Result<u64>;
     /// The file whose bytes are the disk's, if there is one, and the alignment of memory that it
     /// needs: whoever has it may read, write and sync it directly.
     fn plain_file(&self) -> Option<(Arc<File>, usize)>;

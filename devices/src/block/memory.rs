@@ -169,6 +169,10 @@ impl BlockBackend for MemoryDisk {
         Ok(Extent { len_bytes: end - offset_bytes, content })
     }
 
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.len_bytes)
+    }
+
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
         None
     }

@@ -285,6 +285,11 @@ impl BlockNode {
         self.backend.extent_at(offset_bytes)
     }
 
+    /// About how much space it takes on the host.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.backend.allocated_bytes()
+    }
+
     /// Frees the space of bytes that the guest does not need any more. Advice: they may stay.
     pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         self.check_write(offset_bytes, len_bytes)?;

@@ -53,6 +53,20 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// No room for it, or no right to make it.
+    #[error("cannot create disk image {path} of {len_bytes} bytes")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        len_bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Another machine uses it.
+    #[error(transparent)]
+    Locked(#[from] LockError),
     /// Nothing in it.
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
     Empty {
@@ -136,6 +150,46 @@ impl RawFile {
         Ok(Self { file, path, len_bytes, read_only, cache })
     }
 
+    /// Makes a blank image of `len_bytes` in the file `partial`, or takes over what an earlier attempt
+    /// has left there, and locks it. It goes by the name of `path`, which it will get once it is whole.
+    pub fn create(
+        partial: &Path,
+        path: &Path,
+        len_bytes: u64,
+        cache: Cache,
+    ) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+        }
+        let mut options = OpenOptions::new();
+        // Not through a link that somebody has put there; not truncated before it is locked.
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
+        let lock = RawFile {
+            file: Arc::new(file),
+            path: path.to_owned(),
+            len_bytes,
+            read_only: false,
+            cache: Cache::Writeback,
+        };
+        BlockBackend::lock(&lock)?;
+        let sized = lock.file.set_len(0).and_then(|()| lock.file.set_len(len_bytes));
+        let created = match (sized, cache) {
+            (Err(source), _) => Err(failed(source)),
+            (Ok(()), Cache::Writeback) => Ok(lock),
+            // Only now it has a size to probe. The lock goes with the file that holds it.
+            (Ok(()), Cache::None) => Self::open(partial, false, cache)
+                .map(|direct| Self { path: path.to_owned(), ..direct })
+                .and_then(|direct| {
+                    drop(lock);
+                    BlockBackend::lock(&direct)?;
+                    Ok(direct)
+                }),
+        };
+        created.inspect_err(|_| drop(std::fs::remove_file(partial)))
+    }
+
     /// How long the file is now; its disk is as long as it was when it was opened.
     fn current_len(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
@@ -146,6 +200,30 @@ impl RawFile {
     fn must_bounce(&self, buffer: &[u8]) -> bool {
         self.cache == Cache::None && !buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
     }
+}
+
+/// A file that is locked, whatever it holds.
+#[derive(Debug)]
+pub struct HeldFile(#[expect(dead_code, reason = "the lock goes with the open file")] File);
+
+impl HeldFile {
+    /// Locks `path` as its only user.
+    pub fn hold(path: &Path) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Open { path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        lock_file(&file, path, Operation::Exclusive)?;
+        Ok(Self(file))
+    }
+}
+
+fn lock_file(file: &File, path: &Path, operation: Operation) -> Result<(), LockError> {
+    ofd_lock::change(file, operation).map_err(|source| {
+        let location = path.display().to_string();
+        match source.kind() {
+            io::ErrorKind::WouldBlock => LockError::Held { location },
+            _ => LockError::Refused { location, source },
+        }
+    })
 }
 
 /// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
@@ -266,6 +344,13 @@ impl BlockBackend for RawFile {
         }
     }
 
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        // A file system counts its own blocks too, and a block device counts none.
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512);
+        Ok(if metadata.is_file() { blocks.min(self.len_bytes) } else { self.len_bytes })
+    }
+
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
         let alignment = match self.cache {
             Cache::Writeback => 1,
@@ -280,13 +365,7 @@ impl BlockBackend for RawFile {
 
     fn lock(&self) -> Result<(), LockError> {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
-        ofd_lock::change(&self.file, operation).map_err(|source| {
-            let location = self.location();
-            match source.kind() {
-                io::ErrorKind::WouldBlock => LockError::Held { location },
-                _ => LockError::Refused { location, source },
-            }
-        })
+        lock_file(&self.file, &self.path, operation)
     }
 
     fn unlock(&self) {

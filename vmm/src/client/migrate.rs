@@ -3,6 +3,7 @@
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
 use crate::error::chain;
+use crate::travel::DiskMode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
@@ -55,7 +56,24 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
         parameters["max-bandwidth"] = rate.into();
     }
     client.execute("migrate-set-parameters", parameters)?;
-    client.execute("migrate", json!({"uri": args.address.to_string()})).map(drop)
+    let mut migrate = json!({"uri": args.address.to_string()});
+    if let Some(selection) = &args.disks {
+        match selection.others {
+            DiskMode::None => {}
+            DiskMode::Top => migrate["inc"] = true.into(),
+            DiskMode::Full => migrate["blk"] = true.into(),
+        }
+        for (id, mode) in &selection.named {
+            migrate["disks"][id] = mode.name().into();
+        }
+    }
+    for (name, number) in [("x-disk-reads", args.disk_reads), ("x-disk-buffers", args.disk_buffers)]
+    {
+        if let Some(number) = number {
+            migrate[name] = number.into();
+        }
+    }
+    client.execute("migrate", migrate).map(drop)
 }
 
 /// Looks until the migration has ended; an error is a lost control socket.
@@ -81,7 +99,8 @@ fn follow(
         if let Some(bar) = &bar {
             show(bar, &info);
         } else if json_lines {
-            let line = json!([info["status"], info["ram"]["dirty-sync-count"]]);
+            let disk = &info["disk"]["dirty-sync-count"];
+            let line = json!([info["status"], info["ram"]["dirty-sync-count"], disk]);
             if line != last_line {
                 println!("{info}");
                 last_line = line;
@@ -99,20 +118,29 @@ fn progress_bar() -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, info: &Value) {
-    let ram = &info["ram"];
+    let (ram, disk) = (&info["ram"], &info["disk"]);
     let number = |value: &Value| value.as_u64().unwrap_or(0);
-    let (total, remaining) = (number(&ram["total"]), number(&ram["remaining"]));
+    let both = |key: &str| number(&ram[key]) + number(&disk[key]);
+    let (total, remaining) = (both("total"), both("remaining"));
     bar.set_length(total.max(1));
     bar.set_position(total.saturating_sub(remaining));
     let expected = info["expected-downtime"].as_u64().map_or("?".into(), |ms| ms.to_string());
     bar.set_message(format!(
         "round {} · sent {} · remaining {} · {:.1} Gb/s · dirty {}/s · expected downtime {expected} ms",
         number(&ram["dirty-sync-count"]),
-        HumanBytes(number(&ram["transferred"])),
+        HumanBytes(both("transferred")),
         HumanBytes(remaining),
         ram["mbps"].as_f64().unwrap_or(0.0) / 1000.0,
         HumanBytes(number(&ram["dirty-pages-rate"]) * 4096),
-    ));
+    ) + &disk_percents(disk));
+}
+
+/// How far each disk is.
+fn disk_percents(disk: &Value) -> String {
+    let one = |disk: &Value| {
+        format!(" · {} {}%", disk["device"].as_str().unwrap_or("?"), disk["percent"])
+    };
+    disk["x-disks"].as_array().into_iter().flatten().map(one).collect()
 }
 
 fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
@@ -159,7 +187,7 @@ fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
 fn summary(info: &Value) -> String {
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
-    let sent = number(&ram["transferred"]);
+    let sent = number(&ram["transferred"]) + number(&info["disk"]["transferred"]);
     format!(
         "migrated in {total_ms} ms, downtime {:.2} ms, {} sent in {} rounds ({:.2} GB/s)",
         number(&info["x-downtime-us"]) as f64 / 1000.0,
