@@ -5,6 +5,7 @@
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
+//! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
 //! - [`qmp`]: a small control-socket client that works with both.
 //! - [`verdict`]: the guest's own lines, parsed, also across a handover.
@@ -13,6 +14,7 @@
 
 pub mod disk;
 pub mod ferry;
+pub mod image;
 pub mod lines;
 pub mod linux;
 pub mod process;
