@@ -53,6 +53,9 @@ impl GuestControl for Guest {
         Ok(())
     }
     fn surrendered(&mut self) {}
+    fn throttle(&mut self, _: u8) -> Result<(), GuestError> {
+        Ok(())
+    }
 }
 
 /// Nothing writes.

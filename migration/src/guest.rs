@@ -73,6 +73,9 @@ pub trait GuestControl: Send {
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError>;
     /// The permit has been spent: the guest must not run here again by itself.
     fn surrendered(&mut self);
+    /// Slows the running guest down: its vCPUs sleep `percent` of the time that they would use; 0 lets
+    /// them run freely. Whoever slows a guest down lets it go again, however a migration ends.
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError>;
 }
 
 /// The destination's machine, from the machine description to the first instruction.

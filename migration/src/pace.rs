@@ -1,7 +1,14 @@
-//! Keeps the source to `max-bandwidth`: a token bucket. Pure: the caller brings the clock.
+//! Keeps the source to `max-bandwidth`: a token bucket, pure, whose caller brings the clock. [`cap`] is
+//! what the sending threads share of it, [`speed`] the measure of what they get done.
 //!
 //! The cap also holds while the guest is stopped: who caps a migration shares the link with somebody,
 //! and the expected downtime is calculated with it.
+
+pub mod cap;
+pub mod speed;
+
+pub use cap::Cap;
+pub use speed::{Speed, Stretch};
 
 use std::time::Duration;
 
@@ -59,6 +66,11 @@ impl TokenBucket {
     /// So many bytes were sent.
     pub fn spend(&mut self, bytes: usize) {
         self.tokens = self.tokens.saturating_sub(bytes as u128 * NANOS);
+    }
+
+    /// So many that were spent were not sent after all.
+    pub fn refund(&mut self, bytes: usize) {
+        self.tokens += bytes as u128 * NANOS;
     }
 }
 

@@ -1,5 +1,9 @@
 //! Capabilities and parameters of a migration, with QEMU's names and defaults, validated once.
 
+use crate::ram::compress::Method;
+use crate::wire::section::MAX_DATA_CHANNELS;
+use devices::ram::PAGE_SIZE;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,12 +14,103 @@ pub struct Params {
     pub max_bandwidth: u64,
     /// Longest pause to aim for. QEMU's `downtime-limit`.
     pub downtime_limit: Duration,
+    /// Several data channels. QEMU's capability `multifd`; on unless somebody turns it off.
+    pub multifd: bool,
+    /// How many, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
+    pub multifd_channels: u16,
+    /// Send what has changed of a page, if the destination has an older version. QEMU's capability
+    /// `xbzrle`.
+    pub xbzrle: bool,
+    /// Bytes of older versions to keep for it, over all channels. QEMU's `xbzrle-cache-size`.
+    pub xbzrle_cache_size: u64,
+    /// Compress runs of pages. QEMU's `multifd-compression`.
+    pub compression: Compression,
+    /// Level of zlib, 0 to 9. QEMU's `multifd-zlib-level`.
+    pub zlib_level: u8,
+    /// Level of zstd, 0 to 20. QEMU's `multifd-zstd-level`.
+    pub zstd_level: u8,
+    /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
+    pub auto_converge: bool,
+    /// How.
+    pub throttle: ThrottleParams,
+}
+
+/// How runs of pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// With zlib.
+    Zlib,
+    /// With zstd.
+    Zstd,
+}
+
+impl Compression {
+    /// QEMU's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Zlib => "zlib",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    /// The one that QEMU calls `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::None, Self::Zlib, Self::Zstd].into_iter().find(|method| method.name() == name)
+    }
 }
 
 impl Default for Params {
     fn default() -> Self {
         // QEMU caps at 128 MiB/s by default; a migration tool should use the link it is given.
-        Self { max_bandwidth: 0, downtime_limit: Duration::from_millis(300) }
+        Self {
+            max_bandwidth: 0,
+            downtime_limit: Duration::from_millis(300),
+            multifd: true,
+            multifd_channels: default_channels(),
+            xbzrle: false,
+            xbzrle_cache_size: 64 << 20,
+            compression: Compression::None,
+            zlib_level: 1,
+            zstd_level: 1,
+            auto_converge: false,
+            throttle: ThrottleParams::default(),
+        }
+    }
+}
+
+/// A channel keeps a processor busy on either side; half of this side's leave the guest the others.
+fn default_channels() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(processors / 2).unwrap_or(MOST_CHOSEN).clamp(1, MOST_CHOSEN)
+}
+
+/// Most channels that are opened if nobody says how many.
+const MOST_CHOSEN: u16 = 4;
+
+/// How far a guest is slowed down. All are percent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThrottleParams {
+    /// The guest is slowed down while it dirties more than so much of what is sent meanwhile. QEMU's
+    /// `throttle-trigger-threshold`.
+    pub trigger_threshold: u8,
+    /// The first step. QEMU's `cpu-throttle-initial`.
+    pub initial: u8,
+    /// Each further step. Several are taken at once if the figures ask for them. QEMU's
+    /// `cpu-throttle-increment`.
+    pub increment: u8,
+    /// One step at a time, and the last no further than needed. QEMU's `cpu-throttle-tailslow`.
+    pub tailslow: bool,
+    /// Never more than this. QEMU's `max-cpu-throttle`.
+    pub max: u8,
+}
+
+impl Default for ThrottleParams {
+    fn default() -> Self {
+        Self { trigger_threshold: 50, initial: 20, increment: 10, tailslow: false, max: 99 }
     }
 }
 
@@ -30,15 +125,67 @@ pub enum ParamsError {
         "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 milliseconds"
     )]
     DowntimeLimit,
+    /// `multifd-channels` is none or too many.
+    #[error("Parameter 'multifd-channels' expects an integer in the range of 1 to 16")]
+    Channels,
+    /// `xbzrle-cache-size` holds no page for each channel.
+    #[error(
+        "Parameter 'xbzrle-cache-size' expects a page of {PAGE_SIZE} bytes for each channel at least"
+    )]
+    CacheTooSmall,
+    /// A percentage or level that makes no sense.
+    #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
+    Range {
+        /// Which.
+        name: &'static str,
+        /// The least that is allowed.
+        least: u8,
+        /// The most.
+        most: u8,
+    },
+}
+
+fn in_range(name: &'static str, value: u8, range: RangeInclusive<u8>) -> Result<(), ParamsError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (least, most) = range.into_inner();
+    Err(ParamsError::Range { name, least, most })
 }
 
 impl Params {
+    /// Data channels to open.
+    pub fn channels(&self) -> u16 {
+        if self.multifd { self.multifd_channels } else { 1 }
+    }
+
+    /// The compressor to use, if any.
+    pub fn method(&self) -> Option<Method> {
+        match self.compression {
+            Compression::None => None,
+            Compression::Zlib => Some(Method::Zlib { level: self.zlib_level }),
+            Compression::Zstd => Some(Method::Zstd { level: self.zstd_level }),
+        }
+    }
+
     /// Checks every range.
     pub fn validate(&self) -> Result<(), ParamsError> {
         if self.downtime_limit > MAX_DOWNTIME_LIMIT {
             return Err(ParamsError::DowntimeLimit);
         }
-        Ok(())
+        if !(1..=MAX_DATA_CHANNELS).contains(&self.multifd_channels) {
+            return Err(ParamsError::Channels);
+        }
+        if self.xbzrle_cache_size < PAGE_SIZE * u64::from(self.multifd_channels) {
+            return Err(ParamsError::CacheTooSmall);
+        }
+        in_range("multifd-zlib-level", self.zlib_level, 0..=Method::MAX_ZLIB_LEVEL)?;
+        in_range("multifd-zstd-level", self.zstd_level, 0..=Method::MAX_ZSTD_LEVEL)?;
+        let throttle = &self.throttle;
+        in_range("throttle-trigger-threshold", throttle.trigger_threshold, 1..=100)?;
+        in_range("cpu-throttle-initial", throttle.initial, 1..=99)?;
+        in_range("cpu-throttle-increment", throttle.increment, 1..=99)?;
+        in_range("max-cpu-throttle", throttle.max, throttle.initial..=99)
     }
 }
 
@@ -60,5 +207,34 @@ impl SharedParams {
     /// Replaces the values; a running migration notices at its next step.
     pub fn set(&self, params: Params) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = params;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_out_of_range_is_named() {
+        let refused = |throttle: ThrottleParams| {
+            let params = Params { throttle, ..Params::default() };
+            params.validate().unwrap_err().to_string()
+        };
+        let default = ThrottleParams::default;
+        assert_eq!(Params::default().validate(), Ok(()));
+        assert_eq!(
+            refused(ThrottleParams { initial: 0, ..default() }),
+            "Parameter 'cpu-throttle-initial' expects an integer in the range of 1 to 99"
+        );
+        let none = refused(ThrottleParams { trigger_threshold: 101, ..default() });
+        assert!(none.contains("throttle-trigger-threshold"), "{none}");
+        let none = refused(ThrottleParams { increment: 100, ..default() });
+        assert!(none.contains("cpu-throttle-increment"), "{none}");
+        // A maximum below the first step.
+        let none = refused(ThrottleParams { max: 19, ..default() });
+        assert!(
+            none.contains("'max-cpu-throttle' expects an integer in the range of 20"),
+            "{none}"
+        );
     }
 }

@@ -1,21 +1,28 @@
-//! Decisions of a migration, from numbers alone: stop the guest now, or send another round? Called by
-//! the source after each round; the cap on bandwidth is kept by [`crate::pace`].
+//! Decisions of a migration, from numbers alone: stop the guest now, or send another round? Slow it
+//! down? Called by the source after each round, and for [`throttling`] in the middle of long ones; the
+//! cap on bandwidth is kept by [`crate::pace`].
+
+pub mod dirtying;
+pub mod throttling;
+
+pub use dirtying::{Dirtying, Look};
+pub use throttling::{Outlook, throttle};
 
 use std::time::Duration;
 
-/// One finished round.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// One finished round, in bytes of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Round {
-    /// Bytes sent.
+    /// Dirty when it began, and sent.
     pub sent_bytes: u64,
-    /// How long it took.
-    pub duration: Duration,
-    /// Bytes that the guest dirtied meanwhile, which are the next round.
+    /// Dirtied meanwhile, which is the next round.
     pub dirtied_bytes: u64,
 }
 
 /// What the stopped phase costs besides bytes and journeys: pausing, saving, loading, resuming.
 const SWITCH: Duration = Duration::from_millis(1);
+/// From the decision until no vCPU runs, as a rule.
+const STOPPING: Duration = Duration::from_millis(1);
 /// A remainder that takes no longer than this is not worth another round.
 const FLOOR: Duration = Duration::from_micros(500);
 /// Rounds that shorten an already acceptable pause.
@@ -27,11 +34,16 @@ pub fn fixed_downtime(round_trip: Duration) -> Duration {
     SWITCH + round_trip * 2
 }
 
-/// How long the guest would be stopped if `pending_bytes` were sent at `bytes_per_sec` now.
+/// How long the guest would be stopped if `pending_bytes` of the wire were sent at `bytes_per_sec` now.
 pub fn expected_downtime(pending_bytes: u64, bytes_per_sec: u64, fixed: Duration) -> Duration {
     // u128: bytes times nanoseconds overflow 64 bits at 18 GB.
     let nanos = u128::from(pending_bytes) * 1_000_000_000 / u128::from(bytes_per_sec.max(1));
     fixed + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
+}
+
+/// What a guest that dirties so many bytes per second still writes between the last look and its stop.
+pub fn written_until_stopped(dirtied_per_sec: u64) -> u64 {
+    dirtied_per_sec / 1000 * u64::try_from(STOPPING.as_millis()).unwrap_or(1)
 }
 
 /// What `bytes` in `duration` are in a second.
@@ -52,18 +64,18 @@ pub enum Decision {
     },
 }
 
-/// Decides after `last`, with `polished` rounds already spent on shortening an acceptable pause. A
+/// Decides after `last`, when the guest would be stopped for `expected` (of which `fixed` cannot be
+/// had shorter), with `polished` rounds already spent on shortening an acceptable pause. A
 /// pause within the limit is shortened further while each round removes at least 30 % of it: that
 /// costs milliseconds of total time and saves the guest most of its gap. A guest that dirties faster
 /// than the link sends never gets there; its rounds go on, with the expected downtime for all to see.
 pub fn decide(
     last: Round,
-    bytes_per_sec: u64,
+    expected: Duration,
     fixed: Duration,
     limit: Duration,
     polished: u32,
 ) -> Decision {
-    let expected = expected_downtime(last.dirtied_bytes, bytes_per_sec, fixed);
     // What cannot be had is not waited for: with nothing left to send it is now or never.
     if expected > limit.max(fixed) {
         return Decision::Again { polishing: false };
@@ -90,35 +102,42 @@ mod tests {
     const MB: u64 = 1_000_000;
     const FIXED: Duration = Duration::from_millis(1);
 
+    fn after(sent_mb: u64, dirtied_mb: u64, limit: Duration, polished: u32) -> Decision {
+        let expected = expected_downtime(dirtied_mb * MB, 1000 * MB, FIXED);
+        decide(round(sent_mb, dirtied_mb), expected, FIXED, limit, polished)
+    }
+
     fn round(sent_mb: u64, dirtied_mb: u64) -> Round {
-        Round {
-            sent_bytes: sent_mb * MB,
-            duration: Duration::from_millis(sent_mb),
-            dirtied_bytes: dirtied_mb * MB,
-        }
+        Round { sent_bytes: sent_mb * MB, dirtied_bytes: dirtied_mb * MB }
     }
 
     #[test]
     fn a_quiet_guest_is_stopped_at_once() {
         let limit = Duration::from_millis(20);
-        assert_eq!(decide(round(1000, 0), 1000 * MB, FIXED, limit, 0), Decision::Stop);
+        assert_eq!(after(1000, 0, limit, 0), Decision::Stop);
     }
 
     #[test]
     fn a_remainder_over_the_limit_takes_another_round() {
         let again = Decision::Again { polishing: false };
         let limit = Duration::from_millis(20);
-        assert_eq!(decide(round(1000, 30), 1000 * MB, FIXED, limit, 0), again);
+        assert_eq!(after(1000, 30, limit, 0), again);
     }
 
     #[test]
     fn an_acceptable_pause_is_shortened_while_that_works() {
         let limit = Duration::from_millis(20);
         let polish = Decision::Again { polishing: true };
-        assert_eq!(decide(round(60, 15), 1000 * MB, FIXED, limit, 0), polish);
+        assert_eq!(after(60, 15, limit, 0), polish);
         let stop = Decision::Stop;
-        assert_eq!(decide(round(16, 15), 1000 * MB, FIXED, limit, 0), stop, "no longer shrinks");
-        assert_eq!(decide(round(60, 15), 1000 * MB, FIXED, limit, 10), stop, "enough");
+        assert_eq!(after(16, 15, limit, 0), stop, "no longer shrinks");
+        assert_eq!(after(60, 15, limit, 10), stop, "enough");
+    }
+
+    #[test]
+    fn a_fast_guest_writes_on_until_it_is_stopped() {
+        assert_eq!(written_until_stopped(500 * MB), MB / 2);
+        assert_eq!(written_until_stopped(0), 0);
     }
 
     #[test]
@@ -131,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_limit_of_zero_still_ends_with_a_clean_guest() {
-        assert_eq!(decide(round(1, 0), MB, FIXED, Duration::ZERO, 0), Decision::Stop);
+        assert_eq!(after(1, 0, Duration::ZERO, 0), Decision::Stop);
     }
 
     /// A guest that dirties `rate` bytes per second of `set` bytes, over a link of `bandwidth`.
@@ -141,9 +160,10 @@ mod tests {
             let duration = expected_downtime(pending, bandwidth, Duration::ZERO);
             let dirtied = u128::from(rate) * duration.as_nanos() / 1_000_000_000;
             let dirtied = u64::try_from(dirtied).unwrap().min(set);
-            let last = Round { sent_bytes: pending, duration, dirtied_bytes: dirtied };
+            let last = Round { sent_bytes: pending, dirtied_bytes: dirtied };
             pending = dirtied;
-            match decide(last, bandwidth, FIXED, limit, polished) {
+            let expected = expected_downtime(dirtied, bandwidth, FIXED);
+            match decide(last, expected, FIXED, limit, polished) {
                 Decision::Stop => return Some((number, pending)),
                 Decision::Again { polishing } => polished += u32::from(polishing),
             }
@@ -159,11 +179,9 @@ mod tests {
         ) {
             let fixed = Duration::from_micros(fixed_us);
             let limit = Duration::from_micros(limit_us);
-            let last = Round {
-                sent_bytes: sent.into(), duration: Duration::ZERO, dirtied_bytes: dirtied.into(),
-            };
-            if decide(last, bandwidth, fixed, limit, polished) == Decision::Stop {
-                let expected = expected_downtime(dirtied.into(), bandwidth, fixed);
+            let last = Round { sent_bytes: sent.into(), dirtied_bytes: dirtied.into() };
+            let expected = expected_downtime(dirtied.into(), bandwidth, fixed);
+            if decide(last, expected, fixed, limit, polished) == Decision::Stop {
                 prop_assert!(expected <= limit.max(fixed));
             }
         }

@@ -2,8 +2,8 @@
 //! `MigrationInfo` made of them. They outlive the migration.
 
 use crate::block::stats::DiskStats;
-use crate::policy::Round;
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,6 +50,176 @@ impl MigrationStatus {
     }
 }
 
+/// One finished round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoundRecord {
+    /// Which, counted from 1.
+    pub number: u64,
+    /// How long it took.
+    pub duration: Duration,
+    /// Bytes sent, with all headers.
+    pub sent_bytes: u64,
+    /// Zero pages among what was sent.
+    pub zero_pages: u64,
+    /// Pages sent as they are.
+    pub normal_pages: u64,
+    /// Pages that the guest dirtied meanwhile: what the next round has to send.
+    pub dirtied_pages: u64,
+    /// Pages that it would dirty in a second if all were clean.
+    pub dirty_pages_rate: u64,
+    /// Bandwidth over the last seconds.
+    pub bytes_per_sec: u64,
+    /// How far the guest was slowed down at the end, in percent.
+    pub throttle_percent: u8,
+    /// How long the guest would have been stopped if the last step had come then.
+    pub expected_downtime: Duration,
+}
+
+/// The rounds of a migration, or if they are many, how it began and its last ones.
+#[derive(Debug, Clone, Default)]
+pub struct History {
+    first: Vec<RoundRecord>,
+    last: VecDeque<RoundRecord>,
+}
+
+impl History {
+    /// Rounds kept from the start, and of the latest.
+    const KEPT: (usize, usize) = (16, 48);
+
+    /// Adds a round.
+    pub fn push(&mut self, round: RoundRecord) {
+        if self.first.len() < Self::KEPT.0 {
+            return self.first.push(round);
+        }
+        if self.last.len() == Self::KEPT.1 {
+            self.last.pop_front();
+        }
+        self.last.push_back(round);
+    }
+
+    /// The rounds, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &RoundRecord> {
+        self.first.iter().chain(&self.last)
+    }
+}
+
+/// What the time for which the guest was stopped was spent on, as the source saw it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DowntimeParts {
+    /// Stopping vCPUs and draining devices.
+    pub pause: Duration,
+    /// The last looks at the dirty log.
+    pub final_harvest: Duration,
+    /// Saving and sending device state.
+    pub device_state: Duration,
+    /// Sending the last pages, flushing disks and letting go of their locks.
+    pub final_send: Duration,
+    /// Waiting until all of it is in place at the destination.
+    pub ready: Duration,
+    /// Handing over the right to run, without the part below.
+    pub handover: Duration,
+    /// Starting the guest at the destination, as the destination saw it.
+    pub resume: Duration,
+}
+
+/// What has to be said about a migration that gets nowhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotConverging {
+    /// Bytes of RAM that the guest dirties per second.
+    pub dirty_bytes_per_sec: u64,
+    /// Bytes of RAM that are sent per second.
+    pub bytes_per_sec: u64,
+    /// How long the guest would be stopped as things are.
+    pub expected_downtime: Duration,
+    /// How long it may be.
+    pub downtime_limit: Duration,
+    /// How far it is slowed down already, in percent.
+    pub throttle_percent: u8,
+}
+
+impl NotConverging {
+    /// As the event `MIGRATION_NOT_CONVERGING` and `x-not-converging` of `query-migrate` say it.
+    pub fn to_json(self) -> Value {
+        json!({
+            "dirty-bytes-per-second": self.dirty_bytes_per_sec,
+            "bytes-per-second": self.bytes_per_sec,
+            "expected-downtime": millis(self.expected_downtime),
+            "downtime-limit": millis(self.downtime_limit),
+            "cpu-throttle-percentage": self.throttle_percent,
+        })
+    }
+}
+
+/// Pages that XBZRLE was tried on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct XbzrleStats {
+    /// Size of the caches, in bytes; 0 if XBZRLE is off.
+    pub cache_size: u64,
+    /// Pages sent as deltas.
+    pub pages: u64,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Pages of which no older version was known.
+    pub misses: u64,
+    /// Pages whose delta would have been longer than they are.
+    pub overflows: u64,
+    /// Pages that the guest has written without changing them; nothing was sent.
+    pub unchanged: u64,
+}
+
+impl XbzrleStats {
+    /// Adds what was done since; the size of the caches stays.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.pages += more.pages;
+        self.bytes += more.bytes;
+        self.misses += more.misses;
+        self.overflows += more.overflows;
+        self.unchanged += more.unchanged;
+    }
+
+    /// As QEMU's `xbzrle-cache`.
+    fn to_json(self) -> Value {
+        let tried = self.pages + self.misses + self.overflows + self.unchanged;
+        let page = devices::ram::PAGE_SIZE as f64;
+        json!({
+            "cache-size": self.cache_size,
+            "bytes": self.bytes,
+            "pages": self.pages,
+            "cache-miss": self.misses,
+            "cache-miss-rate": self.misses as f64 / tried.max(1) as f64,
+            "encoding-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
+            "overflow": self.overflows,
+        })
+    }
+}
+
+/// Raw pages that were compressed; they count as normal ones as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CompressionStats {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of those, compressed.
+    pub bytes: u64,
+}
+
+impl CompressionStats {
+    /// Adds what was done since.
+    pub(crate) fn add(&mut self, more: Self) {
+        self.pages += more.pages;
+        self.bytes += more.bytes;
+    }
+
+    /// As QEMU's `compression`, as far as it applies.
+    fn to_json(self) -> Value {
+        let page = devices::ram::PAGE_SIZE as f64;
+        json!({
+            "pages": self.pages,
+            "compressed-size": self.bytes,
+            "compression-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
+        })
+    }
+}
+
 /// A copy of all counters.
 #[derive(Debug, Clone, Default)]
 pub struct StatsSnapshot {
@@ -65,6 +235,10 @@ pub struct StatsSnapshot {
     pub zero_pages: u64,
     /// Pages sent as they are.
     pub normal_pages: u64,
+    /// What XBZRLE did.
+    pub xbzrle: XbzrleStats,
+    /// What compression did.
+    pub compression: CompressionStats,
     /// Rounds begun.
     pub rounds: u64,
     /// Pages that the guest dirties per second.
@@ -91,24 +265,89 @@ pub struct StatsSnapshot {
     pub outcome_unknown: bool,
     /// Pauses that were called off because they would have been too long.
     pub called_off: u64,
+    /// How far the guest is slowed down, in percent.
+    pub throttle_percent: u8,
+    /// There is no end in sight.
+    pub not_converging: Option<NotConverging>,
     /// Finished rounds.
-    pub history: Vec<Round>,
+    pub history: History,
     /// The disks, if any travel.
     pub disk: Option<DiskStats>,
+    /// What the downtime was spent on.
+    pub downtime_parts: Option<DowntimeParts>,
+    /// Where a destination listens.
+    pub address: Option<Value>,
 }
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn megabits(bytes_per_sec: u64) -> f64 {
+    bytes_per_sec as f64 * 8.0 / 1e6
+}
+
+impl RoundRecord {
+    fn to_json(self) -> Value {
+        json!({
+            "round": self.number,
+            "duration-us": micros(self.duration),
+            "bytes": self.sent_bytes,
+            "pages": self.zero_pages + self.normal_pages,
+            "duplicate": self.zero_pages,
+            "normal": self.normal_pages,
+            "dirtied-pages": self.dirtied_pages,
+            "dirty-pages-rate": self.dirty_pages_rate,
+            "mbps": megabits(self.bytes_per_sec),
+            "cpu-throttle-percentage": self.throttle_percent,
+            "expected-downtime-us": micros(self.expected_downtime),
+        })
+    }
+}
+
+impl DowntimeParts {
+    fn to_json(self) -> Value {
+        json!({
+            "pause": micros(self.pause),
+            "final-harvest": micros(self.final_harvest),
+            "device-state": micros(self.device_state),
+            "final-send": micros(self.final_send),
+            "ready": micros(self.ready),
+            "handover": micros(self.handover),
+            "resume": micros(self.resume),
+        })
+    }
+}
+
 impl StatsSnapshot {
+    /// Pages of any kind that were sent, or found to be unchanged.
+    pub fn pages_sent(&self) -> u64 {
+        self.zero_pages + self.normal_pages + self.xbzrle.pages + self.xbzrle.unchanged
+    }
+
+    /// Bytes per second: while it runs as last measured, afterwards over all that followed the setup.
+    fn overall_bytes_per_sec(&self) -> u64 {
+        match (self.total_time, self.setup_time) {
+            (Some(total), Some(setup)) if self.status == MigrationStatus::Completed => {
+                crate::policy::per_second(self.transferred_bytes, total.saturating_sub(setup))
+            }
+            _ => self.bytes_per_sec,
+        }
+    }
+
     /// As `query-migrate` answers: QEMU's `MigrationInfo`. Downtime has a fraction in
     /// `x-downtime-us`.
     pub fn to_json(&self) -> Value {
         if self.status == MigrationStatus::None {
-            return json!({});
+            let waiting = |address: &Value| json!({"socket-address": [address]});
+            return self.address.as_ref().map_or_else(|| json!({}), waiting);
         }
         let page = devices::ram::PAGE_SIZE;
+        let bytes_per_sec = self.overall_bytes_per_sec();
         let mut info = json!({
             "status": self.status.name(),
             "ram": {
@@ -116,19 +355,20 @@ impl StatsSnapshot {
                 "remaining": self.remaining_bytes,
                 "total": self.total_bytes,
                 "duplicate": self.zero_pages,
-                "skipped": 0,
+                "skipped": self.xbzrle.unchanged,
                 "normal": self.normal_pages,
                 "normal-bytes": self.normal_pages * page,
                 "dirty-pages-rate": self.dirty_pages_rate,
-                "mbps": self.bytes_per_sec as f64 * 8.0 / 1e6,
+                "mbps": megabits(bytes_per_sec),
                 "dirty-sync-count": self.rounds,
                 "postcopy-requests": 0,
                 "page-size": page,
                 "multifd-bytes": 0,
-                "pages-per-second": self.bytes_per_sec / page,
+                "pages-per-second": bytes_per_sec / page,
                 "precopy-bytes": self.precopy_bytes,
                 "downtime-bytes": self.downtime_bytes,
                 "postcopy-bytes": 0,
+                "dirty-sync-missed-zero-copy": 0,
             },
         });
         let mut put = |key: &str, value: Value| info[key] = value;
@@ -139,10 +379,32 @@ impl StatsSnapshot {
         }
         if let Some(downtime) = self.downtime {
             put("downtime", millis(downtime).into());
-            put("x-downtime-us", u64::try_from(downtime.as_micros()).unwrap_or(u64::MAX).into());
+            put("x-downtime-us", micros(downtime).into());
+        }
+        if self.xbzrle.cache_size > 0 {
+            put("xbzrle-cache", self.xbzrle.to_json());
+        }
+        if self.compression.pages > 0 {
+            put("compression", self.compression.to_json());
+        }
+        if let Some(parts) = self.downtime_parts {
+            put("x-downtime-parts", parts.to_json());
         }
         if let (Some(expected), None) = (self.expected_downtime, self.total_time) {
             put("expected-downtime", millis(expected).into());
+        }
+        if self.throttle_percent > 0 {
+            put("cpu-throttle-percentage", self.throttle_percent.into());
+        }
+        if let (Some(hopeless), None) = (self.not_converging, self.total_time) {
+            put("x-not-converging", hopeless.to_json());
+        }
+        if let Some(address) = &self.address {
+            put("socket-address", json!([address]));
+        }
+        let rounds: Vec<_> = self.history.iter().map(|round| round.to_json()).collect();
+        if !rounds.is_empty() {
+            put("x-rounds", rounds.into());
         }
         if let Some(error) = &self.error {
             put("error-desc", error.as_str().into());
@@ -184,6 +446,33 @@ impl Counters {
         self.lock().clone()
     }
 
+    /// The plain figures now, without what is long.
+    pub(crate) fn figures(&self) -> StatsSnapshot {
+        let stats = self.lock();
+        StatsSnapshot {
+            transferred_bytes: stats.transferred_bytes,
+            zero_pages: stats.zero_pages,
+            normal_pages: stats.normal_pages,
+            throttle_percent: stats.throttle_percent,
+            ..StatsSnapshot::default()
+        }
+    }
+
+    /// Rounds begun.
+    pub(crate) fn rounds(&self) -> u64 {
+        self.lock().rounds
+    }
+
+    /// How far the guest is slowed down, in percent.
+    pub(crate) fn throttle_percent(&self) -> u8 {
+        self.lock().throttle_percent
+    }
+
+    /// A destination waits for a source at `address`, which is said as QEMU's `SocketAddress`.
+    pub fn listening(&self, address: Value) {
+        self.update(|stats| stats.address = Some(address));
+    }
+
     /// A cancel was asked for.
     pub fn cancelling(&self) {
         use MigrationStatus::{Active, Device, Setup};
@@ -193,5 +482,60 @@ impl Counters {
                 stats.status = MigrationStatus::Cancelling;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_history_keeps_its_beginning_and_its_end() {
+        let mut history = History::default();
+        for number in 1..=1000 {
+            history.push(RoundRecord { number, ..Default::default() });
+        }
+        let numbers: Vec<_> = history.iter().map(|round| round.number).collect();
+        let expected: Vec<_> = (1..=16).chain(953..=1000).collect();
+        assert_eq!(numbers, expected);
+    }
+
+    #[test]
+    fn what_has_ended_keeps_its_figures_and_not_its_prospects() {
+        let counters = Counters::new();
+        assert_eq!(counters.snapshot().to_json(), json!({}));
+        let facts = NotConverging {
+            dirty_bytes_per_sec: 2,
+            bytes_per_sec: 1,
+            expected_downtime: Duration::from_millis(500),
+            downtime_limit: Duration::from_millis(300),
+            throttle_percent: 0,
+        };
+        counters.update(|stats| {
+            stats.status = MigrationStatus::Active;
+            stats.throttle_percent = 40;
+            stats.not_converging = Some(facts);
+            stats.expected_downtime = Some(facts.expected_downtime);
+            stats.history.push(RoundRecord { number: 1, ..Default::default() });
+            stats.setup_time = Some(Duration::from_millis(100));
+        });
+        let info = counters.snapshot().to_json();
+        assert_eq!(info["cpu-throttle-percentage"], 40);
+        assert_eq!(info["expected-downtime"], 500);
+        assert_eq!(info["x-not-converging"]["expected-downtime"], 500);
+        counters.update(|stats| {
+            stats.status = MigrationStatus::Completed;
+            stats.throttle_percent = 0;
+            stats.transferred_bytes = 125_000_000;
+            stats.total_time = Some(Duration::from_millis(1100));
+            stats.downtime_parts = Some(DowntimeParts::default());
+        });
+        let info = counters.snapshot().to_json();
+        for gone in ["cpu-throttle-percentage", "expected-downtime", "x-not-converging"] {
+            assert!(info.get(gone).is_none(), "{gone}: {info}");
+        }
+        assert_eq!(info["ram"]["mbps"], 1000.0);
+        assert_eq!(info["x-rounds"][0]["round"], 1);
+        assert_eq!(info["x-downtime-parts"]["pause"], 0);
     }
 }

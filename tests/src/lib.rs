@@ -3,6 +3,7 @@
 //!
 //! - [`lines`]: a reader thread per pipe; waiting for a line, never polling.
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
+//! - [`proxy`]: a link that counts what passes.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`image`]: disk images, filled and compared by the host.
@@ -18,6 +19,7 @@ pub mod image;
 pub mod lines;
 pub mod linux;
 pub mod process;
+pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod skip;

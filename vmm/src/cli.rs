@@ -1,11 +1,12 @@
 //! The command line.
 
 use crate::config::{
-    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_duration,
-    parse_rate,
+    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
+    parse_duration, parse_rate,
 };
 use crate::travel::DiskSelection;
 use clap::{Args, Parser, Subcommand};
+use migration::params::Compression;
 use migration::transport::Address;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -140,6 +141,21 @@ pub struct MigrateArgs {
     /// Most chunks of disks that have been read and not sent, 1 to 512
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=512))]
     pub disk_buffers: Option<u64>,
+    /// Data connections, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub channels: Option<u16>,
+    /// Send what has changed of a page instead of the page
+    #[arg(long)]
+    pub xbzrle: bool,
+    /// Memory for that, e.g. 256M
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub xbzrle_cache_size: Option<u64>,
+    /// Compress memory: none, zlib[:0-9] or zstd[:0-20]
+    #[arg(long, value_name = "METHOD[:LEVEL]", value_parser = parse_compression)]
+    pub compress: Option<(Compression, Option<u8>)>,
+    /// Slow the guest down if it writes faster than it can be sent
+    #[arg(long)]
+    pub auto_converge: bool,
     /// Leave the source process, stopped, after success
     #[arg(long)]
     pub keep_source: bool,

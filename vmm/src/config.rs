@@ -3,6 +3,8 @@
 use crate::machine::description::check_rng;
 use devices::block::raw::Cache;
 use devices::virtio::blk::MAX_QUEUES;
+use migration::params::Compression;
+use migration::ram::compress::Method;
 use migration::transport::Address;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::path::PathBuf;
@@ -37,6 +39,27 @@ pub fn parse_memory(text: &str) -> Result<u64, String> {
 /// A rate in bytes per second.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
     parse_size(text, 1)
+}
+
+/// Reads a compression method with its level: `none`, `zlib`, `zlib:6`, `zstd:3`.
+pub fn parse_compression(text: &str) -> Result<(Compression, Option<u8>), String> {
+    let (name, level) = match text.split_once(':') {
+        Some((name, level)) => (name, Some(level)),
+        None => (text, None),
+    };
+    let method = Compression::from_name(name)
+        .ok_or_else(|| format!("{name:?} is not a method; there are none, zlib and zstd"))?;
+    let most = match method {
+        Compression::None if level.is_some() => return Err("none has no level".to_owned()),
+        Compression::None => 0,
+        Compression::Zlib => Method::MAX_ZLIB_LEVEL,
+        Compression::Zstd => Method::MAX_ZSTD_LEVEL,
+    };
+    let level = level.map(|level| {
+        let number = level.parse().ok().filter(|number| *number <= most);
+        number.ok_or_else(|| format!("{level:?} is not a level of {name}, from 0 to {most}"))
+    });
+    Ok((method, level.transpose()?))
 }
 
 /// `on` or `off`.

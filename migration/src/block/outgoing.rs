@@ -38,7 +38,7 @@ struct Filled {
 pub struct DisksOutgoing {
     disks: Vec<TrackedDisk>,
     tuning: Tuning,
-    channel: Channel,
+    channel: Arc<Channel>,
     counters: Arc<Counters>,
     /// Buffers of earlier chunks.
     spare: Mutex<Vec<AlignedBuffer>>,
@@ -58,7 +58,7 @@ impl DisksOutgoing {
     /// Starts tracking; everything that was ever written is dirty.
     pub fn setup(
         leaving: SourceDisks,
-        channel: Channel,
+        channel: Arc<Channel>,
         counters: Arc<Counters>,
     ) -> Result<Self, SourceError> {
         let mut disks = Vec::with_capacity(leaving.disks.len());
@@ -98,11 +98,6 @@ impl DisksOutgoing {
             only_top: tracked.disk.only_top,
         };
         BlockSetup { disks: self.disks.iter().map(disk).collect() }
-    }
-
-    /// The connection, to shut it down from elsewhere.
-    pub fn channel(&self) -> &Channel {
-        &self.channel
     }
 
     /// Bytes that are dirty now.

@@ -2,7 +2,7 @@
 //! name.
 
 use super::disks::DisksReceiver;
-use super::receiver::Receiver;
+use super::receiver::Receivers;
 use super::{Destination, DestinationError};
 use crate::block::frame::{BlockSetup, BlockTotals};
 use crate::block::incoming::DisksIncoming;
@@ -21,7 +21,7 @@ impl Destination<'_> {
     pub(super) fn load(
         &mut self,
         main: &Arc<Main>,
-        data: Channel,
+        data: Vec<Channel>,
         disks: Option<Channel>,
     ) -> Result<bool, DestinationError> {
         let frame = main.receive()?;
@@ -34,19 +34,21 @@ impl Destination<'_> {
         let disks = self.start_disks(main, disks)?;
         let frame = main.receive()?;
         let setup = RamSetup::decode(section(&frame, "ram", Stage::Setup, "the setup of RAM")?)?;
-        if setup.data_channels != 1 {
-            let reason = format!("{} data channels", setup.data_channels);
+        if usize::from(setup.data_channels) != data.len() {
+            let reason = format!("{} data channels, {} exist", setup.data_channels, data.len());
             return Err(WireError::Malformed { what: "RAM setup", reason }.into());
         }
-        let ram = RamIncoming::start(ram, setup, self.counters.clone())?;
-        let receiver = Receiver::start(ram, data, main.clone())?;
+        let channels = data
+            .into_iter()
+            .map(|data| Ok((RamIncoming::start(ram.clone(), setup, self.counters.clone())?, data)));
+        let receivers = Receivers::start(channels.collect::<Result<_, WireError>>()?, main)?;
         self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
         self.status(MigrationStatus::Active);
-        self.load_rest(main, &receiver, disks.as_ref()).map_err(|error| match error {
+        self.load_rest(main, &receivers, disks.as_ref()).map_err(|error| match error {
             // Woken because the pages or the disks have failed.
             DestinationError::Wire(WireError::Interrupted) => {
                 let disks = disks.as_ref().and_then(DisksReceiver::take_error);
-                match disks.or_else(|| receiver.take_error().map(DestinationError::Wire)) {
+                match disks.or_else(|| receivers.take_error().map(DestinationError::Wire)) {
                     Some(DestinationError::Wire(lost @ WireError::Lost(_))) => {
                         why_lost(main, lost).into()
                     }
@@ -81,7 +83,7 @@ impl Destination<'_> {
     fn load_rest(
         &mut self,
         main: &Main,
-        receiver: &Receiver,
+        receivers: &Receivers,
         disks: Option<&DisksReceiver>,
     ) -> Result<bool, DestinationError> {
         let frame = main.receive()?;
@@ -101,10 +103,12 @@ impl Destination<'_> {
         let theirs = RamTotals::decode(section(&frame, "ram", Stage::End, "the end of RAM")?)?;
         let frame = main.receive()?;
         let eof = Eof::decode(&payload_of(frame, Kind::Eof, "the end of the stream")?)?;
-        let (frames, ours) = receiver.finish()?;
-        if (&[frames][..], ours) != (&eof.frames[..], theirs) {
+        let tallies = receivers.finish()?;
+        let frames: Vec<_> = tallies.iter().map(|tally| tally.frames).collect();
+        let ours: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
+        if (&frames, ours) != (&eof.frames, theirs) {
             let reason = format!(
-                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames} have arrived",
+                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames:?} have arrived",
                 eof.frames
             );
             return Err(WireError::Malformed { what: "end of the stream", reason }.into());

@@ -1,5 +1,5 @@
 //! The destination: accept, build, load, say `Ready`, run on `Go` and never without it. Called by the
-//! VMM on the `mig-in` thread; page frames are received on `mig-recv-0`.
+//! VMM on the `mig-in` thread; page frames are received on threads `mig-recv-N`.
 //!
 //! ```text
 //! mod        greet                     who is not Ferry is dropped, and the wait goes on
@@ -93,19 +93,14 @@ impl Destination<'_> {
         })
     }
 
-    /// Takes a guest over from connections that exist already: the main one first, then those of the
-    /// pages, then that of the disks.
+    /// Takes a guest over from connections that exist already.
     pub fn receive_over(
         mut self,
-        transports: Vec<Arc<dyn Transport>>,
+        main: Arc<dyn Transport>,
+        data: Vec<Arc<dyn Transport>>,
+        disks: Option<Arc<dyn Transport>>,
     ) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
-        let mut transports = transports.into_iter();
-        let mut next = move || {
-            let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
-            transports.next().ok_or_else(missing)
-        };
-        let main = next()?;
         let greeting = Channel::new(main.clone(), cancel.clone());
         let hello = receive_hello(&greeting, GREETING_PATIENCE).inspect_err(|error| {
             if matches!(error, WireError::Version { .. }) {
@@ -115,14 +110,19 @@ impl Destination<'_> {
             }
         })?;
         self.arrive(main, &hello, &mut |id, role| {
-            let data = next()?;
+            let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
+            let data = match role {
+                Role::Main | Role::Disks => disks.as_ref(),
+                Role::Data { index } => data.get(usize::from(index)),
+            };
+            let data = data.ok_or_else(missing)?;
             let channel = Channel::new(data.clone(), cancel.clone());
             let hello = receive_hello(&channel, GREETING_PATIENCE)?;
             if (hello.id, hello.role) != (id, role) {
                 let reason = "no such migration or channel".to_owned();
                 return Err(WireError::Malformed { what: "hello", reason });
             }
-            Ok(data)
+            Ok(data.clone())
         })
     }
 
@@ -164,16 +164,18 @@ impl Destination<'_> {
         open: Open<'_>,
     ) -> Result<(), DestinationError> {
         let loaded = (|| {
+            let malformed = |reason| WireError::Malformed { what: "hello", reason };
+            hello.check_channels().map_err(malformed)?;
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
-            let with_disks = answer.has(DISKS);
             let mut open = |role| {
                 let channel = Channel::new(open(hello.id, role)?, self.cancel.clone());
                 send_hello(&channel, &Hello { role, ..answer.clone() })?;
                 Ok::<_, WireError>(channel)
             };
-            let data = open(Role::Data { index: 0 })?;
-            let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
+            let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));
+            let data = data.collect::<Result<_, _>>()?;
+            let disks = if answer.has(DISKS) { Some(open(Role::Disks)?) } else { None };
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
             let running = self.load(main, data, disks)?;
             Ok((running, pulse))

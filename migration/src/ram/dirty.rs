@@ -70,20 +70,58 @@ impl PageBitmap {
     /// Runs of set pages among the `page_count` from `first` on.
     pub fn runs_among(&self, first: PageIndex, page_count: u64) -> Runs<'_> {
         let end = first.0.saturating_add(page_count).min(self.page_count);
-        Runs { words: &self.words, at: first.0, end }
+        Words { first_word: 0, words: &self.words }.runs_until(first.0, end)
     }
 
     /// Runs of set pages within the words `range`, whole words at a time.
     pub fn runs(&self, range: Range<usize>) -> Runs<'_> {
         let end = range.end.min(self.words.len());
-        Runs { words: &self.words, at: range.start as u64 * 64, end: end as u64 * 64 }
+        let all = Words { first_word: 0, words: &self.words };
+        all.runs_until(range.start as u64 * 64, end as u64 * 64)
+    }
+}
+
+/// Some words of such a bitmap.
+#[derive(Debug, Clone, Copy)]
+pub struct Words<'a> {
+    /// Where they begin in it.
+    pub first_word: usize,
+    /// The words, 64 pages each.
+    pub words: &'a [u64],
+}
+
+impl<'a> Words<'a> {
+    /// Runs of set pages.
+    pub fn runs(self) -> Runs<'a> {
+        let end = self.first_word + self.words.len();
+        self.runs_until(self.first_word as u64 * 64, end as u64 * 64)
+    }
+
+    /// Runs of set pages among the `page_count` from `first` on, which these words hold.
+    pub fn runs_among(self, first: PageIndex, page_count: u64) -> Runs<'a> {
+        self.runs_until(first.0, first.0.saturating_add(page_count))
+    }
+
+    /// Whether `page` is set.
+    pub fn contains(self, page: PageIndex) -> bool {
+        self.word_of(page.0) >> (page.0 % 64) & 1 == 1
+    }
+
+    fn runs_until(self, at: u64, end: u64) -> Runs<'a> {
+        Runs { bits: self, at, end }
+    }
+
+    /// The word with the bit of page `page`; no page is set outside.
+    fn word_of(self, page: u64) -> u64 {
+        let word = usize::try_from(page / 64).ok().and_then(|at| at.checked_sub(self.first_word));
+        word.and_then(|at| self.words.get(at)).copied().unwrap_or(0)
     }
 }
 
 /// Iterator over `(first page, page count)`.
 #[derive(Debug)]
 pub struct Runs<'a> {
-    words: &'a [u64],
+    bits: Words<'a>,
     at: u64,
     end: u64,
 }
@@ -93,8 +131,7 @@ impl Runs<'_> {
     fn next_edge(&self, set: bool) -> u64 {
         let mut at = self.at;
         while at < self.end {
-            let word = usize::try_from(at / 64).ok().and_then(|at| self.words.get(at)).copied();
-            let word = word.unwrap_or(0);
+            let word = self.bits.word_of(at);
             let wanted = if set { word } else { !word } >> (at % 64);
             if wanted != 0 {
                 return (at + u64::from(wanted.trailing_zeros())).min(self.end);

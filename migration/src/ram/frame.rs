@@ -1,9 +1,12 @@
 //! Frames of the data channels, byte by byte. Pure: no I/O, no guest memory.
 //!
 //! ```text
-//! frame   kind u8 (1 pages, 2 mark, 3 end) · 0 u8 · run count u16 · raw pages u32     8 bytes
-//! pages   run table, then the raw pages of all raw runs, in the order of the table
-//! run     first page u64 · page count u32 · kind u8 (0 zero, 1 raw) · 0 u8 · 0 u16    16 bytes
+//! frame   kind u8 (1 pages, 2 mark, 3 end) · method u8 · run count u16 · raw pages u32       8 bytes
+//! pages   run table · raw part, if there are raw pages · delta part, if there are delta runs
+//! run     first page u64 · page count u32 · kind u8 (0 zero, 1 raw, 2 delta) · 0 u8 · 0 u16  16 bytes
+//! raw     the pages of all raw runs, in the order of the table            method 0
+//!         byte count u32 · the same pages, compressed as one piece        method 1 zlib, 2 zstd
+//! delta   byte count u32 · for each page of all delta runs: length u16 · XBZRLE delta
 //! mark    number u64                    echoed on the main connection once all before it is in place
 //! end     nothing                       the last frame of the channel
 //! ```
@@ -20,6 +23,8 @@ pub const RUN_BYTES: usize = 16;
 pub const MAX_RUNS: usize = 512;
 /// Most raw pages of a frame: 4 MiB.
 pub const MAX_RAW_PAGES: u32 = 1024;
+/// Longest delta part of a frame, without its byte count.
+pub const MAX_DELTA_BYTES: usize = 1 << 20;
 const WHAT: &str = "page frame";
 
 /// How the pages of a run travel.
@@ -28,8 +33,22 @@ const WHAT: &str = "page frame";
 pub enum RunKind {
     /// They are zero; there is no payload.
     Zero = 0,
-    /// As they are.
+    /// As they are, or compressed.
     Raw = 1,
+    /// As what has changed since the destination last got them.
+    Delta = 2,
+}
+
+/// How the raw pages of a frame are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Packing {
+    /// Not at all.
+    None = 0,
+    /// With zlib.
+    Zlib = 1,
+    /// With zstd.
+    Zstd = 2,
 }
 
 /// Neighbouring pages that travel the same way.
@@ -48,6 +67,7 @@ pub struct Run {
 pub struct Batch {
     runs: Vec<Run>,
     raw_pages: u32,
+    delta_pages: u32,
     zero_pages: u64,
 }
 
@@ -58,6 +78,7 @@ impl Batch {
         match kind {
             RunKind::Zero => self.zero_pages += u64::from(page_count),
             RunKind::Raw => self.raw_pages += page_count,
+            RunKind::Delta => self.delta_pages += page_count,
         }
         if let Some(last) = self.runs.last_mut()
             && last.kind == kind
@@ -97,10 +118,15 @@ impl Batch {
         self.zero_pages
     }
 
-    /// Header and table.
-    pub fn encode_head(&self, encoder: &mut Encoder) {
+    /// Delta pages of all runs.
+    pub fn delta_pages(&self) -> u32 {
+        self.delta_pages
+    }
+
+    /// Header and table; the raw pages follow as `packing` says.
+    pub fn encode_head(&self, packing: Packing, encoder: &mut Encoder) {
         let run_count = u16::try_from(self.runs.len()).unwrap_or(u16::MAX);
-        encoder.clear().u8(1).u8(0).u16(run_count).u32(self.raw_pages);
+        encoder.clear().u8(1).u8(packing as u8).u16(run_count).u32(self.raw_pages);
         for run in &self.runs {
             encoder.u64(run.first.0).u32(run.page_count).u8(run.kind as u8).u8(0).u16(0);
         }
@@ -109,7 +135,7 @@ impl Batch {
     /// Starts anew, keeping the memory.
     pub fn clear(&mut self) {
         self.runs.clear();
-        (self.raw_pages, self.zero_pages) = (0, 0);
+        (self.raw_pages, self.delta_pages, self.zero_pages) = (0, 0, 0);
     }
 }
 
@@ -132,6 +158,8 @@ pub enum FrameHeader {
         run_count: usize,
         /// Raw pages after the table; at most [`MAX_RAW_PAGES`].
         raw_pages: u32,
+        /// How they come.
+        packing: Packing,
     },
     /// A mark; its number follows.
     Mark,
@@ -143,15 +171,24 @@ impl FrameHeader {
     /// Reads a header.
     pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new(WHAT, bytes);
-        let (kind, zero) = (decoder.u8()?, decoder.u8()?);
-        let (run_count, raw_pages) = (usize::from(decoder.u16()?), decoder.u32()?);
-        match (kind, zero, run_count, raw_pages) {
-            (1, 0, 1..=MAX_RUNS, 0..=MAX_RAW_PAGES) => Ok(Self::Pages { run_count, raw_pages }),
-            (2, 0, 0, 0) => Ok(Self::Mark),
-            (3, 0, 0, 0) => Ok(Self::End),
-            (1, 0, ..) => {
-                Err(decoder.malformed(format!("{run_count} runs of {raw_pages} raw pages")))
+        let (kind, method) = (decoder.u8()?, decoder.u8()?);
+        let packing = match method {
+            0 => Packing::None,
+            1 => Packing::Zlib,
+            2 => Packing::Zstd,
+            _ => {
+                return Err(decoder.malformed(format!("pages packed with unknown method {method}")));
             }
+        };
+        let (run_count, raw_pages) = (usize::from(decoder.u16()?), decoder.u32()?);
+        match (kind, packing, run_count, raw_pages) {
+            (1, Packing::None, 1..=MAX_RUNS, 0..=MAX_RAW_PAGES)
+            | (1, _, 1..=MAX_RUNS, 1..=MAX_RAW_PAGES) => {
+                Ok(Self::Pages { run_count, raw_pages, packing })
+            }
+            (2, Packing::None, 0, 0) => Ok(Self::Mark),
+            (3, Packing::None, 0, 0) => Ok(Self::End),
+            (1, ..) => Err(decoder.malformed(format!("{run_count} runs of {raw_pages} raw pages"))),
             _ => Err(decoder.malformed(format!("header {bytes:02x?}"))),
         }
     }
@@ -173,6 +210,7 @@ pub fn decode_table(
         let kind = match (decoder.u8()?, decoder.u8()?, decoder.u16()?) {
             (0, 0, 0) => RunKind::Zero,
             (1, 0, 0) => RunKind::Raw,
+            (2, 0, 0) => RunKind::Delta,
             (kind, ..) => return Err(decoder.malformed(format!("a run of unknown kind {kind}"))),
         };
         let address = layout.run_address(first, page_count.into()).ok_or_else(|| {
@@ -203,13 +241,13 @@ mod tests {
     proptest! {
         #[test]
         fn a_batch_reads_back_as_pushed(
-            pushed in prop::collection::vec((0u64..787_000, 1u32..3, any::<bool>()), 1..200),
+            pushed in prop::collection::vec((0u64..787_000, 1u32..3, 0u8..3), 1..200),
         ) {
             let layout = layout();
             let mut batch = Batch::default();
             let mut naive = Vec::new();
-            for (first, page_count, raw) in pushed {
-                let kind = if raw { RunKind::Raw } else { RunKind::Zero };
+            for (first, page_count, kind) in pushed {
+                let kind = [RunKind::Zero, RunKind::Raw, RunKind::Delta][usize::from(kind)];
                 if layout.run_address(PageIndex(first), page_count.into()).is_none() {
                     continue;
                 }
@@ -218,11 +256,12 @@ mod tests {
             }
             prop_assume!(!batch.is_empty());
             let mut head = Encoder::default();
-            batch.encode_head(&mut head);
+            batch.encode_head(Packing::None, &mut head);
             let (header, table) = head.bytes().split_first_chunk().unwrap();
             let header = FrameHeader::decode(header).unwrap();
             let raw_pages = batch.raw_pages();
-            prop_assert_eq!(header, FrameHeader::Pages { run_count: batch.runs().len(), raw_pages });
+            let (run_count, packing) = (batch.runs().len(), Packing::None);
+            prop_assert_eq!(header, FrameHeader::Pages { run_count, raw_pages, packing });
             let mut runs = Vec::new();
             decode_table(table, raw_pages, &layout, &mut runs).unwrap();
             let pages: Vec<_> = runs
@@ -261,7 +300,9 @@ mod tests {
             [1, 0, 0, 0, 0, 0, 0, 0],
             [1, 0, 1, 2, 0, 0, 0, 0],
             [1, 0, 1, 0, 1, 4, 0, 0],
-            [1, 1, 1, 0, 1, 0, 0, 0],
+            [1, 3, 1, 0, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0],
+            [2, 1, 0, 0, 0, 0, 0, 0],
             [2, 0, 1, 0, 0, 0, 0, 0],
             [4, 0, 0, 0, 0, 0, 0, 0],
         ] {

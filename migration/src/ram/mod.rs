@@ -1,9 +1,10 @@
 //! The way of a page.
 //!
 //! ```text
-//! dirty log ─▶ dirty: bits ─▶ scan: runs, zero or raw ─▶ frame: batch ─▶ data channel
-//!                populated ┘      zero, simd ┘                              │
-//! guest RAM ◀── straight into place, or left untouched if zero ◀── incoming ┘
+//! dirty log ─▶ outgoing: bits ─▶ lanes ─┬▶ shard: scan: runs, zero or raw ─▶ frame ─▶ data channel
+//!              dirty, populated ┘       ├▶ shard …            zero, simd ┘             │
+//!                                       └▶ …                                           │
+//! guest RAM ◀── straight into place, or left untouched if zero ◀── incoming ◀─ … ◀─────┘
 //! ```
 //!
 //! **Clear, then look, then send.** A page's bit is cleared in the dirty log before the page is read,
@@ -18,11 +19,20 @@
 //! never touched. [`populated`] tells them apart without reading them, which would make them exist;
 //! the destination leaves pages alone that are zero and were never written there.
 
+pub mod adaptive;
+pub mod cache;
+pub mod compress;
+pub mod decode;
 pub mod dirty;
+pub mod encode;
 pub mod frame;
 pub mod incoming;
+pub mod lanes;
 pub mod outgoing;
 pub mod populated;
 pub mod scan;
+pub mod shard;
 pub mod simd;
+pub mod watch;
+pub mod xbzrle;
 pub mod zero;

@@ -1,12 +1,11 @@
-//! Deals dirty pages to frames: bits → runs → zero or raw, a batch at a time. Called by `outgoing`.
+//! Deals dirty pages to frames: bits → runs → zero or raw, a batch at a time. Called by `shard`.
 //! Reads guest RAM, but sends nothing.
 
-use super::dirty::PageBitmap;
+use super::dirty::{Runs, Words};
 use super::frame::{Batch, RunKind};
 use super::zero::{PAGE_BYTES, is_zero};
 use crate::transport::PageSlice;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
-use std::ops::Range;
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
 /// Raw pages after which a batch is full: 1 MiB, so that what the zero test and the last system call
@@ -18,23 +17,21 @@ pub struct Scan<'a> {
     ram: &'a GuestRam,
     layout: &'a RamLayout,
     /// Pages that may hold something; the others read as zero.
-    touched: &'a PageBitmap,
-    runs: std::vec::IntoIter<(PageIndex, u64)>,
+    touched: Words<'a>,
+    runs: Runs<'a>,
     /// What is left of the run at hand.
     rest: (PageIndex, u64),
 }
 
 impl<'a> Scan<'a> {
-    /// Walks over the pages of `words` that are set in `dirty`.
+    /// Walks over the pages that are set in `dirty`; those among them that are not in `touched` are zero.
     pub fn new(
         ram: &'a GuestRam,
         layout: &'a RamLayout,
-        dirty: &PageBitmap,
-        touched: &'a PageBitmap,
-        words: Range<usize>,
+        dirty: Words<'a>,
+        touched: Words<'a>,
     ) -> Self {
-        let runs: Vec<_> = dirty.runs(words).collect();
-        Self { ram, layout, touched, runs: runs.into_iter(), rest: (PageIndex(0), 0) }
+        Self { ram, layout, touched, runs: dirty.runs(), rest: (PageIndex(0), 0) }
     }
 
     /// Fills `batch`, which is empty; false if there was nothing left.
@@ -95,6 +92,7 @@ impl<'a> Scan<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::dirty::PageBitmap;
     use super::*;
     use proptest::prelude::*;
     use vm_memory::Bytes;
@@ -114,7 +112,8 @@ mod tests {
                 // Every other touched page is zero all the same.
                 ram.write_obj((page % 2) as u8, layout.address_of(PageIndex(page)).unwrap()).unwrap();
             }
-            let mut scan = Scan::new(&ram, &layout, &bits, &touched, 0..8);
+            let words = |bits| Words { first_word: 0, words: bits };
+            let mut scan = Scan::new(&ram, &layout, words(bits.words()), words(touched.words()));
             let mut batch = Batch::default();
             let mut seen = PageBitmap::new(512);
             while scan.fill(&mut batch).unwrap() {

@@ -3,7 +3,7 @@
 use super::SourceError;
 use crate::guest::{PausedGuest, Surrendered};
 use crate::transport::Main;
-use crate::wire::{Kind, WireError};
+use crate::wire::{Decoder, Kind, WireError};
 use std::time::Duration;
 
 /// How long the destination may take to start the guest.
@@ -13,7 +13,10 @@ const VERDICT_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) enum Handover {
     /// The destination runs the guest.
-    Completed,
+    Completed {
+        /// How long it took to start it there, as it says.
+        started_in: Option<Duration>,
+    },
     /// The destination has not run the guest and never will; it has been resumed here, or the error
     /// says why not.
     Declined(SourceError),
@@ -29,7 +32,9 @@ pub(super) fn hand_over(paused: PausedGuest<'_>, main: &Main) -> Handover {
         .send(Kind::Go, &[])
         .and_then(|()| main.receive_within("the answer to the handover", VERDICT_PATIENCE));
     let lost = match verdict {
-        Ok(frame) if frame.kind == Kind::Running => return Handover::Completed,
+        Ok(frame) if frame.kind == Kind::Running => {
+            return Handover::Completed { started_in: started_in(&frame.payload) };
+        }
         // It gave up while `Go` was under way. Having said so, it does not heed `Go` any more.
         Err(WireError::Refused(reason)) => return declined(surrendered, reason),
         Ok(frame) if frame.kind == Kind::Declined => return declined(surrendered, frame.reason()),
@@ -43,6 +48,12 @@ pub(super) fn hand_over(paused: PausedGuest<'_>, main: &Main) -> Handover {
         },
     };
     Handover::Unknown(lost.into())
+}
+
+/// What `Running` says besides that the guest runs. It may say nothing, and it is too late to object to
+/// nonsense.
+fn started_in(payload: &[u8]) -> Option<Duration> {
+    Decoder::new("the time of the start", payload).u64().ok().map(Duration::from_micros)
 }
 
 fn declined(surrendered: Surrendered<'_>, reason: String) -> Handover {

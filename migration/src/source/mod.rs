@@ -12,6 +12,7 @@
 mod error;
 mod freight;
 mod handover;
+mod pace;
 mod precopy;
 mod stop;
 
@@ -24,8 +25,10 @@ use crate::cancel::{CancelToken, Registration};
 use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
+use crate::ram::lanes::Lanes;
 use crate::ram::outgoing::RamOutgoing;
-use crate::stats::{Counters, MigrationStatus};
+use crate::ram::shard::{Common, Shard};
+use crate::stats::{Counters, MigrationStatus, NotConverging};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
 use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
 use crate::wire::hello::DISKS;
@@ -33,7 +36,7 @@ use crate::wire::section::{Section, Stage};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use freight::Freight;
 use handover::Handover;
-use precopy::Pace;
+use pace::Pace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stop;
@@ -45,12 +48,12 @@ pub enum MigrationEvent {
     Status(MigrationStatus),
     /// Round `n` begins, counted from 1.
     Pass(u64),
+    /// As things are the guest cannot be moved: it writes faster than is sent.
+    NotConverging(NotConverging),
 }
 
 /// How long a destination may take to answer a greeting.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
-/// Data channels of a migration.
-const DATA_CHANNELS: u16 = 1;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
@@ -73,17 +76,22 @@ pub struct Source<'a> {
 /// The connections of one migration. Dropping it ends them.
 struct Link {
     main: Arc<Main>,
-    data: Channel,
-    /// Of the disks, until they take it over.
-    disks: Option<Channel>,
+    data: Vec<Arc<Channel>>,
+    /// Of the disks, if they travel.
+    disks: Option<Arc<Channel>>,
     /// Of a journey there and back.
     round_trip: Duration,
     /// A cancel wakes who writes pages or disks; the main connection stays usable, to say why.
-    _wakes: Vec<Registration>,
-    /// Ended with the others.
-    disks_transport: Option<Arc<dyn Transport>>,
+    _wake: Vec<Registration>,
     /// After the others: its thread ends once they are shut down.
     _pulse: Pulse,
+}
+
+impl Link {
+    fn end_data(&self) {
+        let all = self.data.iter().chain(&self.disks);
+        all.for_each(|channel| channel.transport().shutdown());
+    }
 }
 
 impl Drop for Link {
@@ -93,39 +101,34 @@ impl Drop for Link {
     }
 }
 
-impl Link {
-    /// Ends all but the main connection.
-    fn end_data(&self) {
-        self.data.transport().shutdown();
-        if let Some(disks) = &self.disks_transport {
-            disks.shutdown();
-        }
-    }
-}
-
 type Connect<'c> = &'c mut dyn FnMut() -> Result<Arc<dyn Transport>, SourceError>;
 
 impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(mut self, address: &Address, ram: SourceRam) -> SourceOutcome {
         let cancel = self.cancel.clone();
-        let result = self.run(ram, &mut || match SocketTransport::connect(address, &cancel) {
-            Ok(transport) => Ok(Arc::new(transport)),
-            Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
-            Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
-        });
+        let channels = self.params.get().channels();
+        let result =
+            self.run(ram, channels, &mut || match SocketTransport::connect(address, &cancel) {
+                Ok(transport) => Ok(Arc::new(transport)),
+                Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
+                Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
+            });
         self.finish(result)
     }
 
-    /// Moves the guest over connections that exist already: the main one first, then those of the pages,
-    /// then that of the disks.
+    /// Moves the guest over connections that exist already; there are as many data channels as `data`,
+    /// and one for the disks if they travel.
     pub fn migrate_over(
         mut self,
-        transports: Vec<Arc<dyn Transport>>,
+        main: Arc<dyn Transport>,
+        data: Vec<Arc<dyn Transport>>,
+        disks: Option<Arc<dyn Transport>>,
         ram: SourceRam,
     ) -> SourceOutcome {
-        let mut transports = transports.into_iter();
-        let result = self.run(ram, &mut || {
+        let channels = u16::try_from(data.len()).unwrap_or(u16::MAX);
+        let mut transports = std::iter::once(main).chain(data).chain(disks);
+        let result = self.run(ram, channels, &mut || {
             let lost = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
             transports.next().ok_or_else(|| lost().into())
         });
@@ -137,12 +140,16 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Status(status));
     }
 
-    fn run(&mut self, ram: SourceRam, connect: Connect<'_>) -> Result<Handover, SourceError> {
+    fn run(
+        &mut self,
+        ram: SourceRam,
+        channels: u16,
+        connect: Connect<'_>,
+    ) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let mut link = self.connect(connect)?;
-        let disks = link.disks.take();
-        let set_up = self.set_up(&link, disks, ram);
+        let link = self.connect(channels, connect)?;
+        let set_up = self.set_up(&link, ram);
         let (mut freight, mut pace) = set_up.map_err(|error| settle(&link, error))?;
         let handover = loop {
             self.precopy(&link, &mut freight, &mut pace).map_err(|error| settle(&link, error))?;
@@ -158,9 +165,23 @@ impl Source<'_> {
         handover
     }
 
+    /// Slows the guest down by `percent`. That it cannot be is no reason to fail.
+    fn set_throttle(&mut self, percent: u8) {
+        if self.counters.throttle_percent() == percent {
+            return;
+        }
+        // Noted first: what may have been done is undone in the end.
+        self.counters.update(|stats| stats.throttle_percent = percent);
+        if let Err(error) = self.guest.throttle(percent) {
+            log::warn!("the guest cannot be throttled by {percent} %: {error}");
+        }
+    }
+
     fn finish(&mut self, result: Result<Handover, SourceError>) -> SourceOutcome {
+        // Before the end is told: the next migration may begin at once.
+        self.set_throttle(0);
         let outcome = match result {
-            Ok(Handover::Completed) => SourceOutcome::Completed,
+            Ok(Handover::Completed { .. }) => SourceOutcome::Completed,
             Ok(Handover::Unknown(error)) => SourceOutcome::Unknown(error),
             Ok(Handover::Declined(error)) => SourceOutcome::Failed(error),
             Err(error @ SourceError::NotResumed { .. }) => SourceOutcome::Failed(error),
@@ -190,12 +211,12 @@ impl Source<'_> {
     }
 
     /// The main connection first: the destination then knows the migration that the others belong to.
-    fn connect(&mut self, connect: Connect<'_>) -> Result<Link, SourceError> {
+    fn connect(&mut self, channels: u16, connect: Connect<'_>) -> Result<Link, SourceError> {
         let id = MigrationId::random()?;
         let transport = connect()?;
         let main = Channel::new(transport, self.cancel.clone());
         let greeted = Instant::now();
-        let hello = Hello::new(Role::Main, id, DATA_CHANNELS);
+        let hello = Hello::new(Role::Main, id, channels);
         let with_disks = !self.disks.disks.is_empty();
         let hello = if with_disks { hello.wanting(DISKS) } else { hello };
         let answer = greet(&main, &hello)?;
@@ -203,56 +224,71 @@ impl Source<'_> {
             return Err(SourceError::NoDisksThere);
         }
         let round_trip = greeted.elapsed();
-        let mut wakes = Vec::new();
+        let mut wake = Vec::new();
         let mut open = |role| {
             let transport = connect()?;
             let woken = transport.clone();
-            wakes.push(self.cancel.on_cancel(move || woken.shutdown()));
+            wake.push(self.cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, self.cancel.clone());
-            greet(&channel, &Hello::new(role, id, DATA_CHANNELS))?;
-            Ok::<_, SourceError>(channel)
+            greet(&channel, &Hello::new(role, id, channels))?;
+            Ok::<_, SourceError>(Arc::new(channel))
         };
-        let data = open(Role::Data { index: 0 })?;
+        let data = (0..channels).map(|index| open(Role::Data { index }));
+        let data = data.collect::<Result<_, _>>()?;
         let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
-        let disks_transport = disks.as_ref().map(|channel| channel.transport().clone());
         let main = Arc::new(Main::new(main));
         let pulse = Pulse::start(main.clone()).map_err(SourceError::Thread)?;
-        Ok(Link { main, data, disks, round_trip, _wakes: wakes, disks_transport, _pulse: pulse })
+        Ok(Link { main, data, disks, round_trip, _wake: wake, _pulse: pulse })
     }
 
     /// What comes before the first page.
-    fn set_up(
-        &mut self,
-        link: &Link,
-        disks: Option<Channel>,
-        ram: SourceRam,
-    ) -> Result<(Freight, Pace), SourceError> {
+    fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
-        let disks = match disks {
+        let disks = match &link.disks {
             None => None,
             Some(channel) => {
-                let leaving = self.disks.clone();
-                let disks = DisksOutgoing::setup(leaving, channel, self.counters.clone())?;
+                let (leaving, counters) = (self.disks.clone(), self.counters.clone());
+                let disks = DisksOutgoing::setup(leaving, channel.clone(), counters)?;
                 let setup = disks.announcement().encode();
                 link.main.send(Kind::Section, &Section::encode(Stage::Setup, "block", &setup))?;
                 Some(disks)
             }
         };
-        let ram = RamOutgoing::setup(ram, self.counters.clone())?;
+        let fixed = policy::fixed_downtime(link.round_trip);
+        let pace = Pace::new(self.params.clone(), self.cancel.clone(), fixed);
+        let common = Common {
+            ram: ram.ram.clone(),
+            layout: ram.layout.clone(),
+            params: self.params.clone(),
+            counters: self.counters.clone(),
+            shards: u16::try_from(link.data.len()).unwrap_or(u16::MAX),
+        };
+        let channels = link.data.iter();
+        let shards = channels
+            .map(|channel| Shard::new(common.clone(), channel.clone(), Box::new(pace.cap())));
+        let lanes = Lanes::start(shards.collect(), &link.main)?;
+        let ram = RamOutgoing::setup(ram, lanes)?;
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let params = self.params.get();
         self.counters.update(|stats| {
+            stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());
         });
         self.status(MigrationStatus::Active);
-        let fixed = policy::fixed_downtime(link.round_trip);
-        let pace = Pace::new(self.params.clone(), self.cancel.clone(), fixed);
-        Ok((Freight::new(ram, disks, fixed), pace))
+        Ok((Freight { ram, disks }, pace))
+    }
+}
+
+impl Drop for Source<'_> {
+    /// Throttling never outlives a migration, not even one that panics.
+    fn drop(&mut self) {
+        self.set_throttle(0);
     }
 }
 

@@ -1,15 +1,16 @@
 //! The round loop, while the guest runs: send what is dirty, wait until it is in place, look what has
-//! become dirty meanwhile, let `policy` decide.
+//! become dirty meanwhile, let `policy` decide. Long rounds are looked at on their way, so that a guest
+//! that writes too fast is slowed down, and its user told, before they end.
 
+use super::pace::Pace;
 use super::{Freight, Link, MigrationEvent, Source, SourceError};
-use crate::cancel::CancelToken;
-use crate::pace::{Allowance, TokenBucket};
-use crate::params::SharedParams;
-use crate::policy::{self, Decision, Round};
-use crate::transport::Throttle;
+use crate::policy::{self, Decision, Outlook, Round};
+use crate::ram::outgoing::RamOutgoing;
+use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
 use crate::transport::channels::payload_of;
 use crate::wire::{Decoder, Kind, WireError};
 use devices::ram::PAGE_SIZE;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
@@ -21,42 +22,24 @@ impl Source<'_> {
         pace: &mut Pace,
     ) -> Result<(), SourceError> {
         let mut polished = 0;
-        if self.counters.snapshot().rounds == 0
-            && let Some(disks) = &mut freight.disks
-        {
-            // Disks take longest, so they go first: RAM that was sent before would have to go again.
-            disks.iterate(pace)?;
-        }
         loop {
-            let number = self.counters.snapshot().rounds + 1;
+            let number = self.counters.rounds() + 1;
             self.begin_pass(number);
-            let harvested = Instant::now();
+            // Disks take longest, so they go first: RAM that was sent before would have to go again.
             let disk_bytes = freight.iterate_disks(pace)?;
-            pace.begin_round();
-            let ram = &mut freight.ram;
-            ram.iterate(&link.data, pace)?;
-            ram.mark(number, &link.data, pace)?;
-            let ram_bytes = pace.end_round(|| await_mark(link, number))?;
-            // The last look before the decision: a round over a clean guest ends here at once.
-            ram.harvest()?;
-            let ram_left = ram.pending_bytes();
-            let duration = harvested.elapsed();
-            pace.fixed = freight.fixed_downtime();
-            let sent_bytes = ram_bytes + freight.as_pages(disk_bytes, pace.bandwidth());
-            let dirtied_bytes = freight.pending_bytes(pace.bandwidth());
-            let round = Round { sent_bytes, duration, dirtied_bytes };
-            let (bandwidth, fixed) = (pace.bandwidth(), pace.fixed);
-            let limit = self.params.get().downtime_limit.saturating_sub(pace.margin);
-            let expected = pace.expected_downtime(round.dirtied_bytes);
-            self.record(round, ram_left, bandwidth, expected);
-            log::debug!("round {number}: {round:?}, {bandwidth} bytes/s, {expected:?} to stop");
-            match policy::decide(round, bandwidth, fixed, limit, polished) {
+            let (round, dirtied_per_sec) = self.round(number, link, &mut freight.ram, pace)?;
+            freight.weigh_disks(pace);
+            let both = freight.with_disks(round, disk_bytes, pace);
+            let coming = policy::written_until_stopped(dirtied_per_sec);
+            let expected = pace.expected_downtime(round.dirtied_bytes + coming);
+            match policy::decide(both, expected, pace.fixed(), pace.limit(), polished) {
                 Decision::Stop => {
                     pace.predicted = expected;
                     return Ok(());
                 }
                 Decision::Again { polishing } => polished += u32::from(polishing),
             }
+            self.after_round(round, pace);
         }
     }
 
@@ -65,142 +48,171 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Pass(number));
     }
 
-    fn record(&self, round: Round, ram_left: u64, bandwidth: u64, expected: Duration) {
-        let dirtied_per_sec = policy::per_second(ram_left, round.duration);
+    /// One round. Returns also how many bytes per second the guest dirties, by what it has shown.
+    fn round(
+        &mut self,
+        number: u64,
+        link: &Link,
+        ram: &mut RamOutgoing,
+        pace: &mut Pace,
+    ) -> Result<(Round, u64), SourceError> {
+        let began = Instant::now();
+        let before = self.counters.figures();
+        let sent_bytes = ram.pending_bytes();
+        pace.begin_round(ram.pending(), number == 1);
+        ram.iterate(&mut |ram, cursor| {
+            if pace.look_is_due() {
+                let looked = Instant::now();
+                ram.harvest()?;
+                pace.look(ram.pending(), cursor);
+                pace.looked_for(looked.elapsed());
+                self.after_look(pace);
+            }
+            Ok(())
+        })?;
+        ram.mark(number)?;
+        await_marks(link, number).map_err(|error| ram.explain(error))?;
+        pace.end_stretch(self.counters.figures().pages_sent());
+        // The last look before the decision: a round over a clean guest ends here at once.
+        let looked = Instant::now();
+        ram.harvest()?;
+        pace.harvested_in(looked.elapsed());
+        pace.look(ram.pending(), usize::MAX);
+        let round = Round { sent_bytes, dirtied_bytes: ram.pending_bytes() };
+        let duration = began.elapsed();
+        // The one is right for a long round over few pages, the other for a guest that writes new ones.
+        let seen = policy::per_second(round.dirtied_bytes, duration);
+        let dirtied_per_sec = pace.dirtied_per_sec().unwrap_or(0).max(seen);
+        self.record(round, number, duration, dirtied_per_sec, &before, pace);
+        Ok((round, dirtied_per_sec))
+    }
+
+    fn record(
+        &self,
+        round: Round,
+        number: u64,
+        duration: Duration,
+        dirtied_per_sec: u64,
+        before: &StatsSnapshot,
+        pace: &Pace,
+    ) {
+        let after = self.counters.figures();
+        let record = RoundRecord {
+            number,
+            duration,
+            sent_bytes: after.transferred_bytes - before.transferred_bytes,
+            zero_pages: after.zero_pages - before.zero_pages,
+            normal_pages: after.normal_pages - before.normal_pages,
+            dirtied_pages: round.dirtied_bytes / PAGE_SIZE,
+            dirty_pages_rate: dirtied_per_sec / PAGE_SIZE,
+            bytes_per_sec: pace.bandwidth(),
+            throttle_percent: after.throttle_percent,
+            expected_downtime: pace.expected_downtime(round.dirtied_bytes),
+        };
+        log::debug!("{record:?}");
         self.counters.update(|stats| {
-            stats.bytes_per_sec = bandwidth;
-            stats.dirty_pages_rate = dirtied_per_sec / PAGE_SIZE;
-            stats.remaining_bytes = ram_left;
-            stats.expected_downtime = Some(expected);
-            stats.history.push(round);
+            stats.bytes_per_sec = record.bytes_per_sec;
+            stats.dirty_pages_rate = record.dirty_pages_rate;
+            stats.remaining_bytes = round.dirtied_bytes;
+            stats.expected_downtime = Some(record.expected_downtime);
+            stats.history.push(record);
         });
     }
+
+    /// In the middle of a round.
+    fn after_look(&mut self, pace: &mut Pace) {
+        pace.end_stretch(self.counters.figures().pages_sent());
+        let sent = pace.guest_bytes_per_sec();
+        let (dirty_bytes, left_bytes) = pace.dirty_bytes();
+        let (bandwidth, expected) = (pace.bandwidth(), pace.expected_downtime(dirty_bytes));
+        let Some(dirtied) = pace.dirtied_per_sec() else { return };
+        self.counters.update(|stats| {
+            stats.bytes_per_sec = bandwidth;
+            stats.dirty_pages_rate = dirtied / PAGE_SIZE;
+            stats.remaining_bytes = left_bytes;
+            // So much at least will be left.
+            stats.expected_downtime =
+                Some(expected.max(stats.expected_downtime.unwrap_or_default()));
+        });
+        // While the first round still meets pages for the first time, nobody knows which are in use; and
+        // a round that only shortens an acceptable pause is no reason to slow the guest down.
+        if pace.round_matters() && self.slow_down(dirtied, sent, pace) {
+            return;
+        }
+        if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
+            self.say_not_converging(dirtied, expected, pace);
+        }
+    }
+
+    /// After a round whose rest does not fit the limit, or is to be made shorter.
+    fn after_round(&mut self, round: Round, pace: &mut Pace) {
+        let expected = pace.expected_downtime(round.dirtied_bytes);
+        let fits = expected <= pace.limit();
+        let sent = pace.guest_bytes_per_sec();
+        let dirtied = pace.proved_by(round);
+        let slowed = !fits && self.slow_down(dirtied, sent, pace);
+        if slowed || !self.cannot_slow_down() {
+            pace.outlook = Outlook::default();
+        } else if pace.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {
+            self.say_not_converging(dirtied, expected, pace);
+        }
+        if !pace.outlook.is_hopeless() {
+            self.counters.update(|stats| stats.not_converging = None);
+        }
+    }
+
+    /// Slows the guest down if it writes too fast and that is wanted. Returns whether it did.
+    fn slow_down(&mut self, dirtied: u64, sent: u64, pace: &mut Pace) -> bool {
+        let params = self.params.get();
+        let now = self.counters.throttle_percent();
+        let next = if params.auto_converge {
+            policy::throttle(now, dirtied, sent, &params.throttle)
+        } else {
+            0
+        };
+        if next != now {
+            log::info!(
+                "the guest dirties {dirtied} bytes/s, {sent} are sent: throttled by {next} %"
+            );
+            self.set_throttle(next);
+            pace.rate_has_changed();
+        }
+        next > now
+    }
+
+    /// Whether nothing more will be done about a guest that writes too fast.
+    fn cannot_slow_down(&self) -> bool {
+        let params = self.params.get();
+        !params.auto_converge || self.counters.throttle_percent() >= params.throttle.max
+    }
+
+    fn say_not_converging(&mut self, dirtied: u64, expected: Duration, pace: &Pace) {
+        let facts = NotConverging {
+            dirty_bytes_per_sec: pace.dirtied_per_sec().map_or(dirtied, |rate| rate.max(dirtied)),
+            bytes_per_sec: pace.guest_bytes_per_sec(),
+            expected_downtime: expected,
+            downtime_limit: self.params.get().downtime_limit,
+            throttle_percent: self.counters.throttle_percent(),
+        };
+        log::warn!("no end in sight: {facts:?}");
+        self.counters.update(|stats| stats.not_converging = Some(facts));
+        (self.events)(MigrationEvent::NotConverging(facts));
+    }
 }
 
-/// Waits until the destination has all pages before mark `number` in place.
-fn await_mark(link: &Link, number: u64) -> Result<(), SourceError> {
+/// Waits until the destination has all pages before mark `number` in place, on every channel.
+fn await_marks(link: &Link, number: u64) -> Result<(), SourceError> {
     let what = "the echo of a mark";
-    let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
-    let mut decoder = Decoder::new(what, &payload);
-    let echoed = decoder.u64()?;
-    decoder.finish()?;
-    if echoed != number {
-        return Err(
-            WireError::Unexpected { found: format!("mark {echoed}"), expected: what }.into()
-        );
+    let mut missing: BTreeSet<u16> = (0..).take(link.data.len()).collect();
+    while !missing.is_empty() {
+        let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
+        let mut decoder = Decoder::new(what, &payload);
+        let (echoed, channel) = (decoder.u64()?, decoder.u16()?);
+        decoder.finish()?;
+        if echoed != number || !missing.remove(&channel) {
+            let found = format!("mark {echoed} of channel {channel}");
+            return Err(WireError::Unexpected { found, expected: what }.into());
+        }
     }
     Ok(())
-}
-
-/// A round must move this much before its bandwidth counts: less is mostly journeys.
-const MEASURABLE_BYTES: u64 = 4 << 20;
-/// Until something was measured: a guess that any link of today keeps.
-const ASSUMED_BYTES_PER_SEC: u64 = 100 << 20;
-/// Longest wait for tokens at once, so that a raised cap is noticed.
-const LONGEST_WAIT: Duration = Duration::from_millis(100);
-
-/// Keeps to the cap and measures the bandwidth.
-pub(super) struct Pace {
-    params: SharedParams,
-    cancel: CancelToken,
-    origin: Instant,
-    bucket: TokenBucket,
-    round_began: Instant,
-    round_sent: u64,
-    /// How long the cap held this round up.
-    round_held: Duration,
-    measured: u64,
-    /// What the pause costs however little there is to send.
-    pub(super) fixed: Duration,
-    /// The pause that the last decision promised.
-    predicted: Duration,
-    /// How much longer the pause would have been than predicted, when it was called off: so much less
-    /// than the limit the next decision has to promise.
-    margin: Duration,
-}
-
-impl Pace {
-    pub(super) fn new(params: SharedParams, cancel: CancelToken, fixed: Duration) -> Self {
-        let now = Instant::now();
-        Self {
-            params,
-            cancel,
-            origin: now,
-            bucket: TokenBucket::default(),
-            round_began: now,
-            round_sent: 0,
-            round_held: Duration::ZERO,
-            measured: ASSUMED_BYTES_PER_SEC,
-            fixed,
-            predicted: fixed,
-            margin: Duration::ZERO,
-        }
-    }
-
-    /// How long the guest would be stopped if `pending_bytes` were left.
-    pub(super) fn expected_downtime(&self, pending_bytes: u64) -> Duration {
-        policy::expected_downtime(pending_bytes, self.bandwidth(), self.fixed)
-    }
-
-    /// With the guest stopped for `stopped` already and `pending_bytes` left: whether the limit can still
-    /// be kept. If not, the next prediction is taken with more caution.
-    pub(super) fn keeps_limit(&mut self, stopped: Duration, pending_bytes: u64) -> bool {
-        let expected = stopped + self.expected_downtime(pending_bytes);
-        let limit = self.params.get().downtime_limit;
-        if policy::may_go_on(expected, limit, self.predicted) {
-            return true;
-        }
-        self.margin = (self.margin + expected.saturating_sub(self.predicted)).min(limit / 2);
-        false
-    }
-
-    pub(super) fn begin_round(&mut self) {
-        (self.round_began, self.round_sent) = (Instant::now(), 0);
-        self.round_held = Duration::ZERO;
-    }
-
-    /// Waits with `settled` until all has arrived, then takes the measure. Returns what was sent.
-    fn end_round(
-        &mut self,
-        settled: impl FnOnce() -> Result<(), SourceError>,
-    ) -> Result<u64, SourceError> {
-        settled()?;
-        if self.round_sent >= MEASURABLE_BYTES {
-            let busy = self.round_began.elapsed().saturating_sub(self.round_held);
-            self.measured = policy::per_second(self.round_sent, busy);
-        }
-        Ok(self.round_sent)
-    }
-
-    /// What the link moves; under a cap never more than the cap.
-    pub(super) fn bandwidth(&self) -> u64 {
-        match self.params.get().max_bandwidth {
-            0 => self.measured,
-            cap => self.measured.min(cap),
-        }
-    }
-}
-
-impl Throttle for Pace {
-    fn allow(&mut self, wanted: usize) -> Result<usize, WireError> {
-        loop {
-            if self.cancel.is_cancelled() {
-                return Err(WireError::Interrupted);
-            }
-            let cap = self.params.get().max_bandwidth;
-            let now = Instant::now();
-            match self.bucket.allow(now.duration_since(self.origin), cap, wanted) {
-                Allowance::Bytes(bytes) => return Ok(bytes),
-                Allowance::Wait(duration) => {
-                    self.cancel.wait(duration.min(LONGEST_WAIT));
-                    self.round_held += now.elapsed();
-                }
-            }
-        }
-    }
-
-    fn sent(&mut self, bytes: usize) {
-        self.round_sent += bytes as u64;
-        self.bucket.spend(bytes);
-    }
 }

@@ -12,7 +12,7 @@ use crate::transport::Transport;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
@@ -57,6 +57,8 @@ pub struct Machine {
     pub running: AtomicBool,
     pub permit: Mutex<Option<RunPermit>>,
     pub surrendered: AtomicBool,
+    /// Every throttle that was set, in order.
+    pub throttles: Mutex<Vec<u8>>,
     pub abandoned: AtomicU32,
 }
 
@@ -67,6 +69,7 @@ pub enum Fail {
     Nothing,
     Track,
     Pause,
+    Throttle,
     Save,
     Release,
     Build,
@@ -140,6 +143,15 @@ impl GuestControl for FakeSource {
     fn surrendered(&mut self) {
         assert!(self.machine.permit.lock().unwrap().is_none());
         self.machine.surrendered.store(true, SeqCst);
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.machine.throttles.lock().unwrap().push(percent);
+        step(self.fail, Fail::Throttle)?;
+        if let Some(mutator) = &self.mutator {
+            mutator.throttle.store(percent, SeqCst);
+        }
+        Ok(())
     }
 }
 
@@ -239,17 +251,38 @@ impl DirtySource for FakeDirty {
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
 pub struct Mutator {
     stop: Arc<AtomicBool>,
+    throttle: Arc<AtomicU8>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Mutator {
+    /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
+    /// have been written once.
     pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration) -> Self {
+        const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let throttle = Arc::new(AtomicU8::new(0));
+        let (stopped, throttled) = (stop.clone(), throttle.clone());
+        let (filled, wait) = std::sync::mpsc::channel();
+        let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
         let thread = std::thread::spawn(move || {
             let mut number = 1u64;
             while !stopped.load(SeqCst) {
-                for page in pages.clone() {
+                for (index, page) in (0..).zip(pages.clone()) {
+                    if index % piece == 0 {
+                        let runs = 100 - u32::from(throttled.load(SeqCst));
+                        let end = Instant::now() + gap * 100 / runs / PIECES;
+                        while let left = end.saturating_duration_since(Instant::now())
+                            && !left.is_zero()
+                            && number > pages.end - pages.start
+                            && !stopped.load(SeqCst)
+                        {
+                            if left > Duration::from_millis(1) {
+                                // Other tests need the CPU too, and then let this one have it in time.
+                                std::thread::sleep(left.min(Duration::from_millis(10)));
+                            }
+                        }
+                    }
                     // Now and then a page becomes zero again.
                     let value = if number.is_multiple_of(7) { 0 } else { number };
                     for offset in [8, 4088] {
@@ -257,13 +290,12 @@ impl Mutator {
                     }
                     number += 1;
                 }
-                let end = Instant::now() + gap;
-                while Instant::now() < end {
-                    std::hint::spin_loop();
-                }
+                // Waited for once.
+                let _ = filled.send(());
             }
         });
-        Self { stop, thread: Some(thread) }
+        wait.recv().unwrap();
+        Self { stop, throttle, thread: Some(thread) }
     }
 
     fn stop(&mut self) {
@@ -361,6 +393,8 @@ pub struct Scenario {
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
     pub disks: FakeDisks,
+    /// The source's machine, for who wants to look at it after a panic.
+    pub machine: Arc<Machine>,
 }
 
 impl Default for Scenario {
@@ -372,11 +406,12 @@ impl Default for Scenario {
             ram_bytes: RAM_BYTES,
             dirtying: None,
             bursts: 0,
-            params: Params::default(),
+            params: Params { multifd_channels: 1, ..Params::default() },
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
             disks: FakeDisks::default(),
+            machine: Arc::default(),
         }
     }
 }
@@ -384,19 +419,26 @@ impl Default for Scenario {
 pub fn migrate(scenario: &Scenario) -> End {
     let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
     let (main_out, main_in) = link.connect();
-    let (data_out, data_in) = link.connect();
-    let mut source: Ends = vec![Arc::new(main_out), Arc::new(data_out)];
-    let mut destination: Ends = vec![Arc::new(main_in), Arc::new(data_in)];
+    let mut source = Ends { main: Arc::new(main_out), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
     if !scenario.disks.is_empty() {
         let (disks_out, disks_in) = link.connect();
-        source.push(Arc::new(disks_out));
-        destination.push(Arc::new(disks_in));
+        source.disks = Some(Arc::new(disks_out));
+        destination.disks = Some(Arc::new(disks_in));
+    }
+    for _ in 0..scenario.params.multifd_channels {
+        let (data_out, data_in) = link.connect();
+        source.data.push(Arc::new(data_out));
+        destination.data.push(Arc::new(data_in));
     }
     migrate_over(scenario, source, destination, move || link.bytes_exchanged())
 }
 
-/// The connections at one end, the main one first.
-pub type Ends = Vec<Arc<dyn Transport>>;
+pub struct Ends {
+    pub main: Arc<dyn Transport>,
+    pub data: Vec<Arc<dyn Transport>>,
+    pub disks: Option<Arc<dyn Transport>>,
+}
 
 pub fn migrate_over(
     scenario: &Scenario,
@@ -410,7 +452,7 @@ pub fn migrate_over(
     ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
     let disk = Arc::<Disk>::default();
     disk.lock("source", Duration::ZERO).unwrap();
-    let source_machine = Arc::new(Machine::default());
+    let source_machine = scenario.machine.clone();
     source_machine.running.store(!scenario.paused, SeqCst);
     *source_machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
     let destination_machine = Arc::new(Machine::default());
@@ -430,7 +472,7 @@ pub fn migrate_over(
                 }
             };
             let result = Destination { host: &mut host, counters, cancel, events: &mut events }
-                .receive_over(destination);
+                .receive_over(destination.main, destination.data, destination.disks);
             (result.map_err(|error| chain(&error)), host)
         })
     };
@@ -468,7 +510,12 @@ pub fn migrate_over(
         cancel,
         events: &mut events,
     }
-    .migrate_over(source, SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) });
+    .migrate_over(
+        source.main,
+        source.data,
+        source.disks,
+        SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
+    );
     let (result, host) = receiver.join().unwrap();
     End {
         source: outcome,
@@ -542,7 +589,7 @@ pub fn receive_with_disks(
             events: &mut |_| {},
         };
         destination
-            .receive_over(vec![Arc::new(main_in), Arc::new(data_in), Arc::new(disks_in)])
+            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)], Some(Arc::new(disks_in)))
             .map_err(|error| chain(&error))
     });
     speak(&liar);

@@ -89,8 +89,7 @@ impl<'a> Reception<'a> {
     /// Waits for the main connection of a migration.
     pub fn main(&mut self) -> Result<(SocketTransport, Hello), WireError> {
         self.next(None, "a source", |hello| match hello.role {
-            Role::Main if hello.data_channels == 1 => Ok(()),
-            Role::Main => Err(format!("{} data channels, this build has 1", hello.data_channels)),
+            Role::Main => hello.check_channels(),
             Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         })
     }
@@ -124,7 +123,7 @@ impl<'a> Reception<'a> {
             }
             Role::Disks => Err("no disks travel yet".to_owned()),
             Role::Data { index: other } if other != index => {
-                Err(format!("no data channel {other}"))
+                Err(format!("data channel {other} where {index} is awaited"))
             }
             Role::Data { .. } => Ok(()),
         };

@@ -11,13 +11,14 @@
 //! with the same id and the capabilities that it has too. Then the source opens its data connections;
 //! each says Hello with the id of the main one, and is answered.
 
+use super::section::MAX_DATA_CHANNELS;
 use super::{Decoder, Encoder, WireError};
 use std::io::Read;
 
 /// First bytes of either side.
 pub const MAGIC: &[u8; 8] = b"FERRYMIG";
 /// Version of the stream.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Most capabilities that one side may name.
 pub const MAX_CAPABILITIES: u8 = 32;
 /// Longest name of a capability.
@@ -94,6 +95,14 @@ impl Hello {
         let mut answer = self.clone();
         answer.capabilities.retain(|wanted| CAPABILITIES.contains(&wanted.as_str()));
         answer
+    }
+
+    /// Whether a migration can have as many data channels; if not, the reason.
+    pub fn check_channels(&self) -> Result<(), String> {
+        match self.data_channels {
+            1..=MAX_DATA_CHANNELS => Ok(()),
+            other => Err(format!("{other} data channels, possible are 1 to {MAX_DATA_CHANNELS}")),
+        }
     }
 
     /// The payload of a Hello frame.

@@ -113,9 +113,12 @@ impl Kind {
             Self::Machine => MAX_MACHINE_BYTES,
             Self::Section => MAX_SECTION_BYTES,
             Self::Eof => MAX_EOF_BYTES,
-            Self::Mark => 8,
+            // Its number, and the channel.
+            Self::Mark => 10,
             Self::Abort | Self::Refused | Self::Declined => MAX_REASON_BYTES,
-            Self::Go | Self::KeepAlive | Self::Accepted | Self::Ready | Self::Running => 0,
+            Self::Go | Self::KeepAlive | Self::Accepted | Self::Ready => 0,
+            // Microseconds that it took to start the guest, or nothing.
+            Self::Running => 8,
         }
     }
 }

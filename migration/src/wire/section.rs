@@ -11,6 +11,7 @@
 //! ```
 
 use super::{Decoder, Encoder, WireError};
+use std::iter::Sum;
 
 /// When in a participant's life a section comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,20 +103,36 @@ pub struct RamTotals {
     pub raw_pages: u64,
     /// Pages of zeroes.
     pub zero_pages: u64,
+    /// Pages sent as what has changed of them.
+    pub delta_pages: u64,
+}
+
+impl Sum for RamTotals {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            raw_pages: sum.raw_pages + one.raw_pages,
+            zero_pages: sum.zero_pages + one.zero_pages,
+            delta_pages: sum.delta_pages + one.delta_pages,
+        })
+    }
 }
 
 impl RamTotals {
     /// As a section's body.
     pub fn encode(self) -> Vec<u8> {
         let mut encoder = Encoder::default();
-        encoder.u64(self.raw_pages).u64(self.zero_pages);
+        encoder.u64(self.raw_pages).u64(self.zero_pages).u64(self.delta_pages);
         encoder.bytes().to_vec()
     }
 
     /// From a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("RAM end", body);
-        let totals = Self { raw_pages: decoder.u64()?, zero_pages: decoder.u64()? };
+        let totals = Self {
+            raw_pages: decoder.u64()?,
+            zero_pages: decoder.u64()?,
+            delta_pages: decoder.u64()?,
+        };
         decoder.finish()?;
         Ok(totals)
     }
@@ -131,7 +148,7 @@ pub struct Eof {
 }
 
 /// Most data channels of a migration.
-pub const MAX_DATA_CHANNELS: u16 = 64;
+pub const MAX_DATA_CHANNELS: u16 = 16;
 
 impl Eof {
     /// The payload of an Eof frame.
@@ -174,7 +191,7 @@ mod tests {
             numbers in any::<(u64, u32, u16)>(),
             body in prop::collection::vec(any::<u8>(), 0..50),
             name in "[a-z]{0,255}",
-            frames in prop::collection::vec(any::<u64>(), 0..=64),
+            frames in prop::collection::vec(any::<u64>(), 0..=16),
         ) {
             let payload = Section::encode(Stage::Full, &name, &body);
             let section = Section { stage: Stage::Full, version: 1, name: &name, body: &body };
@@ -182,7 +199,7 @@ mod tests {
             let (page_count, page_bytes, data_channels) = numbers;
             let setup = RamSetup { page_count, page_bytes, data_channels };
             prop_assert_eq!(RamSetup::decode(&setup.encode()).unwrap(), setup);
-            let totals = RamTotals { raw_pages: page_count, zero_pages: 3 };
+            let totals = RamTotals { raw_pages: page_count, zero_pages: 3, delta_pages: 4 };
             prop_assert_eq!(RamTotals::decode(&totals.encode()).unwrap(), totals);
             let eof = Eof { running: page_bytes & 1 == 1, frames };
             prop_assert_eq!(Eof::decode(&eof.encode()).unwrap(), eof);

@@ -55,7 +55,25 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
     if let Some(rate) = args.max_bandwidth {
         parameters["max-bandwidth"] = rate.into();
     }
+    if let Some(channels) = args.channels {
+        parameters["multifd-channels"] = channels.into();
+    }
+    if let Some(bytes) = args.xbzrle_cache_size {
+        parameters["xbzrle-cache-size"] = bytes.into();
+    }
+    if let Some((method, level)) = args.compress {
+        parameters["multifd-compression"] = method.name().into();
+        if let Some(level) = level {
+            parameters[format!("multifd-{}-level", method.name())] = level.into();
+        }
+    }
     client.execute("migrate-set-parameters", parameters)?;
+    let wanted = [("auto-converge", args.auto_converge), ("xbzrle", args.xbzrle)];
+    let on = wanted.iter().filter(|(_, wanted)| *wanted);
+    let on: Vec<_> = on.map(|(name, _)| json!({"capability": name, "state": true})).collect();
+    if !on.is_empty() {
+        client.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
+    }
     let mut migrate = json!({"uri": args.address.to_string()});
     if let Some(selection) = &args.disks {
         match selection.others {
@@ -84,6 +102,7 @@ fn follow(
 ) -> Result<Value, ClientError> {
     let bar = (!json_lines && std::io::stderr().is_terminal()).then(progress_bar);
     let mut last_line = Value::Null;
+    let mut warned = false;
     loop {
         if cancelled.swap(false, Ordering::SeqCst) {
             client.execute("migrate_cancel", json!({}))?;
@@ -96,19 +115,68 @@ fn follow(
             }
             return Ok(info);
         }
+        if let Some(facts) = info.get("x-not-converging")
+            && !std::mem::replace(&mut warned, true)
+        {
+            let warning = no_end_in_sight(client, facts)?;
+            match &bar {
+                Some(bar) => bar.suspend(|| eprintln!("{warning}")),
+                None => eprintln!("{warning}"),
+            }
+        }
         if let Some(bar) = &bar {
             show(bar, &info);
         } else if json_lines {
             let disk = &info["disk"]["dirty-sync-count"];
-            let line = json!([info["status"], info["ram"]["dirty-sync-count"], disk]);
+            let line = json!([info["status"], info["ram"]["dirty-sync-count"], warned, disk]);
             if line != last_line {
-                println!("{info}");
+                println!("{}", without_rounds(info));
                 last_line = line;
             }
         }
         // QMP has no command that waits; events would need a second connection to be told apart.
         std::thread::sleep(INTERVAL);
     }
+}
+
+/// A step: the rounds come with the summary.
+fn without_rounds(mut info: Value) -> Value {
+    if let Some(info) = info.as_object_mut() {
+        info.remove("x-rounds");
+    }
+    info
+}
+
+/// What to tell people whose guest writes faster than it is sent, and what would help.
+fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
+    let parameters = client.execute("query-migrate-parameters", json!({}))?;
+    let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
+    let is_off = |name: &str| {
+        let entries = capabilities.as_array().map(Vec::as_slice).unwrap_or_default();
+        entries.iter().any(|entry| entry["capability"] == name && entry["state"] == false)
+    };
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let mut help = Vec::new();
+    if is_off("auto-converge") {
+        help.push("--auto-converge, which slows the guest down".to_owned());
+    }
+    if is_off("xbzrle") {
+        help.push("--xbzrle, if it writes little of each page".to_owned());
+    }
+    let cap = number(&parameters["max-bandwidth"]);
+    if cap > 0 {
+        help.push(format!("a --max-bandwidth above the {}/s of now", HumanBytes(cap)));
+    }
+    let expected = number(&facts["expected-downtime"]);
+    help.push(format!("a --downtime-limit of {} ms or more", expected + expected / 10));
+    Ok(format!(
+        "ferry: no end in sight: the guest writes {}/s, {}/s are sent, and its pause would be {expected} ms, \
+         above the limit of {} ms. What would help: {}",
+        HumanBytes(number(&facts["dirty-bytes-per-second"])),
+        HumanBytes(number(&facts["bytes-per-second"])),
+        number(&facts["downtime-limit"]),
+        help.join("; or ")
+    ))
 }
 
 fn progress_bar() -> ProgressBar {
@@ -125,8 +193,10 @@ fn show(bar: &ProgressBar, info: &Value) {
     bar.set_length(total.max(1));
     bar.set_position(total.saturating_sub(remaining));
     let expected = info["expected-downtime"].as_u64().map_or("?".into(), |ms| ms.to_string());
+    let throttle = info["cpu-throttle-percentage"].as_u64();
+    let throttle = throttle.map_or_else(String::new, |by| format!(" · guest throttled by {by} %"));
     bar.set_message(format!(
-        "round {} · sent {} · remaining {} · {:.1} Gb/s · dirty {}/s · expected downtime {expected} ms",
+        "round {} · sent {} · remaining {} · {:.1} Gb/s · dirty {}/s · expected downtime {expected} ms{throttle}",
         number(&ram["dirty-sync-count"]),
         HumanBytes(both("transferred")),
         HumanBytes(remaining),

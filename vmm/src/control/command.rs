@@ -3,12 +3,12 @@
 use super::message::{QmpError, Request};
 use crate::travel::{DiskMode, DiskSelection};
 use migration::block::Tuning;
-use migration::params::Params;
+use migration::params::{Compression, Params};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 22] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -29,6 +29,8 @@ pub const NAMES: [&str; 20] = [
     "query-migrate-parameters",
     "migrate-set-capabilities",
     "query-migrate-capabilities",
+    "calc-dirty-rate",
+    "query-dirty-rate",
 ];
 
 /// A request that was understood.
@@ -84,6 +86,13 @@ pub enum Command {
     SetCapabilities(Vec<(String, bool)>),
     /// `query-migrate-capabilities`
     QueryCapabilities,
+    /// `calc-dirty-rate`: how long to measure.
+    CalcDirtyRate(Duration),
+    /// `query-dirty-rate`
+    QueryDirtyRate {
+        /// Times in milliseconds instead of seconds.
+        in_millis: bool,
+    },
 }
 
 /// Parameters to change; the others stay.
@@ -93,13 +102,78 @@ pub struct ParameterChange {
     pub max_bandwidth: Option<u64>,
     /// `downtime-limit`.
     pub downtime_limit: Option<Duration>,
+    /// `multifd-channels`
+    pub multifd_channels: Option<u16>,
+    /// `multifd-compression`
+    pub multifd_compression: Option<Compression>,
+    /// `multifd-zlib-level`
+    pub multifd_zlib_level: Option<u8>,
+    /// `multifd-zstd-level`
+    pub multifd_zstd_level: Option<u8>,
+    /// `xbzrle-cache-size`, bytes.
+    pub xbzrle_cache_size: Option<u64>,
+    /// `throttle-trigger-threshold`, percent, like the three below.
+    pub throttle_trigger_threshold: Option<u8>,
+    /// `cpu-throttle-initial`
+    pub cpu_throttle_initial: Option<u8>,
+    /// `cpu-throttle-increment`
+    pub cpu_throttle_increment: Option<u8>,
+    /// `max-cpu-throttle`
+    pub max_cpu_throttle: Option<u8>,
+    /// `cpu-throttle-tailslow`
+    pub cpu_throttle_tailslow: Option<bool>,
+}
+
+fn change<T>(value: &mut T, new: Option<T>) {
+    if let Some(new) = new {
+        *value = new;
+    }
 }
 
 impl ParameterChange {
+    fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        Ok(Self {
+            max_bandwidth: arguments.number("max-bandwidth")?,
+            downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
+            multifd_channels: arguments
+                .number("multifd-channels")?
+                .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
+            multifd_compression: arguments
+                .text("multifd-compression")?
+                .map(|name| {
+                    Compression::from_name(&name).ok_or_else(|| {
+                        let words =
+                            "Parameter 'multifd-compression' expects 'none', 'zlib' or 'zstd'";
+                        QmpError::generic(words)
+                    })
+                })
+                .transpose()?,
+            multifd_zlib_level: arguments.small("multifd-zlib-level")?,
+            multifd_zstd_level: arguments.small("multifd-zstd-level")?,
+            xbzrle_cache_size: arguments.number("xbzrle-cache-size")?,
+            throttle_trigger_threshold: arguments.small("throttle-trigger-threshold")?,
+            cpu_throttle_initial: arguments.small("cpu-throttle-initial")?,
+            cpu_throttle_increment: arguments.small("cpu-throttle-increment")?,
+            max_cpu_throttle: arguments.small("max-cpu-throttle")?,
+            cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow")?,
+        })
+    }
+
     /// `params` with the changes, checked.
     pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
-        params.max_bandwidth = self.max_bandwidth.unwrap_or(params.max_bandwidth);
-        params.downtime_limit = self.downtime_limit.unwrap_or(params.downtime_limit);
+        change(&mut params.max_bandwidth, self.max_bandwidth);
+        change(&mut params.downtime_limit, self.downtime_limit);
+        change(&mut params.multifd_channels, self.multifd_channels);
+        change(&mut params.compression, self.multifd_compression);
+        change(&mut params.zlib_level, self.multifd_zlib_level);
+        change(&mut params.zstd_level, self.multifd_zstd_level);
+        change(&mut params.xbzrle_cache_size, self.xbzrle_cache_size);
+        let throttle = &mut params.throttle;
+        change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
+        change(&mut throttle.initial, self.cpu_throttle_initial);
+        change(&mut throttle.increment, self.cpu_throttle_increment);
+        change(&mut throttle.max, self.max_cpu_throttle);
+        change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
         params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
         Ok(params)
     }
@@ -110,6 +184,16 @@ pub fn parameters(params: &Params) -> Value {
     json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
+        "multifd-channels": params.multifd_channels,
+        "multifd-compression": params.compression.name(),
+        "multifd-zlib-level": params.zlib_level,
+        "multifd-zstd-level": params.zstd_level,
+        "xbzrle-cache-size": params.xbzrle_cache_size,
+        "throttle-trigger-threshold": params.throttle.trigger_threshold,
+        "cpu-throttle-initial": params.throttle.initial,
+        "cpu-throttle-increment": params.throttle.increment,
+        "cpu-throttle-tailslow": params.throttle.tailslow,
+        "max-cpu-throttle": params.throttle.max,
     })
 }
 
@@ -140,6 +224,11 @@ impl Arguments {
             let desc = format!("Parameter '{name}' expects an integer in the range of 1 to {most}");
             QmpError::generic(desc)
         })
+    }
+
+    /// A percentage or level, whose range is checked later: what is far out of it becomes 255.
+    fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
+        Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
     }
 
     fn flag(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
@@ -206,10 +295,9 @@ impl Command {
             }
             "migrate_cancel" => Self::MigrateCancel,
             "query-migrate" => Self::QueryMigrate,
-            "migrate-set-parameters" => Self::SetParameters(ParameterChange {
-                max_bandwidth: arguments.number("max-bandwidth")?,
-                downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
-            }),
+            "migrate-set-parameters" => {
+                Self::SetParameters(ParameterChange::parse(&mut arguments)?)
+            }
             "query-migrate-parameters" => Self::QueryParameters,
             "migrate-set-capabilities" => {
                 let list = arguments
@@ -218,6 +306,8 @@ impl Command {
                 Self::SetCapabilities(list.iter().map(capability).collect::<Result<_, _>>()?)
             }
             "query-migrate-capabilities" => Self::QueryCapabilities,
+            "calc-dirty-rate" => Self::CalcDirtyRate(calc_time(&mut arguments)?),
+            "query-dirty-rate" => Self::QueryDirtyRate { in_millis: in_millis(&mut arguments)? },
             other => {
                 let desc = format!("The command {other} has not been found");
                 return Err(QmpError::not_found(desc));
@@ -252,12 +342,49 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
     Ok(selection)
 }
 
+/// Whether `calc-time-unit` says so.
+fn in_millis(arguments: &mut Arguments) -> Result<bool, QmpError> {
+    match arguments.text("calc-time-unit")?.as_deref() {
+        None | Some("second") => Ok(false),
+        Some("millisecond") => Ok(true),
+        Some(_) => {
+            Err(QmpError::generic("Parameter 'calc-time-unit' expects 'second' or 'millisecond'"))
+        }
+    }
+}
+
+/// How long `calc-dirty-rate` is to measure.
+fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
+    const RANGE: std::ops::RangeInclusive<Duration> =
+        Duration::from_millis(50)..=Duration::from_secs(60);
+    let time = arguments.number("calc-time")?.ok_or_else(|| missing("calc-time"))?;
+    let time = match in_millis(arguments)? {
+        true => Duration::from_millis(time),
+        false => Duration::from_secs(time),
+    };
+    // Taken and without effect: the log knows every page, none has to be sampled.
+    arguments.number("sample-pages")?;
+    if let Some(mode) = arguments.text("mode")?
+        && mode != "dirty-bitmap"
+    {
+        return Err(QmpError::generic(format!(
+            "Mode {mode:?} is not supported: the dirty rate is measured with 'dirty-bitmap'"
+        )));
+    }
+    if !RANGE.contains(&time) {
+        return Err(QmpError::generic(
+            "Parameter 'calc-time' expects a time in the range of 50 milliseconds to 60 seconds",
+        ));
+    }
+    Ok(time)
+}
+
 fn capability(value: &Value) -> Result<(String, bool), QmpError> {
     let name =
         value.get("capability").and_then(Value::as_str).ok_or_else(|| missing("capability"))?;
     let state = value.get("state").and_then(Value::as_bool).ok_or_else(|| missing("state"))?;
     match name {
-        "events" => Ok((name.to_owned(), state)),
+        "events" | "auto-converge" | "xbzrle" | "multifd" => Ok((name.to_owned(), state)),
         "return-path" if state => Ok((name.to_owned(), state)),
         "return-path" => Err(QmpError::generic("Capability 'return-path' is always on")),
         other => Err(QmpError::generic(format!("Invalid parameter '{other}'"))),
@@ -319,9 +446,36 @@ mod tests {
     }
 
     #[test]
+    fn the_time_of_a_measurement_is_checked() {
+        let parsed = parse("calc-dirty-rate", json!({"calc-time": 1}));
+        assert_eq!(parsed.unwrap(), Command::CalcDirtyRate(Duration::from_secs(1)));
+        for arguments in [
+            json!({"calc-time": 0}),
+            json!({"calc-time": 61}),
+            json!({"calc-time": 49, "calc-time-unit": "millisecond"}),
+            json!({"calc-time": 1, "calc-time-unit": "hour"}),
+            json!({"calc-time": 1, "mode": "page-sampling"}),
+            json!({"calc-time": u64::MAX}),
+        ] {
+            assert!(parse("calc-dirty-rate", arguments.clone()).is_err(), "{arguments}");
+        }
+    }
+
+    #[test]
     fn parameters_are_checked() {
         let change = parse("migrate-set-parameters", json!({"downtime-limit": 2_000_001}));
         let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
         assert!(change.apply(Params::default()).is_err());
+        for (name, value) in [
+            ("throttle-trigger-threshold", 0),
+            ("cpu-throttle-initial", 100),
+            ("cpu-throttle-increment", 1_000_000),
+            ("max-cpu-throttle", 19),
+        ] {
+            let change = parse("migrate-set-parameters", json!({name: value}));
+            let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
+            let refused = change.apply(Params::default()).unwrap_err().desc;
+            assert!(refused.contains(name), "{refused}");
+        }
     }
 }

@@ -74,6 +74,11 @@ impl Event {
         Self { name: "MIGRATION_PASS".into(), data: Some(json!({"pass": number})) }
     }
 
+    /// Ferry's own `MIGRATION_NOT_CONVERGING`: as things are, the guest cannot be moved.
+    pub fn not_converging(facts: Value) -> Self {
+        Self { name: "MIGRATION_NOT_CONVERGING".into(), data: Some(facts) }
+    }
+
     /// One that another process told us.
     pub fn forwarded(name: &str, data: Option<Value>) -> Self {
         Self { name: name.to_owned().into(), data }

@@ -1,8 +1,9 @@
 //! Opening KVM and asking what it can do. The whole crate's unsafe code lives in this folder.
 //!
 //! [`memory`] maps guest RAM, [`vm`] owns slots, interrupts and the dirty log, [`vcpu`] runs and
-//! kicks one vCPU, [`cpu_state`] and [`vm_state`] turn what they hold into plain data and back.
+//! kicks one vCPU, [`alarm`] does so on time, [`cpu_state`] and [`vm_state`] turn what they hold into plain data and back.
 
+pub mod alarm;
 pub mod blob;
 pub mod cpu_state;
 mod ioctls;

@@ -30,7 +30,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 }
 
 /// Installs the handler of the kick signal, once per process.
-pub(super) fn install_kick_handler() -> Result<(), KvmError> {
+pub(crate) fn install_kick_handler() -> Result<(), KvmError> {
     static INSTALLED: Once = Once::new();
     let mut result = Ok(());
     INSTALLED.call_once(|| result = register_signal_handler(SIGRTMIN(), on_kick));

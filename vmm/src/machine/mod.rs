@@ -10,6 +10,7 @@ pub mod description;
 pub mod dirty;
 mod records;
 pub mod run_state;
+pub mod throttle;
 pub mod vcpus;
 
 use crate::boot::BootError;
@@ -184,6 +185,11 @@ impl Machine {
     /// Kernel thread ids of the vCPUs.
     pub fn thread_ids(&self) -> Vec<i32> {
         self.vcpus.thread_ids()
+    }
+
+    /// Slows the guest down by `percent`; 0 lets it run freely.
+    pub fn throttle(&self, percent: u8) {
+        self.vcpus.throttle(percent);
     }
 
     /// Gives the machine the right to run.

@@ -5,17 +5,22 @@
 //!  parked ───────────▶ in KVM_RUN ───────────────────────▶ parked
 //!    │ Save, Restore, Configure: answered while parked only
 //! ```
+//! A vCPU that is throttled sleeps now and then before it enters the guest, on its mailbox: see [`throttle`].
 //! Commands come through a channel; one that must interrupt `KVM_RUN` brings a kick. All threads are
 //! told first and waited for afterwards, so that pausing many vCPUs takes as long as pausing one.
+//!
+//! [`throttle`]: super::throttle
 
+use super::throttle::{Brake, Throttle};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::{CpuStateLayout, VcpuState};
 use crate::kvm::vcpu::{Exit, Vcpu, kick};
 use devices::bus::Bus;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +65,7 @@ struct VcpuThread {
 /// The vCPU threads of one machine. Dropping it stops and joins them.
 pub struct Vcpus {
     threads: Vec<VcpuThread>,
+    throttle: Throttle,
 }
 
 /// A vCPU thread that cannot be had or has died.
@@ -102,19 +108,21 @@ pub enum VcpusError {
 impl Vcpus {
     /// Starts one parked thread per vCPU.
     pub fn start(vcpus: Vec<Vcpu>, context: &VcpuContext) -> Result<Self, VcpusError> {
-        let mut all = Self { threads: Vec::with_capacity(vcpus.len()) };
+        let threads = Vec::with_capacity(vcpus.len());
+        let mut all = Self { threads, throttle: Throttle::default() };
         for vcpu in vcpus {
             let index = vcpu.index();
             let (commands, inbox) = channel();
             let (id_sender, id) = channel();
-            let context = context.clone();
+            let (context, throttle) = (context.clone(), all.throttle.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu-{index}"))
                 .stack_size(256 << 10)
                 .spawn(move || {
                     // The receiver waits below; if it is gone nobody needs the id.
                     let _ = id_sender.send(crate::kvm::vcpu::thread_id());
-                    VcpuLoop { vcpu, inbox, context }.parked();
+                    let brake = Brake::new(throttle);
+                    VcpuLoop { vcpu, inbox, context, brake }.parked();
                 })
                 .map_err(|source| VcpusError::Spawn { index, source })?;
             let thread_id = id.recv().map_err(|_| VcpusError::Gone { index: index.into() })?;
@@ -126,6 +134,13 @@ impl Vcpus {
     /// Kernel thread ids by vCPU number.
     pub fn thread_ids(&self) -> Vec<i32> {
         self.threads.iter().map(|thread| thread.thread_id).collect()
+    }
+
+    /// Slows every vCPU down by `percent`, also those that are parked and run later; 0 lets them run
+    /// freely.
+    pub fn throttle(&self, percent: u8) {
+        self.throttle.set(percent);
+        self.threads.iter().filter_map(|vcpu| vcpu.thread.as_ref()).for_each(kick);
     }
 
     /// Lets every vCPU run.
@@ -233,6 +248,7 @@ struct VcpuLoop {
     vcpu: Vcpu,
     inbox: Receiver<Command>,
     context: VcpuContext,
+    brake: Brake,
 }
 
 /// What an exit asks of the loop.
@@ -251,7 +267,9 @@ impl VcpuLoop {
         while let Ok(command) = self.inbox.recv() {
             match command {
                 Command::Run => {
-                    if self.in_guest().is_none() {
+                    let end = self.in_guest();
+                    self.brake.release();
+                    if end.is_none() {
                         return;
                     }
                 }
@@ -274,18 +292,26 @@ impl VcpuLoop {
         loop {
             // Acknowledge first: a command sent after the look kicks anew.
             self.vcpu.acknowledge_kick();
+            let mut nap = Duration::ZERO;
             loop {
-                match self.inbox.try_recv() {
+                match self.inbox.recv_timeout(nap) {
                     Ok(Command::Park(done)) => return done.send(()).ok().or(Some(())),
                     // Run when running, or a question that may only be asked of a parked vCPU: the
                     // dropped reply channel tells the asker.
-                    Ok(_) => {}
-                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
-                    Err(std::sync::mpsc::TryRecvError::Disconnected) => return None,
+                    Ok(_) => {
+                        nap = Duration::ZERO;
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return None,
                 }
-            }
-            if self.context.ended.load(Ordering::Acquire) {
-                return Some(());
+                if self.context.ended.load(Ordering::Acquire) {
+                    return Some(());
+                }
+                match self.brake.before_entry() {
+                    Some(longer) => nap = longer,
+                    None => break,
+                }
             }
             loop {
                 match self.one_exit() {

@@ -96,24 +96,65 @@ impl Supervisor {
             }
             Command::QueryMigrate => Ok(self.jobs.counters.snapshot().to_json()),
             Command::SetParameters(change) => {
+                if change.multifd_channels.is_some() {
+                    self.no_migration("change the number of data channels")?;
+                }
+                change.xbzrle_cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
                 self.jobs.params.set(change.apply(self.jobs.params.get())?);
                 Ok(empty())
             }
             Command::QueryParameters => Ok(parameters(&self.jobs.params.get())),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
+                let mut params = self.jobs.params.get();
                 for (name, state) in list {
-                    if name == "events" {
-                        self.jobs.events_wanted = state;
+                    match name.as_str() {
+                        "events" => self.jobs.events_wanted = state,
+                        "auto-converge" => params.auto_converge = state,
+                        "xbzrle" => params.xbzrle = state,
+                        "multifd" => params.multifd = state,
+                        _ => {}
                     }
                 }
+                self.jobs.params.set(params);
                 Ok(empty())
             }
-            Command::QueryCapabilities => Ok(json!([
-                {"capability": "events", "state": self.jobs.events_wanted},
-                {"capability": "return-path", "state": true},
-            ])),
+            Command::CalcDirtyRate(calc_time) => self.calc_dirty_rate(calc_time),
+            Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
+            Command::QueryCapabilities => {
+                let params = self.jobs.params.get();
+                Ok(json!([
+                    {"capability": "events", "state": self.jobs.events_wanted},
+                    {"capability": "return-path", "state": true},
+                    {"capability": "auto-converge", "state": params.auto_converge},
+                    {"capability": "xbzrle", "state": params.xbzrle},
+                    {"capability": "multifd", "state": params.multifd},
+                ]))
+            }
         }
+    }
+
+    /// There are no more older versions to keep than there are pages.
+    fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
+        let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
+        match memory.filter(|memory| bytes > *memory) {
+            None => Ok(()),
+            Some(memory) => Err(QmpError::generic(format!(
+                "Parameter 'xbzrle-cache-size' expects at most the guest's memory, {memory} bytes"
+            ))),
+        }
+    }
+
+    fn calc_dirty_rate(&mut self, calc_time: std::time::Duration) -> Result<Value, QmpError> {
+        self.no_migration("measure the dirty rate")?;
+        if self.dirty_rate.is_measuring() {
+            return Err(QmpError::generic("The dirty rate is being measured already"));
+        }
+        let Some(machine) = &self.machine else {
+            return Err(QmpError::generic("There is no machine"));
+        };
+        let started = self.dirty_rate.start(machine.vm().clone(), calc_time);
+        started.map(|()| empty()).map_err(|error| failed(&error))
     }
 
     fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
@@ -228,6 +269,8 @@ impl Supervisor {
         let Some(machine) = &self.machine else {
             return Err(QmpError::generic("There is no machine"));
         };
+        // It needs the dirty log for itself.
+        self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
             ram: vm.ram().clone(),

@@ -21,6 +21,8 @@ pub enum GuestRequest {
     ReleaseDisks(Reply<()>),
     /// Source: undo the pause.
     Resume(Stopped, Reply<()>),
+    /// Source: slow the guest down, or let it go.
+    Throttle(u8, Reply<()>),
     /// Source: the permit is spent.
     Surrendered(Reply<()>),
     /// Destination: build the machine.
@@ -76,6 +78,10 @@ impl GuestControl for GuestProxy {
         if let Err(error) = self.ask(GuestRequest::Surrendered) {
             log::debug!("{error}");
         }
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.ask(|reply| GuestRequest::Throttle(percent, reply))
     }
 }
 

@@ -10,6 +10,7 @@ use migration::params::SharedParams;
 use migration::source::{Source, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
+use serde_json::{Value, json};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -95,7 +96,9 @@ impl Jobs {
 
     /// Starts waiting for a guest.
     pub fn receive(&mut self, listener: Listener, mailbox: Mailbox) -> io::Result<()> {
+        let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
+            counters.listening(address);
             let mut host = GuestProxy::new(mailbox.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
@@ -140,6 +143,17 @@ impl Jobs {
     pub fn abandon(&mut self) {
         if let Some(job) = self.current.take() {
             job.cancel.cancel();
+        }
+    }
+}
+
+/// As QEMU's `SocketAddress`.
+fn socket_address(address: &Address) -> Value {
+    match address {
+        Address::Unix(path) => json!({"type": "unix", "path": path.to_string_lossy()}),
+        Address::Tcp(host_port) => {
+            let (host, port) = host_port.rsplit_once(':').unwrap_or((host_port, ""));
+            json!({"type": "inet", "host": host, "port": port})
         }
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! Everything reaches it as a message ([`messages`]), a request on the control socket, a signal or the
 //! timeout; [`guest`] is its face to migration threads, [`commands`] answers the control socket,
-//! [`jobs`] starts and reaps migrations.
+//! [`jobs`] starts and reaps migrations, [`dirty_rate`] measures how fast the guest writes.
 
 mod commands;
+mod dirty_rate;
 pub mod guest;
 mod jobs;
 pub mod messages;
@@ -24,6 +25,7 @@ use crate::machine::{Backends, GuestEvents, Machine, MachineError};
 use devices::block::BlockNode;
 use devices::block::raw::{OpenError, RawFile};
 use devices::reset::GuestExit;
+use dirty_rate::DirtyRate;
 use guest::GuestRequest;
 use jobs::Jobs;
 use messages::Message;
@@ -121,6 +123,7 @@ pub struct Supervisor {
     images: Images,
     state: RunState,
     jobs: Jobs,
+    dirty_rate: DirtyRate,
     console: Console,
     desk: Desk<Message>,
 }
@@ -177,6 +180,7 @@ impl Supervisor {
             images: Images::default(),
             state: RunState::Prelaunch,
             jobs: Jobs::default(),
+            dirty_rate: DirtyRate::default(),
             console,
             desk,
         })
@@ -286,6 +290,7 @@ impl Supervisor {
                 "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
             )?,
         };
+        self.dirty_rate.abort();
         let machine = self.machine.take().ok_or("there is no machine")?;
         let description = machine.description().clone();
         // The old machine's threads and locks go before the new one's come.
@@ -331,6 +336,9 @@ impl Supervisor {
         match event {
             MigrationEvent::Status(status) => self.tell(&Event::migration(status.name())),
             MigrationEvent::Pass(number) => self.tell(&Event::pass(number)),
+            MigrationEvent::NotConverging(facts) => {
+                self.tell(&Event::not_converging(facts.to_json()));
+            }
         }
     }
 
@@ -359,6 +367,12 @@ impl Supervisor {
             }
             GuestRequest::Resume(stopped, reply) => {
                 drop(reply.send(self.resume_after_migration(stopped)));
+            }
+            GuestRequest::Throttle(percent, reply) => {
+                if let Some(machine) = &self.machine {
+                    machine.throttle(percent);
+                }
+                drop(reply.send(Ok(())));
             }
             GuestRequest::Surrendered(reply) => {
                 self.become_state(RunState::Postmigrate);
@@ -553,6 +567,10 @@ impl Clerk for Supervisor {
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 self.jobs.reap(id);
+                // It has done so itself, unless its thread died before it could.
+                if let Some(machine) = &self.machine {
+                    machine.throttle(0);
+                }
                 log::info!("migration: {outcome:?}");
             }
             Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
@@ -583,6 +601,7 @@ impl Clerk for Supervisor {
     /// Stops everything before the process ends, so that logs and disks are whole.
     fn shut_down(&mut self) {
         self.jobs.abandon();
+        self.dirty_rate.abort();
         self.console.detach();
         if let Some(machine) = &mut self.machine
             && let Err(error) = machine.pause().and_then(|()| machine.flush_disks(|_| true))

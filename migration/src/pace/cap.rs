@@ -1,0 +1,176 @@
+//! The cap as the channels of a migration meet it: one bucket for all of them, and a count of what was
+//! sent and of how long the cap held it up. Each sending thread has a [`Cap`] of its own.
+
+use super::{Allowance, TokenBucket};
+use crate::cancel::CancelToken;
+use crate::params::SharedParams;
+use crate::transport::Throttle;
+use crate::wire::WireError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Longest wait for tokens at once, so that a raised cap is noticed.
+const LONGEST_WAIT: Duration = Duration::from_millis(100);
+
+/// What has been sent so far, and how long the cap held it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// How long at least one channel waited for the cap.
+    pub held: Duration,
+    /// How long the channels took to accept them, added up.
+    pub writing: Duration,
+}
+
+#[derive(Default)]
+struct State {
+    bucket: TokenBucket,
+    sent: Sent,
+    /// Waits of several channels overlap: up to here they are counted.
+    held_until: Duration,
+}
+
+impl State {
+    fn held(&mut self, from: Duration, until: Duration) {
+        self.sent.held += until.saturating_sub(from.max(self.held_until));
+        self.held_until = self.held_until.max(until);
+    }
+}
+
+struct Shared {
+    params: SharedParams,
+    cancel: CancelToken,
+    origin: Instant,
+    state: Mutex<State>,
+}
+
+/// One sender's access to the cap. Clones share the cap and may be used by other threads.
+pub struct Cap {
+    shared: Arc<Shared>,
+    /// Taken from the bucket, and not sent yet: several senders must not all be given the same bytes.
+    reserved: usize,
+    /// When that was.
+    allowed_at: Duration,
+}
+
+impl Clone for Cap {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone(), reserved: 0, allowed_at: Duration::ZERO }
+    }
+}
+
+impl Cap {
+    /// Keeps to `max-bandwidth` of `params`, whatever it is at the time.
+    pub fn new(params: SharedParams, cancel: CancelToken) -> Self {
+        let (origin, state) = (Instant::now(), Mutex::default());
+        let shared = Arc::new(Shared { params, cancel, origin, state });
+        Self { shared, reserved: 0, allowed_at: Duration::ZERO }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What all senders have sent so far.
+    pub fn sent_so_far(&self) -> Sent {
+        self.state().sent
+    }
+
+    /// Since the cap was made: the clock of its measurements.
+    pub fn now(&self) -> Duration {
+        self.shared.origin.elapsed()
+    }
+}
+
+impl Throttle for Cap {
+    fn allow(&mut self, wanted: usize) -> Result<usize, WireError> {
+        loop {
+            if self.shared.cancel.is_cancelled() {
+                return Err(WireError::Interrupted);
+            }
+            let rate = self.shared.params.get().max_bandwidth;
+            let now = self.now();
+            // What a call that moved nothing had reserved goes back.
+            let unsent = std::mem::take(&mut self.reserved);
+            let allowance = {
+                let mut state = self.state();
+                state.bucket.refund(unsent);
+                let allowance = state.bucket.allow(now, rate, wanted);
+                if let Allowance::Bytes(bytes) = allowance {
+                    state.bucket.spend(bytes);
+                }
+                allowance
+            };
+            match allowance {
+                Allowance::Bytes(bytes) => {
+                    (self.reserved, self.allowed_at) = (bytes, now);
+                    return Ok(bytes);
+                }
+                Allowance::Wait(duration) => {
+                    self.shared.cancel.wait(duration.min(LONGEST_WAIT));
+                    let until = self.now();
+                    self.state().held(now, until);
+                }
+            }
+        }
+    }
+
+    fn sent(&mut self, bytes: usize) {
+        let unsent = std::mem::take(&mut self.reserved).saturating_sub(bytes);
+        let writing = self.now().saturating_sub(self.allowed_at);
+        let mut state = self.state();
+        state.bucket.refund(unsent);
+        state.sent.bytes += bytes as u64;
+        state.sent.writing += writing;
+    }
+}
+
+impl Drop for Cap {
+    fn drop(&mut self) {
+        let unsent = std::mem::take(&mut self.reserved);
+        self.state().bucket.refund(unsent);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::Params;
+
+    #[test]
+    fn several_senders_share_one_cap() {
+        let rate = 20_000_000;
+        let params = SharedParams::new(Params { max_bandwidth: rate, ..Params::default() });
+        let cap = Cap::new(params, CancelToken::new());
+        let start = Instant::now();
+        let senders: Vec<_> = (0..4)
+            .map(|_| {
+                let mut cap = cap.clone();
+                std::thread::spawn(move || {
+                    while start.elapsed() < Duration::from_millis(500) {
+                        let bytes = cap.allow(1 << 20).unwrap();
+                        // The socket takes half of it.
+                        cap.sent(bytes / 2);
+                    }
+                })
+            })
+            .collect();
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+        let (sent, seconds) = (cap.sent_so_far(), start.elapsed().as_secs_f64());
+        let expected = rate as f64 * seconds;
+        assert!(sent.bytes as f64 <= expected * 1.07, "{sent:?} of {expected}");
+        assert!(sent.bytes as f64 >= expected * 0.8, "{sent:?} of {expected}");
+        assert!(sent.held.as_secs_f64() <= seconds, "waits that overlap count once: {sent:?}");
+    }
+
+    #[test]
+    fn a_cancel_ends_a_wait_for_the_cap() {
+        let cancel = CancelToken::new();
+        let params = SharedParams::new(Params { max_bandwidth: 1, ..Params::default() });
+        let mut cap = Cap::new(params, cancel.clone());
+        let waiting = std::thread::spawn(move || cap.allow(1 << 20).and_then(|_| cap.allow(1)));
+        cancel.cancel();
+        assert!(matches!(waiting.join().unwrap(), Err(WireError::Interrupted)));
+    }
+}

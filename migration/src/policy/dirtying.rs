@@ -1,0 +1,166 @@
+//! How fast the guest writes, from looks at the dirty log in the middle of a round.
+//!
+//! The log says of a page only that it was written, not how often, and says nothing new of one that is
+//! dirty anyway. So after a long round over a working set that is dirty as a whole, dirtied bytes by time
+//! are far below the rate at which the guest would dirty clean pages, and throttling by that figure takes
+//! round after round. What is compared instead is what has become dirty with what was clean meanwhile.
+
+use std::time::Duration;
+
+/// What a look at the dirty log has found; all since the round began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Look {
+    /// When, on the caller's clock.
+    pub at: Duration,
+    /// Bytes of pages of this round that were sent.
+    pub sent_bytes: u64,
+    /// Those among them that are dirty again.
+    pub again_bytes: u64,
+    /// Bytes that are dirty and were not when the round began.
+    pub fresh_bytes: u64,
+}
+
+/// The estimate relies on what was clean; if that is less than this part of all, on this part. A guest
+/// that writes page after page either meets what has just been sent or does not, and with few clean pages
+/// a hit would count for too much.
+const LEAST_CLEAN: u64 = 4;
+/// Looks that are closer together than this tell nothing…
+const CLOSE: Duration = Duration::from_millis(1);
+/// …and than this nothing better than what is known.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// What one round's looks say.
+#[derive(Debug, Default)]
+pub struct Dirtying {
+    last: Look,
+    /// Bytes that were dirty when the round began. None in the first, in which everything is, whether
+    /// the guest uses it or not.
+    set_bytes: Option<u64>,
+    before: Option<u64>,
+    bytes_per_sec: Option<u64>,
+}
+
+impl Dirtying {
+    /// A round begins.
+    pub fn begin(&mut self, at: Duration, set_bytes: Option<u64>) {
+        let last = Look { at, ..Look::default() };
+        *self = Self { last, set_bytes, before: None, bytes_per_sec: None };
+    }
+
+    /// Takes a look into account.
+    pub fn look(&mut self, look: Look) {
+        let elapsed = look.at.saturating_sub(self.last.at);
+        if elapsed < if self.bytes_per_sec.is_some() { SHORT } else { CLOSE } {
+            return;
+        }
+        let last = std::mem::replace(&mut self.last, look);
+        let set = self.set_bytes.unwrap_or(look.sent_bytes).max(look.again_bytes);
+        let clean = |look: &Look| look.sent_bytes.saturating_sub(look.again_bytes);
+        let clean_bytes = (clean(&last) / 2 + clean(&look) / 2).max(set / LEAST_CLEAN).max(1);
+        let again = look.again_bytes.saturating_sub(last.again_bytes);
+        let fresh = look.fresh_bytes.saturating_sub(last.fresh_bytes);
+        // u128: bytes times bytes.
+        let of_the_set = u128::from(again) * u128::from(set) / u128::from(clean_bytes);
+        let bytes = u64::try_from(of_the_set).unwrap_or(u64::MAX).saturating_add(fresh);
+        self.before = self.bytes_per_sec.replace(super::per_second(bytes, elapsed));
+    }
+
+    /// From now on the guest writes faster or slower than before.
+    pub fn forget_rate(&mut self) {
+        (self.before, self.bytes_per_sec) = (None, None);
+    }
+
+    /// Bytes per second that the guest would dirty if its pages were clean, as the last look has it.
+    pub fn bytes_per_sec(&self) -> Option<u64> {
+        self.bytes_per_sec
+    }
+
+    /// The same, as the last two looks agree: the lower of the two.
+    pub fn steady_bytes_per_sec(&self) -> Option<u64> {
+        Some(self.before?.min(self.bytes_per_sec?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MB: u64 = 1_000_000;
+
+    /// A guest that writes the pages of `set_mb` at random at `rate_mb`, sent at `bandwidth_mb`, looked
+    /// at every `look_ms`. Returns the estimates.
+    fn estimates(
+        set_mb: u64,
+        rate_mb: u64,
+        bandwidth_mb: u64,
+        look_ms: u64,
+        first: bool,
+    ) -> Vec<f64> {
+        const PAGE: f64 = 1.0 / 256.0;
+        let (mut dirtying, mut found) = (Dirtying::default(), Vec::new());
+        let set_bytes = if first { None } else { Some(set_mb * MB) };
+        dirtying.begin(Duration::ZERO, set_bytes);
+        let hazard = rate_mb as f64 / set_mb as f64;
+        let seconds = set_mb as f64 / bandwidth_mb as f64;
+        let mut time = 0.0;
+        while time < seconds {
+            time = f64::min(time + look_ms as f64 / 1000.0, seconds);
+            let sent = bandwidth_mb as f64 * time;
+            let mut again = 0.0;
+            let mut at = 0.0;
+            while at < sent {
+                again += PAGE * (1.0 - (-hazard * (time - at / bandwidth_mb as f64)).exp());
+                at += PAGE;
+            }
+            #[expect(clippy::cast_possible_truncation, reason = "a few hundred MB")]
+            let bytes = |mb: f64| (mb * MB as f64) as u64;
+            let (sent_bytes, again_bytes) = (bytes(sent), bytes(again));
+            let at = Duration::from_secs_f64(time);
+            dirtying.look(Look { at, sent_bytes, again_bytes, fresh_bytes: 0 });
+            found.push(dirtying.bytes_per_sec().unwrap() as f64 / MB as f64);
+        }
+        found
+    }
+
+    #[test]
+    fn the_rate_is_found_although_the_working_set_is_dirty_as_a_whole() {
+        for rate in [50, 125, 300] {
+            let found = estimates(268, rate, 125, 250, false);
+            for estimate in &found[2..found.len() - 1] {
+                let ratio = estimate / rate as f64;
+                assert!((0.8..1.25).contains(&ratio), "{estimate} of {rate}: {found:?}");
+            }
+        }
+        // Where nearly all is dirty again, at least that is seen.
+        let found = estimates(268, 2000, 125, 250, false);
+        assert!(found[1..].iter().all(|estimate| *estimate > 400.0), "{found:?}");
+    }
+
+    #[test]
+    fn in_the_first_round_it_is_not_overestimated() {
+        // Only what was sent so far is known to be in use.
+        for estimate in estimates(268, 500, 125, 250, true) {
+            assert!(estimate < 600.0, "{estimate}");
+        }
+    }
+
+    #[test]
+    fn what_is_new_is_added() {
+        let mut dirtying = Dirtying::default();
+        dirtying.begin(Duration::ZERO, Some(100 * MB));
+        assert_eq!(dirtying.bytes_per_sec(), None);
+        let at = Duration::from_secs(1);
+        let look = Look { at, sent_bytes: 50 * MB, again_bytes: 0, fresh_bytes: 30 * MB };
+        dirtying.look(look);
+        assert_eq!(dirtying.bytes_per_sec(), Some(30 * MB));
+        dirtying.look(Look { at: at + Duration::from_micros(1), ..look });
+        assert_eq!(dirtying.bytes_per_sec(), Some(30 * MB), "too close to tell");
+        assert_eq!(dirtying.steady_bytes_per_sec(), None, "one look is not enough");
+        dirtying.look(Look { at: at * 2, fresh_bytes: 40 * MB, ..look });
+        assert_eq!(dirtying.steady_bytes_per_sec(), Some(10 * MB));
+        dirtying.look(Look { at: at * 3, fresh_bytes: 90 * MB, ..look });
+        assert_eq!(dirtying.steady_bytes_per_sec(), Some(10 * MB));
+        dirtying.forget_rate();
+        assert_eq!(dirtying.bytes_per_sec(), None);
+    }
+}

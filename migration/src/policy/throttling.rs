@@ -1,0 +1,166 @@
+//! How much a guest has to be slowed down so that it can be moved, and when to say that it cannot.
+
+use crate::params::ThrottleParams;
+
+/// Steps that one decision may take: its figures are an estimate, and the next look corrects them.
+const MOST_STEPS: u64 = 4;
+
+/// How far the guest is to be slowed down, in percent, if it is by `now` and dirties `dirtied` bytes per
+/// second while `sent` are sent. Only ever more than `now`: less would let it fall back.
+///
+/// QEMU takes one step at a time, each after a round or two. Here the figures say how many are needed:
+/// what is left of the dirtying is taken to be proportional to what the guest is left to run. The last
+/// one goes little further than that: from 90 to 99 % would leave the guest a tenth of what it had.
+pub fn throttle(now: u8, dirtied: u64, sent: u64, params: &ThrottleParams) -> u8 {
+    let (now, dirtied, sent) = (u64::from(now.min(99)), u128::from(dirtied), u128::from(sent));
+    let wanted = sent * u128::from(params.trigger_threshold);
+    let most = u64::from(params.max);
+    if dirtied * 100 <= wanted {
+        return percent(now.min(most));
+    }
+    // What the guest may run then, in percent, rounded down: it is `wanted / 100` by `dirtied` of now.
+    let may_run = u128::from(100 - now) * wanted / (dirtied * 100);
+    let needed = 100 - u64::try_from(may_run).unwrap_or(0);
+    let (initial, increment) = (u64::from(params.initial), u64::from(params.increment));
+    let first = if now < initial { initial } else { now + increment };
+    if params.tailslow {
+        return percent(first.min(needed.max(now + 1)).min(most));
+    }
+    let more_steps = needed.saturating_sub(first).div_ceil(increment.max(1)).min(MOST_STEPS - 1);
+    let enough = (needed + (100 - needed) / 4).max(now + 1).max(initial);
+    percent((first + more_steps * increment).min(enough).min(most))
+}
+
+fn percent(value: u64) -> u8 {
+    u8::try_from(value).unwrap_or(99)
+}
+
+/// Looks in a row that have to agree before a migration is said not to converge.
+const LOOKS: u32 = 2;
+
+/// Whether a migration gets anywhere.
+#[derive(Debug, Default)]
+pub struct Outlook {
+    bad_looks: u32,
+    hopeless: bool,
+}
+
+impl Outlook {
+    /// After a look at a round under way. Returns true when it has to be said that there is no end in
+    /// sight: once, until there is.
+    pub fn look(&mut self, dirtied_per_sec: u64, sent_per_sec: u64) -> bool {
+        self.bad_looks = if dirtied_per_sec > sent_per_sec { self.bad_looks + 1 } else { 0 };
+        self.bad_looks >= LOOKS && !std::mem::replace(&mut self.hopeless, true)
+    }
+
+    /// After a round of `sent` bytes of guest RAM that left `dirtied` to send, more than fits the limit
+    /// if not `fits`. Returns true as [`Outlook::look`] does.
+    pub fn round(&mut self, sent: u64, dirtied: u64, fits: bool) -> bool {
+        if fits || dirtied < sent / 10 * 7 {
+            *self = Self::default();
+            return false;
+        }
+        dirtied >= sent / 10 * 9 && !std::mem::replace(&mut self.hopeless, true)
+    }
+
+    /// Whether there was no end in sight when last asked.
+    pub fn is_hopeless(&self) -> bool {
+        self.hopeless
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MB: u64 = 1_000_000;
+
+    fn params() -> ThrottleParams {
+        ThrottleParams::default()
+    }
+
+    #[test]
+    fn a_guest_below_the_threshold_is_left_alone() {
+        assert_eq!(throttle(0, 50 * MB, 100 * MB, &params()), 0);
+        assert_eq!(throttle(30, 0, 100 * MB, &params()), 30);
+        assert_eq!(throttle(0, 51 * MB, 100 * MB, &params()), 20);
+        assert_eq!(throttle(0, 0, 0, &params()), 0);
+    }
+
+    #[test]
+    fn steps_are_taken_together_when_they_are_needed() {
+        assert_eq!(throttle(0, 500 * MB, 125 * MB, &params()), 50, "four steps at most");
+        assert_eq!(throttle(50, 250 * MB, 125 * MB, &params()), 90);
+        assert_eq!(throttle(90, 100 * MB, 125 * MB, &params()), 95, "94 would just do");
+        let one = ThrottleParams { increment: 1, ..params() };
+        assert_eq!(throttle(40, 150 * MB, 125 * MB, &one), 44);
+    }
+
+    #[test]
+    fn the_limits_hold() {
+        let gentle = ThrottleParams { max: 35, ..params() };
+        assert_eq!(throttle(0, 5000 * MB, MB, &gentle), 35);
+        assert_eq!(throttle(80, MB, 1000 * MB, &gentle), 35, "the maximum was lowered");
+        let slow = ThrottleParams { tailslow: true, ..params() };
+        assert_eq!(throttle(0, 5000 * MB, MB, &slow), 20);
+        assert_eq!(throttle(20, 5000 * MB, MB, &slow), 30);
+        assert_eq!(
+            throttle(50, 52 * MB, 100 * MB, &slow),
+            52,
+            "the last step is as small as it may be"
+        );
+    }
+
+    /// Rounds until a guest of `rate` fits, with a throttle that acts as well as it says, or None.
+    fn rounds_until_it_fits(rate: u64, bandwidth: u64, params: &ThrottleParams) -> Option<u32> {
+        let mut now = 0;
+        for round in 0..40 {
+            let dirtied = rate * u64::from(100 - now) / 100;
+            if dirtied * 100 <= bandwidth * u64::from(params.trigger_threshold) {
+                return Some(round);
+            }
+            let next = throttle(now, dirtied, bandwidth, params);
+            assert!(next > now || now >= params.max, "{now} -> {next} at {dirtied} of {bandwidth}");
+            now = next;
+        }
+        None
+    }
+
+    proptest! {
+        #[test]
+        fn a_guest_that_can_be_slowed_enough_is_within_a_few_looks(
+            rate_mb in 1u64..4000, bandwidth_mb in 1u64..4000, threshold in 1u8..=100,
+        ) {
+            let params = ThrottleParams { trigger_threshold: threshold, ..params() };
+            let possible = rate_mb * MB / 100 * 100 <= bandwidth_mb * MB * u64::from(threshold);
+            let rounds = rounds_until_it_fits(rate_mb * MB, bandwidth_mb * MB, &params);
+            prop_assert!(!possible || rounds.is_some_and(|rounds| rounds <= 4), "{:?}", rounds);
+        }
+
+        #[test]
+        fn it_never_leaves_its_range(
+            now in 0u8..=99, dirtied: u64, sent: u64, threshold in 1u8..=100,
+            initial in 1u8..=99, increment in 1u8..=99, more in 0u8..=98, tailslow: bool,
+        ) {
+            let max = (initial + more).min(99);
+            let params =
+                ThrottleParams { trigger_threshold: threshold, initial, increment, tailslow, max };
+            let next = throttle(now, dirtied, sent, &params);
+            prop_assert!(next <= max, "{} of at most {}", next, max);
+            prop_assert!(next >= now.min(max), "{} -> {}", now, next);
+        }
+    }
+
+    #[test]
+    fn a_hopeless_migration_says_so_once_until_there_is_hope() {
+        let mut outlook = Outlook::default();
+        assert!(!outlook.look(200, 100), "one look may be wrong");
+        assert!(outlook.look(200, 100));
+        assert!(!outlook.look(200, 100) && outlook.is_hopeless(), "said already");
+        assert!(!outlook.round(1000, 950, false), "said already");
+        assert!(!outlook.round(1000, 500, false) && !outlook.is_hopeless(), "it shrinks");
+        assert!(outlook.round(1000, 950, false), "and again");
+        assert!(!outlook.round(1000, 950, true), "what fits the limit need not shrink");
+    }
+}

@@ -1,0 +1,350 @@
+//! What the peer last got of some pages, to tell what has changed since. One per shard, which alone
+//! uses it: it looks a page up before it is sent, and keeps here what it sent. Holds bytes and ages;
+//! deltas are `xbzrle`'s business.
+//!
+//! A page that was used in this generation or the last one stays: with more pages to send in a round
+//! than there is room for, each would otherwise push out the next one before it comes round again, and
+//! none would ever be found. Any page can be in any place, so that neither the way in which pages are
+//! dealt to shards nor where a guest's working set lies makes two of them fight for one.
+
+use super::xbzrle::Page;
+use super::zero::PAGE_BYTES;
+use devices::ram::PageIndex;
+use std::collections::HashMap;
+
+/// Memory is taken in pieces of this many pages (1 MiB), when the first one of them is needed.
+const PIECE_PAGES: usize = 256;
+/// Generations for which a page that was used is safe.
+const PROTECTED_GENERATIONS: u64 = 2;
+
+/// Copies of pages, with ages.
+#[derive(Debug, Default)]
+pub struct PageCache {
+    /// Most pages to hold.
+    capacity: usize,
+    /// Which entry, and which place in the pieces, a page has.
+    places: HashMap<PageIndex, usize>,
+    entries: Vec<Entry>,
+    /// Places of pages that were forgotten.
+    free: Vec<usize>,
+    pieces: Vec<Box<[Page]>>,
+    generation: u64,
+    /// The next entry to consider for eviction.
+    hand: usize,
+    /// Entries that may be old enough to go: pages do not get older within a generation, so that
+    /// each needs to be looked at only once in it.
+    unseen: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    page: PageIndex,
+    /// When it was last used.
+    generation: u64,
+}
+
+impl PageCache {
+    /// A cache of at most `bytes` of pages. Takes none of it yet.
+    pub fn new(bytes: usize) -> Self {
+        Self { capacity: bytes / PAGE_BYTES, ..Self::default() }
+    }
+
+    /// Most bytes of pages that it may hold.
+    pub fn capacity_bytes(&self) -> usize {
+        self.capacity * PAGE_BYTES
+    }
+
+    /// How many pages it holds.
+    pub fn page_count(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Bytes of memory taken for pages.
+    pub fn memory_bytes(&self) -> usize {
+        self.pieces.len() * PIECE_PAGES * PAGE_BYTES
+    }
+
+    /// A new round begins: all pages get older.
+    pub fn advance(&mut self) {
+        self.generation += 1;
+        self.unseen = self.entries.len();
+    }
+
+    /// What the peer has of `page`, if that is known; the page counts as used. Whoever sends a newer
+    /// version writes it here.
+    pub fn lookup(&mut self, page: PageIndex) -> Option<&mut Page> {
+        let place = *self.places.get(&page)?;
+        self.entries[place].generation = self.generation;
+        Some(self.at(place))
+    }
+
+    /// Keeps that the peer has `bytes` for `page`. False if `page` is not here and there is no room:
+    /// all others were used lately.
+    pub fn insert(&mut self, page: PageIndex, bytes: &Page) -> bool {
+        if let Some(known) = self.lookup(page) {
+            *known = *bytes;
+            return true;
+        }
+        let entry = Entry { page, generation: self.generation };
+        let place = if let Some(place) = self.free.pop() {
+            self.entries[place] = entry;
+            place
+        } else if self.entries.len() < self.capacity {
+            self.entries.push(entry);
+            self.entries.len() - 1
+        } else {
+            let Some(place) = self.evict() else { return false };
+            self.entries[place] = entry;
+            place
+        };
+        if place / PIECE_PAGES == self.pieces.len() {
+            self.pieces.push(vec![[0; PAGE_BYTES]; PIECE_PAGES].into_boxed_slice());
+        }
+        self.places.insert(page, place);
+        *self.at(place) = *bytes;
+        true
+    }
+
+    /// Keeps that the peer has zeroes for `page`, if it is here; a page that is not stays out.
+    pub fn zero(&mut self, page: PageIndex) {
+        if let Some(known) = self.lookup(page) {
+            known.fill(0);
+        }
+    }
+
+    /// Keeps that it is not known any more what the peer has of `page`: it was sent without a look.
+    pub fn forget(&mut self, page: PageIndex) {
+        self.free.extend(self.places.remove(&page));
+    }
+
+    /// Changes the size. If that makes it too small, the pages used last stay, and what memory the
+    /// others alone took is given back.
+    pub fn resize(&mut self, bytes: usize) {
+        self.capacity = bytes / PAGE_BYTES;
+        self.hand = 0;
+        self.unseen = self.entries.len();
+        if self.entries.len() <= self.capacity {
+            return;
+        }
+        let mut by_age: Vec<usize> = self.places.values().copied().collect();
+        by_age.sort_by_key(|place| std::cmp::Reverse(self.entries[*place].generation));
+        let end = self.capacity;
+        for place in by_age.drain(by_age.len().min(end)..) {
+            self.places.remove(&self.entries[place].page);
+        }
+        // Those that stay but lie behind the new end move to where nobody stays.
+        let mut holes = vec![true; end];
+        by_age.iter().filter(|place| **place < end).for_each(|place| holes[*place] = false);
+        self.free = (0..end).filter(|place| holes[*place]).collect();
+        for from in by_age.into_iter().filter(|place| *place >= end) {
+            // There are no more of them than places before the end.
+            let Some(to) = self.free.pop() else { break };
+            let (entry, page) = (self.entries[from], *self.at(from));
+            self.entries[to] = entry;
+            *self.at(to) = page;
+            self.places.insert(entry.page, to);
+        }
+        self.entries.truncate(self.capacity);
+        self.entries.shrink_to_fit();
+        self.places.shrink_to_fit();
+        self.pieces.truncate(self.capacity.div_ceil(PIECE_PAGES));
+        self.unseen = self.entries.len();
+    }
+
+    /// Frees the place of a page that was not used lately. Called when none is free.
+    fn evict(&mut self) -> Option<usize> {
+        while self.unseen > 0 {
+            self.unseen -= 1;
+            let place = self.hand;
+            self.hand = (place + 1) % self.entries.len();
+            let entry = self.entries[place];
+            if entry.generation + PROTECTED_GENERATIONS <= self.generation {
+                self.places.remove(&entry.page);
+                return Some(place);
+            }
+        }
+        None
+    }
+
+    fn at(&mut self, place: usize) -> &mut Page {
+        &mut self.pieces[place / PIECE_PAGES][place % PIECE_PAGES]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn page(byte: u8) -> Page {
+        [byte; PAGE_BYTES]
+    }
+
+    #[test]
+    fn memory_is_taken_when_it_is_needed_and_given_back() {
+        let mut cache = PageCache::new(1 << 30);
+        assert_eq!((cache.capacity_bytes(), cache.memory_bytes()), (1 << 30, 0));
+        for index in 0..300 {
+            assert!(cache.insert(PageIndex(index), &page(1)));
+        }
+        assert_eq!(cache.memory_bytes(), 2 << 20);
+        cache.resize(100 * PAGE_BYTES + 5);
+        assert_eq!((cache.page_count(), cache.memory_bytes()), (100, 1 << 20));
+        cache.resize(0);
+        assert_eq!((cache.page_count(), cache.memory_bytes()), (0, 0));
+        assert!(!cache.insert(PageIndex(1), &page(1)));
+        cache.advance();
+        assert!(!cache.insert(PageIndex(1), &page(1)));
+        assert!(cache.lookup(PageIndex(1)).is_none());
+        cache.resize(PAGE_BYTES);
+        assert!(cache.insert(PageIndex(1), &page(7)));
+        assert_eq!(cache.lookup(PageIndex(1)), Some(&mut page(7)));
+    }
+
+    #[test]
+    fn a_page_that_was_used_lately_stays() {
+        let mut cache = PageCache::new(2 * PAGE_BYTES);
+        assert!(cache.insert(PageIndex(1), &page(1)));
+        assert!(cache.insert(PageIndex(2), &page(2)));
+        assert!(!cache.insert(PageIndex(3), &page(3)));
+        cache.advance();
+        assert!(!cache.insert(PageIndex(3), &page(3)));
+        assert!(cache.lookup(PageIndex(1)).is_some());
+        cache.advance();
+        // Page 2 is two generations old, page 1 one.
+        assert!(cache.insert(PageIndex(3), &page(3)));
+        assert!(!cache.insert(PageIndex(4), &page(4)));
+        assert!(cache.lookup(PageIndex(2)).is_none());
+        assert_eq!(cache.lookup(PageIndex(1)), Some(&mut page(1)));
+        assert_eq!(cache.lookup(PageIndex(3)), Some(&mut page(3)));
+    }
+
+    #[test]
+    fn a_working_set_larger_than_the_cache_still_hits() {
+        let mut cache = PageCache::new(64 * PAGE_BYTES);
+        let mut hits = 0;
+        for _ in 0..10 {
+            for index in 0..96 {
+                match cache.lookup(PageIndex(index)) {
+                    Some(_) => hits += 1,
+                    None => _ = cache.insert(PageIndex(index), &page(0)),
+                }
+            }
+            cache.advance();
+        }
+        assert_eq!(hits, 9 * 64);
+    }
+
+    #[test]
+    fn a_page_that_turns_zero_is_refreshed_and_one_that_is_not_here_stays_out() {
+        let mut cache = PageCache::new(2 * PAGE_BYTES);
+        cache.insert(PageIndex(1), &page(1));
+        cache.zero(PageIndex(1));
+        cache.zero(PageIndex(2));
+        assert_eq!(cache.lookup(PageIndex(1)), Some(&mut page(0)));
+        assert_eq!(cache.page_count(), 1);
+    }
+
+    #[test]
+    fn shrinking_keeps_the_pages_used_last() {
+        let mut cache = PageCache::new(10 * PAGE_BYTES);
+        for index in 0..10u8 {
+            cache.insert(PageIndex(index.into()), &page(index));
+        }
+        cache.advance();
+        for index in [1, 5, 8, 9] {
+            cache.lookup(PageIndex(index));
+        }
+        cache.resize(4 * PAGE_BYTES);
+        for index in 0..10u8 {
+            let expected = [1, 5, 8, 9].contains(&index).then(|| page(index));
+            assert_eq!(cache.lookup(PageIndex(index.into())).copied(), expected, "{index}");
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Lookup(u64),
+        Insert(u64, u8),
+        Zero(u64),
+        Forget(u64),
+        Advance,
+        Resize(usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => (0..40u64).prop_map(Step::Lookup),
+            16 => (0..40u64, any::<u8>()).prop_map(|(page, byte)| Step::Insert(page, byte)),
+            2 => (0..40u64).prop_map(Step::Zero),
+            3 => (0..40u64).prop_map(Step::Forget),
+            3 => Just(Step::Advance),
+            1 => (0..30usize).prop_map(Step::Resize),
+        ]
+    }
+
+    proptest! {
+        /// The model knows content and age of every page, and takes the cache's word only for which
+        /// of several old pages was evicted.
+        #[test]
+        fn it_behaves_like_a_plain_table(steps in prop::collection::vec(step(), 0..400)) {
+            let (mut capacity, mut generation) = (8usize, 0u64);
+            let mut cache = PageCache::new(capacity * PAGE_BYTES);
+            let mut model: HashMap<u64, (u8, u64)> = HashMap::new();
+            for step in steps {
+                match step {
+                    Step::Lookup(index) => {
+                        let found = cache.lookup(PageIndex(index)).copied();
+                        prop_assert!(found == model.get(&index).map(|known| page(known.0)));
+                        model.entry(index).and_modify(|known| known.1 = generation);
+                    }
+                    Step::Insert(index, byte) => {
+                        let room = model.len() < capacity;
+                        let old = model.values().any(|known| known.1 + 2 <= generation);
+                        let fits = model.contains_key(&index) || room || (capacity > 0 && old);
+                        prop_assert_eq!(cache.insert(PageIndex(index), &page(byte)), fits);
+                        if fits {
+                            model.insert(index, (byte, generation));
+                        }
+                        if model.len() > capacity {
+                            let mut gone = model.keys().copied().filter(|index| {
+                                !cache.places.contains_key(&PageIndex(*index))
+                            });
+                            let victim = gone.next().unwrap();
+                            prop_assert!(gone.next().is_none());
+                            prop_assert!(model[&victim].1 + 2 <= generation);
+                            model.remove(&victim);
+                        }
+                    }
+                    Step::Zero(index) => {
+                        cache.zero(PageIndex(index));
+                        model.entry(index).and_modify(|known| *known = (0, generation));
+                    }
+                    Step::Forget(index) => {
+                        cache.forget(PageIndex(index));
+                        model.remove(&index);
+                    }
+                    Step::Advance => {
+                        cache.advance();
+                        generation += 1;
+                    }
+                    Step::Resize(pages) => {
+                        cache.resize(pages * PAGE_BYTES);
+                        capacity = pages;
+                        let before = model.clone();
+                        model.retain(|index, _| cache.places.contains_key(&PageIndex(*index)));
+                        prop_assert_eq!(model.len(), before.len().min(capacity));
+                        let oldest = model.values().map(|known| known.1).min();
+                        let gone = before.iter().filter(|(index, _)| !model.contains_key(index));
+                        let youngest_gone = gone.map(|(_, known)| known.1).max();
+                        prop_assert!(capacity == 0 || youngest_gone <= oldest || youngest_gone.is_none());
+                    }
+                }
+                prop_assert_eq!(cache.page_count(), model.len());
+            }
+            for (index, (byte, _)) in model {
+                prop_assert!(cache.lookup(PageIndex(index)).copied() == Some(page(byte)));
+            }
+        }
+    }
+}

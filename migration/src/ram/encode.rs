@@ -1,0 +1,362 @@
+//! Makes pages smaller: a shard's copies of pages become deltas, compressed runs, or stay as they are.
+//! Called by `shard` when it has something to try; else pages go straight from guest RAM. Knows the
+//! cache, the compressor, and whether either is worth its time; sends nothing.
+//!
+//! ```text
+//! guest RAM ─copy▶ page ─▶ zero? ─▶ known? changed in few bytes? ─▶ delta
+//!                                            └─▶ staged ─▶ compresses? ─▶ packed
+//!                                                                 └─▶ raw
+//! ```
+
+use super::adaptive::{Adaptive, Trial};
+use super::cache::PageCache;
+use super::compress::{Compressor, Method, MethodError};
+use super::frame::{MAX_DELTA_BYTES, Packing};
+use super::xbzrle::{Encoded, Encoder as Xbzrle, Page};
+use super::zero::PAGE_BYTES;
+use crate::stats::{CompressionStats, XbzrleStats};
+use crate::wire::Encoder;
+use devices::ram::PageIndex;
+use std::time::Instant;
+
+/// Staged pages after which they are sent: what is compressed at once, and still in a processor's cache.
+const STAGED_PAGES: usize = 128;
+/// Bytes of deltas after which they are sent.
+const DELTA_BYTES: usize = 256 << 10;
+/// A delta that is longer than this saves too little.
+const LONGEST_DELTA: usize = PAGE_BYTES - PAGE_BYTES / 8;
+
+const _: () = assert!(DELTA_BYTES + LONGEST_DELTA + 2 <= MAX_DELTA_BYTES);
+
+/// What is to be tried, and with what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Bytes of this shard's cache for XBZRLE; none if that is off.
+    pub cache_bytes: Option<usize>,
+    /// The compressor.
+    pub method: Option<Method>,
+}
+
+/// How a page is to travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is zero.
+    Zero,
+    /// As a delta, which is among [`Encoding::deltas`].
+    Delta,
+    /// It is staged.
+    Staged,
+    /// Not at all: the destination has it.
+    Unchanged,
+}
+
+#[derive(Default)]
+struct Deltas {
+    cache: PageCache,
+    encoder: Xbzrle,
+    worth: Adaptive,
+    /// Since the last judgement.
+    trial: Trial,
+}
+
+struct Packer {
+    method: Method,
+    compressor: Compressor,
+    worth: Adaptive,
+    packed: Vec<u8>,
+}
+
+/// A shard's encoders.
+#[derive(Default)]
+pub struct Encoding {
+    deltas: Option<Deltas>,
+    packer: Option<Packer>,
+    /// Whole pages that stay as they are, one after the other; room for one more behind them.
+    staged: Vec<u8>,
+    staged_pages: usize,
+    /// Lengths and deltas, as they travel.
+    delta_part: Encoder,
+    delta: Vec<u8>,
+    /// What was done since the last [`Encoding::take_stats`].
+    stats: (XbzrleStats, CompressionStats),
+}
+
+impl Encoding {
+    /// Changes what is tried. Cheap if nothing has changed.
+    pub fn want(&mut self, wanted: Wanted) -> Result<(), MethodError> {
+        match wanted.cache_bytes {
+            None => self.deltas = None,
+            Some(bytes) => {
+                let cache = &mut self.deltas.get_or_insert_default().cache;
+                if cache.capacity_bytes() != bytes / PAGE_BYTES * PAGE_BYTES {
+                    cache.resize(bytes);
+                }
+            }
+        }
+        if self.packer.as_ref().map(|packer| packer.method) != wanted.method {
+            let packer = wanted.method.map(|method| {
+                let compressor = Compressor::new(method)?;
+                Ok(Packer { method, compressor, worth: Adaptive::default(), packed: Vec::new() })
+            });
+            self.packer = packer.transpose()?;
+        }
+        Ok(())
+    }
+
+    /// Whether deltas are worth trying: not in the first round, which has no older versions.
+    pub fn tries_deltas(&self, first_round: bool) -> bool {
+        !first_round && self.deltas.as_ref().is_some_and(|deltas| deltas.worth.worth_trying())
+    }
+
+    /// Whether compression is worth trying.
+    pub fn tries_packing(&self) -> bool {
+        self.packer.as_ref().is_some_and(|packer| packer.worth.worth_trying())
+    }
+
+    /// So many bytes of pages were sent straight from guest RAM.
+    pub fn passed(&mut self, bytes: u64, first_round: bool) {
+        if let Some(packer) = &mut self.packer {
+            packer.worth.passed(bytes);
+        }
+        if let (Some(deltas), false) = (&mut self.deltas, first_round) {
+            deltas.worth.passed(bytes);
+        }
+    }
+
+    /// A round is over: what is in the cache gets older.
+    pub fn end_round(&mut self) {
+        if let Some(deltas) = &mut self.deltas {
+            deltas.cache.advance();
+        }
+    }
+
+    /// Where to copy the next page to.
+    pub fn next_page(&mut self) -> &mut Page {
+        let start = self.staged_pages * PAGE_BYTES;
+        if self.staged.len() < start + PAGE_BYTES {
+            self.staged.resize((self.staged_pages + 1).next_power_of_two() * PAGE_BYTES, 0);
+        }
+        self.staged[start..].first_chunk_mut().expect("room was made for a page")
+    }
+
+    /// Decides on the page that was copied to [`Encoding::next_page`]. With `deltas` older versions are
+    /// looked at, and this one is remembered.
+    pub fn take(&mut self, page: PageIndex, deltas: bool) -> Fate {
+        let start = self.staged_pages * PAGE_BYTES;
+        let Some(new) = self.staged.get(start..).and_then(<[u8]>::first_chunk) else {
+            return Fate::Unchanged;
+        };
+        let zero = is_zero(new);
+        if let (Some(state), true) = (&mut self.deltas, deltas) {
+            let stats = &mut self.stats.0;
+            if zero {
+                state.cache.zero(page);
+                return Fate::Zero;
+            }
+            let Some(old) = state.cache.lookup(page) else {
+                stats.misses += 1;
+                state.cache.insert(page, new);
+                self.staged_pages += 1;
+                return Fate::Staged;
+            };
+            self.delta.resize(LONGEST_DELTA, 0);
+            let encoded = state.encoder.encode(old, new, &mut self.delta);
+            *old = *new;
+            state.trial.raw_bytes += PAGE_BYTES as u64;
+            match encoded {
+                Encoded::Unchanged => {
+                    stats.unchanged += 1;
+                    return Fate::Unchanged;
+                }
+                Encoded::Bytes(len) => {
+                    // A delta is shorter than a page.
+                    self.delta_part.u16(u16::try_from(len).unwrap_or(u16::MAX));
+                    self.delta_part.raw(&self.delta[..len]);
+                    stats.pages += 1;
+                    stats.bytes += len as u64;
+                    state.trial.sent_bytes += len as u64;
+                    return Fate::Delta;
+                }
+                Encoded::Overflow => {
+                    stats.overflows += 1;
+                    state.trial.sent_bytes += PAGE_BYTES as u64;
+                }
+            }
+        } else if zero {
+            return Fate::Zero;
+        }
+        self.staged_pages += 1;
+        Fate::Staged
+    }
+
+    /// Whether what was taken should be sent now.
+    pub fn is_full(&self) -> bool {
+        self.staged_pages >= STAGED_PAGES || self.delta_part.bytes().len() >= DELTA_BYTES
+    }
+
+    /// The staged pages.
+    pub fn staged(&self) -> &[u8] {
+        &self.staged[..self.staged_pages * PAGE_BYTES]
+    }
+
+    /// The deltas and their lengths.
+    pub fn deltas(&self) -> &[u8] {
+        self.delta_part.bytes()
+    }
+
+    /// Compresses the staged pages, if that is wanted and worth it. `way` is how many bytes per second
+    /// the channel takes.
+    pub fn pack(&mut self, way: u64) -> Option<(Packing, &[u8])> {
+        let staged = &self.staged[..self.staged_pages * PAGE_BYTES];
+        let packer = self.packer.as_mut().filter(|_| !staged.is_empty())?;
+        let raw_bytes = staged.len() as u64;
+        if !packer.worth.worth_trying() {
+            packer.worth.passed(raw_bytes);
+            return None;
+        }
+        packer.packed.clear();
+        let began = Instant::now();
+        let packed = packer.compressor.compress(staged, &mut packer.packed);
+        let sent_bytes = if packed { packer.packed.len() as u64 } else { raw_bytes };
+        packer.worth.tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, way);
+        if !packed {
+            return None;
+        }
+        self.stats.1.pages += self.staged_pages as u64;
+        self.stats.1.bytes += sent_bytes;
+        let packing = match packer.method {
+            Method::Zlib { .. } => Packing::Zlib,
+            Method::Zstd { .. } => Packing::Zstd,
+        };
+        Some((packing, &packer.packed))
+    }
+
+    /// What was taken has been sent.
+    pub fn clear(&mut self) {
+        self.staged_pages = 0;
+        self.delta_part.clear();
+    }
+
+    /// Judges deltas by what became of them; `cost` is what looking for them took.
+    pub fn judge_deltas(&mut self, cost: std::time::Duration, way: u64) {
+        let Some(deltas) = &mut self.deltas else { return };
+        let trial = std::mem::take(&mut deltas.trial);
+        deltas.worth.tried(Trial { cost, ..trial }, way);
+        if !deltas.worth.worth_trying() {
+            // While it rests pages are sent without a look, and what is here would not be what the
+            // destination has.
+            deltas.cache = PageCache::new(deltas.cache.capacity_bytes());
+        }
+    }
+
+    /// What was done since the last time, for the counters.
+    pub fn take_stats(&mut self) -> (XbzrleStats, CompressionStats) {
+        std::mem::take(&mut self.stats)
+    }
+}
+
+fn is_zero(page: &Page) -> bool {
+    let (lines, _) = page.as_chunks::<64>();
+    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted(cache_bytes: Option<usize>, method: Option<Method>) -> Encoding {
+        let mut encoding = Encoding::default();
+        encoding.want(Wanted { cache_bytes, method }).unwrap();
+        encoding
+    }
+
+    fn take(encoding: &mut Encoding, page: u64, bytes: &Page) -> Fate {
+        *encoding.next_page() = *bytes;
+        encoding.take(PageIndex(page), true)
+    }
+
+    #[test]
+    fn a_page_comes_whole_then_as_what_has_changed_then_not_at_all() {
+        let mut encoding = wanted(Some(1 << 20), None);
+        let mut page = [7; PAGE_BYTES];
+        assert_eq!(take(&mut encoding, 5, &page), Fate::Staged);
+        assert_eq!(encoding.staged(), page);
+        encoding.clear();
+        page[100] = 8;
+        assert_eq!(take(&mut encoding, 5, &page), Fate::Delta);
+        assert!(encoding.staged().is_empty() && encoding.deltas().len() < 10);
+        encoding.clear();
+        assert_eq!(take(&mut encoding, 5, &page), Fate::Unchanged);
+        assert_eq!(take(&mut encoding, 5, &[0; PAGE_BYTES]), Fate::Zero);
+        // What is zero there is known to be zero.
+        page = [0; PAGE_BYTES];
+        page[9] = 1;
+        assert_eq!(take(&mut encoding, 5, &page), Fate::Delta);
+        let (xbzrle, _) = encoding.take_stats();
+        assert_eq!((xbzrle.pages, xbzrle.misses, xbzrle.unchanged), (2, 1, 1));
+    }
+
+    #[test]
+    fn a_page_that_has_changed_everywhere_is_staged_and_remembered() {
+        let mut encoding = wanted(Some(1 << 20), None);
+        take(&mut encoding, 1, &[1; PAGE_BYTES]);
+        encoding.clear();
+        assert_eq!(take(&mut encoding, 1, &[2; PAGE_BYTES]), Fate::Staged);
+        assert_eq!(encoding.staged(), [2; PAGE_BYTES]);
+        assert_eq!(take(&mut encoding, 1, &[2; PAGE_BYTES]), Fate::Unchanged);
+        assert_eq!(encoding.take_stats().0.overflows, 1);
+    }
+
+    #[test]
+    fn deltas_that_lose_rest_and_begin_anew_without_old_versions() {
+        let mut encoding = wanted(Some(1 << 20), None);
+        let mut fill = 1;
+        while encoding.tries_deltas(false) {
+            for page in 0..100 {
+                take(&mut encoding, page, &[fill; PAGE_BYTES]);
+                encoding.clear();
+            }
+            fill += 1;
+            encoding.judge_deltas(std::time::Duration::from_millis(1), 1_000_000_000);
+            assert!(fill < 200, "nothing is saved, and still it is tried");
+        }
+        assert!(!encoding.tries_deltas(true));
+        encoding.passed(1 << 40, true);
+        assert!(!encoding.tries_deltas(false), "the first round does not count");
+        encoding.passed(1 << 40, false);
+        assert!(encoding.tries_deltas(false));
+        // An older version than the destination's would make a wrong page of a right delta.
+        assert_eq!(take(&mut encoding, 3, &[fill; PAGE_BYTES]), Fate::Staged);
+    }
+
+    #[test]
+    fn text_is_packed_and_noise_is_not() {
+        let mut encoding = wanted(None, Some(Method::Zstd { level: 1 }));
+        let text: Vec<u8> =
+            b"all work and no play ".iter().copied().cycle().take(PAGE_BYTES).collect();
+        assert_eq!(take(&mut encoding, 1, text[..].first_chunk().unwrap()), Fate::Staged);
+        let (packing, packed) = encoding.pack(0).unwrap();
+        assert!(packing == Packing::Zstd && packed.len() < 1000);
+        encoding.clear();
+        let mut state = 1u64;
+        let mut noise = [0; PAGE_BYTES];
+        noise.fill_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        });
+        take(&mut encoding, 1, &noise);
+        assert_eq!(encoding.pack(0), None);
+    }
+
+    #[test]
+    fn what_is_wanted_may_change_at_any_time() {
+        let mut encoding = wanted(Some(1 << 20), None);
+        take(&mut encoding, 1, &[1; PAGE_BYTES]);
+        encoding.want(Wanted { cache_bytes: None, method: None }).unwrap();
+        assert!(!encoding.tries_deltas(false) && !encoding.tries_packing());
+        encoding.want(Wanted { cache_bytes: Some(1 << 20), method: None }).unwrap();
+        assert_eq!(take(&mut encoding, 1, &[1; PAGE_BYTES]), Fate::Staged, "it has forgotten");
+        let method = Some(Method::Zlib { level: 99 });
+        assert!(encoding.want(Wanted { cache_bytes: None, method }).is_err());
+    }
+}

@@ -1,0 +1,388 @@
+//! One data channel's share of the pages: finds out what they hold, puts frames together, sends them.
+//! Driven by [`super::lanes`], on a thread of its own or on the caller's. A page always takes the same
+//! shard, so its versions never overtake each other.
+
+use super::dirty::Words;
+use super::encode::{Encoding, Fate, Wanted};
+use super::frame::{Batch, Packing, RunKind, encode_end, encode_mark};
+use super::scan::Scan;
+use super::zero::PAGE_BYTES;
+use crate::params::SharedParams;
+use crate::policy;
+use crate::source::SourceError;
+use crate::stats::{Counters, StatsSnapshot};
+use crate::transport::{Channel, PageSlice, Throttle};
+use crate::wire::Encoder;
+use crate::wire::section::RamTotals;
+use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestMemoryBackend};
+
+/// Some words of the dirty bitmap, whose pages are clear in the log and are to be sent.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Where the words begin in the bitmap.
+    pub first_word: usize,
+    /// The pages to send.
+    pub dirty: Vec<u64>,
+    /// Those among them that may hold something; the others were never touched. None if all may.
+    pub touched: Option<Vec<u64>>,
+}
+
+impl Job {
+    /// The share of the stripes for which `is_ours`; none if it is empty. `stripe_words` long each.
+    pub fn share(&self, stripe_words: usize, is_ours: impl Fn(usize) -> bool) -> Option<Self> {
+        let keep = |words: &[u64]| -> Vec<u64> {
+            let kept = words.iter().enumerate().map(|(index, word)| {
+                if is_ours((self.first_word + index) / stripe_words) { *word } else { 0 }
+            });
+            kept.collect()
+        };
+        let dirty = keep(&self.dirty);
+        if dirty.iter().all(|word| *word == 0) {
+            return None;
+        }
+        let touched = self.touched.as_deref().map(keep);
+        Some(Self { first_word: self.first_word, dirty, touched })
+    }
+}
+
+/// What a shard is told.
+#[derive(Debug)]
+pub enum Order {
+    /// To send pages.
+    Pages(Job),
+    /// To send a mark, which the destination echoes when everything before it is in place.
+    Mark(u64),
+    /// To end its channel.
+    End,
+}
+
+/// Frames and pages that a channel has carried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Frames, with marks and the end.
+    pub frames: u64,
+    /// Pages.
+    pub pages: RamTotals,
+}
+
+/// What the shards of a migration have in common.
+#[derive(Clone)]
+pub struct Common {
+    /// The RAM that is read.
+    pub ram: GuestRam,
+    /// How it is numbered.
+    pub layout: RamLayout,
+    /// Which encoders are wanted, read anew for each job.
+    pub params: SharedParams,
+    /// What has been done.
+    pub counters: Arc<Counters>,
+    /// How many shards there are.
+    pub shards: u16,
+}
+
+/// A shard.
+pub struct Shard {
+    common: Common,
+    line: Line,
+    batch: Batch,
+    encoding: Encoding,
+}
+
+fn unreadable(error: impl std::fmt::Display) -> SourceError {
+    SourceError::Ram(error.to_string())
+}
+
+impl Shard {
+    /// Sends on `channel`, as fast as `throttle` lets it.
+    pub fn new(common: Common, channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
+        let (batch, encoding) = (Batch::default(), Encoding::default());
+        Self { common, line: Line::new(channel, throttle), batch, encoding }
+    }
+
+    /// Its channel.
+    pub fn channel(&self) -> &Arc<Channel> {
+        &self.line.channel
+    }
+
+    /// What it has sent.
+    pub fn tally(&self) -> Tally {
+        self.line.tally
+    }
+
+    /// Does what it is told, to its end.
+    pub fn obey(&mut self, order: &Order) -> Result<(), SourceError> {
+        let mut head = std::mem::take(&mut self.line.head);
+        let result = match order {
+            Order::Pages(job) => self.send_pages(job, &mut head),
+            Order::Mark(number) => {
+                self.encoding.end_round();
+                encode_mark(&mut head, *number);
+                self.send_head(&head)
+            }
+            Order::End => {
+                encode_end(&mut head);
+                self.send_head(&head)
+            }
+        };
+        self.line.head = head;
+        result
+    }
+
+    fn send_head(&mut self, head: &Encoder) -> Result<(), SourceError> {
+        let sent = self.line.write(head.bytes(), &[])?;
+        self.common.counters.update(|stats| stats.transferred_bytes += sent);
+        Ok(())
+    }
+
+    fn send_pages(&mut self, job: &Job, head: &mut Encoder) -> Result<(), SourceError> {
+        let params = self.common.params.get();
+        let share = params.xbzrle_cache_size / u64::from(self.common.shards.max(1));
+        let cache_bytes = params.xbzrle.then(|| usize::try_from(share).unwrap_or(usize::MAX));
+        let wanted = Wanted { cache_bytes, method: params.method() };
+        self.encoding.want(wanted).map_err(SourceError::Compression)?;
+        let first_round = job.touched.is_some();
+        let deltas = self.encoding.tries_deltas(first_round);
+        if deltas || self.encoding.tries_packing() {
+            return self.send_encoded(job, deltas, head);
+        }
+        let before = self.line.tally.pages.raw_pages;
+        self.send_straight(job, head)?;
+        let raw = self.line.tally.pages.raw_pages - before;
+        self.encoding.passed(raw * PAGE_SIZE, first_round);
+        Ok(())
+    }
+
+    /// Sends pages straight from guest RAM.
+    fn send_straight(&mut self, job: &Job, head: &mut Encoder) -> Result<(), SourceError> {
+        let Common { ram, layout, counters, .. } = &self.common;
+        let mut scan = Scan::new(ram, layout, job.dirty(), job.touched());
+        let batch = &mut self.batch;
+        batch.clear();
+        while scan.fill(batch).map_err(unreadable)? {
+            batch.encode_head(Packing::None, head);
+            let pages = raw_slices(batch, ram, layout)?;
+            let sent = self.line.write_batch(batch, head, &pages)?;
+            counters.update(|stats| count(stats, batch, sent));
+            batch.clear();
+        }
+        Ok(())
+    }
+
+    /// Copies pages, and sends what the encoders make of them.
+    fn send_encoded(
+        &mut self,
+        job: &Job,
+        deltas: bool,
+        head: &mut Encoder,
+    ) -> Result<(), SourceError> {
+        let (began, writing) = (Instant::now(), self.line.writing_in_all);
+        let (dirty, touched) = (job.dirty(), job.touched());
+        self.batch.clear();
+        for (first, page_count) in dirty.runs() {
+            for page in (first.0..first.0 + page_count).map(PageIndex) {
+                let fate = if touched.contains(page) {
+                    let address = self.common.layout.address_of(page);
+                    let address = address.ok_or_else(|| unreadable("a page past its end"))?;
+                    let copy = self.encoding.next_page();
+                    self.common.ram.read_slice(copy, address).map_err(unreadable)?;
+                    self.encoding.take(page, deltas)
+                } else {
+                    Fate::Zero
+                };
+                let kind = match fate {
+                    Fate::Zero => RunKind::Zero,
+                    Fate::Staged => RunKind::Raw,
+                    Fate::Delta => RunKind::Delta,
+                    Fate::Unchanged => continue,
+                };
+                self.batch.push(page, 1, kind, &self.common.layout);
+                if self.encoding.is_full() || !self.batch.has_room(u32::MAX) {
+                    self.flush(deltas, head)?;
+                }
+            }
+        }
+        self.flush(deltas, head)?;
+        if deltas {
+            let written = self.line.writing_in_all.saturating_sub(writing);
+            let way = self.line.bytes_per_sec();
+            self.encoding.judge_deltas(began.elapsed().saturating_sub(written), way);
+        }
+        Ok(())
+    }
+
+    /// Sends what the encoders have.
+    fn flush(&mut self, deltas: bool, head: &mut Encoder) -> Result<(), SourceError> {
+        let Common { ram, layout, counters, .. } = &self.common;
+        let batch = &mut self.batch;
+        let mut straight = Vec::new();
+        if !batch.is_empty() {
+            match self.encoding.pack(self.line.bytes_per_sec()) {
+                Some((packing, packed)) => {
+                    batch.encode_head(packing, head);
+                    head.u32(u32::try_from(packed.len()).unwrap_or(u32::MAX)).raw(packed);
+                }
+                None => {
+                    batch.encode_head(Packing::None, head);
+                    if deltas {
+                        // Later deltas refer to this very copy.
+                        head.raw(self.encoding.staged());
+                    } else {
+                        straight = raw_slices(batch, ram, layout)?;
+                    }
+                }
+            }
+            if batch.delta_pages() > 0 {
+                let part = self.encoding.deltas();
+                head.u32(u32::try_from(part.len()).unwrap_or(u32::MAX)).raw(part);
+            }
+        }
+        let sent =
+            if batch.is_empty() { 0 } else { self.line.write_batch(batch, head, &straight)? };
+        self.encoding.clear();
+        let (xbzrle, compression) = self.encoding.take_stats();
+        counters.update(|stats| {
+            count(stats, batch, sent);
+            stats.remaining_bytes =
+                stats.remaining_bytes.saturating_sub(xbzrle.unchanged * PAGE_SIZE);
+            stats.xbzrle.add(xbzrle);
+            stats.compression.add(compression);
+        });
+        batch.clear();
+        Ok(())
+    }
+}
+
+impl Job {
+    fn dirty(&self) -> Words<'_> {
+        Words { first_word: self.first_word, words: &self.dirty }
+    }
+
+    fn touched(&self) -> Words<'_> {
+        let words = self.touched.as_ref().unwrap_or(&self.dirty);
+        Words { first_word: self.first_word, words }
+    }
+}
+
+/// The raw pages of `batch`, in guest RAM.
+fn raw_slices<'r>(
+    batch: &Batch,
+    ram: &'r GuestRam,
+    layout: &RamLayout,
+) -> Result<Vec<PageSlice<'r>>, SourceError> {
+    let raw = batch.runs().iter().filter(|run| run.kind == RunKind::Raw);
+    let slices = raw.map(|run| {
+        let address = layout
+            .run_address(run.first, run.page_count.into())
+            .ok_or_else(|| unreadable("a run past its end"))?;
+        let bytes = usize::try_from(run.page_count).unwrap_or(0) * PAGE_BYTES;
+        ram.get_slice(address, bytes).map_err(unreadable)
+    });
+    slices.collect()
+}
+
+/// Adds what was sent of a batch.
+fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
+    let raw = u64::from(batch.raw_pages());
+    let pages = raw + batch.zero_pages() + u64::from(batch.delta_pages());
+    stats.transferred_bytes += sent;
+    stats.remaining_bytes = stats.remaining_bytes.saturating_sub(pages * PAGE_SIZE);
+    stats.normal_pages += raw;
+    stats.zero_pages += batch.zero_pages();
+}
+
+/// The channel, and what it has shown of itself.
+struct Line {
+    channel: Arc<Channel>,
+    throttle: Box<dyn Throttle + Send>,
+    /// Kept for its memory.
+    head: Encoder,
+    tally: Tally,
+    /// Lately written bytes, and how long that took, cap and peer included.
+    written: u64,
+    writing: Duration,
+    writing_in_all: Duration,
+}
+
+/// What was longer ago counts for less and less.
+const MEMORY: Duration = Duration::from_millis(500);
+
+impl Line {
+    fn new(channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
+        Self {
+            channel,
+            throttle,
+            head: Encoder::default(),
+            tally: Tally::default(),
+            written: 0,
+            writing: Duration::ZERO,
+            writing_in_all: Duration::ZERO,
+        }
+    }
+
+    fn write(&mut self, head: &[u8], pages: &[PageSlice<'_>]) -> Result<u64, SourceError> {
+        let began = Instant::now();
+        self.channel.write_pages(head, pages, &mut *self.throttle)?;
+        let took = began.elapsed();
+        let bytes = head.len() as u64 + pages.iter().map(|page| page.len() as u64).sum::<u64>();
+        if self.writing > MEMORY {
+            (self.written, self.writing) = (self.written / 2, self.writing / 2);
+        }
+        self.written += bytes;
+        self.writing += took;
+        self.writing_in_all += took;
+        self.tally.frames += 1;
+        Ok(bytes)
+    }
+
+    fn write_batch(
+        &mut self,
+        batch: &Batch,
+        head: &Encoder,
+        pages: &[PageSlice<'_>],
+    ) -> Result<u64, SourceError> {
+        let sent = self.write(head.bytes(), pages)?;
+        let totals = &mut self.tally.pages;
+        totals.raw_pages += u64::from(batch.raw_pages());
+        totals.delta_pages += u64::from(batch.delta_pages());
+        totals.zero_pages += batch.zero_pages();
+        Ok(sent)
+    }
+
+    /// How fast the channel takes bytes; 0 if that is not known yet.
+    fn bytes_per_sec(&self) -> u64 {
+        if self.written == 0 { 0 } else { policy::per_second(self.written, self.writing) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn shares_are_disjoint_and_whole(
+            dirty in prop::collection::vec(any::<u64>(), 1..40),
+            first_word in 0usize..100, lanes in 1usize..17,
+        ) {
+            let touched = Some(dirty.iter().map(|word| word & 0xff00).collect());
+            let job = Job { first_word, dirty, touched };
+            let mut sum = vec![0; job.dirty.len()];
+            let mut touched_sum = vec![0; job.dirty.len()];
+            for lane in 0..lanes {
+                let Some(share) = job.share(8, |stripe| stripe % lanes == lane) else { continue };
+                prop_assert_eq!(share.first_word, first_word);
+                for (index, word) in share.dirty.iter().enumerate() {
+                    prop_assert_eq!(sum[index] & word, 0);
+                    sum[index] |= word;
+                    touched_sum[index] |= share.touched.as_ref().unwrap()[index];
+                }
+            }
+            prop_assert_eq!(&sum, &job.dirty);
+            prop_assert_eq!(&touched_sum, job.touched.as_ref().unwrap());
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! A link that counts: forwards every connection to a destination and notes when how many bytes came.
+
+use anyhow::{Context, Result};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+type Arrivals = Arc<Mutex<Vec<(Instant, usize)>>>;
+
+/// A running proxy. Its threads end with the connections; the one that accepts, with the process.
+pub struct Proxy {
+    address: String,
+    arrivals: Arrivals,
+}
+
+/// Starts one in front of `destination`, a `tcp:` address.
+pub fn start(destination: &str) -> Result<Proxy> {
+    let to = destination.strip_prefix("tcp:").context("not a tcp: address")?.to_owned();
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = format!("tcp:{}", listener.local_addr()?);
+    let arrivals = Arrivals::default();
+    let noted = arrivals.clone();
+    std::thread::spawn(move || {
+        for from in listener.incoming() {
+            let (Ok(from), Ok(to)) = (from, TcpStream::connect(&to)) else { return };
+            let (Ok(back_from), Ok(back_to)) = (to.try_clone(), from.try_clone()) else { return };
+            let noted = noted.clone();
+            std::thread::spawn(move || forward(from, to, Some(&noted)));
+            std::thread::spawn(move || forward(back_from, back_to, None));
+        }
+    });
+    Ok(Proxy { address, arrivals })
+}
+
+fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>) {
+    // Without it a small frame waits for the acknowledgement of the one before.
+    let _ = to.set_nodelay(true);
+    let mut buffer = vec![0; 128 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buffer) {
+        if let Some(noted) = noted {
+            let arrival = (Instant::now(), count);
+            noted.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
+        }
+        if to.write_all(&buffer[..count]).is_err() {
+            break;
+        }
+    }
+    // The other side has to notice; it may have gone already.
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
+impl Proxy {
+    /// Where to migrate to.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Bytes that came from the source in each `interval`, from the first that came on.
+    pub fn bytes_per(&self, interval: Duration) -> Vec<u64> {
+        let arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bins = Vec::new();
+        let Some((first, _)) = arrivals.first() else { return bins };
+        for (at, bytes) in arrivals.iter() {
+            let bin = at.duration_since(*first).as_nanos() / interval.as_nanos();
+            let bin = usize::try_from(bin).unwrap_or(usize::MAX);
+            bins.resize(bins.len().max(bin + 1), 0);
+            bins[bin] += *bytes as u64;
+        }
+        bins
+    }
+}
