@@ -1,5 +1,6 @@
 //! How a migration ends at the source, and why.
 
+use crate::block::ReadError;
 use crate::guest::GuestError;
 use crate::ram::encode::WantError;
 use crate::wire::WireError;
@@ -26,6 +27,12 @@ pub enum SourceError {
     /// Guest RAM cannot be read.
     #[error("guest RAM: {0}")]
     Ram(String),
+    /// A disk cannot be read.
+    #[error(transparent)]
+    Disk(#[from] ReadError),
+    /// The destination is too old for disks.
+    #[error("the destination's ferry cannot take disks in: use the same on both sides")]
+    NoDisksThere,
     /// Pages cannot be made smaller as wanted.
     #[error(transparent)]
     Encoding(WantError),
