@@ -210,7 +210,7 @@ impl Pace {
 
     /// Bytes per second that the guest would dirty if all were clean, if that is known.
     pub(super) fn dirtied_per_sec(&self) -> Option<u64> {
-        self.dirtying.steady_bytes_per_sec()
+        self.dirtying.bytes_per_sec()
     }
 
     /// How fast the guest has proved to write in `round`, which is over, in bytes of RAM per second.
@@ -230,6 +230,11 @@ impl Pace {
     pub(super) fn rate_has_changed(&mut self) {
         self.rate_changed = true;
         self.dirtying.forget_rate();
+    }
+
+    /// Whether this is the first round, in which every page is sent whether it is in use or not.
+    pub(super) fn is_first_round(&self) -> bool {
+        self.first_round
     }
 
     /// Whether what becomes dirty in this round tells what is to be done about the guest.

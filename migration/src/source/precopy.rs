@@ -4,6 +4,7 @@
 
 use super::pace::Pace;
 use super::{Freight, Link, MigrationEvent, Source, SourceError};
+use crate::params::Compression;
 use crate::policy::{self, Decision, Outlook, Round};
 use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
@@ -103,6 +104,9 @@ impl Source<'_> {
             sent_bytes: after.transferred_bytes - before.transferred_bytes,
             zero_pages: after.zero_pages - before.zero_pages,
             normal_pages: after.normal_pages - before.normal_pages,
+            compressed_pages: after.compression.pages - before.compression.pages,
+            xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
+            unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: round.dirtied_bytes / PAGE_SIZE,
             dirty_pages_rate: dirtied_per_sec / PAGE_SIZE,
             bytes_per_sec: pace.bandwidth(),
@@ -137,6 +141,12 @@ impl Source<'_> {
         // While the first round still meets pages for the first time, nobody knows which are in use; and
         // a round that only shortens an acceptable pause is no reason to slow the guest down.
         if pace.round_matters() && self.slow_down(dirtied, sent, pace) {
+            return;
+        }
+        // How far pages shrink is not known in the first round.
+        let params = self.params.get();
+        let may_shrink = params.xbzrle || params.compression != Compression::None;
+        if may_shrink && pace.is_first_round() {
             return;
         }
         if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
