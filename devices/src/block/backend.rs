@@ -64,6 +64,10 @@ pub enum LockError {
 pub trait BlockBackend: Send + Sync {
     /// What the user calls it.
     fn location(&self) -> String;
+    /// What its format is called.
+    fn format(&self) -> &'static str;
+    /// Whether it bypasses the host's page cache.
+    fn is_direct(&self) -> bool;
     /// Size; a multiple of a sector.
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.

@@ -108,6 +108,14 @@ impl BlockBackend for MemoryDisk {
         "memory".into()
     }
 
+    fn format(&self) -> &'static str {
+        "memory"
+    }
+
+    fn is_direct(&self) -> bool {
+        false
+    }
+
     fn len_bytes(&self) -> u64 {
         self.len_bytes
     }

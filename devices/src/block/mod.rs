@@ -161,6 +161,16 @@ impl BlockNode {
         self.backend.location()
     }
 
+    /// What the format of its storage is called.
+    pub fn format(&self) -> &'static str {
+        self.backend.format()
+    }
+
+    /// Whether it bypasses the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.backend.is_direct()
+    }
+
     /// Size; a multiple of [`SECTOR_BYTES`].
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes

@@ -279,6 +279,14 @@ impl BlockBackend for RawFile {
         self.path.display().to_string()
     }
 
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    fn is_direct(&self) -> bool {
+        self.cache == Cache::None
+    }
+
     fn len_bytes(&self) -> u64 {
         self.len_bytes
     }

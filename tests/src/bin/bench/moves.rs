@@ -95,7 +95,7 @@ fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
 }
 
 /// What `query-migrate` says once all is said: QEMU sends the event before it takes the time.
-fn final_info(qmp: &mut Qmp) -> Result<Value> {
+pub fn final_info(qmp: &mut Qmp) -> Result<Value> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         let info = qmp.execute("query-migrate", json!({}))?;
@@ -106,7 +106,7 @@ fn final_info(qmp: &mut Qmp) -> Result<Value> {
     }
 }
 
-fn total_ms(info: &Value) -> Result<f64> {
+pub fn total_ms(info: &Value) -> Result<f64> {
     info["total-time"].as_f64().with_context(|| format!("no total-time in {info}"))
 }
 
