@@ -1,7 +1,7 @@
 //! A disk: the single door for every read and write, whoever makes it.
 //!
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
-//! file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
+//! file, [`qcow2`] in an image with a map and perhaps a backing file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
 //! the node has admitted. Locks follow the right to run, so taking them is separate from opening.
 //!
 //! Who wants to know what is written meanwhile has the node [`BlockNode::track`] it in a [`bitmap`]:
@@ -13,19 +13,67 @@ pub mod bitmap;
 mod in_flight;
 pub mod memory;
 mod ofd_lock;
+pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BlockBackend, ByteRange, Extent, LockError};
+use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use in_flight::{InFlight, Motion};
+use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of the unit that guests address disks by.
 pub const SECTOR_BYTES: u64 = 512;
+
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// Where the image's own map says.
+    Qcow2,
+}
+
+impl Format {
+    /// As QEMU calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => Err(format!("format {other:?} is neither raw nor qcow2")),
+        }
+    }
+}
+
+/// Opens the image of a disk, without locking it.
+pub fn open_image(
+    path: &Path,
+    format: Format,
+    read_only: bool,
+    cache: Cache,
+) -> Result<Box<dyn BlockBackend>, OpenError> {
+    Ok(match format {
+        Format::Raw => Box::new(RawFile::open(path, read_only, cache)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2File::open(path, read_only, cache)?),
+    })
+}
 
 /// An access that a node has admitted, to be made directly on its file. Kept until it is complete.
 #[derive(Debug)]
@@ -159,6 +207,26 @@ impl BlockNode {
     /// What the user calls its storage: a path.
     pub fn location(&self) -> String {
         self.backend.location()
+    }
+
+    /// What the format of its storage is called.
+    pub fn format(&self) -> &'static str {
+        self.backend.format()
+    }
+
+    /// The file that it stands on, if any.
+    pub fn backing(&self) -> Option<String> {
+        self.backend.backing()
+    }
+
+    /// Which backing file that is. Reads a sample of it.
+    pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        self.backend.backing_identity()
+    }
+
+    /// Whether it bypasses the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.backend.is_direct()
     }
 
     /// Size; a multiple of [`SECTOR_BYTES`].

@@ -1,6 +1,7 @@
 //! Answers the control socket's commands.
 
 use super::{Event, RunState, Supervisor, exit_code, jobs};
+use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
 use crate::error::chain;
@@ -8,6 +9,7 @@ use crate::machine::Machine;
 use crate::machine::description::{Description, Travels};
 use crate::machine::dirty::VmDirtyLog;
 use crate::travel::{DiskMode, DiskSelection};
+use devices::block::BlockNode;
 use migration::block::{SourceDisk, SourceDisks, Tuning};
 use migration::source::SourceRam;
 use migration::transport::Address;
@@ -66,7 +68,9 @@ impl Supervisor {
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
             Command::QueryCpus => Ok(self.query_cpus()),
-            Command::QueryBlock => Ok(self.query_block()),
+            Command::QueryBlock => Ok(block::devices(self.nodes())),
+            Command::QueryNamedBlockNodes => Ok(block::named_nodes(self.nodes())),
+            Command::QueryBlockStats => Ok(block::stats(self.nodes())),
             Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
             Command::Cont { force } => self.cont(force),
             Command::Reset => self.system_reset(),
@@ -184,32 +188,9 @@ impl Supervisor {
             .collect()
     }
 
-    fn query_block(&self) -> Value {
+    fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
-        disks
-            .iter()
-            .map(|disk| {
-                let node = &disk.node;
-                json!({
-                    "device": node.id(),
-                    "type": "unknown",
-                    "removable": false,
-                    "locked": false,
-                    "inserted": {
-                        "file": node.location(),
-                        "node-name": node.id(),
-                        "ro": node.read_only(),
-                        "drv": "raw",
-                        "encrypted": false,
-                        "image": {
-                            "filename": node.location(),
-                            "format": "raw",
-                            "virtual-size": node.len_bytes(),
-                        },
-                    },
-                })
-            })
-            .collect()
+        disks.iter().map(|disk| disk.node.as_ref())
     }
 
     fn cont(&mut self, force: bool) -> Result<Value, QmpError> {

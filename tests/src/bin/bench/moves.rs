@@ -157,7 +157,7 @@ pub fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
 }
 
 /// What `query-migrate` says once all is said: QEMU sends the event before it takes the time.
-fn final_info(qmp: &mut Qmp) -> Result<Value> {
+pub fn final_info(qmp: &mut Qmp) -> Result<Value> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         let info = qmp.execute("query-migrate", json!({}))?;
