@@ -10,7 +10,7 @@ use crate::transport::Transport;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
@@ -86,6 +86,7 @@ pub struct FakeSource {
     pub mutator: Option<Mutator>,
     /// At so many pauses the guest writes much in its last moment.
     pub bursts: u32,
+    pub script: Option<Script>,
 }
 
 fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
@@ -107,6 +108,9 @@ impl GuestControl for FakeSource {
             for page in 16..816 {
                 self.ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap();
             }
+        }
+        if let Some(script) = &self.script {
+            script.write(&self.ram, LAST_VERSION);
         }
         let was_running = self.machine.running.swap(false, SeqCst);
         let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
@@ -198,6 +202,9 @@ pub struct FakeDirty {
     pub ram: GuestRam,
     pub log: Vec<u64>,
     pub fail: Fail,
+    pub script: Option<Script>,
+    /// The pass that runs.
+    pub pass: Arc<AtomicU64>,
 }
 
 impl FakeDirty {
@@ -232,10 +239,76 @@ impl DirtySource for FakeDirty {
         let log = &mut self.log[usize::try_from(first.0 / 64).unwrap()..];
         assert!(mask.len() <= log.len());
         log.iter_mut().zip(mask).for_each(|(log, mask)| *log &= !mask);
+        let pass = self.pass.load(SeqCst);
+        if let Some(script) = self.script.as_ref().filter(|script| pass <= script.passes) {
+            script.write(&self.ram, pass);
+        }
         Ok(())
     }
 
     fn stop(&mut self) {}
+}
+
+/// Kinds of writes: each makes pages travel in a way of its own.
+pub const KINDS: u64 = 5;
+/// What a script writes when the guest is paused.
+const LAST_VERSION: u64 = 1000;
+
+/// Writes `page` as guests do.
+fn write_kind(ram: &GuestRam, page: u64, kind: u64, version: u64) {
+    let start = page * PAGE_SIZE;
+    let write = |bytes: &[u8], offset| ram.write_slice(bytes, GuestAddress(start + offset));
+    match kind % KINDS {
+        // A little of it changes: a delta.
+        0 => [8, 4088].into_iter().try_for_each(|at| write(&version.to_ne_bytes(), at)),
+        // It is written and stays as it is.
+        1 => write(&[0xa5; 64], 100),
+        // It becomes zero, and something again.
+        2 if version % 2 == 1 => write(&[0; PAGE_SIZE as usize], 0),
+        2 => write(format!("something again: {version}").as_bytes(), 1000),
+        // Text, which can be compressed.
+        3 => {
+            let text = format!("page {page} goes on with its story in part {version}; ");
+            let text: Vec<u8> = text.bytes().cycle().take(PAGE_SIZE as usize).collect();
+            write(&text, 0)
+        }
+        // Noise, which cannot.
+        _ => {
+            let mut state = page << 32 | version;
+            let noise: Vec<u8> = (0..PAGE_SIZE)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    (state >> 56) as u8
+                })
+                .collect();
+            write(&noise, 0)
+        }
+    }
+    .unwrap();
+}
+
+/// Writes of a guest at fixed moments: in each pass after its pages are clear in the log, and in the
+/// pause. So whatever is sent is the same in every run.
+#[derive(Debug, Clone)]
+pub struct Script {
+    /// Pages of each kind in each huge page.
+    pub pages: u64,
+    /// Which kinds.
+    pub kinds: std::ops::Range<u64>,
+    /// In how many passes the guest writes.
+    pub passes: u64,
+}
+
+impl Script {
+    fn write(&self, ram: &GuestRam, version: u64) {
+        const HUGE: u64 = 512;
+        for huge in 0..ram.last_addr().0 / PAGE_SIZE / HUGE + 1 {
+            for kind in self.kinds.clone() {
+                let first = huge * HUGE + 16 + kind * self.pages;
+                (first..first + self.pages).for_each(|page| write_kind(ram, page, kind, version));
+            }
+        }
+    }
 }
 
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
@@ -247,8 +320,8 @@ pub struct Mutator {
 
 impl Mutator {
     /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
-    /// have been written once.
-    pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration) -> Self {
+    /// have been written once. A `lively` one writes in every kind of way, else in two.
+    pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration, lively: bool) -> Self {
         const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
         let throttle = Arc::new(AtomicU8::new(0));
@@ -256,7 +329,7 @@ impl Mutator {
         let (filled, wait) = std::sync::mpsc::channel();
         let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
         let thread = std::thread::spawn(move || {
-            let mut number = 1u64;
+            let (mut number, mut version) = (1u64, 1);
             while !stopped.load(SeqCst) {
                 for (index, page) in (0..).zip(pages.clone()) {
                     if index % piece == 0 {
@@ -273,6 +346,11 @@ impl Mutator {
                             }
                         }
                     }
+                    if lively {
+                        write_kind(&ram, page, page, version);
+                        number += 1;
+                        continue;
+                    }
                     // Now and then a page becomes zero again.
                     let value = if number.is_multiple_of(7) { 0 } else { number };
                     for offset in [8, 4088] {
@@ -280,6 +358,7 @@ impl Mutator {
                     }
                     number += 1;
                 }
+                version += 1;
                 // Waited for once.
                 let _ = filled.send(());
             }
@@ -377,8 +456,15 @@ pub struct Scenario {
     pub paused: bool,
     pub ram_bytes: u64,
     pub dirtying: Option<(u64, Duration)>,
+    /// It writes in every kind of way.
+    pub lively: bool,
+    pub script: Option<Script>,
     pub bursts: u32,
     pub params: Params,
+    /// Parameters that are set as a pass begins.
+    pub changes: Vec<(u64, Params)>,
+    /// A data channel that is lost alone, after so many bytes.
+    pub lose_channel: Option<(usize, u64)>,
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
@@ -394,8 +480,12 @@ impl Default for Scenario {
             paused: false,
             ram_bytes: RAM_BYTES,
             dirtying: None,
+            lively: false,
+            script: None,
             bursts: 0,
             params: Params { multifd_channels: 1, ..Params::default() },
+            changes: Vec::new(),
+            lose_channel: None,
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
@@ -409,8 +499,9 @@ pub fn migrate(scenario: &Scenario) -> End {
     let (main_out, main_in) = link.connect();
     let mut source = Ends { main: Arc::new(main_out), data: Vec::new() };
     let mut destination = Ends { main: Arc::new(main_in), data: Vec::new() };
-    for _ in 0..scenario.params.multifd_channels {
-        let (data_out, data_in) = link.connect();
+    for index in 0..usize::from(scenario.params.multifd_channels) {
+        let fuse = scenario.lose_channel.filter(|(lost, _)| *lost == index);
+        let (data_out, data_in) = link.connect_for(fuse.map(|(_, bytes)| bytes));
         source.data.push(Arc::new(data_out));
         destination.data.push(Arc::new(data_in));
     }
@@ -456,8 +547,9 @@ pub fn migrate_over(
             (result.map_err(|error| chain(&error)), host)
         })
     };
-    let mutator =
-        scenario.dirtying.map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap));
+    let mutator = scenario
+        .dirtying
+        .map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap, scenario.lively));
     let mut guest = FakeSource {
         machine: source_machine.clone(),
         disk: disk.clone(),
@@ -465,6 +557,7 @@ pub fn migrate_over(
         ram: ram.clone(),
         mutator,
         bursts: scenario.bursts,
+        script: scenario.script.clone(),
     };
     let machine =
         MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
@@ -472,18 +565,27 @@ pub fn migrate_over(
     let cancel = CancelToken::new();
     let canceller = cancel.clone();
     let mut seen = Vec::new();
+    let params = SharedParams::new(scenario.params.clone());
+    let (pass, shared) = (Arc::new(AtomicU64::new(0)), params.clone());
+    let running = pass.clone();
     let mut events = |event| {
         seen.push(event);
+        if let MigrationEvent::Pass(number) = event {
+            running.store(number, SeqCst);
+            let change = scenario.changes.iter().find(|(at, _)| *at == number);
+            change.into_iter().for_each(|(_, params)| shared.set(params.clone()));
+        }
         if scenario.cancel_source_at == Some(event) {
             canceller.cancel();
         }
     };
     let words = usize::try_from(layout.page_count() / 64).unwrap();
-    let dirty = FakeDirty { ram: ram.clone(), log: vec![0; words], fail: scenario.fail };
+    let (log, script, fail) = (vec![0; words], scenario.script.clone(), scenario.fail);
+    let dirty = FakeDirty { ram: ram.clone(), log, fail, script, pass };
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,
-        params: SharedParams::new(scenario.params.clone()),
+        params,
         counters: counters.clone(),
         cancel,
         events: &mut events,

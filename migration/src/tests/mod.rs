@@ -4,4 +4,5 @@ mod cancel;
 mod converge;
 mod fake;
 mod lies;
+mod modes;
 mod whole;
