@@ -21,6 +21,8 @@ pub struct Round {
 
 /// What the stopped phase costs besides bytes and journeys: pausing, saving, loading, resuming.
 const SWITCH: Duration = Duration::from_millis(1);
+/// From the decision until no vCPU runs, as a rule.
+const STOPPING: Duration = Duration::from_millis(1);
 /// A remainder that takes no longer than this is not worth another round.
 const FLOOR: Duration = Duration::from_micros(500);
 /// Rounds that shorten an already acceptable pause.
@@ -37,6 +39,11 @@ pub fn expected_downtime(pending_bytes: u64, bytes_per_sec: u64, fixed: Duration
     // u128: bytes times nanoseconds overflow 64 bits at 18 GB.
     let nanos = u128::from(pending_bytes) * 1_000_000_000 / u128::from(bytes_per_sec.max(1));
     fixed + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
+}
+
+/// What a guest that dirties so many bytes per second still writes between the last look and its stop.
+pub fn written_until_stopped(dirtied_per_sec: u64) -> u64 {
+    dirtied_per_sec / 1000 * u64::try_from(STOPPING.as_millis()).unwrap_or(1)
 }
 
 /// What `bytes` in `duration` are in a second.
@@ -125,6 +132,12 @@ mod tests {
         let stop = Decision::Stop;
         assert_eq!(after(16, 15, limit, 0), stop, "no longer shrinks");
         assert_eq!(after(60, 15, limit, 10), stop, "enough");
+    }
+
+    #[test]
+    fn a_fast_guest_writes_on_until_it_is_stopped() {
+        assert_eq!(written_until_stopped(500 * MB), MB / 2);
+        assert_eq!(written_until_stopped(0), 0);
     }
 
     #[test]

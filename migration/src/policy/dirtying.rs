@@ -112,6 +112,7 @@ mod tests {
                 again += PAGE * (1.0 - (-hazard * (time - at / bandwidth_mb as f64)).exp());
                 at += PAGE;
             }
+            #[expect(clippy::cast_possible_truncation, reason = "a few hundred MB")]
             let bytes = |mb: f64| (mb * MB as f64) as u64;
             let (sent_bytes, again_bytes) = (bytes(sent), bytes(again));
             let at = Duration::from_secs_f64(time);

@@ -34,8 +34,10 @@ pub(super) struct Pace {
     stretch: (Duration, Sent, u64),
     last_look: Duration,
     look_interval: Duration,
-    /// What the pause costs however little there is to send.
-    pub(super) fixed: Duration,
+    /// What the pause costs however little there is to send, besides looks at the dirty log.
+    fixed: Duration,
+    /// What a look costs as a rule.
+    harvest: Duration,
     /// The pause that the last decision promised.
     pub(super) predicted: Duration,
     /// How much longer the pause would have been than predicted, when it was called off: so much less
@@ -60,6 +62,7 @@ impl Pace {
             last_look: Duration::ZERO,
             look_interval: LOOK_INTERVAL,
             fixed,
+            harvest: Duration::ZERO,
             predicted: fixed,
             margin: Duration::ZERO,
         }
@@ -75,10 +78,25 @@ impl Pace {
         self.params.get().downtime_limit.saturating_sub(self.margin)
     }
 
+    /// What the pause costs however little there is to send: the dirty log is looked at twice in it.
+    pub(super) fn fixed(&self) -> Duration {
+        self.fixed + self.harvest * 2
+    }
+
+    /// The look after a round took so long. Large guests have large logs; and the host may have been busy
+    /// elsewhere, so that a longer one counts little.
+    pub(super) fn harvested_in(&mut self, duration: Duration) {
+        self.harvest = match self.harvest {
+            Duration::ZERO => duration,
+            usual if duration < usual => duration,
+            usual => usual + (duration - usual) / 8,
+        };
+    }
+
     /// How long the guest would be stopped if `pending_bytes` were left.
     pub(super) fn expected_downtime(&self, pending_bytes: u64) -> Duration {
         let bytes = self.speed.on_the_wire(pending_bytes);
-        policy::expected_downtime(bytes, self.bandwidth(), self.fixed)
+        policy::expected_downtime(bytes, self.bandwidth(), self.fixed())
     }
 
     /// With the guest stopped for `stopped` already and `pending_bytes` left: whether the limit can still

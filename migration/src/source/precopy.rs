@@ -25,9 +25,10 @@ impl Source<'_> {
         loop {
             let number = self.counters.rounds() + 1;
             self.begin_pass(number);
-            let round = self.round(number, link, ram, pace)?;
-            let expected = pace.expected_downtime(round.dirtied_bytes);
-            match policy::decide(round, expected, pace.fixed, pace.limit(), polished) {
+            let (round, dirtied_per_sec) = self.round(number, link, ram, pace)?;
+            let coming = policy::written_until_stopped(dirtied_per_sec);
+            let expected = pace.expected_downtime(round.dirtied_bytes + coming);
+            match policy::decide(round, expected, pace.fixed(), pace.limit(), polished) {
                 Decision::Stop => {
                     pace.predicted = expected;
                     return Ok(());
@@ -43,14 +44,14 @@ impl Source<'_> {
         (self.events)(MigrationEvent::Pass(number));
     }
 
-    /// One round.
+    /// One round. Returns also how many bytes per second the guest dirties, by what it has shown.
     fn round(
         &mut self,
         number: u64,
         link: &Link,
         ram: &mut RamOutgoing,
         pace: &mut Pace,
-    ) -> Result<Round, SourceError> {
+    ) -> Result<(Round, u64), SourceError> {
         let began = Instant::now();
         let before = self.counters.figures();
         let sent_bytes = ram.pending_bytes();
@@ -69,12 +70,17 @@ impl Source<'_> {
         await_marks(link, number).map_err(|error| ram.explain(error))?;
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
+        let looked = Instant::now();
         ram.harvest()?;
+        pace.harvested_in(looked.elapsed());
         pace.look(ram.pending(), usize::MAX);
         let round = Round { sent_bytes, dirtied_bytes: ram.pending_bytes() };
-        let after = self.counters.figures();
-        self.record(round, number, began.elapsed(), &before, &after, pace);
-        Ok(round)
+        let duration = began.elapsed();
+        // The one is right for a long round over few pages, the other for a guest that writes new ones.
+        let seen = policy::per_second(round.dirtied_bytes, duration);
+        let dirtied_per_sec = pace.dirtied_per_sec().unwrap_or(0).max(seen);
+        self.record(round, number, duration, dirtied_per_sec, &before, pace);
+        Ok((round, dirtied_per_sec))
     }
 
     fn record(
@@ -82,13 +88,11 @@ impl Source<'_> {
         round: Round,
         number: u64,
         duration: Duration,
+        dirtied_per_sec: u64,
         before: &StatsSnapshot,
-        after: &StatsSnapshot,
         pace: &Pace,
     ) {
-        // The one is right for a long round over few pages, the other for a guest that writes new ones.
-        let seen = policy::per_second(round.dirtied_bytes, duration);
-        let dirtied_per_sec = pace.dirtied_per_sec().unwrap_or(0).max(seen);
+        let after = self.counters.figures();
         let record = RoundRecord {
             number,
             duration,

@@ -23,8 +23,8 @@ const SHORTEST_TURN: Duration = Duration::from_micros(200);
 const LONGEST_SLEEP: Duration = Duration::from_millis(10);
 /// What a turn that the host ended late may add to the sleep.
 const LATE: Duration = Duration::from_millis(3);
-/// Not worth going to sleep for.
-const SHORTEST_SLEEP: Duration = Duration::from_micros(50);
+/// A vCPU that hardly uses its turns is looked at only so often.
+const IDLE_LOOK: Duration = Duration::from_millis(2);
 
 /// How far all vCPUs of a machine are slowed down, in percent. Clones are one.
 #[derive(Debug, Clone, Default)]
@@ -64,7 +64,7 @@ struct Turn {
     /// The wish it began with: another one ends it.
     percent: u8,
     began: Instant,
-    /// CPU time then.
+    /// The thread's CPU time from which its use is counted.
     used: Duration,
     length: Duration,
 }
@@ -92,30 +92,34 @@ impl Brake {
             }
             return None;
         }
-        if let Some(turn) = self.turn {
-            // Kicked for another reason: the turn goes on.
-            if turn.began.elapsed() < turn.length && turn.percent == percent {
-                return None;
-            }
-            self.turn = None;
-            let nap = sleep(percent, thread_cpu_time().saturating_sub(turn.used));
-            if nap >= SHORTEST_SLEEP {
-                return Some(nap);
-            }
+        let Some(turn) = self.turn else {
+            self.begin_turn(percent, thread_cpu_time(), turn(percent));
+            return None;
+        };
+        // Kicked for another reason: the turn goes on.
+        if turn.began.elapsed() < turn.length && turn.percent == percent {
+            return None;
         }
-        self.begin_turn(percent);
-        None
+        let used = thread_cpu_time().saturating_sub(turn.used);
+        let whole = self::turn(percent);
+        if used < whole / 2 {
+            // It waits for interrupts most of the time. What it has used so far is not forgotten.
+            let length = (turn.length * 2).min(IDLE_LOOK.max(whole));
+            self.begin_turn(percent, turn.used, length);
+            return None;
+        }
+        self.turn = None;
+        Some(sleep(percent, used))
     }
 
-    fn begin_turn(&mut self, percent: u8) {
-        let length = turn(percent);
+    /// The CPU time `used` is where its use is counted from.
+    fn begin_turn(&mut self, percent: u8, used: Duration, length: Duration) {
         if let Err(error) = self.set_alarm(length) {
             // Without an end of its turn the vCPU runs freely, which harms nobody.
             log::warn!("a vCPU cannot be throttled: {}", crate::error::chain(&error));
             return;
         }
-        let (began, used) = (Instant::now(), thread_cpu_time());
-        self.turn = Some(Turn { percent, began, used, length });
+        self.turn = Some(Turn { percent, began: Instant::now(), used, length });
     }
 
     fn set_alarm(&mut self, delay: Duration) -> Result<(), crate::kvm::KvmError> {
@@ -175,8 +179,11 @@ mod tests {
         let nap = brake.before_entry().expect("the turn is over");
         assert!(nap > turn(75) * 3, "{nap:?}");
         assert_eq!(brake.before_entry(), None, "the next begins after the sleep");
-        std::thread::sleep(turn(75) * 2);
-        assert_eq!(brake.before_entry(), None, "it has used nothing");
+        for _ in 0..4 {
+            std::thread::sleep(turn(75) * 2);
+            assert_eq!(brake.before_entry(), None, "it has used nothing");
+        }
+        assert!(brake.turn.unwrap().length > turn(75), "and is looked at less often");
         throttle.set(0);
         assert_eq!(brake.before_entry(), None);
         assert!(brake.turn.is_none());

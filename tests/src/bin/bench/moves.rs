@@ -1,0 +1,171 @@
+//! Figures of guests that move.
+
+use crate::alone::run;
+use crate::rows::Program;
+use anyhow::{Context, Result, bail};
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::lines::Lines;
+use ferry_tests::process::SOON;
+use ferry_tests::qemu;
+use ferry_tests::qmp::Qmp;
+use ferry_tests::verdict::{Heartbeat, Transcript, field};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// How a guest is moved.
+pub struct How {
+    /// `downtime-limit`.
+    pub downtime_limit_ms: u64,
+    /// `max-bandwidth`; 0 for as fast as can be.
+    pub max_bandwidth: u64,
+    /// Capabilities to switch on.
+    pub capabilities: &'static [&'static str],
+    /// What does not end within this is cancelled.
+    pub patience: Duration,
+}
+
+impl How {
+    /// As fast as can be.
+    fn fast(downtime_limit_ms: u64) -> Self {
+        let patience = Duration::from_secs(60);
+        Self { downtime_limit_ms, max_bandwidth: 0, capabilities: &[], patience }
+    }
+}
+
+struct Moved {
+    /// `query-migrate` in the end.
+    info: Value,
+    largest_gap_us: u64,
+    /// What the guest wrote at the source meanwhile, by its heartbeats in 10^6 bytes per second.
+    mbps: f64,
+}
+
+/// Boots `guest`, lets it settle, moves it over TCP, and hears what it says at the destination. `None` if
+/// that takes too long.
+fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
+    let source = run(program, guest)?;
+    let (destination, address) = match program {
+        Program::Ferry => {
+            let destination = ferry::receive()?;
+            (destination.vmm, destination.address)
+        }
+        Program::Qemu => qemu::receive(guest)?,
+    };
+    source.wait_line("READY ")?;
+    // The first heartbeats hold the end of the fill; the guest is at its pace after a few.
+    source.wait_line("^HB n=5 ")?;
+    let mut qmp = source.qmp()?;
+    qmp.want_migration_events()?;
+    let on = |name: &&str| json!({"capability": name, "state": true});
+    let capabilities: Vec<_> = how.capabilities.iter().map(on).collect();
+    qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
+    // QEMU's own cap of 128 MiB/s is lifted; Ferry has none.
+    let most = if how.max_bandwidth == 0 { 10_000_000_000 } else { how.max_bandwidth };
+    let parameters = json!({"max-bandwidth": most, "downtime-limit": how.downtime_limit_ms});
+    qmp.execute("migrate-set-parameters", parameters)?;
+    let settled = source.wait_next_line("^HB ")?;
+    let before = Heartbeat::parse(&settled.text).context("a heartbeat")?.number;
+    qmp.execute("migrate", json!({"uri": address}))?;
+    let Ok(status) = qmp.wait_migration(&["completed", "failed", "cancelled"], how.patience) else {
+        return Ok(None);
+    };
+    let info = final_info(&mut qmp)?;
+    if status != "completed" {
+        bail!("the migration is {status}: {info}");
+    }
+    let first = destination.wait_line("^HB ")?;
+    destination.serial().wait_from(first.index + 1, "^HB ", SOON)?;
+    let parts: [&Lines; 2] = [source.serial(), destination.serial()];
+    let life = Transcript::of(parts);
+    // Where KVM is software, QEMU loses vector registers on the way, which the guest notices; that is
+    // no reason to have nothing to compare with.
+    if program == Program::Ferry {
+        life.judge()?;
+    }
+    let rates: Vec<_> = source.serial().from(settled.index + 1);
+    let rates: Vec<_> = rates.iter().filter_map(|line| field(line, "ws_mbps")).collect();
+    let mbps = rates.iter().sum::<u64>() as f64 / rates.len().max(1) as f64;
+    Ok(Some(Moved { info, largest_gap_us: life.largest_gap_us(before + 1)?, mbps }))
+}
+
+/// As [`moved`], for a guest that has to arrive.
+fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
+    let patience = how.patience;
+    moved(program, guest, how)?.with_context(|| format!("no end within {patience:?}"))
+}
+
+/// What `query-migrate` says once all is said: QEMU sends the event before it takes the time.
+fn final_info(qmp: &mut Qmp) -> Result<Value> {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    loop {
+        let info = qmp.execute("query-migrate", json!({}))?;
+        let is_final = info["total-time"].as_u64().is_some_and(|ms| ms > 0);
+        if is_final || info["status"] != "completed" || Instant::now() > deadline {
+            return Ok(info);
+        }
+    }
+}
+
+fn total_ms(info: &Value) -> Result<f64> {
+    info["total-time"].as_f64().with_context(|| format!("no total-time in {info}"))
+}
+
+/// GB of RAM per second.
+pub fn asleep(program: Program) -> Result<f64> {
+    let guest = Guest::new("work=dirty fill=random fill_pct=75 sleep=1", 1024);
+    let moved = moved_well(program, &guest, &How::fast(300))?;
+    Ok((1u64 << 30) as f64 / 1e6 / total_ms(&moved.info)?)
+}
+
+/// Milliseconds.
+pub fn gap_spinning(program: Program) -> Result<f64> {
+    let guest = Guest::new("work=spin fill=random fill_pct=75", 1024);
+    Ok(moved_well(program, &guest, &How::fast(20))?.largest_gap_us as f64 / 1e3)
+}
+
+/// Milliseconds.
+pub fn gap_dirtying(program: Program) -> Result<f64> {
+    let guest = Guest::new("work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=500", 1024);
+    Ok(moved_well(program, &guest, &How::fast(20))?.largest_gap_us as f64 / 1e3)
+}
+
+/// Milliseconds.
+pub fn mostly_zero(program: Program) -> Result<f64> {
+    total_ms(&moved_well(program, &Guest::new("work=idle", 1024), &How::fast(300))?.info)
+}
+
+/// MB per second that a guest gets to write from the start of its move until it leaves.
+pub fn speed_while_moving(program: Program) -> Result<f64> {
+    let work = "work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=1000 hb_ms=20";
+    Ok(moved_well(program, &Guest::new(work, 1024), &How::fast(300))?.mbps)
+}
+
+/// The capability.
+pub const AUTO_CONVERGE: &str = "auto-converge";
+
+/// What to look at.
+#[derive(Clone, Copy)]
+pub enum Figure {
+    /// How long the migration took; its patience, if it did not end.
+    TotalSeconds,
+    /// The guest's largest gap, from the start to its arrival.
+    LargestGapMs,
+}
+
+/// A link of 1 Gb/s, and a guest that writes 500 MB/s of 256 MiB, with `capabilities`.
+pub fn capped(
+    program: Program,
+    capabilities: &'static [&'static str],
+    figure: Figure,
+) -> Result<f64> {
+    let guest = Guest::new("work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=500", 1024);
+    let patience = Duration::from_secs(60);
+    let how = How { downtime_limit_ms: 300, max_bandwidth: 125_000_000, capabilities, patience };
+    let moved = moved(program, &guest, &how)?;
+    Ok(match (figure, moved) {
+        (Figure::TotalSeconds, None) => patience.as_secs_f64(),
+        (Figure::TotalSeconds, Some(moved)) => total_ms(&moved.info)? / 1e3,
+        (Figure::LargestGapMs, None) => bail!("no end within {patience:?}"),
+        (Figure::LargestGapMs, Some(moved)) => moved.largest_gap_us as f64 / 1e3,
+    })
+}

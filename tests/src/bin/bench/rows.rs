@@ -1,0 +1,141 @@
+//! What is measured, in which unit, and what Ferry has to reach. A row is a line here and a function in
+//! [`alone`] or [`moves`].
+
+use crate::moves::Figure;
+use crate::{alone, moves};
+use anyhow::Result;
+
+/// Which program is measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// This one.
+    Ferry,
+    /// What it is compared with.
+    Qemu,
+}
+
+/// What Ferry has to reach.
+pub enum Target {
+    /// At most this.
+    AtMost(f64),
+    /// Ferry's figure by QEMU's, at most.
+    RatioAtMost(f64),
+    /// Ferry's figure by QEMU's, at least.
+    RatioAtLeast(f64),
+}
+
+/// One figure.
+pub struct Row {
+    /// For `--row`.
+    pub name: &'static str,
+    /// For people.
+    pub title: &'static str,
+    /// Of the figure.
+    pub unit: &'static str,
+    /// Takes it.
+    pub measure: fn(Program) -> Result<f64>,
+    /// What it should be.
+    pub target: Target,
+}
+
+/// All of them.
+pub const ROWS: &[Row] = &[
+    Row {
+        name: "start",
+        title: "process start to first serial byte, 128 MiB",
+        unit: "ms",
+        measure: alone::first_byte,
+        target: Target::RatioAtMost(0.1),
+    },
+    Row {
+        name: "memory",
+        title: "VMM memory beyond the guest's, idle, 128 MiB",
+        unit: "MB",
+        measure: alone::memory,
+        target: Target::AtMost(3.0),
+    },
+    Row {
+        name: "asleep",
+        title: "migrate 1 GiB, asleep, 75 % random, TCP",
+        unit: "GB/s",
+        measure: moves::asleep,
+        target: Target::RatioAtLeast(1.1),
+    },
+    Row {
+        name: "gap",
+        title: "guest's largest gap, spinning, limit 20 ms",
+        unit: "ms",
+        measure: moves::gap_spinning,
+        target: Target::AtMost(1.3),
+    },
+    Row {
+        name: "gap-dirty",
+        title: "the same, dirtying 256 MiB at 500 MB/s",
+        unit: "ms",
+        measure: moves::gap_dirtying,
+        target: Target::RatioAtMost(0.5),
+    },
+    Row {
+        name: "speed-dirty",
+        title: "guest's writes while it moves, wants 1000 MB/s",
+        unit: "MB/s",
+        measure: moves::speed_while_moving,
+        target: Target::RatioAtLeast(1.2),
+    },
+    Row {
+        name: "converge",
+        title: "cap 1 Gb/s, dirtying 500 MB/s, auto-converge",
+        unit: "s",
+        measure: |program| moves::capped(program, &[moves::AUTO_CONVERGE], Figure::TotalSeconds),
+        target: Target::AtMost(20.0),
+    },
+    Row {
+        name: "converge-gap",
+        title: "the same: guest's largest gap on the way",
+        unit: "ms",
+        measure: |program| moves::capped(program, &[moves::AUTO_CONVERGE], Figure::LargestGapMs),
+        target: Target::AtMost(20.0),
+    },
+    Row {
+        name: "zero",
+        title: "migrate 1 GiB, idle, mostly zero: total",
+        unit: "ms",
+        measure: moves::mostly_zero,
+        target: Target::AtMost(40.0),
+    },
+    Row {
+        name: "blk-rand-1",
+        title: "virtio-blk random 4 KiB reads, queue depth 1",
+        unit: "kIOPS",
+        measure: |program| Ok(alone::disk_reads(program, "bs=4096 qd=1")?.1),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-rand-32",
+        title: "the same, queue depth 32",
+        unit: "kIOPS",
+        measure: |program| Ok(alone::disk_reads(program, "bs=4096 qd=32")?.1),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-seq-1",
+        title: "virtio-blk sequential 1 MiB reads, depth 1",
+        unit: "GB/s",
+        measure: |program| Ok(alone::disk_reads(program, "bs=1048576 qd=1 pattern=seq")?.0),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "blk-seq-32",
+        title: "the same, queue depth 32",
+        unit: "GB/s",
+        measure: |program| Ok(alone::disk_reads(program, "bs=1048576 qd=32 pattern=seq")?.0),
+        target: Target::RatioAtLeast(1.0),
+    },
+    Row {
+        name: "linux-boot",
+        title: "Debian's cloud kernel, process start to /init",
+        unit: "s",
+        measure: alone::linux_boot,
+        target: Target::RatioAtMost(0.9),
+    },
+];
