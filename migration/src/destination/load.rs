@@ -42,7 +42,7 @@ impl Destination<'_> {
         self.load_rest(main, &receivers).map_err(|error| match error {
             // Woken because the pages have failed.
             DestinationError::Wire(WireError::Interrupted) => match receivers.take_error() {
-                Some(lost @ WireError::Lost(_)) => why_lost(main, lost).into(),
+                Some(lost) if lost.is_lost() => why_lost(main, lost).into(),
                 other => other.map_or(error, DestinationError::Wire),
             },
             error => error,

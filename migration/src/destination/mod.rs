@@ -154,8 +154,11 @@ impl Destination<'_> {
             send_hello(main.channel(), &answer)?;
             let mut data = Vec::new();
             for index in 0..hello.data_channels {
-                let channel = Channel::new(open_data(hello.id, index)?, self.cancel.clone());
-                send_hello(&channel, &Hello { role: Role::Data { index }, ..answer.clone() })?;
+                let named = |error: WireError| error.on_data_channel(index);
+                let transport = open_data(hello.id, index).map_err(named)?;
+                let channel = Channel::new(transport, self.cancel.clone());
+                let answer = Hello { role: Role::Data { index }, ..answer.clone() };
+                send_hello(&channel, &answer).map_err(named)?;
                 data.push(channel);
             }
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;

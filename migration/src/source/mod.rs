@@ -210,7 +210,8 @@ impl Source<'_> {
             let woken = transport.clone();
             wake.push(self.cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, self.cancel.clone());
-            greet(&channel, &Hello::new(Role::Data { index }, id, channels))?;
+            greet(&channel, &Hello::new(Role::Data { index }, id, channels))
+                .map_err(|error| error.on_data_channel(index))?;
             data.push(Arc::new(channel));
         }
         let main = Arc::new(Main::new(main));
@@ -275,12 +276,12 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     let cancelled = link.main.channel().is_cancelled();
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
-        SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
+        SourceError::Wire(broken) if broken.is_broken() && !cancelled => {
+            // If it was only a data channel, the destination may not even know.
+            link.main.say_farewell(Kind::Abort, &chain(&broken));
+            let last = link.main.hear_farewell();
             link.end_data();
-            match link.main.hear_farewell() {
-                Some(last) => WireError::Refused(last.reason()).into(),
-                None => error,
-            }
+            last.map_or(broken, |last| WireError::Refused(last.reason())).into()
         }
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };

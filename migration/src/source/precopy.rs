@@ -99,6 +99,7 @@ impl Source<'_> {
             sent_bytes: after.transferred_bytes - before.transferred_bytes,
             zero_pages: after.zero_pages - before.zero_pages,
             normal_pages: after.normal_pages - before.normal_pages,
+            xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
             dirtied_pages: round.dirtied_bytes / PAGE_SIZE,
             dirty_pages_rate: dirtied_per_sec / PAGE_SIZE,
             bytes_per_sec: pace.bandwidth(),

@@ -205,6 +205,8 @@ pub struct FakeDirty {
     pub script: Option<Script>,
     /// The pass that runs.
     pub pass: Arc<AtomicU64>,
+    /// A lively guest, which writes all its pages in each of so many passes.
+    pub lively: Option<(Arc<Progress>, u64)>,
 }
 
 impl FakeDirty {
@@ -242,6 +244,9 @@ impl DirtySource for FakeDirty {
         let pass = self.pass.load(SeqCst);
         if let Some(script) = self.script.as_ref().filter(|script| pass <= script.passes) {
             script.write(&self.ram, pass);
+        }
+        if let Some((progress, _)) = self.lively.as_ref().filter(|(_, passes)| pass <= *passes) {
+            progress.wait();
         }
         Ok(())
     }
@@ -311,22 +316,43 @@ impl Script {
     }
 }
 
+/// How often a guest has written all its pages.
+#[derive(Default)]
+pub struct Progress(Mutex<u64>, Condvar);
+
+impl Progress {
+    fn add(&self) {
+        *self.0.lock().unwrap() += 1;
+        self.1.notify_all();
+    }
+
+    /// Waits until all pages have been written from now on.
+    fn wait(&self) {
+        let count = self.0.lock().unwrap();
+        let end = *count + 2;
+        let waited = self.1.wait_timeout_while(count, Duration::from_secs(5), |now| *now < end);
+        assert!(!waited.unwrap().1.timed_out(), "the guest does not get on");
+    }
+}
+
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
 pub struct Mutator {
     stop: Arc<AtomicBool>,
     throttle: Arc<AtomicU8>,
+    progress: Arc<Progress>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Mutator {
     /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
-    /// have been written once. A `lively` one writes in every kind of way, else in two.
+    /// have been written. A `lively` one writes in every kind of way, else in two.
     pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration, lively: bool) -> Self {
         const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
         let throttle = Arc::new(AtomicU8::new(0));
         let (stopped, throttled) = (stop.clone(), throttle.clone());
-        let (filled, wait) = std::sync::mpsc::channel();
+        let progress = Arc::<Progress>::default();
+        let gets_on = progress.clone();
         let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
         let thread = std::thread::spawn(move || {
             let (mut number, mut version) = (1u64, 1);
@@ -359,12 +385,11 @@ impl Mutator {
                     number += 1;
                 }
                 version += 1;
-                // Waited for once.
-                let _ = filled.send(());
+                gets_on.add();
             }
         });
-        wait.recv().unwrap();
-        Self { stop, throttle, thread: Some(thread) }
+        progress.wait();
+        Self { stop, throttle, progress, thread: Some(thread) }
     }
 
     fn stop(&mut self) {
@@ -581,7 +606,10 @@ pub fn migrate_over(
     };
     let words = usize::try_from(layout.page_count() / 64).unwrap();
     let (log, script, fail) = (vec![0; words], scenario.script.clone(), scenario.fail);
-    let dirty = FakeDirty { ram: ram.clone(), log, fail, script, pass };
+    let mutator = guest.mutator.as_ref().filter(|_| scenario.lively);
+    let last = scenario.changes.last().map_or(0, |(last, _)| last - 1);
+    let lively = mutator.map(|mutator| (mutator.progress.clone(), last));
+    let dirty = FakeDirty { ram: ram.clone(), log, fail, script, pass, lively };
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,

@@ -4,6 +4,7 @@ use super::fake::*;
 use crate::params::{Compression, Params};
 use crate::source::{MigrationEvent, SourceOutcome, chain};
 use crate::stats::{MigrationStatus, StatsSnapshot};
+use proptest::prelude::*;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
@@ -186,6 +187,108 @@ fn a_cancel_at_any_step_in_any_mode_leaves_the_guest_running_at_the_source() {
             let end = migrate(&Scenario { cancel_destination_at: Some(at), ..mode.scripted(2) });
             assert!(matches!(end.source, SourceOutcome::Failed(_)), "{case}: {:?}", end.source);
             end.assert_back_at_source(&case);
+        }
+    }
+}
+
+#[test]
+fn each_round_says_what_it_has_sent() {
+    let mode = Mode::of(&WISHES[1..2]);
+    let stats = migrate(&mode.scripted(2)).counters.snapshot();
+    let rounds: Vec<_> = stats.history.iter().map(|round| round.xbzrle_pages).collect();
+    // Of the four rounds the third is the first that finds older versions.
+    assert!(rounds[..2] == [0, 0] && rounds[2] > 0, "{rounds:?}");
+}
+
+#[test]
+fn noise_is_not_compressed() {
+    for wish in &WISHES[2..4] {
+        let mode = Mode::of(&[*wish]);
+        let mut scenario = mode.scripted(90);
+        scenario.script.as_mut().unwrap().kinds = 4..5;
+        let end = migrate(&scenario);
+        end.assert_moved();
+        let stats = end.counters.snapshot();
+        assert!(stats.normal_pages > 1000, "{stats:?}");
+        assert!(stats.compression.pages < 200, "{stats:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Also a cache that is resized, and one that holds next to nothing.
+    #[test]
+    fn parameters_may_change_in_the_middle(
+        three in any::<bool>(),
+        rounds in prop::collection::vec((0usize..6, 0u8..4), 1..8),
+    ) {
+        let mode = Mode::of(if three { &WISHES[..1] } else { &[] });
+        let mut scenario = mode.scripted(20);
+        let first = scenario.params.clone();
+        let stop = 1 + rounds.len() as u64;
+        scenario.script.as_mut().unwrap().passes = stop - 1;
+        scenario.changes = (1..).zip(&rounds).map(|(pass, (cache, compression))| {
+            let compression = [
+                Compression::None, Compression::Zlib, Compression::Zstd, Compression::Zstd,
+            ][usize::from(*compression)];
+            let pages = [0, 3, 40, 100, 399, 10_000][*cache];
+            let (xbzrle, xbzrle_cache_size) = (pages > 0, pages * 4096);
+            let zlib_level = (pass % 10) as u8;
+            let params =
+                Params { xbzrle, xbzrle_cache_size, compression, zlib_level, ..first.clone() };
+            (pass, params)
+        }).collect();
+        let (_, last) = scenario.changes.last().unwrap().clone();
+        scenario.changes.push((stop, Params { downtime_limit: Duration::from_secs(1), ..last }));
+        let end = migrate(&scenario);
+        end.assert_moved();
+        end.assert_both_counted_the_same("changes");
+    }
+}
+
+#[test]
+fn a_cache_may_be_resized_while_the_guest_writes_all_the_time() {
+    let mode = Mode::of(&WISHES[..2]);
+    let mut scenario = Scenario {
+        ram_bytes: 8 << 20,
+        dirtying: Some((1000, Duration::from_millis(2))),
+        lively: true,
+        ..mode.rounds(12)
+    };
+    let (stop, willing) = scenario.changes.remove(0);
+    for (pass, pages) in (2..stop).zip([3, 2000, 300, 301, 299, 7, 900, 5000, 30, 600]) {
+        let params = Params { xbzrle_cache_size: pages * 4096, ..scenario.params.clone() };
+        scenario.changes.push((pass, params));
+    }
+    scenario.changes.push((stop, willing));
+    let end = migrate(&scenario);
+    end.assert_moved();
+    end.assert_both_counted_the_same(&mode.name);
+    mode.assert_exercised(&end.counters.snapshot());
+}
+
+#[test]
+fn a_channel_that_dies_alone_is_named_and_the_guest_runs_at_the_source() {
+    for mode in Mode::all() {
+        let channels = usize::from(mode.params.multifd_channels);
+        for bytes in [0, 60, 61, 300, 5000, 20_000] {
+            let lost = channels - 1;
+            let case = format!("{}: channel {lost} lost at byte {bytes}", mode.name);
+            let lose_channel = Some((lost, bytes));
+            let end = migrate(&Scenario { lose_channel, ..mode.scripted(4) });
+            let SourceOutcome::Failed(error) = &end.source else {
+                // Made small, fewer bytes may be all there is.
+                assert!(mode.compresses() && bytes == 20_000, "{case}: {:?}", end.source);
+                end.assert_moved();
+                continue;
+            };
+            end.assert_back_at_source(&case);
+            let (here, there) = (chain(error), end.destination.as_ref().unwrap_err());
+            for said in [&here, there] {
+                assert!(said.contains("connection lost"), "{case}: {said}");
+                assert!(said.contains(&format!("data channel {lost}")), "{case}: {said}");
+            }
         }
     }
 }
