@@ -114,7 +114,10 @@ impl Receivers {
             if now != moved {
                 (moved, since) = (now, Instant::now());
             } else if since.elapsed() >= patience {
-                return Err(WireError::Stalled { seconds: patience.as_secs() });
+                let silent = state.ended.iter().position(Option::is_none);
+                let silent = silent.and_then(|index| u16::try_from(index).ok()).unwrap_or(0);
+                let stalled = WireError::Stalled { seconds: patience.as_secs() };
+                return Err(stalled.on_data_channel(silent));
             }
         }
     }

@@ -639,13 +639,31 @@ pub fn migrate_over(
     }
 }
 
-/// One end of a main and of a data connection, for a peer that does not play by the rules.
+/// One end of all connections, for a peer that does not play by the rules.
 pub struct Liar {
     pub main: MemoryTransport,
-    pub data: MemoryTransport,
+    pub data: Vec<MemoryTransport>,
 }
 
 impl Liar {
+    /// A liar and who is lied to.
+    fn meet(channels: u16, patience: Duration) -> (Self, Ends) {
+        let link = MemoryLink::new(None).with_patience(patience);
+        let (main, main_in) = link.connect();
+        let mut victim = Ends { main: Arc::new(main_in), data: Vec::new() };
+        let mut liar = Self { main, data: Vec::new() };
+        for _ in 0..channels {
+            let (data, data_in) = link.connect();
+            liar.data.push(data);
+            victim.data.push(Arc::new(data_in));
+        }
+        (liar, victim)
+    }
+
+    pub fn count(&self) -> u16 {
+        u16::try_from(self.data.len()).unwrap()
+    }
+
     pub fn say(&self, bytes: &[u8]) {
         write_all(&self.main, bytes);
     }
@@ -668,10 +686,8 @@ pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
 }
 
 /// Lets `speak` be the source of a destination; returns what the destination says of it.
-pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
-    let link = MemoryLink::new(None).with_patience(patience);
-    let ((main, main_in), (data, data_in)) = (link.connect(), link.connect());
-    let liar = Liar { main, data };
+pub fn receive_from(channels: u16, patience: Duration, speak: impl FnOnce(&Liar)) -> String {
+    let (liar, victim) = Liar::meet(channels, patience);
     let machine = Arc::new(Machine::default());
     let ours = machine.clone();
     let receiver = std::thread::spawn(move || {
@@ -683,9 +699,7 @@ pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
             cancel: CancelToken::new(),
             events: &mut |_| {},
         };
-        destination
-            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)])
-            .map_err(|error| chain(&error))
+        destination.receive_over(victim.main, victim.data).map_err(|error| chain(&error))
     });
     speak(&liar);
     drop(liar);

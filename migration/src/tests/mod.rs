@@ -3,6 +3,7 @@
 mod cancel;
 mod converge;
 mod fake;
+mod frame_lies;
 mod lies;
 mod modes;
 mod whole;
