@@ -261,29 +261,32 @@ const LAST_VERSION: u64 = 1000;
 
 /// Writes `page` as guests do.
 fn write_kind(ram: &GuestRam, page: u64, kind: u64, version: u64) {
+    const BYTES: usize = 4096;
     let start = page * PAGE_SIZE;
     let write = |bytes: &[u8], offset| ram.write_slice(bytes, GuestAddress(start + offset));
     match kind % KINDS {
         // A little of it changes: a delta.
-        0 => [8, 4088].into_iter().try_for_each(|at| write(&version.to_ne_bytes(), at)),
+        0 => [8, 4088]
+            .into_iter()
+            .try_for_each(|at| ram.write_obj(version, GuestAddress(start + at))),
         // It is written and stays as it is.
         1 => write(&[0xa5; 64], 100),
         // It becomes zero, and something again.
-        2 if version % 2 == 1 => write(&[0; PAGE_SIZE as usize], 0),
+        2 if version % 2 == 1 => write(&[0; BYTES], 0),
         2 => write(format!("something again: {version}").as_bytes(), 1000),
         // Text, which can be compressed.
         3 => {
             let text = format!("page {page} goes on with its story in part {version}; ");
-            let text: Vec<u8> = text.bytes().cycle().take(PAGE_SIZE as usize).collect();
+            let text: Vec<u8> = text.bytes().cycle().take(BYTES).collect();
             write(&text, 0)
         }
         // Noise, which cannot.
         _ => {
             let mut state = page << 32 | version;
-            let noise: Vec<u8> = (0..PAGE_SIZE)
+            let noise: Vec<u8> = (0..BYTES)
                 .map(|_| {
                     state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    (state >> 56) as u8
+                    u8::try_from(state >> 56).unwrap()
                 })
                 .collect();
             write(&noise, 0)
@@ -544,15 +547,9 @@ pub fn migrate_over(
     destination: Ends,
     exchanged: impl FnOnce() -> u64,
 ) -> End {
-    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
-    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
-    // One page of text; most of the rest was never touched.
-    ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
     let disk = Arc::<Disk>::default();
-    disk.lock("source", Duration::ZERO).unwrap();
+    let ram = boot(scenario, &disk);
     let source_machine = scenario.machine.clone();
-    source_machine.running.store(!scenario.paused, SeqCst);
-    *source_machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
     let destination_machine = Arc::new(Machine::default());
     let destination_counters = Arc::new(Counters::new());
     let receiver = {
@@ -572,11 +569,47 @@ pub fn migrate_over(
             (result.map_err(|error| chain(&error)), host)
         })
     };
+    let (outcome, counters, seen) = run_source(scenario, source, &ram, &disk);
+    let (result, host) = receiver.join().unwrap();
+    End {
+        source: outcome,
+        destination: result,
+        source_machine,
+        destination_machine,
+        disk,
+        source_ram: ram,
+        host,
+        bytes_exchanged: exchanged(),
+        counters,
+        destination_counters,
+        events: seen,
+    }
+}
+
+/// A guest that runs, or is paused, with its disk locked.
+fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
+    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
+    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+    // One page of text; most of the rest was never touched.
+    ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    disk.lock("source", Duration::ZERO).unwrap();
+    scenario.machine.running.store(!scenario.paused, SeqCst);
+    *scenario.machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
+    ram
+}
+
+fn run_source(
+    scenario: &Scenario,
+    source: Ends,
+    ram: &GuestRam,
+    disk: &Arc<Disk>,
+) -> (SourceOutcome, Arc<Counters>, Vec<MigrationEvent>) {
+    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
     let mutator = scenario
         .dirtying
         .map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap, scenario.lively));
     let mut guest = FakeSource {
-        machine: source_machine.clone(),
+        machine: scenario.machine.clone(),
         disk: disk.clone(),
         fail: scenario.fail,
         ram: ram.clone(),
@@ -623,20 +656,7 @@ pub fn migrate_over(
         source.data,
         SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
     );
-    let (result, host) = receiver.join().unwrap();
-    End {
-        source: outcome,
-        destination: result,
-        source_machine,
-        destination_machine,
-        disk,
-        source_ram: ram,
-        host,
-        bytes_exchanged: exchanged(),
-        counters,
-        destination_counters,
-        events: seen,
-    }
+    (outcome, counters, seen)
 }
 
 /// One end of all connections, for a peer that does not play by the rules.
@@ -706,4 +726,20 @@ pub fn receive_from(channels: u16, patience: Duration, speak: impl FnOnce(&Liar)
     let result = receiver.join().unwrap();
     assert!(!machine.running.load(SeqCst), "no guest may run without Go");
     result.unwrap_err()
+}
+
+/// Lets `speak` be the destination of a source, with as many data channels as `scenario` wants.
+/// Returns how it ended, and whether the guest runs.
+pub fn send_to(scenario: &Scenario, speak: impl FnOnce(&Liar) + Send) -> (SourceOutcome, bool) {
+    let (liar, victim) = Liar::meet(scenario.params.multifd_channels, scenario.patience);
+    let disk = Arc::<Disk>::default();
+    let ram = boot(scenario, &disk);
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(move || speak(&liar));
+        run_source(scenario, victim, &ram, &disk).0
+    });
+    let runs = scenario.machine.running.load(SeqCst);
+    assert_eq!(runs, scenario.machine.permit.lock().unwrap().is_some());
+    assert!(!runs || disk.holder() == Some("source"));
+    (outcome, runs)
 }

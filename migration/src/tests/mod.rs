@@ -1,5 +1,6 @@
 //! Whole migrations without KVM: a fake guest, links that are cut, peers that lie.
 
+mod bad_destinations;
 mod cancel;
 mod converge;
 mod fake;
