@@ -49,7 +49,7 @@ impl Destination<'_> {
             DestinationError::Wire(WireError::Interrupted) => {
                 let disks = disks.as_ref().and_then(DisksReceiver::take_error);
                 match disks.or_else(|| receivers.take_error().map(DestinationError::Wire)) {
-                    Some(DestinationError::Wire(lost @ WireError::Lost(_))) => {
+                    Some(DestinationError::Wire(lost)) if lost.is_lost() => {
                         why_lost(main, lost).into()
                     }
                     other => other.unwrap_or(error),

@@ -173,7 +173,9 @@ impl Destination<'_> {
                 send_hello(&channel, &Hello { role, ..answer.clone() })?;
                 Ok::<_, WireError>(channel)
             };
-            let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));
+            let data = (0..hello.data_channels).map(|index| {
+                open(Role::Data { index }).map_err(|error| error.on_data_channel(index))
+            });
             let data = data.collect::<Result<_, _>>()?;
             let disks = if answer.has(DISKS) { Some(open(Role::Disks)?) } else { None };
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;

@@ -233,7 +233,12 @@ impl Source<'_> {
             greet(&channel, &Hello::new(role, id, channels))?;
             Ok::<_, SourceError>(Arc::new(channel))
         };
-        let data = (0..channels).map(|index| open(Role::Data { index }));
+        let data = (0..channels).map(|index| {
+            open(Role::Data { index }).map_err(|error| match error {
+                SourceError::Wire(error) => error.on_data_channel(index).into(),
+                error => error,
+            })
+        });
         let data = data.collect::<Result<_, _>>()?;
         let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
         let main = Arc::new(Main::new(main));
@@ -308,12 +313,12 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     let cancelled = link.main.channel().is_cancelled();
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
-        SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
+        SourceError::Wire(broken) if broken.is_broken() && !cancelled => {
+            // If it was only a data channel, the destination may not even know.
+            link.main.say_farewell(Kind::Abort, &chain(&broken));
+            let last = link.main.hear_farewell();
             link.end_data();
-            match link.main.hear_farewell() {
-                Some(last) => WireError::Refused(last.reason()).into(),
-                None => error,
-            }
+            last.map_or(broken, |last| WireError::Refused(last.reason())).into()
         }
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };

@@ -26,6 +26,15 @@ pub enum WireError {
     /// The connection broke.
     #[error("connection lost")]
     Lost(#[source] io::Error),
+    /// One of several connections has failed.
+    #[error("data channel {index}")]
+    Data {
+        /// Which.
+        index: u16,
+        /// Of what.
+        #[source]
+        source: Box<WireError>,
+    },
     /// Not our protocol.
     #[error("the other side is not Ferry")]
     NotFerry,
@@ -70,4 +79,31 @@ pub enum WireError {
     /// The source has given up.
     #[error("the source has ended the migration: {0}")]
     Aborted(String),
+}
+
+impl WireError {
+    /// Says that it was data channel `index`, unless somebody else ended it.
+    #[must_use]
+    pub fn on_data_channel(self, index: u16) -> Self {
+        match self {
+            Self::Interrupted | Self::Refused(_) | Self::Aborted(_) | Self::Data { .. } => self,
+            error => Self::Data { index, source: Box::new(error) },
+        }
+    }
+
+    /// Whether a connection broke.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Data { source, .. } => source.is_lost(),
+            error => matches!(error, Self::Lost(_)),
+        }
+    }
+
+    /// Whether a connection broke, or the peer stands still.
+    pub fn is_broken(&self) -> bool {
+        match self {
+            Self::Data { source, .. } => source.is_broken(),
+            error => matches!(error, Self::Lost(_) | Self::Stalled { .. }),
+        }
+    }
 }
