@@ -45,12 +45,18 @@ impl Destination<'_> {
         self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
         self.status(MigrationStatus::Active);
         self.load_rest(main, &receivers, disks.as_ref()).map_err(|error| match error {
-            // Woken because the pages or the disks have failed.
-            DestinationError::Wire(WireError::Interrupted) => {
+            // Woken because the pages or the disks have failed; or told to stop by a source that has met
+            // a closed connection, and does not know why.
+            DestinationError::Wire(WireError::Interrupted | WireError::Aborted(_)) => {
                 let disks = disks.as_ref().and_then(DisksReceiver::take_error);
+                let told = matches!(error, DestinationError::Wire(WireError::Aborted(_)));
                 match disks.or_else(|| receivers.take_error().map(DestinationError::Wire)) {
                     Some(DestinationError::Wire(lost)) if lost.is_lost() => {
-                        why_lost(main, lost).into()
+                        if told {
+                            error
+                        } else {
+                            why_lost(main, lost).into()
+                        }
                     }
                     other => other.unwrap_or(error),
                 }
