@@ -109,7 +109,7 @@ impl Source<'_> {
             throttle_percent: after.throttle_percent,
             expected_downtime: pace.expected_downtime(round.dirtied_bytes),
         };
-        log::debug!("{record:?}");
+        eprintln!("{record:?} {:?} {:?}", pace.limit(), pace.fixed());
         self.counters.update(|stats| {
             stats.bytes_per_sec = record.bytes_per_sec;
             stats.dirty_pages_rate = record.dirty_pages_rate;

@@ -10,7 +10,7 @@ use crate::transport::Transport;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
@@ -142,11 +142,7 @@ impl GuestControl for FakeSource {
 
     fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
         self.machine.throttles.lock().unwrap().push(percent);
-        step(self.fail, Fail::Throttle)?;
-        if let Some(mutator) = &self.mutator {
-            mutator.throttle.store(percent, SeqCst);
-        }
-        Ok(())
+        step(self.fail, Fail::Throttle)
     }
 }
 
@@ -198,9 +194,22 @@ pub struct FakeDirty {
     pub ram: GuestRam,
     pub log: Vec<u64>,
     pub fail: Fail,
+    /// So many pages of a running guest are always dirty again, less those that throttling prevents.
+    pub hot_pages: u64,
+    pub machine: Arc<Machine>,
 }
 
 impl FakeDirty {
+    fn collect_hot(&mut self) {
+        if self.machine.running.load(SeqCst) {
+            let throttle = self.machine.throttles.lock().unwrap().last().copied().unwrap_or(0);
+            let hot = self.hot_pages * u64::from(100 - throttle) / 100;
+            for page in 16..16 + hot {
+                self.log[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+            }
+        }
+    }
+
     fn collect(&mut self) {
         let mut words = self.log.as_mut_slice();
         for region in self.ram.iter() {
@@ -221,6 +230,7 @@ impl DirtySource for FakeDirty {
 
     fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError> {
         self.collect();
+        self.collect_hot();
         bitmap.iter_mut().zip(&self.log).for_each(|(word, log)| *word |= log);
         Ok(())
     }
@@ -241,38 +251,19 @@ impl DirtySource for FakeDirty {
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
 pub struct Mutator {
     stop: Arc<AtomicBool>,
-    throttle: Arc<AtomicU8>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Mutator {
-    /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
-    /// have been written once.
+    /// Writes all of `pages`, and again after each `gap`. On return they have been written once.
     pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration) -> Self {
-        const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
-        let throttle = Arc::new(AtomicU8::new(0));
-        let (stopped, throttled) = (stop.clone(), throttle.clone());
+        let stopped = stop.clone();
         let (filled, wait) = std::sync::mpsc::channel();
-        let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
         let thread = std::thread::spawn(move || {
             let mut number = 1u64;
             while !stopped.load(SeqCst) {
-                for (index, page) in (0..).zip(pages.clone()) {
-                    if index % piece == 0 {
-                        let runs = 100 - u32::from(throttled.load(SeqCst));
-                        let end = Instant::now() + gap * 100 / runs / PIECES;
-                        while let left = end.saturating_duration_since(Instant::now())
-                            && !left.is_zero()
-                            && number > pages.end - pages.start
-                            && !stopped.load(SeqCst)
-                        {
-                            if left > Duration::from_millis(1) {
-                                // Other tests need the CPU too, and then let this one have it in time.
-                                std::thread::sleep(left.min(Duration::from_millis(10)));
-                            }
-                        }
-                    }
+                for page in pages.clone() {
                     // Now and then a page becomes zero again.
                     let value = if number.is_multiple_of(7) { 0 } else { number };
                     for offset in [8, 4088] {
@@ -282,10 +273,14 @@ impl Mutator {
                 }
                 // Waited for once.
                 let _ = filled.send(());
+                let end = Instant::now() + gap;
+                while Instant::now() < end && !stopped.load(SeqCst) {
+                    std::hint::spin_loop();
+                }
             }
         });
         wait.recv().unwrap();
-        Self { stop, throttle, thread: Some(thread) }
+        Self { stop, thread: Some(thread) }
     }
 
     fn stop(&mut self) {
@@ -377,6 +372,7 @@ pub struct Scenario {
     pub paused: bool,
     pub ram_bytes: u64,
     pub dirtying: Option<(u64, Duration)>,
+    pub hot_pages: u64,
     pub bursts: u32,
     pub params: Params,
     pub cancel_source_at: Option<MigrationEvent>,
@@ -394,6 +390,7 @@ impl Default for Scenario {
             paused: false,
             ram_bytes: RAM_BYTES,
             dirtying: None,
+            hot_pages: 0,
             bursts: 0,
             params: Params { multifd_channels: 1, ..Params::default() },
             cancel_source_at: None,
@@ -432,6 +429,9 @@ pub fn migrate_over(
     let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
     // One page of text; most of the rest was never touched.
     ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    for page in 16..16 + scenario.hot_pages {
+        ram.write_obj(page, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
     let disk = Arc::<Disk>::default();
     disk.lock("source", Duration::ZERO).unwrap();
     let source_machine = scenario.machine.clone();
@@ -479,7 +479,13 @@ pub fn migrate_over(
         }
     };
     let words = usize::try_from(layout.page_count() / 64).unwrap();
-    let dirty = FakeDirty { ram: ram.clone(), log: vec![0; words], fail: scenario.fail };
+    let dirty = FakeDirty {
+        ram: ram.clone(),
+        log: vec![0; words],
+        fail: scenario.fail,
+        hot_pages: scenario.hot_pages,
+        machine: source_machine.clone(),
+    };
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,
