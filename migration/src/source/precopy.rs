@@ -34,9 +34,11 @@ impl Source<'_> {
                     pace.predicted = expected;
                     return Ok(());
                 }
-                Decision::Again { polishing } => polished += u32::from(polishing),
+                Decision::Again { polishing } => {
+                    polished += u32::from(polishing);
+                    self.after_round(round, expected, polishing, pace);
+                }
             }
-            self.after_round(round, pace);
         }
     }
 
@@ -109,7 +111,7 @@ impl Source<'_> {
             throttle_percent: after.throttle_percent,
             expected_downtime: pace.expected_downtime(round.dirtied_bytes),
         };
-        eprintln!("{record:?} {:?} {:?}", pace.limit(), pace.fixed());
+        log::debug!("{record:?}");
         self.counters.update(|stats| {
             stats.bytes_per_sec = record.bytes_per_sec;
             stats.dirty_pages_rate = record.dirty_pages_rate;
@@ -150,10 +152,9 @@ impl Source<'_> {
         }
     }
 
-    /// After a round whose rest does not fit the limit, or is to be made shorter.
-    fn after_round(&mut self, round: Round, pace: &mut Pace) {
-        let expected = pace.expected_downtime(round.dirtied_bytes);
-        let fits = expected <= pace.limit();
+    /// After a round whose rest does not fit the limit, or `fits` and is only to be made shorter. Whoever
+    /// decided that says it here: with two opinions a guest could be sent for ever.
+    fn after_round(&mut self, round: Round, expected: Duration, fits: bool, pace: &mut Pace) {
         let sent = pace.guest_bytes_per_sec();
         let dirtied = pace.proved_by(round);
         let slowed = !fits && self.slow_down(dirtied, sent, pace);
