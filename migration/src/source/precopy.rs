@@ -70,7 +70,9 @@ impl Source<'_> {
             Ok(())
         })?;
         ram.mark(number)?;
+        let marked = Instant::now();
         await_marks(link, number).map_err(|error| ram.explain(error))?;
+        pace.echoed_in(marked.elapsed());
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
         let looked = Instant::now();
@@ -147,7 +149,8 @@ impl Source<'_> {
         if may_shrink && pace.is_first_round() {
             return;
         }
-        if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
+        if self.cannot_slow_down() && expected > pace.longest() && pace.outlook.look(dirtied, sent)
+        {
             self.say_not_converging(dirtied, expected, pace);
         }
     }
