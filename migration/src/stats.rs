@@ -1,6 +1,7 @@
 //! What a migration has done so far: counters written by its threads, read by anyone, and QEMU's
 //! `MigrationInfo` made of them. They outlive the migration.
 
+use crate::block::stats::DiskStats;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -276,6 +277,8 @@ pub struct StatsSnapshot {
     pub not_converging: Option<NotConverging>,
     /// Finished rounds.
     pub history: History,
+    /// The disks, if any travel.
+    pub disk: Option<DiskStats>,
     /// What the downtime was spent on.
     pub downtime_parts: Option<DowntimeParts>,
     /// Where a destination listens.
@@ -414,6 +417,9 @@ impl StatsSnapshot {
         }
         if let Some(error) = &self.error {
             put("error-desc", error.as_str().into());
+        }
+        if let Some(disk) = &self.disk {
+            put("disk", disk.to_json());
         }
         if self.called_off > 0 {
             put("x-called-off-switches", self.called_off.into());

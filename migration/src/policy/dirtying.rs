@@ -166,8 +166,7 @@ mod tests {
                     let position = |time: f64| (start + rate * time - at) / set;
                     sent < time && position(time).floor() > position(sent).floor()
                 });
-                let bytes =
-                    |mb: f64| u64::try_from(Duration::from_secs_f64(mb).as_secs()).unwrap() * MB;
+                let bytes = |mb: f64| Duration::from_secs_f64(mb).as_secs() * MB;
                 dirtying.look(Look {
                     at: Duration::from_secs_f64(time),
                     sent_bytes: bytes(bandwidth * time),

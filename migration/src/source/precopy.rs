@@ -3,7 +3,7 @@
 //! that writes too fast is slowed down, and its user told, before they end.
 
 use super::pace::Pace;
-use super::{Link, MigrationEvent, Source, SourceError};
+use super::{Freight, Link, MigrationEvent, Source, SourceError};
 use crate::params::Compression;
 use crate::policy::{self, Decision, Outlook, Round};
 use crate::ram::outgoing::RamOutgoing;
@@ -19,17 +19,21 @@ impl Source<'_> {
     pub(super) fn precopy(
         &mut self,
         link: &Link,
-        ram: &mut RamOutgoing,
+        freight: &mut Freight,
         pace: &mut Pace,
     ) -> Result<(), SourceError> {
         let mut polished = 0;
         loop {
             let number = self.counters.rounds() + 1;
             self.begin_pass(number);
-            let (round, dirtied_per_sec) = self.round(number, link, ram, pace)?;
+            // Disks take longest, so they go first: RAM that was sent before would have to go again.
+            let disk_bytes = freight.iterate_disks(pace)?;
+            let (round, dirtied_per_sec) = self.round(number, link, &mut freight.ram, pace)?;
+            freight.weigh_disks(pace);
+            let both = freight.with_disks(round, disk_bytes, pace);
             let coming = policy::written_until_stopped(dirtied_per_sec);
             let expected = pace.expected_downtime(round.dirtied_bytes + coming);
-            match policy::decide(round, expected, pace.fixed(), pace.limit(), polished) {
+            match policy::decide(both, expected, pace.fixed(), pace.limit(), polished) {
                 Decision::Stop => {
                     pace.predicted = expected;
                     return Ok(());

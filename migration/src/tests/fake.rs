@@ -1,5 +1,7 @@
 //! A machine without KVM for both ends, a link in memory, and whole migrations made of them.
 
+use super::fake_disks::{DiskWriters, FakeDisks};
+use crate::block::IncomingDisk;
 use crate::cancel::CancelToken;
 use crate::destination::Destination;
 use crate::guest::*;
@@ -84,6 +86,8 @@ pub struct FakeSource {
     pub ram: GuestRam,
     /// Writes RAM while the guest runs.
     pub mutator: Option<Mutator>,
+    /// Write its disks while the guest runs.
+    pub disk_writers: DiskWriters,
     /// At so many pauses the guest writes much in its last moment.
     pub bursts: u32,
 }
@@ -102,6 +106,7 @@ impl GuestControl for FakeSource {
         if let Some(mutator) = &mut self.mutator {
             mutator.stop();
         }
+        self.disk_writers.stop();
         if let Some(left) = self.bursts.checked_sub(1) {
             self.bursts = left;
             for page in 16..816 {
@@ -152,6 +157,7 @@ pub struct FakeHost {
     pub fail: Fail,
     pub ram: Option<GuestRam>,
     pub records: Vec<DeviceRecord>,
+    pub disks: Vec<IncomingDisk>,
 }
 
 impl DestinationHost for FakeHost {
@@ -162,6 +168,10 @@ impl DestinationHost for FakeHost {
         let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
         self.ram = Some(ram.clone());
         Ok(IncomingRam { ram, layout })
+    }
+
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
+        Ok(self.disks.clone())
     }
 
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
@@ -378,6 +388,7 @@ pub struct Scenario {
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
+    pub disks: FakeDisks,
     /// The source's machine, for who wants to look at it after a panic.
     pub machine: Arc<Machine>,
 }
@@ -396,6 +407,7 @@ impl Default for Scenario {
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
+            disks: FakeDisks::default(),
             machine: Arc::default(),
         }
     }
@@ -404,8 +416,13 @@ impl Default for Scenario {
 pub fn migrate(scenario: &Scenario) -> End {
     let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
     let (main_out, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main_out), data: Vec::new() };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new() };
+    let mut source = Ends { main: Arc::new(main_out), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    if !scenario.disks.is_empty() {
+        let (disks_out, disks_in) = link.connect();
+        source.disks = Some(Arc::new(disks_out));
+        destination.disks = Some(Arc::new(disks_in));
+    }
     for _ in 0..scenario.params.multifd_channels {
         let (data_out, data_in) = link.connect();
         source.data.push(Arc::new(data_out));
@@ -417,6 +434,7 @@ pub fn migrate(scenario: &Scenario) -> End {
 pub struct Ends {
     pub main: Arc<dyn Transport>,
     pub data: Vec<Arc<dyn Transport>>,
+    pub disks: Option<Arc<dyn Transport>>,
 }
 
 pub fn migrate_over(
@@ -442,8 +460,10 @@ pub fn migrate_over(
     let receiver = {
         let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);
         let (counters, cancel_at) = (destination_counters.clone(), scenario.cancel_destination_at);
+        let disks = scenario.disks.incoming();
         std::thread::spawn(move || {
-            let mut host = FakeHost { machine, disk, fail, ram: None, records: Vec::new() };
+            let (ram, records) = (None, Vec::new());
+            let mut host = FakeHost { machine, disk, fail, ram, records, disks };
             let cancel = CancelToken::new();
             let canceller = cancel.clone();
             let mut events = |event| {
@@ -452,7 +472,7 @@ pub fn migrate_over(
                 }
             };
             let result = Destination { host: &mut host, counters, cancel, events: &mut events }
-                .receive_over(destination.main, destination.data);
+                .receive_over(destination.main, destination.data, destination.disks);
             (result.map_err(|error| chain(&error)), host)
         })
     };
@@ -464,6 +484,7 @@ pub fn migrate_over(
         fail: scenario.fail,
         ram: ram.clone(),
         mutator,
+        disk_writers: scenario.disks.start_writers(),
         bursts: scenario.bursts,
     };
     let machine =
@@ -489,6 +510,7 @@ pub fn migrate_over(
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,
+        disks: scenario.disks.outgoing(),
         params: SharedParams::new(scenario.params.clone()),
         counters: counters.clone(),
         cancel,
@@ -497,6 +519,7 @@ pub fn migrate_over(
     .migrate_over(
         source.main,
         source.data,
+        source.disks,
         SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
     );
     let (result, host) = receiver.join().unwrap();
@@ -519,6 +542,7 @@ pub fn migrate_over(
 pub struct Liar {
     pub main: MemoryTransport,
     pub data: MemoryTransport,
+    pub disks: MemoryTransport,
 }
 
 impl Liar {
@@ -545,14 +569,25 @@ pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
 
 /// Lets `speak` be the source of a destination; returns what the destination says of it.
 pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
+    receive_with_disks(patience, Vec::new(), speak)
+}
+
+/// The same, for a machine whose disks arrive.
+pub fn receive_with_disks(
+    patience: Duration,
+    disks: Vec<IncomingDisk>,
+    speak: impl FnOnce(&Liar),
+) -> String {
     let link = MemoryLink::new(None).with_patience(patience);
     let ((main, main_in), (data, data_in)) = (link.connect(), link.connect());
-    let liar = Liar { main, data };
+    let (to_disks, disks_in) = link.connect();
+    let liar = Liar { main, data, disks: to_disks };
     let machine = Arc::new(Machine::default());
     let ours = machine.clone();
     let receiver = std::thread::spawn(move || {
         let (disk, fail) = (Arc::default(), Fail::Nothing);
-        let mut host = FakeHost { machine: ours, disk, fail, ram: None, records: Vec::new() };
+        let (ram, records) = (None, Vec::new());
+        let mut host = FakeHost { machine: ours, disk, fail, ram, records, disks };
         let destination = Destination {
             host: &mut host,
             counters: Arc::default(),
@@ -560,7 +595,7 @@ pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
             events: &mut |_| {},
         };
         destination
-            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)])
+            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)], Some(Arc::new(disks_in)))
             .map_err(|error| chain(&error))
     });
     speak(&liar);

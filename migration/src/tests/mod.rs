@@ -2,6 +2,8 @@
 
 mod cancel;
 mod converge;
+mod disks;
 mod fake;
+mod fake_disks;
 mod lies;
 mod whole;
