@@ -76,9 +76,14 @@ impl Pace {
         self.cap.clone()
     }
 
-    /// How long the guest may be stopped, by the next prediction.
+    /// How long the guest should be stopped at most, by the next prediction.
     pub(super) fn limit(&self) -> Duration {
         self.params.get().downtime_limit.saturating_sub(self.margin)
+    }
+
+    /// How long the guest may be stopped, since some of it cannot be had shorter.
+    pub(super) fn longest(&self) -> Duration {
+        policy::longest(self.fixed(), self.limit())
     }
 
     /// What the pause costs however little there is to send: the dirty log is looked at twice in it, and
@@ -114,6 +119,12 @@ impl Pace {
             usual if duration < usual => duration,
             usual => usual + (duration - usual) / 8,
         };
+    }
+
+    /// A mark came back after this time: so long, at most, is a journey there and back. The greeting's may
+    /// have been long because a thread had to start first.
+    pub(super) fn echoed_in(&mut self, duration: Duration) {
+        self.fixed = self.fixed.min(policy::fixed_downtime(duration));
     }
 
     /// How long the guest would be stopped if `pending_bytes` were left.
@@ -239,6 +250,6 @@ impl Pace {
 
     /// Whether what becomes dirty in this round tells what is to be done about the guest.
     pub(super) fn round_matters(&self) -> bool {
-        !self.first_round && self.expected_downtime(self.round_bytes) > self.limit()
+        !self.first_round && self.expected_downtime(self.round_bytes) > self.longest()
     }
 }

@@ -38,9 +38,11 @@ impl Source<'_> {
                     pace.predicted = expected;
                     return Ok(());
                 }
-                Decision::Again { polishing } => polished += u32::from(polishing),
+                Decision::Again { polishing } => {
+                    polished += u32::from(polishing);
+                    self.after_round(round, expected, polishing, pace);
+                }
             }
-            self.after_round(round, pace);
         }
     }
 
@@ -72,7 +74,9 @@ impl Source<'_> {
             Ok(())
         })?;
         ram.mark(number)?;
+        let marked = Instant::now();
         await_marks(link, number).map_err(|error| ram.explain(error))?;
+        pace.echoed_in(marked.elapsed());
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
         let looked = Instant::now();
@@ -149,15 +153,15 @@ impl Source<'_> {
         if may_shrink && pace.is_first_round() {
             return;
         }
-        if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
+        if self.cannot_slow_down() && expected > pace.longest() && pace.outlook.look(dirtied, sent)
+        {
             self.say_not_converging(dirtied, expected, pace);
         }
     }
 
-    /// After a round whose rest does not fit the limit, or is to be made shorter.
-    fn after_round(&mut self, round: Round, pace: &mut Pace) {
-        let expected = pace.expected_downtime(round.dirtied_bytes);
-        let fits = expected <= pace.limit();
+    /// After a round whose rest does not fit the limit, or `fits` and is only to be made shorter. Whoever
+    /// decided that says it here: with two opinions a guest could be sent for ever.
+    fn after_round(&mut self, round: Round, expected: Duration, fits: bool, pace: &mut Pace) {
         let sent = pace.guest_bytes_per_sec();
         let dirtied = pace.proved_by(round);
         let slowed = !fits && self.slow_down(dirtied, sent, pace);

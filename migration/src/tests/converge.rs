@@ -8,28 +8,15 @@ use crate::stats::MigrationStatus;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-/// As [`too_fast`], smaller: rounds are too short to be looked at on their way.
-fn too_fast_and_small() -> Scenario {
-    let mut small = too_fast(true);
-    small.params.max_bandwidth = 40_000_000;
-    let dirtying = Some((500, Duration::from_millis(20)));
-    Scenario { ram_bytes: 4 << 20, dirtying, ..small }
-}
-
-/// 16 MiB of RAM, half of which is written all the time, over a link of 20 MB/s.
+/// 8 MiB of RAM, half of which are always dirty again, over a link of 40 MB/s.
 fn too_fast(auto_converge: bool) -> Scenario {
     let params = Params {
-        max_bandwidth: 20_000_000,
+        max_bandwidth: 40_000_000,
         downtime_limit: Duration::from_millis(30),
         auto_converge,
         ..Params::default()
     };
-    Scenario {
-        ram_bytes: 16 << 20,
-        dirtying: Some((2000, Duration::from_millis(20))),
-        params,
-        ..Default::default()
-    }
+    Scenario { ram_bytes: 8 << 20, hot_pages: 1000, params, ..Default::default() }
 }
 
 impl End {
@@ -48,7 +35,10 @@ impl End {
 
 #[test]
 fn a_guest_that_is_too_fast_is_slowed_down_moves_and_is_let_go() {
-    let end = migrate(&too_fast(true));
+    let mut scenario = too_fast(true);
+    // Long enough rounds to be looked at on their way.
+    scenario.params.max_bandwidth = 5_000_000;
+    let end = migrate(&scenario);
     end.assert_moved();
     end.assert_let_go("moved");
     let stats = end.counters.snapshot();
@@ -63,8 +53,7 @@ fn a_guest_that_is_too_fast_is_slowed_down_moves_and_is_let_go() {
 
 #[test]
 fn a_guest_that_fits_is_not_slowed_down() {
-    let scenario = Scenario { dirtying: Some((4, Duration::from_millis(20))), ..too_fast(true) };
-    let end = migrate(&scenario);
+    let end = migrate(&Scenario { hot_pages: 100, ..too_fast(true) });
     end.assert_moved();
     assert_eq!(end.throttles(), [0u8; 0]);
 }
@@ -73,7 +62,7 @@ fn a_guest_that_fits_is_not_slowed_down() {
 fn throttling_ends_with_every_failure() {
     use Fail::*;
     for fail in [Pause, Save, Release, Lock, Run] {
-        let end = migrate(&Scenario { fail, ..too_fast_and_small() });
+        let end = migrate(&Scenario { fail, ..too_fast(true) });
         assert!(matches!(end.source, SourceOutcome::Failed(_)), "{fail:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{fail:?}"));
         end.assert_let_go(&format!("{fail:?}"));
@@ -84,7 +73,7 @@ fn throttling_ends_with_every_failure() {
 fn throttling_ends_with_a_cancel() {
     use MigrationEvent::{Pass, Status};
     for at in [Pass(4), Status(MigrationStatus::Device)] {
-        let end = migrate(&Scenario { cancel_source_at: Some(at), ..too_fast_and_small() });
+        let end = migrate(&Scenario { cancel_source_at: Some(at), ..too_fast(true) });
         assert!(matches!(end.source, SourceOutcome::Cancelled), "{at:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{at:?}"));
         end.assert_let_go(&format!("{at:?}"));
@@ -93,7 +82,7 @@ fn throttling_ends_with_a_cancel() {
 
 #[test]
 fn throttling_ends_with_the_link() {
-    let mut scenario = too_fast_and_small();
+    let mut scenario = too_fast(true);
     // Never enough, so that it is still throttled when the link is cut.
     scenario.params.throttle.max = 30;
     scenario.cut_after = Some(16 << 20);
@@ -105,7 +94,7 @@ fn throttling_ends_with_the_link() {
 
 #[test]
 fn throttling_ends_with_a_migration_that_panics() {
-    let scenario = Scenario { fail: Fail::PanicInSave, ..too_fast_and_small() };
+    let scenario = Scenario { fail: Fail::PanicInSave, ..too_fast(true) };
     let machine = scenario.machine.clone();
     let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| migrate(&scenario)));
     assert!(end.is_err(), "the panic goes on");
@@ -119,7 +108,7 @@ fn a_guest_that_cannot_be_throttled_is_no_failure() {
     let scenario = Scenario {
         fail: Fail::Throttle,
         cancel_source_at: Some(MigrationEvent::Pass(6)),
-        ..too_fast_and_small()
+        ..too_fast(true)
     };
     let end = migrate(&scenario);
     assert!(!matches!(end.source, SourceOutcome::Failed(_)), "{:?}", end.source);

@@ -12,7 +12,7 @@ use crate::transport::Transport;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
@@ -151,11 +151,7 @@ impl GuestControl for FakeSource {
 
     fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
         self.machine.throttles.lock().unwrap().push(percent);
-        step(self.fail, Fail::Throttle)?;
-        if let Some(mutator) = &self.mutator {
-            mutator.throttle.store(percent, SeqCst);
-        }
-        Ok(())
+        step(self.fail, Fail::Throttle)
     }
 }
 
@@ -217,9 +213,22 @@ pub struct FakeDirty {
     pub pass: Arc<AtomicU64>,
     /// A lively guest, which writes all its pages in each of so many passes.
     pub lively: Option<(Arc<Progress>, u64)>,
+    /// So many pages of a running guest are always dirty again, less those that throttling prevents.
+    pub hot_pages: u64,
+    pub machine: Arc<Machine>,
 }
 
 impl FakeDirty {
+    fn collect_hot(&mut self) {
+        if self.machine.running.load(SeqCst) {
+            let throttle = self.machine.throttles.lock().unwrap().last().copied().unwrap_or(0);
+            let hot = self.hot_pages * u64::from(100 - throttle) / 100;
+            for page in 16..16 + hot {
+                self.log[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+            }
+        }
+    }
+
     fn collect(&mut self) {
         let mut words = self.log.as_mut_slice();
         for region in self.ram.iter() {
@@ -240,6 +249,7 @@ impl DirtySource for FakeDirty {
 
     fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError> {
         self.collect();
+        self.collect_hot();
         bitmap.iter_mut().zip(&self.log).for_each(|(word, log)| *word |= log);
         Ok(())
     }
@@ -351,19 +361,17 @@ impl Progress {
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
 pub struct Mutator {
     stop: Arc<AtomicBool>,
-    throttle: Arc<AtomicU8>,
     progress: Arc<Progress>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Mutator {
-    /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
+    /// Writes all of `pages` about once every `gap`. On return they
     /// have been written. A `lively` one writes in every kind of way, else in two.
     pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration, lively: bool) -> Self {
         const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
-        let throttle = Arc::new(AtomicU8::new(0));
-        let (stopped, throttled) = (stop.clone(), throttle.clone());
+        let stopped = stop.clone();
         let progress = Arc::<Progress>::default();
         let gets_on = progress.clone();
         let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
@@ -372,8 +380,7 @@ impl Mutator {
             while !stopped.load(SeqCst) {
                 for (index, page) in (0..).zip(pages.clone()) {
                     if index % piece == 0 {
-                        let runs = 100 - u32::from(throttled.load(SeqCst));
-                        let end = Instant::now() + gap * 100 / runs / PIECES;
+                        let end = Instant::now() + gap / PIECES;
                         while let left = end.saturating_duration_since(Instant::now())
                             && !left.is_zero()
                             && number > pages.end - pages.start
@@ -402,7 +409,7 @@ impl Mutator {
             }
         });
         progress.wait();
-        Self { stop, throttle, progress, thread: Some(thread) }
+        Self { stop, progress, thread: Some(thread) }
     }
 
     fn stop(&mut self) {
@@ -497,6 +504,7 @@ pub struct Scenario {
     /// It writes in every kind of way.
     pub lively: bool,
     pub script: Option<Script>,
+    pub hot_pages: u64,
     pub bursts: u32,
     pub params: Params,
     /// Parameters that are set as a pass begins.
@@ -521,6 +529,7 @@ impl Default for Scenario {
             dirtying: None,
             lively: false,
             script: None,
+            hot_pages: 0,
             bursts: 0,
             params: Params { multifd_channels: 1, ..Params::default() },
             changes: Vec::new(),
@@ -612,6 +621,9 @@ fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
     // One page of text; most of the rest was never touched.
     ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    for page in 16..16 + scenario.hot_pages {
+        ram.write_obj(page, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
     disk.lock("source", Duration::ZERO).unwrap();
     scenario.machine.running.store(!scenario.paused, SeqCst);
     *scenario.machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
@@ -663,7 +675,16 @@ fn run_source(
     let mutator = guest.mutator.as_ref().filter(|_| scenario.lively);
     let last = scenario.changes.last().map_or(0, |(last, _)| last - 1);
     let lively = mutator.map(|mutator| (mutator.progress.clone(), last));
-    let dirty = FakeDirty { ram: ram.clone(), log, fail, script, pass, lively };
+    let dirty = FakeDirty {
+        ram: ram.clone(),
+        log,
+        fail,
+        script,
+        pass,
+        lively,
+        hot_pages: scenario.hot_pages,
+        machine: scenario.machine.clone(),
+    };
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,
