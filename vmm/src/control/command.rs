@@ -136,9 +136,10 @@ impl ParameterChange {
                 .text("multifd-compression")?
                 .map(|name| {
                     Compression::from_name(&name).ok_or_else(|| {
-                        let words =
-                            "Parameter 'multifd-compression' expects 'none', 'zlib' or 'zstd'";
-                        QmpError::generic(words)
+                        QmpError::generic(format!(
+                            "Parameter 'multifd-compression' does not accept value '{name}': it is \
+                             none, zlib or zstd"
+                        ))
                     })
                 })
                 .transpose()?,
