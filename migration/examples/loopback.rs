@@ -8,6 +8,7 @@
 
 use devices::ram::{GuestAddress, GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
+use migration::block::{IncomingDisk, SourceDisks};
 use migration::cancel::CancelToken;
 use migration::destination::Destination;
 use migration::guest::{
@@ -82,6 +83,9 @@ impl DestinationHost for Host {
         let ram = IncomingRam { ram: allocate(&layout), layout };
         self.0 = Some(ram.clone());
         Ok(ram)
+    }
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
+        Ok(Vec::new())
     }
     fn load_records(&mut self, _: Vec<DeviceRecord>) -> Result<(), GuestError> {
         Ok(())
@@ -174,6 +178,7 @@ fn main() {
                 ram_bytes: size_mib << 20,
                 machine: serde_json::Value::Null,
             },
+            disks: SourceDisks::default(),
             params: SharedParams::default(),
             counters: counters.clone(),
             cancel: CancelToken::new(),

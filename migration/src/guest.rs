@@ -6,6 +6,7 @@
 //!
 //! [`surrender`]: PausedGuest::surrender
 
+use crate::block::IncomingDisk;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
 use serde::{Deserialize, Serialize};
@@ -82,6 +83,9 @@ pub trait DestinationHost: Send {
     /// Builds the machine paused: RAM, vCPUs, devices. Checks the description, CPU features and
     /// local policy (which disks may be opened) and refuses here, before any page has travelled.
     fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError>;
+    /// The disks of the built machine that arrive with it, in the order of the description: blank images
+    /// that nobody else uses.
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError>;
     /// Loads every record; each device of the description must be named exactly once.
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError>;
     /// Takes the disk locks. After it nothing may fail before `run`.

@@ -4,6 +4,7 @@
 //! source                                         destination
 //! Hello ──────────────────────────────────────▶  ◀── Hello
 //! Machine ────────────────────────────────────▶  build it, paused ◀── Accepted | Refused
+//! Disks once, if they travel (guest runs) ────▶  into images, flushed
 //! RamSetup, RamBatch… (rounds, guest runs) ───▶  straight into guest RAM
 //!   pause
 //! Devices ────────────────────────────────────▶  load while the last pages travel
@@ -12,9 +13,11 @@
 //! Go ─────────────────────────────────────────▶  run ◀── Running
 //! ```
 //! [`source`] and [`destination`] drive it; [`guest`] is what they need of a machine; [`wire`] is the
-//! grammar, [`transport`] the connection, [`ram`] the way of a page, [`policy`] the decisions.
+//! grammar, [`transport`] the connection, [`ram`] the way of a page, [`block`] the way
+//! of a disk's bytes, [`policy`] the decisions.
 #![deny(unsafe_code)]
 
+pub mod block;
 pub mod cancel;
 pub mod destination;
 pub mod guest;

@@ -6,6 +6,7 @@
 //! - [`proxy`]: a link that counts what passes.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
+//! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
 //! - [`qmp`]: a small control-socket client that works with both.
 //! - [`verdict`]: the guest's own lines, parsed, also across a handover.
@@ -14,6 +15,7 @@
 
 pub mod disk;
 pub mod ferry;
+pub mod image;
 pub mod lines;
 pub mod linux;
 pub mod process;

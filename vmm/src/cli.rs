@@ -4,6 +4,7 @@ use crate::config::{
     BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
     parse_duration, parse_rate,
 };
+use crate::travel::DiskSelection;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;
@@ -69,9 +70,15 @@ impl RunArgs {
 pub struct ReceiveArgs {
     /// Where to listen: tcp:HOST:PORT or unix:PATH
     pub address: Address,
-    /// Where a disk of the guest lies on this host
-    #[arg(long = "disk", value_name = "ID=PATH")]
+    /// Where a disk of the guest lies on this host, or goes to: ID=PATH[,format=raw][,cache=writeback|none]
+    #[arg(long = "disk", value_name = "ID=PATH,…")]
     pub disks: Vec<ReceiveDisk>,
+    /// Where disks that travel go, each into a file ID.img
+    #[arg(long, value_name = "PATH")]
+    pub disk_dir: Option<PathBuf>,
+    /// Let disks that travel replace images that are there
+    #[arg(long)]
+    pub overwrite: bool,
     /// Do not run the guest when it has arrived
     #[arg(long)]
     pub paused: bool,
@@ -102,6 +109,8 @@ impl ReceiveArgs {
         Ok(ReceiveConfig {
             address: self.address,
             disks: self.disks,
+            disk_dir: self.disk_dir,
+            overwrite: self.overwrite,
             paused: self.paused,
             boot: self.kernel.map(|kernel| BootFiles { kernel, initrd: self.initrd }),
             host,
@@ -122,6 +131,16 @@ pub struct MigrateArgs {
     /// Cap in bytes per second, e.g. 1G; 0 for none
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub max_bandwidth: Option<u64>,
+    /// Disks that travel with the guest: full, top (what lies above a shared backing file) or none, for all
+    /// or one by one, e.g. none,root=full [default: none]
+    #[arg(long, value_name = "full|top|none,…")]
+    pub disks: Option<DiskSelection>,
+    /// Most reads of disks in flight, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=16))]
+    pub disk_reads: Option<u64>,
+    /// Most chunks of disks that have been read and not sent, 1 to 512
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=512))]
+    pub disk_buffers: Option<u64>,
     /// Data connections, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     pub channels: Option<u16>,

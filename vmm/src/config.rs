@@ -193,12 +193,12 @@ fn parse_queues(text: &str) -> Result<u16, String> {
 }
 
 /// Whether `id` can name a disk: no path tricks, and short enough for get-id users to tell apart.
-fn is_id(id: &str) -> bool {
+pub fn is_id(id: &str) -> bool {
     let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
 }
 
-/// A disk of an arriving guest: `ID=PATH` or `ID=PATH,cache=none`.
+/// A disk of an arriving guest: `ID=PATH[,format=raw][,cache=none]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiveDisk {
     /// Its name at the source.
@@ -215,14 +215,22 @@ impl FromStr for ReceiveDisk {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
             Some((id, path)) if is_id(id) && !path.is_empty() => {
-                // A path may have commas, so only this one end of it is not part of it.
-                let (path, cache) = match path.rsplit_once(",cache=") {
-                    Some((path, cache)) => (path, cache.parse()?),
-                    None => (path, Cache::Writeback),
-                };
+                let (mut path, mut cache) = (path, Cache::Writeback);
+                // A path may have commas, so only what we know at its end is not part of it.
+                while let Some((rest, option)) = path.rsplit_once(',') {
+                    match option.split_once('=') {
+                        Some(("cache", value)) => cache = value.parse()?,
+                        Some(("format", "raw")) => {}
+                        Some(("format", other)) => {
+                            return Err(format!("format {other:?}: only raw images are supported"));
+                        }
+                        _ => break,
+                    }
+                    path = rest;
+                }
                 Ok(Self { id: id.to_owned(), path: path.into(), cache })
             }
-            _ => Err(format!("{text:?}: expected ID=PATH[,cache=writeback|none]")),
+            _ => Err(format!("{text:?}: expected ID=PATH[,format=raw][,cache=writeback|none]")),
         }
     }
 }
@@ -285,6 +293,10 @@ pub struct ReceiveConfig {
     pub address: Address,
     /// Images of its disks.
     pub disks: Vec<ReceiveDisk>,
+    /// Where disks that travel go, if nothing else is said of them.
+    pub disk_dir: Option<PathBuf>,
+    /// Whether disks that travel may replace images.
+    pub overwrite: bool,
     /// Do not run it when it has arrived.
     pub paused: bool,
     /// What to boot if the guest asks for a reset.
@@ -540,7 +552,8 @@ mod tests {
         let given = |text: &str| text.parse::<ReceiveDisk>().map(|disk| (disk.path, disk.cache));
         assert_eq!(given("d=/a"), Ok(("/a".into(), Cache::Writeback)));
         assert_eq!(given("d=/a,b,cache=none"), Ok(("/a,b".into(), Cache::None)));
-        assert!(given("d=/a,cache=no").is_err());
+        assert_eq!(given("d=/a,x=y,cache=none,format=raw"), Ok(("/a,x=y".into(), Cache::None)));
+        assert!(given("d=/a,cache=no").is_err() && given("d=/a,format=vmdk").is_err());
         for bad in ["", "id=x", "path=/a,format=qcow2", "path=/a,size=3", "path=/a,readonly=maybe"]
         {
             assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");

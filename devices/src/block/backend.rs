@@ -4,6 +4,51 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+/// Some bytes of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteRange {
+    /// Where they start.
+    pub offset_bytes: u64,
+    /// How many.
+    pub len_bytes: u64,
+}
+
+impl ByteRange {
+    /// Where they end.
+    pub fn end(self) -> u64 {
+        self.offset_bytes.saturating_add(self.len_bytes)
+    }
+}
+
+/// What stands behind a part of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes of its own.
+    Data,
+    /// Nothing: it reads as zeroes.
+    Zero,
+    /// Whatever the backing file has there.
+    Backing,
+}
+
+/// A part of a disk with one kind of content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// How far it reaches, from where was asked; not zero.
+    pub len_bytes: u64,
+    /// What stands behind it.
+    pub content: Content,
+}
+
+/// Tells one backing file from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingIdentity {
+    /// Its size as a disk.
+    pub len_bytes: u64,
+    /// Of samples of its content.
+    pub checksum: String,
+}
+
 /// A lock that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
@@ -28,6 +73,14 @@ pub enum LockError {
 pub trait BlockBackend: Send + Sync {
     /// What the user calls it.
     fn location(&self) -> String;
+    /// What its format is called.
+    fn format(&self) -> &'static str;
+    /// The file that it stands on, if any.
+    fn backing(&self) -> Option<String>;
+    /// Which backing file that is.
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>>;
+    /// Whether it bypasses the host's page cache.
+    fn is_direct(&self) -> bool;
     /// Size; a multiple of a sector.
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.
@@ -41,6 +94,11 @@ pub trait BlockBackend: Send + Sync {
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()>;
     /// Makes these bytes zero, and frees their space if `may_unmap` and that is possible.
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()>;
+    /// What stands behind `offset_bytes`, which lies on the disk, and how far. What was never written,
+    /// or was freed, need not be read to be copied. Bytes may be said to be data that are zeroes.
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent>;
+    /// About how much space it takes on the host.
+    fn allocated_bytes(&self) -> io::Result<u64>;
     /// The file whose bytes are the disk's, if there is one, and the alignment of memory that it
     /// needs: whoever has it may read, write and sync it directly.
     fn plain_file(&self) -> Option<(Arc<File>, usize)>;

@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
 //! until they are let through.
 
-use super::backend::{BlockBackend, LockError};
+use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -55,6 +55,11 @@ impl Script {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Accesses that wait now.
+    pub fn held(&self) -> usize {
+        lock(&self.state).waiting
+    }
+
     /// Flushes so far.
     pub fn flush_count(&self) -> usize {
         lock(&self.state).flush_count
@@ -103,6 +108,22 @@ impl BlockBackend for MemoryDisk {
         "memory".into()
     }
 
+    fn format(&self) -> &'static str {
+        "memory"
+    }
+
+    fn backing(&self) -> Option<String> {
+        None
+    }
+
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        Ok(None)
+    }
+
+    fn is_direct(&self) -> bool {
+        false
+    }
+
     fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
@@ -140,6 +161,32 @@ impl BlockBackend for MemoryDisk {
         let mut bytes = lock(&self.bytes);
         bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
         Ok(())
+    }
+
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        // Blocks of a page, as a file system has them.
+        const BLOCK: u64 = 4096;
+        let bytes = lock(&self.bytes);
+        let zero = |at: u64| {
+            let end = (at / BLOCK + 1) * BLOCK;
+            let len = usize::try_from(end.min(self.len_bytes) - at).map_err(io::Error::other)?;
+            let block = bytes.get(Self::range(at, len)?).ok_or(io::ErrorKind::UnexpectedEof)?;
+            Ok::<_, io::Error>((block.iter().all(|byte| *byte == 0), at + len as u64))
+        };
+        let (is_zero, mut end) = zero(offset_bytes)?;
+        while end < self.len_bytes {
+            let (next_is_zero, next_end) = zero(end)?;
+            if next_is_zero != is_zero {
+                break;
+            }
+            end = next_end;
+        }
+        let content = if is_zero { Content::Zero } else { Content::Data };
+        Ok(Extent { len_bytes: end - offset_bytes, content })
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.len_bytes)
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {

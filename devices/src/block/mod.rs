@@ -1,23 +1,79 @@
 //! A disk: the single door for every read and write, whoever makes it.
 //!
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
-//! file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
+//! file, [`qcow2`] in an image with a map and perhaps a backing file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
 //! the node has admitted. Locks follow the right to run, so taking them is separate from opening.
+//!
+//! Who wants to know what is written meanwhile has the node [`BlockNode::track`] it in a [`bitmap`]:
+//! every write, write-zeroes and discard marks it at its end, also if it fails, however it is made.
 
 pub mod aligned;
 pub mod backend;
+pub mod bitmap;
+mod in_flight;
 pub mod memory;
 mod ofd_lock;
+pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BlockBackend, LockError};
+use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
+use bitmap::DirtyBitmap;
+use in_flight::{InFlight, Motion};
+use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of the unit that guests address disks by.
 pub const SECTOR_BYTES: u64 = 512;
+
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// Where the image's own map says.
+    Qcow2,
+}
+
+impl Format {
+    /// As QEMU calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => Err(format!("format {other:?} is neither raw nor qcow2")),
+        }
+    }
+}
+
+/// Opens the image of a disk, without locking it.
+pub fn open_image(
+    path: &Path,
+    format: Format,
+    read_only: bool,
+    cache: Cache,
+) -> Result<Box<dyn BlockBackend>, OpenError> {
+    Ok(match format {
+        Format::Raw => Box::new(RawFile::open(path, read_only, cache)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2File::open(path, read_only, cache)?),
+    })
+}
 
 /// An access that a node has admitted, to be made directly on its file. Kept until it is complete.
 #[derive(Debug)]
@@ -25,6 +81,16 @@ pub struct Access {
     file: Arc<File>,
     /// Of the memory that the file's data may come from and go to.
     alignment: usize,
+    /// Marks what was written when it ends; none in tests without a node.
+    _motion: Option<Motion>,
+}
+
+#[cfg(test)]
+impl Access {
+    /// An access that no node has admitted.
+    fn to(file: Arc<File>, alignment: usize) -> Self {
+        Self { file, alignment, _motion: None }
+    }
 }
 
 /// Kind of an [`Access`].
@@ -38,12 +104,79 @@ pub enum AccessKind {
     Flush,
 }
 
+/// What a guest has asked of a disk so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NodeStats {
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Bytes written, zeroes included.
+    pub written_bytes: u64,
+    /// Writes, zeroes included.
+    pub writes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Discarded bytes.
+    pub discarded_bytes: u64,
+    /// Discards.
+    pub discards: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counter {
+    bytes: AtomicU64,
+    operations: AtomicU64,
+}
+
+impl Counter {
+    fn add(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.operations.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> (u64, u64) {
+        (self.bytes.load(Ordering::Relaxed), self.operations.load(Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    reads: Counter,
+    writes: Counter,
+    discards: Counter,
+    flushes: Counter,
+}
+
 /// A named disk.
 pub struct BlockNode {
     id: String,
     backend: Box<dyn BlockBackend>,
     len_bytes: u64,
     read_only: bool,
+    in_flight: Arc<InFlight>,
+    counters: Counters,
+}
+
+/// Marks what is written to a node, until it is dropped.
+#[derive(Debug)]
+pub struct Tracking {
+    bitmap: Arc<DirtyBitmap>,
+    in_flight: Arc<InFlight>,
+}
+
+impl std::ops::Deref for Tracking {
+    type Target = DirtyBitmap;
+
+    fn deref(&self) -> &DirtyBitmap {
+        &self.bitmap
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        self.in_flight.remove(&self.bitmap);
+    }
 }
 
 impl std::fmt::Debug for BlockNode {
@@ -56,7 +189,14 @@ impl BlockNode {
     /// Names `backend`.
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
-        Self { id: id.into(), backend, len_bytes, read_only }
+        let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
+        Self { id, backend, len_bytes, read_only, in_flight, counters }
+    }
+
+    /// The same disk, refusing the guest's writes whatever its storage would take.
+    #[must_use]
+    pub fn into_read_only(self) -> Self {
+        Self { read_only: true, ..self }
     }
 
     /// The disk's name.
@@ -69,6 +209,26 @@ impl BlockNode {
         self.backend.location()
     }
 
+    /// What the format of its storage is called.
+    pub fn format(&self) -> &'static str {
+        self.backend.format()
+    }
+
+    /// The file that it stands on, if any.
+    pub fn backing(&self) -> Option<String> {
+        self.backend.backing()
+    }
+
+    /// Which backing file that is. Reads a sample of it.
+    pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        self.backend.backing_identity()
+    }
+
+    /// Whether it bypasses the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.backend.is_direct()
+    }
+
     /// Size; a multiple of [`SECTOR_BYTES`].
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
@@ -77,6 +237,27 @@ impl BlockNode {
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Marks from now on what is written, in granules of `granule_bytes`; a write that has begun already
+    /// is marked when it ends. `None` if there can be no such granule.
+    pub fn track(&self, granule_bytes: u64) -> Option<Tracking> {
+        let bitmap = Arc::new(DirtyBitmap::new(self.len_bytes, granule_bytes)?);
+        self.in_flight.add(bitmap.clone());
+        Some(Tracking { bitmap, in_flight: self.in_flight.clone() })
+    }
+
+    /// Waits until no access is in motion. New ones are kept away by whoever stopped the guest.
+    pub fn drain(&self) {
+        self.in_flight.drain();
+    }
+
+    /// What the guest has asked for so far.
+    pub fn stats(&self) -> NodeStats {
+        let Counters { reads, writes, discards, flushes } = &self.counters;
+        let ((read_bytes, reads), (written_bytes, writes)) = (reads.get(), writes.get());
+        let ((discarded_bytes, discards), (_, flushes)) = (discards.get(), flushes.get());
+        NodeStats { read_bytes, reads, written_bytes, writes, flushes, discarded_bytes, discards }
     }
 
     fn check(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
@@ -102,23 +283,79 @@ impl BlockNode {
         offset_bytes: u64,
         len_bytes: u64,
     ) -> io::Result<Option<Access>> {
+        let range = ByteRange { offset_bytes, len_bytes };
         match kind {
             AccessKind::Write => self.check_write(offset_bytes, len_bytes)?,
             AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes)?,
         }
-        Ok(self.backend.plain_file().map(|(file, alignment)| Access { file, alignment }))
+        let Some((file, alignment)) = self.backend.plain_file() else { return Ok(None) };
+        let written = match kind {
+            AccessKind::Write => {
+                self.counters.writes.add(len_bytes);
+                Some(range)
+            }
+            // An access to nothing asks what this disk is.
+            AccessKind::Read if len_bytes == 0 => None,
+            AccessKind::Read => {
+                self.counters.reads.add(len_bytes);
+                None
+            }
+            AccessKind::Flush => {
+                self.counters.flushes.add(0);
+                None
+            }
+        };
+        Ok(Some(Access { file, alignment, _motion: Some(self.in_flight.begin(written)) }))
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.check(offset_bytes, buffer.len() as u64)?;
+        self.counters.reads.add(buffer.len() as u64);
+        let _motion = self.in_flight.begin(None);
+        self.backend.read_at(buffer, offset_bytes)
+    }
+
+    /// As [`BlockNode::read_at`], for who copies the disk while the guest uses it.
+    pub fn copy_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.backend.read_at(buffer, offset_bytes)
     }
 
     /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
-        self.check_write(offset_bytes, buffer.len() as u64)?;
+        let len_bytes = buffer.len() as u64;
+        self.check_write(offset_bytes, len_bytes)?;
+        self.counters.writes.add(len_bytes);
+        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_at(buffer, offset_bytes)
+    }
+
+    /// As [`BlockNode::write_at`], for what arrives before the guest does: also to a disk that the guest
+    /// may only read.
+    pub fn fill_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.check(offset_bytes, buffer.len() as u64)?;
+        self.backend.write_at(buffer, offset_bytes)
+    }
+
+    /// As [`BlockNode::fill_at`], with zeroes, which take no space where that is possible.
+    pub fn fill_zeroes(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.check(offset_bytes, len_bytes)?;
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        self.backend.write_zeroes(offset_bytes, len_bytes, true)
+    }
+
+    /// What stands behind `offset_bytes`, and how far.
+    pub fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        self.check(offset_bytes, 1)?;
+        self.backend.extent_at(offset_bytes)
+    }
+
+    /// About how much space it takes on the host.
+    pub fn allocated_bytes(&self) -> io::Result<u64> {
+        self.backend.allocated_bytes()
     }
 
     /// Frees the space of bytes that the guest does not need any more. Advice: they may stay.
@@ -127,6 +364,8 @@ impl BlockNode {
         if len_bytes == 0 {
             return Ok(());
         }
+        self.counters.discards.add(len_bytes);
+        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.discard(offset_bytes, len_bytes)
     }
 
@@ -141,11 +380,20 @@ impl BlockNode {
         if len_bytes == 0 {
             return Ok(());
         }
+        self.counters.writes.add(len_bytes);
+        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
     }
 
     /// Makes every acknowledged write durable.
     pub fn flush(&self) -> io::Result<()> {
+        self.counters.flushes.add(0);
+        let _motion = self.in_flight.begin(None);
+        self.backend.flush()
+    }
+
+    /// As [`BlockNode::flush`], for who copies or fills the disk.
+    pub fn sync(&self) -> io::Result<()> {
         self.backend.flush()
     }
 
@@ -187,5 +435,61 @@ mod tests {
         assert!(node.access(AccessKind::Write, 0, 512).is_err());
         assert!(node.access(AccessKind::Read, 0, 512).unwrap().is_none(), "there is no file");
         assert!(node.access(AccessKind::Read, 512, 1024).is_err());
+    }
+
+    #[test]
+    fn whatever_changes_a_disk_marks_it_also_when_it_fails() {
+        let disk = MemoryDisk::new(64 << 10);
+        let script = disk.script();
+        let node = BlockNode::new("d", Box::new(disk));
+        assert!(node.track(1000).is_none());
+        let tracking = node.track(512).unwrap();
+        node.read_at(&mut [0; 512], 0).unwrap();
+        node.fill_at(&[1; 512], 0).unwrap();
+        assert_eq!(tracking.marked_bytes(), 0);
+        node.write_at(&[1; 512], 512).unwrap();
+        node.discard(1024, 512).unwrap();
+        node.write_zeroes(2048, 512, false).unwrap();
+        script.fail(true);
+        assert!(node.write_at(&[1; 512], 4096).is_err());
+        let starts: Vec<_> = tracking.runs().map(|run| (run.offset_bytes, run.len_bytes)).collect();
+        assert_eq!(starts, [(512, 1024), (2048, 512), (4096, 512)]);
+        let other = node.track(512).unwrap();
+        drop(tracking);
+        assert!(node.write_at(&[1; 512], 0).is_err());
+        assert!(other.is_marked(0));
+        node.drain();
+        let stats = node.stats();
+        assert_eq!((stats.reads, stats.read_bytes), (1, 512));
+        assert_eq!((stats.writes, stats.written_bytes), (4, 2048));
+        assert_eq!((stats.discards, stats.discarded_bytes, stats.flushes), (1, 512, 0));
+    }
+
+    #[test]
+    fn a_write_past_the_node_marks_when_it_ends() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 10).unwrap();
+        let raw = raw::RawFile::open(file.path(), false, raw::Cache::Writeback).unwrap();
+        let node = BlockNode::new("d", Box::new(raw));
+        let write = node.access(AccessKind::Write, 1024, 512).unwrap();
+        let tracking = node.track(512).unwrap();
+        let read = node.access(AccessKind::Read, 0, 512).unwrap();
+        assert_eq!(tracking.marked_bytes(), 0);
+        drop((write, read));
+        assert!(tracking.is_marked(1024));
+        assert_eq!(tracking.marked_bytes(), 512);
+    }
+
+    #[test]
+    fn what_arrives_fills_a_read_only_disk_too() {
+        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024))).into_read_only();
+        assert!(node.read_only() && node.write_at(&[1; 512], 0).is_err());
+        node.fill_at(&[7; 512], 512).unwrap();
+        node.fill_zeroes(512, 256).unwrap();
+        let mut back = [1; 512];
+        node.copy_at(&mut back, 512).unwrap();
+        assert_eq!((back[255], back[256]), (0, 7));
+        assert!(node.fill_at(&[7; 512], 1024).is_err() && node.fill_zeroes(1000, 100).is_err());
+        assert_eq!(node.stats(), NodeStats::default());
     }
 }

@@ -3,7 +3,7 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BlockBackend, LockError};
+use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
 use super::ofd_lock::{self, Operation};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -53,6 +53,20 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// No room for it, or no right to make it.
+    #[error("cannot create disk image {path} of {len_bytes} bytes")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        len_bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Another machine uses it.
+    #[error(transparent)]
+    Locked(#[from] LockError),
     /// Nothing in it.
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
     Empty {
@@ -136,10 +150,80 @@ impl RawFile {
         Ok(Self { file, path, len_bytes, read_only, cache })
     }
 
+    /// Makes a blank image of `len_bytes` in the file `partial`, or takes over what an earlier attempt
+    /// has left there, and locks it. It goes by the name of `path`, which it will get once it is whole.
+    pub fn create(
+        partial: &Path,
+        path: &Path,
+        len_bytes: u64,
+        cache: Cache,
+    ) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+        }
+        let mut options = OpenOptions::new();
+        // Not through a link that somebody has put there; not truncated before it is locked.
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
+        let lock = RawFile {
+            file: Arc::new(file),
+            path: path.to_owned(),
+            len_bytes,
+            read_only: false,
+            cache: Cache::Writeback,
+        };
+        BlockBackend::lock(&lock)?;
+        let sized = lock.file.set_len(0).and_then(|()| lock.file.set_len(len_bytes));
+        let created = match (sized, cache) {
+            (Err(source), _) => Err(failed(source)),
+            (Ok(()), Cache::Writeback) => Ok(lock),
+            // Only now it has a size to probe. The lock goes with the file that holds it.
+            (Ok(()), Cache::None) => Self::open(partial, false, cache)
+                .map(|direct| Self { path: path.to_owned(), ..direct })
+                .and_then(|direct| {
+                    drop(lock);
+                    BlockBackend::lock(&direct)?;
+                    Ok(direct)
+                }),
+        };
+        created.inspect_err(|_| drop(std::fs::remove_file(partial)))
+    }
+
+    /// How long the file is now; its disk is as long as it was when it was opened.
+    fn current_len(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        Ok(if metadata.is_file() { metadata.len() } else { self.len_bytes })
+    }
+
     /// Whether the kernel would refuse `buffer` for its place in memory.
     fn must_bounce(&self, buffer: &[u8]) -> bool {
         self.cache == Cache::None && !buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
     }
+}
+
+/// A file that is locked, whatever it holds.
+#[derive(Debug)]
+pub struct HeldFile(#[expect(dead_code, reason = "the lock goes with the open file")] File);
+
+impl HeldFile {
+    /// Locks `path` as its only user.
+    pub fn hold(path: &Path) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Open { path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        lock_file(&file, path, Operation::Exclusive)?;
+        Ok(Self(file))
+    }
+}
+
+pub(super) fn lock_file(file: &File, path: &Path, operation: Operation) -> Result<(), LockError> {
+    ofd_lock::change(file, operation).map_err(|source| {
+        let location = path.display().to_string();
+        match source.kind() {
+            io::ErrorKind::WouldBlock => LockError::Held { location },
+            _ => LockError::Refused { location, source },
+        }
+    })
 }
 
 /// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
@@ -195,6 +279,22 @@ impl BlockBackend for RawFile {
         self.path.display().to_string()
     }
 
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    fn backing(&self) -> Option<String> {
+        None
+    }
+
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        Ok(None)
+    }
+
+    fn is_direct(&self) -> bool {
+        self.cache == Cache::None
+    }
+
     fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
@@ -234,6 +334,39 @@ impl BlockBackend for RawFile {
         if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
     }
 
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        let rest = self.len_bytes.saturating_sub(offset_bytes);
+        let extent = |end: u64, content| {
+            // A file that has shrunk meanwhile still gets its read, and that its error.
+            let len_bytes = end.saturating_sub(offset_bytes).clamp(1, rest.max(1));
+            Ok(Extent { len_bytes, content })
+        };
+        let seek = |to| rustix::fs::seek(&self.file, to);
+        match seek(rustix::fs::SeekFrom::Data(offset_bytes)) {
+            Ok(data) if data > offset_bytes => extent(data, Content::Zero),
+            Ok(_) => match seek(rustix::fs::SeekFrom::Hole(offset_bytes)) {
+                Ok(hole) => extent(hole, Content::Data),
+                Err(error) => Err(error.into()),
+            },
+            // No data from here on; or past the end of a file that has shrunk.
+            Err(rustix::io::Errno::NXIO) if self.current_len()? >= self.len_bytes => {
+                extent(self.len_bytes, Content::Zero)
+            }
+            // Block devices and some file systems do not know.
+            Err(
+                rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP,
+            ) => extent(self.len_bytes, Content::Data),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        // A file system counts its own blocks too, and a block device counts none.
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512);
+        Ok(if metadata.is_file() { blocks.min(self.len_bytes) } else { self.len_bytes })
+    }
+
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
         let alignment = match self.cache {
             Cache::Writeback => 1,
@@ -248,13 +381,7 @@ impl BlockBackend for RawFile {
 
     fn lock(&self) -> Result<(), LockError> {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
-        ofd_lock::change(&self.file, operation).map_err(|source| {
-            let location = self.location();
-            match source.kind() {
-                io::ErrorKind::WouldBlock => LockError::Held { location },
-                _ => LockError::Refused { location, source },
-            }
-        })
+        lock_file(&self.file, &self.path, operation)
     }
 
     fn unlock(&self) {
@@ -368,6 +495,40 @@ mod tests {
             expected[512..1536].fill(0);
             expected[2048..2560].fill(0);
             assert!(std::fs::read(file.path()).unwrap() == expected);
+        }
+    }
+
+    #[test]
+    fn holes_are_found_and_data_is_never_called_a_hole() {
+        for directory in [std::env::temp_dir(), "/dev/shm".into()] {
+            let Ok(file) = tempfile::NamedTempFile::new_in(directory) else { continue };
+            let size = 8 << 20;
+            file.as_file().set_len(size).unwrap();
+            let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+            let all = |content| Extent { len_bytes: size, content };
+            assert_eq!(raw.extent_at(0).unwrap(), all(Content::Zero));
+            raw.write_at(&[1; 4096], 2 << 20).unwrap();
+            raw.write_at(&[1; 4096], size - 4096).unwrap();
+            let (mut at, mut data) = (0, Vec::new());
+            while at < size {
+                let extent = raw.extent_at(at).unwrap();
+                assert!(extent.len_bytes > 0 && at + extent.len_bytes <= size);
+                if extent.content == Content::Data {
+                    data.push(at..at + extent.len_bytes);
+                }
+                at += extent.len_bytes;
+            }
+            for written in [2 << 20, size - 4096] {
+                assert!(data.iter().any(|range| range.contains(&written)), "{written}: {data:?}");
+            }
+            let bytes: u64 = data.iter().map(|range| range.end - range.start).sum();
+            assert!(bytes <= 256 << 10, "{bytes} bytes of data");
+            raw.discard(0, size).unwrap();
+            assert_eq!(raw.extent_at(512).unwrap().content, Content::Zero);
+            // Somebody truncates it: what is gone is read, and the read says so.
+            file.as_file().set_len(1 << 20).unwrap();
+            assert_eq!(raw.extent_at(4 << 20).unwrap().content, Content::Data);
+            assert!(raw.read_at(&mut [0; 512], 4 << 20).is_err());
         }
     }
 

@@ -344,7 +344,7 @@ mod tests {
     }
 
     fn transfer(file: &Arc<File>, operation: Operation, offset_bytes: u64) -> Transfer {
-        Transfer { access: Access { file: file.clone(), alignment: 1 }, operation, offset_bytes }
+        Transfer { access: Access::to(file.clone(), 1), operation, offset_bytes }
     }
 
     fn finish(ring: &mut Ring<u64>) -> Vec<(u64, io::Result<()>)> {
@@ -471,7 +471,7 @@ mod tests {
             [(&many[..], 1), (&[], 1), (&[(0x1001, 512)], 512), (&[(0x1000, 511)], 512)]
         {
             let operation = Operation::Read(segments(&ram, pieces));
-            let access = Access { file: file.clone(), alignment };
+            let access = Access::to(file.clone(), alignment);
             let given = Transfer { access, operation, offset_bytes: 0 };
             let (back, token) = ring.push(given, 5).unwrap_err();
             assert_eq!((back.operation, token), (Operation::Read(segments(&ram, pieces)), 5));

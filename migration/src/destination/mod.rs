@@ -5,13 +5,16 @@
 //! mod        greet                     who is not Ferry is dropped, and the wait goes on
 //! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
 //! receiver   page frames, meanwhile
+//! disks      chunks of disks, meanwhile, if they travel
 //! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined
 //! ```
 
+mod disks;
 mod handover;
 mod load;
 mod receiver;
 
+use crate::block::LoadError;
 use crate::cancel::CancelToken;
 use crate::guest::{DestinationHost, GuestError};
 use crate::source::{MigrationEvent, chain};
@@ -19,6 +22,7 @@ use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channels::{Pulse, receive_hello, send_hello};
 use crate::transport::reception::Reception;
 use crate::transport::{Channel, Listener, Main, Transport};
+use crate::wire::hello::DISKS;
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::io;
 use std::sync::Arc;
@@ -39,6 +43,9 @@ pub enum DestinationError {
     /// This side's machine.
     #[error(transparent)]
     Guest(GuestError),
+    /// A disk that arrives.
+    #[error(transparent)]
+    Disk(LoadError),
     /// Cancelled on this side.
     #[error("cancelled at the destination")]
     Cancelled,
@@ -63,7 +70,8 @@ pub struct Destination<'a> {
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-type OpenData<'d> = &'d mut dyn FnMut(MigrationId, u16) -> Result<Arc<dyn Transport>, WireError>;
+/// Waits for the connection of a migration that has this role.
+type Open<'d> = &'d mut dyn FnMut(MigrationId, Role) -> Result<Arc<dyn Transport>, WireError>;
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. A connection that does not speak our protocol is
@@ -77,8 +85,11 @@ impl Destination<'_> {
             error => error.into(),
         });
         let (main, hello) = greeted?;
-        self.arrive(Arc::new(main), &hello, &mut |id, index| {
-            Ok(Arc::new(reception.data(id, index, GREETING_PATIENCE)?))
+        self.arrive(Arc::new(main), &hello, &mut |id, role| {
+            Ok(Arc::new(match role {
+                Role::Main | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
+                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
+            }))
         })
     }
 
@@ -87,6 +98,7 @@ impl Destination<'_> {
         mut self,
         main: Arc<dyn Transport>,
         data: Vec<Arc<dyn Transport>>,
+        disks: Option<Arc<dyn Transport>>,
     ) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
         let greeting = Channel::new(main.clone(), cancel.clone());
@@ -97,12 +109,16 @@ impl Destination<'_> {
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
-        self.arrive(main, &hello, &mut |id, index| {
+        self.arrive(main, &hello, &mut |id, role| {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
-            let data = data.get(usize::from(index)).ok_or_else(missing)?;
+            let data = match role {
+                Role::Main | Role::Disks => disks.as_ref(),
+                Role::Data { index } => data.get(usize::from(index)),
+            };
+            let data = data.ok_or_else(missing)?;
             let channel = Channel::new(data.clone(), cancel.clone());
             let hello = receive_hello(&channel, GREETING_PATIENCE)?;
-            if (hello.id, hello.role) != (id, Role::Data { index }) {
+            if (hello.id, hello.role) != (id, role) {
                 let reason = "no such migration or channel".to_owned();
                 return Err(WireError::Malformed { what: "hello", reason });
             }
@@ -120,12 +136,12 @@ impl Destination<'_> {
         &mut self,
         main: Arc<dyn Transport>,
         hello: &Hello,
-        open_data: OpenData<'_>,
+        open: Open<'_>,
     ) -> Result<(), DestinationError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
         let main = Arc::new(Main::new(Channel::new(main, self.cancel.clone())));
-        let result = self.connected(&main, hello, open_data);
+        let result = self.connected(&main, hello, open);
         // Everything that could be said has been said.
         main.channel().transport().shutdown();
         let error = result.as_ref().err().map(|error| chain(error));
@@ -145,24 +161,25 @@ impl Destination<'_> {
         &mut self,
         main: &Arc<Main>,
         hello: &Hello,
-        open_data: OpenData<'_>,
+        open: Open<'_>,
     ) -> Result<(), DestinationError> {
         let loaded = (|| {
             let malformed = |reason| WireError::Malformed { what: "hello", reason };
             hello.check_channels().map_err(malformed)?;
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
-            let mut data = Vec::new();
-            for index in 0..hello.data_channels {
-                let named = |error: WireError| error.on_data_channel(index);
-                let transport = open_data(hello.id, index).map_err(named)?;
-                let channel = Channel::new(transport, self.cancel.clone());
-                let answer = Hello { role: Role::Data { index }, ..answer.clone() };
-                send_hello(&channel, &answer).map_err(named)?;
-                data.push(channel);
-            }
+            let mut open = |role| {
+                let named = |error: WireError| error.on_channel(role);
+                let channel =
+                    Channel::new(open(hello.id, role).map_err(named)?, self.cancel.clone());
+                send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;
+                Ok::<_, WireError>(channel)
+            };
+            let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));
+            let data = data.collect::<Result<_, _>>()?;
+            let disks = if answer.has(DISKS) { Some(open(Role::Disks)?) } else { None };
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
-            let running = self.load(main, data)?;
+            let running = self.load(main, data, disks)?;
             Ok((running, pulse))
         })();
         match loaded {

@@ -1,7 +1,8 @@
 //! How a migration ends at the source, and why.
 
+use crate::block::ReadError;
 use crate::guest::GuestError;
-use crate::ram::compress::MethodError;
+use crate::ram::encode::WantError;
 use crate::wire::WireError;
 use std::io;
 
@@ -26,9 +27,15 @@ pub enum SourceError {
     /// Guest RAM cannot be read.
     #[error("guest RAM: {0}")]
     Ram(String),
-    /// Pages cannot be compressed as wanted.
+    /// A disk cannot be read.
     #[error(transparent)]
-    Compression(MethodError),
+    Disk(#[from] ReadError),
+    /// The destination is too old for disks.
+    #[error("the destination's ferry cannot take disks in: use the same on both sides")]
+    NoDisksThere,
+    /// Pages cannot be made smaller as wanted.
+    #[error(transparent)]
+    Encoding(WantError),
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,

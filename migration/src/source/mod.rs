@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod       greet, describe the machine        any failure: the guest has never stopped
+//! freight   what travels: RAM and disks, weighed together
 //! precopy   rounds until the rest is short     any failure: the guest has never stopped
 //! stop      pause, send the rest, wait Ready   any failure: the guest is resumed; so it is, and the
 //!                                              rounds go on, if more is left than was predicted
@@ -9,6 +10,7 @@
 //! ```
 
 mod error;
+mod freight;
 mod handover;
 mod pace;
 mod precopy;
@@ -17,6 +19,8 @@ mod stop;
 pub use crate::ram::outgoing::SourceRam;
 pub use error::{SourceError, SourceOutcome};
 
+use crate::block::SourceDisks;
+use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::{CancelToken, Registration};
 use crate::guest::{GuestControl, MachineDescription};
 use crate::params::SharedParams;
@@ -27,8 +31,10 @@ use crate::ram::shard::{Common, Shard};
 use crate::stats::{Counters, MigrationStatus, NotConverging};
 use crate::transport::channels::{Pulse, payload_of, receive_hello, send_hello};
 use crate::transport::{Address, Channel, Main, SocketTransport, Transport};
+use crate::wire::hello::DISKS;
 use crate::wire::section::{Section, Stage};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use freight::Freight;
 use handover::Handover;
 use pace::Pace;
 use std::sync::Arc;
@@ -55,6 +61,8 @@ pub struct Source<'a> {
     pub guest: &'a mut dyn GuestControl,
     /// What it is.
     pub machine: &'a MachineDescription,
+    /// Disks that leave with it.
+    pub disks: SourceDisks,
     /// Limits, read anew at every step.
     pub params: SharedParams,
     /// What has been done.
@@ -69,9 +77,11 @@ pub struct Source<'a> {
 struct Link {
     main: Arc<Main>,
     data: Vec<Arc<Channel>>,
+    /// Of the disks, if they travel.
+    disks: Option<Arc<Channel>>,
     /// Of a journey there and back.
     round_trip: Duration,
-    /// A cancel wakes who writes pages; the main connection stays usable, to say why.
+    /// A cancel wakes who writes pages or disks; the main connection stays usable, to say why.
     _wake: Vec<Registration>,
     /// After the others: its thread ends once they are shut down.
     _pulse: Pulse,
@@ -79,7 +89,8 @@ struct Link {
 
 impl Link {
     fn end_data(&self) {
-        self.data.iter().for_each(|data| data.transport().shutdown());
+        let all = self.data.iter().chain(&self.disks);
+        all.for_each(|channel| channel.transport().shutdown());
     }
 }
 
@@ -106,15 +117,17 @@ impl Source<'_> {
         self.finish(result)
     }
 
-    /// Moves the guest over connections that exist already; there are as many data channels as `data`.
+    /// Moves the guest over connections that exist already; there are as many data channels as `data`,
+    /// and one for the disks if they travel.
     pub fn migrate_over(
         mut self,
         main: Arc<dyn Transport>,
         data: Vec<Arc<dyn Transport>>,
+        disks: Option<Arc<dyn Transport>>,
         ram: SourceRam,
     ) -> SourceOutcome {
         let channels = u16::try_from(data.len()).unwrap_or(u16::MAX);
-        let mut transports = std::iter::once(main).chain(data);
+        let mut transports = std::iter::once(main).chain(data).chain(disks);
         let result = self.run(ram, channels, &mut || {
             let lost = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
             transports.next().ok_or_else(|| lost().into())
@@ -136,10 +149,11 @@ impl Source<'_> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
         let link = self.connect(channels, connect)?;
-        let (mut ram, mut pace) = self.set_up(&link, ram).map_err(|error| settle(&link, error))?;
+        let set_up = self.set_up(&link, ram);
+        let (mut freight, mut pace) = set_up.map_err(|error| settle(&link, error))?;
         let handover = loop {
-            self.precopy(&link, &mut ram, &mut pace).map_err(|error| settle(&link, error))?;
-            match self.stop_and_hand_over(&link, &mut ram, &mut pace) {
+            self.precopy(&link, &mut freight, &mut pace).map_err(|error| settle(&link, error))?;
+            match self.stop_and_hand_over(&link, &mut freight, &mut pace) {
                 Ok(Stop::TooMuchLeft) => {}
                 Ok(Stop::HandedOver(handover)) => break Ok(handover),
                 Err(error) => break Err(error),
@@ -147,7 +161,7 @@ impl Source<'_> {
         };
         // The guest runs again, there or here: now the dirty log may take its time to stop.
         drop(link);
-        drop(ram);
+        drop(freight);
         handover
     }
 
@@ -202,28 +216,47 @@ impl Source<'_> {
         let transport = connect()?;
         let main = Channel::new(transport, self.cancel.clone());
         let greeted = Instant::now();
-        greet(&main, &Hello::new(Role::Main, id, channels))?;
+        let hello = Hello::new(Role::Main, id, channels);
+        let with_disks = !self.disks.disks.is_empty();
+        let hello = if with_disks { hello.wanting(DISKS) } else { hello };
+        let answer = greet(&main, &hello)?;
+        if with_disks && !answer.has(DISKS) {
+            return Err(SourceError::NoDisksThere);
+        }
         let round_trip = greeted.elapsed();
-        let (mut data, mut wake) = (Vec::new(), Vec::new());
-        for index in 0..channels {
+        let mut wake = Vec::new();
+        let mut open = |role| {
             let transport = connect()?;
             let woken = transport.clone();
             wake.push(self.cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, self.cancel.clone());
-            greet(&channel, &Hello::new(Role::Data { index }, id, channels))
-                .map_err(|error| error.on_data_channel(index))?;
-            data.push(Arc::new(channel));
-        }
+            greet(&channel, &Hello::new(role, id, channels))
+                .map_err(|error| error.on_channel(role))?;
+            Ok::<_, SourceError>(Arc::new(channel))
+        };
+        let data = (0..channels).map(|index| open(Role::Data { index }));
+        let data = data.collect::<Result<_, _>>()?;
+        let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
         let main = Arc::new(Main::new(main));
         let pulse = Pulse::start(main.clone()).map_err(SourceError::Thread)?;
-        Ok(Link { main, data, round_trip, _wake: wake, _pulse: pulse })
+        Ok(Link { main, data, disks, round_trip, _wake: wake, _pulse: pulse })
     }
 
     /// What comes before the first page.
-    fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(RamOutgoing, Pace), SourceError> {
+    fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
+        let disks = match &link.disks {
+            None => None,
+            Some(channel) => {
+                let (leaving, counters) = (self.disks.clone(), self.counters.clone());
+                let disks = DisksOutgoing::setup(leaving, channel.clone(), counters)?;
+                let setup = disks.announcement().encode();
+                link.main.send(Kind::Section, &Section::encode(Stage::Setup, "block", &setup))?;
+                Some(disks)
+            }
+        };
         let fixed = policy::fixed_downtime(link.round_trip);
         let pace = Pace::new(self.params.clone(), self.cancel.clone(), fixed);
         let common = Common {
@@ -249,7 +282,7 @@ impl Source<'_> {
             stats.setup_time = stats.started.map(|started| started.elapsed());
         });
         self.status(MigrationStatus::Active);
-        Ok((ram, pace))
+        Ok((Freight { ram, disks }, pace))
     }
 }
 
@@ -260,14 +293,14 @@ impl Drop for Source<'_> {
     }
 }
 
-fn greet(channel: &Channel, hello: &Hello) -> Result<(), WireError> {
+fn greet(channel: &Channel, hello: &Hello) -> Result<Hello, WireError> {
     send_hello(channel, hello)?;
     let answer = receive_hello(channel, GREETING_PATIENCE)?;
     if (answer.role, answer.id) != (hello.role, hello.id) {
         let reason = "it is for another connection".to_owned();
         return Err(WireError::Malformed { what: "hello", reason });
     }
-    Ok(())
+    Ok(answer)
 }
 
 /// Before the connections go: what the destination says of a broken one explains it better than the

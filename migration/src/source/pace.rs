@@ -38,6 +38,8 @@ pub(super) struct Pace {
     fixed: Duration,
     /// What a look costs as a rule.
     harvest: Duration,
+    /// How long the rest of the disks takes, and their last flush.
+    disks: (Duration, Duration),
     /// The pause that the last decision promised.
     pub(super) predicted: Duration,
     /// How much longer the pause would have been than predicted, when it was called off: so much less
@@ -63,6 +65,7 @@ impl Pace {
             look_interval: LOOK_INTERVAL,
             fixed,
             harvest: Duration::ZERO,
+            disks: (Duration::ZERO, Duration::ZERO),
             predicted: fixed,
             margin: Duration::ZERO,
         }
@@ -78,9 +81,29 @@ impl Pace {
         self.params.get().downtime_limit.saturating_sub(self.margin)
     }
 
-    /// What the pause costs however little there is to send: the dirty log is looked at twice in it.
+    /// What the pause costs however little there is to send: the dirty log is looked at twice in it, and
+    /// the images at the destination are flushed.
     pub(super) fn fixed(&self) -> Duration {
-        self.fixed + self.harvest * 2
+        self.fixed + self.harvest * 2 + self.disks.1
+    }
+
+    /// So much is left of the disks, which go at `bytes_per_sec` if that is known; their flush takes
+    /// `flush`.
+    pub(super) fn disks_left(&mut self, bytes: u64, bytes_per_sec: Option<u64>, flush: Duration) {
+        let rate = self.disks_per_sec(bytes_per_sec);
+        self.disks = (policy::expected_downtime(bytes, rate, Duration::ZERO), flush);
+    }
+
+    /// A disk is often slower than the link, and never faster.
+    fn disks_per_sec(&self, measured: Option<u64>) -> u64 {
+        measured.map_or(self.bandwidth(), |rate| rate.min(self.bandwidth()))
+    }
+
+    /// Bytes of RAM that take as long to send as `bytes` of disks do.
+    pub(super) fn as_ram(&self, bytes: u64, bytes_per_sec: Option<u64>) -> u64 {
+        let slower = u128::from(self.disks_per_sec(bytes_per_sec).max(1));
+        let bytes = u128::from(bytes) * u128::from(self.guest_bytes_per_sec()) / slower;
+        u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 
     /// The look after a round took so long. Large guests have large logs; and the host may have been busy
@@ -96,7 +119,7 @@ impl Pace {
     /// How long the guest would be stopped if `pending_bytes` were left.
     pub(super) fn expected_downtime(&self, pending_bytes: u64) -> Duration {
         let bytes = self.speed.on_the_wire(pending_bytes);
-        policy::expected_downtime(bytes, self.bandwidth(), self.fixed())
+        policy::expected_downtime(bytes, self.bandwidth(), self.fixed()) + self.disks.0
     }
 
     /// With the guest stopped for `stopped` already and `pending_bytes` left: whether the limit can still
@@ -187,7 +210,7 @@ impl Pace {
 
     /// Bytes per second that the guest would dirty if all were clean, if that is known.
     pub(super) fn dirtied_per_sec(&self) -> Option<u64> {
-        self.dirtying.steady_bytes_per_sec()
+        self.dirtying.bytes_per_sec()
     }
 
     /// How fast the guest has proved to write in `round`, which is over, in bytes of RAM per second.
@@ -207,6 +230,11 @@ impl Pace {
     pub(super) fn rate_has_changed(&mut self) {
         self.rate_changed = true;
         self.dirtying.forget_rate();
+    }
+
+    /// Whether this is the first round, in which every page is sent whether it is in use or not.
+    pub(super) fn is_first_round(&self) -> bool {
+        self.first_round
     }
 
     /// Whether what becomes dirty in this round tells what is to be done about the guest.

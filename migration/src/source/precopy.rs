@@ -3,7 +3,8 @@
 //! that writes too fast is slowed down, and its user told, before they end.
 
 use super::pace::Pace;
-use super::{Link, MigrationEvent, Source, SourceError};
+use super::{Freight, Link, MigrationEvent, Source, SourceError};
+use crate::params::Compression;
 use crate::policy::{self, Decision, Outlook, Round};
 use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
@@ -18,17 +19,21 @@ impl Source<'_> {
     pub(super) fn precopy(
         &mut self,
         link: &Link,
-        ram: &mut RamOutgoing,
+        freight: &mut Freight,
         pace: &mut Pace,
     ) -> Result<(), SourceError> {
         let mut polished = 0;
         loop {
             let number = self.counters.rounds() + 1;
             self.begin_pass(number);
-            let (round, dirtied_per_sec) = self.round(number, link, ram, pace)?;
+            // Disks take longest, so they go first: RAM that was sent before would have to go again.
+            let disk_bytes = freight.iterate_disks(pace)?;
+            let (round, dirtied_per_sec) = self.round(number, link, &mut freight.ram, pace)?;
+            freight.weigh_disks(pace);
+            let both = freight.with_disks(round, disk_bytes, pace);
             let coming = policy::written_until_stopped(dirtied_per_sec);
             let expected = pace.expected_downtime(round.dirtied_bytes + coming);
-            match policy::decide(round, expected, pace.fixed(), pace.limit(), polished) {
+            match policy::decide(both, expected, pace.fixed(), pace.limit(), polished) {
                 Decision::Stop => {
                     pace.predicted = expected;
                     return Ok(());
@@ -99,7 +104,9 @@ impl Source<'_> {
             sent_bytes: after.transferred_bytes - before.transferred_bytes,
             zero_pages: after.zero_pages - before.zero_pages,
             normal_pages: after.normal_pages - before.normal_pages,
+            compressed_pages: after.compression.pages - before.compression.pages,
             xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
+            unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: round.dirtied_bytes / PAGE_SIZE,
             dirty_pages_rate: dirtied_per_sec / PAGE_SIZE,
             bytes_per_sec: pace.bandwidth(),
@@ -134,6 +141,12 @@ impl Source<'_> {
         // While the first round still meets pages for the first time, nobody knows which are in use; and
         // a round that only shortens an acceptable pause is no reason to slow the guest down.
         if pace.round_matters() && self.slow_down(dirtied, sent, pace) {
+            return;
+        }
+        // How far pages shrink is not known in the first round.
+        let params = self.params.get();
+        let may_shrink = params.xbzrle || params.compression != Compression::None;
+        if may_shrink && pace.is_first_round() {
             return;
         }
         if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {

@@ -3,9 +3,8 @@
 
 use super::handover::{Handover, hand_over};
 use super::pace::Pace;
-use super::{Link, MigrationEvent, Source, SourceError, chain, encode, settle};
+use super::{Freight, Link, MigrationEvent, Source, SourceError, chain, encode, settle};
 use crate::guest::PausedGuest;
-use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{Counters, DowntimeParts, MigrationStatus};
 use crate::transport::channels::payload_of;
 use crate::wire::section::{Eof, RamTotals, Section, Stage};
@@ -29,7 +28,7 @@ impl Source<'_> {
     pub(super) fn stop_and_hand_over(
         &mut self,
         link: &Link,
-        ram: &mut RamOutgoing,
+        freight: &mut Freight,
         pace: &mut Pace,
     ) -> Result<Stop, SourceError> {
         let Self { guest, counters, params, cancel, events, .. } = self;
@@ -42,10 +41,13 @@ impl Source<'_> {
         };
         parts.pause = watch.lap();
         // For certain now, and before anything of the last step has been sent.
-        match ram.harvest() {
-            Ok(()) if pace.keeps_limit(watch.total(), ram.pending_bytes()) => {}
+        let harvested = freight.ram.harvest();
+        freight.weigh_disks(pace);
+        let left = freight.ram.pending_bytes();
+        match harvested {
+            Ok(()) if pace.keeps_limit(watch.total(), left) => {}
             Ok(()) => {
-                log::info!("{} bytes are left, too much: the guest runs on", ram.pending_bytes());
+                log::info!("{left} bytes of RAM are left, or disks: too much, the guest runs on");
                 counters.update(|stats| stats.called_off += 1);
                 return match paused.resume() {
                     Ok(()) => Ok(Stop::TooMuchLeft),
@@ -62,8 +64,8 @@ impl Source<'_> {
         events(MigrationEvent::Status(MigrationStatus::Device));
         let patience = READY_PATIENCE + params.get().downtime_limit * 2;
         let sent = send_stopped(
-            &mut LastStep { link, counters, watch: &mut watch, parts: &mut parts },
-            ram,
+            &mut LastStep { link, pace, counters, watch: &mut watch, parts: &mut parts },
+            freight,
             &mut paused,
             &mut **events,
         );
@@ -120,6 +122,7 @@ impl StopWatch {
 /// What sending the rest needs besides the guest and its RAM.
 struct LastStep<'s> {
     link: &'s Link,
+    pace: &'s Pace,
     counters: &'s Counters,
     watch: &'s mut StopWatch,
     parts: &'s mut DowntimeParts,
@@ -127,14 +130,19 @@ struct LastStep<'s> {
 
 fn send_stopped(
     step: &mut LastStep<'_>,
-    ram: &mut RamOutgoing,
+    freight: &mut Freight,
     paused: &mut PausedGuest<'_>,
     events: &mut dyn FnMut(MigrationEvent),
 ) -> Result<(), SourceError> {
-    let LastStep { link, counters, watch, parts } = step;
+    let LastStep { link, pace, counters, watch, parts } = step;
+    let Freight { ram, disks } = freight;
     let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
     link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
     parts.device_state = watch.lap();
+    // The destination writes and flushes the last of the disks while the last pages travel.
+    if let Some(disks) = disks {
+        disks.complete(&mut pace.cap())?;
+    }
     ram.harvest()?;
     parts.final_harvest += watch.lap();
     let (number, pending) = (counters.rounds() + 1, ram.pending_bytes());
@@ -148,8 +156,13 @@ fn send_stopped(
     let totals: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
     let frames = tallies.iter().map(|tally| tally.frames).collect();
     let eof = Eof { running: paused.was_running(), frames };
-    let end = Section::encode(Stage::End, "ram", &totals.encode());
-    link.main.send_all(&[(Kind::Section, &end), (Kind::Eof, &eof.encode())])?;
+    let ram_end = Section::encode(Stage::End, "ram", &totals.encode());
+    let disks_end =
+        disks.as_ref().map(|disks| Section::encode(Stage::End, "block", &disks.totals().encode()));
+    let eof = eof.encode();
+    let mut frames: Vec<_> = disks_end.iter().map(|end| (Kind::Section, end.as_slice())).collect();
+    frames.extend([(Kind::Section, ram_end.as_slice()), (Kind::Eof, &eof)]);
+    link.main.send_all(&frames)?;
     parts.final_send = watch.lap();
     Ok(())
 }

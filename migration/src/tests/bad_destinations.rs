@@ -231,8 +231,8 @@ fn migrate_over_narrow(patience: Duration, room: u64, slow_reads: u64) -> End {
     let scenario = Scenario { ram_bytes: 8 << 20, script, params, patience, ..Default::default() };
     let link = MemoryLink::new(None).with_patience(patience);
     let (main, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main), data: Vec::new() };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new() };
+    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
     for index in 0..3 {
         let (out, into) = link.connect();
         let narrow = |inner| -> Arc<dyn Transport> {

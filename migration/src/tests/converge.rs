@@ -8,6 +8,14 @@ use crate::stats::MigrationStatus;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+/// As [`too_fast`], smaller: rounds are too short to be looked at on their way.
+fn too_fast_and_small() -> Scenario {
+    let mut small = too_fast(true);
+    small.params.max_bandwidth = 40_000_000;
+    let dirtying = Some((500, Duration::from_millis(20)));
+    Scenario { ram_bytes: 4 << 20, dirtying, ..small }
+}
+
 /// 16 MiB of RAM, half of which is written all the time, over a link of 20 MB/s.
 fn too_fast(auto_converge: bool) -> Scenario {
     let params = Params {
@@ -65,7 +73,7 @@ fn a_guest_that_fits_is_not_slowed_down() {
 fn throttling_ends_with_every_failure() {
     use Fail::*;
     for fail in [Pause, Save, Release, Lock, Run] {
-        let end = migrate(&Scenario { fail, ..too_fast(true) });
+        let end = migrate(&Scenario { fail, ..too_fast_and_small() });
         assert!(matches!(end.source, SourceOutcome::Failed(_)), "{fail:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{fail:?}"));
         end.assert_let_go(&format!("{fail:?}"));
@@ -76,7 +84,7 @@ fn throttling_ends_with_every_failure() {
 fn throttling_ends_with_a_cancel() {
     use MigrationEvent::{Pass, Status};
     for at in [Pass(4), Status(MigrationStatus::Device)] {
-        let end = migrate(&Scenario { cancel_source_at: Some(at), ..too_fast(true) });
+        let end = migrate(&Scenario { cancel_source_at: Some(at), ..too_fast_and_small() });
         assert!(matches!(end.source, SourceOutcome::Cancelled), "{at:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{at:?}"));
         end.assert_let_go(&format!("{at:?}"));
@@ -85,18 +93,19 @@ fn throttling_ends_with_a_cancel() {
 
 #[test]
 fn throttling_ends_with_the_link() {
-    let all = migrate(&too_fast(true)).bytes_exchanged;
-    let cut_after = Some(all - (1 << 20));
-    let end = migrate(&Scenario { cut_after, ..too_fast(true) });
-    if matches!(end.source, SourceOutcome::Failed(_)) {
-        end.assert_back_at_source("cut");
-    }
+    let mut scenario = too_fast_and_small();
+    // Never enough, so that it is still throttled when the link is cut.
+    scenario.params.throttle.max = 30;
+    scenario.cut_after = Some(16 << 20);
+    let end = migrate(&scenario);
+    assert!(matches!(end.source, SourceOutcome::Failed(_)), "{:?}", end.source);
+    end.assert_back_at_source("cut");
     end.assert_let_go("cut");
 }
 
 #[test]
 fn throttling_ends_with_a_migration_that_panics() {
-    let scenario = Scenario { fail: Fail::PanicInSave, ..too_fast(true) };
+    let scenario = Scenario { fail: Fail::PanicInSave, ..too_fast_and_small() };
     let machine = scenario.machine.clone();
     let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| migrate(&scenario)));
     assert!(end.is_err(), "the panic goes on");
@@ -110,7 +119,7 @@ fn a_guest_that_cannot_be_throttled_is_no_failure() {
     let scenario = Scenario {
         fail: Fail::Throttle,
         cancel_source_at: Some(MigrationEvent::Pass(6)),
-        ..too_fast(true)
+        ..too_fast_and_small()
     };
     let end = migrate(&scenario);
     assert!(!matches!(end.source, SourceOutcome::Failed(_)), "{:?}", end.source);

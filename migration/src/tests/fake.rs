@@ -1,5 +1,7 @@
 //! A machine without KVM for both ends, a link in memory, and whole migrations made of them.
 
+use super::fake_disks::{DiskWriters, FakeDisks};
+use crate::block::IncomingDisk;
 use crate::cancel::CancelToken;
 use crate::destination::Destination;
 use crate::guest::*;
@@ -84,6 +86,8 @@ pub struct FakeSource {
     pub ram: GuestRam,
     /// Writes RAM while the guest runs.
     pub mutator: Option<Mutator>,
+    /// Write its disks while the guest runs.
+    pub disk_writers: DiskWriters,
     /// At so many pauses the guest writes much in its last moment.
     pub bursts: u32,
     pub script: Option<Script>,
@@ -103,6 +107,7 @@ impl GuestControl for FakeSource {
         if let Some(mutator) = &mut self.mutator {
             mutator.stop();
         }
+        self.disk_writers.stop();
         if let Some(left) = self.bursts.checked_sub(1) {
             self.bursts = left;
             for page in 16..816 {
@@ -160,6 +165,7 @@ pub struct FakeHost {
     pub fail: Fail,
     pub ram: Option<GuestRam>,
     pub records: Vec<DeviceRecord>,
+    pub disks: Vec<IncomingDisk>,
 }
 
 impl DestinationHost for FakeHost {
@@ -170,6 +176,10 @@ impl DestinationHost for FakeHost {
         let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
         self.ram = Some(ram.clone());
         Ok(IncomingRam { ram, layout })
+    }
+
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
+        Ok(self.disks.clone())
     }
 
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
@@ -496,6 +506,7 @@ pub struct Scenario {
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
+    pub disks: FakeDisks,
     /// The source's machine, for who wants to look at it after a panic.
     pub machine: Arc<Machine>,
 }
@@ -517,6 +528,7 @@ impl Default for Scenario {
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
+            disks: FakeDisks::default(),
             machine: Arc::default(),
         }
     }
@@ -525,8 +537,13 @@ impl Default for Scenario {
 pub fn migrate(scenario: &Scenario) -> End {
     let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
     let (main_out, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main_out), data: Vec::new() };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new() };
+    let mut source = Ends { main: Arc::new(main_out), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    if !scenario.disks.is_empty() {
+        let (disks_out, disks_in) = link.connect();
+        source.disks = Some(Arc::new(disks_out));
+        destination.disks = Some(Arc::new(disks_in));
+    }
     for index in 0..usize::from(scenario.params.multifd_channels) {
         let fuse = scenario.lose_channel.filter(|(lost, _)| *lost == index);
         let (data_out, data_in) = link.connect_for(fuse.map(|(_, bytes)| bytes));
@@ -539,6 +556,7 @@ pub fn migrate(scenario: &Scenario) -> End {
 pub struct Ends {
     pub main: Arc<dyn Transport>,
     pub data: Vec<Arc<dyn Transport>>,
+    pub disks: Option<Arc<dyn Transport>>,
 }
 
 pub fn migrate_over(
@@ -555,8 +573,10 @@ pub fn migrate_over(
     let receiver = {
         let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);
         let (counters, cancel_at) = (destination_counters.clone(), scenario.cancel_destination_at);
+        let disks = scenario.disks.incoming();
         std::thread::spawn(move || {
-            let mut host = FakeHost { machine, disk, fail, ram: None, records: Vec::new() };
+            let (ram, records) = (None, Vec::new());
+            let mut host = FakeHost { machine, disk, fail, ram, records, disks };
             let cancel = CancelToken::new();
             let canceller = cancel.clone();
             let mut events = |event| {
@@ -565,7 +585,7 @@ pub fn migrate_over(
                 }
             };
             let result = Destination { host: &mut host, counters, cancel, events: &mut events }
-                .receive_over(destination.main, destination.data);
+                .receive_over(destination.main, destination.data, destination.disks);
             (result.map_err(|error| chain(&error)), host)
         })
     };
@@ -614,6 +634,7 @@ fn run_source(
         fail: scenario.fail,
         ram: ram.clone(),
         mutator,
+        disk_writers: scenario.disks.start_writers(),
         bursts: scenario.bursts,
         script: scenario.script.clone(),
     };
@@ -646,6 +667,7 @@ fn run_source(
     let outcome = Source {
         guest: &mut guest,
         machine: &machine,
+        disks: scenario.disks.outgoing(),
         params,
         counters: counters.clone(),
         cancel,
@@ -654,6 +676,7 @@ fn run_source(
     .migrate_over(
         source.main,
         source.data,
+        source.disks,
         SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
     );
     (outcome, counters, seen)
@@ -663,6 +686,7 @@ fn run_source(
 pub struct Liar {
     pub main: MemoryTransport,
     pub data: Vec<MemoryTransport>,
+    pub disks: MemoryTransport,
 }
 
 impl Liar {
@@ -670,8 +694,10 @@ impl Liar {
     fn meet(channels: u16, patience: Duration) -> (Self, Ends) {
         let link = MemoryLink::new(None).with_patience(patience);
         let (main, main_in) = link.connect();
-        let mut victim = Ends { main: Arc::new(main_in), data: Vec::new() };
-        let mut liar = Self { main, data: Vec::new() };
+        let (disks, disks_in) = link.connect();
+        let disks_in: Option<Arc<dyn Transport>> = Some(Arc::new(disks_in));
+        let mut victim = Ends { main: Arc::new(main_in), data: Vec::new(), disks: disks_in };
+        let mut liar = Self { main, data: Vec::new(), disks };
         for _ in 0..channels {
             let (data, data_in) = link.connect();
             liar.data.push(data);
@@ -707,19 +733,39 @@ pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
 
 /// Lets `speak` be the source of a destination; returns what the destination says of it.
 pub fn receive_from(channels: u16, patience: Duration, speak: impl FnOnce(&Liar)) -> String {
+    receive_all(channels, patience, Vec::new(), speak)
+}
+
+/// The same, over one data channel, for a machine whose disks arrive.
+pub fn receive_with_disks(
+    patience: Duration,
+    disks: Vec<IncomingDisk>,
+    speak: impl FnOnce(&Liar),
+) -> String {
+    receive_all(1, patience, disks, speak)
+}
+
+fn receive_all(
+    channels: u16,
+    patience: Duration,
+    disks: Vec<IncomingDisk>,
+    speak: impl FnOnce(&Liar),
+) -> String {
     let (liar, victim) = Liar::meet(channels, patience);
     let machine = Arc::new(Machine::default());
     let ours = machine.clone();
     let receiver = std::thread::spawn(move || {
         let (disk, fail) = (Arc::default(), Fail::Nothing);
-        let mut host = FakeHost { machine: ours, disk, fail, ram: None, records: Vec::new() };
+        let (ram, records) = (None, Vec::new());
+        let mut host = FakeHost { machine: ours, disk, fail, ram, records, disks };
         let destination = Destination {
             host: &mut host,
             counters: Arc::default(),
             cancel: CancelToken::new(),
             events: &mut |_| {},
         };
-        destination.receive_over(victim.main, victim.data).map_err(|error| chain(&error))
+        let Ends { main, data, disks } = victim;
+        destination.receive_over(main, data, disks).map_err(|error| chain(&error))
     });
     speak(&liar);
     drop(liar);

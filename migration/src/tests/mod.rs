@@ -3,7 +3,9 @@
 mod bad_destinations;
 mod cancel;
 mod converge;
+mod disks;
 mod fake;
+mod fake_disks;
 mod frame_lies;
 mod lies;
 mod modes;

@@ -137,6 +137,11 @@ impl Channel {
         Ok(())
     }
 
+    /// Sends `bytes`.
+    pub fn write_all(&self, bytes: &[u8]) -> Result<(), WireError> {
+        self.write(bytes, &mut Wait::patient())
+    }
+
     /// Fills `into`.
     pub fn read_exact(&self, into: &mut [u8]) -> Result<(), WireError> {
         self.read(into, &mut Wait::patient())

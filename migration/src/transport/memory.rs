@@ -5,7 +5,7 @@ use super::{PATIENCE, PageSlice, TICK, Transport};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[derive(Default)]
 struct State {
@@ -76,6 +76,7 @@ impl MemoryLink {
 
 impl Transport for MemoryTransport {
     fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let end = Instant::now() + TICK.min(self.link.patience);
         let mut state = self.link.state();
         loop {
             let queue = &mut state.queues[self.connection][self.end];
@@ -90,13 +91,13 @@ impl Transport for MemoryTransport {
             if state.closed[self.connection] {
                 return Ok(0);
             }
-            let tick = TICK.min(self.link.patience);
-            let waited = self.link.shared.1.wait_timeout(state, tick);
-            let (next, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            state = next;
-            if timeout.timed_out() && state.queues[self.connection][self.end].is_empty() {
+            // Other connections wake this one too, which must not put its end off.
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
+            let waited = self.link.shared.1.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

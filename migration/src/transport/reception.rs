@@ -90,8 +90,23 @@ impl<'a> Reception<'a> {
     pub fn main(&mut self) -> Result<(SocketTransport, Hello), WireError> {
         self.next(None, "a source", |hello| match hello.role {
             Role::Main => hello.check_channels(),
-            Role::Data { .. } => Err("no such migration".to_owned()),
+            Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         })
+    }
+
+    /// Waits for the connection that the disks of migration `id` come on.
+    pub fn disks(
+        &mut self,
+        id: MigrationId,
+        longest: Duration,
+    ) -> Result<SocketTransport, WireError> {
+        let belongs = |hello: &Hello| match hello.role {
+            Role::Main => Err("another migration is arriving here".to_owned()),
+            Role::Disks if hello.id == id => Ok(()),
+            Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
+        };
+        let end = Some((Instant::now() + longest, longest));
+        self.next(end, "the connection of the disks", belongs).map(|(transport, _)| transport)
     }
 
     /// Waits for data connection `index` of migration `id`.
@@ -103,7 +118,10 @@ impl<'a> Reception<'a> {
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
             Role::Main => Err("another migration is arriving here".to_owned()),
-            Role::Data { .. } if hello.id != id => Err("no such migration".to_owned()),
+            Role::Data { .. } | Role::Disks if hello.id != id => {
+                Err("no such migration".to_owned())
+            }
+            Role::Disks => Err("no disks travel yet".to_owned()),
             Role::Data { index: other } if other != index => {
                 Err(format!("data channel {other} where {index} is awaited"))
             }

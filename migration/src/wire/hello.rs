@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Hello   magic "FERRYMIG" · version u16                 the same in every version
-//!         role u8 (0 main, 1 data) · data channel u16    which data channel this connection is
+//!         role u8 (0 main, 1 data, 2 disks) · data channel u16   which data channel this connection is
 //!         migration id, 16 bytes                         random: finds the migration, and is its key
 //!         data channels u16                              how many the source will open
 //!         capability count u8 · capability str8 …        what the source wants, what both can do
@@ -25,8 +25,10 @@ pub const MAX_CAPABILITIES: u8 = 32;
 pub const MAX_CAPABILITY_BYTES: usize = 64;
 /// Longest Hello.
 pub const MAX_HELLO_BYTES: u32 = 8 + 2 + 3 + 16 + 2 + 1 + 32 * 65;
-/// Capabilities of this build that change the stream: none yet.
-pub const CAPABILITIES: &[&str] = &[];
+/// The source has disks to send, on a connection of their own.
+pub const DISKS: &str = "disks";
+/// Capabilities of this build that change the stream.
+pub const CAPABILITIES: &[&str] = &[DISKS];
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub enum Role {
         /// Which of the data channels, from 0.
         index: u16,
     },
+    /// Chunks of disks one way, echoes of marks the other.
+    Disks,
 }
 
 /// Finds the migration that a connection belongs to.
@@ -71,8 +75,19 @@ pub struct Hello {
 impl Hello {
     /// A source's Hello.
     pub fn new(role: Role, id: MigrationId, data_channels: u16) -> Self {
-        let capabilities = CAPABILITIES.iter().map(ToString::to_string).collect();
-        Self { role, id, data_channels, capabilities }
+        Self { role, id, data_channels, capabilities: Vec::new() }
+    }
+
+    /// The same, with a capability that the sender wants to use.
+    #[must_use]
+    pub fn wanting(mut self, capability: &str) -> Self {
+        self.capabilities.push(capability.to_owned());
+        self
+    }
+
+    /// Whether `capability` is named.
+    pub fn has(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|named| named == capability)
     }
 
     /// The destination's answer: the same, with those capabilities that it has too.
@@ -96,6 +111,7 @@ impl Hello {
         let (role, index) = match self.role {
             Role::Main => (0, 0),
             Role::Data { index } => (1, index),
+            Role::Disks => (2, 0),
         };
         encoder.raw(MAGIC).u16(VERSION).u8(role).u16(index);
         encoder.raw(&self.id.0).u16(self.data_channels);
@@ -121,6 +137,7 @@ impl Hello {
         let role = match (decoder.u8()?, decoder.u16()?) {
             (0, 0) => Role::Main,
             (1, index) => Role::Data { index },
+            (2, 0) => Role::Disks,
             (role, index) => {
                 return Err(decoder.malformed(format!("no role {role} with channel {index}")));
             }
@@ -151,9 +168,14 @@ mod tests {
 
     fn hello() -> impl Strategy<Value = Hello> {
         let names = prop::collection::vec("[a-z-]{0,64}", 0..=32);
-        (any::<Option<u16>>(), any::<[u8; 16]>(), any::<u16>(), names).prop_map(
-            |(index, id, data_channels, capabilities)| Hello {
-                role: index.map_or(Role::Main, |index| Role::Data { index }),
+        let role = prop_oneof![
+            Just(Role::Main),
+            Just(Role::Disks),
+            any::<u16>().prop_map(|index| Role::Data { index })
+        ];
+        (role, any::<[u8; 16]>(), any::<u16>(), names).prop_map(
+            |(role, id, data_channels, capabilities)| Hello {
+                role,
                 id: MigrationId(id),
                 data_channels,
                 capabilities,
@@ -191,7 +213,9 @@ mod tests {
     #[test]
     fn an_answer_names_only_what_both_can_do() {
         let mut hello = Hello::new(Role::Main, MigrationId([7; 16]), 1);
-        hello.capabilities.push("from-the-future".into());
-        assert!(hello.answer().capabilities.is_empty());
+        assert!(!hello.has(DISKS));
+        hello = hello.wanting("from-the-future").wanting(DISKS);
+        assert_eq!(hello.answer().capabilities, [DISKS]);
+        assert!(hello.answer().has(DISKS));
     }
 }

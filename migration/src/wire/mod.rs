@@ -1,16 +1,22 @@
 //! The stream's grammar. One main connection speaks both ways; data connections carry page frames
-//! one way (their layout is in [`crate::ram::frame`]).
+//! one way (their layout is in [`crate::ram::frame`]); what travels on the disks' connection is in
+//! [`crate::block::frame`].
 //!
 //! ```text
 //! source ─▶ destination                     destination ─▶ source
 //! main   Hello                              Hello
 //! data   Hello                              Hello              (each data connection)
+//! disks  Hello                              Hello              (if disks travel)
 //! main   Machine                            Accepted | Refused
+//! main   Section(block, Setup)                                 (if disks travel)
+//! disks  chunks… Mark                       Alive… Settled     all once, then what became dirty
 //! main   Section(ram, Setup)
 //! data   Pages… Mark(n)                     Mark(n)            once per round
 //!   ── the guest is paused ──
 //! main   Section(device, Full)
+//! disks  chunks… End                                           (if disks travel)
 //! data   Pages… End
+//! main   Section(block, End)                                   (if disks travel)
 //! main   Section(ram, End) · Eof            Ready | Refused
 //! main   Go                                 Running | Declined | Refused
 //!        KeepAlive, Abort at any time       KeepAlive, Refused at any time

@@ -6,6 +6,7 @@
 //! ram       Setup  page count u64 · page bytes u32 · data channels u16
 //!           End    raw pages u64 · zero pages u64      all that was sent since Setup, on all channels
 //! device    Full   JSON array of DeviceRecord
+//! block     Setup, End: see `block::frame`; only if the main Hello has the capability "disks"
 //! Eof       guest runs u8 · data channels u16 · frames u64 per channel
 //! ```
 

@@ -3,6 +3,7 @@
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
 use crate::error::chain;
+use crate::travel::DiskMode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
@@ -73,7 +74,24 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
     if !on.is_empty() {
         client.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
     }
-    client.execute("migrate", json!({"uri": args.address.to_string()})).map(drop)
+    let mut migrate = json!({"uri": args.address.to_string()});
+    if let Some(selection) = &args.disks {
+        match selection.others {
+            DiskMode::None => {}
+            DiskMode::Top => migrate["inc"] = true.into(),
+            DiskMode::Full => migrate["blk"] = true.into(),
+        }
+        for (id, mode) in &selection.named {
+            migrate["disks"][id] = mode.name().into();
+        }
+    }
+    for (name, number) in [("x-disk-reads", args.disk_reads), ("x-disk-buffers", args.disk_buffers)]
+    {
+        if let Some(number) = number {
+            migrate[name] = number.into();
+        }
+    }
+    client.execute("migrate", migrate).map(drop)
 }
 
 /// Looks until the migration has ended; an error is a lost control socket.
@@ -109,7 +127,8 @@ fn follow(
         if let Some(bar) = &bar {
             show(bar, &info);
         } else if json_lines {
-            let line = json!([info["status"], info["ram"]["dirty-sync-count"], warned]);
+            let disk = &info["disk"]["dirty-sync-count"];
+            let line = json!([info["status"], info["ram"]["dirty-sync-count"], warned, disk]);
             if line != last_line {
                 println!("{}", without_rounds(info));
                 last_line = line;
@@ -167,9 +186,10 @@ fn progress_bar() -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, info: &Value) {
-    let ram = &info["ram"];
+    let (ram, disk) = (&info["ram"], &info["disk"]);
     let number = |value: &Value| value.as_u64().unwrap_or(0);
-    let (total, remaining) = (number(&ram["total"]), number(&ram["remaining"]));
+    let both = |key: &str| number(&ram[key]) + number(&disk[key]);
+    let (total, remaining) = (both("total"), both("remaining"));
     bar.set_length(total.max(1));
     bar.set_position(total.saturating_sub(remaining));
     let expected = info["expected-downtime"].as_u64().map_or("?".into(), |ms| ms.to_string());
@@ -178,11 +198,19 @@ fn show(bar: &ProgressBar, info: &Value) {
     bar.set_message(format!(
         "round {} · sent {} · remaining {} · {:.1} Gb/s · dirty {}/s · expected downtime {expected} ms{throttle}",
         number(&ram["dirty-sync-count"]),
-        HumanBytes(number(&ram["transferred"])),
+        HumanBytes(both("transferred")),
         HumanBytes(remaining),
         ram["mbps"].as_f64().unwrap_or(0.0) / 1000.0,
         HumanBytes(number(&ram["dirty-pages-rate"]) * 4096),
-    ));
+    ) + &disk_percents(disk));
+}
+
+/// How far each disk is.
+fn disk_percents(disk: &Value) -> String {
+    let one = |disk: &Value| {
+        format!(" · {} {}%", disk["device"].as_str().unwrap_or("?"), disk["percent"])
+    };
+    disk["x-disks"].as_array().into_iter().flatten().map(one).collect()
 }
 
 fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
@@ -229,7 +257,7 @@ fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
 fn summary(info: &Value) -> String {
     let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
-    let sent = number(&ram["transferred"]);
+    let sent = number(&ram["transferred"]) + number(&info["disk"]["transferred"]);
     format!(
         "migrated in {total_ms} ms, downtime {:.2} ms, {} sent in {} rounds ({:.2} GB/s)",
         number(&info["x-downtime-us"]) as f64 / 1000.0,

@@ -1,12 +1,14 @@
 //! Every command and its arguments.
 
 use super::message::{QmpError, Request};
+use crate::travel::{DiskMode, DiskSelection};
+use migration::block::Tuning;
 use migration::params::{Compression, Params};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 22] = [
+pub const NAMES: [&str; 24] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -14,6 +16,8 @@ pub const NAMES: [&str; 22] = [
     "query-name",
     "query-cpus-fast",
     "query-block",
+    "query-named-block-nodes",
+    "query-blockstats",
     "stop",
     "cont",
     "system_reset",
@@ -46,6 +50,10 @@ pub enum Command {
     QueryCpus,
     /// `query-block`
     QueryBlock,
+    /// `query-named-block-nodes`
+    QueryNamedBlockNodes,
+    /// `query-blockstats`
+    QueryBlockStats,
     /// `stop`
     Stop,
     /// `cont`
@@ -67,6 +75,10 @@ pub enum Command {
     Migrate {
         /// The destination.
         uri: String,
+        /// `disks`, or QEMU's `blk` and `inc`: what of the disks travels.
+        disks: DiskSelection,
+        /// `x-disk-reads` and `x-disk-buffers`.
+        tuning: Tuning,
     },
     /// `migrate_cancel`
     MigrateCancel,
@@ -212,6 +224,15 @@ impl Arguments {
         self.optional(name, "integer", Value::as_u64)
     }
 
+    fn count(&mut self, name: &str, most: usize) -> Result<Option<usize>, QmpError> {
+        let Some(number) = self.number(name)? else { return Ok(None) };
+        let fitting = usize::try_from(number).ok().filter(|number| (1..=most).contains(number));
+        fitting.map(Some).ok_or_else(|| {
+            let desc = format!("Parameter '{name}' expects an integer in the range of 1 to {most}");
+            QmpError::generic(desc)
+        })
+    }
+
     /// A percentage or level, whose range is checked later: what is far out of it becomes 255.
     fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
         Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
@@ -248,6 +269,15 @@ impl Command {
             "query-name" => Self::QueryName,
             "query-cpus-fast" => Self::QueryCpus,
             "query-block" => Self::QueryBlock,
+            "query-named-block-nodes" => {
+                // Nodes are flat as they are.
+                arguments.flag("flat")?;
+                Self::QueryNamedBlockNodes
+            }
+            "query-blockstats" => {
+                arguments.flag("query-nodes")?;
+                Self::QueryBlockStats
+            }
             "stop" => Self::Stop,
             "cont" => Self::Cont { force: arguments.flag("force")?.unwrap_or(false) },
             "system_reset" => Self::Reset,
@@ -264,13 +294,20 @@ impl Command {
                 let uri = arguments.text("uri")?.ok_or_else(|| missing("uri"))?;
                 // Always detached, as in QEMU.
                 arguments.flag("detach")?;
-                for unsupported in ["blk", "inc", "resume"] {
-                    if arguments.flag(unsupported)? == Some(true) {
-                        let desc = format!("Parameter '{unsupported}' is not supported");
-                        return Err(QmpError::generic(desc));
-                    }
+                if arguments.flag("resume")? == Some(true) {
+                    return Err(QmpError::generic("Parameter 'resume' is not supported"));
                 }
-                Self::Migrate { uri }
+                let disks = disk_selection(&mut arguments)?;
+                let limits = Tuning::default();
+                let tuning = Tuning {
+                    reads: arguments
+                        .count("x-disk-reads", Tuning::MAX_READS)?
+                        .unwrap_or(limits.reads),
+                    buffers: arguments
+                        .count("x-disk-buffers", Tuning::MAX_BUFFERS)?
+                        .unwrap_or(limits.buffers),
+                };
+                Self::Migrate { uri, disks, tuning }
             }
             "migrate_cancel" => Self::MigrateCancel,
             "query-migrate" => Self::QueryMigrate,
@@ -295,6 +332,30 @@ impl Command {
         arguments.none_left()?;
         Ok(command)
     }
+}
+
+/// `blk` copies disks as a whole, `inc` what lies above their backing files; `disks` says it one by one.
+fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> {
+    let blk = arguments.flag("blk")?.unwrap_or(false);
+    let inc = arguments.flag("inc")?.unwrap_or(false);
+    let others = match (blk, inc) {
+        (_, true) => DiskMode::Top,
+        (true, false) => DiskMode::Full,
+        (false, false) => DiskMode::None,
+    };
+    let Some(value) = arguments.0.remove("disks") else {
+        return Ok(DiskSelection { others, named: Vec::new() });
+    };
+    let mut selection = DiskSelection::from_json(&value)
+        .map_err(|error| QmpError::generic(format!("Parameter 'disks': {error}")))?;
+    if others != DiskMode::None {
+        if !value.is_object() {
+            let desc = "Parameter 'disks' says for all disks what 'blk' or 'inc' says already";
+            return Err(QmpError::generic(desc));
+        }
+        selection.others = others;
+    }
+    Ok(selection)
 }
 
 /// Whether `calc-time-unit` says so.
@@ -365,6 +426,30 @@ mod tests {
             "Invalid parameter type for 'uri', expected: string"
         );
         assert_eq!(parse("nonesuch", json!({})).unwrap_err().class, "CommandNotFound");
+    }
+
+    #[test]
+    fn disks_are_chosen_in_qemus_words_or_one_by_one() {
+        let choose = |mut arguments: Value| {
+            arguments["uri"] = "unix:/x".into();
+            match parse("migrate", arguments) {
+                Ok(Command::Migrate { disks, .. }) => {
+                    Ok(["root", "data"].map(|id| disks.mode_of(id).name()))
+                }
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => Err(error.desc),
+            }
+        };
+        assert_eq!(choose(json!({})), Ok(["none", "none"]));
+        assert_eq!(choose(json!({"blk": true})), Ok(["full", "full"]));
+        assert_eq!(choose(json!({"blk": true, "inc": true})), Ok(["top", "top"]));
+        assert_eq!(choose(json!({"disks": "top"})), Ok(["top", "top"]));
+        assert_eq!(choose(json!({"disks": {"data": "full"}})), Ok(["none", "full"]));
+        assert_eq!(choose(json!({"blk": true, "disks": {"data": "none"}})), Ok(["full", "none"]));
+        assert!(choose(json!({"blk": true, "disks": "top"})).unwrap_err().contains("already"));
+        assert!(choose(json!({"disks": {"data": "half"}})).unwrap_err().contains("half"));
+        assert!(choose(json!({"x-disk-reads": 17})).unwrap_err().contains("1 to 16"));
+        assert!(choose(json!({"x-disk-buffers": 0})).unwrap_err().contains("1 to 512"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The control socket: clients, negotiation, answers and events. Non-blocking and driven by file
 //! descriptors; the supervisor's event loop owns it.
 
+pub mod block;
 pub mod command;
 pub mod message;
 

@@ -231,6 +231,7 @@ fn describe_disk(node: &BlockNode, queues: u16) -> DiskDescription {
         len_bytes: node.len_bytes(),
         read_only: node.read_only(),
         queues,
+        travels: None,
     }
 }
 

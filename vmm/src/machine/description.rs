@@ -2,6 +2,7 @@
 //! the stream, validated at the destination like any other untrusted input.
 
 use crate::kvm::blob::Blob;
+use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
 use devices::virtio::blk::MAX_QUEUES;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
@@ -54,6 +55,19 @@ pub struct DiskDescription {
     /// Number of its queues. Older guests have one.
     #[serde(default = "one")]
     pub queues: u16,
+    /// Whether it comes with the guest, and what of it. Never set in a machine, only on the way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub travels: Option<Travels>,
+}
+
+/// What of a disk comes with its guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Travels {
+    /// Only what lies above its backing file.
+    pub only_top: bool,
+    /// About how much that is; for the destination to see whether it has room.
+    pub data_bytes: u64,
 }
 
 fn one() -> u16 {
@@ -120,6 +134,9 @@ impl Description {
         check_rng(self.rng, self.disks.iter().map(|disk| disk.id.as_str()))
             .map_err(DescriptionError::Invalid)?;
         for (index, disk) in self.disks.iter().enumerate() {
+            if disk.len_bytes == 0 || !disk.len_bytes.is_multiple_of(SECTOR_BYTES) {
+                return invalid(format!("disk {:?} of {} bytes", disk.id, disk.len_bytes));
+            }
             if !(1..=MAX_QUEUES).contains(&disk.queues) {
                 let (id, queues) = (&disk.id, disk.queues);
                 return invalid(format!("disk {id:?} with {queues} queues (1 to {MAX_QUEUES})"));
@@ -151,8 +168,13 @@ pub fn check_rng<'a>(
 
 #[cfg(test)]
 pub(crate) fn sample() -> Description {
-    let disk =
-        |id: &str| DiskDescription { id: id.into(), len_bytes: 512, read_only: false, queues: 4 };
+    let disk = |id: &str| DiskDescription {
+        id: id.into(),
+        len_bytes: 512,
+        read_only: false,
+        queues: 4,
+        travels: None,
+    };
     Description {
         name: Some("vm1".into()),
         memory_bytes: 128 << 20,
@@ -191,6 +213,8 @@ mod tests {
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");
         refuse(&|d| d.disks[1].queues = 0, "0 queues");
         refuse(&|d| d.disks[1].queues = 17, "17 queues");
+        refuse(&|d| d.disks[1].len_bytes = 700, "of 700 bytes");
+        refuse(&|d| d.disks[1].len_bytes = 0, "of 0 bytes");
         refuse(&|d| d.disks[1].id = "rng".into(), "beside a virtio-rng");
         refuse(
             &|d| {

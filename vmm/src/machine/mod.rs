@@ -227,10 +227,11 @@ impl Machine {
         }
     }
 
-    /// Makes what the guest wrote durable.
-    pub fn flush_disks(&self) -> Result<(), MachineError> {
-        for disk in self.disks.iter().filter(|disk| !disk.node.read_only()) {
-            disk.node.flush().map_err(|source| MachineError::Disk {
+    /// Makes what the guest wrote to `which` of its disks durable.
+    pub fn flush_disks(&self, which: impl Fn(&str) -> bool) -> Result<(), MachineError> {
+        let wanted = |disk: &&Disk| !disk.node.read_only() && which(disk.node.id());
+        for disk in self.disks.iter().filter(wanted) {
+            disk.node.sync().map_err(|source| MachineError::Disk {
                 id: disk.node.id().to_owned(),
                 source: source.into(),
             })?;

@@ -1,10 +1,16 @@
 //! Answers the control socket's commands.
 
 use super::{Event, RunState, Supervisor, exit_code, jobs};
+use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
 use crate::error::chain;
+use crate::machine::Machine;
+use crate::machine::description::{Description, Travels};
 use crate::machine::dirty::VmDirtyLog;
+use crate::travel::{DiskMode, DiskSelection};
+use devices::block::BlockNode;
+use migration::block::{SourceDisk, SourceDisks, Tuning};
 use migration::source::SourceRam;
 use migration::transport::Address;
 use serde_json::{Value, json};
@@ -15,6 +21,35 @@ fn empty() -> Value {
 
 fn failed(error: &dyn std::error::Error) -> QmpError {
     QmpError::generic(chain(error))
+}
+
+/// The description of a machine whose disks travel as `selection` says, and these disks.
+fn travelling(
+    machine: &Machine,
+    selection: &DiskSelection,
+) -> Result<(Description, Vec<SourceDisk>), QmpError> {
+    let ids: Vec<_> = machine.disks().iter().map(|disk| disk.node.id()).collect();
+    if let Some(unknown) = selection.unknown(&ids) {
+        let ids = ids.join(", ");
+        let desc = format!("The guest has no disk {unknown:?}, it has: {ids}");
+        return Err(QmpError::generic(desc));
+    }
+    let mut description = machine.description().clone();
+    let mut travelling = Vec::new();
+    for (disk, described) in machine.disks().iter().zip(&mut description.disks) {
+        let node = disk.node.clone();
+        if selection.mode_of(node.id()) == DiskMode::None {
+            continue;
+        }
+        // No image here has a backing file: what lies above one is everything.
+        let only_top = false;
+        let data_bytes = node
+            .allocated_bytes()
+            .map_err(|error| QmpError::generic(format!("disk {}: {error}", node.id())))?;
+        described.travels = Some(Travels { only_top, data_bytes });
+        travelling.push(SourceDisk { node, only_top });
+    }
+    Ok((description, travelling))
 }
 
 impl Supervisor {
@@ -33,7 +68,9 @@ impl Supervisor {
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
             Command::QueryCpus => Ok(self.query_cpus()),
-            Command::QueryBlock => Ok(self.query_block()),
+            Command::QueryBlock => Ok(block::devices(self.nodes())),
+            Command::QueryNamedBlockNodes => Ok(block::named_nodes(self.nodes())),
+            Command::QueryBlockStats => Ok(block::stats(self.nodes())),
             Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
             Command::Cont { force } => self.cont(force),
             Command::Reset => self.system_reset(),
@@ -54,7 +91,7 @@ impl Supervisor {
                 self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
                 Ok(empty())
             }
-            Command::Migrate { uri } => self.migrate(&uri),
+            Command::Migrate { uri, disks, tuning } => self.migrate(&uri, &disks, tuning),
             Command::MigrateCancel => {
                 if self.state != RunState::Inmigrate {
                     self.jobs.cancel();
@@ -151,32 +188,9 @@ impl Supervisor {
             .collect()
     }
 
-    fn query_block(&self) -> Value {
+    fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
-        disks
-            .iter()
-            .map(|disk| {
-                let node = &disk.node;
-                json!({
-                    "device": node.id(),
-                    "type": "unknown",
-                    "removable": false,
-                    "locked": false,
-                    "inserted": {
-                        "file": node.location(),
-                        "node-name": node.id(),
-                        "ro": node.read_only(),
-                        "drv": "raw",
-                        "encrypted": false,
-                        "image": {
-                            "filename": node.location(),
-                            "format": "raw",
-                            "virtual-size": node.len_bytes(),
-                        },
-                    },
-                })
-            })
-            .collect()
+        disks.iter().map(|disk| disk.node.as_ref())
     }
 
     fn cont(&mut self, force: bool) -> Result<Value, QmpError> {
@@ -217,7 +231,12 @@ impl Supervisor {
         Ok(empty())
     }
 
-    fn migrate(&mut self, uri: &str) -> Result<Value, QmpError> {
+    fn migrate(
+        &mut self,
+        uri: &str,
+        selection: &DiskSelection,
+        tuning: Tuning,
+    ) -> Result<Value, QmpError> {
         self.no_migration("start another")?;
         if !matches!(self.state, RunState::Running | RunState::Paused) {
             let desc = format!("The guest is {} and cannot be migrated", self.state.name());
@@ -239,8 +258,10 @@ impl Supervisor {
             layout: vm.layout().clone(),
             dirty: Box::new(VmDirtyLog::new(vm)),
         };
-        let description = machine.description().to_stream();
-        let started = self.jobs.send(address, description, ram, self.desk.mailbox().clone());
+        let (description, disks) = travelling(machine, selection)?;
+        let disks = SourceDisks { disks, tuning };
+        let mailbox = self.desk.mailbox().clone();
+        let started = self.jobs.send(address, description.to_stream(), ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }
 }

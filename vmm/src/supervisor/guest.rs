@@ -3,6 +3,7 @@
 
 use super::messages::{Mailbox, Message};
 use devices::state::DeviceRecord;
+use migration::block::IncomingDisk;
 use migration::guest::{
     DestinationHost, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit, Stopped,
 };
@@ -26,6 +27,8 @@ pub enum GuestRequest {
     Surrendered(Reply<()>),
     /// Destination: build the machine.
     Build(MachineDescription, Reply<IncomingRam>),
+    /// Destination: the disks that arrive.
+    Disks(Reply<Vec<IncomingDisk>>),
     /// Destination: load all records.
     LoadRecords(Vec<DeviceRecord>, Reply<()>),
     /// Destination: lock the disks.
@@ -85,6 +88,10 @@ impl GuestControl for GuestProxy {
 impl DestinationHost for GuestProxy {
     fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
         self.ask(|reply| GuestRequest::Build(description.clone(), reply))
+    }
+
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
+        self.ask(GuestRequest::Disks)
     }
 
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {

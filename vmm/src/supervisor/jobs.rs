@@ -2,6 +2,7 @@
 
 use super::guest::GuestProxy;
 use super::messages::{Mailbox, Message};
+use migration::block::SourceDisks;
 use migration::cancel::CancelToken;
 use migration::destination::{Destination, DestinationError};
 use migration::guest::{MachineDescription, RunPermit};
@@ -34,6 +35,8 @@ pub struct Jobs {
     pub counters: Arc<Counters>,
     /// Parameters, also while it runs.
     pub params: SharedParams,
+    /// Disks that travel with the guest that leaves, by name.
+    pub travelling: Vec<String>,
     /// The `events` capability.
     pub events_wanted: bool,
 }
@@ -70,14 +73,17 @@ impl Jobs {
         to: Address,
         machine: MachineDescription,
         ram: SourceRam,
+        disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
+        self.travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
             let mut guest = GuestProxy::new(mailbox.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
             let source = Source {
                 guest: &mut guest,
                 machine: &machine,
+                disks,
                 params,
                 counters,
                 cancel,

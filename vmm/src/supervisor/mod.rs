@@ -15,6 +15,7 @@ use crate::console::{Console, ConsoleEvent};
 use crate::control::{Event, Incoming};
 use crate::desk::{self, Clerk, Desk, DeskError};
 use crate::error::{chain, guest_error};
+use crate::images::Images;
 use crate::kvm::Host;
 use crate::machine::build::NewMachine;
 use crate::machine::description::Description;
@@ -118,6 +119,8 @@ pub struct Supervisor {
     machine: Option<Machine>,
     /// Images, kept over a reset.
     disks: Vec<Arc<BlockNode>>,
+    /// Images of the guest that arrives, until it has.
+    images: Images,
     state: RunState,
     jobs: Jobs,
     dirty_rate: DirtyRate,
@@ -174,6 +177,7 @@ impl Supervisor {
             host,
             machine: None,
             disks,
+            images: Images::default(),
             state: RunState::Prelaunch,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
@@ -353,7 +357,9 @@ impl Supervisor {
             GuestRequest::ReleaseDisks(reply) => {
                 let machine = self.machine.as_ref().ok_or_else(no_machine);
                 let released = machine.and_then(|machine| {
-                    machine.flush_disks().map_err(|error| guest_error(&error))?;
+                    // What the destination has received is on its own storage.
+                    let stays = |id: &str| !self.jobs.travelling.iter().any(|other| other == id);
+                    machine.flush_disks(stays).map_err(|error| guest_error(&error))?;
                     machine.unlock_disks();
                     Ok(())
                 });
@@ -379,6 +385,7 @@ impl Supervisor {
                     .and_then(|description| self.arrive(description));
                 drop(reply.send(built));
             }
+            GuestRequest::Disks(reply) => drop(reply.send(Ok(self.images.arriving()))),
             GuestRequest::LoadRecords(records, reply) => {
                 let machine = self.machine.as_mut().ok_or_else(no_machine);
                 drop(reply.send(machine.and_then(|machine| {
@@ -398,6 +405,7 @@ impl Supervisor {
                 // Closing the disks lets go of their locks: the source wants them back.
                 self.machine = None;
                 self.disks.clear();
+                self.images = Images::default();
                 drop(reply.send(Ok(())));
             }
         }
@@ -449,28 +457,17 @@ impl Supervisor {
 
     fn arrive(
         &mut self,
-        description: Description,
+        mut description: Description,
     ) -> Result<IncomingRam, migration::guest::GuestError> {
         let Mission::Receive(config) = &self.mission else {
             return Err(migration::guest::GuestError::new("this process waits for no guest"));
         };
         let failed = |error: &dyn std::error::Error| guest_error(error);
-        let mut disks = Vec::new();
-        for disk in &description.disks {
-            let given = config.disks.iter().find(|given| given.id == disk.id).ok_or_else(|| {
-                failed(&MachineError::DiskNotGiven {
-                    id: disk.id.clone(),
-                    len_bytes: disk.len_bytes,
-                })
-            })?;
-            let backend =
-                RawFile::open(&given.path, disk.read_only, given.cache).map_err(|source| {
-                    let id = disk.id.clone();
-                    failed(&MachineError::Disk { id, source: source.into() })
-                })?;
-            disks.push(Arc::new(BlockNode::new(disk.id.clone(), Box::new(backend))));
-        }
-        self.disks = disks;
+        self.images =
+            Images::prepare(&description.disks, config).map_err(|error| failed(&error))?;
+        self.disks = std::mem::take(&mut self.images.nodes);
+        // They have travelled then: when the guest leaves again, that is said anew.
+        description.disks.iter_mut().for_each(|disk| disk.travels = None);
         let machine = Machine::arrive(&self.host, description, self.backends())
             .map_err(|error| failed(&error))?;
         let ram =
@@ -488,6 +485,7 @@ impl Supervisor {
         let Some(machine) = &mut self.machine else {
             return Err(migration::guest::GuestError::new("there is no machine"));
         };
+        self.images.keep().map_err(|error| guest_error(&error))?;
         machine.grant(permit);
         let serial = machine.serial().clone();
         if running && !paused {
@@ -497,6 +495,7 @@ impl Supervisor {
         } else {
             self.become_state(RunState::Paused);
         }
+        self.images.settle();
         self.console.attach(serial);
         Ok(())
     }
@@ -605,7 +604,7 @@ impl Clerk for Supervisor {
         self.dirty_rate.abort();
         self.console.detach();
         if let Some(machine) = &mut self.machine
-            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks())
+            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks(|_| true))
         {
             log::error!("while shutting down: {}", chain(&error));
         }

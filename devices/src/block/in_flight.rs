@@ -1,0 +1,116 @@
+//! Accesses in motion: who writes, and what has to be marked when it is done.
+//!
+//! Owned by a [`super::BlockNode`]. A [`Motion`] is alive for as long as an access is: its end marks
+//! every bitmap that there is *then*. So a copy that starts while a write is under way sees either the
+//! write's bytes or, a moment later, its mark.
+
+use super::backend::ByteRange;
+use super::bitmap::DirtyBitmap;
+use crate::lock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+
+/// A node's accesses in motion, and the bitmaps that hear of its writes.
+#[derive(Debug, Default)]
+pub(super) struct InFlight {
+    count: AtomicU64,
+    /// How many wait in [`InFlight::drain`]; only then does the end of an access touch the lock.
+    awaited: AtomicU64,
+    bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
+    ended: (Mutex<()>, Condvar),
+}
+
+impl InFlight {
+    /// An access begins; `written` is what it will have changed, whether or not it succeeds.
+    pub fn begin(self: &Arc<Self>, written: Option<ByteRange>) -> Motion {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        Motion { node: self.clone(), written }
+    }
+
+    /// From now on `bitmap` hears of every write that ends.
+    pub fn add(&self, bitmap: Arc<DirtyBitmap>) {
+        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).push(bitmap);
+    }
+
+    /// `bitmap` hears no more.
+    pub fn remove(&self, bitmap: &Arc<DirtyBitmap>) {
+        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
+        bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap));
+    }
+
+    /// Waits until nothing is in motion. The caller makes sure that nothing new begins.
+    pub fn drain(&self) {
+        let mut guard = lock(&self.ended.0);
+        self.awaited.fetch_add(1, Ordering::SeqCst);
+        while self.count.load(Ordering::SeqCst) > 0 {
+            guard = self.ended.1.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.awaited.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// An access in motion. Dropping it is its end.
+#[derive(Debug)]
+pub(super) struct Motion {
+    node: Arc<InFlight>,
+    written: Option<ByteRange>,
+}
+
+impl Drop for Motion {
+    fn drop(&mut self) {
+        if let Some(range) = self.written {
+            let bitmaps = self.node.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
+            bitmaps.iter().for_each(|bitmap| bitmap.mark(range));
+        }
+        if self.node.count.fetch_sub(1, Ordering::SeqCst) == 1
+            && self.node.awaited.load(Ordering::SeqCst) > 0
+        {
+            // Taken and let go of: whoever drains either waits by now or has yet to look.
+            drop(lock(&self.node.ended.0));
+            self.node.ended.1.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bitmap() -> Arc<DirtyBitmap> {
+        Arc::new(DirtyBitmap::new(1 << 20, 512).unwrap())
+    }
+
+    #[test]
+    fn a_write_marks_the_bitmaps_that_are_there_when_it_ends() {
+        let (node, early, late) = (Arc::<InFlight>::default(), bitmap(), bitmap());
+        node.add(early.clone());
+        let written = Some(ByteRange { offset_bytes: 512, len_bytes: 512 });
+        let write = node.begin(written);
+        let read = node.begin(None);
+        node.remove(&early);
+        node.add(late.clone());
+        assert_eq!(late.marked_bytes(), 0);
+        drop((write, read));
+        assert_eq!((early.marked_bytes(), late.marked_bytes()), (0, 512));
+        assert!(late.is_marked(512));
+    }
+
+    #[test]
+    fn draining_waits_for_the_last_access() {
+        let node = Arc::<InFlight>::default();
+        node.drain();
+        let motions = [node.begin(None), node.begin(None)];
+        let (sender, drained) = std::sync::mpsc::channel();
+        let waiting = node.clone();
+        let thread = std::thread::spawn(move || {
+            waiting.drain();
+            sender.send(()).unwrap();
+        });
+        for motion in motions {
+            assert!(drained.try_recv().is_err());
+            drop(motion);
+        }
+        drained.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
+        thread.join().unwrap();
+    }
+}

@@ -1,0 +1,324 @@
+//! What travels on the connection of the disks, and the two sections about it on the main one.
+//!
+//! ```text
+//! header   kind u8 · 0 u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
+//!  chunk   1       which disk and chunk; bit n of `data`: granule n follows, of `zero`: it is zeroes
+//!  mark    2       chunk = number: echo it when all before it is on stable storage
+//!  end     3       nothing more will come
+//!  settled 4       the echo; chunk = number, data = microseconds that flushing took
+//!  alive   5       the destination is at work on a mark
+//!
+//! Section "block"
+//!  Setup   chunk bytes u32 · granule bytes u32 · disks u16, each: name str8 · bytes u64 · only top u8
+//!  End     frames u64 · disks u16, each: data bytes u64 · zero bytes u64
+//! ```
+//! A granule at the disk's end may be shorter; the payload is as long as its granules are.
+
+use super::{CHUNK_BYTES, GRANULE_BYTES, MAX_DISKS};
+use crate::wire::{Decoder, Encoder, WireError};
+use std::time::Duration;
+
+/// Bytes of a header.
+pub const HEADER_BYTES: usize = 32;
+
+/// Which granules of one chunk of one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Which disk, as announced.
+    pub disk: u16,
+    /// Which chunk of it.
+    pub index: u64,
+    /// Granules that follow.
+    pub data: u64,
+    /// Granules that are zeroes.
+    pub zero: u64,
+}
+
+/// A frame, without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frame {
+    /// Part of a disk.
+    Chunk(Chunk),
+    /// All before it belongs to pass `n`.
+    Mark(u64),
+    /// Nothing more will come.
+    End,
+    /// All before mark `n` is on stable storage; flushing took so long.
+    Settled(u64, Duration),
+    /// At work.
+    Alive,
+}
+
+/// Bytes of a disk that the granules in `mask` of chunk `index` are.
+pub fn bytes_of(index: u64, mask: u64, disk_bytes: u64) -> u64 {
+    let whole = u64::from(mask.count_ones()) * GRANULE_BYTES;
+    let start = index * CHUNK_BYTES;
+    let left = disk_bytes.saturating_sub(start).min(CHUNK_BYTES);
+    let last = left.div_ceil(GRANULE_BYTES).max(1) - 1;
+    if mask >> last & 1 == 1 { whole + left - (last + 1) * GRANULE_BYTES } else { whole }
+}
+
+/// The granules of chunk `index` that a disk of `disk_bytes` has.
+pub fn granules_of(index: u64, disk_bytes: u64) -> u64 {
+    let start = index.saturating_mul(CHUNK_BYTES);
+    let left = disk_bytes.saturating_sub(start).min(CHUNK_BYTES);
+    match left.div_ceil(GRANULE_BYTES) {
+        0 => 0,
+        count => u64::MAX >> (64 - count),
+    }
+}
+
+/// Runs of granules in `mask`: first and count.
+pub fn runs(mut mask: u64) -> impl Iterator<Item = (u32, u32)> {
+    std::iter::from_fn(move || {
+        if mask == 0 {
+            return None;
+        }
+        let first = mask.trailing_zeros();
+        let count = (mask >> first).trailing_ones();
+        let run = u64::MAX >> (64 - count) << first;
+        mask &= !run;
+        Some((first, count))
+    })
+}
+
+impl Frame {
+    /// The header; `payload_bytes` follow it.
+    pub fn encode(self, payload_bytes: u32) -> [u8; HEADER_BYTES] {
+        let (kind, disk, chunk, data, zero) = match self {
+            Self::Chunk(chunk) => (1, chunk.disk, chunk.index, chunk.data, chunk.zero),
+            Self::Mark(number) => (2, 0, number, 0, 0),
+            Self::End => (3, 0, 0, 0, 0),
+            Self::Settled(number, flush) => {
+                (4, 0, number, u64::try_from(flush.as_micros()).unwrap_or(u64::MAX), 0)
+            }
+            Self::Alive => (5, 0, 0, 0, 0),
+        };
+        let mut encoder = Encoder::default();
+        encoder.u8(kind).u8(0).u16(disk).u32(payload_bytes).u64(chunk).u64(data).u64(zero);
+        let mut bytes = [0; HEADER_BYTES];
+        bytes.copy_from_slice(encoder.bytes());
+        bytes
+    }
+
+    /// Reads a header. A chunk has granules, none of them twice, and a payload that fits them as far as
+    /// can be told without its disk.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, u32), WireError> {
+        let mut decoder = Decoder::new("disk frame", bytes);
+        let (kind, zero_byte, disk) = (decoder.u8()?, decoder.u8()?, decoder.u16()?);
+        let (payload, chunk) = (decoder.u32()?, decoder.u64()?);
+        let (data, zero) = (decoder.u64()?, decoder.u64()?);
+        let plain = (disk, payload, data, zero) == (0, 0, 0, 0);
+        let frame = match kind {
+            1 => Self::Chunk(Chunk { disk, index: chunk, data, zero }),
+            2 if plain => Self::Mark(chunk),
+            3 if plain && chunk == 0 => Self::End,
+            4 if (disk, payload, zero) == (0, 0, 0) => {
+                Self::Settled(chunk, Duration::from_micros(data))
+            }
+            5 if plain && chunk == 0 => Self::Alive,
+            _ => return Err(decoder.malformed(format!("header {bytes:02x?}"))),
+        };
+        if zero_byte != 0 {
+            return Err(decoder.malformed(format!("header {bytes:02x?}")));
+        }
+        if let Self::Chunk(chunk) = frame {
+            if chunk.data & chunk.zero != 0 || chunk.data | chunk.zero == 0 {
+                return Err(decoder.malformed("a chunk with no granules, or with one twice"));
+            }
+            if u64::from(payload) > u64::from(chunk.data.count_ones()) * GRANULE_BYTES {
+                return Err(decoder.malformed(format!("{payload} bytes for its granules")));
+            }
+        }
+        Ok((frame, payload))
+    }
+}
+
+/// A disk, as announced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSetup {
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub len_bytes: u64,
+    /// Whether only what lies above its backing file comes.
+    pub only_top: bool,
+}
+
+/// Announces the disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockSetup {
+    /// In the order of their numbers.
+    pub disks: Vec<DiskSetup>,
+}
+
+impl BlockSetup {
+    /// As a section's body.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        let [chunk, granule] = [CHUNK_BYTES, GRANULE_BYTES].map(|n| u32::try_from(n).unwrap_or(0));
+        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
+        encoder.u32(chunk).u32(granule).u16(count);
+        for disk in &self.disks {
+            encoder.str8(&disk.name).u64(disk.len_bytes).u8(disk.only_top.into());
+        }
+        encoder.bytes().to_vec()
+    }
+
+    /// From a section's body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("setup of the disks", body);
+        let (chunk, granule, count) = (decoder.u32()?, decoder.u32()?, decoder.u16()?);
+        if (u64::from(chunk), u64::from(granule)) != (CHUNK_BYTES, GRANULE_BYTES) {
+            return Err(decoder.malformed(format!("chunks of {chunk} with granules of {granule}")));
+        }
+        if count == 0 || count > MAX_DISKS {
+            return Err(decoder.malformed(format!("{count} disks, 1 to {MAX_DISKS} are possible")));
+        }
+        let mut disks = Vec::new();
+        for _ in 0..count {
+            let (name, len_bytes) = (decoder.str8()?.to_owned(), decoder.u64()?);
+            let only_top = match decoder.u8()? {
+                0 => false,
+                1 => true,
+                other => return Err(decoder.malformed(format!("disk {name:?}: mode {other}"))),
+            };
+            disks.push(DiskSetup { name, len_bytes, only_top });
+        }
+        decoder.finish()?;
+        Ok(Self { disks })
+    }
+}
+
+/// How much of a disk travelled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskTotals {
+    /// Bytes sent as they are.
+    pub data_bytes: u64,
+    /// Bytes of zeroes.
+    pub zero_bytes: u64,
+}
+
+/// How much travelled, counted by either side on its own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BlockTotals {
+    /// Frames of any kind, the last included.
+    pub frames: u64,
+    /// Per disk.
+    pub disks: Vec<DiskTotals>,
+}
+
+impl BlockTotals {
+    /// As a section's body.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
+        encoder.u64(self.frames).u16(count);
+        for disk in &self.disks {
+            encoder.u64(disk.data_bytes).u64(disk.zero_bytes);
+        }
+        encoder.bytes().to_vec()
+    }
+
+    /// From a section's body.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("end of the disks", body);
+        let (frames, count) = (decoder.u64()?, decoder.u16()?);
+        if count > MAX_DISKS {
+            return Err(decoder.malformed(format!("{count} disks")));
+        }
+        let mut disks = Vec::new();
+        for _ in 0..count {
+            disks.push(DiskTotals { data_bytes: decoder.u64()?, zero_bytes: decoder.u64()? });
+        }
+        decoder.finish()?;
+        Ok(Self { frames, disks })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frames() -> impl Strategy<Value = (Frame, u32)> {
+        let chunk = (any::<(u16, u64, u64, u64)>(), any::<u32>()).prop_map(
+            |((disk, index, data, zero), payload)| {
+                let (data, zero) = (data | 1, zero & !(data | 1));
+                let most = data.count_ones() * u32::try_from(GRANULE_BYTES).unwrap();
+                (Frame::Chunk(Chunk { disk, index, data, zero }), payload % (most + 1))
+            },
+        );
+        let settled = any::<(u64, u32)>().prop_map(|(number, micros)| {
+            (Frame::Settled(number, Duration::from_micros(micros.into())), 0)
+        });
+        prop_oneof![
+            chunk,
+            any::<u64>().prop_map(|number| (Frame::Mark(number), 0)),
+            Just((Frame::End, 0)),
+            Just((Frame::Alive, 0)),
+            settled
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn frames_read_back_as_written(frame in frames()) {
+            prop_assert_eq!(Frame::decode(&frame.0.encode(frame.1)).unwrap(), frame);
+        }
+
+        #[test]
+        fn arbitrary_headers_never_panic(bytes in any::<[u8; HEADER_BYTES]>(), kind in 0u8..7) {
+            let mut bytes = bytes;
+            bytes[0] = kind;
+            let _ = Frame::decode(&bytes);
+            bytes[1] = 0;
+            if let Ok((frame, payload)) = Frame::decode(&bytes) {
+                prop_assert_eq!(frame.encode(payload), bytes);
+            }
+        }
+
+        #[test]
+        fn sections_read_back_and_arbitrary_ones_never_panic(
+            names in prop::collection::vec(("[a-z]{0,60}", any::<u64>(), any::<bool>()), 1..=64),
+            frames in any::<u64>(),
+            bytes in prop::collection::vec(any::<u8>(), 0..100),
+        ) {
+            let disks: Vec<_> = names
+                .into_iter()
+                .map(|(name, len_bytes, only_top)| DiskSetup { name, len_bytes, only_top })
+                .collect();
+            let one = |disk: &DiskSetup| DiskTotals { data_bytes: disk.len_bytes, zero_bytes: 7 };
+            let totals = BlockTotals { frames, disks: disks.iter().map(one).collect() };
+            let setup = BlockSetup { disks };
+            prop_assert_eq!(BlockSetup::decode(&setup.encode()).unwrap(), setup);
+            prop_assert_eq!(BlockTotals::decode(&totals.encode()).unwrap(), totals);
+            let _ = (BlockSetup::decode(&bytes), BlockTotals::decode(&bytes));
+        }
+
+        #[test]
+        fn runs_are_the_bits_of_a_mask(mask in any::<u64>()) {
+            let mut back = 0u64;
+            let mut end = 0;
+            for (first, count) in runs(mask) {
+                prop_assert!(count > 0 && (first > end || back == 0));
+                for bit in first..first + count {
+                    back |= 1 << bit;
+                }
+                end = first + count;
+            }
+            prop_assert_eq!(back, mask);
+        }
+
+        #[test]
+        fn granules_of_all_chunks_are_the_disk(sectors in 1u64..20_000) {
+            let len = sectors * 512;
+            let sum: u64 = (0..len.div_ceil(CHUNK_BYTES))
+                .map(|index| bytes_of(index, granules_of(index, len), len))
+                .sum();
+            prop_assert_eq!(sum, len);
+            prop_assert_eq!(granules_of(len.div_ceil(CHUNK_BYTES), len), 0);
+            prop_assert_eq!(granules_of(u64::MAX, len), 0);
+        }
+    }
+}

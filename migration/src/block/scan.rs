@@ -1,0 +1,170 @@
+//! Which chunks are sent next: walks the bitmaps of all disks, a chunk of each in turn, and clears what
+//! it deals out. Called by `outgoing`'s readers; does not read disks, but asks what was never written.
+
+use super::frame::granules_of;
+use super::{CHUNK_BYTES, GRANULE_BYTES, ReadError, SourceDisk};
+use devices::block::backend::{ByteRange, Content};
+use devices::block::{BlockNode, Tracking};
+
+/// A disk and what of it is dirty.
+#[derive(Debug)]
+pub struct TrackedDisk {
+    /// The disk.
+    pub disk: SourceDisk,
+    /// What was written, or never sent.
+    pub dirty: Tracking,
+}
+
+impl TrackedDisk {
+    /// Tracks `disk`; all of it is dirty.
+    pub fn start(disk: SourceDisk) -> Option<Self> {
+        let dirty = disk.node.track(GRANULE_BYTES)?;
+        dirty.mark_all();
+        Some(Self { disk, dirty })
+    }
+
+    /// Cleans what the destination's disk, which was never written either, has already: what reads as
+    /// zeroes, or as what the backing file has if only the top is sent.
+    pub fn skip_unwritten(&self) -> Result<(), ReadError> {
+        let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
+        let node = &self.disk.node;
+        let mut at = 0;
+        while at < node.len_bytes() {
+            let extent = extent(node, at)?;
+            let end = at + extent.len_bytes;
+            if extent.content == skipped {
+                self.dirty.clear_within(ByteRange { offset_bytes: at, len_bytes: end - at });
+                // A write that came before the clear is in the file by now; one that comes after it
+                // marks. So what has become data in between has to be looked for once more.
+                self.mark_written(ByteRange { offset_bytes: at, len_bytes: end - at }, skipped)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn mark_written(&self, range: ByteRange, skipped: Content) -> Result<(), ReadError> {
+        let mut at = range.offset_bytes;
+        while at < range.end() {
+            let extent = extent(&self.disk.node, at)?;
+            let end = (at + extent.len_bytes).min(range.end());
+            if extent.content != skipped {
+                self.dirty.mark(ByteRange { offset_bytes: at, len_bytes: end - at });
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+fn extent(node: &BlockNode, at: u64) -> Result<devices::block::backend::Extent, ReadError> {
+    let mut extent = node.extent_at(at).map_err(|source| ReadError {
+        disk: node.id().to_owned(),
+        offset_bytes: at,
+        len_bytes: node.len_bytes() - at,
+        source,
+    })?;
+    // What a backend says is not trusted to end.
+    extent.len_bytes = extent.len_bytes.clamp(1, node.len_bytes() - at);
+    Ok(extent)
+}
+
+/// A chunk to read: its dirty granules, which are clean from now on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// Number of the disk.
+    pub disk: usize,
+    /// Number of the chunk.
+    pub index: u64,
+    /// Its granules.
+    pub granules: u64,
+}
+
+/// One pass over all disks.
+#[derive(Debug)]
+pub struct Scan<'d> {
+    disks: &'d [TrackedDisk],
+    /// Next chunk of each.
+    next: Vec<u64>,
+    turn: usize,
+}
+
+impl<'d> Scan<'d> {
+    /// From the start of every disk.
+    pub fn new(disks: &'d [TrackedDisk]) -> Self {
+        Self { disks, next: vec![0; disks.len()], turn: 0 }
+    }
+
+    /// Chunks of this pass that are dirty now; no need to look further than `enough`.
+    pub fn count(&self, enough: usize) -> usize {
+        let chunk_of =
+            |run: ByteRange| run.offset_bytes / CHUNK_BYTES..=(run.end() - 1) / CHUNK_BYTES;
+        let chunks = self.disks.iter().flat_map(|disk| disk.dirty.runs().flat_map(chunk_of));
+        chunks.take(enough).count()
+    }
+
+    /// Takes the next dirty chunk, a disk after the other.
+    pub fn take(&mut self) -> Option<Work> {
+        for _ in 0..self.disks.len() {
+            let disk = self.turn;
+            self.turn = (self.turn + 1) % self.disks.len();
+            if let Some(work) = self.take_of(disk) {
+                return Some(work);
+            }
+        }
+        None
+    }
+
+    fn take_of(&mut self, disk: usize) -> Option<Work> {
+        let tracked = self.disks.get(disk)?;
+        let next = self.next.get_mut(disk)?;
+        while *next < tracked.dirty.word_count() {
+            let index = *next;
+            *next += 1;
+            let taken = tracked.dirty.take_word(index);
+            let granules = taken & granules_of(index, tracked.disk.node.len_bytes());
+            if granules != 0 {
+                return Some(Work { disk, index, granules });
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::block::memory::MemoryDisk;
+    use std::sync::Arc;
+
+    fn tracked(len_bytes: u64) -> TrackedDisk {
+        let node = Arc::new(BlockNode::new("d", Box::new(MemoryDisk::new(len_bytes))));
+        TrackedDisk::start(SourceDisk { node, only_top: false }).unwrap()
+    }
+
+    #[test]
+    fn only_what_was_written_is_sent_first_then_only_what_is_written_again() {
+        let disk = tracked(10 * CHUNK_BYTES + 512);
+        disk.disk.node.write_at(&[1; 512], 2 * CHUNK_BYTES + GRANULE_BYTES).unwrap();
+        disk.disk.node.write_at(&[1; 512], 10 * CHUNK_BYTES).unwrap();
+        disk.skip_unwritten().unwrap();
+        let disks = [disk];
+        let mut scan = Scan::new(&disks);
+        assert_eq!((scan.count(1), scan.count(9)), (1, 2));
+        assert_eq!(scan.take(), Some(Work { disk: 0, index: 2, granules: 2 }));
+        // Behind the scan: it waits for the next pass.
+        disks[0].disk.node.write_at(&[2; 512], 0).unwrap();
+        assert_eq!(scan.take(), Some(Work { disk: 0, index: 10, granules: 1 }));
+        assert_eq!(scan.take(), None);
+        assert_eq!(disks[0].dirty.marked_bytes(), GRANULE_BYTES);
+        assert_eq!(Scan::new(&disks).take(), Some(Work { disk: 0, index: 0, granules: 1 }));
+    }
+
+    #[test]
+    fn disks_take_turns_until_each_is_done() {
+        let disks = [tracked(3 * CHUNK_BYTES), tracked(512), tracked(2 * CHUNK_BYTES)];
+        let mut scan = Scan::new(&disks);
+        let order: Vec<_> = std::iter::from_fn(|| scan.take()).map(|work| work.disk).collect();
+        assert_eq!(order, [0, 1, 2, 0, 2, 0]);
+    }
+}

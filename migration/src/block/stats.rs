@@ -1,0 +1,77 @@
+//! What has become of the disks so far: `disk` of `query-migrate`, shaped like `ram`, with a part per
+//! disk. Written by `outgoing` and `incoming`, kept in [`crate::stats::StatsSnapshot`].
+
+use super::frame::DiskTotals;
+use serde_json::{Value, json};
+
+/// One disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskProgress {
+    /// Its name.
+    pub name: String,
+    /// What there is to send: once what is allocated is known, no more than that.
+    pub total_bytes: u64,
+    /// What is still to send.
+    pub remaining_bytes: u64,
+    /// What was sent.
+    pub sent: DiskTotals,
+}
+
+impl DiskProgress {
+    fn percent(&self) -> u64 {
+        let done = self.total_bytes.saturating_sub(self.remaining_bytes);
+        (done * 100).checked_div(self.total_bytes).unwrap_or(100)
+    }
+}
+
+/// All disks.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskStats {
+    /// One by one.
+    pub disks: Vec<DiskProgress>,
+    /// Bytes on the wire.
+    pub transferred_bytes: u64,
+    /// Finished passes.
+    pub passes: u64,
+    /// Bytes per second of the last pass that was long enough to tell.
+    pub bytes_per_sec: u64,
+}
+
+impl DiskStats {
+    fn sum(&self, of: impl Fn(&DiskProgress) -> u64) -> u64 {
+        self.disks.iter().map(of).sum()
+    }
+
+    /// Still to send.
+    pub fn remaining_bytes(&self) -> u64 {
+        self.sum(|disk| disk.remaining_bytes)
+    }
+
+    /// For `query-migrate`.
+    pub fn to_json(&self) -> Value {
+        let normal = self.sum(|disk| disk.sent.data_bytes);
+        let granule = super::GRANULE_BYTES;
+        json!({
+            "transferred": self.transferred_bytes,
+            "remaining": self.remaining_bytes(),
+            "total": self.sum(|disk| disk.total_bytes),
+            "duplicate": self.sum(|disk| disk.sent.zero_bytes) / granule,
+            "skipped": 0,
+            "normal": normal / granule,
+            "normal-bytes": normal,
+            "dirty-pages-rate": 0,
+            "mbps": self.bytes_per_sec as f64 * 8.0 / 1e6,
+            "dirty-sync-count": self.passes,
+            "postcopy-requests": 0,
+            "page-size": granule,
+            "x-disks": self.disks.iter().map(|disk| json!({
+                "device": disk.name,
+                "total": disk.total_bytes,
+                "remaining": disk.remaining_bytes,
+                "normal-bytes": disk.sent.data_bytes,
+                "zero-bytes": disk.sent.zero_bytes,
+                "percent": disk.percent(),
+            })).collect::<Vec<_>>(),
+        })
+    }
+}

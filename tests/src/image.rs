@@ -1,0 +1,110 @@
+//! Disk images as a host sees them: filled, compared, weighed.
+
+use anyhow::{Context, Result, ensure};
+use std::fs::{File, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PIECE: usize = 1 << 20;
+
+/// What to fill with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pattern {
+    /// What cannot be guessed or compressed.
+    Random,
+    /// Zeroes that take space.
+    Zero,
+}
+
+/// Fills part of a file, which is made if it is not there.
+pub fn fill(path: &Path, offset: u64, len: u64, pattern: Pattern) -> Result<()> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+    let mut random = File::open("/dev/urandom")?;
+    let mut piece = vec![0; PIECE];
+    let mut at = 0;
+    while at < len {
+        let now = usize::try_from(len - at)?.min(PIECE);
+        if pattern == Pattern::Random {
+            random.read_exact(&mut piece[..now])?;
+        }
+        file.write_all_at(&piece[..now], offset + at)?;
+        at += now as u64;
+    }
+    Ok(())
+}
+
+/// Bytes that a file takes on its file system, as `du` counts.
+pub fn allocated(path: &Path) -> Result<u64> {
+    File::open(path)?.sync_all()?;
+    Ok(std::fs::metadata(path)?.blocks() * 512)
+}
+
+fn compare(one: &Path, other: &Path) -> Result<()> {
+    let files = [File::open(one)?, File::open(other)?];
+    let [here, there] = [files[0].metadata()?.len(), files[1].metadata()?.len()];
+    ensure!(here == there, "{} has {here} bytes, {} has {there}", one.display(), other.display());
+    let mut pieces = [vec![0; PIECE], vec![0; PIECE]];
+    let mut at = 0;
+    while at < here {
+        let now = usize::try_from(here - at)?.min(PIECE);
+        for (file, piece) in files.iter().zip(&mut pieces) {
+            file.read_exact_at(&mut piece[..now], at)?;
+        }
+        let differs = (0..now).step_by(512).find(|sector| {
+            let end = (sector + 512).min(now);
+            pieces[0][*sector..end] != pieces[1][*sector..end]
+        });
+        ensure!(differs.is_none(), "they differ at byte {}", at + differs.unwrap_or(0) as u64);
+        at += now as u64;
+    }
+    Ok(())
+}
+
+/// Compares two raw images byte by byte, and has `qemu-img` do so too where it is installed.
+///
+/// # Panics
+/// If they differ.
+pub fn assert_same(one: &Path, other: &Path) {
+    let same = compare(one, other);
+    assert!(same.is_ok(), "{} and {}: {same:?}", one.display(), other.display());
+    let opinion = Command::new("qemu-img")
+        .args(["compare", "-U", "-f", "raw", "-F", "raw"])
+        .args([one, other])
+        .output();
+    if let Ok(opinion) = opinion {
+        let said = String::from_utf8_lossy(&opinion.stdout);
+        assert!(opinion.status.success(), "qemu-img says: {said}");
+    }
+}
+
+/// A file system in memory that fills up soon. Unmounted when dropped.
+pub struct SmallFileSystem(PathBuf);
+
+impl SmallFileSystem {
+    /// Mounts one of `bytes` at `folder`; nothing if this process may not.
+    pub fn mount(folder: &Path, bytes: u64) -> Option<Self> {
+        let size = format!("size={bytes}");
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder);
+        let output = command.output().ok()?;
+        output.status.success().then(|| Self(folder.to_owned()))
+    }
+
+    /// Unmounts it now.
+    pub fn unmount(&self) -> Result<()> {
+        // Lazily: a process that just ended may still be leaving it.
+        let status = Command::new("umount").arg("-l").arg(&self.0).status();
+        ensure!(status.context("umount")?.success(), "cannot unmount {}", self.0.display());
+        Ok(())
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        if let Err(error) = self.unmount() {
+            eprintln!("{error:#}");
+        }
+    }
+}
