@@ -512,6 +512,15 @@ mod tests {
     }
 
     #[test]
+    fn what_progress_is_measured_by_knows_every_kind_of_page() {
+        let counters = Counters::new();
+        let xbzrle = XbzrleStats { pages: 4, unchanged: 8, ..Default::default() };
+        counters
+            .update(|stats| (stats.zero_pages, stats.normal_pages, stats.xbzrle) = (1, 2, xbzrle));
+        assert_eq!(counters.figures().pages_sent(), 15);
+    }
+
+    #[test]
     fn what_has_ended_keeps_its_figures_and_not_its_prospects() {
         let counters = Counters::new();
         assert_eq!(counters.snapshot().to_json(), json!({}));

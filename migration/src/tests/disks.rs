@@ -246,7 +246,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 fn hear(speak: impl FnOnce(&Liar)) -> String {
     let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-    receive_with_disks(PATIENCE, disks.incoming(), |liar| {
+    receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
         speak(liar);
         listen(liar);
     })
@@ -328,7 +328,7 @@ fn lies_about_disks_are_refused_by_name() {
 #[test]
 fn a_source_whose_disks_stand_still_is_noticed() {
     let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-    let error = receive_with_disks(Duration::from_millis(200), disks.incoming(), |liar| {
+    let error = receive_with_disks(1, Duration::from_millis(200), disks.incoming(), |liar| {
         introduce(liar);
         // The middle of a granule.
         write_all(
@@ -347,7 +347,7 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..7, mask in any::<u64>(),
     ) {
         let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-        receive_with_disks(PATIENCE, disks.incoming(), |liar| {
+        receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
             introduce(liar);
             let mut header = Frame::Chunk(Chunk { disk: 0, index: 0, data: mask, zero: 0 }).encode(0);
             header[0] = kind;

@@ -695,8 +695,8 @@ impl Liar {
         let link = MemoryLink::new(None).with_patience(patience);
         let (main, main_in) = link.connect();
         let (disks, disks_in) = link.connect();
-        let disks_in: Option<Arc<dyn Transport>> = Some(Arc::new(disks_in));
-        let mut victim = Ends { main: Arc::new(main_in), data: Vec::new(), disks: disks_in };
+        let mut victim =
+            Ends { main: Arc::new(main_in), data: Vec::new(), disks: Some(Arc::new(disks_in)) };
         let mut liar = Self { main, data: Vec::new(), disks };
         for _ in 0..channels {
             let (data, data_in) = link.connect();
@@ -733,19 +733,11 @@ pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
 
 /// Lets `speak` be the source of a destination; returns what the destination says of it.
 pub fn receive_from(channels: u16, patience: Duration, speak: impl FnOnce(&Liar)) -> String {
-    receive_all(channels, patience, Vec::new(), speak)
+    receive_with_disks(channels, patience, Vec::new(), speak)
 }
 
-/// The same, over one data channel, for a machine whose disks arrive.
+/// The same, for a machine whose disks arrive.
 pub fn receive_with_disks(
-    patience: Duration,
-    disks: Vec<IncomingDisk>,
-    speak: impl FnOnce(&Liar),
-) -> String {
-    receive_all(1, patience, disks, speak)
-}
-
-fn receive_all(
     channels: u16,
     patience: Duration,
     disks: Vec<IncomingDisk>,
@@ -764,8 +756,9 @@ fn receive_all(
             cancel: CancelToken::new(),
             events: &mut |_| {},
         };
-        let Ends { main, data, disks } = victim;
-        destination.receive_over(main, data, disks).map_err(|error| chain(&error))
+        destination
+            .receive_over(victim.main, victim.data, victim.disks)
+            .map_err(|error| chain(&error))
     });
     speak(&liar);
     drop(liar);
