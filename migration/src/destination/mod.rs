@@ -169,13 +169,13 @@ impl Destination<'_> {
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
             let mut open = |role| {
-                let channel = Channel::new(open(hello.id, role)?, self.cancel.clone());
-                send_hello(&channel, &Hello { role, ..answer.clone() })?;
+                let named = |error: WireError| error.on_channel(role);
+                let channel =
+                    Channel::new(open(hello.id, role).map_err(named)?, self.cancel.clone());
+                send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;
                 Ok::<_, WireError>(channel)
             };
-            let data = (0..hello.data_channels).map(|index| {
-                open(Role::Data { index }).map_err(|error| error.on_data_channel(index))
-            });
+            let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));
             let data = data.collect::<Result<_, _>>()?;
             let disks = if answer.has(DISKS) { Some(open(Role::Disks)?) } else { None };
             let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;

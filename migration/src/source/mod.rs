@@ -230,15 +230,11 @@ impl Source<'_> {
             let woken = transport.clone();
             wake.push(self.cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, self.cancel.clone());
-            greet(&channel, &Hello::new(role, id, channels))?;
+            greet(&channel, &Hello::new(role, id, channels))
+                .map_err(|error| error.on_channel(role))?;
             Ok::<_, SourceError>(Arc::new(channel))
         };
-        let data = (0..channels).map(|index| {
-            open(Role::Data { index }).map_err(|error| match error {
-                SourceError::Wire(error) => error.on_data_channel(index).into(),
-                error => error,
-            })
-        });
+        let data = (0..channels).map(|index| open(Role::Data { index }));
         let data = data.collect::<Result<_, _>>()?;
         let disks = if with_disks { Some(open(Role::Disks)?) } else { None };
         let main = Arc::new(Main::new(main));

@@ -9,4 +9,5 @@ mod fake_disks;
 mod frame_lies;
 mod lies;
 mod modes;
+mod strangers;
 mod whole;

@@ -1,6 +1,6 @@
 //! What is wrong with a connection, or with what came over it.
 
-use super::VERSION;
+use super::{Role, VERSION};
 use std::io;
 
 /// What is wrong with a connection, or with what came over it.
@@ -88,6 +88,15 @@ impl WireError {
         match self {
             Self::Interrupted | Self::Refused(_) | Self::Aborted(_) | Self::Data { .. } => self,
             error => Self::Data { index, source: Box::new(error) },
+        }
+    }
+
+    /// The same, if `role` is that of a data channel.
+    #[must_use]
+    pub fn on_channel(self, role: Role) -> Self {
+        match role {
+            Role::Data { index } => self.on_data_channel(index),
+            Role::Main | Role::Disks => self,
         }
     }
 
