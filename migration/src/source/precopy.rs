@@ -39,7 +39,7 @@ impl Source<'_> {
                 }
                 Decision::Again { polishing } => polished += u32::from(polishing),
             }
-            self.after_round(round, pace);
+            self.after_round(both, pace);
         }
     }
 

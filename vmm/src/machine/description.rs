@@ -64,10 +64,23 @@ pub struct DiskDescription {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Travels {
-    /// Only what lies above its backing file.
-    pub only_top: bool,
+    /// What it stands on, if only what lies above that comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<BackingDescription>,
     /// About how much that is; for the destination to see whether it has room.
     pub data_bytes: u64,
+}
+
+/// A backing file, as its user can tell it from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingDescription {
+    /// What it is called at the source.
+    pub name: String,
+    /// Its size as a disk.
+    pub len_bytes: u64,
+    /// Of samples of its content.
+    pub checksum: String,
 }
 
 fn one() -> u16 {
