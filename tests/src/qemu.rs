@@ -2,6 +2,7 @@
 
 use crate::ferry::Guest;
 use crate::process::{Process, SOON, Vmm};
+use crate::qmp::Qmp;
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -64,10 +65,15 @@ pub fn run(guest: &Guest) -> Result<Vmm> {
     start(guest, &[])
 }
 
-/// Waits for `guest` on a free TCP port of the loopback; returns the process and its address.
-pub fn receive(guest: &Guest) -> Result<(Vmm, String)> {
+/// Waits for `guest` on a free TCP port of the loopback, when `prepare` has said how; returns the process
+/// and its address.
+pub fn receive(
+    guest: &Guest,
+    prepare: impl FnOnce(&mut Qmp) -> Result<()>,
+) -> Result<(Vmm, String)> {
     let vmm = start(guest, &["-incoming", "defer"])?;
     let mut qmp = Vmm::qmp(&vmm)?;
+    prepare(&mut qmp)?;
     qmp.execute("migrate-incoming", json!({"uri": "tcp:127.0.0.1:0"}))?;
     let info = qmp.execute("query-migrate", json!({}))?;
     let port = info["socket-address"][0]["port"].as_str();

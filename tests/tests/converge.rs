@@ -218,6 +218,8 @@ fn a_cap_is_exact_over_any_second() {
         let whole = &bins[1..bins.len() - 2];
         assert!(whole.len() > 20, "{bins:?}");
         let seconds: Vec<u64> = whole.windows(10).map(|second| second.iter().sum()).collect();
+        let extremes = (seconds.iter().min().unwrap(), seconds.iter().max().unwrap());
+        println!("{extremes:?} bytes in the slowest and the fastest second, the cap is {cap}");
         let exact = |bytes: &u64| (bytes.abs_diff(cap)) * 100 <= cap * 3;
         if seconds.iter().all(exact) {
             return;

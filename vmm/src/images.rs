@@ -126,12 +126,13 @@ pub enum ImageError {
     Lock(#[from] LockError),
 }
 
-/// An image that has not got its name yet. Removed when dropped, unless it was kept.
+/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
 #[derive(Debug)]
 struct Partial {
     partial: PathBuf,
     path: PathBuf,
     named: bool,
+    settled: bool,
     /// What it will replace: nobody else shall begin to use that.
     _replaced: Option<HeldFile>,
 }
@@ -154,15 +155,16 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        if !self.named
-            && let Err(error) = std::fs::remove_file(&self.partial)
+        let path = if self.named { &self.path } else { &self.partial };
+        if !self.settled
+            && let Err(error) = std::fs::remove_file(path)
         {
-            log::warn!("cannot remove {}: {error}", self.partial.display());
+            log::warn!("cannot remove {}: {error}", path.display());
         }
     }
 }
 
-/// All disks of an arriving guest. Dropping it before [`Images::keep`] removes those that were made.
+/// All disks of an arriving guest. Dropping it before [`Images::settle`] removes those that were made.
 #[derive(Default)]
 pub struct Images {
     /// In the order of the description.
@@ -267,7 +269,13 @@ impl Images {
                 Box::new(Qcow2File::create(&partial, &path, len_bytes, place.cache, backing)?)
             }
         };
-        self.partials.push(Partial { partial, path, named: false, _replaced: replaced });
+        self.partials.push(Partial {
+            partial,
+            path,
+            named: false,
+            settled: false,
+            _replaced: replaced,
+        });
         Ok(backend)
     }
 
@@ -283,9 +291,10 @@ impl Images {
         Ok(())
     }
 
-    /// Makes the names durable. The guest runs already.
+    /// The guest runs: the images stay. Makes their names durable.
     pub fn settle(&mut self) {
-        for partial in std::mem::take(&mut self.partials) {
+        for mut partial in std::mem::take(&mut self.partials) {
+            partial.settled = true;
             let folder = partial.path.parent().unwrap_or(Path::new("."));
             if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
                 log::warn!("cannot flush {}: {error}", folder.display());
@@ -435,6 +444,11 @@ mod tests {
         drop(images);
         assert_eq!(names(folder.path()), [""; 0]);
         let mut images = Images::prepare(&disks, &config).unwrap();
+        images.keep().unwrap();
+        assert_eq!(names(folder.path()), ["data.img", "root.img"]);
+        drop(images);
+        assert_eq!(names(folder.path()), [""; 0], "the guest did not start after all");
+        let mut images = Images::prepare(&disks, &config).unwrap();
         images.nodes[0].fill_at(&[1; 512], 512).unwrap();
         images.keep().unwrap();
         images.settle();
@@ -466,6 +480,7 @@ mod tests {
         drop(used);
         let mut images = Images::prepare(&disks, &config).unwrap();
         images.keep().unwrap();
+        images.settle();
         drop(images);
         assert_eq!(std::fs::read(&path).unwrap(), vec![0; 512]);
         assert_eq!(names(folder.path()), ["x.img"]);

@@ -1,6 +1,6 @@
-//! What the peer last got of some pages, to tell what has changed since. One per shard, which alone
-//! uses it: it looks a page up before it is sent, and keeps here what it sent. Holds bytes and ages;
-//! deltas are `xbzrle`'s business.
+//! What the peer last got of some pages, to tell what has changed since: whole pages, or their digests.
+//! One of each per shard, which alone uses it: it looks a page up before it is sent, and keeps here what
+//! it sent. Holds values and ages; deltas are `xbzrle`'s business.
 //!
 //! A page that was used in this generation or the last one stays: with more pages to send in a round
 //! than there is room for, each would otherwise push out the next one before it comes round again, and
@@ -8,18 +8,20 @@
 //! dealt to shards nor where a guest's working set lies makes two of them fight for one.
 
 use super::xbzrle::Page;
-use super::zero::PAGE_BYTES;
 use devices::ram::PageIndex;
 use std::collections::HashMap;
 
-/// Memory is taken in pieces of this many pages (1 MiB), when the first one of them is needed.
+/// Memory is taken in pieces for this many pages, when the first one of them is needed.
 const PIECE_PAGES: usize = 256;
 /// Generations for which a page that was used is safe.
 const PROTECTED_GENERATIONS: u64 = 2;
 
 /// Copies of pages, with ages.
-#[derive(Debug, Default)]
-pub struct PageCache {
+pub type PageCache = Cache<Page>;
+
+/// A value for each of some pages, with ages.
+#[derive(Debug)]
+pub struct Cache<T> {
     /// Most pages to hold.
     capacity: usize,
     /// Which entry, and which place in the pieces, a page has.
@@ -27,7 +29,7 @@ pub struct PageCache {
     entries: Vec<Entry>,
     /// Places of pages that were forgotten.
     free: Vec<usize>,
-    pieces: Vec<Box<[Page]>>,
+    pieces: Vec<Box<[T]>>,
     generation: u64,
     /// The next entry to consider for eviction.
     hand: usize,
@@ -43,15 +45,33 @@ struct Entry {
     generation: u64,
 }
 
-impl PageCache {
-    /// A cache of at most `bytes` of pages. Takes none of it yet.
+impl<T: Copy> Default for Cache<T> {
+    fn default() -> Self {
+        Self::new(0)
+    }
+}
+
+impl<T: Copy> Cache<T> {
+    /// Bytes that a page takes.
+    pub const VALUE_BYTES: usize = size_of::<T>();
+
+    /// A cache of at most `bytes` of values. Takes none of it yet.
     pub fn new(bytes: usize) -> Self {
-        Self { capacity: bytes / PAGE_BYTES, ..Self::default() }
+        Self {
+            capacity: bytes / Self::VALUE_BYTES,
+            places: HashMap::new(),
+            entries: Vec::new(),
+            free: Vec::new(),
+            pieces: Vec::new(),
+            generation: 0,
+            hand: 0,
+            unseen: 0,
+        }
     }
 
-    /// Most bytes of pages that it may hold.
+    /// Most bytes of values that it may hold.
     pub fn capacity_bytes(&self) -> usize {
-        self.capacity * PAGE_BYTES
+        self.capacity * Self::VALUE_BYTES
     }
 
     /// How many pages it holds.
@@ -59,9 +79,9 @@ impl PageCache {
         self.places.len()
     }
 
-    /// Bytes of memory taken for pages.
+    /// Bytes of memory taken for values.
     pub fn memory_bytes(&self) -> usize {
-        self.pieces.len() * PIECE_PAGES * PAGE_BYTES
+        self.pieces.len() * PIECE_PAGES * Self::VALUE_BYTES
     }
 
     /// A new round begins: all pages get older.
@@ -72,17 +92,17 @@ impl PageCache {
 
     /// What the peer has of `page`, if that is known; the page counts as used. Whoever sends a newer
     /// version writes it here.
-    pub fn lookup(&mut self, page: PageIndex) -> Option<&mut Page> {
+    pub fn lookup(&mut self, page: PageIndex) -> Option<&mut T> {
         let place = *self.places.get(&page)?;
         self.entries[place].generation = self.generation;
         Some(self.at(place))
     }
 
-    /// Keeps that the peer has `bytes` for `page`. False if `page` is not here and there is no room:
+    /// Keeps that the peer has `value` for `page`. False if `page` is not here and there is no room:
     /// all others were used lately.
-    pub fn insert(&mut self, page: PageIndex, bytes: &Page) -> bool {
+    pub fn insert(&mut self, page: PageIndex, value: &T) -> bool {
         if let Some(known) = self.lookup(page) {
-            *known = *bytes;
+            *known = *value;
             return true;
         }
         let entry = Entry { page, generation: self.generation };
@@ -98,18 +118,11 @@ impl PageCache {
             place
         };
         if place / PIECE_PAGES == self.pieces.len() {
-            self.pieces.push(vec![[0; PAGE_BYTES]; PIECE_PAGES].into_boxed_slice());
+            self.pieces.push(vec![*value; PIECE_PAGES].into_boxed_slice());
         }
         self.places.insert(page, place);
-        *self.at(place) = *bytes;
+        *self.at(place) = *value;
         true
-    }
-
-    /// Keeps that the peer has zeroes for `page`, if it is here; a page that is not stays out.
-    pub fn zero(&mut self, page: PageIndex) {
-        if let Some(known) = self.lookup(page) {
-            known.fill(0);
-        }
     }
 
     /// Keeps that it is not known any more what the peer has of `page`: it was sent without a look.
@@ -120,7 +133,7 @@ impl PageCache {
     /// Changes the size. If that makes it too small, the pages used last stay, and what memory the
     /// others alone took is given back.
     pub fn resize(&mut self, bytes: usize) {
-        self.capacity = bytes / PAGE_BYTES;
+        self.capacity = bytes / Self::VALUE_BYTES;
         self.hand = 0;
         self.unseen = self.entries.len();
         if self.entries.len() <= self.capacity {
@@ -139,9 +152,9 @@ impl PageCache {
         for from in by_age.into_iter().filter(|place| *place >= end) {
             // There are no more of them than places before the end.
             let Some(to) = self.free.pop() else { break };
-            let (entry, page) = (self.entries[from], *self.at(from));
+            let (entry, value) = (self.entries[from], *self.at(from));
             self.entries[to] = entry;
-            *self.at(to) = page;
+            *self.at(to) = value;
             self.places.insert(entry.page, to);
         }
         self.entries.truncate(self.capacity);
@@ -166,13 +179,14 @@ impl PageCache {
         None
     }
 
-    fn at(&mut self, place: usize) -> &mut Page {
+    fn at(&mut self, place: usize) -> &mut T {
         &mut self.pieces[place / PIECE_PAGES][place % PIECE_PAGES]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::zero::PAGE_BYTES;
     use super::*;
     use proptest::prelude::*;
 
@@ -236,16 +250,6 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_turns_zero_is_refreshed_and_one_that_is_not_here_stays_out() {
-        let mut cache = PageCache::new(2 * PAGE_BYTES);
-        cache.insert(PageIndex(1), &page(1));
-        cache.zero(PageIndex(1));
-        cache.zero(PageIndex(2));
-        assert_eq!(cache.lookup(PageIndex(1)), Some(&mut page(0)));
-        assert_eq!(cache.page_count(), 1);
-    }
-
-    #[test]
     fn shrinking_keeps_the_pages_used_last() {
         let mut cache = PageCache::new(10 * PAGE_BYTES);
         for index in 0..10u8 {
@@ -266,7 +270,6 @@ mod tests {
     enum Step {
         Lookup(u64),
         Insert(u64, u8),
-        Zero(u64),
         Forget(u64),
         Advance,
         Resize(usize),
@@ -276,7 +279,6 @@ mod tests {
         prop_oneof![
             8 => (0..40u64).prop_map(Step::Lookup),
             16 => (0..40u64, any::<u8>()).prop_map(|(page, byte)| Step::Insert(page, byte)),
-            2 => (0..40u64).prop_map(Step::Zero),
             3 => (0..40u64).prop_map(Step::Forget),
             3 => Just(Step::Advance),
             1 => (0..30usize).prop_map(Step::Resize),
@@ -315,10 +317,6 @@ mod tests {
                             prop_assert!(model[&victim].1 + 2 <= generation);
                             model.remove(&victim);
                         }
-                    }
-                    Step::Zero(index) => {
-                        cache.zero(PageIndex(index));
-                        model.entry(index).and_modify(|known| *known = (0, generation));
                     }
                     Step::Forget(index) => {
                         cache.forget(PageIndex(index));

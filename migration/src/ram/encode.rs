@@ -3,20 +3,26 @@
 //! cache, the compressor, and whether either is worth its time; sends nothing.
 //!
 //! ```text
-//! guest RAM ─copy▶ page ─▶ zero? ─▶ known? changed in few bytes? ─▶ delta
+//! guest RAM ─copy▶ page ─▶ zero? ─▶ known by copy or digest? changed in few places? ─▶ delta
 //!                                            └─▶ staged ─▶ compresses? ─▶ packed
 //!                                                                 └─▶ raw
 //! ```
+//!
+//! **Copies and digests share XBZRLE's memory.** A working set that fits is kept as copies, whose deltas
+//! are exact to the byte. Once a page finds no room among them, digests get a growing part of the
+//! memory, up to three quarters: a digest knows a page by lines only, in an eighth of the space.
 
 use super::adaptive::{Adaptive, Trial};
 use super::cache::PageCache;
 use super::compress::{Compressor, Method, MethodError};
+use super::digest::{DigestCache, Digester, encode_lines};
 use super::frame::{MAX_DELTA_BYTES, Packing};
 use super::xbzrle::{Encoded, Encoder as Xbzrle, Page};
 use super::zero::PAGE_BYTES;
 use crate::stats::{CompressionStats, XbzrleStats};
 use crate::wire::Encoder;
 use devices::ram::PageIndex;
+use std::io;
 use std::time::Instant;
 
 /// Staged pages after which they are sent: what is compressed at once, and still in a processor's cache.
@@ -37,6 +43,17 @@ pub struct Wanted {
     pub method: Option<Method>,
 }
 
+/// Why an encoder cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum WantError {
+    /// A compressor.
+    #[error(transparent)]
+    Method(#[from] MethodError),
+    /// XBZRLE's digests need a secret key.
+    #[error("no random numbers for XBZRLE")]
+    NoRandomness(#[source] io::Error),
+}
+
 /// How a page is to travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
@@ -50,13 +67,97 @@ pub enum Fate {
     Unchanged,
 }
 
-#[derive(Default)]
+/// Digests get memory in steps of this; less than a step is left to the copies.
+const DIGEST_STEP_BYTES: usize = 1 << 20;
+
 struct Deltas {
-    cache: PageCache,
+    copies: PageCache,
+    digests: DigestCache,
+    /// Of both together.
+    cache_bytes: usize,
+    digester: Digester,
     encoder: Xbzrle,
     worth: Adaptive,
     /// Since the last judgement.
     trial: Trial,
+}
+
+impl Deltas {
+    fn new(cache_bytes: usize, digester: Digester) -> Self {
+        Self {
+            copies: PageCache::new(cache_bytes),
+            digests: DigestCache::new(0),
+            cache_bytes,
+            digester,
+            encoder: Xbzrle::default(),
+            worth: Adaptive::default(),
+            trial: Trial::default(),
+        }
+    }
+
+    fn resize(&mut self, cache_bytes: usize) {
+        if self.cache_bytes != cache_bytes {
+            self.cache_bytes = cache_bytes;
+            self.share(self.digests.capacity_bytes().min(Self::most_digest_bytes(cache_bytes)));
+        }
+    }
+
+    fn most_digest_bytes(cache_bytes: usize) -> usize {
+        cache_bytes / 4 * 3
+    }
+
+    fn share(&mut self, digest_bytes: usize) {
+        self.digests.resize(digest_bytes);
+        self.copies.resize(self.cache_bytes - digest_bytes);
+    }
+
+    /// Forgets all versions, which are not the destination's any more.
+    fn forget_all(&mut self) {
+        self.copies = PageCache::new(self.cache_bytes);
+        self.digests = DigestCache::new(0);
+    }
+
+    /// A round is over.
+    fn advance(&mut self) {
+        self.copies.advance();
+        self.digests.advance();
+    }
+
+    /// Zeroes were sent.
+    fn zero(&mut self, page: PageIndex) {
+        if let Some(copy) = self.copies.lookup(page) {
+            copy.fill(0);
+        } else if let Some(digest) = self.digests.lookup(page) {
+            *digest = *self.digester.zero();
+        }
+    }
+
+    /// What `new` is, compared to the version that the destination has. None if that is not known; from
+    /// now on it is, if there is room.
+    fn encode(&mut self, page: PageIndex, new: &Page, into: &mut [u8]) -> Option<Encoded> {
+        if let Some(old) = self.copies.lookup(page) {
+            let encoded = self.encoder.encode(old, new, into);
+            *old = *new;
+            return Some(encoded);
+        }
+        if let Some(old) = self.digests.lookup(page) {
+            let digest = self.digester.digest(new);
+            let encoded = encode_lines(old, &digest, new, into);
+            *old = digest;
+            return Some(encoded);
+        }
+        if !self.copies.insert(page, new) {
+            let digest = self.digester.digest(new);
+            if !self.digests.insert(page, &digest) {
+                let more = self.digests.capacity_bytes() + DIGEST_STEP_BYTES;
+                if more <= Self::most_digest_bytes(self.cache_bytes) {
+                    self.share(more);
+                    self.digests.insert(page, &digest);
+                }
+            }
+        }
+        None
+    }
 }
 
 struct Packer {
@@ -83,18 +184,19 @@ pub struct Encoding {
 
 impl Encoding {
     /// Changes what is tried. Cheap if nothing has changed.
-    pub fn want(&mut self, wanted: Wanted) -> Result<(), MethodError> {
+    pub fn want(&mut self, wanted: Wanted) -> Result<(), WantError> {
         match wanted.cache_bytes {
             None => self.deltas = None,
-            Some(bytes) => {
-                let cache = &mut self.deltas.get_or_insert_default().cache;
-                if cache.capacity_bytes() != bytes / PAGE_BYTES * PAGE_BYTES {
-                    cache.resize(bytes);
+            Some(bytes) => match &mut self.deltas {
+                Some(deltas) => deltas.resize(bytes),
+                None => {
+                    let digester = Digester::random().map_err(WantError::NoRandomness)?;
+                    self.deltas = Some(Deltas::new(bytes, digester));
                 }
-            }
+            },
         }
         if self.packer.as_ref().map(|packer| packer.method) != wanted.method {
-            let packer = wanted.method.map(|method| {
+            let packer = wanted.method.map(|method| -> Result<_, MethodError> {
                 let compressor = Compressor::new(method)?;
                 Ok(Packer { method, compressor, worth: Adaptive::default(), packed: Vec::new() })
             });
@@ -126,7 +228,7 @@ impl Encoding {
     /// A round is over: what is in the cache gets older.
     pub fn end_round(&mut self) {
         if let Some(deltas) = &mut self.deltas {
-            deltas.cache.advance();
+            deltas.advance();
         }
     }
 
@@ -150,19 +252,19 @@ impl Encoding {
         if let (Some(state), true) = (&mut self.deltas, deltas) {
             let stats = &mut self.stats.0;
             if zero {
-                state.cache.zero(page);
+                state.zero(page);
                 return Fate::Zero;
             }
-            let Some(old) = state.cache.lookup(page) else {
+            self.delta.resize(LONGEST_DELTA, 0);
+            let began = Instant::now();
+            let Some(encoded) = state.encode(page, new, &mut self.delta) else {
                 stats.misses += 1;
-                state.cache.insert(page, new);
                 self.staged_pages += 1;
                 return Fate::Staged;
             };
-            self.delta.resize(LONGEST_DELTA, 0);
-            let encoded = state.encoder.encode(old, new, &mut self.delta);
-            *old = *new;
+            // Misses do not count: a round of them only prepares for the next.
             state.trial.raw_bytes += PAGE_BYTES as u64;
+            state.trial.cost += began.elapsed();
             match encoded {
                 Encoded::Unchanged => {
                     stats.unchanged += 1;
@@ -237,15 +339,14 @@ impl Encoding {
         self.delta_part.clear();
     }
 
-    /// Judges deltas by what became of them; `cost` is what looking for them took.
-    pub fn judge_deltas(&mut self, cost: std::time::Duration, way: u64) {
+    /// Judges deltas by what became of them; `way` is how many bytes per second the channel takes.
+    pub fn judge_deltas(&mut self, way: u64) {
         let Some(deltas) = &mut self.deltas else { return };
-        let trial = std::mem::take(&mut deltas.trial);
-        deltas.worth.tried(Trial { cost, ..trial }, way);
+        deltas.worth.tried(std::mem::take(&mut deltas.trial), way);
         if !deltas.worth.worth_trying() {
             // While it rests pages are sent without a look, and what is here would not be what the
             // destination has.
-            deltas.cache = PageCache::new(deltas.cache.capacity_bytes());
+            deltas.forget_all();
         }
     }
 
@@ -308,6 +409,34 @@ mod tests {
     }
 
     #[test]
+    fn a_working_set_larger_than_the_cache_is_known_by_lines() {
+        // 4 MiB of memory for 16 MiB of pages.
+        let mut encoding = wanted(Some(4 << 20), None);
+        let mut page = [7; PAGE_BYTES];
+        let mut deltas = 0;
+        for round in 0..4u8 {
+            page[300] = round;
+            deltas = 0;
+            for index in 0..4096 {
+                match take(&mut encoding, index, &page) {
+                    Fate::Delta => deltas += 1,
+                    Fate::Staged => {}
+                    fate => panic!("page {index} is {fate:?}"),
+                }
+                encoding.clear();
+            }
+            encoding.end_round();
+        }
+        assert_eq!(deltas, 4096);
+        let state = encoding.deltas.as_ref().unwrap();
+        assert!(state.copies.capacity_bytes() + state.digests.capacity_bytes() <= 4 << 20);
+        assert!(state.copies.capacity_bytes() >= 1 << 20);
+        encoding.want(Wanted { cache_bytes: Some(1 << 20), method: None }).unwrap();
+        let state = encoding.deltas.as_ref().unwrap();
+        assert!(state.copies.capacity_bytes() + state.digests.capacity_bytes() <= 1 << 20);
+    }
+
+    #[test]
     fn deltas_that_lose_rest_and_begin_anew_without_old_versions() {
         let mut encoding = wanted(Some(1 << 20), None);
         let mut fill = 1;
@@ -317,7 +446,7 @@ mod tests {
                 encoding.clear();
             }
             fill += 1;
-            encoding.judge_deltas(std::time::Duration::from_millis(1), 1_000_000_000);
+            encoding.judge_deltas(1_000_000_000);
             assert!(fill < 200, "nothing is saved, and still it is tried");
         }
         assert!(!encoding.tries_deltas(true));

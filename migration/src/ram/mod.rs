@@ -23,6 +23,7 @@ pub mod adaptive;
 pub mod cache;
 pub mod compress;
 pub mod decode;
+pub mod digest;
 pub mod dirty;
 pub mod encode;
 pub mod frame;

@@ -142,7 +142,7 @@ impl Shard {
         let share = params.xbzrle_cache_size / u64::from(self.common.shards.max(1));
         let cache_bytes = params.xbzrle.then(|| usize::try_from(share).unwrap_or(usize::MAX));
         let wanted = Wanted { cache_bytes, method: params.method() };
-        self.encoding.want(wanted).map_err(SourceError::Compression)?;
+        self.encoding.want(wanted).map_err(SourceError::Encoding)?;
         let first_round = job.touched.is_some();
         let deltas = self.encoding.tries_deltas(first_round);
         if deltas || self.encoding.tries_packing() {
@@ -178,7 +178,6 @@ impl Shard {
         deltas: bool,
         head: &mut Encoder,
     ) -> Result<(), SourceError> {
-        let (began, writing) = (Instant::now(), self.line.writing_in_all);
         let (dirty, touched) = (job.dirty(), job.touched());
         self.batch.clear();
         for (first, page_count) in dirty.runs() {
@@ -206,9 +205,7 @@ impl Shard {
         }
         self.flush(deltas, head)?;
         if deltas {
-            let written = self.line.writing_in_all.saturating_sub(writing);
-            let way = self.line.bytes_per_sec();
-            self.encoding.judge_deltas(began.elapsed().saturating_sub(written), way);
+            self.encoding.judge_deltas(self.line.bytes_per_sec());
         }
         Ok(())
     }
@@ -303,7 +300,6 @@ struct Line {
     /// Lately written bytes, and how long that took, cap and peer included.
     written: u64,
     writing: Duration,
-    writing_in_all: Duration,
 }
 
 /// What was longer ago counts for less and less.
@@ -318,7 +314,6 @@ impl Line {
             tally: Tally::default(),
             written: 0,
             writing: Duration::ZERO,
-            writing_in_all: Duration::ZERO,
         }
     }
 
@@ -332,7 +327,6 @@ impl Line {
         }
         self.written += bytes;
         self.writing += took;
-        self.writing_in_all += took;
         self.tally.frames += 1;
         Ok(bytes)
     }

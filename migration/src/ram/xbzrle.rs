@@ -17,6 +17,7 @@
 
 use super::simd::{self, Changes, Kernel};
 use super::zero::PAGE_BYTES;
+use std::ops::Range;
 
 /// A private copy of a page: nobody writes it while it is compared.
 pub type Page = [u8; PAGE_BYTES];
@@ -121,6 +122,38 @@ impl Encoder {
             run = end;
         }
         Encoded::Bytes(len)
+    }
+}
+
+/// Writes a delta run by run, for those who know what has changed without comparing bytes.
+pub struct RunWriter<'a> {
+    new: &'a Page,
+    into: &'a mut [u8],
+    len: usize,
+    /// Where the last run ended.
+    offset: usize,
+}
+
+impl<'a> RunWriter<'a> {
+    /// Of `new`, to the start of `into`.
+    pub fn new(new: &'a Page, into: &'a mut [u8]) -> Self {
+        Self { new, into, len: 0, offset: 0 }
+    }
+
+    /// The bytes `run` of the page have changed. Runs come in order and do not touch; false if this one
+    /// does not fit.
+    pub fn changed(&mut self, run: Range<usize>) -> bool {
+        // At most the bytes of a page.
+        let short = |offset| u16::try_from(offset).unwrap_or(u16::MAX);
+        let run = [short(self.offset), short(run.start), short(run.end)];
+        let Some(len) = push_long(run, self.new, self.into, self.len) else { return false };
+        (self.len, self.offset) = (len, usize::from(run[2]));
+        true
+    }
+
+    /// What came of it.
+    pub fn finish(self) -> Encoded {
+        if self.len == 0 { Encoded::Unchanged } else { Encoded::Bytes(self.len) }
     }
 }
 

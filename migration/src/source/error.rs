@@ -2,7 +2,7 @@
 
 use crate::block::ReadError;
 use crate::guest::GuestError;
-use crate::ram::compress::MethodError;
+use crate::ram::encode::WantError;
 use crate::wire::WireError;
 use std::io;
 
@@ -33,9 +33,9 @@ pub enum SourceError {
     /// The destination is too old for disks.
     #[error("the destination's ferry cannot take disks in: use the same on both sides")]
     NoDisksThere,
-    /// Pages cannot be compressed as wanted.
+    /// Pages cannot be made smaller as wanted.
     #[error(transparent)]
-    Compression(MethodError),
+    Encoding(WantError),
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,

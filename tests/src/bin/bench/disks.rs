@@ -65,7 +65,7 @@ fn moved(
         }
         Program::Qemu => {
             disk::create(&there, path.metadata()?.len())?;
-            qemu::receive(&with_disk(&there))?
+            qemu::receive(&with_disk(&there), |_| Ok(()))?
         }
     };
     source.wait_line("^HB n=5 ")?;

@@ -1,11 +1,12 @@
 //! `make bench`: Ferry and QEMU side by side, on the same guest, in the same run; medians.
 //!
 //! Both are driven through their control sockets by the same code. Runs alternate between the two, so
-//! that a change of the host's load meets both. [`rows`] lists the figures, [`alone`], [`moves`] and [`disks`]
+//! that a change of the host's load meets both. [`rows`] lists the figures, [`alone`], [`moves`], [`engine`] and [`disks`]
 //! take them.
 
 mod alone;
 mod disks;
+mod engine;
 mod moves;
 mod rows;
 
@@ -69,7 +70,9 @@ fn options() -> Result<Options> {
 fn measure(row: &Row, options: &Options) -> Result<(Option<f64>, Option<f64>)> {
     let mut figures = [Vec::new(), Vec::new()];
     for _ in 0..options.runs {
-        for program in &options.programs {
+        let alone = matches!(row.target, Target::AtLeast(_));
+        let programs = options.programs.iter();
+        for program in programs.filter(|program| !alone || **program == Program::Ferry) {
             let figure = (row.measure)(*program)?;
             figures[usize::from(*program == Program::Ferry)].push(figure);
         }
@@ -89,7 +92,10 @@ fn verdict(target: &Target, qemu: Option<f64>, ferry: Option<f64>) -> (String, O
     let ratio = qemu.zip(ferry).map(|(qemu, ferry)| ferry / qemu);
     match target {
         Target::AtMost(most) => (format!("≤ {most}"), ferry.map(|ferry| ferry <= *most)),
-        Target::RatioAtMost(most) => (format!("ratio ≤ {most}"), ratio.map(|ratio| ratio <= *most)),
+        Target::AtLeast(least) => (format!("≥ {least}"), ferry.map(|ferry| ferry >= *least)),
+        Target::RatioAtMost(most) => {
+            (format!("ratio ≤ {most:.2}"), ratio.map(|ratio| ratio <= *most))
+        }
         Target::RatioAtLeast(least) => {
             (format!("ratio ≥ {least}"), ratio.map(|ratio| ratio >= *least))
         }

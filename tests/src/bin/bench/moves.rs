@@ -18,38 +18,88 @@ pub struct How {
     pub downtime_limit_ms: u64,
     /// `max-bandwidth`; 0 for as fast as can be.
     pub max_bandwidth: u64,
+    /// Data channels; Ferry's own choice, and QEMU's one, if nothing is said.
+    pub channels: Option<u16>,
+    /// `multifd-compression`.
+    pub compression: Option<&'static str>,
     /// Capabilities to switch on.
     pub capabilities: &'static [&'static str],
-    /// What does not end within this is cancelled.
+    /// What does not end within this is given up.
     pub patience: Duration,
 }
 
 impl How {
     /// As fast as can be.
-    fn fast(downtime_limit_ms: u64) -> Self {
+    pub fn fast(downtime_limit_ms: u64) -> Self {
         let patience = Duration::from_secs(60);
-        Self { downtime_limit_ms, max_bandwidth: 0, capabilities: &[], patience }
+        Self {
+            downtime_limit_ms,
+            max_bandwidth: 0,
+            channels: None,
+            compression: None,
+            capabilities: &[],
+            patience,
+        }
     }
 }
 
-struct Moved {
+/// What became of it.
+pub struct Moved {
     /// `query-migrate` in the end.
-    info: Value,
-    largest_gap_us: u64,
+    pub info: Value,
+    /// By the guest's own clock.
+    pub largest_gap_us: u64,
     /// What the guest wrote at the source meanwhile, by its heartbeats in 10^6 bytes per second.
-    mbps: f64,
+    pub mbps: f64,
+    /// Processor time of both processes from start to end, vCPUs included.
+    pub processor_seconds: f64,
+}
+
+impl How {
+    /// Says how many channels there are, and what they do. QEMU wants that on both sides.
+    fn say_channels(&self, program: Program, qmp: &mut Qmp) -> Result<()> {
+        let (Some(channels), true) =
+            (self.channels, program == Program::Ferry || self.is_multifd())
+        else {
+            return Ok(());
+        };
+        let on = json!([{"capability": "multifd", "state": true}]);
+        qmp.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
+        let method = self.compression.unwrap_or("none");
+        let parameters = json!({"multifd-channels": channels, "multifd-compression": method});
+        qmp.execute("migrate-set-parameters", parameters).map(drop)
+    }
+
+    /// QEMU's one channel is best without multifd.
+    fn is_multifd(&self) -> bool {
+        self.channels.is_some_and(|channels| channels > 1) || self.compression.is_some()
+    }
+}
+
+/// User and system time of processes: fields 14 and 15 of proc_pid_stat(5), in ticks.
+fn processor_seconds(processes: &[u32]) -> Result<f64> {
+    let mut ticks = 0;
+    for process in processes {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+        // The second field is a name, which may hold anything.
+        let (_, fields) = stat.rsplit_once(')').context("a name in parentheses")?;
+        let fields = fields.split_whitespace().skip(11).take(2);
+        ticks += fields.map(str::parse::<u64>).sum::<Result<u64, _>>()?;
+    }
+    // Linux's USER_HZ on x86.
+    Ok(ticks as f64 / 100.0)
 }
 
 /// Boots `guest`, lets it settle, moves it over TCP, and hears what it says at the destination. `None` if
 /// that takes too long.
-fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
+pub fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
     let source = run(program, guest)?;
     let (destination, address) = match program {
         Program::Ferry => {
             let destination = ferry::receive()?;
             (destination.vmm, destination.address)
         }
-        Program::Qemu => qemu::receive(guest)?,
+        Program::Qemu => qemu::receive(guest, |qmp| how.say_channels(program, qmp))?,
     };
     source.wait_line("READY ")?;
     // The first heartbeats hold the end of the fill; the guest is at its pace after a few.
@@ -63,12 +113,16 @@ fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
     let most = if how.max_bandwidth == 0 { 10_000_000_000 } else { how.max_bandwidth };
     let parameters = json!({"max-bandwidth": most, "downtime-limit": how.downtime_limit_ms});
     qmp.execute("migrate-set-parameters", parameters)?;
+    how.say_channels(program, &mut qmp)?;
     let settled = source.wait_next_line("^HB ")?;
+    let processes = [source.process.id(), destination.process.id()];
+    let used_before = processor_seconds(&processes)?;
     let before = Heartbeat::parse(&settled.text).context("a heartbeat")?.number;
     qmp.execute("migrate", json!({"uri": address}))?;
     let Ok(status) = qmp.wait_migration(&["completed", "failed", "cancelled"], how.patience) else {
         return Ok(None);
     };
+    let processor_seconds = processor_seconds(&processes)? - used_before;
     let info = final_info(&mut qmp)?;
     if status != "completed" {
         bail!("the migration is {status}: {info}");
@@ -85,11 +139,16 @@ fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
     let rates: Vec<_> = source.serial().from(settled.index + 1);
     let rates: Vec<_> = rates.iter().filter_map(|line| field(line, "ws_mbps")).collect();
     let mbps = rates.iter().sum::<u64>() as f64 / rates.len().max(1) as f64;
-    Ok(Some(Moved { info, largest_gap_us: life.largest_gap_us(before + 1)?, mbps }))
+    Ok(Some(Moved {
+        info,
+        largest_gap_us: life.largest_gap_us(before + 1)?,
+        mbps,
+        processor_seconds,
+    }))
 }
 
 /// As [`moved`], for a guest that has to arrive.
-fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
+pub fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
     let patience = how.patience;
     moved(program, guest, how)?.with_context(|| format!("no end within {patience:?}"))
 }
@@ -140,7 +199,9 @@ pub fn speed_while_moving(program: Program) -> Result<f64> {
     Ok(moved_well(program, &Guest::new(work, 1024), &How::fast(300))?.mbps)
 }
 
-/// The capability.
+/// A capability.
+pub const XBZRLE: &str = "xbzrle";
+/// A capability.
 pub const AUTO_CONVERGE: &str = "auto-converge";
 
 /// What to look at.
@@ -160,7 +221,7 @@ pub fn capped(
 ) -> Result<f64> {
     let guest = Guest::new("work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=500", 1024);
     let patience = Duration::from_secs(60);
-    let how = How { downtime_limit_ms: 300, max_bandwidth: 125_000_000, capabilities, patience };
+    let how = How { max_bandwidth: 125_000_000, capabilities, patience, ..How::fast(300) };
     let moved = moved(program, &guest, &how)?;
     Ok(match (figure, moved) {
         (Figure::TotalSeconds, None) => patience.as_secs_f64(),

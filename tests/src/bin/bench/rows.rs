@@ -1,8 +1,8 @@
 //! What is measured, in which unit, and what Ferry has to reach. A row is a line here and a function in
-//! [`alone`], [`moves`] or [`disks`].
+//! [`alone`], [`moves`], [`engine`] or [`disks`].
 
 use crate::moves::Figure;
-use crate::{alone, disks, moves};
+use crate::{alone, disks, engine, moves};
 use anyhow::Result;
 
 /// Which program is measured.
@@ -18,6 +18,8 @@ pub enum Program {
 pub enum Target {
     /// At most this.
     AtMost(f64),
+    /// At least this; there is nothing to compare with.
+    AtLeast(f64),
     /// Ferry's figure by QEMU's, at most.
     RatioAtMost(f64),
     /// Ferry's figure by QEMU's, at least.
@@ -95,6 +97,62 @@ pub const ROWS: &[Row] = &[
         unit: "ms",
         measure: |program| moves::capped(program, &[moves::AUTO_CONVERGE], Figure::LargestGapMs),
         target: Target::AtMost(20.0),
+    },
+    Row {
+        name: "asleep-4g",
+        title: "migrate 4 GiB, asleep, 75 % random, 1 channel",
+        unit: "GB/s",
+        measure: engine::one_channel,
+        target: Target::RatioAtLeast(1.2),
+    },
+    Row {
+        name: "channels",
+        title: "the same, best of 1, 2 and 4 channels",
+        unit: "GB/s",
+        measure: engine::best_channels,
+        target: Target::RatioAtLeast(1.4),
+    },
+    Row {
+        name: "sockets",
+        title: "the same; first column: two plain sockets",
+        unit: "GB/s",
+        measure: engine::against_sockets,
+        target: Target::RatioAtLeast(0.9),
+    },
+    Row {
+        name: "cpu-time",
+        title: "processor time per GiB, both sides",
+        unit: "s",
+        measure: engine::processor_time,
+        target: Target::RatioAtMost(0.8),
+    },
+    Row {
+        name: "xbzrle",
+        title: "cap 1 Gb/s, dirtying 500 MB/s, xbzrle, 64 MiB",
+        unit: "s",
+        measure: engine::xbzrle,
+        target: Target::AtMost(20.0),
+    },
+    Row {
+        name: "zlib",
+        title: "cap 1 Gb/s, 1 GiB of text, zlib level 1",
+        unit: "s",
+        measure: engine::zlib,
+        target: Target::RatioAtMost(1.0 / 3.0),
+    },
+    Row {
+        name: "xbzrle-encode",
+        title: "XBZRLE encode, 5 % of bytes changed, one core",
+        unit: "GB/s",
+        measure: engine::xbzrle_encode,
+        target: Target::AtLeast(4.0),
+    },
+    Row {
+        name: "zero-scan",
+        title: "zero-page scan; first column: plain vector sum",
+        unit: "GB/s",
+        measure: engine::zero_scan,
+        target: Target::RatioAtLeast(0.9),
     },
     Row {
         name: "zero",
