@@ -6,7 +6,7 @@ use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::machine::description::{BackingDescription, Description, Travels};
+use crate::machine::description::{BackingDescription, Description, MAX_TRAVELLING_BYTES, Travels};
 use crate::machine::dirty::VmDirtyLog;
 use crate::travel::{DiskMode, DiskSelection};
 use devices::block::{BlockNode, Format};
@@ -47,6 +47,10 @@ fn travelling(
                 return Err(QmpError::generic(format!("disk {} {desc}", node.id())));
             }
             continue;
+        }
+        if node.len_bytes() > MAX_TRAVELLING_BYTES {
+            let desc = format!("disk {} is too large to travel", node.id());
+            return Err(QmpError::generic(desc));
         }
         let below = node.backing_identity().map_err(failed)?;
         let own_bytes = node.allocated_bytes().map_err(failed)?;
