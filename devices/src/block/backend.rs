@@ -75,9 +75,9 @@ pub trait BlockBackend: Send + Sync {
     fn location(&self) -> String;
     /// What its format is called.
     fn format(&self) -> &'static str;
-    /// The file that it stands on, if any.
-    fn backing(&self) -> Option<String>;
-    /// Which backing file that is.
+    /// The files that it stands on, from the top on.
+    fn backing(&self) -> Vec<String>;
+    /// Which the first of these is.
     fn backing_identity(&self) -> io::Result<Option<BackingIdentity>>;
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;

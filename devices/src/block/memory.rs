@@ -112,8 +112,8 @@ impl BlockBackend for MemoryDisk {
         "memory"
     }
 
-    fn backing(&self) -> Option<String> {
-        None
+    fn backing(&self) -> Vec<String> {
+        Vec::new()
     }
 
     fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {

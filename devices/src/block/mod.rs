@@ -214,12 +214,12 @@ impl BlockNode {
         self.backend.format()
     }
 
-    /// The file that it stands on, if any.
-    pub fn backing(&self) -> Option<String> {
+    /// The files that it stands on, from the top on.
+    pub fn backing(&self) -> Vec<String> {
         self.backend.backing()
     }
 
-    /// Which backing file that is. Reads a sample of it.
+    /// Which the first of these is. Reads samples of it.
     pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
         self.backend.backing_identity()
     }

@@ -232,8 +232,8 @@ impl BlockBackend for Qcow2File {
         self.cache == Cache::None
     }
 
-    fn backing(&self) -> Option<String> {
-        self.chain.first().map(|(path, _)| path.display().to_string())
+    fn backing(&self) -> Vec<String> {
+        self.chain.iter().map(|(path, _)| path.display().to_string()).collect()
     }
 
     fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {

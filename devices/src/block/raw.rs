@@ -283,8 +283,8 @@ impl BlockBackend for RawFile {
         "raw"
     }
 
-    fn backing(&self) -> Option<String> {
-        None
+    fn backing(&self) -> Vec<String> {
+        Vec::new()
     }
 
     fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {

@@ -99,9 +99,13 @@ impl Pace {
         self.disks = (policy::expected_downtime(bytes, rate, Duration::ZERO), flush);
     }
 
-    /// A disk is often slower than the link, and never faster.
+    /// A disk is often slower than the link; and what was measured has gone over the link.
     fn disks_per_sec(&self, measured: Option<u64>) -> u64 {
-        measured.map_or(self.bandwidth(), |rate| rate.min(self.bandwidth()))
+        match (measured, self.params.get().max_bandwidth) {
+            (None, _) => self.bandwidth(),
+            (Some(rate), 0) => rate,
+            (Some(rate), cap) => rate.min(cap),
+        }
     }
 
     /// Bytes of RAM that take as long to send as `bytes` of disks do.

@@ -40,7 +40,7 @@ impl Source<'_> {
                 }
                 Decision::Again { polishing } => {
                     polished += u32::from(polishing);
-                    self.after_round(round, expected, polishing, pace);
+                    self.after_round(both, expected, polishing, pace);
                 }
             }
         }

@@ -15,13 +15,16 @@ fn info(node: &BlockNode) -> Value {
     if let Ok(bytes) = node.allocated_bytes() {
         image["actual-size"] = bytes.into();
     }
-    let direct = node.is_direct();
-    json!({
+    let (direct, backing) = (node.is_direct(), node.backing());
+    if let Some(name) = backing.first() {
+        image["backing-filename"] = name.as_str().into();
+    }
+    let mut info = json!({
         "file": node.location(),
         "node-name": node.id(),
         "ro": node.read_only(),
         "drv": node.format(),
-        "backing_file_depth": 0,
+        "backing_file_depth": backing.len(),
         "encrypted": false,
         "detect_zeroes": "off",
         "bps": 0, "bps_rd": 0, "bps_wr": 0,
@@ -29,7 +32,11 @@ fn info(node: &BlockNode) -> Value {
         "write_threshold": 0,
         "image": image,
         "cache": {"writeback": true, "direct": direct, "no-flush": false},
-    })
+    });
+    if let Some(name) = backing.first() {
+        info["backing_file"] = name.as_str().into();
+    }
+    info
 }
 
 /// As `query-block` answers.

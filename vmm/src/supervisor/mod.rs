@@ -22,8 +22,8 @@ use crate::machine::description::Description;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{Backends, GuestEvents, Machine, MachineError};
-use devices::block::BlockNode;
-use devices::block::raw::{OpenError, RawFile};
+use devices::block::raw::OpenError;
+use devices::block::{BlockNode, open_image};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
 use guest::GuestRequest;
@@ -133,8 +133,8 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Host::open()?;
     let mut disks = Vec::new();
     for (id, disk) in &config.disks {
-        let backend = RawFile::open(&disk.path, disk.read_only, disk.cache)?;
-        disks.push(Arc::new(BlockNode::new(id.clone(), Box::new(backend))));
+        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
+        disks.push(Arc::new(BlockNode::new(id.clone(), backend)));
     }
     let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
     supervisor.boot()?;

@@ -36,7 +36,7 @@ fn what_is_written_is_read_also_after_it_was_closed() {
     drop(image);
     let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
     assert_eq!([0, 512, 128 << 10, 192 << 10].map(|at| bytes(&image, at)), [0, 7, 0, 8]);
-    assert!(image.backing().is_none() && image.backing_identity().unwrap().is_none());
+    assert!(image.backing().is_empty() && image.backing_identity().unwrap().is_none());
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
     let folder = tempfile::tempdir().unwrap();
     let backing = base(folder.path(), "base", 3);
     let (path, image) = made(folder.path(), Some(&backing));
-    assert_eq!(image.backing(), Some(backing.path.display().to_string()));
+    assert_eq!(image.backing(), [backing.path.display().to_string()]);
     assert_eq!([bytes(&image, 0), bytes(&image, 300 << 10)], [3, 0], "the base is shorter");
     assert_eq!(image.extent_at(0).unwrap().content, Content::Backing);
     image.write_at(&[9; 512], 64 << 10).unwrap();
