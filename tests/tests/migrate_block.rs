@@ -547,3 +547,46 @@ fn only_what_lies_above_the_same_backing_file_travels() {
     let blocks = destination.vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
     assert_eq!(blocks[0]["inserted"]["backing_file"], text(&base_there), "{blocks}");
 }
+
+#[test]
+fn a_guest_whose_disk_is_full_is_stopped_told_of_and_goes_on_when_there_is_room() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let Some(small) = ferry_tests::image::SmallFileSystem::mount(&hosts.at("a", ""), 16 << 20)
+    else {
+        return skip::skip("no right to mount a small file system");
+    };
+    let (path, filler) = (hosts.at("a", "root"), hosts.at("a", "filler"));
+    fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
+    disk::create(&path, 8 << 20).unwrap();
+    let mut guest = Guest::new("work=disk", 64).disk("root", &path);
+    guest.disks[0].push_str(",werror=enospc");
+    let mut vmm = ferry::run(&guest).unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    let stopped = |event: &serde_json::Value| event["event"] == "STOP";
+    let told = |event: &serde_json::Value| {
+        event["event"] == "BLOCK_IO_ERROR"
+            && (event["data"]["action"].as_str(), event["data"]["nospace"].as_bool())
+                == (Some("stop"), Some(true))
+    };
+    qmp.wait_event_where(SOON, told).unwrap();
+    qmp.wait_event_where(SOON, stopped).unwrap();
+    vmm.process.err.wait_for("disk root: No space left", SOON).unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "io-error");
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["io-status"], "failed", "{blocks}");
+    // It cannot move like that, and going on is for nothing.
+    let refusal = qmp.refused("migrate", json!({"uri": "tcp:127.0.0.1:9"})).unwrap();
+    assert!(refusal.description.contains("io-error"), "{refusal}");
+    qmp.execute("cont", json!({})).unwrap();
+    qmp.wait_event_where(SOON, told).unwrap();
+    qmp.wait_event_where(SOON, stopped).unwrap();
+    std::fs::remove_file(&filler).unwrap();
+    qmp.execute("cont", json!({})).unwrap();
+    vmm.wait_line("^HB n=2 ").unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    drop(vmm);
+    drop(small);
+}

@@ -2,6 +2,7 @@
 
 use crate::machine::description::check_rng;
 use devices::block::Format;
+use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::Backing;
 use devices::block::raw::Cache;
 use devices::virtio::blk::MAX_QUEUES;
@@ -153,6 +154,8 @@ pub struct DiskConfig {
     pub format: Format,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// What becomes of requests that fail.
+    pub errors: ErrorPolicy,
     /// Number of its queues.
     pub queues: u16,
     /// Whether the host's page cache is used.
@@ -167,6 +170,7 @@ impl FromStr for DiskConfig {
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut path, mut id, mut read_only) = (None, None, false);
         let (mut queues, mut cache, mut format) = (1, Cache::Writeback, Format::Raw);
+        let mut errors = ErrorPolicy::default();
         for pair in text.split(',') {
             match pair.split_once('=') {
                 Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
@@ -176,15 +180,17 @@ impl FromStr for DiskConfig {
                 Some(("readonly", "off")) => read_only = false,
                 Some(("queues", value)) => queues = parse_queues(value)?,
                 Some(("cache", value)) => cache = value.parse()?,
+                Some(("rerror", value)) => errors.on_read = value.parse()?,
+                Some(("werror", value)) => errors.on_write = value.parse()?,
                 _ => {
                     let keys = "path=PATH[,id=ID][,format=raw|qcow2][,readonly=on|off][,queues=N]\
-                                [,cache=writeback|none]";
+                                [,cache=writeback|none][,rerror=report|ignore|stop|enospc][,werror=…]";
                     return Err(format!("{pair:?} in {text:?}: expected {keys}"));
                 }
             }
         }
         let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
-        Ok(Self { path, id, format, read_only, queues, cache, text: text.to_owned() })
+        Ok(Self { path, id, format, read_only, errors, queues, cache, text: text.to_owned() })
     }
 }
 
@@ -212,6 +218,8 @@ pub struct ReceiveDisk {
     pub format: Format,
     /// What an image that is made here stands on.
     pub backing: Option<Backing>,
+    /// What becomes of requests that fail here.
+    pub errors: ErrorPolicy,
 }
 
 impl FromStr for ReceiveDisk {
@@ -222,10 +230,13 @@ impl FromStr for ReceiveDisk {
             Some((id, path)) if is_id(id) && !path.is_empty() => {
                 let (mut path, mut cache, mut format) = (path, Cache::Writeback, Format::Raw);
                 let (mut backing, mut backing_format) = (None, None);
+                let mut errors = ErrorPolicy::default();
                 // A path may have commas, so only what we know at its end is not part of it.
                 while let Some((rest, option)) = path.rsplit_once(',') {
                     match option.split_once('=') {
                         Some(("cache", value)) => cache = value.parse()?,
+                        Some(("rerror", value)) => errors.on_read = value.parse()?,
+                        Some(("werror", value)) => errors.on_write = value.parse()?,
                         Some(("format", value)) => format = value.parse()?,
                         Some(("backing", value)) => backing = Some(PathBuf::from(value)),
                         Some(("backing-format", value)) => backing_format = Some(value.parse()?),
@@ -243,7 +254,7 @@ impl FromStr for ReceiveDisk {
                         ));
                     }
                 };
-                Ok(Self { id: id.to_owned(), path: path.into(), cache, format, backing })
+                Ok(Self { id: id.to_owned(), path: path.into(), cache, format, backing, errors })
             }
             _ => Err(format!(
                 "{text:?}: expected ID=PATH[,format=raw|qcow2][,backing=PATH,backing-format=…][,cache=writeback|none]"

@@ -6,11 +6,12 @@
 //! cancelled migration leaves nothing. A process that is killed leaves a file whose name says what it is,
 //! which the next attempt takes over.
 
-use crate::config::{ReceiveConfig, is_id};
+use crate::config::{ReceiveConfig, ReceiveDisk, is_id};
 use crate::machine::MachineError;
 use crate::machine::description::{BackingDescription, DiskDescription, Travels};
 use devices::block::backend::BackingIdentity;
 use devices::block::backend::{BlockBackend, LockError};
+use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::{Backing, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};
 use devices::block::{BlockNode, Format, open_image};
@@ -199,7 +200,7 @@ impl Images {
                     }
                     let backend = open_image(path, *format, disk.read_only, *cache);
                     let backend = backend.map_err(|error| failed(id, error))?;
-                    Arc::new(BlockNode::new(id, backend))
+                    Arc::new(BlockNode::new(id, backend).with_policy(place.errors))
                 }
                 Some(travels) => {
                     let made =
@@ -214,7 +215,7 @@ impl Images {
                             Ok(backend)
                         });
                     let backend = made.map_err(|error| failed(id, error))?;
-                    let node = BlockNode::new(id, backend);
+                    let node = BlockNode::new(id, backend).with_policy(place.errors);
                     let node = if disk.read_only { node.into_read_only() } else { node };
                     let node = Arc::new(node);
                     let only_top = travels.backing.is_some();
@@ -327,6 +328,7 @@ struct Place {
     cache: Cache,
     format: Format,
     backing: Option<Backing>,
+    errors: ErrorPolicy,
 }
 
 /// Whether an image stands on what the source's stands on.
@@ -363,13 +365,19 @@ fn check_backing(
 fn place_of(disk: &DiskDescription, config: &ReceiveConfig) -> Result<Place, MachineError> {
     if let Some(given) = config.disks.iter().find(|given| given.id == disk.id) {
         let given = given.clone();
-        let (path, cache, format, backing) = (given.path, given.cache, given.format, given.backing);
-        return Ok(Place { path, cache, format, backing });
+        let ReceiveDisk { path, cache, format, backing, errors, .. } = given;
+        return Ok(Place { path, cache, format, backing, errors });
     }
     match (&config.disk_dir, &disk.travels) {
         (Some(folder), Some(_)) => {
             let path = folder.join(format!("{}.img", disk.id));
-            Ok(Place { path, cache: Cache::default(), format: Format::Raw, backing: None })
+            Ok(Place {
+                path,
+                cache: Cache::default(),
+                format: Format::Raw,
+                backing: None,
+                errors: ErrorPolicy::default(),
+            })
         }
         _ => Err(MachineError::DiskNotGiven { id: disk.id.clone(), len_bytes: disk.len_bytes }),
     }

@@ -10,6 +10,7 @@
 pub mod aligned;
 pub mod backend;
 pub mod bitmap;
+pub mod failure;
 mod in_flight;
 pub mod memory;
 mod ofd_lock;
@@ -19,6 +20,7 @@ pub mod uring;
 
 use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
+use failure::{Action, ErrorPolicy, Failure, Failures};
 use in_flight::{InFlight, Motion};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
@@ -156,6 +158,7 @@ pub struct BlockNode {
     read_only: bool,
     in_flight: Arc<InFlight>,
     counters: Counters,
+    failures: Failures,
 }
 
 /// Marks what is written to a node, until it is dropped.
@@ -190,13 +193,41 @@ impl BlockNode {
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
         let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
-        Self { id, backend, len_bytes, read_only, in_flight, counters }
+        let failures = Failures::default();
+        Self { id, backend, len_bytes, read_only, in_flight, counters, failures }
     }
 
     /// The same disk, refusing the guest's writes whatever its storage would take.
     #[must_use]
     pub fn into_read_only(self) -> Self {
         Self { read_only: true, ..self }
+    }
+
+    /// The same disk, with a word on what becomes of failed requests.
+    #[must_use]
+    pub fn with_policy(mut self, policy: ErrorPolicy) -> Self {
+        self.failures.policy = policy;
+        self
+    }
+
+    /// Has `tell` called for every request that fails from now on.
+    pub fn on_failure(&self, tell: impl Fn(Failure) + Send + Sync + 'static) {
+        self.failures.set_tell(Box::new(tell));
+    }
+
+    /// A guest's request has failed: tells so, and decides what becomes of it.
+    pub fn decide(&self, is_read: bool, error: &io::Error) -> Action {
+        self.failures.decide(&self.id, is_read, error)
+    }
+
+    /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::go_on`].
+    pub fn is_stopped(&self) -> bool {
+        self.failures.is_stopped()
+    }
+
+    /// The guest goes on: what has failed is tried again.
+    pub fn go_on(&self) {
+        self.failures.go_on();
     }
 
     /// The disk's name.

@@ -48,7 +48,7 @@ pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
             "type": "unknown",
             "removable": false,
             "locked": false,
-            "io-status": "ok",
+            "io-status": if node.is_stopped() { "failed" } else { "ok" },
             "inserted": info(node),
         })
     };
