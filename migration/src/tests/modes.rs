@@ -52,7 +52,12 @@ impl Mode {
         Scenario { ram_bytes: 8 << 20, script, ..self.rounds(4) }
     }
 
-    /// Does not stop the guest before round `stop`.
+    /// The same over a link so slow that no round is skipped: what is left is always worth another.
+    fn all_rounds(&self, pages: u64) -> Scenario {
+        self.scripted(pages).capped(if pages > 10 { 200_000_000 } else { 20_000_000 })
+    }
+
+    /// Does not stop the guest before round `stop`, unless next to nothing is left.
     fn rounds(&self, stop: u64) -> Scenario {
         let unwilling = Params { downtime_limit: Duration::ZERO, ..self.params.clone() };
         let changes = vec![(stop, self.willing())];
@@ -82,6 +87,14 @@ impl Mode {
     }
 }
 
+impl Scenario {
+    fn capped(mut self, bytes_per_sec: u64) -> Self {
+        let params = self.changes.iter_mut().map(|(_, params)| params).chain([&mut self.params]);
+        params.for_each(|params| params.max_bandwidth = bytes_per_sec);
+        self
+    }
+}
+
 impl End {
     fn assert_both_counted_the_same(&self, case: &str) {
         let (here, there) = (self.counters.snapshot(), self.destination_counters.snapshot());
@@ -97,7 +110,7 @@ impl End {
 fn every_kind_of_frame_arrives_whole_in_every_mode() {
     for mode in Mode::all() {
         for pages in [2, 90] {
-            let end = migrate(&mode.scripted(pages));
+            let end = migrate(&mode.all_rounds(pages));
             end.assert_moved();
             assert_eq!(end.running_guests(), 1, "{}", mode.name);
             end.assert_both_counted_the_same(&mode.name);
@@ -110,14 +123,12 @@ fn every_kind_of_frame_arrives_whole_in_every_mode() {
 fn a_guest_that_writes_all_the_time_arrives_whole_in_every_mode() {
     for mode in Mode::all() {
         // Under a cap, so that what makes pages smaller is worth its time.
-        let mut scenario = Scenario {
+        let scenario = Scenario {
             ram_bytes: 8 << 20,
             dirtying: Some((1000, Duration::from_millis(5))),
             lively: true,
-            ..mode.rounds(4)
+            ..mode.rounds(4).capped(100_000_000)
         };
-        scenario.params.max_bandwidth = 100_000_000;
-        scenario.changes[0].1.max_bandwidth = 100_000_000;
         let end = migrate(&scenario);
         end.assert_moved();
         assert_eq!(end.running_guests(), 1, "{}", mode.name);
@@ -134,17 +145,23 @@ fn cutting_the_link_anywhere_in_any_mode_never_runs_two_guests() {
     for mode in Mode::all() {
         let all = migrate(&mode.scripted(1)).bytes_exchanged;
         let stride = usize::try_from(all / 97).unwrap();
-        let mut unknown = 0;
+        let (mut unknown, mut failed) = (0, 0);
         for cut in (0..all - 50).step_by(stride).chain(all - 50..all) {
             let case = format!("{} cut at byte {cut} of {all}", mode.name);
             let end = migrate(&Scenario { cut_after: Some(cut), ..mode.scripted(1) });
             assert!(end.running_guests() <= 1 && end.permits() <= 1, "{case}: two guests");
             match &end.source {
                 SourceOutcome::Unknown(_) => unknown += 1,
-                SourceOutcome::Failed(_) => end.assert_back_at_source(&case),
+                SourceOutcome::Failed(_) => {
+                    failed += 1;
+                    end.assert_back_at_source(&case);
+                }
+                // A busy host may do with a round less, and so with fewer bytes.
+                SourceOutcome::Completed => end.assert_moved(),
                 other => panic!("{case}: {other:?}"),
             }
         }
+        assert!(failed > 40, "{}: only {failed} cuts were early enough", mode.name);
         // Only the bytes of `Go` and of `Running`, with its time, are in doubt.
         assert!(unknown <= 24, "{}: {unknown} cuts end as unknown", mode.name);
     }
@@ -178,7 +195,7 @@ fn a_cancel_at_any_step_in_any_mode_leaves_the_guest_running_at_the_source() {
         // The fifth pass is in the pause.
         for at in [Status(Setup), Status(Active), Pass(1), Pass(3), Status(Device), Pass(5)] {
             let case = format!("{} {at:?}", mode.name);
-            let end = migrate(&Scenario { cancel_source_at: Some(at), ..mode.scripted(2) });
+            let end = migrate(&Scenario { cancel_source_at: Some(at), ..mode.all_rounds(2) });
             assert!(matches!(end.source, SourceOutcome::Cancelled), "{case}: {:?}", end.source);
             end.assert_back_at_source(&case);
         }
@@ -194,7 +211,7 @@ fn a_cancel_at_any_step_in_any_mode_leaves_the_guest_running_at_the_source() {
 #[test]
 fn each_round_says_what_it_has_sent() {
     let mode = Mode::of(&WISHES[1..2]);
-    let stats = migrate(&mode.scripted(2)).counters.snapshot();
+    let stats = migrate(&mode.all_rounds(2)).counters.snapshot();
     let rounds: Vec<_> = stats.history.iter().map(|round| round.xbzrle_pages).collect();
     // Of the four rounds the third is the first that finds older versions.
     assert!(rounds[..2] == [0, 0] && rounds[2] > 0, "{rounds:?}");
@@ -204,7 +221,7 @@ fn each_round_says_what_it_has_sent() {
 fn noise_is_not_compressed() {
     for wish in &WISHES[2..4] {
         let mode = Mode::of(&[*wish]);
-        let mut scenario = mode.scripted(90);
+        let mut scenario = mode.all_rounds(90);
         scenario.script.as_mut().unwrap().kinds = 4..5;
         let end = migrate(&scenario);
         end.assert_moved();
@@ -254,7 +271,7 @@ fn a_cache_may_be_resized_while_the_guest_writes_all_the_time() {
         ram_bytes: 8 << 20,
         dirtying: Some((1000, Duration::from_millis(2))),
         lively: true,
-        ..mode.rounds(12)
+        ..mode.rounds(12).capped(100_000_000)
     };
     let (stop, willing) = scenario.changes.remove(0);
     for (pass, pages) in (2..stop).zip([3, 2000, 300, 301, 299, 7, 900, 5000, 30, 600]) {

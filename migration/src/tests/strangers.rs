@@ -19,7 +19,10 @@ const OTHER: MigrationId = MigrationId([2; 16]);
 /// Connects and says who it is; gives the connection, or what the destination says against it.
 fn knock(at: &Address, role: Role, id: MigrationId) -> Result<Channel, WireError> {
     let cancel = CancelToken::new();
-    let channel = Channel::new(Arc::new(SocketTransport::connect(at, &cancel).unwrap()), cancel);
+    let mut transport = SocketTransport::connect(at, &cancel).unwrap();
+    // Longer than the destination's.
+    transport.set_patience(SOON * 4);
+    let channel = Channel::new(Arc::new(transport), cancel);
     send_hello(&channel, &Hello::new(role, id, 2))?;
     receive_hello(&channel, SOON)?;
     Ok(channel)
