@@ -41,7 +41,8 @@ pub fn allocated(path: &Path) -> Result<u64> {
     Ok(std::fs::metadata(path)?.blocks() * 512)
 }
 
-fn compare(one: &Path, other: &Path) -> Result<()> {
+/// Compares two raw images byte by byte.
+pub fn compare(one: &Path, other: &Path) -> Result<()> {
     let files = [File::open(one)?, File::open(other)?];
     let [here, there] = [files[0].metadata()?.len(), files[1].metadata()?.len()];
     ensure!(here == there, "{} has {here} bytes, {} has {there}", one.display(), other.display());
