@@ -170,10 +170,35 @@ pub fn run(machine: &Machine) -> ! {
     );
     console::flush();
     let written = region.written * SECTOR_BYTES as u64;
-    rewrite_for_ever(&mut region, Heartbeat::new(machine.number("hb_ms", 100), written))
+    let pace = Pace::new(machine.number("rate_mbps", 0), region.written);
+    rewrite_for_ever(&mut region, pace, Heartbeat::new(machine.number("hb_ms", 100), written))
 }
 
-fn rewrite_for_ever(region: &mut Region<'_>, mut heartbeat: Heartbeat) -> ! {
+/// Keeps to a rate, if there is one.
+struct Pace {
+    /// Sectors per second; 0 is as fast as can be.
+    sectors_per_sec: u64,
+    written: u64,
+    since: u64,
+}
+
+impl Pace {
+    fn new(mbps: u64, written: u64) -> Self {
+        Self { sectors_per_sec: mbps * 1_000_000 / SECTOR_BYTES as u64, written, since: tsc() }
+    }
+
+    /// Whether the next sectors are due. What was missed for long is not caught up.
+    fn is_due(&mut self, written: u64, now: u64) -> bool {
+        let due = us(now.wrapping_sub(self.since)) * self.sectors_per_sec / 1_000_000;
+        let done = written - self.written;
+        if due > done + self.sectors_per_sec / 100 {
+            (self.since, self.written) = (now, written);
+        }
+        self.sectors_per_sec == 0 || done <= due
+    }
+}
+
+fn rewrite_for_ever(region: &mut Region<'_>, mut pace: Pace, mut heartbeat: Heartbeat) -> ! {
     let (mut random, mut cycles) = (1u64, 0u64);
     let mut last = tsc();
     let mut sending = false;
@@ -190,9 +215,15 @@ fn rewrite_for_ever(region: &mut Region<'_>, mut heartbeat: Heartbeat) -> ! {
         for _ in 0..BYTES_PER_CYCLE {
             sending = sending && console::pump();
         }
-        let now = tsc();
-        note_gap(0, now.wrapping_sub(last), now);
-        last = now;
+        loop {
+            let now = tsc();
+            note_gap(0, now.wrapping_sub(last), now);
+            last = now;
+            if pace.is_due(region.written, now) || heartbeat.is_due() {
+                break;
+            }
+            sending = sending && console::pump();
+        }
         PER_CPU[0].progress.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
         if heartbeat.is_due() {
             let (acked, lost) = (region.disk.acknowledged, region.disk.lost_interrupts);

@@ -24,7 +24,7 @@
 //! | `fill_pct=75` | how much of RAM is filled; the rest is never written and must stay zero |
 //! | `ram=all\|MB` | how much of RAM to use, default all |
 //! | `ws_mb=256` | `dirty`: the working set, split between the CPUs |
-//! | `rate_mbps=500` | `dirty`: bytes of pages rewritten, in 10^6 per second; 0 rewrites nothing |
+//! | `rate_mbps=500` | `dirty`: bytes of pages rewritten, in 10^6 per second; 0 rewrites nothing. `disk`: the same of sectors; default as fast as can be |
 //! | `pattern=seq\|rand` | `dirty`: order of rewriting |
 //! | `change_pct=100` | `dirty`: how much of a page a rewrite changes; its head always changes |
 //! | `sleep=1` | `spin`, `dirty`: sleep like `idle` after the fill, and rewrite nothing |

@@ -126,14 +126,22 @@ pub enum ParamsError {
     )]
     DowntimeLimit,
     /// `multifd-channels` is none or too many.
-    #[error("Parameter 'multifd-channels' expects an integer in the range of 1 to 16")]
+    #[error("Parameter 'multifd-channels' expects a value between 1 and {MAX_DATA_CHANNELS}")]
     Channels,
     /// `xbzrle-cache-size` holds no page for each channel.
     #[error(
         "Parameter 'xbzrle-cache-size' expects a page of {PAGE_SIZE} bytes for each channel at least"
     )]
     CacheTooSmall,
-    /// A percentage or level that makes no sense.
+    /// A level that the compressor does not have.
+    #[error("Parameter '{name}' expects a value between 0 and {most}")]
+    Level {
+        /// Which.
+        name: &'static str,
+        /// The highest.
+        most: u8,
+    },
+    /// A percentage that makes no sense.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
     Range {
         /// Which.
@@ -179,8 +187,13 @@ impl Params {
         if self.xbzrle_cache_size < PAGE_SIZE * u64::from(self.multifd_channels) {
             return Err(ParamsError::CacheTooSmall);
         }
-        in_range("multifd-zlib-level", self.zlib_level, 0..=Method::MAX_ZLIB_LEVEL)?;
-        in_range("multifd-zstd-level", self.zstd_level, 0..=Method::MAX_ZSTD_LEVEL)?;
+        let levels = [
+            ("multifd-zlib-level", self.zlib_level, Method::MAX_ZLIB_LEVEL),
+            ("multifd-zstd-level", self.zstd_level, Method::MAX_ZSTD_LEVEL),
+        ];
+        if let Some((name, _, most)) = levels.into_iter().find(|(_, level, most)| level > most) {
+            return Err(ParamsError::Level { name, most });
+        }
         let throttle = &self.throttle;
         in_range("throttle-trigger-threshold", throttle.trigger_threshold, 1..=100)?;
         in_range("cpu-throttle-initial", throttle.initial, 1..=99)?;

@@ -64,6 +64,12 @@ pub enum Decision {
     },
 }
 
+/// The longest pause that is accepted. What cannot be had is not waited for: if the fixed part alone is
+/// over the limit, a busy guest would never be stopped, so it may add a little to it.
+pub fn longest(fixed: Duration, limit: Duration) -> Duration {
+    if fixed < limit { limit } else { fixed + fixed / 4 + FLOOR }
+}
+
 /// Decides after `last`, when the guest would be stopped for `expected` (of which `fixed` cannot be
 /// had shorter), with `polished` rounds already spent on shortening an acceptable pause. A
 /// pause within the limit is shortened further while each round removes at least 30 % of it: that
@@ -76,8 +82,7 @@ pub fn decide(
     limit: Duration,
     polished: u32,
 ) -> Decision {
-    // What cannot be had is not waited for: with nothing left to send it is now or never.
-    if expected > limit.max(fixed) {
+    if expected > longest(fixed, limit) {
         return Decision::Again { polishing: false };
     }
     let shrinks = last.dirtied_bytes < last.sent_bytes / 10 * 7;
@@ -153,6 +158,17 @@ mod tests {
         assert_eq!(after(1, 0, Duration::ZERO, 0), Decision::Stop);
     }
 
+    #[test]
+    fn a_link_too_slow_for_the_limit_still_moves_a_busy_guest() {
+        let (fixed, limit) = (Duration::from_millis(100), Duration::from_millis(20));
+        let after = |mb: u64| {
+            let expected = expected_downtime(mb * MB, 1000 * MB, fixed);
+            decide(round(mb, mb), expected, fixed, limit, 0)
+        };
+        assert_eq!(after(20), Decision::Stop);
+        assert_eq!(after(30), Decision::Again { polishing: false });
+    }
+
     /// A guest that dirties `rate` bytes per second of `set` bytes, over a link of `bandwidth`.
     fn rounds_to_stop(rate: u64, set: u64, bandwidth: u64, limit: Duration) -> Option<(u32, u64)> {
         let (mut pending, mut polished) = (1000 * MB, 0);
@@ -182,7 +198,8 @@ mod tests {
             let last = Round { sent_bytes: sent.into(), dirtied_bytes: dirtied.into() };
             let expected = expected_downtime(dirtied.into(), bandwidth, fixed);
             if decide(last, expected, fixed, limit, polished) == Decision::Stop {
-                prop_assert!(expected <= limit.max(fixed));
+                prop_assert!(expected <= limit.max(fixed + fixed / 4 + FLOOR));
+                prop_assert!(fixed >= limit || expected <= limit);
             }
         }
 

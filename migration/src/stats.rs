@@ -61,8 +61,14 @@ pub struct RoundRecord {
     pub sent_bytes: u64,
     /// Zero pages among what was sent.
     pub zero_pages: u64,
-    /// Pages sent as they are.
+    /// Pages sent as they are, or compressed.
     pub normal_pages: u64,
+    /// Those that were compressed.
+    pub compressed_pages: u64,
+    /// Pages sent as deltas.
+    pub xbzrle_pages: u64,
+    /// Pages that had been written without being changed, so that nothing was sent.
+    pub unchanged_pages: u64,
     /// Pages that the guest dirtied meanwhile: what the next round has to send.
     pub dirtied_pages: u64,
     /// Pages that it would dirty in a second if all were clean.
@@ -297,9 +303,12 @@ impl RoundRecord {
             "round": self.number,
             "duration-us": micros(self.duration),
             "bytes": self.sent_bytes,
-            "pages": self.zero_pages + self.normal_pages,
+            "pages": self.zero_pages + self.normal_pages + self.xbzrle_pages + self.unchanged_pages,
             "duplicate": self.zero_pages,
             "normal": self.normal_pages,
+            "compressed": self.compressed_pages,
+            "xbzrle": self.xbzrle_pages,
+            "skipped": self.unchanged_pages,
             "dirtied-pages": self.dirtied_pages,
             "dirty-pages-rate": self.dirty_pages_rate,
             "mbps": megabits(self.bytes_per_sec),
@@ -453,6 +462,8 @@ impl Counters {
             transferred_bytes: stats.transferred_bytes,
             zero_pages: stats.zero_pages,
             normal_pages: stats.normal_pages,
+            xbzrle: stats.xbzrle,
+            compression: stats.compression,
             throttle_percent: stats.throttle_percent,
             ..StatsSnapshot::default()
         }
@@ -498,6 +509,15 @@ mod tests {
         let numbers: Vec<_> = history.iter().map(|round| round.number).collect();
         let expected: Vec<_> = (1..=16).chain(953..=1000).collect();
         assert_eq!(numbers, expected);
+    }
+
+    #[test]
+    fn what_progress_is_measured_by_knows_every_kind_of_page() {
+        let counters = Counters::new();
+        let xbzrle = XbzrleStats { pages: 4, unchanged: 8, ..Default::default() };
+        counters
+            .update(|stats| (stats.zero_pages, stats.normal_pages, stats.xbzrle) = (1, 2, xbzrle));
+        assert_eq!(counters.figures().pages_sent(), 15);
     }
 
     #[test]

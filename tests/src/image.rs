@@ -41,7 +41,8 @@ pub fn allocated(path: &Path) -> Result<u64> {
     Ok(std::fs::metadata(path)?.blocks() * 512)
 }
 
-fn compare(one: &Path, other: &Path) -> Result<()> {
+/// Compares two raw images byte by byte.
+pub fn compare(one: &Path, other: &Path) -> Result<()> {
     let files = [File::open(one)?, File::open(other)?];
     let [here, there] = [files[0].metadata()?.len(), files[1].metadata()?.len()];
     ensure!(here == there, "{} has {here} bytes, {} has {there}", one.display(), other.display());
@@ -62,6 +63,52 @@ fn compare(one: &Path, other: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The program, or nothing, said loudly, if it is not installed.
+pub fn qemu_img() -> Option<&'static str> {
+    let name = "qemu-img";
+    if Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return Some(name);
+    }
+    crate::skip::skip("qemu-img is not installed (package qemu-utils)");
+    None
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {said}");
+    Ok(())
+}
+
+/// Makes a qcow2 image that stands on a raw one.
+pub fn overlay(path: &Path, base: &Path) -> Result<()> {
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+    run(Command::new("qemu-img").args(create).args([base, path]))
+}
+
+/// Has `qemu-img` compare two images of these formats, to which more of its options may be added, and
+/// check those that have a map.
+///
+/// # Panics
+/// If they differ, or one is damaged.
+pub fn assert_same_as((one, one_format): (&Path, &str), (other, other_format): (&Path, &str)) {
+    // Ours holds a lock, which keeps QEMU out unless it is told not to look.
+    let unlocked = |path: &Path, format: &str| {
+        let path = path.display();
+        format!("driver={format},file.driver=file,file.locking=off,file.filename={path}")
+    };
+    let images = [unlocked(one, one_format), unlocked(other, other_format)];
+    let same = run(Command::new("qemu-img").args(["compare", "-U", "--image-opts"]).args(&images));
+    assert!(same.is_ok(), "{same:?}");
+    for (image, format) in images.iter().zip([one_format, other_format]) {
+        if format.starts_with("qcow2") {
+            let check = ["check", "-U", "--image-opts"];
+            let whole = run(Command::new("qemu-img").args(check).arg(image));
+            assert!(whole.is_ok(), "{whole:?}");
+        }
+    }
+}
+
 /// Compares two raw images byte by byte, and has `qemu-img` do so too where it is installed.
 ///
 /// # Panics
@@ -69,13 +116,8 @@ fn compare(one: &Path, other: &Path) -> Result<()> {
 pub fn assert_same(one: &Path, other: &Path) {
     let same = compare(one, other);
     assert!(same.is_ok(), "{} and {}: {same:?}", one.display(), other.display());
-    let opinion = Command::new("qemu-img")
-        .args(["compare", "-U", "-f", "raw", "-F", "raw"])
-        .args([one, other])
-        .output();
-    if let Ok(opinion) = opinion {
-        let said = String::from_utf8_lossy(&opinion.stdout);
-        assert!(opinion.status.success(), "qemu-img says: {said}");
+    if Command::new("qemu-img").arg("--version").output().is_ok() {
+        assert_same_as((one, "raw"), (other, "raw"));
     }
 }
 

@@ -1,4 +1,5 @@
-//! A link that counts: forwards every connection to a destination and notes when how many bytes came.
+//! A link that counts and can be cut: forwards every connection to a destination and notes when how
+//! many bytes came.
 
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
@@ -7,11 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 type Arrivals = Arc<Mutex<Vec<(Instant, usize)>>>;
+/// Both ends of each, in the order in which they came.
+type Connections = Arc<Mutex<Vec<[TcpStream; 2]>>>;
 
 /// A running proxy. Its threads end with the connections; the one that accepts, with the process.
 pub struct Proxy {
     address: String,
     arrivals: Arrivals,
+    connections: Connections,
 }
 
 /// Starts one in front of `destination`, a `tcp:` address.
@@ -20,17 +24,20 @@ pub fn start(destination: &str) -> Result<Proxy> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = format!("tcp:{}", listener.local_addr()?);
     let arrivals = Arrivals::default();
-    let noted = arrivals.clone();
+    let connections = Connections::default();
+    let (noted, kept) = (arrivals.clone(), connections.clone());
     std::thread::spawn(move || {
         for from in listener.incoming() {
             let (Ok(from), Ok(to)) = (from, TcpStream::connect(&to)) else { return };
             let (Ok(back_from), Ok(back_to)) = (to.try_clone(), from.try_clone()) else { return };
+            let (Ok(end), Ok(other)) = (from.try_clone(), to.try_clone()) else { return };
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push([end, other]);
             let noted = noted.clone();
             std::thread::spawn(move || forward(from, to, Some(&noted)));
             std::thread::spawn(move || forward(back_from, back_to, None));
         }
     });
-    Ok(Proxy { address, arrivals })
+    Ok(Proxy { address, arrivals, connections })
 }
 
 fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>) {
@@ -52,6 +59,21 @@ fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>) {
 }
 
 impl Proxy {
+    /// How many connections there were.
+    pub fn connections(&self) -> usize {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Cuts connections, counted in the order in which they came.
+    pub fn cut(&self, which: impl Fn(usize) -> bool) {
+        let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let cut = connections.iter().enumerate().filter(|(index, _)| which(*index));
+        for end in cut.flat_map(|(_, ends)| ends) {
+            // It may have ended already.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Where to migrate to.
     pub fn address(&self) -> &str {
         &self.address

@@ -37,7 +37,9 @@ fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
     for disk in &guest.disks {
         let path = disk.split(',').find_map(|pair| pair.strip_prefix("path="));
         let path = path.context("a disk without a path")?;
-        let drive = format!("id=disk,file={path},format=raw,if=none,aio=io_uring");
+        let cache =
+            disk.split(',').find(|pair| pair.starts_with("cache=")).unwrap_or("cache=writeback");
+        let drive = format!("id=disk,file={path},format=raw,if=none,aio=io_uring,{cache}");
         command.args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"]);
         command.args(["-global", "virtio-mmio.force-legacy=false"]);
     }

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Ended, Guest};
-use ferry_tests::image::{Pattern, allocated, assert_same, fill};
+use ferry_tests::image::{
+    Pattern, allocated, assert_same, assert_same_as, fill, overlay, qemu_img,
+};
 use ferry_tests::lines::Lines;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
@@ -458,4 +460,133 @@ fn a_cap_holds_and_progress_is_told_per_disk() {
     assert!(rate < 21.0, "{rate} MiB/s despite a cap of 20: {}", ended.summary);
     assert!(rate > 14.0, "{rate} MiB/s only: {}", ended.summary);
     ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+}
+
+/// An overlay on a raw base of random bytes, made by `qemu-img`.
+fn overlay_on_base(hosts: &Hosts) -> (PathBuf, PathBuf) {
+    let (base, top) = (hosts.at("a", "base"), hosts.at("a", "top"));
+    disk::create(&base, 16 << 20).unwrap();
+    fill(&base, 0, 16 << 20, Pattern::Random).unwrap();
+    overlay(&top, &base).unwrap();
+    (base, top)
+}
+
+fn busy_on(path: &Path, more: &str) -> Vmm {
+    let mut guest = Guest::new("work=disk disk_mb=4", 64).disk("root", path);
+    guest.disks[0].push_str(more);
+    let source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    source
+}
+
+#[test]
+fn disks_change_their_format_on_the_way() {
+    if skip::kvm_is_missing() || qemu_img().is_none() {
+        return;
+    }
+    for (from, to) in [("raw", "qcow2"), ("qcow2", "raw"), ("qcow2", "qcow2")] {
+        let hosts = Hosts::new();
+        let (base, top) = overlay_on_base(&hosts);
+        let here = if from == "raw" { base } else { top };
+        let source = busy_on(&here, &format!(",format={from}"));
+        let there = hosts.at("b", "x");
+        let give = format!("root={},format={to}", text(&there));
+        let options = ["--disk", give.as_str(), "--paused"];
+        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
+        ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
+        assert_same_as((&here, from), (&there, to));
+        destination.vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
+        ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+        let nodes =
+            destination.vmm.qmp().unwrap().execute("query-named-block-nodes", json!({})).unwrap();
+        assert_eq!(nodes[0]["drv"], to, "{nodes}");
+    }
+}
+
+#[test]
+fn only_what_lies_above_the_same_backing_file_travels() {
+    if skip::kvm_is_missing() || qemu_img().is_none() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let (base, top) = overlay_on_base(&hosts);
+    let mut source = busy_on(&top, ",format=qcow2");
+    let (base_there, there) = (hosts.at("b", "base"), hosts.at("b", "x"));
+    std::fs::copy(&base, &base_there).unwrap();
+    let give = |base: &Path| {
+        format!("root={},format=qcow2,backing={},backing-format=raw", text(&there), text(base))
+    };
+    // Not given, and another one.
+    let other = hosts.at("b", "other");
+    std::fs::copy(&base, &other).unwrap();
+    fill(&other, 1 << 20, 1 << 20, Pattern::Random).unwrap();
+    let plain = format!("root={},format=qcow2", text(&there));
+    for (give, expected) in [
+        (plain, "only what lies above its backing file"),
+        (give(&other), "its backing file differs"),
+    ] {
+        let destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+        let ended = ferry::migrate(&source, &destination.address, &["--disks", "top"]).unwrap();
+        assert_failed(&ended, expected);
+        assert_eq!(hosts.files("b"), ["base", "other"]);
+    }
+    // Shared it cannot be.
+    let destination = ferry::receive().unwrap();
+    assert_failed(&ferry::migrate(&source, &destination.address, &[]).unwrap(), "is qcow2");
+    assert_goes_on(&mut source);
+    let options = ["--disk", &give(&base_there), "--paused"];
+    let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
+    let ended = ferry::migrate_well(&source, &destination.address, &["--disks", "top"]).unwrap();
+    let sent = ended.summary["disk"]["x-disks"][0]["total"].as_u64().unwrap();
+    assert!(sent <= 5 << 20, "{sent} bytes for a top of 4 MiB: {}", ended.summary);
+    let base_unlocked = "backing.driver=raw,backing.file.driver=file,backing.file.locking=off";
+    let format = format!("qcow2,{base_unlocked},backing.file.filename={}", text(&base_there));
+    assert_same_as((&top, "qcow2"), (&there, &format));
+    destination.vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    let blocks = destination.vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["inserted"]["backing_file"], text(&base_there), "{blocks}");
+}
+
+#[test]
+fn a_guest_whose_disk_is_full_is_stopped_told_of_and_goes_on_when_there_is_room() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let Some(small) = ferry_tests::image::SmallFileSystem::mount(&hosts.at("a", ""), 16 << 20)
+    else {
+        return skip::skip("no right to mount a small file system");
+    };
+    let (path, filler) = (hosts.at("a", "root"), hosts.at("a", "filler"));
+    fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
+    disk::create(&path, 8 << 20).unwrap();
+    let mut guest = Guest::new("work=disk", 64).disk("root", &path);
+    guest.disks[0].push_str(",werror=enospc");
+    let mut vmm = ferry::run(&guest).unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    let stopped = |event: &serde_json::Value| event["event"] == "STOP";
+    let told = |event: &serde_json::Value| {
+        event["event"] == "BLOCK_IO_ERROR"
+            && (event["data"]["action"].as_str(), event["data"]["nospace"].as_bool())
+                == (Some("stop"), Some(true))
+    };
+    qmp.wait_event_where(SOON, told).unwrap();
+    qmp.wait_event_where(SOON, stopped).unwrap();
+    vmm.process.err.wait_for("disk root: No space left", SOON).unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "io-error");
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["io-status"], "failed", "{blocks}");
+    // It cannot move like that, and going on is for nothing.
+    let refusal = qmp.refused("migrate", json!({"uri": "tcp:127.0.0.1:9"})).unwrap();
+    assert!(refusal.description.contains("io-error"), "{refusal}");
+    qmp.execute("cont", json!({})).unwrap();
+    qmp.wait_event_where(SOON, told).unwrap();
+    qmp.wait_event_where(SOON, stopped).unwrap();
+    std::fs::remove_file(&filler).unwrap();
+    qmp.execute("cont", json!({})).unwrap();
+    vmm.wait_line("^HB n=2 ").unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    drop(vmm);
+    drop(small);
 }

@@ -70,7 +70,7 @@ impl RunArgs {
 pub struct ReceiveArgs {
     /// Where to listen: tcp:HOST:PORT or unix:PATH
     pub address: Address,
-    /// Where a disk of the guest lies on this host, or goes to: ID=PATH[,format=raw][,cache=writeback|none]
+    /// Where a disk of the guest lies on this host, or goes to: ID=PATH[,format=raw|qcow2][,backing=BASE,backing-format=raw|qcow2][,cache=writeback|none]
     #[arg(long = "disk", value_name = "ID=PATH,…")]
     pub disks: Vec<ReceiveDisk>,
     /// Where disks that travel go, each into a file ID.img

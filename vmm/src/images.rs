@@ -6,12 +6,15 @@
 //! cancelled migration leaves nothing. A process that is killed leaves a file whose name says what it is,
 //! which the next attempt takes over.
 
-use crate::config::{ReceiveConfig, is_id};
+use crate::config::{ReceiveConfig, ReceiveDisk, is_id};
 use crate::machine::MachineError;
-use crate::machine::description::DiskDescription;
-use devices::block::BlockNode;
+use crate::machine::description::{BackingDescription, DiskDescription, Travels};
+use devices::block::backend::BackingIdentity;
 use devices::block::backend::{BlockBackend, LockError};
+use devices::block::failure::ErrorPolicy;
+use devices::block::qcow2::{Backing, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};
+use devices::block::{BlockNode, Format, open_image};
 use migration::block::IncomingDisk;
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -52,6 +55,42 @@ pub enum ImageError {
         /// The device's.
         found: u64,
     },
+    /// Half of it is missing.
+    #[error(
+        "only what lies above its backing file {name:?} travels: give that too, with --disk \
+         {id}=PATH,format=qcow2,backing=BASE,backing-format=raw|qcow2, or move it with --disks full"
+    )]
+    BackingNotGiven {
+        /// The disk.
+        id: String,
+        /// What the source calls it.
+        name: String,
+    },
+    /// Another one.
+    #[error(
+        "its backing file differs: {theirs:?} at the source has {their_len} bytes and checksum \
+         {their_sum}, {path} here has {len} bytes and checksum {sum}"
+    )]
+    BackingDiffers {
+        /// The source's name for it.
+        theirs: String,
+        /// Its size.
+        their_len: u64,
+        /// Its checksum.
+        their_sum: String,
+        /// The file here.
+        path: PathBuf,
+        /// Its size.
+        len: u64,
+        /// Its checksum.
+        sum: String,
+    },
+    /// It would show other bytes.
+    #[error("all of this disk travels: it cannot stand on backing file {path} here")]
+    BackingUnwanted {
+        /// The file.
+        path: PathBuf,
+    },
     /// No room.
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
     NoSpace {
@@ -62,6 +101,9 @@ pub enum ImageError {
         /// What they take.
         needed: u64,
     },
+    /// Its metadata would be read while the source still writes it.
+    #[error("a qcow2 image cannot be shared: move it with --disks full or top")]
+    Shared,
     /// Two disks in one file.
     #[error("{path} is given for two disks")]
     Twice {
@@ -85,12 +127,13 @@ pub enum ImageError {
     Lock(#[from] LockError),
 }
 
-/// An image that has not got its name yet. Removed when dropped, unless it was kept.
+/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
 #[derive(Debug)]
 struct Partial {
     partial: PathBuf,
     path: PathBuf,
     named: bool,
+    settled: bool,
     /// What it will replace: nobody else shall begin to use that.
     _replaced: Option<HeldFile>,
 }
@@ -113,15 +156,16 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        if !self.named
-            && let Err(error) = std::fs::remove_file(&self.partial)
+        let path = if self.named { &self.path } else { &self.partial };
+        if !self.settled
+            && let Err(error) = std::fs::remove_file(path)
         {
-            log::warn!("cannot remove {}: {error}", self.partial.display());
+            log::warn!("cannot remove {}: {error}", path.display());
         }
     }
 }
 
-/// All disks of an arriving guest. Dropping it before [`Images::keep`] removes those that were made.
+/// All disks of an arriving guest. Dropping it before [`Images::settle`] removes those that were made.
 #[derive(Default)]
 pub struct Images {
     /// In the order of the description.
@@ -150,21 +194,31 @@ impl Images {
             let place = place_of(disk, config)?;
             let node = match &disk.travels {
                 None => {
-                    let backend = RawFile::open(&place.path, disk.read_only, place.cache);
+                    let Place { path, format, cache, .. } = &place;
+                    if *format == Format::Qcow2 && !disk.read_only {
+                        return Err(failed(id, ImageError::Shared));
+                    }
+                    let backend = open_image(path, *format, disk.read_only, *cache);
                     let backend = backend.map_err(|error| failed(id, error))?;
-                    Arc::new(BlockNode::new(id, Box::new(backend)))
+                    Arc::new(BlockNode::new(id, backend).with_policy(place.errors))
                 }
                 Some(travels) => {
-                    let backend = images
-                        .make(disk.len_bytes, &place, config.overwrite)
-                        .and_then(|backend| {
-                            space.take(&place.path, travels.data_bytes).map(|()| backend)
-                        })
-                        .map_err(|error| failed(id, error))?;
-                    let node = BlockNode::new(id, backend);
+                    let made =
+                        images.make(disk.len_bytes, &place, config.overwrite).and_then(|backend| {
+                            let found = backend.backing_identity();
+                            let found = found.map_err(|source| ImageError::Create {
+                                path: place.path.clone(),
+                                source,
+                            })?;
+                            check_backing(id, travels, &place, found)?;
+                            space.take(&place.path, travels.data_bytes)?;
+                            Ok(backend)
+                        });
+                    let backend = made.map_err(|error| failed(id, error))?;
+                    let node = BlockNode::new(id, backend).with_policy(place.errors);
                     let node = if disk.read_only { node.into_read_only() } else { node };
                     let node = Arc::new(node);
-                    let only_top = travels.only_top;
+                    let only_top = travels.backing.is_some();
                     images.arriving.push(IncomingDisk { node: node.clone(), only_top });
                     node
                 }
@@ -186,6 +240,7 @@ impl Images {
         place: &Place,
         overwrite: bool,
     ) -> Result<Box<dyn BlockBackend>, ImageError> {
+        let backing = place.backing.as_ref();
         let path = match std::fs::canonicalize(&place.path) {
             Ok(path) => path,
             Err(error) if error.kind() == io::ErrorKind::NotFound => place.path.clone(),
@@ -196,7 +251,7 @@ impl Images {
         }
         let replaced = match std::fs::metadata(&path) {
             Err(_) => None,
-            Ok(there) if there.file_type().is_block_device() => {
+            Ok(there) if there.file_type().is_block_device() && place.format == Format::Raw => {
                 if !overwrite {
                     return Err(ImageError::Exists { path });
                 }
@@ -209,9 +264,20 @@ impl Images {
         let mut name = path.file_name().map(OsString::from).unwrap_or_default();
         name.push(".partial");
         let partial = path.with_file_name(name);
-        let file = RawFile::create(&partial, &path, len_bytes, place.cache)?;
-        self.partials.push(Partial { partial, path, named: false, _replaced: replaced });
-        Ok(Box::new(file))
+        let backend: Box<dyn BlockBackend> = match place.format {
+            Format::Raw => Box::new(RawFile::create(&partial, &path, len_bytes, place.cache)?),
+            Format::Qcow2 => {
+                Box::new(Qcow2File::create(&partial, &path, len_bytes, place.cache, backing)?)
+            }
+        };
+        self.partials.push(Partial {
+            partial,
+            path,
+            named: false,
+            settled: false,
+            _replaced: replaced,
+        });
+        Ok(backend)
     }
 
     /// Gives the images their names: the guest is about to run here. If that fails none has one.
@@ -226,9 +292,10 @@ impl Images {
         Ok(())
     }
 
-    /// Makes the names durable. The guest runs already.
+    /// The guest runs: the images stay. Makes their names durable.
     pub fn settle(&mut self) {
-        for partial in std::mem::take(&mut self.partials) {
+        for mut partial in std::mem::take(&mut self.partials) {
+            partial.settled = true;
             let folder = partial.path.parent().unwrap_or(Path::new("."));
             if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
                 log::warn!("cannot flush {}: {error}", folder.display());
@@ -259,16 +326,58 @@ fn open_device(
 struct Place {
     path: PathBuf,
     cache: Cache,
+    format: Format,
+    backing: Option<Backing>,
+    errors: ErrorPolicy,
+}
+
+/// Whether an image stands on what the source's stands on.
+fn check_backing(
+    id: &str,
+    travels: &Travels,
+    place: &Place,
+    found: Option<BackingIdentity>,
+) -> Result<(), ImageError> {
+    match (&travels.backing, &place.backing, found) {
+        (None, None, _) => Ok(()),
+        (None, Some(backing), _) => Err(ImageError::BackingUnwanted { path: backing.path.clone() }),
+        (Some(theirs), Some(backing), Some(found)) => {
+            let BackingDescription { name, len_bytes, checksum } = theirs;
+            if (found.len_bytes, &found.checksum) == (*len_bytes, checksum) {
+                return Ok(());
+            }
+            Err(ImageError::BackingDiffers {
+                theirs: name.clone(),
+                their_len: *len_bytes,
+                their_sum: checksum.clone(),
+                path: backing.path.clone(),
+                len: found.len_bytes,
+                sum: found.checksum,
+            })
+        }
+        (Some(theirs), ..) => {
+            let (id, name) = (id.to_owned(), theirs.name.clone());
+            Err(ImageError::BackingNotGiven { id, name })
+        }
+    }
 }
 
 fn place_of(disk: &DiskDescription, config: &ReceiveConfig) -> Result<Place, MachineError> {
     if let Some(given) = config.disks.iter().find(|given| given.id == disk.id) {
-        return Ok(Place { path: given.path.clone(), cache: given.cache });
+        let given = given.clone();
+        let ReceiveDisk { path, cache, format, backing, errors, .. } = given;
+        return Ok(Place { path, cache, format, backing, errors });
     }
     match (&config.disk_dir, &disk.travels) {
         (Some(folder), Some(_)) => {
             let path = folder.join(format!("{}.img", disk.id));
-            Ok(Place { path, cache: Cache::default() })
+            Ok(Place {
+                path,
+                cache: Cache::default(),
+                format: Format::Raw,
+                backing: None,
+                errors: ErrorPolicy::default(),
+            })
         }
         _ => Err(MachineError::DiskNotGiven { id: disk.id.clone(), len_bytes: disk.len_bytes }),
     }
@@ -307,7 +416,7 @@ mod tests {
     use crate::machine::description::Travels;
 
     fn disk(id: &str, len_bytes: u64, data_bytes: u64) -> DiskDescription {
-        let travels = Some(Travels { only_top: false, data_bytes });
+        let travels = Some(Travels { backing: None, data_bytes });
         DiskDescription { id: id.into(), len_bytes, read_only: false, queues: 1, travels }
     }
 
@@ -343,6 +452,11 @@ mod tests {
         drop(images);
         assert_eq!(names(folder.path()), [""; 0]);
         let mut images = Images::prepare(&disks, &config).unwrap();
+        images.keep().unwrap();
+        assert_eq!(names(folder.path()), ["data.img", "root.img"]);
+        drop(images);
+        assert_eq!(names(folder.path()), [""; 0], "the guest did not start after all");
+        let mut images = Images::prepare(&disks, &config).unwrap();
         images.nodes[0].fill_at(&[1; 512], 512).unwrap();
         images.keep().unwrap();
         images.settle();
@@ -374,6 +488,7 @@ mod tests {
         drop(used);
         let mut images = Images::prepare(&disks, &config).unwrap();
         images.keep().unwrap();
+        images.settle();
         drop(images);
         assert_eq!(std::fs::read(&path).unwrap(), vec![0; 512]);
         assert_eq!(names(folder.path()), ["x.img"]);

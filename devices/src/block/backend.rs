@@ -40,6 +40,15 @@ pub struct Extent {
     pub content: Content,
 }
 
+/// Tells one backing file from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingIdentity {
+    /// Its size as a disk.
+    pub len_bytes: u64,
+    /// Of samples of its content.
+    pub checksum: String,
+}
+
 /// A lock that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
@@ -64,6 +73,14 @@ pub enum LockError {
 pub trait BlockBackend: Send + Sync {
     /// What the user calls it.
     fn location(&self) -> String;
+    /// What its format is called.
+    fn format(&self) -> &'static str;
+    /// The files that it stands on, from the top on.
+    fn backing(&self) -> Vec<String>;
+    /// Which the first of these is.
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>>;
+    /// Whether it bypasses the host's page cache.
+    fn is_direct(&self) -> bool;
     /// Size; a multiple of a sector.
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.

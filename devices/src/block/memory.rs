@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
 //! until they are let through.
 
-use super::backend::{BlockBackend, Content, Extent, LockError};
+use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -106,6 +106,22 @@ impl MemoryDisk {
 impl BlockBackend for MemoryDisk {
     fn location(&self) -> String {
         "memory".into()
+    }
+
+    fn format(&self) -> &'static str {
+        "memory"
+    }
+
+    fn backing(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        Ok(None)
+    }
+
+    fn is_direct(&self) -> bool {
+        false
     }
 
     fn len_bytes(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! A disk: the single door for every read and write, whoever makes it.
 //!
 //! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
-//! file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
+//! file, [`qcow2`] in an image with a map and perhaps a backing file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
 //! the node has admitted. Locks follow the right to run, so taking them is separate from opening.
 //!
 //! Who wants to know what is written meanwhile has the node [`BlockNode::track`] it in a [`bitmap`]:
@@ -10,22 +10,72 @@
 pub mod aligned;
 pub mod backend;
 pub mod bitmap;
+pub mod failure;
 mod in_flight;
 pub mod memory;
 mod ofd_lock;
+pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BlockBackend, ByteRange, Extent, LockError};
+use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
+use failure::{Action, ErrorPolicy, Failure, Failures};
 use in_flight::{InFlight, Motion};
+use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of the unit that guests address disks by.
 pub const SECTOR_BYTES: u64 = 512;
+
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// As they are.
+    #[default]
+    Raw,
+    /// Where the image's own map says.
+    Qcow2,
+}
+
+impl Format {
+    /// As QEMU calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => Err(format!("format {other:?} is neither raw nor qcow2")),
+        }
+    }
+}
+
+/// Opens the image of a disk, without locking it.
+pub fn open_image(
+    path: &Path,
+    format: Format,
+    read_only: bool,
+    cache: Cache,
+) -> Result<Box<dyn BlockBackend>, OpenError> {
+    Ok(match format {
+        Format::Raw => Box::new(RawFile::open(path, read_only, cache)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2File::open(path, read_only, cache)?),
+    })
+}
 
 /// An access that a node has admitted, to be made directly on its file. Kept until it is complete.
 #[derive(Debug)]
@@ -108,6 +158,7 @@ pub struct BlockNode {
     read_only: bool,
     in_flight: Arc<InFlight>,
     counters: Counters,
+    failures: Failures,
 }
 
 /// Marks what is written to a node, until it is dropped.
@@ -142,13 +193,41 @@ impl BlockNode {
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
         let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
-        Self { id, backend, len_bytes, read_only, in_flight, counters }
+        let failures = Failures::default();
+        Self { id, backend, len_bytes, read_only, in_flight, counters, failures }
     }
 
     /// The same disk, refusing the guest's writes whatever its storage would take.
     #[must_use]
     pub fn into_read_only(self) -> Self {
         Self { read_only: true, ..self }
+    }
+
+    /// The same disk, with a word on what becomes of failed requests.
+    #[must_use]
+    pub fn with_policy(mut self, policy: ErrorPolicy) -> Self {
+        self.failures.policy = policy;
+        self
+    }
+
+    /// Has `tell` called for every request that fails from now on.
+    pub fn on_failure(&self, tell: impl Fn(Failure) + Send + Sync + 'static) {
+        self.failures.set_tell(Box::new(tell));
+    }
+
+    /// A guest's request has failed: tells so, and decides what becomes of it.
+    pub fn decide(&self, is_read: bool, error: &io::Error) -> Action {
+        self.failures.decide(&self.id, is_read, error)
+    }
+
+    /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::go_on`].
+    pub fn is_stopped(&self) -> bool {
+        self.failures.is_stopped()
+    }
+
+    /// The guest goes on: what has failed is tried again.
+    pub fn go_on(&self) {
+        self.failures.go_on();
     }
 
     /// The disk's name.
@@ -159,6 +238,26 @@ impl BlockNode {
     /// What the user calls its storage: a path.
     pub fn location(&self) -> String {
         self.backend.location()
+    }
+
+    /// What the format of its storage is called.
+    pub fn format(&self) -> &'static str {
+        self.backend.format()
+    }
+
+    /// The files that it stands on, from the top on.
+    pub fn backing(&self) -> Vec<String> {
+        self.backend.backing()
+    }
+
+    /// Which the first of these is. Reads samples of it.
+    pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        self.backend.backing_identity()
+    }
+
+    /// Whether it bypasses the host's page cache.
+    pub fn is_direct(&self) -> bool {
+        self.backend.is_direct()
     }
 
     /// Size; a multiple of [`SECTOR_BYTES`].

@@ -3,7 +3,7 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BlockBackend, Content, Extent, LockError};
+use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
 use super::ofd_lock::{self, Operation};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -216,7 +216,7 @@ impl HeldFile {
     }
 }
 
-fn lock_file(file: &File, path: &Path, operation: Operation) -> Result<(), LockError> {
+pub(super) fn lock_file(file: &File, path: &Path, operation: Operation) -> Result<(), LockError> {
     ofd_lock::change(file, operation).map_err(|source| {
         let location = path.display().to_string();
         match source.kind() {
@@ -277,6 +277,22 @@ impl RawFile {
 impl BlockBackend for RawFile {
     fn location(&self) -> String {
         self.path.display().to_string()
+    }
+
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    fn backing(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        Ok(None)
+    }
+
+    fn is_direct(&self) -> bool {
+        self.cache == Cache::None
     }
 
     fn len_bytes(&self) -> u64 {

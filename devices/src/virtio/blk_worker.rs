@@ -4,6 +4,7 @@ use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
+use crate::block::failure::Action;
 use crate::block::uring::{Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::ram::{GuestAddress, GuestRam};
@@ -63,7 +64,7 @@ struct Ticket {
 }
 
 /// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Request {
     ticket: Ticket,
     from_guest: Segments,
@@ -101,6 +102,14 @@ impl Request {
     }
 }
 
+/// A request whose disk has failed, to be tried again when the guest goes on.
+#[derive(Debug)]
+enum Held {
+    /// What is left of it.
+    Transfer(Ticket, Transfer),
+    Request(Request),
+}
+
 /// One range of a discard or write-zeroes request, checked.
 struct ZeroRange {
     offset_bytes: u64,
@@ -116,6 +125,7 @@ pub(super) struct Processor {
     ring: Option<Ring<Ticket>>,
     driver_features: u64,
     host_errors: u64,
+    held: Vec<Held>,
 }
 
 impl QueueProcessor for Processor {
@@ -127,23 +137,23 @@ impl QueueProcessor for Processor {
     ) -> Result<(), BrokenQueue> {
         loop {
             self.take_back(ram, queue, host)?;
-            if !self.has_room() {
+            if !self.takes_more() {
                 return Ok(());
             }
+            self.try_again(ram, queue, host)?;
             take_all(ram, queue, host, |queue, host, chain| {
-                let request = Request::parse(ram, chain)?;
-                if let Some(mut request) = self.start(request) {
-                    let result = self.execute(ram, &mut request);
-                    let left = request.to_guest.len();
-                    self.answer(ram, queue, host, request.ticket, left, result)?;
-                }
-                Ok(if self.has_room() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+                self.serve(ram, queue, host, Request::parse(ram, chain)?)?;
+                Ok(if self.takes_more() {
+                    ControlFlow::Continue(())
+                } else {
+                    ControlFlow::Break(())
+                })
             })?;
             let full = !self.has_room();
             self.submit()?;
             self.take_back(ram, queue, host)?;
             // What did not fit may wait in the ring, unannounced.
-            if !full || host.must_yield() {
+            if !full || host.must_yield() || self.node.is_stopped() {
                 return Ok(());
             }
         }
@@ -189,7 +199,68 @@ impl Processor {
             None
         });
         let buffer = AlignedBuffer::new(BUFFER_BYTES);
-        Self { node, buffer, ring, driver_features, host_errors: 0 }
+        Self { node, buffer, ring, driver_features, host_errors: 0, held: Vec::new() }
+    }
+
+    /// Whether there is room, and the guest is not stopped for what has failed.
+    fn takes_more(&self) -> bool {
+        self.has_room() && !self.node.is_stopped()
+    }
+
+    /// Starts a request, or serves it at once.
+    fn serve(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+        request: Request,
+    ) -> Result<(), BrokenQueue> {
+        let Some(mut request) = self.start(request) else { return Ok(()) };
+        // Serving takes it apart.
+        let whole = request.clone();
+        let result = self.execute(ram, &mut request);
+        match self.decide(&request.ticket, result) {
+            None => self.held.push(Held::Request(whole)),
+            Some(result) => {
+                let left = request.to_guest.len();
+                self.answer(ram, queue, host, request.ticket, left, result)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest goes on: so do requests that had failed.
+    fn try_again(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+    ) -> Result<(), BrokenQueue> {
+        for held in std::mem::take(&mut self.held) {
+            match held {
+                held if !self.takes_more() => self.held.push(held),
+                Held::Request(request) => self.serve(ram, queue, host, request)?,
+                Held::Transfer(ticket, transfer) => {
+                    let refused = match &mut self.ring {
+                        Some(ring) => ring.push(transfer, ticket).err(),
+                        None => Some((transfer, ticket)),
+                    };
+                    self.held
+                        .extend(refused.map(|(transfer, ticket)| Held::Transfer(ticket, transfer)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the guest is to hear of a result; nothing for now if the request is kept.
+    fn decide(&self, ticket: &Ticket, result: Result<(), Failed>) -> Option<Result<(), Failed>> {
+        let Err(Failed::Host(error)) = &result else { return Some(result) };
+        match self.node.decide(matches!(ticket.kind, T_IN | T_GET_ID), error) {
+            Action::Report => Some(result),
+            Action::Ignore => Some(Ok(())),
+            Action::Stop => None,
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -243,11 +314,15 @@ impl Processor {
         while let Some((ticket, transfer, ended)) =
             self.ring.as_mut().and_then(Ring::next_completion)
         {
-            let left = match transfer.operation {
+            let Some(ended) = self.decide(&ticket, ended.map_err(Failed::Host)) else {
+                self.held.push(Held::Transfer(ticket, transfer));
+                continue;
+            };
+            let left = match &transfer.operation {
                 Operation::Read(segments) => segments.len(),
                 Operation::Write { .. } | Operation::Flush => ticket.room,
             };
-            let answered = self.answer(ram, queue, host, ticket, left, ended.map_err(Failed::Host));
+            let answered = self.answer(ram, queue, host, ticket, left, ended);
             result = result.and(answered);
         }
         // Those that ended too early go on.

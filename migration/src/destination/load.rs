@@ -44,18 +44,25 @@ impl Destination<'_> {
         let receivers = Receivers::start(channels.collect::<Result<_, WireError>>()?, main)?;
         self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
         self.status(MigrationStatus::Active);
-        self.load_rest(main, &receivers, disks.as_ref()).map_err(|error| match error {
-            // Woken because the pages or the disks have failed.
-            DestinationError::Wire(WireError::Interrupted) => {
-                let disks = disks.as_ref().and_then(DisksReceiver::take_error);
-                match disks.or_else(|| receivers.take_error().map(DestinationError::Wire)) {
-                    Some(DestinationError::Wire(lost @ WireError::Lost(_))) => {
-                        why_lost(main, lost).into()
-                    }
-                    other => other.unwrap_or(error),
-                }
+        self.load_rest(main, &receivers, disks.as_ref()).map_err(|error| {
+            let woken = matches!(error, DestinationError::Wire(WireError::Interrupted));
+            if !woken && !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
+                return error;
             }
-            error => error,
+            // Woken because the pages or the disks have failed; or the source has met the connection
+            // that closed because of it. One of them may have been lost only because of the other.
+            let (disks, pages) = (
+                disks.as_ref().and_then(DisksReceiver::take_error),
+                receivers.take_error().map(DestinationError::Wire),
+            );
+            let is_lost =
+                |error: &DestinationError| matches!(error, DestinationError::Wire(e) if e.is_lost());
+            let (lost, own): (Vec<_>, Vec<_>) = disks.into_iter().chain(pages).partition(is_lost);
+            match (own.into_iter().next(), lost.into_iter().next()) {
+                (Some(own), _) => own,
+                (None, Some(DestinationError::Wire(lost))) if woken => why_lost(main, lost).into(),
+                _ => error,
+            }
         })
     }
 

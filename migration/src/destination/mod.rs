@@ -169,8 +169,10 @@ impl Destination<'_> {
             let answer = hello.answer();
             send_hello(main.channel(), &answer)?;
             let mut open = |role| {
-                let channel = Channel::new(open(hello.id, role)?, self.cancel.clone());
-                send_hello(&channel, &Hello { role, ..answer.clone() })?;
+                let named = |error: WireError| error.on_channel(role);
+                let channel =
+                    Channel::new(open(hello.id, role).map_err(named)?, self.cancel.clone());
+                send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;
                 Ok::<_, WireError>(channel)
             };
             let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));

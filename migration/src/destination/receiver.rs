@@ -9,18 +9,22 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// What a channel has carried, once it has ended.
-type Ended = Option<Result<Tally, WireError>>;
+#[derive(Default)]
+struct State {
+    /// What each channel has carried, once it has ended.
+    ended: Vec<Option<Tally>>,
+    /// Why the first that failed has failed: the others may have ended because of it.
+    failed: Option<WireError>,
+}
 
 struct Shared {
-    /// By channel.
-    ended: Mutex<Vec<Ended>>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Shared {
-    fn ended(&self) -> MutexGuard<'_, Vec<Ended>> {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -35,19 +39,14 @@ pub(super) struct Receivers {
     receivers: Vec<Receiver>,
 }
 
-fn take_error(ended: &mut [Ended]) -> Option<WireError> {
-    let failed = ended.iter_mut().find(|ended| matches!(ended, Some(Err(_))))?;
-    failed.take().and_then(Result::err)
-}
-
 impl Receivers {
     /// Starts receiving from all channels. If one fails, waits on `main` end.
     pub(super) fn start(
         channels: Vec<(RamIncoming, Channel)>,
         main: &Arc<Main>,
     ) -> Result<Self, DestinationError> {
-        let ended = channels.iter().map(|_| None).collect();
-        let shared = Arc::new(Shared { ended: Mutex::new(ended), changed: Condvar::new() });
+        let state = State { ended: vec![None; channels.len()], failed: None };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let mut all = Self { shared, receivers: Vec::with_capacity(channels.len()) };
         for (index, (ram, data)) in (0u16..).zip(channels) {
             let data = Arc::new(data);
@@ -69,11 +68,15 @@ impl Receivers {
             .name(format!("mig-recv-{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                let result = receive_all(index, &mut ram, &data, &main);
+                let result = receive_all(index, &mut ram, &data, &main)
+                    .map_err(|error| error.on_data_channel(index));
                 let failed = result.is_err();
-                if let Some(ended) = shared.ended().get_mut(usize::from(index)) {
-                    *ended = Some(result);
+                let mut state = shared.state();
+                match result {
+                    Ok(tally) => state.ended[usize::from(index)] = Some(tally),
+                    Err(error) => drop(state.failed.get_or_insert(error)),
                 }
+                drop(state);
                 shared.changed.notify_all();
                 if failed {
                     // The source meets a closed channel, and looks for the reason on the main one.
@@ -86,24 +89,23 @@ impl Receivers {
 
     /// Why receiving has failed, if it has.
     pub(super) fn take_error(&self) -> Option<WireError> {
-        take_error(&mut self.shared.ended())
+        self.shared.state().failed.take()
     }
 
     /// Waits for the end of every channel; it is a stall if no byte comes for the link's patience.
     pub(super) fn finish(&self) -> Result<Vec<Tally>, WireError> {
         let moved_bytes = || self.receivers.iter().map(|one| one.data.moved_bytes()).sum::<u64>();
         let (mut moved, mut since) = (moved_bytes(), Instant::now());
-        let mut ended = self.shared.ended();
+        let mut state = self.shared.state();
         loop {
-            if let Some(error) = take_error(&mut ended) {
+            if let Some(error) = state.failed.take() {
                 return Err(error);
             }
-            let tallies = ended.iter().map(|ended| ended.as_ref()?.as_ref().ok().copied());
-            if let Some(tallies) = tallies.collect() {
+            if let Some(tallies) = state.ended.iter().copied().collect() {
                 return Ok(tallies);
             }
-            let waited = self.shared.changed.wait_timeout(ended, TICK);
-            ended = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.shared.changed.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
             let Some(Receiver { data, .. }) = self.receivers.first() else { continue };
             if data.is_cancelled() {
                 return Err(WireError::Interrupted);
@@ -111,8 +113,11 @@ impl Receivers {
             let (now, patience) = (moved_bytes(), data.transport().patience());
             if now != moved {
                 (moved, since) = (now, Instant::now());
-            } else if since.elapsed() >= patience && ended.iter().any(Option::is_none) {
-                return Err(WireError::Stalled { seconds: patience.as_secs() });
+            } else if since.elapsed() >= patience {
+                let silent = state.ended.iter().position(Option::is_none);
+                let silent = silent.and_then(|index| u16::try_from(index).ok()).unwrap_or(0);
+                let stalled = WireError::Stalled { seconds: patience.as_secs() };
+                return Err(stalled.on_data_channel(silent));
             }
         }
     }

@@ -39,14 +39,15 @@ impl Lanes {
             return Ok(Self(shards.drain(..).map(|shard| Lane::Here(Box::new(shard))).collect()));
         }
         let mut lanes = Self(Vec::with_capacity(shards.len()));
-        for (index, mut shard) in shards.into_iter().enumerate() {
+        for (index, mut shard) in (0u16..).zip(shards) {
             let (orders, inbox) = sync_channel(QUEUE);
             let (channel, main) = (shard.channel().clone(), main.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("mig-send-{index}"))
                 .stack_size(256 << 10)
                 .spawn(move || {
-                    let result = obey_all(&mut shard, &inbox);
+                    let result =
+                        obey_all(&mut shard, &inbox).map_err(|error| on_channel(index, error));
                     if result.is_err() {
                         // Whoever waits for an echo that will not come finds the reason here.
                         main.channel().trip();
@@ -114,7 +115,7 @@ fn obey_all(shard: &mut Shard, inbox: &Receiver<Order>) -> Result<Tally, SourceE
 impl Lane {
     fn order(&mut self, order: Order) -> Result<(), SourceError> {
         match self {
-            Self::Here(shard) => shard.obey(&order),
+            Self::Here(shard) => shard.obey(&order).map_err(|error| on_channel(0, error)),
             Self::Thread(worker) => match &worker.orders {
                 Some(orders) if orders.send(order).is_ok() => Ok(()),
                 _ => Err(worker.join().err().unwrap_or_else(gone)),
@@ -127,6 +128,13 @@ impl Lane {
             Self::Here(shard) => Ok(shard.tally()),
             Self::Thread(worker) => worker.join(),
         }
+    }
+}
+
+fn on_channel(index: u16, error: SourceError) -> SourceError {
+    match error {
+        SourceError::Wire(error) => error.on_data_channel(index).into(),
+        error => error,
     }
 }
 

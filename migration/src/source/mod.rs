@@ -230,7 +230,8 @@ impl Source<'_> {
             let woken = transport.clone();
             wake.push(self.cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, self.cancel.clone());
-            greet(&channel, &Hello::new(role, id, channels))?;
+            greet(&channel, &Hello::new(role, id, channels))
+                .map_err(|error| error.on_channel(role))?;
             Ok::<_, SourceError>(Arc::new(channel))
         };
         let data = (0..channels).map(|index| open(Role::Data { index }));
@@ -308,12 +309,12 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     let cancelled = link.main.channel().is_cancelled();
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
-        SourceError::Wire(WireError::Lost(_) | WireError::Stalled { .. }) if !cancelled => {
+        SourceError::Wire(broken) if broken.is_broken() && !cancelled => {
+            // If it was only a data channel, the destination may not even know.
+            link.main.say_farewell(Kind::Abort, &chain(&broken));
+            let last = link.main.hear_farewell();
             link.end_data();
-            match link.main.hear_farewell() {
-                Some(last) => WireError::Refused(last.reason()).into(),
-                None => error,
-            }
+            last.map_or(broken, |last| WireError::Refused(last.reason())).into()
         }
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };

@@ -76,9 +76,14 @@ impl Pace {
         self.cap.clone()
     }
 
-    /// How long the guest may be stopped, by the next prediction.
+    /// How long the guest should be stopped at most, by the next prediction.
     pub(super) fn limit(&self) -> Duration {
         self.params.get().downtime_limit.saturating_sub(self.margin)
+    }
+
+    /// How long the guest may be stopped, since some of it cannot be had shorter.
+    pub(super) fn longest(&self) -> Duration {
+        policy::longest(self.fixed(), self.limit())
     }
 
     /// What the pause costs however little there is to send: the dirty log is looked at twice in it, and
@@ -94,9 +99,13 @@ impl Pace {
         self.disks = (policy::expected_downtime(bytes, rate, Duration::ZERO), flush);
     }
 
-    /// A disk is often slower than the link, and never faster.
+    /// A disk is often slower than the link; and what was measured has gone over the link.
     fn disks_per_sec(&self, measured: Option<u64>) -> u64 {
-        measured.map_or(self.bandwidth(), |rate| rate.min(self.bandwidth()))
+        match (measured, self.params.get().max_bandwidth) {
+            (None, _) => self.bandwidth(),
+            (Some(rate), 0) => rate,
+            (Some(rate), cap) => rate.min(cap),
+        }
     }
 
     /// Bytes of RAM that take as long to send as `bytes` of disks do.
@@ -114,6 +123,12 @@ impl Pace {
             usual if duration < usual => duration,
             usual => usual + (duration - usual) / 8,
         };
+    }
+
+    /// A mark came back after this time: so long, at most, is a journey there and back. The greeting's may
+    /// have been long because a thread had to start first.
+    pub(super) fn echoed_in(&mut self, duration: Duration) {
+        self.fixed = self.fixed.min(policy::fixed_downtime(duration));
     }
 
     /// How long the guest would be stopped if `pending_bytes` were left.
@@ -210,7 +225,7 @@ impl Pace {
 
     /// Bytes per second that the guest would dirty if all were clean, if that is known.
     pub(super) fn dirtied_per_sec(&self) -> Option<u64> {
-        self.dirtying.steady_bytes_per_sec()
+        self.dirtying.bytes_per_sec()
     }
 
     /// How fast the guest has proved to write in `round`, which is over, in bytes of RAM per second.
@@ -232,8 +247,13 @@ impl Pace {
         self.dirtying.forget_rate();
     }
 
+    /// Whether this is the first round, in which every page is sent whether it is in use or not.
+    pub(super) fn is_first_round(&self) -> bool {
+        self.first_round
+    }
+
     /// Whether what becomes dirty in this round tells what is to be done about the guest.
     pub(super) fn round_matters(&self) -> bool {
-        !self.first_round && self.expected_downtime(self.round_bytes) > self.limit()
+        !self.first_round && self.expected_downtime(self.round_bytes) > self.longest()
     }
 }

@@ -4,6 +4,7 @@
 
 use super::pace::Pace;
 use super::{Freight, Link, MigrationEvent, Source, SourceError};
+use crate::params::Compression;
 use crate::policy::{self, Decision, Outlook, Round};
 use crate::ram::outgoing::RamOutgoing;
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
@@ -37,9 +38,11 @@ impl Source<'_> {
                     pace.predicted = expected;
                     return Ok(());
                 }
-                Decision::Again { polishing } => polished += u32::from(polishing),
+                Decision::Again { polishing } => {
+                    polished += u32::from(polishing);
+                    self.after_round(both, expected, polishing, pace);
+                }
             }
-            self.after_round(round, pace);
         }
     }
 
@@ -71,7 +74,9 @@ impl Source<'_> {
             Ok(())
         })?;
         ram.mark(number)?;
+        let marked = Instant::now();
         await_marks(link, number).map_err(|error| ram.explain(error))?;
+        pace.echoed_in(marked.elapsed());
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
         let looked = Instant::now();
@@ -103,6 +108,9 @@ impl Source<'_> {
             sent_bytes: after.transferred_bytes - before.transferred_bytes,
             zero_pages: after.zero_pages - before.zero_pages,
             normal_pages: after.normal_pages - before.normal_pages,
+            compressed_pages: after.compression.pages - before.compression.pages,
+            xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
+            unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: round.dirtied_bytes / PAGE_SIZE,
             dirty_pages_rate: dirtied_per_sec / PAGE_SIZE,
             bytes_per_sec: pace.bandwidth(),
@@ -139,15 +147,21 @@ impl Source<'_> {
         if pace.round_matters() && self.slow_down(dirtied, sent, pace) {
             return;
         }
-        if self.cannot_slow_down() && expected > pace.limit() && pace.outlook.look(dirtied, sent) {
+        // How far pages shrink is not known in the first round.
+        let params = self.params.get();
+        let may_shrink = params.xbzrle || params.compression != Compression::None;
+        if may_shrink && pace.is_first_round() {
+            return;
+        }
+        if self.cannot_slow_down() && expected > pace.longest() && pace.outlook.look(dirtied, sent)
+        {
             self.say_not_converging(dirtied, expected, pace);
         }
     }
 
-    /// After a round whose rest does not fit the limit, or is to be made shorter.
-    fn after_round(&mut self, round: Round, pace: &mut Pace) {
-        let expected = pace.expected_downtime(round.dirtied_bytes);
-        let fits = expected <= pace.limit();
+    /// After a round whose rest does not fit the limit, or `fits` and is only to be made shorter. Whoever
+    /// decided that says it here: with two opinions a guest could be sent for ever.
+    fn after_round(&mut self, round: Round, expected: Duration, fits: bool, pace: &mut Pace) {
         let sent = pace.guest_bytes_per_sec();
         let dirtied = pace.proved_by(round);
         let slowed = !fits && self.slow_down(dirtied, sent, pace);

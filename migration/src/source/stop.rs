@@ -7,8 +7,8 @@ use super::{Freight, Link, MigrationEvent, Source, SourceError, chain, encode, s
 use crate::guest::PausedGuest;
 use crate::stats::{Counters, DowntimeParts, MigrationStatus};
 use crate::transport::channels::payload_of;
-use crate::wire::Kind;
 use crate::wire::section::{Eof, RamTotals, Section, Stage};
+use crate::wire::{Kind, WireError};
 use std::time::{Duration, Instant};
 
 /// How long a destination may take to load the rest, besides the time that the rest may travel.
@@ -169,10 +169,10 @@ fn send_stopped(
 
 /// First the destination is told, so that it lets go of the disks; then the guest is resumed.
 fn give_up(link: &Link, paused: PausedGuest<'_>, error: SourceError) -> SourceError {
-    let told_by_peer = matches!(
-        error,
-        SourceError::Wire(crate::wire::WireError::Refused(_) | crate::wire::WireError::Lost(_))
-    );
+    let told_by_peer = match &error {
+        SourceError::Wire(error) => matches!(error, WireError::Refused(_)) || error.is_lost(),
+        _ => false,
+    };
     let error = settle(link, error);
     if !told_by_peer {
         // It closes the connection once the disks are free.

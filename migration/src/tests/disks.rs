@@ -192,7 +192,8 @@ fn greet(liar: &Liar, with_disks: bool) {
     let hello = Hello::new(Role::Main, id, 1);
     let hello = if with_disks { hello.wanting(DISKS) } else { hello };
     liar.frame(Kind::Hello, &hello.encode());
-    for (transport, role) in [(&liar.data, Role::Data { index: 0 }), (&liar.disks, Role::Disks)] {
+    for (transport, role) in [(&liar.data[0], Role::Data { index: 0 }), (&liar.disks, Role::Disks)]
+    {
         let mut bytes = Vec::new();
         wire::append_frame(&mut bytes, Kind::Hello, &Hello::new(role, id, 1).encode()).unwrap();
         write_all(transport, &bytes);
@@ -228,7 +229,7 @@ fn finish(liar: &Liar, totals: &BlockTotals) {
     liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
     let mut end = Encoder::default();
     encode_end(&mut end);
-    write_all(&liar.data, end.bytes());
+    write_all(&liar.data[0], end.bytes());
     write_all(&liar.disks, &Frame::End.encode(0));
     liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
     let ram = RamTotals::default();
@@ -245,7 +246,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 fn hear(speak: impl FnOnce(&Liar)) -> String {
     let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-    receive_with_disks(PATIENCE, disks.incoming(), |liar| {
+    receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
         speak(liar);
         listen(liar);
     })
@@ -327,7 +328,7 @@ fn lies_about_disks_are_refused_by_name() {
 #[test]
 fn a_source_whose_disks_stand_still_is_noticed() {
     let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-    let error = receive_with_disks(Duration::from_millis(200), disks.incoming(), |liar| {
+    let error = receive_with_disks(1, Duration::from_millis(200), disks.incoming(), |liar| {
         introduce(liar);
         // The middle of a granule.
         write_all(
@@ -346,7 +347,7 @@ proptest! {
         bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..7, mask in any::<u64>(),
     ) {
         let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
-        receive_with_disks(PATIENCE, disks.incoming(), |liar| {
+        receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
             introduce(liar);
             let mut header = Frame::Chunk(Chunk { disk: 0, index: 0, data: mask, zero: 0 }).encode(0);
             header[0] = kind;

@@ -12,7 +12,7 @@ use crate::transport::Transport;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
@@ -90,6 +90,7 @@ pub struct FakeSource {
     pub disk_writers: DiskWriters,
     /// At so many pauses the guest writes much in its last moment.
     pub bursts: u32,
+    pub script: Option<Script>,
 }
 
 fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
@@ -112,6 +113,9 @@ impl GuestControl for FakeSource {
             for page in 16..816 {
                 self.ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap();
             }
+        }
+        if let Some(script) = &self.script {
+            script.write(&self.ram, LAST_VERSION);
         }
         let was_running = self.machine.running.swap(false, SeqCst);
         let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
@@ -147,11 +151,7 @@ impl GuestControl for FakeSource {
 
     fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
         self.machine.throttles.lock().unwrap().push(percent);
-        step(self.fail, Fail::Throttle)?;
-        if let Some(mutator) = &self.mutator {
-            mutator.throttle.store(percent, SeqCst);
-        }
-        Ok(())
+        step(self.fail, Fail::Throttle)
     }
 }
 
@@ -208,9 +208,27 @@ pub struct FakeDirty {
     pub ram: GuestRam,
     pub log: Vec<u64>,
     pub fail: Fail,
+    pub script: Option<Script>,
+    /// The pass that runs.
+    pub pass: Arc<AtomicU64>,
+    /// A lively guest, which writes all its pages in each of so many passes.
+    pub lively: Option<(Arc<Progress>, u64)>,
+    /// So many pages of a running guest are always dirty again, less those that throttling prevents.
+    pub hot_pages: u64,
+    pub machine: Arc<Machine>,
 }
 
 impl FakeDirty {
+    fn collect_hot(&mut self) {
+        if self.machine.running.load(SeqCst) {
+            let throttle = self.machine.throttles.lock().unwrap().last().copied().unwrap_or(0);
+            let hot = self.hot_pages * u64::from(100 - throttle) / 100;
+            for page in 16..16 + hot {
+                self.log[usize::try_from(page / 64).unwrap()] |= 1 << (page % 64);
+            }
+        }
+    }
+
     fn collect(&mut self) {
         let mut words = self.log.as_mut_slice();
         for region in self.ram.iter() {
@@ -231,6 +249,7 @@ impl DirtySource for FakeDirty {
 
     fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError> {
         self.collect();
+        self.collect_hot();
         bitmap.iter_mut().zip(&self.log).for_each(|(word, log)| *word |= log);
         Ok(())
     }
@@ -242,36 +261,126 @@ impl DirtySource for FakeDirty {
         let log = &mut self.log[usize::try_from(first.0 / 64).unwrap()..];
         assert!(mask.len() <= log.len());
         log.iter_mut().zip(mask).for_each(|(log, mask)| *log &= !mask);
+        let pass = self.pass.load(SeqCst);
+        if let Some(script) = self.script.as_ref().filter(|script| pass <= script.passes) {
+            script.write(&self.ram, pass);
+        }
+        if let Some((progress, _)) = self.lively.as_ref().filter(|(_, passes)| pass <= *passes) {
+            progress.wait();
+        }
         Ok(())
     }
 
     fn stop(&mut self) {}
 }
 
+/// Kinds of writes: each makes pages travel in a way of its own.
+pub const KINDS: u64 = 5;
+/// What a script writes when the guest is paused.
+const LAST_VERSION: u64 = 1000;
+
+/// Writes `page` as guests do.
+fn write_kind(ram: &GuestRam, page: u64, kind: u64, version: u64) {
+    const BYTES: usize = 4096;
+    let start = page * PAGE_SIZE;
+    let write = |bytes: &[u8], offset| ram.write_slice(bytes, GuestAddress(start + offset));
+    match kind % KINDS {
+        // A little of it changes: a delta.
+        0 => [8, 4088]
+            .into_iter()
+            .try_for_each(|at| ram.write_obj(version, GuestAddress(start + at))),
+        // It is written and stays as it is.
+        1 => write(&[0xa5; 64], 100),
+        // It becomes zero, and something again.
+        2 if version % 2 == 1 => write(&[0; BYTES], 0),
+        2 => write(format!("something again: {version}").as_bytes(), 1000),
+        // Text, which can be compressed.
+        3 => {
+            let text = format!("page {page} goes on with its story in part {version}; ");
+            let text: Vec<u8> = text.bytes().cycle().take(BYTES).collect();
+            write(&text, 0)
+        }
+        // Noise, which cannot.
+        _ => {
+            let mut state = page << 32 | version;
+            let noise: Vec<u8> = (0..BYTES)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    u8::try_from(state >> 56).unwrap()
+                })
+                .collect();
+            write(&noise, 0)
+        }
+    }
+    .unwrap();
+}
+
+/// Writes of a guest at fixed moments: in each pass after its pages are clear in the log, and in the
+/// pause. So whatever is sent is the same in every run.
+#[derive(Debug, Clone)]
+pub struct Script {
+    /// Pages of each kind in each huge page.
+    pub pages: u64,
+    /// Which kinds.
+    pub kinds: std::ops::Range<u64>,
+    /// In how many passes the guest writes.
+    pub passes: u64,
+}
+
+impl Script {
+    fn write(&self, ram: &GuestRam, version: u64) {
+        const HUGE: u64 = 512;
+        for huge in 0..ram.last_addr().0 / PAGE_SIZE / HUGE + 1 {
+            for kind in self.kinds.clone() {
+                let first = huge * HUGE + 16 + kind * self.pages;
+                (first..first + self.pages).for_each(|page| write_kind(ram, page, kind, version));
+            }
+        }
+    }
+}
+
+/// How often a guest has written all its pages.
+#[derive(Default)]
+pub struct Progress(Mutex<u64>, Condvar);
+
+impl Progress {
+    fn add(&self) {
+        *self.0.lock().unwrap() += 1;
+        self.1.notify_all();
+    }
+
+    /// Waits until all pages have been written from now on.
+    fn wait(&self) {
+        let count = self.0.lock().unwrap();
+        let end = *count + 2;
+        let waited = self.1.wait_timeout_while(count, Duration::from_secs(5), |now| *now < end);
+        assert!(!waited.unwrap().1.timed_out(), "the guest does not get on");
+    }
+}
+
 /// A guest that writes its RAM: pages in turn, each with an ever growing number.
 pub struct Mutator {
     stop: Arc<AtomicBool>,
-    throttle: Arc<AtomicU8>,
+    progress: Arc<Progress>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Mutator {
-    /// Writes all of `pages` about once every `gap`, or less often if it is throttled. On return they
-    /// have been written once.
-    pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration) -> Self {
+    /// Writes all of `pages` about once every `gap`. On return they
+    /// have been written. A `lively` one writes in every kind of way, else in two.
+    pub fn start(ram: GuestRam, pages: std::ops::Range<u64>, gap: Duration, lively: bool) -> Self {
         const PIECES: u32 = 8;
         let stop = Arc::new(AtomicBool::new(false));
-        let throttle = Arc::new(AtomicU8::new(0));
-        let (stopped, throttled) = (stop.clone(), throttle.clone());
-        let (filled, wait) = std::sync::mpsc::channel();
+        let stopped = stop.clone();
+        let progress = Arc::<Progress>::default();
+        let gets_on = progress.clone();
         let piece = (pages.end - pages.start).div_ceil(PIECES.into()).max(1);
         let thread = std::thread::spawn(move || {
-            let mut number = 1u64;
+            let (mut number, mut version) = (1u64, 1);
             while !stopped.load(SeqCst) {
                 for (index, page) in (0..).zip(pages.clone()) {
                     if index % piece == 0 {
-                        let runs = 100 - u32::from(throttled.load(SeqCst));
-                        let end = Instant::now() + gap * 100 / runs / PIECES;
+                        let end = Instant::now() + gap / PIECES;
                         while let left = end.saturating_duration_since(Instant::now())
                             && !left.is_zero()
                             && number > pages.end - pages.start
@@ -283,6 +392,11 @@ impl Mutator {
                             }
                         }
                     }
+                    if lively {
+                        write_kind(&ram, page, page, version);
+                        number += 1;
+                        continue;
+                    }
                     // Now and then a page becomes zero again.
                     let value = if number.is_multiple_of(7) { 0 } else { number };
                     for offset in [8, 4088] {
@@ -290,12 +404,12 @@ impl Mutator {
                     }
                     number += 1;
                 }
-                // Waited for once.
-                let _ = filled.send(());
+                version += 1;
+                gets_on.add();
             }
         });
-        wait.recv().unwrap();
-        Self { stop, throttle, thread: Some(thread) }
+        progress.wait();
+        Self { stop, progress, thread: Some(thread) }
     }
 
     fn stop(&mut self) {
@@ -387,8 +501,16 @@ pub struct Scenario {
     pub paused: bool,
     pub ram_bytes: u64,
     pub dirtying: Option<(u64, Duration)>,
+    /// It writes in every kind of way.
+    pub lively: bool,
+    pub script: Option<Script>,
+    pub hot_pages: u64,
     pub bursts: u32,
     pub params: Params,
+    /// Parameters that are set as a pass begins.
+    pub changes: Vec<(u64, Params)>,
+    /// A data channel that is lost alone, after so many bytes.
+    pub lose_channel: Option<(usize, u64)>,
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
@@ -405,8 +527,13 @@ impl Default for Scenario {
             paused: false,
             ram_bytes: RAM_BYTES,
             dirtying: None,
+            lively: false,
+            script: None,
+            hot_pages: 0,
             bursts: 0,
             params: Params { multifd_channels: 1, ..Params::default() },
+            changes: Vec::new(),
+            lose_channel: None,
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
@@ -426,8 +553,9 @@ pub fn migrate(scenario: &Scenario) -> End {
         source.disks = Some(Arc::new(disks_out));
         destination.disks = Some(Arc::new(disks_in));
     }
-    for _ in 0..scenario.params.multifd_channels {
-        let (data_out, data_in) = link.connect();
+    for index in 0..usize::from(scenario.params.multifd_channels) {
+        let fuse = scenario.lose_channel.filter(|(lost, _)| *lost == index);
+        let (data_out, data_in) = link.connect_for(fuse.map(|(_, bytes)| bytes));
         source.data.push(Arc::new(data_out));
         destination.data.push(Arc::new(data_in));
     }
@@ -446,15 +574,9 @@ pub fn migrate_over(
     destination: Ends,
     exchanged: impl FnOnce() -> u64,
 ) -> End {
-    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
-    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
-    // One page of text; most of the rest was never touched.
-    ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
     let disk = Arc::<Disk>::default();
-    disk.lock("source", Duration::ZERO).unwrap();
+    let ram = boot(scenario, &disk);
     let source_machine = scenario.machine.clone();
-    source_machine.running.store(!scenario.paused, SeqCst);
-    *source_machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
     let destination_machine = Arc::new(Machine::default());
     let destination_counters = Arc::new(Counters::new());
     let receiver = {
@@ -476,46 +598,7 @@ pub fn migrate_over(
             (result.map_err(|error| chain(&error)), host)
         })
     };
-    let mutator =
-        scenario.dirtying.map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap));
-    let mut guest = FakeSource {
-        machine: source_machine.clone(),
-        disk: disk.clone(),
-        fail: scenario.fail,
-        ram: ram.clone(),
-        mutator,
-        disk_writers: scenario.disks.start_writers(),
-        bursts: scenario.bursts,
-    };
-    let machine =
-        MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
-    let counters = Arc::new(Counters::new());
-    let cancel = CancelToken::new();
-    let canceller = cancel.clone();
-    let mut seen = Vec::new();
-    let mut events = |event| {
-        seen.push(event);
-        if scenario.cancel_source_at == Some(event) {
-            canceller.cancel();
-        }
-    };
-    let words = usize::try_from(layout.page_count() / 64).unwrap();
-    let dirty = FakeDirty { ram: ram.clone(), log: vec![0; words], fail: scenario.fail };
-    let outcome = Source {
-        guest: &mut guest,
-        machine: &machine,
-        disks: scenario.disks.outgoing(),
-        params: SharedParams::new(scenario.params.clone()),
-        counters: counters.clone(),
-        cancel,
-        events: &mut events,
-    }
-    .migrate_over(
-        source.main,
-        source.data,
-        source.disks,
-        SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
-    );
+    let (outcome, counters, seen) = run_source(scenario, source, &ram, &disk);
     let (result, host) = receiver.join().unwrap();
     End {
         source: outcome,
@@ -532,14 +615,122 @@ pub fn migrate_over(
     }
 }
 
-/// One end of a main and of a data connection, for a peer that does not play by the rules.
+/// A guest that runs, or is paused, with its disk locked.
+fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
+    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
+    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+    // One page of text; most of the rest was never touched.
+    ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    for page in 16..16 + scenario.hot_pages {
+        ram.write_obj(page, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    disk.lock("source", Duration::ZERO).unwrap();
+    scenario.machine.running.store(!scenario.paused, SeqCst);
+    *scenario.machine.permit.lock().unwrap() = Some(RunPermit::cold_boot());
+    ram
+}
+
+fn run_source(
+    scenario: &Scenario,
+    source: Ends,
+    ram: &GuestRam,
+    disk: &Arc<Disk>,
+) -> (SourceOutcome, Arc<Counters>, Vec<MigrationEvent>) {
+    let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
+    let mutator = scenario
+        .dirtying
+        .map(|(pages, gap)| Mutator::start(ram.clone(), 16..16 + pages, gap, scenario.lively));
+    let mut guest = FakeSource {
+        machine: scenario.machine.clone(),
+        disk: disk.clone(),
+        fail: scenario.fail,
+        ram: ram.clone(),
+        mutator,
+        disk_writers: scenario.disks.start_writers(),
+        bursts: scenario.bursts,
+        script: scenario.script.clone(),
+    };
+    let machine =
+        MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
+    let counters = Arc::new(Counters::new());
+    let cancel = CancelToken::new();
+    let canceller = cancel.clone();
+    let mut seen = Vec::new();
+    let params = SharedParams::new(scenario.params.clone());
+    let (pass, shared) = (Arc::new(AtomicU64::new(0)), params.clone());
+    let running = pass.clone();
+    let mut events = |event| {
+        seen.push(event);
+        if let MigrationEvent::Pass(number) = event {
+            running.store(number, SeqCst);
+            let change = scenario.changes.iter().find(|(at, _)| *at == number);
+            change.into_iter().for_each(|(_, params)| shared.set(params.clone()));
+        }
+        if scenario.cancel_source_at == Some(event) {
+            canceller.cancel();
+        }
+    };
+    let words = usize::try_from(layout.page_count() / 64).unwrap();
+    let (log, script, fail) = (vec![0; words], scenario.script.clone(), scenario.fail);
+    let mutator = guest.mutator.as_ref().filter(|_| scenario.lively);
+    let last = scenario.changes.last().map_or(0, |(last, _)| last - 1);
+    let lively = mutator.map(|mutator| (mutator.progress.clone(), last));
+    let dirty = FakeDirty {
+        ram: ram.clone(),
+        log,
+        fail,
+        script,
+        pass,
+        lively,
+        hot_pages: scenario.hot_pages,
+        machine: scenario.machine.clone(),
+    };
+    let outcome = Source {
+        guest: &mut guest,
+        machine: &machine,
+        disks: scenario.disks.outgoing(),
+        params,
+        counters: counters.clone(),
+        cancel,
+        events: &mut events,
+    }
+    .migrate_over(
+        source.main,
+        source.data,
+        source.disks,
+        SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
+    );
+    (outcome, counters, seen)
+}
+
+/// One end of all connections, for a peer that does not play by the rules.
 pub struct Liar {
     pub main: MemoryTransport,
-    pub data: MemoryTransport,
+    pub data: Vec<MemoryTransport>,
     pub disks: MemoryTransport,
 }
 
 impl Liar {
+    /// A liar and who is lied to.
+    fn meet(channels: u16, patience: Duration) -> (Self, Ends) {
+        let link = MemoryLink::new(None).with_patience(patience);
+        let (main, main_in) = link.connect();
+        let (disks, disks_in) = link.connect();
+        let mut victim =
+            Ends { main: Arc::new(main_in), data: Vec::new(), disks: Some(Arc::new(disks_in)) };
+        let mut liar = Self { main, data: Vec::new(), disks };
+        for _ in 0..channels {
+            let (data, data_in) = link.connect();
+            liar.data.push(data);
+            victim.data.push(Arc::new(data_in));
+        }
+        (liar, victim)
+    }
+
+    pub fn count(&self) -> u16 {
+        u16::try_from(self.data.len()).unwrap()
+    }
+
     pub fn say(&self, bytes: &[u8]) {
         write_all(&self.main, bytes);
     }
@@ -562,20 +753,18 @@ pub fn write_all(transport: &dyn Transport, mut bytes: &[u8]) {
 }
 
 /// Lets `speak` be the source of a destination; returns what the destination says of it.
-pub fn receive_from(patience: Duration, speak: impl FnOnce(&Liar)) -> String {
-    receive_with_disks(patience, Vec::new(), speak)
+pub fn receive_from(channels: u16, patience: Duration, speak: impl FnOnce(&Liar)) -> String {
+    receive_with_disks(channels, patience, Vec::new(), speak)
 }
 
 /// The same, for a machine whose disks arrive.
 pub fn receive_with_disks(
+    channels: u16,
     patience: Duration,
     disks: Vec<IncomingDisk>,
     speak: impl FnOnce(&Liar),
 ) -> String {
-    let link = MemoryLink::new(None).with_patience(patience);
-    let ((main, main_in), (data, data_in)) = (link.connect(), link.connect());
-    let (to_disks, disks_in) = link.connect();
-    let liar = Liar { main, data, disks: to_disks };
+    let (liar, victim) = Liar::meet(channels, patience);
     let machine = Arc::new(Machine::default());
     let ours = machine.clone();
     let receiver = std::thread::spawn(move || {
@@ -589,7 +778,7 @@ pub fn receive_with_disks(
             events: &mut |_| {},
         };
         destination
-            .receive_over(Arc::new(main_in), vec![Arc::new(data_in)], Some(Arc::new(disks_in)))
+            .receive_over(victim.main, victim.data, victim.disks)
             .map_err(|error| chain(&error))
     });
     speak(&liar);
@@ -597,4 +786,20 @@ pub fn receive_with_disks(
     let result = receiver.join().unwrap();
     assert!(!machine.running.load(SeqCst), "no guest may run without Go");
     result.unwrap_err()
+}
+
+/// Lets `speak` be the destination of a source, with as many data channels as `scenario` wants.
+/// Returns how it ended, and whether the guest runs.
+pub fn send_to(scenario: &Scenario, speak: impl FnOnce(&Liar) + Send) -> (SourceOutcome, bool) {
+    let (liar, victim) = Liar::meet(scenario.params.multifd_channels, scenario.patience);
+    let disk = Arc::<Disk>::default();
+    let ram = boot(scenario, &disk);
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(move || speak(&liar));
+        run_source(scenario, victim, &ram, &disk).0
+    });
+    let runs = scenario.machine.running.load(SeqCst);
+    assert_eq!(runs, scenario.machine.permit.lock().unwrap().is_some());
+    assert!(!runs || disk.holder() == Some("source"));
+    (outcome, runs)
 }

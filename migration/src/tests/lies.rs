@@ -10,34 +10,32 @@ use devices::ram::{PAGE_SIZE, PageIndex, RamLayout};
 use proptest::prelude::*;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(2);
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
-fn greet(liar: &Liar) {
+pub fn greet(liar: &Liar) {
     let id = MigrationId([3; 16]);
-    liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 1).encode());
-    let mut bytes = Vec::new();
-    let data = Hello::new(Role::Data { index: 0 }, id, 1);
-    wire::append_frame(&mut bytes, Kind::Hello, &data.encode()).unwrap();
-    write_all(&liar.data, &bytes);
+    liar.frame(Kind::Hello, &Hello::new(Role::Main, id, liar.count()).encode());
+    greet_data(liar, id, &Vec::from_iter(0..liar.count()));
 }
 
-fn describe(liar: &Liar) {
+pub fn describe(liar: &Liar) {
     greet(liar);
     let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: "x".into() };
     liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
 }
 
 fn ram_setup(liar: &Liar) {
-    let setup = RamSetup { page_count: RAM_BYTES / PAGE_SIZE, page_bytes: 4096, data_channels: 1 };
+    let (page_count, data_channels) = (RAM_BYTES / PAGE_SIZE, liar.count());
+    let setup = RamSetup { page_count, page_bytes: 4096, data_channels };
     liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
 }
 
-fn introduce(liar: &Liar) {
+pub fn introduce(liar: &Liar) {
     describe(liar);
     ram_setup(liar);
 }
 
-fn devices(liar: &Liar) {
+pub fn devices(liar: &Liar) {
     liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
 }
 
@@ -45,10 +43,15 @@ fn ram_end(liar: &Liar, totals: RamTotals) {
     liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
 }
 
-fn end_data(liar: &Liar) {
+pub fn end_data(liar: &Liar) {
     let mut end = Encoder::default();
     encode_end(&mut end);
-    write_all(&liar.data, end.bytes());
+    liar.data.iter().for_each(|data| write_all(data, end.bytes()));
+}
+
+pub fn end_stream(liar: &Liar, frames: Vec<u64>) {
+    ram_end(liar, RamTotals::default());
+    liar.frame(Kind::Eof, &Eof { running: true, frames }.encode());
 }
 
 /// A frame of one run, made by hand, with a payload of `raw` pages.
@@ -56,13 +59,30 @@ fn pages(liar: &Liar, first: u64, count: u32, kind: u8, raw: u32) {
     let mut frame = Encoder::default();
     frame.u8(1).u8(0).u16(1).u32(raw).u64(first).u32(count).u8(kind).u8(0).u16(0);
     frame.raw(&vec![1; raw as usize * 4096]);
-    write_all(&liar.data, frame.bytes());
+    write_all(&liar.data[0], frame.bytes());
 }
 
-/// Waits until the destination has had enough.
-fn listen(liar: &Liar) {
-    let mut buffer = [0; 4096];
-    while !matches!(liar.main.receive(&mut buffer), Ok(0)) {}
+/// Waits until the destination has had enough, and says so or hangs up.
+pub fn listen(liar: &Liar) {
+    let (mut heard, mut buffer) = (Vec::new(), [0; 4096]);
+    loop {
+        match liar.main.receive(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => heard.extend_from_slice(&buffer[..count]),
+            Err(_) => {}
+        }
+        while let Some(header) = heard.first_chunk() {
+            let (kind, len) = wire::decode_header(header).unwrap();
+            let end = wire::HEADER_BYTES + usize::try_from(len).unwrap();
+            if kind == Kind::Refused {
+                return;
+            }
+            if heard.len() < end {
+                break;
+            }
+            heard.drain(..end);
+        }
+    }
 }
 
 #[test]
@@ -83,7 +103,7 @@ fn lies_are_refused_by_name() {
             let mut bytes = Vec::new();
             let other = Hello::new(Role::Data { index: 0 }, MigrationId([4; 16]), 1);
             wire::append_frame(&mut bytes, Kind::Hello, &other.encode()).unwrap();
-            write_all(&liar.data, &bytes);
+            write_all(&liar.data[0], &bytes);
         }),
         ("at most 1048576 are possible", |liar| {
             greet(liar);
@@ -170,15 +190,15 @@ fn lies_are_refused_by_name() {
         ("1 runs of 1025 raw pages", |liar| (introduce(liar), pages(liar, 0, 1025, 1, 1025)).1),
         ("pages packed with unknown method 255", |liar| {
             introduce(liar);
-            write_all(&liar.data, &[0xff; 8]);
+            write_all(&liar.data[0], &[0xff; 8]);
         }),
         ("connection lost", |liar| {
             introduce(liar);
-            liar.data.shutdown();
+            liar.data[0].shutdown();
         }),
     ];
     for (expected, lie) in lies {
-        let error = receive_from(PATIENCE, |liar| {
+        let error = receive_from(1, PATIENCE, |liar| {
             lie(liar);
             listen(liar);
         });
@@ -187,8 +207,104 @@ fn lies_are_refused_by_name() {
 }
 
 #[test]
+fn channels_that_are_not_as_announced_are_refused_by_name() {
+    type Lie = fn(&Liar);
+    let lies: &[(&str, Lie)] = &[
+        ("0 data channels, possible are 1 to 16", |liar| {
+            let hello = Hello::new(Role::Main, MigrationId([3; 16]), 0);
+            liar.frame(Kind::Hello, &hello.encode());
+        }),
+        ("17 data channels, possible are 1 to 16", |liar| {
+            let hello = Hello::new(Role::Main, MigrationId([3; 16]), 17);
+            liar.frame(Kind::Hello, &hello.encode());
+        }),
+        ("data channel 3: connection lost", |liar| {
+            // A fourth one never comes.
+            let id = MigrationId([3; 16]);
+            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 4).encode());
+            greet_data(liar, id, &[0, 1, 2]);
+        }),
+        ("data channel 0: malformed hello: no such migration or channel", |liar| {
+            let id = MigrationId([3; 16]);
+            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 3).encode());
+            greet_data(liar, id, &[1, 0, 2]);
+        }),
+        ("data channel 1: malformed hello: no such migration or channel", |liar| {
+            let id = MigrationId([3; 16]);
+            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 3).encode());
+            greet_data(liar, id, &[0, 0, 2]);
+        }),
+        ("malformed RAM setup: 2 data channels, 3 exist", |liar| {
+            describe(liar);
+            let page_count = RAM_BYTES / PAGE_SIZE;
+            let setup = RamSetup { page_count, page_bytes: 4096, data_channels: 2 };
+            liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
+        }),
+        // All is sent, and ended, on one of them.
+        ("data channel 1: peer stalled", |liar| {
+            introduce(liar);
+            devices(liar);
+            let mut end = Encoder::default();
+            encode_end(&mut end);
+            write_all(&liar.data[0], end.bytes());
+            end_stream(liar, vec![1, 0, 0]);
+        }),
+        ("the source has sent", |liar| {
+            introduce(liar);
+            devices(liar);
+            end_data(liar);
+            end_stream(liar, vec![1, 0, 0]);
+        }),
+        // As many frames in all, but not where they should be.
+        ("the source has sent", |liar| {
+            introduce(liar);
+            devices(liar);
+            let mut mark = Encoder::default();
+            crate::ram::frame::encode_mark(&mut mark, 1);
+            write_all(&liar.data[2], mark.bytes());
+            end_data(liar);
+            end_stream(liar, vec![2, 1, 1]);
+        }),
+        ("data channel 1: connection lost", |liar| {
+            introduce(liar);
+            liar.data[1].shutdown();
+        }),
+        ("data channel 2: malformed page frame", |liar| {
+            introduce(liar);
+            write_all(&liar.data[2], &[9; 8]);
+        }),
+        // Before the end of the stream one channel is cut off in the middle of a frame.
+        ("data channel 1: peer stalled", |liar| {
+            introduce(liar);
+            devices(liar);
+            write_all(&liar.data[1], &[1, 0, 1]);
+            let mut end = Encoder::default();
+            encode_end(&mut end);
+            [0, 2].into_iter().for_each(|index| write_all(&liar.data[index], end.bytes()));
+            end_stream(liar, vec![1, 1, 1]);
+        }),
+    ];
+    for (expected, lie) in lies {
+        let error = receive_from(3, Duration::from_millis(200), |liar| {
+            lie(liar);
+            listen(liar);
+        });
+        assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+    }
+}
+
+fn greet_data(liar: &Liar, id: MigrationId, indices: &[u16]) {
+    for (data, index) in liar.data.iter().zip(indices) {
+        let mut bytes = Vec::new();
+        let hello = Hello::new(Role::Data { index: *index }, id, liar.count());
+        wire::append_frame(&mut bytes, Kind::Hello, &hello.encode()).unwrap();
+        write_all(data, &bytes);
+    }
+}
+
+#[test]
 fn a_refusal_names_its_reason_to_the_source() {
-    receive_from(PATIENCE, |liar| {
+    receive_from(1, PATIENCE, |liar| {
         introduce(liar);
         pages(liar, 512, 1, 1, 1);
         let mut heard = Vec::new();
@@ -208,17 +324,17 @@ fn a_refusal_names_its_reason_to_the_source() {
 #[test]
 fn a_source_that_stands_still_is_noticed() {
     let patience = Duration::from_millis(200);
-    let error = receive_from(patience, |liar| (introduce(liar), listen(liar)).1);
+    let error = receive_from(1, patience, |liar| (introduce(liar), listen(liar)).1);
     assert!(error.contains("stalled"), "{error}");
     // In the middle of a page.
-    let error = receive_from(patience, |liar| {
+    let error = receive_from(1, patience, |liar| {
         introduce(liar);
-        write_all(&liar.data, &[1, 0, 1, 0, 1, 0, 0, 0]);
+        write_all(&liar.data[0], &[1, 0, 1, 0, 1, 0, 0, 0]);
         listen(liar);
     });
     assert!(error.contains("stalled"), "{error}");
     // All is sent but the last pages.
-    let error = receive_from(patience, |liar| {
+    let error = receive_from(1, patience, |liar| {
         introduce(liar);
         devices(liar);
         ram_end(liar, RamTotals::default());
@@ -230,7 +346,7 @@ fn a_source_that_stands_still_is_noticed() {
 
 #[test]
 fn without_go_no_guest_runs() {
-    let error = receive_from(Duration::from_millis(200), |liar| {
+    let error = receive_from(1, Duration::from_millis(200), |liar| {
         introduce(liar);
         devices(liar);
         end_data(liar);
@@ -293,10 +409,11 @@ proptest! {
     #[test]
     fn arbitrary_bytes_never_panic_or_run_a_guest(
         main in prop::collection::vec(any::<u8>(), 0..200),
-        data in prop::collection::vec(any::<u8>(), 0..200),
+        data in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 1..4),
         depth in 0..4,
     ) {
-        receive_from(PATIENCE, |liar| {
+        let channels = u16::try_from(data.len()).unwrap();
+        receive_from(channels, PATIENCE, |liar| {
             match depth {
                 0 => {}
                 1 => greet(liar),
@@ -304,8 +421,10 @@ proptest! {
                 _ => (introduce(liar), devices(liar)).1,
             }
             liar.say(&main);
-            write_all(&liar.data, &data);
-            liar.data.shutdown();
+            for (channel, bytes) in liar.data.iter().zip(&data) {
+                write_all(channel, bytes);
+                channel.shutdown();
+            }
             liar.main.shutdown();
         });
     }

@@ -1,9 +1,13 @@
 //! Whole migrations without KVM: a fake guest, links that are cut, peers that lie.
 
+mod bad_destinations;
 mod cancel;
 mod converge;
 mod disks;
 mod fake;
 mod fake_disks;
+mod frame_lies;
 mod lies;
+mod modes;
+mod strangers;
 mod whole;

@@ -1,5 +1,5 @@
 //! Connections within a process, for tests: a fuse cuts all of them at any byte, counted over all in
-//! the order of writing.
+//! the order of writing; and each may have a fuse of its own.
 
 use super::{PATIENCE, PageSlice, TICK, Transport};
 use std::collections::VecDeque;
@@ -12,6 +12,8 @@ struct State {
     /// Bytes under way: of each connection, to each end.
     queues: Vec<[VecDeque<u8>; 2]>,
     closed: Vec<bool>,
+    /// Bytes that still pass on each connection, if it is to be cut alone.
+    fuses: Vec<Option<u64>>,
     /// Bytes that still pass before everything is cut.
     passes: Option<u64>,
     exchanged: u64,
@@ -48,9 +50,15 @@ impl MemoryLink {
 
     /// A new connection: its two ends.
     pub fn connect(&self) -> (MemoryTransport, MemoryTransport) {
+        self.connect_for(None)
+    }
+
+    /// A new connection that is lost alone, if `bytes` says so, once that many have been written to it.
+    pub fn connect_for(&self, bytes: Option<u64>) -> (MemoryTransport, MemoryTransport) {
         let mut state = self.state();
         state.queues.push(Default::default());
         state.closed.push(false);
+        state.fuses.push(bytes);
         let connection = state.queues.len() - 1;
         let end = |end| MemoryTransport { link: self.clone(), connection, end };
         (end(0), end(1))
@@ -95,17 +103,24 @@ impl Transport for MemoryTransport {
 
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut state = self.link.state();
-        let passing = state.passes.map_or(bytes.len(), |passes| {
-            bytes.len().min(usize::try_from(passes).unwrap_or(usize::MAX))
-        });
-        if state.passes.is_some() && passing == 0 && !bytes.is_empty() {
+        let upto = |fuse: Option<u64>| {
+            fuse.map_or(bytes.len(), |left| usize::try_from(left).unwrap_or(usize::MAX))
+        };
+        let own = state.fuses[self.connection];
+        let (all, alone) = (upto(state.passes), upto(own));
+        let passing = bytes.len().min(all).min(alone);
+        if all == 0 && !bytes.is_empty() {
             state.closed.fill(true);
+        }
+        if alone == 0 && !bytes.is_empty() {
+            state.closed[self.connection] = true;
         }
         self.link.shared.1.notify_all();
         if state.closed[self.connection] {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         state.passes = state.passes.map(|passes| passes - passing as u64);
+        state.fuses[self.connection] = own.map(|left| left - passing as u64);
         state.exchanged += passing as u64;
         state.queues[self.connection][1 - self.end].extend(&bytes[..passing]);
         Ok(passing)

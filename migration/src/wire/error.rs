@@ -1,6 +1,6 @@
 //! What is wrong with a connection, or with what came over it.
 
-use super::VERSION;
+use super::{Role, VERSION};
 use std::io;
 
 /// What is wrong with a connection, or with what came over it.
@@ -26,6 +26,15 @@ pub enum WireError {
     /// The connection broke.
     #[error("connection lost")]
     Lost(#[source] io::Error),
+    /// One of several connections has failed.
+    #[error("data channel {index}")]
+    Data {
+        /// Which.
+        index: u16,
+        /// Of what.
+        #[source]
+        source: Box<WireError>,
+    },
     /// Not our protocol.
     #[error("the other side is not Ferry")]
     NotFerry,
@@ -70,4 +79,40 @@ pub enum WireError {
     /// The source has given up.
     #[error("the source has ended the migration: {0}")]
     Aborted(String),
+}
+
+impl WireError {
+    /// Says that it was data channel `index`, unless somebody else ended it.
+    #[must_use]
+    pub fn on_data_channel(self, index: u16) -> Self {
+        match self {
+            Self::Interrupted | Self::Refused(_) | Self::Aborted(_) | Self::Data { .. } => self,
+            error => Self::Data { index, source: Box::new(error) },
+        }
+    }
+
+    /// The same, if `role` is that of a data channel.
+    #[must_use]
+    pub fn on_channel(self, role: Role) -> Self {
+        match role {
+            Role::Data { index } => self.on_data_channel(index),
+            Role::Main | Role::Disks => self,
+        }
+    }
+
+    /// Whether a connection broke.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Data { source, .. } => source.is_lost(),
+            error => matches!(error, Self::Lost(_)),
+        }
+    }
+
+    /// Whether a connection broke, or the peer stands still.
+    pub fn is_broken(&self) -> bool {
+        match self {
+            Self::Data { source, .. } => source.is_broken(),
+            error => matches!(error, Self::Lost(_) | Self::Stalled { .. }),
+        }
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 22] = [
+pub const NAMES: [&str; 24] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
@@ -16,6 +16,8 @@ pub const NAMES: [&str; 22] = [
     "query-name",
     "query-cpus-fast",
     "query-block",
+    "query-named-block-nodes",
+    "query-blockstats",
     "stop",
     "cont",
     "system_reset",
@@ -48,6 +50,10 @@ pub enum Command {
     QueryCpus,
     /// `query-block`
     QueryBlock,
+    /// `query-named-block-nodes`
+    QueryNamedBlockNodes,
+    /// `query-blockstats`
+    QueryBlockStats,
     /// `stop`
     Stop,
     /// `cont`
@@ -142,9 +148,10 @@ impl ParameterChange {
                 .text("multifd-compression")?
                 .map(|name| {
                     Compression::from_name(&name).ok_or_else(|| {
-                        let words =
-                            "Parameter 'multifd-compression' expects 'none', 'zlib' or 'zstd'";
-                        QmpError::generic(words)
+                        QmpError::generic(format!(
+                            "Parameter 'multifd-compression' does not accept value '{name}': it is \
+                             none, zlib or zstd"
+                        ))
                     })
                 })
                 .transpose()?,
@@ -262,6 +269,15 @@ impl Command {
             "query-name" => Self::QueryName,
             "query-cpus-fast" => Self::QueryCpus,
             "query-block" => Self::QueryBlock,
+            "query-named-block-nodes" => {
+                // Nodes are flat as they are.
+                arguments.flag("flat")?;
+                Self::QueryNamedBlockNodes
+            }
+            "query-blockstats" => {
+                arguments.flag("query-nodes")?;
+                Self::QueryBlockStats
+            }
             "stop" => Self::Stop,
             "cont" => Self::Cont { force: arguments.flag("force")?.unwrap_or(false) },
             "system_reset" => Self::Reset,

@@ -1,10 +1,12 @@
 //! The control socket: clients, negotiation, answers and events. Non-blocking and driven by file
 //! descriptors; the supervisor's event loop owns it.
 
+pub mod block;
 pub mod command;
 pub mod message;
 
 use command::Command;
+use devices::block::failure::Failure;
 use message::{Framer, QmpError, greeting, line, reply};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -62,6 +64,19 @@ impl Event {
     /// `SHUTDOWN` or `RESET`, by the guest or not, and why.
     pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
         Self { name: name.into(), data: Some(json!({"guest": guest, "reason": reason})) }
+    }
+
+    /// `BLOCK_IO_ERROR`.
+    pub fn block_io_error(failure: &Failure) -> Self {
+        let data = json!({
+            "device": failure.disk,
+            "node-name": failure.disk,
+            "operation": if failure.is_read { "read" } else { "write" },
+            "action": failure.action.name(),
+            "nospace": failure.no_space,
+            "reason": failure.reason,
+        });
+        Self { name: "BLOCK_IO_ERROR".into(), data: Some(data) }
     }
 
     /// `MIGRATION`.

@@ -16,6 +16,10 @@ pub const MAX_CPUS: u8 = 16;
 /// Most virtio devices of a machine, disks most of all: one interrupt line each.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
+/// Largest disk that arrives with its guest: what is known of it takes memory, and a file system may
+/// hold a sparse file of any size.
+pub const MAX_TRAVELLING_BYTES: u64 = 16 << 40;
+
 /// One guest's hardware.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -64,10 +68,23 @@ pub struct DiskDescription {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Travels {
-    /// Only what lies above its backing file.
-    pub only_top: bool,
+    /// What it stands on, if only what lies above that comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<BackingDescription>,
     /// About how much that is; for the destination to see whether it has room.
     pub data_bytes: u64,
+}
+
+/// A backing file, as its user can tell it from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingDescription {
+    /// What it is called at the source.
+    pub name: String,
+    /// Its size as a disk.
+    pub len_bytes: u64,
+    /// Of samples of its content.
+    pub checksum: String,
 }
 
 fn one() -> u16 {
@@ -136,6 +153,10 @@ impl Description {
         for (index, disk) in self.disks.iter().enumerate() {
             if disk.len_bytes == 0 || !disk.len_bytes.is_multiple_of(SECTOR_BYTES) {
                 return invalid(format!("disk {:?} of {} bytes", disk.id, disk.len_bytes));
+            }
+            if disk.travels.is_some() && disk.len_bytes > MAX_TRAVELLING_BYTES {
+                let (id, len, most) = (&disk.id, disk.len_bytes, MAX_TRAVELLING_BYTES);
+                return invalid(format!("disk {id:?} of {len} bytes travels, at most {most} may"));
             }
             if !(1..=MAX_QUEUES).contains(&disk.queues) {
                 let (id, queues) = (&disk.id, disk.queues);
@@ -215,6 +236,13 @@ mod tests {
         refuse(&|d| d.disks[1].queues = 17, "17 queues");
         refuse(&|d| d.disks[1].len_bytes = 700, "of 700 bytes");
         refuse(&|d| d.disks[1].len_bytes = 0, "of 0 bytes");
+        refuse(
+            &|d| {
+                d.disks[1].len_bytes = 1 << 62;
+                d.disks[1].travels = Some(Travels { backing: None, data_bytes: 0 });
+            },
+            "at most 17592186044416 may",
+        );
         refuse(&|d| d.disks[1].id = "rng".into(), "beside a virtio-rng");
         refuse(
             &|d| {

@@ -251,6 +251,8 @@ impl Machine {
             clock.restore(&self.vm)?;
         }
         self.vcpus.notify_clock_paused()?;
+        // What has failed before is tried again.
+        self.disks.iter().for_each(|disk| disk.node.go_on());
         // Devices first: a notification or interrupt that was in flight at the pause is made again.
         lock(&self.serial).resume();
         self.virtio_devices().for_each(|(_, mut device)| device.resume());
@@ -275,6 +277,11 @@ impl Machine {
     /// the truth once the machine is stopped.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Whether a disk keeps requests that have failed.
+    pub fn has_stopped_disk(&self) -> bool {
+        self.disks.iter().any(|disk| disk.node.is_stopped())
     }
 
     /// Whether vCPUs run.

@@ -1,13 +1,15 @@
 //! Answers the control socket's commands.
 
 use super::{Event, RunState, Supervisor, exit_code, jobs};
+use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::machine::description::{Description, Travels};
+use crate::machine::description::{BackingDescription, Description, MAX_TRAVELLING_BYTES, Travels};
 use crate::machine::dirty::VmDirtyLog;
 use crate::travel::{DiskMode, DiskSelection};
+use devices::block::{BlockNode, Format};
 use migration::block::{SourceDisk, SourceDisks, Tuning};
 use migration::source::SourceRam;
 use migration::transport::Address;
@@ -36,16 +38,38 @@ fn travelling(
     let mut travelling = Vec::new();
     for (disk, described) in machine.disks().iter().zip(&mut description.disks) {
         let node = disk.node.clone();
-        if selection.mode_of(node.id()) == DiskMode::None {
+        let failed =
+            |error: std::io::Error| QmpError::generic(format!("disk {}: {error}", node.id()));
+        let mode = selection.mode_of(node.id());
+        if mode == DiskMode::None {
+            if node.format() == Format::Qcow2.name() && !node.read_only() {
+                let desc = "is qcow2, which two processes cannot share: move it with full or top";
+                return Err(QmpError::generic(format!("disk {} {desc}", node.id())));
+            }
             continue;
         }
-        // No image here has a backing file: what lies above one is everything.
-        let only_top = false;
-        let data_bytes = node
-            .allocated_bytes()
-            .map_err(|error| QmpError::generic(format!("disk {}: {error}", node.id())))?;
-        described.travels = Some(Travels { only_top, data_bytes });
-        travelling.push(SourceDisk { node, only_top });
+        if node.len_bytes() > MAX_TRAVELLING_BYTES {
+            let desc = format!("disk {} is too large to travel", node.id());
+            return Err(QmpError::generic(desc));
+        }
+        let below = node.backing_identity().map_err(failed)?;
+        let own_bytes = node.allocated_bytes().map_err(failed)?;
+        // Without a backing file what lies above it is everything.
+        let backing = match (&below, mode) {
+            (Some(below), DiskMode::Top) => Some(BackingDescription {
+                name: node.backing().first().cloned().unwrap_or_default(),
+                len_bytes: below.len_bytes,
+                checksum: below.checksum.clone(),
+            }),
+            _ => None,
+        };
+        let only_top = backing.is_some();
+        let data_bytes = match below {
+            Some(below) if !only_top => (own_bytes + below.len_bytes).min(node.len_bytes()),
+            _ => own_bytes,
+        };
+        described.travels = Some(Travels { backing, data_bytes });
+        travelling.push(SourceDisk { node: node.clone(), only_top });
     }
     Ok((description, travelling))
 }
@@ -66,7 +90,9 @@ impl Supervisor {
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
             Command::QueryCpus => Ok(self.query_cpus()),
-            Command::QueryBlock => Ok(self.query_block()),
+            Command::QueryBlock => Ok(block::devices(self.nodes())),
+            Command::QueryNamedBlockNodes => Ok(block::named_nodes(self.nodes())),
+            Command::QueryBlockStats => Ok(block::stats(self.nodes())),
             Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
             Command::Cont { force } => self.cont(force),
             Command::Reset => self.system_reset(),
@@ -184,32 +210,9 @@ impl Supervisor {
             .collect()
     }
 
-    fn query_block(&self) -> Value {
+    fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
-        disks
-            .iter()
-            .map(|disk| {
-                let node = &disk.node;
-                json!({
-                    "device": node.id(),
-                    "type": "unknown",
-                    "removable": false,
-                    "locked": false,
-                    "inserted": {
-                        "file": node.location(),
-                        "node-name": node.id(),
-                        "ro": node.read_only(),
-                        "drv": "raw",
-                        "encrypted": false,
-                        "image": {
-                            "filename": node.location(),
-                            "format": "raw",
-                            "virtual-size": node.len_bytes(),
-                        },
-                    },
-                })
-            })
-            .collect()
+        disks.iter().map(|disk| disk.node.as_ref())
     }
 
     fn cont(&mut self, force: bool) -> Result<Value, QmpError> {

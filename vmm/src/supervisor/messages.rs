@@ -5,6 +5,7 @@ use super::jobs::JobId;
 use crate::console::ConsoleEvent;
 use crate::desk;
 use crate::machine::vcpus::VcpuEnd;
+use devices::block::failure::Failure;
 use devices::reset::GuestExit;
 use migration::source::{MigrationEvent, SourceOutcome};
 
@@ -19,6 +20,8 @@ pub enum Message {
     VcpuEnd(VcpuEnd),
     /// Serial output matched, or the user pressed Ctrl-A x.
     Console(ConsoleEvent),
+    /// A request of the guest's to a disk has failed.
+    DiskFailed(Failure),
     /// A migration thread needs the guest.
     Guest(GuestRequest),
     /// A migration has come further.

@@ -22,8 +22,9 @@ use crate::machine::description::Description;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{Backends, GuestEvents, Machine, MachineError};
-use devices::block::BlockNode;
-use devices::block::raw::{OpenError, RawFile};
+use devices::block::failure::{Action, Failure};
+use devices::block::raw::OpenError;
+use devices::block::{BlockNode, open_image};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
 use guest::GuestRequest;
@@ -33,6 +34,7 @@ use migration::guest::{IncomingRam, RunPermit, Stopped};
 use migration::source::MigrationEvent;
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How the process ends: `ferry run`'s exit codes.
 pub mod exit_code {
@@ -122,6 +124,8 @@ pub struct Supervisor {
     /// Images of the guest that arrives, until it has.
     images: Images,
     state: RunState,
+    /// When clients last heard of a failed request.
+    disk_failure_told: Option<Instant>,
     jobs: Jobs,
     dirty_rate: DirtyRate,
     console: Console,
@@ -133,8 +137,9 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Host::open()?;
     let mut disks = Vec::new();
     for (id, disk) in &config.disks {
-        let backend = RawFile::open(&disk.path, disk.read_only, disk.cache)?;
-        disks.push(Arc::new(BlockNode::new(id.clone(), Box::new(backend))));
+        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
+        let node = BlockNode::new(id.clone(), backend).with_policy(disk.errors);
+        disks.push(Arc::new(node));
     }
     let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
     supervisor.boot()?;
@@ -179,6 +184,7 @@ impl Supervisor {
             disks,
             images: Images::default(),
             state: RunState::Prelaunch,
+            disk_failure_told: None,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
             console,
@@ -188,6 +194,10 @@ impl Supervisor {
 
     fn backends(&self) -> Backends {
         let (exits, ends) = (self.desk.mailbox().clone(), self.desk.mailbox().clone());
+        for disk in &self.disks {
+            let to_us = self.desk.mailbox().clone();
+            disk.on_failure(move |failure| to_us.post(Message::DiskFailed(failure)));
+        }
         Backends {
             disks: self.disks.clone(),
             serial_output: self.console.writer(),
@@ -329,6 +339,29 @@ impl Supervisor {
         self.end(exit_code::GUEST_FAILED, &event);
     }
 
+    /// Tells of a failed request, and stops the guest if that is what was decided.
+    fn on_disk_failed(&mut self, failure: &Failure) {
+        let stops = failure.action == Action::Stop;
+        // A dying disk fails every request: clients hear of it once a second, of a stop always.
+        let told = self.disk_failure_told.filter(|told| told.elapsed() < Duration::from_secs(1));
+        if stops || told.is_none() {
+            self.disk_failure_told = Some(Instant::now());
+            self.tell(&Event::block_io_error(failure));
+        }
+        let Some(machine) = &mut self.machine else { return };
+        // The guest may have been stopped, or gone on, meanwhile.
+        if !stops || self.state != RunState::Running || !machine.has_stopped_disk() {
+            return;
+        }
+        if let Err(error) = machine.pause() {
+            return self.fail(&chain(&error));
+        }
+        let Failure { disk, reason, .. } = failure;
+        eprintln!("ferry: disk {disk}: {reason}; the guest is stopped, `cont` tries again");
+        self.become_state(RunState::IoError);
+        self.tell(&Event::plain("STOP"));
+    }
+
     fn on_migration_event(&mut self, event: MigrationEvent) {
         if !self.jobs.events_wanted {
             return;
@@ -423,6 +456,14 @@ impl Supervisor {
         if machine.has_ended() {
             // Its message is on the way here: the guest ends, or is reset, where it is.
             return refused("the guest has just ended or asked for a reset");
+        }
+        if machine.has_stopped_disk() {
+            // Its request is kept by this process, which cannot give it away.
+            if was_running {
+                self.become_state(RunState::IoError);
+                self.tell(&Event::plain("STOP"));
+            }
+            return refused("a request to its disk has failed: `cont` tries it again");
         }
         let Some(permit) = machine.take_permit() else {
             return refused("the right to run this guest is elsewhere");
@@ -563,6 +604,7 @@ impl Clerk for Supervisor {
             Message::Console(ConsoleEvent::Quit) => {
                 self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-ui"));
             }
+            Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {

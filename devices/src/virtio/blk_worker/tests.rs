@@ -1,11 +1,14 @@
 //! Requests as a driver makes them, good and hostile.
 
+use crate::block::BlockNode;
+use crate::block::failure::{Action, ErrorPolicy, OnError};
 use crate::block::memory::MemoryDisk;
 use crate::bus::BusDevice;
 use crate::ram::GuestAddress;
 use crate::state::Persist;
 use crate::virtio::driver::*;
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
+use std::sync::Arc;
 use vm_memory::Bytes;
 
 #[test]
@@ -87,6 +90,40 @@ fn a_failing_disk_fails_requests_and_recovers() {
     script.fail(false);
     driver.submit(0, 0, 512, true);
     assert_eq!(driver.wait(), 0);
+}
+
+#[test]
+fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
+    let disk = MemoryDisk::new(64 << 10);
+    let script = disk.script();
+    let policy = ErrorPolicy { on_read: OnError::Ignore, on_write: OnError::Stop };
+    let node = Arc::new(BlockNode::new("disk0", Box::new(disk)).with_policy(policy));
+    let (sender, failures) = std::sync::mpsc::channel();
+    node.on_failure(move |failure| sender.send(failure).unwrap());
+    let mut driver = Driver::with(Driver::new().ram, node, 0);
+    driver.start(F_VERSION_1 | F_FLUSH);
+    script.fail(true);
+    driver.submit(0, 0, 512, true);
+    assert_eq!(driver.wait(), 0, "a failed read is passed over");
+    assert_eq!(failures.recv().unwrap().action, Action::Ignore);
+    driver.ram.write_slice(&[0x5a; 512], GuestAddress(DATA)).unwrap();
+    driver.submit(1, 3, 512, true);
+    assert_eq!(failures.recv().unwrap().action, Action::Stop);
+    // As the VMM does: it stops the guest, and goes on, for nothing at first.
+    for disk_works in [false, true] {
+        driver.transport.drain();
+        assert_ne!(driver.used(), driver.avail, "the request is kept");
+        script.fail(!disk_works);
+        driver.node.go_on();
+        driver.transport.resume();
+        if !disk_works {
+            assert_eq!(failures.recv().unwrap().action, Action::Stop);
+        }
+    }
+    assert_eq!(driver.wait(), 0);
+    let mut back = [0; 512];
+    driver.node.read_at(&mut back, 3 * 512).unwrap();
+    assert_eq!(back, [0x5a; 512]);
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! `make bench`: Ferry and QEMU side by side, on the same guest, in the same run; medians.
 //!
 //! Both are driven through their control sockets by the same code. Runs alternate between the two, so
-//! that a change of the host's load meets both. [`rows`] lists the figures, [`alone`] and [`moves`] take
-//! them.
+//! that a change of the host's load meets both. [`rows`] lists the figures; [`alone`], [`moves`],
+//! [`engine`] and [`disks`] take them.
 
 mod alone;
+mod disks;
 mod engine;
 mod moves;
 mod rows;

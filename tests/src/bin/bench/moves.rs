@@ -8,7 +8,7 @@ use ferry_tests::lines::Lines;
 use ferry_tests::process::SOON;
 use ferry_tests::qemu;
 use ferry_tests::qmp::Qmp;
-use ferry_tests::verdict::{Heartbeat, Transcript, field};
+use ferry_tests::verdict::{Heartbeat, Transcript};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,7 @@ pub struct Moved {
     pub info: Value,
     /// By the guest's own clock.
     pub largest_gap_us: u64,
-    /// What the guest wrote at the source meanwhile, by its heartbeats in 10^6 bytes per second.
+    /// What the guest wrote meanwhile, by its own count and clock, in 10^6 bytes per second.
     pub mbps: f64,
     /// Processor time of both processes from start to end, vCPUs included.
     pub processor_seconds: f64,
@@ -136,9 +136,12 @@ pub fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>
     if program == Program::Ferry {
         life.judge()?;
     }
-    let rates: Vec<_> = source.serial().from(settled.index + 1);
-    let rates: Vec<_> = rates.iter().filter_map(|line| field(line, "ws_mbps")).collect();
-    let mbps = rates.iter().sum::<u64>() as f64 / rates.len().max(1) as f64;
+    // From the last heartbeat before it to the first behind it: a slow guest may have none between.
+    let beats = life.heartbeats();
+    let start = beats.iter().find(|beat| beat.number == before).context("a heartbeat")?;
+    let end = Heartbeat::parse(&first.text).context("a heartbeat")?;
+    let bytes = end.generation.saturating_sub(start.generation) * 4096;
+    let mbps = bytes as f64 / end.time_us.saturating_sub(start.time_us).max(1) as f64;
     Ok(Some(Moved {
         info,
         largest_gap_us: life.largest_gap_us(before + 1)?,
@@ -154,7 +157,7 @@ pub fn moved_well(program: Program, guest: &Guest, how: &How) -> Result<Moved> {
 }
 
 /// What `query-migrate` says once all is said: QEMU sends the event before it takes the time.
-fn final_info(qmp: &mut Qmp) -> Result<Value> {
+pub fn final_info(qmp: &mut Qmp) -> Result<Value> {
     let deadline = Instant::now() + Duration::from_secs(1);
     loop {
         let info = qmp.execute("query-migrate", json!({}))?;
@@ -193,7 +196,7 @@ pub fn mostly_zero(program: Program) -> Result<f64> {
     total_ms(&moved_well(program, &Guest::new("work=idle", 1024), &How::fast(300))?.info)
 }
 
-/// MB per second that a guest gets to write from the start of its move until it leaves.
+/// MB per second that a guest gets to write from the start of its move until it has arrived.
 pub fn speed_while_moving(program: Program) -> Result<f64> {
     let work = "work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=1000 hb_ms=20";
     Ok(moved_well(program, &Guest::new(work, 1024), &How::fast(300))?.mbps)

@@ -1,8 +1,8 @@
 //! What is measured, in which unit, and what Ferry has to reach. A row is a line here and a function in
-//! [`alone`], [`moves`] or [`engine`].
+//! [`alone`], [`moves`], [`engine`] or [`disks`].
 
 use crate::moves::Figure;
-use crate::{alone, engine, moves};
+use crate::{alone, disks, engine, moves};
 use anyhow::Result;
 
 /// Which program is measured.
@@ -195,5 +195,40 @@ pub const ROWS: &[Row] = &[
         unit: "s",
         measure: alone::linux_boot,
         target: Target::RatioAtMost(0.9),
+    },
+    Row {
+        name: "disk-direct",
+        title: "migrate with 1 GiB random disk, cache=none",
+        unit: "GB/s",
+        measure: |program| disks::full(program, "none"),
+        target: Target::RatioAtLeast(1.5),
+    },
+    Row {
+        name: "disk-cached",
+        title: "the same, cache=writeback",
+        unit: "GB/s",
+        measure: |program| disks::full(program, "writeback"),
+        target: Target::RatioAtLeast(1.5),
+    },
+    Row {
+        name: "disk-cp",
+        title: "the same; instead of QEMU, cp and fsync",
+        unit: "GB/s",
+        measure: disks::against_cp,
+        target: Target::RatioAtLeast(0.7),
+    },
+    Row {
+        name: "disk-sparse",
+        title: "migrate with 8 GiB disk, 256 MiB of data",
+        unit: "GB/s",
+        measure: disks::sparse,
+        target: Target::RatioAtLeast(3.0),
+    },
+    Row {
+        name: "disk-gap",
+        title: "largest gap, writing 50 MB/s to a 1 GiB disk",
+        unit: "ms",
+        measure: disks::gap_writing,
+        target: Target::AtMost(20.0),
     },
 ];

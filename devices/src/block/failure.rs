@@ -1,0 +1,150 @@
+//! What becomes of a guest's request when its disk fails: told to the guest, passed over, or kept while
+//! the guest is stopped. Owned by a [`super::BlockNode`]; asked by whoever serves the guest's requests.
+
+use crate::lock;
+use std::io;
+use std::str::FromStr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What to do about an error: QEMU's `werror` and `rerror`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// Tell the guest.
+    #[default]
+    Report,
+    /// Tell the guest that all is well.
+    Ignore,
+    /// Stop the guest; the request is tried again when it goes on.
+    Stop,
+    /// Stop if there is no space left, report otherwise.
+    Enospc,
+}
+
+impl FromStr for OnError {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "report" => Ok(Self::Report),
+            "ignore" => Ok(Self::Ignore),
+            "stop" => Ok(Self::Stop),
+            "enospc" => Ok(Self::Enospc),
+            other => Err(format!("{other:?} is none of report, ignore, stop and enospc")),
+        }
+    }
+}
+
+/// For both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ErrorPolicy {
+    /// `rerror`.
+    pub on_read: OnError,
+    /// `werror`: also of flushes, discards and zeroes.
+    pub on_write: OnError,
+}
+
+/// What was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// The guest hears of it.
+    Report,
+    /// The guest hears that all is well.
+    Ignore,
+    /// The guest is stopped.
+    Stop,
+}
+
+impl Action {
+    /// QEMU's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+        }
+    }
+}
+
+/// A failed request, as it is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Which disk.
+    pub disk: String,
+    /// Whether it was a read.
+    pub is_read: bool,
+    /// What becomes of the request.
+    pub action: Action,
+    /// Whether there is no space left.
+    pub no_space: bool,
+    /// In the host's words.
+    pub reason: String,
+}
+
+type Tell = Box<dyn Fn(Failure) + Send + Sync>;
+
+/// A disk's failures.
+#[derive(Default)]
+pub(super) struct Failures {
+    pub policy: ErrorPolicy,
+    /// Requests are kept, and no new ones are taken.
+    stopped: AtomicBool,
+    tell: Mutex<Option<Tell>>,
+}
+
+impl Failures {
+    pub fn set_tell(&self, tell: Tell) {
+        *lock(&self.tell) = Some(tell);
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    pub fn go_on(&self) {
+        self.stopped.store(false, Ordering::SeqCst);
+    }
+
+    pub fn decide(&self, disk: &str, is_read: bool, error: &io::Error) -> Action {
+        let no_space = error.kind() == io::ErrorKind::StorageFull;
+        let wanted = if is_read { self.policy.on_read } else { self.policy.on_write };
+        let action = match wanted {
+            OnError::Ignore => Action::Ignore,
+            OnError::Stop => Action::Stop,
+            OnError::Enospc if no_space => Action::Stop,
+            OnError::Report | OnError::Enospc => Action::Report,
+        };
+        if action == Action::Stop {
+            self.stopped.store(true, Ordering::SeqCst);
+        }
+        if let Some(tell) = lock(&self.tell).as_ref() {
+            let (disk, reason) = (disk.to_owned(), error.to_string());
+            tell(Failure { disk, is_read, action, no_space, reason });
+        }
+        action
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_direction_has_its_own_word() {
+        let policy = ErrorPolicy { on_read: OnError::Ignore, on_write: OnError::Enospc };
+        let failures = Failures { policy, ..Default::default() };
+        let (full, broken) =
+            (io::Error::from_raw_os_error(libc::ENOSPC), io::Error::from_raw_os_error(libc::EIO));
+        assert_eq!(failures.decide("d", true, &full), Action::Ignore);
+        assert_eq!(failures.decide("d", false, &broken), Action::Report);
+        assert!(!failures.is_stopped());
+        let (sender, told) = std::sync::mpsc::channel();
+        failures.set_tell(Box::new(move |failure| sender.send(failure).unwrap()));
+        assert_eq!(failures.decide("d", false, &full), Action::Stop);
+        let failure = told.recv().unwrap();
+        assert!(failures.is_stopped() && failure.no_space && !failure.is_read);
+        failures.go_on();
+        assert!(!failures.is_stopped());
+        assert!("stop".parse::<OnError>().is_ok() && "retry".parse::<OnError>().is_err());
+    }
+}

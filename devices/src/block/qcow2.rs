@@ -1,0 +1,341 @@
+//! qcow2 images, with backing files, through the `imago` crate.
+//!
+//! Formats are named or recorded, never guessed: the image itself was called qcow2 by the user, and a
+//! backing file has its format in the image's header. The backing chain is opened read-only. Metadata is
+//! cached from the opening on, so an image has one user at a time: it travels, it is not shared.
+
+use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::ofd_lock::Operation;
+use super::raw::{Cache, OpenError, lock_file};
+use super::{Format, SECTOR_BYTES};
+use imago::file::File as ImagoFile;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, ShallowMapping,
+    StorageOpenOptions,
+};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Longest chain of backing files.
+const MAX_DEPTH: usize = 16;
+/// A backing file is told from another by so many samples of its content.
+const SAMPLES: u64 = 1024;
+const SAMPLE_BYTES: usize = 4096;
+
+/// What an image stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+}
+
+/// An open qcow2 image.
+pub struct Qcow2File {
+    /// Written for what may invalidate mappings that others use: discards.
+    image: RwLock<FormatAccess<ImagoFile>>,
+    /// The same open file as the image's: the lock goes with it.
+    file: File,
+    path: PathBuf,
+    len_bytes: u64,
+    read_only: bool,
+    cache: Cache,
+    /// Below the image, from the top on.
+    chain: Vec<(PathBuf, File)>,
+    /// A reader of its own for the backing file, to tell which one it is.
+    backing: Option<FormatAccess<ImagoFile>>,
+}
+
+impl std::fmt::Debug for Qcow2File {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Qcow2File").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+fn open_file(path: &Path, write: bool, cache: Cache) -> io::Result<(File, ImagoFile)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(write);
+    if cache == Cache::None {
+        options.custom_flags(libc::O_DIRECT);
+    }
+    let file = options.open(path)?;
+    Ok((file.try_clone()?, storage(file, path, write, cache)?))
+}
+
+fn storage(file: File, path: &Path, write: bool, cache: Cache) -> io::Result<ImagoFile> {
+    let options = StorageOpenOptions::new().filename(path).write(write);
+    ImagoFile::from_open_file(file, options.direct(cache == Cache::None))
+}
+
+fn refused(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// What an image's header says of its backing file.
+fn recorded_backing(image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<Backing>> {
+    if image.requires_external_data_file() {
+        return Err(refused("it keeps its data in another file, which is not supported".into()));
+    }
+    let Some(name) = image.implicit_backing_file() else { return Ok(None) };
+    let Some(format) = image.implicit_backing_format() else {
+        return Err(refused(format!(
+            "its backing file {name:?} has no format recorded: `qemu-img rebase -u -b {name} -F FORMAT`"
+        )));
+    };
+    let format = format.parse().map_err(refused)?;
+    // Relative names are meant from where the image is.
+    let path = path.parent().unwrap_or(Path::new("")).join(name);
+    Ok(Some(Backing { path, format }))
+}
+
+/// Opens a backing file and all below it; `chain` takes the files.
+fn open_backing(
+    backing: &Backing,
+    chain: &mut Vec<(PathBuf, File)>,
+) -> io::Result<FormatAccess<ImagoFile>> {
+    let named = |error: io::Error| {
+        io::Error::new(error.kind(), format!("backing file {}: {error}", backing.path.display()))
+    };
+    if chain.len() >= MAX_DEPTH {
+        return Err(named(refused(format!("more than {MAX_DEPTH} lie on each other"))));
+    }
+    let (file, storage) = open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
+    chain.push((backing.path.clone(), file));
+    match backing.format {
+        Format::Raw => {
+            let raw = Raw::builder(storage).open(DenyImplicitOpenGate::default());
+            Ok(FormatAccess::new(raw.map_err(named)?))
+        }
+        Format::Qcow2 => {
+            let mut image = Qcow2::open_image(storage, false).map_err(named)?;
+            let below = recorded_backing(&image, &backing.path).map_err(named)?;
+            image.set_data_file(None);
+            image.set_backing(below.map(|below| open_backing(&below, chain)).transpose()?);
+            Ok(FormatAccess::new(image))
+        }
+    }
+}
+
+impl Qcow2File {
+    /// Opens the image, and what it stands on by its own record, without locking it.
+    pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Open { path: path.to_owned(), source };
+        let (file, storage) = open_file(path, !read_only, cache).map_err(failed)?;
+        Self::assemble(file, storage, path, path, read_only, cache)
+    }
+
+    /// Makes a blank image of `len_bytes` on `backing`, or on nothing, in the file `partial`; see
+    /// [`super::raw::RawFile::create`].
+    pub fn create(
+        partial: &Path,
+        path: &Path,
+        len_bytes: u64,
+        cache: Cache,
+        backing: Option<&Backing>,
+    ) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
+        lock_file(&file, path, Operation::Exclusive)?;
+        let made = (|| {
+            file.set_len(0)?;
+            let image = storage(file.try_clone()?, partial, true, Cache::Writeback)?;
+            let mut builder = Qcow2::<ImagoFile>::create_builder(image).size(len_bytes);
+            if let Some(backing) = backing {
+                let name = std::path::absolute(&backing.path)?;
+                let name = name.into_os_string().into_string();
+                let name =
+                    name.map_err(|_| refused("a backing file's name is not UTF-8".into()))?;
+                builder = builder.backing(name, backing.format.name().to_owned());
+            }
+            builder.create()
+        })();
+        made.map_err(failed)
+            .and_then(|()| {
+                let write = (cache == Cache::Writeback).then(|| file.try_clone());
+                let (again, image) = match write {
+                    Some(same) => {
+                        let same = same.map_err(failed)?;
+                        let image = storage(same, partial, true, cache).map_err(failed)?;
+                        (file, image)
+                    }
+                    // The lock goes with the file that holds it.
+                    None => {
+                        drop(file);
+                        open_file(partial, true, cache).map_err(failed)?
+                    }
+                };
+                lock_file(&again, path, Operation::Exclusive)?;
+                Self::assemble(again, image, partial, path, false, cache)
+            })
+            .inspect_err(|_| drop(std::fs::remove_file(partial)))
+    }
+
+    fn assemble(
+        file: File,
+        storage: ImagoFile,
+        at: &Path,
+        path: &Path,
+        read_only: bool,
+        cache: Cache,
+    ) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Open { path: path.to_owned(), source };
+        let mut image = Qcow2::open_image(storage, !read_only).map_err(failed)?;
+        let below = recorded_backing(&image, at).map_err(failed)?;
+        let (mut chain, mut ignored) = (Vec::new(), Vec::new());
+        let opened = below.as_ref().map(|below| open_backing(below, &mut chain)).transpose();
+        let backing = below.as_ref().map(|below| open_backing(below, &mut ignored)).transpose();
+        image.set_data_file(None);
+        image.set_backing(opened.map_err(failed)?);
+        let image = FormatAccess::new(image);
+        let len_bytes = image.size();
+        if len_bytes == 0 {
+            return Err(OpenError::Empty { path: path.to_owned() });
+        }
+        if !len_bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+        }
+        let (image, path) = (RwLock::new(image), path.to_owned());
+        let backing = backing.map_err(failed)?;
+        Ok(Self { image, file, path, len_bytes, read_only, cache, chain, backing })
+    }
+
+    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn image_alone(&self) -> RwLockWriteGuard<'_, FormatAccess<ImagoFile>> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BlockBackend for Qcow2File {
+    fn location(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn format(&self) -> &'static str {
+        Format::Qcow2.name()
+    }
+
+    fn is_direct(&self) -> bool {
+        self.cache == Cache::None
+    }
+
+    fn backing(&self) -> Vec<String> {
+        self.chain.iter().map(|(path, _)| path.display().to_string()).collect()
+    }
+
+    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+        let Some(backing) = &self.backing else { return Ok(None) };
+        let len_bytes = backing.size();
+        let mut sum = 0xcbf2_9ce4_8422_2325u64;
+        let mut sample = vec![0; SAMPLE_BYTES];
+        let step = (len_bytes / SAMPLES).max(SAMPLE_BYTES as u64) / SECTOR_BYTES * SECTOR_BYTES;
+        let mut at = 0;
+        while at < len_bytes {
+            let left = usize::try_from(len_bytes - at).unwrap_or(SAMPLE_BYTES);
+            let piece = sample.get_mut(..left.min(SAMPLE_BYTES)).unwrap_or_default();
+            backing.read(&mut *piece, at)?;
+            // FNV-1a: two files that happen to agree are told apart, two made to agree are not.
+            for byte in piece {
+                sum = (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+            }
+            at += step;
+        }
+        Ok(Some(BackingIdentity { len_bytes, checksum: format!("{sum:016x}") }))
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.image().read(buffer, offset_bytes)
+    }
+
+    fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.image().write(buffer, offset_bytes)
+    }
+
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        // To zeroes, not to whatever the backing file has: that would be somebody else's bytes.
+        self.image_alone().discard_to_zero(offset_bytes, len_bytes)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
+        if may_unmap {
+            self.image_alone().discard_to_zero(offset_bytes, len_bytes)
+        } else {
+            self.image().write_zeroes(offset_bytes, len_bytes)
+        }
+    }
+
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        let rest = self.len_bytes.saturating_sub(offset_bytes);
+        let image = self.image();
+        let (mapping, len_bytes) = image.get_shallow_mapping(offset_bytes, rest)?;
+        let content = match mapping {
+            ShallowMapping::Indirect { .. } => Content::Backing,
+            ShallowMapping::Zero { .. } => Content::Zero,
+            ShallowMapping::Eof { .. } => {
+                return Ok(Extent { len_bytes: rest, content: Content::Zero });
+            }
+            _ => Content::Data,
+        };
+        Ok(Extent { len_bytes: len_bytes.clamp(1, rest.max(1)), content })
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks().saturating_mul(512))
+    }
+
+    fn plain_file(&self) -> Option<(Arc<File>, usize)> {
+        None
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let image = self.image();
+        image.flush()?;
+        image.sync()
+    }
+
+    fn lock(&self) -> Result<(), LockError> {
+        let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
+        lock_file(&self.file, &self.path, operation)?;
+        // Many may stand on a backing file, but nobody may write it.
+        for (path, file) in &self.chain {
+            if let Err(error) = lock_file(file, path, Operation::Shared) {
+                self.unlock();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn unlock(&self) {
+        let all = self.chain.iter().map(|(path, file)| (path, file));
+        for (path, file) in std::iter::once((&self.path, &self.file)).chain(all) {
+            if let Err(error) = lock_file(file, path, Operation::Unlock) {
+                log::error!("cannot unlock {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

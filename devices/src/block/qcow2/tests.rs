@@ -1,0 +1,112 @@
+//! What a qcow2 image has to do as a disk.
+
+use super::*;
+
+fn base(folder: &Path, name: &str, byte: u8) -> Backing {
+    let path = folder.join(name);
+    std::fs::write(&path, vec![byte; 256 << 10]).unwrap();
+    Backing { path, format: Format::Raw }
+}
+
+fn made(folder: &Path, backing: Option<&Backing>) -> (PathBuf, Qcow2File) {
+    let (partial, path) = (folder.join("x.partial"), folder.join("x"));
+    let image = Qcow2File::create(&partial, &path, 512 << 10, Cache::Writeback, backing).unwrap();
+    std::fs::rename(partial, &path).unwrap();
+    (path, image)
+}
+
+fn bytes(image: &Qcow2File, at: u64) -> u8 {
+    let mut sector = [0; 512];
+    image.read_at(&mut sector, at).unwrap();
+    assert!(sector.iter().all(|byte| *byte == sector[0]));
+    sector[0]
+}
+
+#[test]
+fn what_is_written_is_read_also_after_it_was_closed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, image) = made(folder.path(), None);
+    assert_eq!((image.len_bytes(), image.location()), (512 << 10, path.display().to_string()));
+    assert_eq!(image.extent_at(0).unwrap().content, Content::Zero);
+    image.write_at(&[7; 512], 512).unwrap();
+    image.write_at(&[8; 70_000 / 512 * 512], 128 << 10).unwrap();
+    assert_eq!(image.extent_at(512).unwrap().content, Content::Data);
+    image.write_zeroes(128 << 10, 64 << 10, true).unwrap();
+    image.flush().unwrap();
+    drop(image);
+    let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    assert_eq!([0, 512, 128 << 10, 192 << 10].map(|at| bytes(&image, at)), [0, 7, 0, 8]);
+    assert!(image.backing().is_empty() && image.backing_identity().unwrap().is_none());
+}
+
+#[test]
+fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let backing = base(folder.path(), "base", 3);
+    let (path, image) = made(folder.path(), Some(&backing));
+    assert_eq!(image.backing(), [backing.path.display().to_string()]);
+    assert_eq!([bytes(&image, 0), bytes(&image, 300 << 10)], [3, 0], "the base is shorter");
+    assert_eq!(image.extent_at(0).unwrap().content, Content::Backing);
+    image.write_at(&[9; 512], 64 << 10).unwrap();
+    image.discard(128 << 10, 64 << 10).unwrap();
+    assert_eq!(image.extent_at(64 << 10).unwrap().content, Content::Data);
+    assert_eq!(image.extent_at(128 << 10).unwrap().content, Content::Zero);
+    assert_eq!(
+        [bytes(&image, 64 << 10), bytes(&image, 65 << 10), bytes(&image, 128 << 10)],
+        [9, 3, 0]
+    );
+    image.flush().unwrap();
+    // Nobody may write the base meanwhile, many may stand on it.
+    image.lock().unwrap();
+    let writer = super::super::raw::RawFile::open(&backing.path, false, Cache::Writeback).unwrap();
+    assert!(writer.lock().is_err());
+    image.unlock();
+    writer.lock().unwrap();
+    assert!(image.lock().is_err());
+    drop((image, writer));
+    let image = Qcow2File::open(&path, true, Cache::Writeback).unwrap();
+    assert_eq!([bytes(&image, 64 << 10), bytes(&image, 0)], [9, 3]);
+}
+
+#[test]
+fn a_backing_file_is_told_from_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let identity = |backing: &Backing| {
+        let (_, image) = made(folder.path(), Some(backing));
+        image.backing_identity().unwrap().unwrap()
+    };
+    let (one, same) = (base(folder.path(), "a", 1), base(folder.path(), "b", 1));
+    let other = base(folder.path(), "c", 1);
+    let file = OpenOptions::new().write(true).open(&other.path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[2], 100_000).unwrap();
+    assert_eq!(identity(&one), identity(&same));
+    assert_ne!(identity(&one), identity(&other));
+    file.set_len(100 << 10).unwrap();
+    assert_ne!(identity(&one).len_bytes, identity(&other).len_bytes);
+}
+
+#[test]
+fn what_is_no_image_or_stands_on_nothing_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = base(folder.path(), "raw", 0);
+    let refuse = |path: &Path, expected: &str| {
+        let error = Qcow2File::open(path, false, Cache::Writeback).unwrap_err();
+        let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        let text = format!("{error}: {source}");
+        assert!(text.contains(expected), "{text:?} lacks {expected:?}");
+    };
+    refuse(&raw.path, "raw");
+    refuse(Path::new("/nonexistent"), "/nonexistent");
+    let backing = base(folder.path(), "base", 1);
+    let (path, image) = made(folder.path(), Some(&backing));
+    drop(image);
+    std::fs::remove_file(&backing.path).unwrap();
+    refuse(&path, "backing file");
+    // An image that stands on itself.
+    let own = Backing { path: folder.path().join("x"), format: Format::Qcow2 };
+    let partial = folder.path().join("loop");
+    let made = Qcow2File::create(&partial, &own.path, 512 << 10, Cache::Writeback, Some(&own));
+    assert!(made.is_err() && !partial.exists());
+    let made = Qcow2File::create(&partial, &own.path, 700, Cache::Writeback, None);
+    assert!(matches!(made, Err(OpenError::OddSize { .. })));
+}

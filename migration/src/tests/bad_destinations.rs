@@ -1,0 +1,269 @@
+//! Destinations that lie, read slowly, or not at all: the source says what is wrong, and keeps its guest.
+
+use super::fake::*;
+use crate::params::Params;
+use crate::source::{SourceOutcome, chain};
+use crate::transport::memory::{MemoryLink, MemoryTransport};
+use crate::transport::{PageSlice, TICK, Transport};
+use crate::wire::{self, Encoder, HEADER_BYTES, Hello, Kind, MigrationId, Role};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+fn read_exact(from: &dyn Transport, into: &mut [u8]) -> bool {
+    let mut done = 0;
+    while done < into.len() {
+        match from.receive(&mut into[done..]) {
+            Ok(0) => return false,
+            Ok(count) => done += count,
+            Err(_) => {}
+        }
+    }
+    true
+}
+
+/// The next frame; none if the source has hung up.
+fn frame(from: &dyn Transport) -> Option<(Kind, Vec<u8>)> {
+    let mut header = [0; HEADER_BYTES];
+    if !read_exact(from, &mut header) {
+        return None;
+    }
+    let (kind, len) = wire::decode_header(&header).unwrap();
+    let mut payload = vec![0; usize::try_from(len).unwrap()];
+    read_exact(from, &mut payload).then_some((kind, payload))
+}
+
+fn answer(on: &dyn Transport, change: impl FnOnce(&mut Hello)) {
+    let Some((Kind::Hello, payload)) = frame(on) else { return };
+    let mut hello = Hello::decode(&payload).unwrap().answer();
+    change(&mut hello);
+    let mut bytes = Vec::new();
+    wire::append_frame(&mut bytes, Kind::Hello, &hello.encode()).unwrap();
+    write_all(on, &bytes);
+}
+
+fn greet(liar: &Liar) {
+    answer(&liar.main, |_| {});
+    liar.data.iter().for_each(|data| answer(data, |_| {}));
+}
+
+/// Up to where pages begin to come.
+fn accept(liar: &Liar) {
+    greet(liar);
+    frame(&liar.main);
+    liar.frame(Kind::Accepted, &[]);
+    frame(&liar.main);
+}
+
+fn mark(liar: &Liar, number: u64, channel: u16) {
+    liar.frame(Kind::Mark, Encoder::default().u64(number).u16(channel).bytes());
+}
+
+/// Reads until the source hangs up.
+fn listen(liar: &Liar) {
+    while frame(&liar.main).is_some() {}
+}
+
+fn two_channels() -> Scenario {
+    Scenario {
+        params: Params { multifd_channels: 2, ..Params::default() },
+        patience: Duration::from_secs(2),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
+    type Lie = fn(&Liar);
+    let lies: &[(&str, Lie)] = &[
+        ("the other side is not Ferry", |liar| liar.say(b"220 mail.example.org ESMTP\r\n")),
+        ("it is for another connection", |liar| {
+            answer(&liar.main, |hello| hello.id = MigrationId([7; 16]));
+        }),
+        ("data channel 1: malformed hello: it is for another connection", |liar| {
+            answer(&liar.main, |_| {});
+            answer(&liar.data[0], |_| {});
+            answer(&liar.data[1], |hello| hello.role = Role::Data { index: 0 });
+        }),
+        ("the destination refuses: no room", |liar| {
+            greet(liar);
+            liar.frame(Kind::Refused, b"no room");
+        }),
+        ("unexpected Ready where the answer to the machine description belongs", |liar| {
+            greet(liar);
+            liar.frame(Kind::Ready, &[]);
+        }),
+        ("unexpected mark 9 of channel 0", |liar| (accept(liar), mark(liar, 9, 0)).1),
+        ("unexpected mark 1 of channel 7", |liar| (accept(liar), mark(liar, 1, 7)).1),
+        ("unexpected mark 1 of channel 0", |liar| {
+            accept(liar);
+            mark(liar, 1, 0);
+            mark(liar, 1, 0);
+        }),
+        ("malformed the echo of a mark", |liar| {
+            accept(liar);
+            liar.frame(Kind::Mark, &[1, 2, 3]);
+        }),
+        ("unexpected Ready where the echo of a mark belongs", |liar| {
+            accept(liar);
+            liar.frame(Kind::Ready, &[]);
+        }),
+        ("unexpected Go where the echo of a mark belongs", |liar| {
+            accept(liar);
+            liar.frame(Kind::Go, &[]);
+        }),
+        ("unexpected Running where the destination's readiness belongs", |liar| {
+            accept(liar);
+            [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
+            liar.frame(Kind::Running, &[]);
+        }),
+        ("connection lost", |liar| (accept(liar), liar.main.shutdown()).1),
+        ("the destination refuses: I have changed my mind", |liar| {
+            accept(liar);
+            [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
+            while !matches!(frame(&liar.main), Some((Kind::Eof, _)) | None) {}
+            liar.frame(Kind::Refused, b"I have changed my mind");
+        }),
+    ];
+    for (expected, lie) in lies {
+        let (outcome, runs) = send_to(&two_channels(), |liar| {
+            lie(liar);
+            listen(liar);
+        });
+        let SourceOutcome::Failed(error) = &outcome else { panic!("{expected}: {outcome:?}") };
+        assert!(chain(error).contains(expected), "{} lacks {expected:?}", chain(error));
+        assert!(runs, "{expected}");
+    }
+}
+
+#[test]
+fn nonsense_in_answer_to_go_leaves_the_guest_stopped() {
+    let (outcome, runs) = send_to(&two_channels(), |liar| {
+        accept(liar);
+        [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
+        liar.frame(Kind::Ready, &[]);
+        while !matches!(frame(&liar.main), Some((Kind::Go, _)) | None) {}
+        mark(liar, 1, 1);
+    });
+    let SourceOutcome::Unknown(error) = &outcome else { panic!("{outcome:?}") };
+    assert!(chain(error).contains("where the answer to the handover belongs"), "{}", chain(error));
+    assert!(!runs);
+}
+
+#[test]
+fn a_destination_that_never_says_a_word_is_given_up() {
+    let patience = Duration::from_millis(300);
+    let (outcome, runs) = send_to(&Scenario { patience, ..two_channels() }, |liar| {
+        accept(liar);
+        listen(liar);
+    });
+    let SourceOutcome::Failed(error) = &outcome else { panic!("{outcome:?}") };
+    assert!(chain(error).contains("peer stalled"), "{}", chain(error));
+    assert!(runs);
+}
+
+/// A connection whose other end reads little: at its own pace, or up to where it stands still.
+struct Narrow {
+    inner: MemoryTransport,
+    /// Bytes that are still taken.
+    room: AtomicU64,
+    /// Calls that still take their time.
+    slow_reads: AtomicU64,
+}
+
+impl Transport for Narrow {
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let slow = |left: u64| left.checked_sub(1);
+        if self.slow_reads.fetch_update(SeqCst, SeqCst, slow).is_err() {
+            return self.inner.receive(into);
+        }
+        // Being slow is what it is for.
+        std::thread::sleep(Duration::from_millis(1));
+        let few = into.len().min(400);
+        self.inner.receive(&mut into[..few])
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        let room = self.room.load(SeqCst);
+        let fits = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        if fits == 0 {
+            std::thread::sleep(TICK.min(self.inner.patience()));
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let count = self.inner.send(&bytes[..fits])?;
+        self.room.fetch_sub(count as u64, SeqCst);
+        Ok(count)
+    }
+
+    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        let Some(first) = pages.first() else { return Ok(0) };
+        let mut copy = vec![0; first.len()];
+        let count = self.receive(&mut copy)?;
+        first.copy_from(&copy[..count]);
+        Ok(count)
+    }
+
+    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        match pages.first() {
+            Some(first) if head.is_empty() => {
+                let mut copy = vec![0; first.len()];
+                first.copy_to(&mut copy);
+                self.send(&copy)
+            }
+            _ => self.send(head),
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        self.inner.patience()
+    }
+
+    fn shutdown(&self) {
+        self.inner.shutdown();
+    }
+}
+
+/// Moves a guest over three channels, of which the second is narrow.
+fn migrate_over_narrow(patience: Duration, room: u64, slow_reads: u64) -> End {
+    let script = Some(Script { pages: 60, kinds: 0..KINDS, passes: 0 });
+    let params = Params { multifd_channels: 3, ..Params::default() };
+    let scenario = Scenario { ram_bytes: 8 << 20, script, params, patience, ..Default::default() };
+    let link = MemoryLink::new(None).with_patience(patience);
+    let (main, main_in) = link.connect();
+    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    for index in 0..3 {
+        let (out, into) = link.connect();
+        let narrow = |inner| -> Arc<dyn Transport> {
+            let (room, slow_reads) = if index == 1 { (room, slow_reads) } else { (u64::MAX, 0) };
+            let (room, slow_reads) = (AtomicU64::new(room), AtomicU64::new(slow_reads));
+            Arc::new(Narrow { inner, room, slow_reads })
+        };
+        source.data.push(narrow(out));
+        destination.data.push(narrow(into));
+    }
+    migrate_over(&scenario, source, destination, || 0)
+}
+
+#[test]
+fn a_destination_that_reads_one_channel_slowly_gets_its_guest() {
+    // Longer than the source waits for one that stands still.
+    let patience = Duration::from_millis(1500);
+    let started = std::time::Instant::now();
+    let end = migrate_over_narrow(patience, u64::MAX, 2000);
+    end.assert_moved();
+    assert!(started.elapsed() > patience, "it was not slow");
+}
+
+#[test]
+fn a_destination_that_stops_reading_one_channel_is_named() {
+    for room in [100, 5000, 200_000] {
+        let end = migrate_over_narrow(Duration::from_millis(1200), room, 0);
+        let SourceOutcome::Failed(error) = &end.source else { panic!("{room}: {:?}", end.source) };
+        assert!(chain(error).contains("data channel 1: peer stalled"), "{}", chain(error));
+        let there = end.destination.as_ref().unwrap_err();
+        assert!(there.contains("data channel 1: peer stalled"), "{there}");
+        end.assert_back_at_source(&format!("room for {room} bytes"));
+    }
+}

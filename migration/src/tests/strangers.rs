@@ -1,0 +1,96 @@
+//! Who else connects to a listener while a migration arrives there: channels of another migration, the
+//! same one twice, in the wrong order, or none at all.
+
+use super::fake::*;
+use crate::cancel::CancelToken;
+use crate::destination::Destination;
+use crate::source::chain;
+use crate::transport::channels::{receive_hello, send_hello};
+use crate::transport::{Address, Channel, Listener, Main, SocketTransport};
+use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(5);
+const OURS: MigrationId = MigrationId([1; 16]);
+const OTHER: MigrationId = MigrationId([2; 16]);
+
+/// Connects and says who it is; gives the connection, or what the destination says against it.
+fn knock(at: &Address, role: Role, id: MigrationId) -> Result<Channel, WireError> {
+    let cancel = CancelToken::new();
+    let mut transport = SocketTransport::connect(at, &cancel).unwrap();
+    // Longer than the destination's.
+    transport.set_patience(SOON * 4);
+    let channel = Channel::new(Arc::new(transport), cancel);
+    send_hello(&channel, &Hello::new(role, id, 2))?;
+    receive_hello(&channel, SOON)?;
+    Ok(channel)
+}
+
+fn refused(at: &Address, role: Role, id: MigrationId) -> String {
+    match knock(at, role, id) {
+        Ok(_) => panic!("{role:?} of {id:?} was let in"),
+        Err(error) => chain(&error),
+    }
+}
+
+/// Lets a destination listen while `visit` runs; what the destination says in the end.
+fn listen_while(visit: impl FnOnce(&Address)) -> String {
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_address().clone();
+    let machine = Arc::<Machine>::default();
+    let ours = machine.clone();
+    let receiver = std::thread::spawn(move || {
+        let mut host = FakeHost {
+            machine: ours,
+            disk: Arc::default(),
+            fail: Fail::Nothing,
+            ram: None,
+            records: Vec::new(),
+            disks: Vec::new(),
+        };
+        let destination = Destination {
+            host: &mut host,
+            counters: Arc::default(),
+            cancel: CancelToken::new(),
+            events: &mut |_| {},
+        };
+        destination.receive(&listener).map_err(|error| chain(&error))
+    });
+    visit(&address);
+    let result = receiver.join().unwrap();
+    assert!(!machine.running.load(SeqCst), "no guest may run without Go");
+    result.unwrap_err()
+}
+
+#[test]
+fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_let_in() {
+    let [first, second] = [0, 1].map(|index| Role::Data { index });
+    let error = listen_while(|at| {
+        assert!(refused(at, first, OURS).contains("no such migration"));
+        let main = knock(at, Role::Main, OURS).unwrap();
+        assert!(refused(at, second, OURS).contains("data channel 1 where 0 is awaited"));
+        assert!(refused(at, first, OTHER).contains("no such migration"));
+        assert!(refused(at, Role::Main, OTHER).contains("another migration is arriving here"));
+        let _first = knock(at, first, OURS).unwrap();
+        assert!(refused(at, first, OURS).contains("data channel 0 where 1 is awaited"));
+        assert!(refused(at, Role::Data { index: 9 }, OURS).contains("where 1 is awaited"));
+        let _second = knock(at, second, OURS).unwrap();
+        Main::new(main).say_farewell(Kind::Abort, "that was all");
+    });
+    assert!(error.contains("the source has ended the migration: that was all"), "{error}");
+}
+
+#[test]
+fn a_channel_that_never_comes_is_named() {
+    let error = listen_while(|at| {
+        let main = knock(at, Role::Main, OURS).unwrap();
+        let _first = knock(at, Role::Data { index: 0 }, OURS).unwrap();
+        // Until the destination has had enough.
+        let refused = Main::new(main).receive_within("a refusal", SOON * 4).unwrap_err();
+        let expected = "data channel 1: the data connection did not come within 10 s";
+        assert!(chain(&refused).contains(expected), "{}", chain(&refused));
+    });
+    assert!(error.contains("data channel 1: the data connection did not come"), "{error}");
+}

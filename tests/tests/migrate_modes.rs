@@ -1,0 +1,526 @@
+//! Every capability and every pair of them, with real guests that verify their memory: whole moves, and
+//! moves that are killed, cut and cancelled.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
+use ferry_tests::ferry::{self, Destination, Guest};
+use ferry_tests::lines::Lines;
+use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::proxy::{self, Proxy};
+use ferry_tests::qmp::Qmp;
+use ferry_tests::skip;
+use ferry_tests::verdict::Transcript;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Channels(u16),
+    Xbzrle,
+    Zlib,
+    Zstd,
+    AutoConverge,
+}
+
+use Wish::{AutoConverge, Channels, Xbzrle, Zlib, Zstd};
+
+impl Wish {
+    fn options(self) -> Vec<String> {
+        let words = match self {
+            Channels(count) => format!("--channels {count}"),
+            // More than the guest writes.
+            Xbzrle => "--xbzrle --xbzrle-cache-size 32M".to_owned(),
+            Zlib => "--compress zlib:1".to_owned(),
+            Zstd => "--compress zstd".to_owned(),
+            AutoConverge => "--auto-converge".to_owned(),
+        };
+        words.split(' ').map(str::to_owned).collect()
+    }
+
+    /// That it was done, says the summary; what was not wanted was not done.
+    fn assert_seen(self, wanted: bool, summary: &Value, connections: usize) {
+        let number = |path: &str| summary.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+        match self {
+            Channels(count) => {
+                let expected = if wanted { usize::from(count) + 1 } else { 2 };
+                assert_eq!(connections, expected);
+            }
+            Xbzrle => {
+                let pages = number("/xbzrle-cache/pages");
+                assert_eq!(pages > 0, wanted, "{summary}");
+                assert!(number("/xbzrle-cache/bytes") <= pages * 3000, "{summary}");
+            }
+            Zlib | Zstd => {
+                let pages = number("/compression/pages");
+                assert!(pages > 0, "{summary}");
+                assert!(number("/compression/compressed-size") < pages * 2048, "{summary}");
+            }
+            // Whether it was needed, the guest decides; but it is over.
+            AutoConverge => assert!(summary.get("cpu-throttle-percentage").is_none(), "{summary}"),
+        }
+    }
+}
+
+/// Each, each pair, and all that go together.
+fn modes(wishes: &[Wish]) -> Vec<Vec<Wish>> {
+    let mut modes = Vec::new();
+    for (index, one) in wishes.iter().enumerate() {
+        modes.push(vec![*one]);
+        let others = wishes[index + 1..].iter().filter(|two| (*one, **two) != (Zlib, Zstd));
+        modes.extend(others.map(|two| vec![*one, *two]));
+    }
+    modes.push(wishes.iter().copied().filter(|wish| *wish != Zlib).collect());
+    modes
+}
+
+fn compresses(mode: &[Wish]) -> bool {
+    mode.iter().any(|wish| matches!(wish, Zlib | Zstd))
+}
+
+/// A guest on its way from process to process.
+struct Traveller {
+    host: Vmm,
+    /// Where it was before.
+    earlier: Vec<Lines>,
+}
+
+impl Traveller {
+    fn boot(guest: &Guest) -> Self {
+        let host = ferry::run(guest).unwrap();
+        host.wait_line("^HB n=2 ").unwrap();
+        Self { host, earlier: Vec::new() }
+    }
+
+    /// Moves it once; the guest has found every byte of its memory there, at any time, ever since.
+    fn hop(&mut self, mode: &[Wish], limits: &[&str]) -> Value {
+        let mut destination = ferry::receive().unwrap();
+        let proxy = proxy::start(&destination.address).unwrap();
+        let one_channel = !mode.iter().any(|wish| matches!(wish, Channels(_)));
+        let mut options: Vec<String> = mode.iter().flat_map(|wish| wish.options()).collect();
+        options.extend(one_channel.then(|| Channels(1).options()).into_iter().flatten());
+        let options: Vec<&str> =
+            options.iter().map(String::as_str).chain(limits.iter().copied()).collect();
+        let ended = ferry::migrate_well(&self.host, proxy.address(), &options).unwrap();
+        for wish in mode {
+            wish.assert_seen(true, &ended.summary, proxy.connections());
+        }
+        if one_channel {
+            assert_eq!(proxy.connections(), 2);
+        }
+        if !mode.contains(&Xbzrle) {
+            Xbzrle.assert_seen(false, &ended.summary, 0);
+        }
+        if !compresses(mode) {
+            assert!(ended.summary.get("compression").is_none(), "{}", ended.summary);
+        }
+        self.earlier.push(self.host.serial().clone());
+        let earlier: Vec<&Lines> = self.earlier.iter().collect();
+        ferry::verify_at(&mut destination.vmm, &earlier)
+            .unwrap_or_else(|error| panic!("{mode:?}: {error:?}"));
+        self.host = destination.vmm;
+        ended.summary
+    }
+}
+
+#[test]
+fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    // Writes little enough to converge by itself, and always the same 2 MiB, so that most of what is
+    // sent in a later round has been sent before.
+    let work = "work=dirty fill=text fill_pct=20 ws_mb=2 rate_mbps=20 change_pct=10 hb_ms=20";
+    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    for mode in modes(&[Channels(4), Xbzrle, Zlib, Zstd]) {
+        // Under a cap, so that fewer bytes are less time; text shrinks to a twentieth.
+        let cap = if compresses(&mode) { "4M" } else { "60M" };
+        for _there_and_back in 0..2 {
+            guest.hop(&mode, &["--max-bandwidth", cap, "--downtime-limit", "5ms"]);
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let work = "work=dirty fill=text fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50 hb_ms=20";
+    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
+        if mode.len() == 2 {
+            continue;
+        }
+        // Boldly: how it finds its way is not looked at here.
+        let bold = json!({"cpu-throttle-initial": 70, "cpu-throttle-increment": 20});
+        guest.host.qmp().unwrap().execute("migrate-set-parameters", bold).unwrap();
+        // What is compressed would be no trouble otherwise; deltas are not.
+        let cap = match (compresses(&mode), mode.contains(&Xbzrle)) {
+            (true, true) => "6M",
+            (true, false) => "2M",
+            (false, _) => "30M",
+        };
+        let limits = ["--max-bandwidth", cap, "--downtime-limit", "40ms"];
+        let mode = [&mode[..], &[AutoConverge]].concat();
+        let throttled = |summary: &Value| {
+            let rounds = summary["x-rounds"].as_array().unwrap();
+            rounds.iter().any(|round| round["cpu-throttle-percentage"].as_u64() > Some(0))
+        };
+        // On a busy host the guest may be slow for want of a CPU.
+        let seen = (0..4).any(|_| throttled(&guest.hop(&mode, &limits)));
+        assert!(seen, "{mode:?}: four moves, and never slowed down");
+    }
+}
+
+const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+
+/// The two modes with most to go wrong.
+fn busy_modes() -> [(Value, &'static [&'static str]); 2] {
+    [
+        (json!({"multifd-channels": 4}), &[]),
+        (json!({"multifd-channels": 3, "multifd-compression": "zstd"}), &["xbzrle"]),
+    ]
+}
+
+/// When something happens.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    Pass(u64),
+    Pause,
+}
+
+const MOMENTS: [Moment; 4] = [Moment::Pass(1), Moment::Pass(2), Moment::Pass(3), Moment::Pause];
+
+/// A migration on its way through a link.
+struct Pair {
+    source: Vmm,
+    destination: Destination,
+    proxy: Proxy,
+    qmp: Qmp,
+}
+
+impl Pair {
+    /// Starts to move a guest, and waits for `moment`.
+    fn at(moment: Moment, (parameters, capabilities): &(Value, &'static [&'static str])) -> Self {
+        let work = "work=dirty fill=text fill_pct=40 ws_mb=4 rate_mbps=60 change_pct=30 hb_ms=20";
+        let source = ferry::run(&Guest::new(work, 128)).unwrap();
+        let destination = ferry::receive().unwrap();
+        let proxy = proxy::start(&destination.address).unwrap();
+        source.wait_line("^HB n=1 ").unwrap();
+        let mut qmp = source.qmp().unwrap();
+        let on = |name: &&str| json!({"capability": name, "state": true});
+        let capabilities: Vec<_> = ["events"].iter().chain(*capabilities).map(on).collect();
+        let capabilities = json!({"capabilities": capabilities});
+        qmp.execute("migrate-set-capabilities", capabilities).unwrap();
+        qmp.execute("migrate-set-parameters", parameters.clone()).unwrap();
+        let limits = json!({"max-bandwidth": 100_000_000, "downtime-limit": 10});
+        qmp.execute("migrate-set-parameters", limits).unwrap();
+        qmp.execute("migrate", json!({"uri": proxy.address()})).unwrap();
+        let is_it = |event: &Value| {
+            let data = &event["data"];
+            ENDS.iter().any(|status| data["status"] == *status)
+                || match moment {
+                    Moment::Pass(pass) => {
+                        event["event"] == "MIGRATION_PASS" && data["pass"].as_u64() >= Some(pass)
+                    }
+                    Moment::Pause => event["event"] == "STOP",
+                }
+        };
+        qmp.wait_event_where(SOON, is_it).unwrap();
+        Self { source, destination, proxy, qmp }
+    }
+
+    /// How the migration ended, as the source says.
+    fn outcome(&mut self) -> Value {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let info = self.qmp.execute("query-migrate", json!({})).unwrap();
+            if ENDS.iter().any(|status| info["status"] == *status) {
+                return info;
+            }
+            assert!(Instant::now() < deadline, "no end in sight: {info}");
+            // Woken by the next event, whatever it is, or in a moment.
+            let _ = self.qmp.wait_event_where(Duration::from_millis(20), |_| true);
+        }
+    }
+
+    /// The guest runs on at the source, whole, and has never run at the destination.
+    fn assert_stayed(&mut self) {
+        assert_eq!(self.qmp.run_state().unwrap(), "running");
+        self.source.wait_next_line("^HB ").unwrap();
+        assert_eq!(self.source.check().unwrap().corrupt, 0);
+        assert_eq!(self.destination.vmm.serial().text(), "", "it ran at the destination too");
+        Transcript::of([self.source.serial()]).judge().unwrap();
+    }
+
+    /// The guest runs on at the destination, whole, and has stopped at the source.
+    fn assert_moved(&mut self) {
+        assert_eq!(self.qmp.run_state().unwrap(), "postmigrate");
+        let said = self.source.serial().text();
+        ferry::verify_at(&mut self.destination.vmm, &[self.source.serial()]).unwrap();
+        assert_eq!(self.source.serial().text(), said, "it runs at the source too");
+    }
+
+    /// And it can still move.
+    fn move_after_all(&mut self) {
+        self.destination = ferry::receive().unwrap();
+        self.qmp.execute("migrate", json!({"uri": self.destination.address})).unwrap();
+        assert_eq!(self.outcome()["status"], "completed");
+        self.assert_moved();
+    }
+}
+
+/// Whether the guest has stayed, after something that no side was killed by. Where it is, it is whole.
+fn judge(pair: &mut Pair, info: &Value) -> bool {
+    if info["status"] == "completed" {
+        pair.assert_moved();
+        return false;
+    }
+    if info["x-outcome"] == "unknown" {
+        assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+        return false;
+    }
+    assert_eq!(info["status"], "failed", "{info}");
+    pair.assert_stayed();
+    true
+}
+
+#[test]
+fn a_destination_that_is_killed_never_costs_the_guest_in_any_mode() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for mode in busy_modes() {
+        let mut stayed = 0;
+        for moment in MOMENTS {
+            eprintln!("killing the destination of {mode:?} at {moment:?}");
+            let mut pair = Pair::at(moment, &mode);
+            pair.destination.vmm.process.kill().unwrap();
+            let info = pair.outcome();
+            if info["status"] == "completed" || info["x-outcome"] == "unknown" {
+                assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+                continue;
+            }
+            assert_eq!(info["status"], "failed", "{info}");
+            pair.assert_stayed();
+            pair.move_after_all();
+            stayed += 1;
+        }
+        assert!(stayed >= 2, "no moment was early enough to test anything");
+    }
+}
+
+#[test]
+fn a_source_that_is_killed_never_leaves_half_a_guest_in_any_mode() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for mode in busy_modes() {
+        for moment in MOMENTS {
+            eprintln!("killing the source of {mode:?} at {moment:?}");
+            let mut pair = Pair::at(moment, &mode);
+            pair.source.process.kill().unwrap();
+            let destination = &mut pair.destination.vmm;
+            // The guest has arrived whole, or the destination ends without it.
+            if destination.serial().wait_for("^HB ", SOON).is_ok() {
+                ferry::verify_at(destination, &[pair.source.serial()]).unwrap();
+            } else {
+                assert_eq!(destination.process.exit_code(SOON).unwrap(), 1);
+                assert_eq!(destination.serial().text(), "");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for mode in busy_modes() {
+        let mut stayed = 0;
+        for moment in MOMENTS {
+            // All; the main connection alone; the last data channel alone.
+            for cut in ["all", "main", "data"] {
+                eprintln!("cutting {cut} of {mode:?} at {moment:?}");
+                let mut pair = Pair::at(moment, &mode);
+                let last = pair.proxy.connections() - 1;
+                pair.proxy.cut(|index| match cut {
+                    "all" => true,
+                    "main" => index == 0,
+                    _ => index == last,
+                });
+                let info = pair.outcome();
+                if !judge(&mut pair, &info) {
+                    continue;
+                }
+                stayed += 1;
+                if cut == "data" {
+                    let why = info["error-desc"].as_str().unwrap();
+                    assert!(why.contains(&format!("data channel {}", last - 1)), "{why}");
+                }
+                assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+            }
+        }
+        assert!(stayed >= 6, "no moment was early enough to test anything");
+    }
+}
+
+#[test]
+fn a_cancel_leaves_the_guest_at_the_source_in_any_mode_and_a_retry_succeeds() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for mode in busy_modes() {
+        let mut stayed = 0;
+        for moment in MOMENTS {
+            eprintln!("cancelling {mode:?} at {moment:?}");
+            let mut pair = Pair::at(moment, &mode);
+            pair.qmp.execute("migrate_cancel", json!({})).unwrap();
+            let info = pair.outcome();
+            if info["status"] == "completed" {
+                pair.assert_moved();
+                continue;
+            }
+            assert_eq!(info["status"], "cancelled", "{info}");
+            pair.assert_stayed();
+            assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+            pair.move_after_all();
+            stayed += 1;
+        }
+        assert!(stayed >= 2, "no moment was early enough to test anything");
+    }
+}
+
+/// Moves a guest while everything about the migration changes; false if it went too fast for that.
+fn move_with_changes() -> bool {
+    let work = "work=dirty fill=text fill_pct=20 ws_mb=8 rate_mbps=200 change_pct=60 hb_ms=20";
+    let source = ferry::run(&Guest::new(work, 128)).unwrap();
+    let mut destination = ferry::receive().unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let mut qmp = source.qmp().unwrap();
+    let on = ["events", "xbzrle"].map(|name| json!({"capability": name, "state": true}));
+    qmp.execute("migrate-set-capabilities", json!({"capabilities": on})).unwrap();
+    // Never short enough, until that is wanted; and caps under which every round takes its time.
+    let limits = json!({"multifd-channels": 2, "max-bandwidth": 80_000_000, "downtime-limit": 0});
+    qmp.execute("migrate-set-parameters", limits).unwrap();
+    qmp.execute("migrate", json!({"uri": destination.address})).unwrap();
+    let mut done = true;
+    for (pass, change) in [
+        (3, json!({"xbzrle-cache-size": 1 << 20})),
+        (4, json!({"multifd-compression": "zstd", "max-bandwidth": 4_000_000})),
+        (5, json!({"multifd-compression": "zlib", "xbzrle-cache-size": 8192})),
+        (
+            6,
+            json!({
+                "multifd-compression": "none", "xbzrle-cache-size": 64 << 20,
+                "max-bandwidth": 60_000_000,
+            }),
+        ),
+        (8, json!({"multifd-compression": "zlib", "multifd-zlib-level": 9})),
+        (10, json!({"downtime-limit": 1000, "max-bandwidth": 0})),
+    ] {
+        let later = |event: &Value| {
+            event["data"]["pass"].as_u64() >= Some(pass)
+                || ENDS.iter().any(|status| event["data"]["status"] == *status)
+        };
+        let event = qmp.wait_event_where(SOON, later).unwrap();
+        if event["event"] != "MIGRATION_PASS" {
+            done = false;
+            break;
+        }
+        if pass == 3 {
+            let channels = json!({"multifd-channels": 3});
+            let refused = qmp.refused("migrate-set-parameters", channels).unwrap();
+            assert!(refused.description.contains("migration process in progress"), "{refused}");
+        }
+        qmp.execute("migrate-set-parameters", change).unwrap();
+    }
+    if done {
+        assert_eq!(qmp.wait_migration(&ENDS, SOON).unwrap(), "completed");
+        let info = qmp.execute("query-migrate", json!({})).unwrap();
+        Xbzrle.assert_seen(true, &info, 0);
+        Zlib.assert_seen(true, &info, 0);
+    }
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    done
+}
+
+#[test]
+fn parameters_may_change_while_a_guest_moves() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    // On a busy host the guest may write too little to be caught in the middle.
+    assert!((0..4).any(|_| move_with_changes()), "four moves, and none took long enough");
+}
+
+#[test]
+fn options_that_cannot_be_are_named_and_the_guest_runs_on() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut source =
+        ferry::run(&Guest::new("work=dirty ws_mb=4 rate_mbps=20 hb_ms=20", 64)).unwrap();
+    source.wait_line("^HB n=1 ").unwrap();
+    let destination = ferry::receive().unwrap();
+    for (option, value, code, said) in [
+        ("--channels", "0", 2, "0 is not in 1..=16"),
+        ("--channels", "17", 2, "17 is not in 1..=16"),
+        ("--channels", "many", 2, "--channels"),
+        ("--compress", "lz4", 2, "\"lz4\" is not a method; there are none, zlib and zstd"),
+        ("--compress", "zlib:10", 2, "\"10\" is not a level of zlib, from 0 to 9"),
+        ("--compress", "zstd:21", 2, "\"21\" is not a level of zstd, from 0 to 20"),
+        ("--compress", "none:1", 2, "none has no level"),
+        ("--xbzrle-cache-size", "65M", 1, "expects at most the guest's memory, 67108864 bytes"),
+        ("--xbzrle-cache-size", "0", 1, "expects a page of 4096 bytes for each channel at least"),
+        ("--xbzrle-cache-size", "lots", 2, "--xbzrle-cache-size"),
+    ] {
+        let options = ["--xbzrle", option, value];
+        let mut migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
+        let found = migration.client.exit_code(SOON).unwrap();
+        let errors = migration.client.err.text();
+        assert_eq!(found, code, "{option} {value}: {errors}");
+        assert!(errors.contains(said), "{option} {value}: {errors}");
+        source.wait_next_line("^HB ").unwrap();
+    }
+    let info = source.qmp().unwrap().execute("query-migrate", json!({})).unwrap();
+    assert_eq!(info, json!({}), "nothing was started");
+    assert_eq!(source.check().unwrap().corrupt, 0);
+    assert_eq!(destination.vmm.qmp().unwrap().run_state().unwrap(), "inmigrate");
+}
+
+#[test]
+fn parameters_out_of_range_are_refused_in_qemus_words_and_change_nothing() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
+    let mut qmp = source.qmp().unwrap();
+    let before = qmp.execute("query-migrate-parameters", json!({})).unwrap();
+    for (name, value, expects) in [
+        ("multifd-channels", json!(0), "expects a value between 1 and 16"),
+        ("multifd-channels", json!(17), "expects a value between 1 and 16"),
+        ("multifd-channels", json!(65537), "expects a value between 1 and 16"),
+        ("multifd-zlib-level", json!(10), "expects a value between 0 and 9"),
+        ("multifd-zlib-level", json!(256), "expects"),
+        ("multifd-zstd-level", json!(21), "expects a value between 0 and 20"),
+        ("multifd-compression", json!("lz4"), "does not accept value 'lz4'"),
+        ("xbzrle-cache-size", json!(0), "expects"),
+        ("xbzrle-cache-size", json!(4095), "expects"),
+        ("xbzrle-cache-size", json!(1u64 << 40), "expects at most the guest's memory"),
+        ("throttle-trigger-threshold", json!(101), "expects an integer in the range of 1 to 100"),
+        ("cpu-throttle-initial", json!(0), "expects an integer in the range of 1 to 99"),
+        ("cpu-throttle-increment", json!(100), "expects an integer in the range of 1 to 99"),
+        ("max-cpu-throttle", json!(19), "expects an integer in the range of 20 to 99"),
+        ("downtime-limit", json!(2_000_001), "expects an integer in the range of 0 to 2000000"),
+    ] {
+        // Beside one that is right.
+        let both = json!({name: value, "max-bandwidth": 123_456_789});
+        let refused = qmp.refused("migrate-set-parameters", both).unwrap();
+        assert_eq!(refused.class, "GenericError", "{name}={value}");
+        let said = refused.description;
+        assert!(said.starts_with(&format!("Parameter '{name}' ")), "{name}={value}: {said}");
+        assert!(said.contains(expects), "{name}={value}: {said}");
+    }
+    assert_eq!(qmp.execute("query-migrate-parameters", json!({})).unwrap(), before);
+}

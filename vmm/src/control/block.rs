@@ -1,0 +1,103 @@
+//! What a client hears of the disks: `query-block`, `query-named-block-nodes` and `query-blockstats`, in
+//! QEMU's words. Called by the supervisor.
+
+use devices::block::BlockNode;
+use serde_json::{Value, json};
+
+/// QEMU's `BlockDeviceInfo`.
+fn info(node: &BlockNode) -> Value {
+    let mut image = json!({
+        "filename": node.location(),
+        "format": node.format(),
+        "virtual-size": node.len_bytes(),
+    });
+    // What cannot be asked is left out.
+    if let Ok(bytes) = node.allocated_bytes() {
+        image["actual-size"] = bytes.into();
+    }
+    let (direct, backing) = (node.is_direct(), node.backing());
+    if let Some(name) = backing.first() {
+        image["backing-filename"] = name.as_str().into();
+    }
+    let mut info = json!({
+        "file": node.location(),
+        "node-name": node.id(),
+        "ro": node.read_only(),
+        "drv": node.format(),
+        "backing_file_depth": backing.len(),
+        "encrypted": false,
+        "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "write_threshold": 0,
+        "image": image,
+        "cache": {"writeback": true, "direct": direct, "no-flush": false},
+    });
+    if let Some(name) = backing.first() {
+        info["backing_file"] = name.as_str().into();
+    }
+    info
+}
+
+/// As `query-block` answers.
+pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
+    let device = |node: &BlockNode| {
+        json!({
+            "device": node.id(),
+            "qdev": node.id(),
+            "type": "unknown",
+            "removable": false,
+            "locked": false,
+            "io-status": if node.is_stopped() { "failed" } else { "ok" },
+            "inserted": info(node),
+        })
+    };
+    nodes.map(device).collect()
+}
+
+/// As `query-named-block-nodes` answers.
+pub fn named_nodes<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
+    nodes.map(info).collect()
+}
+
+/// As `query-blockstats` answers.
+pub fn stats<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
+    let one = |node: &BlockNode| {
+        let stats = node.stats();
+        json!({
+            "device": node.id(),
+            "node-name": node.id(),
+            "qdev": node.id(),
+            "stats": {
+                "rd_bytes": stats.read_bytes,
+                "wr_bytes": stats.written_bytes,
+                "unmap_bytes": stats.discarded_bytes,
+                "rd_operations": stats.reads,
+                "wr_operations": stats.writes,
+                "flush_operations": stats.flushes,
+                "unmap_operations": stats.discards,
+            },
+        })
+    };
+    nodes.map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::block::memory::MemoryDisk;
+
+    #[test]
+    fn disks_are_described_in_qemus_words() {
+        let node = BlockNode::new("root", Box::new(MemoryDisk::new(4096)));
+        node.write_at(&[1; 512], 0).unwrap();
+        let all = || std::iter::once(&node);
+        let (devices, nodes, stats) = (devices(all()), named_nodes(all()), stats(all()));
+        assert_eq!(devices[0]["device"], "root");
+        assert_eq!(devices[0]["inserted"], nodes[0]);
+        assert_eq!(nodes[0]["image"]["virtual-size"], 4096);
+        assert_eq!((&nodes[0]["drv"], &nodes[0]["ro"]), (&json!("memory"), &json!(false)));
+        assert_eq!(stats[0]["stats"]["wr_bytes"], 512);
+        assert_eq!(stats[0]["stats"]["wr_operations"], 1);
+    }
+}
