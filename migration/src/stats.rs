@@ -167,7 +167,7 @@ pub struct XbzrleStats {
     pub bytes: u64,
     /// Pages of which no older version was known.
     pub misses: u64,
-    /// Pages whose delta would have been longer than they are.
+    /// Pages whose delta would have saved too little, or less than compressing them.
     pub overflows: u64,
     /// Pages that the guest has written without changing them; nothing was sent.
     pub unchanged: u64,

@@ -165,6 +165,8 @@ struct Packer {
     compressor: Compressor,
     worth: Adaptive,
     packed: Vec<u8>,
+    /// What a page has lately come to, once there was one.
+    page_bytes: Option<usize>,
 }
 
 /// A shard's encoders.
@@ -198,7 +200,8 @@ impl Encoding {
         if self.packer.as_ref().map(|packer| packer.method) != wanted.method {
             let packer = wanted.method.map(|method| -> Result<_, MethodError> {
                 let compressor = Compressor::new(method)?;
-                Ok(Packer { method, compressor, worth: Adaptive::default(), packed: Vec::new() })
+                let (worth, packed) = (Adaptive::default(), Vec::new());
+                Ok(Packer { method, compressor, worth, packed, page_bytes: None })
             });
             self.packer = packer.transpose()?;
         }
@@ -265,12 +268,15 @@ impl Encoding {
             // Misses do not count: a round of them only prepares for the next.
             state.trial.raw_bytes += PAGE_BYTES as u64;
             state.trial.cost += began.elapsed();
+            // A page that packs to less than its delta is better packed.
+            let longest = self.packer.as_ref().filter(|packer| packer.worth.worth_trying());
+            let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(LONGEST_DELTA);
             match encoded {
                 Encoded::Unchanged => {
                     stats.unchanged += 1;
                     return Fate::Unchanged;
                 }
-                Encoded::Bytes(len) => {
+                Encoded::Bytes(len) if len <= longest => {
                     // A delta is shorter than a page.
                     self.delta_part.u16(u16::try_from(len).unwrap_or(u16::MAX));
                     self.delta_part.raw(&self.delta[..len]);
@@ -279,7 +285,7 @@ impl Encoding {
                     state.trial.sent_bytes += len as u64;
                     return Fate::Delta;
                 }
-                Encoded::Overflow => {
+                Encoded::Bytes(_) | Encoded::Overflow => {
                     stats.overflows += 1;
                     state.trial.sent_bytes += PAGE_BYTES as u64;
                 }
@@ -321,6 +327,9 @@ impl Encoding {
         let packed = packer.compressor.compress(staged, &mut packer.packed);
         let sent_bytes = if packed { packer.packed.len() as u64 } else { raw_bytes };
         packer.worth.tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, way);
+        let page_bytes = usize::try_from(sent_bytes).unwrap_or(usize::MAX) / self.staged_pages;
+        let before = packer.page_bytes.unwrap_or(page_bytes);
+        packer.page_bytes = Some((before * 3 + page_bytes) / 4);
         if !packed {
             return None;
         }
@@ -475,6 +484,24 @@ mod tests {
         });
         take(&mut encoding, 1, &noise);
         assert_eq!(encoding.pack(0), None);
+    }
+
+    #[test]
+    fn a_page_that_packs_to_less_than_its_delta_is_packed() {
+        let mut encoding = wanted(Some(1 << 20), Some(Method::Zstd { level: 1 }));
+        let mut deltas = 0;
+        for round in 1..20u8 {
+            let mut page = [b'a'; PAGE_BYTES];
+            page[..2000].fill(round);
+            deltas += usize::from(take(&mut encoding, 1, &page) == Fate::Delta);
+            encoding.pack(0);
+            encoding.clear();
+        }
+        assert!(deltas < 10, "{deltas} deltas of 2000 bytes");
+        let mut page = [b'a'; PAGE_BYTES];
+        page[..2000].fill(19);
+        page[3000] = 0;
+        assert_eq!(take(&mut encoding, 1, &page), Fate::Delta, "one byte is still less");
     }
 
     #[test]

@@ -274,9 +274,7 @@ impl Source<'_> {
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
-        let params = self.params.get();
         self.counters.update(|stats| {
-            stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());

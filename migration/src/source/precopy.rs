@@ -47,7 +47,11 @@ impl Source<'_> {
     }
 
     pub(super) fn begin_pass(&mut self, number: u64) {
-        self.counters.update(|stats| stats.rounds = number);
+        let params = self.params.get();
+        self.counters.update(|stats| {
+            stats.rounds = number;
+            stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
+        });
         (self.events)(MigrationEvent::Pass(number));
     }
 
