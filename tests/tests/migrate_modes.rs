@@ -46,7 +46,7 @@ impl Wish {
             }
             Xbzrle => {
                 let pages = number("/xbzrle-cache/pages");
-                assert_eq!(pages > 0, wanted, "{summary}");
+                assert_eq!(pages + number("/xbzrle-cache/cache-miss") > 0, wanted, "{summary}");
                 assert!(number("/xbzrle-cache/bytes") <= pages * 3000, "{summary}");
             }
             Zlib | Zstd => {
@@ -105,6 +105,10 @@ impl Traveller {
         }
         if one_channel {
             assert_eq!(proxy.connections(), 2);
+        }
+        // Pages that compress well may leave nothing for deltas, and no third round.
+        if mode.contains(&Xbzrle) && !compresses(mode) {
+            assert!(ended.summary["xbzrle-cache"]["pages"].as_u64() > Some(0), "{}", ended.summary);
         }
         if !mode.contains(&Xbzrle) {
             Xbzrle.assert_seen(false, &ended.summary, 0);
