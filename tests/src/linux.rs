@@ -29,6 +29,7 @@ const ASSETS: &str = "FERRY_TEST_LINUX";
 const GUEST_MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "button", "evdev"];
 
 /// What a Linux guest boots from.
+#[derive(Clone)]
 pub struct Assets {
     folder: PathBuf,
     /// What its command line needs on this host.
@@ -76,7 +77,7 @@ pub enum Place {
     /// Here, on this host's KVM.
     Here(Assets),
     /// In an emulated machine, which runs the calling program once more: there, it is `Here`.
-    Nested(Machine),
+    Nested(Box<Machine>),
 }
 
 impl Place {
@@ -94,7 +95,7 @@ impl Place {
         Ok(if has_hardware_kvm() {
             Self::Here(assets)
         } else {
-            Self::Nested(Machine::start(&packages, &assets, &store, &payload()?)?)
+            Self::Nested(Box::new(Machine::start(&packages, &assets, &store, payload()?)?))
         })
     }
 }

@@ -16,11 +16,12 @@ use crate::ferry;
 use crate::lines::{Found, Lines};
 use crate::process::Process;
 use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 const EMULATOR: &str = "qemu-system-x86_64";
 /// Longest time until a test's verdict, those that run before it included.
@@ -39,9 +40,36 @@ pub struct Payload {
     pub files: Vec<PathBuf>,
 }
 
-/// The running machine.
-pub struct Machine {
+/// What its kernel says when one of its processors gets nowhere.
+const STUCK: &str = "soft lockup";
+/// How often a stuck machine is replaced.
+const MOST_STARTS: u32 = 5;
+/// Between two looks at the kernel's messages.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What a machine is made of.
+struct Plan {
+    packages: Packages,
+    assets: Assets,
+    store: PathBuf,
+    payload: Payload,
+}
+
+/// A machine that runs.
+struct Run {
     output: Lines,
+    process: u32,
+    starts: u32,
+    /// What the tests have printed that ended in earlier ones, by name.
+    ended: BTreeMap<String, Vec<String>>,
+}
+
+/// The machine. The emulator's processors lose an interrupt of the nested guest now and then, mostly on a
+/// busy host, and its kernel is stuck: no fault of what is tested, so the tests that have not ended then
+/// start again in a new one.
+pub struct Machine {
+    plan: Plan,
+    run: Mutex<Run>,
     /// What its kernel says.
     console: PathBuf,
 }
@@ -52,11 +80,101 @@ impl Machine {
         packages: &Packages,
         assets: &Assets,
         store: &Path,
-        payload: &Payload,
+        payload: Payload,
     ) -> Result<Self> {
-        let ramdisk = store.join("machine.cpio");
-        replace(&ramdisk, &contents(packages, assets, payload)?)?;
-        let console = store.join("machine.log");
+        let (packages, assets) = (packages.clone(), assets.clone());
+        let plan = Plan { packages, assets, store: store.to_owned(), payload };
+        let (console, ended) = (store.join("machine.log"), BTreeMap::new());
+        let (output, process) = plan.start(&console, &[])?;
+        let run = Mutex::new(Run { output, process, starts: 1, ended });
+        Ok(Self { plan, run, console })
+    }
+
+    fn run(&self) -> MutexGuard<'_, Run> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stuck(&self) -> bool {
+        std::fs::read(&self.console)
+            .is_ok_and(|text| String::from_utf8_lossy(&text).contains(STUCK))
+    }
+
+    /// Waits for a line from line `from` on.
+    pub fn wait_from(&self, from: usize, pattern: &str) -> Result<Found> {
+        let output = self.run().output.clone();
+        let found = output.wait_from(from, pattern, LIMIT);
+        found.with_context(|| format!("its kernel: {}", self.console.display()))
+    }
+
+    /// Waits until `test` has ended in the machine; prints what it said there.
+    pub fn verdict(&self, test: &str) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        let lines = loop {
+            let output = {
+                let mut run = self.run();
+                let output = run.output.clone();
+                run.collect(&output);
+                if let Some(lines) = run.ended.get(test) {
+                    break lines.clone();
+                }
+                if self.is_stuck() && run.starts < MOST_STARTS {
+                    self.start_again(&mut run)?;
+                    continue;
+                }
+                output
+            };
+            let console = self.console.display();
+            ensure!(Instant::now() < deadline, "no verdict on {test}; its kernel: {console}");
+            // Another line, or time for a look.
+            let _ = output.wait_for(&format!("^RESULT {test} "), LOOK);
+        };
+        lines.iter().for_each(|line| println!("{line}"));
+        let well = lines.last().is_some_and(|line| line.ends_with(" ok"));
+        ensure!(well, "{test} failed in the emulated machine, see above");
+        Ok(())
+    }
+
+    /// Replaces a machine that is stuck.
+    fn start_again(&self, run: &mut Run) -> Result<()> {
+        eprintln!("the emulated machine is stuck ({}): another one", self.console.display());
+        let skip: Vec<_> = run.ended.keys().cloned().collect();
+        let process = libc::pid_t::try_from(run.process)?;
+        // SAFETY: a system call without memory; the process is ours, and reaped by the thread that waits
+        // for it, if at all only a moment ago.
+        unsafe { libc::kill(process, libc::SIGKILL) };
+        std::fs::rename(&self.console, self.console.with_extension("stuck.log"))?;
+        (run.output, run.process) = self.plan.start(&self.console, &skip)?;
+        run.starts += 1;
+        Ok(())
+    }
+}
+
+impl Run {
+    /// Keeps what has ended: a test that fails in a stuck machine has not.
+    fn collect(&mut self, output: &Lines) {
+        let lines = output.from(0);
+        let mut begin = 0;
+        for (index, line) in lines.iter().enumerate() {
+            if line.starts_with("BEGIN ") {
+                begin = index;
+            }
+            let result = line.strip_prefix("RESULT ").and_then(|result| result.split_once(' '));
+            if let Some((test, _)) = result {
+                let said = || lines[begin..=index].to_vec();
+                self.ended.entry(test.to_owned()).or_insert_with(said);
+            }
+        }
+    }
+}
+
+impl Plan {
+    /// Starts a machine whose tests are not those of `skip`; returns what it says, and its process.
+    fn start(&self, console: &Path, skip: &[String]) -> Result<(Lines, u32)> {
+        let ramdisk = self.store.join("machine.cpio");
+        let mut arguments = self.payload.arguments.clone();
+        arguments.extend(skip.iter().flat_map(|test| ["--skip".to_owned(), test.clone()]));
+        let contents = contents(&self.packages, &self.assets, &self.payload, &arguments)?;
+        replace(&ramdisk, &contents)?;
         let mut command = Command::new(EMULATOR);
         command
             .args(["-accel", "tcg", "-cpu", "EPYC", "-M", "q35", "-m", "2048", "-smp", "2"])
@@ -65,33 +183,15 @@ impl Machine {
             .arg(format!("file:{}", console.display()))
             .args(["-append", "console=ttyS1 panic=-1 tsc=reliable"])
             .arg("-kernel")
-            .arg(&packages.kernel)
+            .arg(&self.packages.kernel)
             .arg("-initrd")
             .arg(&ramdisk);
-        Ok(Self { output: start_for_good(command)?, console })
-    }
-
-    /// Waits for a line from line `from` on.
-    pub fn wait_from(&self, from: usize, pattern: &str) -> Result<Found> {
-        let found = self.output.wait_from(from, pattern, LIMIT);
-        found.with_context(|| format!("its kernel: {}", self.console.display()))
-    }
-
-    /// Waits until `test` has ended in the machine; prints what it said there.
-    pub fn verdict(&self, test: &str) -> Result<()> {
-        let result = self.wait_from(0, &format!("^RESULT {test} "))?;
-        let lines = self.output.from(0);
-        let begin = lines.iter().rposition(|line| *line == format!("BEGIN {test}")).unwrap_or(0);
-        for line in &lines[begin..=result.index] {
-            println!("{line}");
-        }
-        ensure!(result.text.ends_with(" ok"), "{test} failed in the emulated machine, see above");
-        Ok(())
+        start_for_good(command)
     }
 }
 
 /// Starts a process that lives until it or this program ends: no test owns it, all use it.
-fn start_for_good(mut command: Command) -> Result<Lines> {
+fn start_for_good(mut command: Command) -> Result<(Lines, u32)> {
     // SAFETY: the closure makes one system call, which is safe between fork and exec.
     unsafe {
         command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
@@ -103,7 +203,7 @@ fn start_for_good(mut command: Command) -> Result<Lines> {
     // The signal comes when the thread ends that started the process, so this one stays.
     std::thread::spawn(move || match Process::start(&mut command) {
         Ok(mut process) => {
-            let _ = sender.send(Ok(process.out.clone()));
+            let _ = sender.send(Ok((process.out.clone(), process.id())));
             let _ = process.wait(LIFETIME);
         }
         Err(error) => drop(sender.send(Err(error))),
@@ -112,7 +212,12 @@ fn start_for_good(mut command: Command) -> Result<Lines> {
 }
 
 /// The machine's ramdisk.
-fn contents(packages: &Packages, assets: &Assets, payload: &Payload) -> Result<Vec<u8>> {
+fn contents(
+    packages: &Packages,
+    assets: &Assets,
+    payload: &Payload,
+    arguments: &[String],
+) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["proc", "sys", "dev", "tmp"] {
         archive.folder(folder)?;
@@ -137,7 +242,7 @@ fn contents(packages: &Packages, assets: &Assets, payload: &Payload) -> Result<V
     archive.copy(guest_images::KERNEL, Path::new(guest_images::KERNEL))?;
     archive.copy(path_text(&assets.kernel())?, &assets.kernel())?;
     archive.copy(path_text(&assets.initrd())?, &assets.initrd())?;
-    archive.file("run-tests", run_tests(&own, assets, &payload.arguments)?.as_bytes())?;
+    archive.file("run-tests", run_tests(&own, assets, arguments)?.as_bytes())?;
     archive.file("init", include_bytes!("nested-init.sh"))?;
     archive.finish()
 }
