@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 const EMULATOR: &str = "qemu-system-x86_64";
 /// Longest time until a test's verdict, those that run before it included.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(1200);
 
 /// Longest life of the machine.
 const LIFETIME: Duration = Duration::from_secs(3600);
@@ -44,6 +44,8 @@ pub struct Payload {
 const STUCK: &str = "soft lockup";
 /// How often a stuck machine is replaced.
 const MOST_STARTS: u32 = 5;
+/// A machine that says nothing for so long is stuck as a whole: a test gives up earlier.
+const LONGEST_SILENCE: Duration = Duration::from_secs(200);
 /// Between two looks at the kernel's messages.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -112,6 +114,7 @@ impl Machine {
     /// Waits until `test` has ended in the machine; prints what it said there.
     pub fn verdict(&self, test: &str) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
+        let (mut said, mut since) = (0, Instant::now());
         let lines = loop {
             let output = {
                 let mut run = self.run();
@@ -128,7 +131,11 @@ impl Machine {
                     self.start_again(&mut run)?;
                     continue;
                 }
-                if self.is_stuck() && run.starts < MOST_STARTS {
+                if output.count() != said {
+                    (said, since) = (output.count(), Instant::now());
+                }
+                let silent = since.elapsed() > LONGEST_SILENCE;
+                if (self.is_stuck() || silent) && run.starts < MOST_STARTS {
                     let console = self.console.display();
                     eprintln!("the emulated machine is stuck ({console}): another one");
                     self.start_again(&mut run)?;
