@@ -111,9 +111,17 @@ fn bench() -> Result<()> {
     }
     println!("Medians of {}; QEMU is {}\n", options.runs, qemu.as_deref().unwrap_or("absent"));
     let cell = |figure: Option<f64>| figure.map_or("-".into(), |figure| format!("{figure:.2}"));
-    let mut table = vec![];
+    let (mut table, mut failed) = (vec![], 0);
     for row in &options.rows {
-        let (qemu, ferry) = measure(row, &options).with_context(|| format!("row {}", row.name))?;
+        let (qemu, ferry) = match measure(row, &options) {
+            Ok(figures) => figures,
+            Err(error) => {
+                eprintln!("bench: row {}: {error:#}", row.name);
+                table.push(format!("{:46} {:>5} FAILED, see above", row.title, row.unit));
+                failed += 1;
+                continue;
+            }
+        };
         let (target, met) = verdict(&row.target, qemu, ferry);
         let met = met.map_or("-", |met| if met { "met" } else { "MISSED" });
         let ratio = qemu.zip(ferry).map(|(qemu, ferry)| ferry / qemu);
@@ -129,6 +137,9 @@ fn bench() -> Result<()> {
     }
     println!("{:46} {:>5} {:>8} {:>8} {:>7}  target", "", "", "QEMU", "Ferry", "ratio");
     table.iter().for_each(|line| println!("{line}"));
+    if failed > 0 {
+        bail!("{failed} rows have no figure");
+    }
     Ok(())
 }
 
