@@ -26,12 +26,20 @@ pub fn skip(reason: &str) {
         "{test} would have to be skipped: {reason}"
     );
     let line = format!("SKIPPED {test}: {reason}\n");
-    // Past the test runner's capture, so that it is seen; the file is what `make test` counts.
-    let direct = OpenOptions::new().append(true).open("/dev/stderr");
+    say(line.trim_end());
+    // What `make test` counts.
     let counted = std::env::var_os("FERRY_SKIP_FILE")
         .and_then(|path| OpenOptions::new().create(true).append(true).open(path).ok());
-    for mut file in direct.into_iter().chain(counted) {
-        // Nothing else can be done if not even standard error can be written.
+    if let Some(mut file) = counted {
+        // Nothing else can be done if it cannot be written.
         let _ = std::io::Write::write_all(&mut file, line.as_bytes());
+    }
+}
+
+/// Says something past the test runner's capture, so that it is seen also if the test passes.
+pub fn say(text: &str) {
+    if let Ok(mut direct) = OpenOptions::new().append(true).open("/dev/stderr") {
+        // Nothing else can be done if not even standard error can be written.
+        let _ = std::io::Write::write_all(&mut direct, format!("{text}\n").as_bytes());
     }
 }
