@@ -61,6 +61,11 @@ impl Assets {
         Self { folder, cmdline: "noxsave" }
     }
 
+    /// Whether they came with the emulated machine.
+    pub fn are_emulated(&self) -> bool {
+        !self.cmdline.is_empty()
+    }
+
     /// A bzImage.
     pub fn kernel(&self) -> PathBuf {
         self.folder.join("kernel")

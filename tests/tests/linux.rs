@@ -36,8 +36,7 @@ fn boots_to_a_root_disk_and_powers_off_with_4_vcpus() {
 fn moves_5_times_while_it_writes_and_checks_its_disk() {
     check(|assets| {
         let disk = Disk::new()?;
-        // One vCPU: an emulated machine of two processors stands still now and then when both run guests.
-        let mut life = Life::begin(&guest(assets, "churn", 1, &disk), &disk, &[])?;
+        let mut life = Life::begin(&guest(assets, "churn", 2, &disk), &disk, &[])?;
         life.wait_line("^ROUND 1 ")?;
         let first_round = Instant::now();
         for _ in 0..5 {
