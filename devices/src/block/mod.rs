@@ -20,7 +20,7 @@ pub mod uring;
 
 use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
-use failure::{Action, ErrorPolicy, Failure, Failures};
+use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use in_flight::{InFlight, Motion};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
@@ -223,6 +223,17 @@ impl BlockNode {
     /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::go_on`].
     pub fn is_stopped(&self) -> bool {
         self.failures.is_stopped()
+    }
+
+    /// Whether failed requests are kept, to be tried again: also by a guest that has gone on, until they
+    /// have been.
+    pub fn keeps_requests(&self) -> bool {
+        self.failures.keeps_requests()
+    }
+
+    /// A failed request is kept, for as long as what this returns.
+    pub fn keep(&self) -> Kept {
+        self.failures.keep()
     }
 
     /// The guest goes on: what has failed is tried again.

@@ -279,9 +279,15 @@ impl Machine {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Whether a disk keeps requests that have failed.
+    /// Whether a disk's failed request is to stop the guest.
     pub fn has_stopped_disk(&self) -> bool {
         self.disks.iter().any(|disk| disk.node.is_stopped())
+    }
+
+    /// Whether a disk keeps requests that have failed and were not tried again: of a guest that has gone
+    /// on and was stopped at once, too. Tells the truth once the machine is stopped.
+    pub fn keeps_disk_requests(&self) -> bool {
+        self.disks.iter().any(|disk| disk.node.keeps_requests())
     }
 
     /// Whether vCPUs run.

@@ -457,7 +457,7 @@ impl Supervisor {
             // Its message is on the way here: the guest ends, or is reset, where it is.
             return refused("the guest has just ended or asked for a reset");
         }
-        if machine.has_stopped_disk() {
+        if machine.keeps_disk_requests() {
             // Its request is kept by this process, which cannot give it away.
             if was_running {
                 self.become_state(RunState::IoError);
