@@ -3,11 +3,11 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::backend::{BlockBackend, Content, Extent, GoOn, LockError, write_zeroes_as_data};
 use super::ofd_lock::{self, Operation};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -159,21 +159,13 @@ impl RawFile {
         cache: Cache,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
-        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
-        }
-        let mut options = OpenOptions::new();
-        // Not through a link that somebody has put there; not truncated before it is locked.
-        options.read(true).write(true).create(true).truncate(false);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
         let lock = RawFile {
-            file: Arc::new(file),
+            file: Arc::new(hold_partial(partial, path, len_bytes)?),
             path: path.to_owned(),
             len_bytes,
             read_only: false,
             cache: Cache::Writeback,
         };
-        BlockBackend::lock(&lock)?;
         let sized = lock.file.set_len(0).and_then(|()| lock.file.set_len(len_bytes));
         let created = match (sized, cache) {
             (Err(source), _) => Err(failed(source)),
@@ -202,9 +194,42 @@ impl RawFile {
     }
 }
 
+/// Opens the file that is to become an image of `len_bytes`, makes it if it is not there, and locks it.
+pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Result<File, OpenError> {
+    if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+    }
+    let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+    let mut options = OpenOptions::new();
+    // Not through a link that somebody has put there; not truncated before it is locked.
+    options.read(true).write(true).create(true).truncate(false);
+    options.custom_flags(libc::O_NOFOLLOW);
+    loop {
+        let file = options.open(partial).map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(OpenError::NotAFile { path: partial.to_owned() });
+        }
+        lock_file(&file, path, Operation::Exclusive)?;
+        // An attempt that has just ended may have removed it meanwhile, or given it its name.
+        if is_at(&file, partial).map_err(failed)? {
+            return Ok(file);
+        }
+    }
+}
+
+/// Whether `path` leads to this open file, and not to another or nowhere.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let own = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// A file that is locked, whatever it holds.
 #[derive(Debug)]
-pub struct HeldFile(#[expect(dead_code, reason = "the lock goes with the open file")] File);
+pub struct HeldFile(File);
 
 impl HeldFile {
     /// Locks `path` as its only user.
@@ -213,6 +238,16 @@ impl HeldFile {
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
         lock_file(&file, path, Operation::Exclusive)?;
         Ok(Self(file))
+    }
+
+    /// Whether `path` still leads to it.
+    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
+        is_at(&self.0, path)
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.0.metadata()?.len() == 0)
     }
 }
 
@@ -241,9 +276,6 @@ fn is_invalid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }
 
-/// Zeroes are written in pieces of this size.
-const ZEROES_BYTES: u64 = 1 << 20;
-
 impl RawFile {
     /// Changes the allocation of a range; `false` if the file system does not know how.
     fn allocate(&self, mode: fn() -> FallocateMode, offset: u64, len: u64) -> io::Result<bool> {
@@ -258,19 +290,6 @@ impl RawFile {
                 other => return Err(io::Error::from_raw_os_error(other)),
             }
         }
-    }
-
-    fn write_zeroes_as_data(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        let piece = usize::try_from(len_bytes.min(ZEROES_BYTES)).map_err(io::Error::other)?;
-        let zeroes = AlignedBuffer::new(piece);
-        let (mut offset, mut left) = (offset_bytes, len_bytes);
-        while left > 0 {
-            let len = left.min(zeroes.len() as u64);
-            let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
-            self.write_at(part.unwrap_or(&zeroes), offset)?;
-            (offset, left) = (offset + len, left - len);
-        }
-        Ok(())
     }
 }
 
@@ -287,7 +306,11 @@ impl BlockBackend for RawFile {
         Vec::new()
     }
 
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+    fn backing_len_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    fn backing_digest(&self, _go_on: GoOn<'_>) -> io::Result<Option<String>> {
         Ok(None)
     }
 
@@ -331,7 +354,7 @@ impl BlockBackend for RawFile {
         let zeroed = may_unmap
             && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
             || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
-        if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
+        if zeroed { Ok(()) } else { write_zeroes_as_data(self, offset_bytes, len_bytes) }
     }
 
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
@@ -363,7 +386,7 @@ impl BlockBackend for RawFile {
     fn allocated_bytes(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
         // A file system counts its own blocks too, and a block device counts none.
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512);
+        let blocks = metadata.blocks().saturating_mul(512);
         Ok(if metadata.is_file() { blocks.min(self.len_bytes) } else { self.len_bytes })
     }
 
@@ -373,6 +396,10 @@ impl BlockBackend for RawFile {
             Cache::None => DIRECT_ALIGNMENT,
         };
         Some((self.file.clone(), alignment))
+    }
+
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -420,7 +447,7 @@ mod tests {
 
     /// Allocated bytes of the file.
     fn allocated(path: &Path) -> u64 {
-        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap()) * 512
+        std::fs::metadata(path).unwrap().blocks() * 512
     }
 
     /// Here, and on a file system in memory, which has holes but cannot zero a range.
@@ -440,7 +467,7 @@ mod tests {
             RawFile::discard,
             |raw, offset, len| raw.write_zeroes(offset, len, true),
             |raw, offset, len| raw.write_zeroes(offset, len, false),
-            RawFile::write_zeroes_as_data,
+            |raw, offset, len| write_zeroes_as_data(raw, offset, len),
         ];
         let size = 4 << 20;
         for (way, zero) in ways.iter().enumerate() {
@@ -488,7 +515,7 @@ mod tests {
                 assert!(piece.iter().all(|byte| *byte == 0x11), "{len} bytes at {start}");
             }
             raw.write_zeroes(512, 1024, false).unwrap();
-            raw.write_zeroes_as_data(2048, 512).unwrap();
+            write_zeroes_as_data(&raw, 2048, 512).unwrap();
             raw.flush().unwrap();
             let mut expected = vec![0xa5; 64 << 10];
             expected[..4096].fill(0x11);

@@ -22,7 +22,7 @@ pub use error::{SourceError, SourceOutcome};
 use crate::block::SourceDisks;
 use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::{CancelToken, Registration};
-use crate::guest::{GuestControl, MachineDescription};
+use crate::guest::{GuestControl, GuestError, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
 use crate::ram::lanes::Lanes;
@@ -59,8 +59,8 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Source<'a> {
     /// The machine.
     pub guest: &'a mut dyn GuestControl,
-    /// What it is.
-    pub machine: &'a MachineDescription,
+    /// Asked once what it is, when the destination listens. It may take its time.
+    pub machine: &'a mut dyn FnMut() -> Result<MachineDescription, GuestError>,
     /// Disks that leave with it.
     pub disks: SourceDisks,
     /// Limits, read anew at every step.
@@ -244,7 +244,8 @@ impl Source<'_> {
 
     /// What comes before the first page.
     fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
-        let machine = encode("machine description", self.machine)?;
+        let machine = (self.machine)().map_err(SourceError::Guest)?;
+        let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
         payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
         let disks = match &link.disks {

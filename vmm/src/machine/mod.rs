@@ -239,6 +239,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Has what the guest wrote in the files of all its disks: what is not flushed is, after a crash of
+    /// the host only, lost to who uses them next.
+    pub fn write_back_disks(&self) -> Result<(), MachineError> {
+        for disk in self.disks.iter().filter(|disk| !disk.node.read_only()) {
+            disk.node.write_back().map_err(|source| MachineError::Disk {
+                id: disk.node.id().to_owned(),
+                source: source.into(),
+            })?;
+        }
+        Ok(())
+    }
+
     /// Starts or resumes the guest.
     pub fn run(&mut self) -> Result<(), MachineError> {
         if self.permit.is_none() {

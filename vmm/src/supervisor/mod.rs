@@ -27,7 +27,7 @@ use devices::block::raw::OpenError;
 use devices::block::{BlockNode, open_image};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
-use guest::GuestRequest;
+use guest::{Arrival, GuestRequest};
 use jobs::Jobs;
 use messages::Message;
 use migration::guest::{IncomingRam, RunPermit, Stopped};
@@ -392,7 +392,11 @@ impl Supervisor {
                 let released = machine.and_then(|machine| {
                     // What the destination has received is on its own storage.
                     let stays = |id: &str| !self.jobs.travelling.iter().any(|other| other == id);
-                    machine.flush_disks(stays).map_err(|error| guest_error(&error))?;
+                    machine
+                        .flush_disks(stays)
+                        // Nothing is written any more once the lock is gone, not even by a later flush.
+                        .and_then(|()| machine.write_back_disks())
+                        .map_err(|error| guest_error(&error))?;
                     machine.unlock_disks();
                     Ok(())
                 });
@@ -452,6 +456,11 @@ impl Supervisor {
             state => return refused(&format!("the guest is {} and cannot move", state.name())),
         };
         let Some(machine) = &mut self.machine else { return refused("there is no machine") };
+        if !self.jobs.moves(machine.vm()) {
+            return refused(
+                "it was reset meanwhile, so what has been sent is not its RAM any more",
+            );
+        }
         machine.pause().map_err(|error| guest_error(&error))?;
         if machine.has_ended() {
             // Its message is on the way here: the guest ends, or is reset, where it is.
@@ -499,7 +508,7 @@ impl Supervisor {
     fn arrive(
         &mut self,
         mut description: Description,
-    ) -> Result<IncomingRam, migration::guest::GuestError> {
+    ) -> Result<Arrival, migration::guest::GuestError> {
         let Mission::Receive(config) = &self.mission else {
             return Err(migration::guest::GuestError::new("this process waits for no guest"));
         };
@@ -514,7 +523,7 @@ impl Supervisor {
         let ram =
             IncomingRam { ram: machine.vm().ram().clone(), layout: machine.vm().layout().clone() };
         self.machine = Some(machine);
-        Ok(ram)
+        Ok(Arrival { ram, backings: std::mem::take(&mut self.images.backings) })
     }
 
     fn run_arrived(
