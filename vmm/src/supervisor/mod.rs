@@ -302,6 +302,10 @@ impl Supervisor {
         };
         self.dirty_rate.abort();
         let machine = self.machine.take().ok_or("there is no machine")?;
+        if self.jobs.busy() && self.jobs.moves(machine.vm()) {
+            eprintln!("ferry: the guest was reset while it moved: that ends here, start it again");
+            self.jobs.cancel();
+        }
         let description = machine.description().clone();
         // The old machine's threads and locks go before the new one's come.
         self.console.detach();
@@ -457,9 +461,7 @@ impl Supervisor {
         };
         let Some(machine) = &mut self.machine else { return refused("there is no machine") };
         if !self.jobs.moves(machine.vm()) {
-            return refused(
-                "it was reset meanwhile, so what has been sent is not its RAM any more",
-            );
+            return refused("the guest was reset while it moved, and has other RAM now");
         }
         machine.pause().map_err(|error| guest_error(&error))?;
         if machine.has_ended() {
