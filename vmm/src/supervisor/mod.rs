@@ -147,7 +147,10 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     // What reading the command line and building the machine needed and gave back, some 100 KiB, would
     // otherwise stay with the process.
     // SAFETY: releases pages that the allocator holds free; nothing refers to them.
-    unsafe { libc::malloc_trim(0) };
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
     Ok(desk::serve(supervisor)?)
 }
 
