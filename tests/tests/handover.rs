@@ -244,6 +244,27 @@ fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
 }
 
 #[test]
+fn a_destination_that_dies_is_said_to_be_gone_and_the_guest_to_run_on() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for channels in ["1", "3"] {
+        let mut pair = Pair::new(&guest());
+        let options = ["--max-bandwidth", "20M", "--channels", channels];
+        let address = pair.destination.address.clone();
+        let migration = ferry::start_migrate(&pair.source, &address, &options).unwrap();
+        pair.qmp.wait_event("MIGRATION_PASS", SOON).unwrap();
+        pair.destination.vmm.process.kill().unwrap();
+        let ended = migration.end(SOON).unwrap();
+        assert_eq!(ended.code, 1);
+        for said in ["the destination has gone away", "the guest runs on at the source"] {
+            assert!(ended.errors.contains(said), "{channels}: {}", ended.errors);
+        }
+        pair.assert_stayed();
+    }
+}
+
+#[test]
 fn a_stalled_migration_can_be_cancelled() {
     if skip::kvm_is_missing() {
         return;

@@ -72,6 +72,7 @@ pub enum Fail {
     Throttle,
     Save,
     Release,
+    Resume,
     Build,
     Load,
     Lock,
@@ -139,6 +140,7 @@ impl GuestControl for FakeSource {
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
         *self.machine.permit.lock().unwrap() = Some(stopped.permit);
+        step(self.fail, Fail::Resume)?;
         self.disk.lock("source", Duration::from_secs(5))?;
         self.machine.running.store(stopped.was_running, SeqCst);
         Ok(())
