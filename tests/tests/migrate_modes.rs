@@ -44,11 +44,7 @@ impl Wish {
                 let expected = if wanted { usize::from(count) + 1 } else { 2 };
                 assert_eq!(connections, expected);
             }
-            Xbzrle => {
-                let pages = number("/xbzrle-cache/pages");
-                assert_eq!(pages + number("/xbzrle-cache/cache-miss") > 0, wanted, "{summary}");
-                assert!(number("/xbzrle-cache/bytes") <= pages * 3000, "{summary}");
-            }
+            Xbzrle => assert_eq!(has_deltas(summary), wanted, "{summary}"),
             Zlib | Zstd => {
                 let pages = number("/compression/pages");
                 assert!(pages > 0, "{summary}");
@@ -76,6 +72,13 @@ fn compresses(mode: &[Wish]) -> bool {
     mode.iter().any(|wish| matches!(wish, Zlib | Zstd))
 }
 
+/// Whether some pages went as what had changed of them.
+fn has_deltas(summary: &Value) -> bool {
+    let number = |name: &str| summary["xbzrle-cache"][name].as_u64().unwrap_or(0);
+    assert!(number("bytes") <= number("pages") * 3000, "{summary}");
+    number("pages") > 0
+}
+
 /// A guest on its way from process to process.
 struct Traveller {
     host: Vmm,
@@ -84,8 +87,10 @@ struct Traveller {
 }
 
 impl Traveller {
-    fn boot(guest: &Guest) -> Self {
-        let host = ferry::run(guest).unwrap();
+    /// A guest that writes text.
+    fn boot(work: &str) -> Self {
+        let work = format!("work=dirty fill=text {work} hb_ms=20");
+        let host = ferry::run(&Guest::new(&work, 128)).unwrap();
         host.wait_line("^HB n=2 ").unwrap();
         Self { host, earlier: Vec::new() }
     }
@@ -100,15 +105,11 @@ impl Traveller {
         let options: Vec<&str> =
             options.iter().map(String::as_str).chain(limits.iter().copied()).collect();
         let ended = ferry::migrate_well(&self.host, proxy.address(), &options).unwrap();
-        for wish in mode {
+        for wish in mode.iter().filter(|wish| **wish != Xbzrle) {
             wish.assert_seen(true, &ended.summary, proxy.connections());
         }
         if one_channel {
             assert_eq!(proxy.connections(), 2);
-        }
-        // Pages that compress well may leave nothing for deltas, and no third round.
-        if mode.contains(&Xbzrle) && !compresses(mode) {
-            assert!(ended.summary["xbzrle-cache"]["pages"].as_u64() > Some(0), "{}", ended.summary);
         }
         if !mode.contains(&Xbzrle) {
             Xbzrle.assert_seen(false, &ended.summary, 0);
@@ -130,15 +131,19 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
     if skip::kvm_is_missing() {
         return;
     }
-    // Writes little enough to converge by itself, and always the same 2 MiB, so that most of what is
-    // sent in a later round has been sent before.
-    let work = "work=dirty fill=text fill_pct=20 ws_mb=2 rate_mbps=20 change_pct=10 hb_ms=20";
-    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    // Writes little enough to converge by itself, and always the same 8 MiB, so that most of what is
+    // sent in a later round has been sent before; and so little of a page that no compressor does
+    // better than a delta.
+    let mut guest = Traveller::boot("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
     for mode in modes(&[Channels(4), Xbzrle, Zlib, Zstd]) {
         // Under a cap, so that fewer bytes are less time; text shrinks to a twentieth.
         let cap = if compresses(&mode) { "4M" } else { "60M" };
-        for _there_and_back in 0..2 {
-            guest.hop(&mode, &["--max-bandwidth", cap, "--downtime-limit", "5ms"]);
+        let limits = ["--max-bandwidth", cap, "--downtime-limit", "5ms"];
+        let there_and_back = [guest.hop(&mode, &limits), guest.hop(&mode, &limits)];
+        if mode.contains(&Xbzrle) && !there_and_back.iter().any(has_deltas) {
+            // On a busy host the guest may have had no CPU for as long as a round takes.
+            let seen = (0..4).any(|_| has_deltas(&guest.hop(&mode, &limits)));
+            assert!(seen, "{mode:?}: six moves without a delta, the first: {there_and_back:?}");
         }
     }
 }
@@ -148,8 +153,7 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
     if skip::kvm_is_missing() {
         return;
     }
-    let work = "work=dirty fill=text fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50 hb_ms=20";
-    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    let mut guest = Traveller::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
     for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
         if mode.len() == 2 {
             continue;
@@ -170,8 +174,12 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
             rounds.iter().any(|round| round["cpu-throttle-percentage"].as_u64() > Some(0))
         };
         // On a busy host the guest may be slow for want of a CPU.
-        let seen = (0..4).any(|_| throttled(&guest.hop(&mode, &limits)));
-        assert!(seen, "{mode:?}: four moves, and never slowed down");
+        let seen = (0..4).map(|_| guest.hop(&mode, &limits)).find(throttled);
+        let summary = seen.unwrap_or_else(|| panic!("{mode:?}: four moves, never slowed down"));
+        // What packs to less than its delta is packed.
+        if mode.contains(&Xbzrle) && !compresses(&mode) {
+            Xbzrle.assert_seen(true, &summary, 0);
+        }
     }
 }
 
