@@ -5,6 +5,7 @@
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
 //! - [`proxy`]: a link that counts what passes.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
+//! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
@@ -18,6 +19,7 @@ pub mod ferry;
 pub mod image;
 pub mod lines;
 pub mod linux;
+pub mod pair;
 pub mod process;
 pub mod proxy;
 pub mod qemu;
