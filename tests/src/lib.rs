@@ -5,6 +5,7 @@
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
 //! - [`proxy`]: a link that counts what passes, and can be cut.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
+//! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`image`]: disk images, filled and compared by the host.
@@ -20,6 +21,7 @@ pub mod hosts;
 pub mod image;
 pub mod lines;
 pub mod linux;
+pub mod pair;
 pub mod process;
 pub mod proxy;
 pub mod qemu;

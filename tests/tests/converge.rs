@@ -31,20 +31,6 @@ fn start(parameters: Value, auto_converge: bool) -> (Vmm, Destination, Qmp) {
     (source, destination, qmp)
 }
 
-/// Waits until `query-migrate` is as wanted; there is no event for most of what it says.
-fn wait_info(qmp: &mut Qmp, wanted: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let info = qmp.execute("query-migrate", json!({})).unwrap();
-        if wanted(&info) {
-            return info;
-        }
-        assert!(Instant::now() < deadline, "{info}");
-        // Woken by the next event, or in a moment.
-        let _ = qmp.wait_event_where(Duration::from_millis(20), |_| true);
-    }
-}
-
 fn throttle_of(info: &Value) -> u64 {
     info["cpu-throttle-percentage"].as_u64().unwrap_or(0)
 }
@@ -109,7 +95,7 @@ fn throttling_ends_with_a_cancel_and_does_not_hold_up_a_stop() {
         "max-bandwidth": CAP, "downtime-limit": 0, "cpu-throttle-initial": 99,
     });
     let (source, destination, mut qmp) = start(parameters, true);
-    let info = wait_info(&mut qmp, |info| throttle_of(info) > 0 || info["status"] != "active");
+    let info = qmp.wait_info(|info| throttle_of(info) > 0 || info["status"] != "active").unwrap();
     if info["status"] == "active" {
         assert_eq!(throttle_of(&info), 99);
         for _ in 0..10 {
@@ -120,8 +106,9 @@ fn throttling_ends_with_a_cancel_and_does_not_hold_up_a_stop() {
         }
         qmp.execute("migrate_cancel", json!({})).unwrap();
     }
-    let info =
-        wait_info(&mut qmp, |info| info["status"] == "cancelled" || info["status"] == "completed");
+    let info = qmp
+        .wait_info(|info| info["status"] == "cancelled" || info["status"] == "completed")
+        .unwrap();
     assert_eq!(throttle_of(&info), 0, "{info}");
     let here = if info["status"] == "cancelled" { &source } else { &destination.vmm };
     assert_at_full_speed(here);
@@ -134,9 +121,9 @@ fn throttling_ends_when_the_destination_dies() {
     }
     let parameters = json!({"max-bandwidth": CAP, "downtime-limit": 1, "max-cpu-throttle": 50});
     let (source, mut destination, mut qmp) = start(parameters, true);
-    wait_info(&mut qmp, |info| throttle_of(info) > 0);
+    qmp.wait_info(|info| throttle_of(info) > 0).unwrap();
     destination.vmm.process.kill().unwrap();
-    let info = wait_info(&mut qmp, |info| info["status"] == "failed");
+    let info = qmp.wait_info(|info| info["status"] == "failed").unwrap();
     assert_eq!(throttle_of(&info), 0, "{info}");
     assert_at_full_speed(&source);
     Transcript::of([source.serial()]).judge().unwrap();
@@ -162,11 +149,12 @@ fn a_guest_that_cannot_be_moved_is_not_stopped_and_its_user_is_told() {
     // It goes on for as long as it is let, and the guest runs all the time.
     let round = info["ram"]["dirty-sync-count"].as_u64().unwrap();
     let later = |info: &Value| info["ram"]["dirty-sync-count"].as_u64().unwrap() >= round + 2;
-    assert_eq!(wait_info(&mut qmp, later)["status"], "active");
+    assert_eq!(qmp.wait_info(later).unwrap()["status"], "active");
     assert_at_full_speed(&source);
     // With the cap lifted it is faster than the guest, and keeps the limit.
     qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 0})).unwrap();
-    let info = wait_info(&mut qmp, |info| info["status"] != "active" && info["status"] != "device");
+    let info =
+        qmp.wait_info(|info| info["status"] != "active" && info["status"] != "device").unwrap();
     assert_eq!(info["status"], "completed", "{info}");
     let downtime_us = info["x-downtime-us"].as_u64().unwrap();
     assert!(downtime_us <= limit_ms * 1000 * 13 / 10, "{info}");

@@ -6,7 +6,7 @@
 
 use super::backend::{BlockBackend, Content, Extent, GoOn, LockError, write_zeroes_as_data};
 use super::ofd_lock::Operation;
-use super::raw::{Cache, OpenError, hold_partial, lock_file};
+use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct};
 use super::{Format, SECTOR_BYTES};
 use crate::lock;
 use imago::file::File as ImagoFile;
@@ -173,21 +173,12 @@ impl Qcow2File {
         })();
         made.map_err(failed)
             .and_then(|()| {
-                let write = (cache == Cache::Writeback).then(|| file.try_clone());
-                let (again, image) = match write {
-                    Some(same) => {
-                        let same = same.map_err(failed)?;
-                        let image = storage(same, partial, true, cache).map_err(failed)?;
-                        (file, image)
-                    }
-                    // The lock goes with the file that holds it.
-                    None => {
-                        drop(file);
-                        open_file(partial, true, cache).map_err(failed)?
-                    }
-                };
-                lock_file(&again, path, Operation::Exclusive)?;
-                Self::assemble(again, image, partial, path, false, cache)
+                if cache == Cache::None {
+                    make_direct(&file, path)?;
+                }
+                let same = file.try_clone().map_err(failed)?;
+                let image = storage(same, partial, true, cache).map_err(failed)?;
+                Self::assemble(file, image, partial, path, false, cache)
             })
             .inspect_err(|_| drop(std::fs::remove_file(partial)))
     }

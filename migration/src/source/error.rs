@@ -21,6 +21,9 @@ pub enum SourceError {
     /// The connection or the other side.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// A connection broke, and nobody says why.
+    #[error("the destination has gone away, or the way to it is cut")]
+    Gone(#[source] WireError),
     /// This side's machine.
     #[error(transparent)]
     Guest(GuestError),
@@ -66,6 +69,16 @@ pub enum SourceError {
         #[source]
         source: GuestError,
     },
+}
+
+impl SourceError {
+    /// What a connection that broke means if the other side has left no word about it.
+    pub(super) fn unexplained(self) -> Self {
+        match self {
+            Self::Wire(broken) if broken.is_lost() => Self::Gone(broken),
+            error => error,
+        }
+    }
 }
 
 /// How a migration ended.

@@ -54,6 +54,9 @@ pub enum MigrationEvent {
 
 /// How long a destination may take to answer a greeting.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a destination that says it is alive may take to build its machine, in times that it may
+/// stand still: two minutes.
+const BUILD_PATIENCE: u32 = 12;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
@@ -88,6 +91,12 @@ struct Link {
 }
 
 impl Link {
+    /// How long a destination may be alive without getting on: so many times as long as it may stand
+    /// still.
+    fn patience(&self, times: u32) -> Duration {
+        self.main.channel().transport().patience() * times
+    }
+
     fn end_data(&self) {
         let all = self.data.iter().chain(&self.disks);
         all.for_each(|channel| channel.transport().shutdown());
@@ -148,7 +157,7 @@ impl Source<'_> {
     ) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let link = self.connect(channels, connect)?;
+        let link = self.connect(channels, connect).map_err(SourceError::unexplained)?;
         let set_up = self.set_up(&link, ram);
         let (mut freight, mut pace) = set_up.map_err(|error| settle(&link, error))?;
         let handover = loop {
@@ -247,7 +256,9 @@ impl Source<'_> {
         let machine = (self.machine)().map_err(SourceError::Guest)?;
         let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
-        payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
+        let what = "the answer to the machine description";
+        let answer = link.main.receive_within(what, link.patience(BUILD_PATIENCE))?;
+        payload_of(answer, Kind::Accepted, what)?;
         let disks = match &link.disks {
             None => None,
             Some(channel) => {
@@ -308,12 +319,21 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     let cancelled = link.main.channel().is_cancelled();
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
+        // A cancel does not make it untrue that the guest stands still.
+        SourceError::NotResumed { .. } => {
+            link.main.say_farewell(Kind::Abort, &chain(&error));
+            link.end_data();
+            error
+        }
         SourceError::Wire(broken) if broken.is_broken() && !cancelled => {
             // If it was only a data channel, the destination may not even know.
             link.main.say_farewell(Kind::Abort, &chain(&broken));
             let last = link.main.hear_farewell();
             link.end_data();
-            last.map_or(broken, |last| WireError::Refused(last.reason())).into()
+            match last {
+                Some(last) => WireError::Refused(last.reason()).into(),
+                None => SourceError::Wire(broken).unexplained(),
+            }
         }
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };

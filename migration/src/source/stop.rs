@@ -51,7 +51,10 @@ impl Source<'_> {
                 counters.update(|stats| stats.called_off += 1);
                 return match paused.resume() {
                     Ok(()) => Ok(Stop::TooMuchLeft),
-                    Err(error) => Err(settle(link, SourceError::Guest(error))),
+                    Err(source) => {
+                        let cause = "the stop was called off, as it would have taken too long";
+                        Err(settle(link, SourceError::NotResumed { cause: cause.into(), source }))
+                    }
                 };
             }
             Err(error) => return Err(give_up(link, paused, error)),
