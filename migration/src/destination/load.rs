@@ -29,7 +29,8 @@ impl Destination<'_> {
         let machine: MachineDescription = from_json("machine description", &machine)?;
         let ram = self.host.build(&machine).map_err(DestinationError::Guest)?;
         let total_bytes = ram.layout.size_bytes();
-        self.counters.update(|stats| stats.total_bytes = total_bytes);
+        let multifd = data.len() > 1;
+        self.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, multifd));
         main.send(Kind::Accepted, &[])?;
         let disks = self.start_disks(main, disks)?;
         let frame = main.receive()?;

@@ -285,7 +285,9 @@ impl Source<'_> {
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let multifd = self.params.get().multifd;
         self.counters.update(|stats| {
+            stats.multifd = multifd;
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());
