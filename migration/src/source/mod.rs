@@ -256,7 +256,10 @@ impl Source<'_> {
         let machine = encode("machine description", self.machine)?;
         link.main.send(Kind::Machine, &machine)?;
         let what = "the answer to the machine description";
-        let answer = link.main.receive_within(what, link.patience(BUILD_PATIENCE))?;
+        // It may want to touch all memory first, and more than a gigabyte a second is not asked of it.
+        let longest =
+            link.patience(BUILD_PATIENCE) + Duration::from_secs(self.machine.ram_bytes >> 30);
+        let answer = link.main.receive_within(what, longest)?;
         payload_of(answer, Kind::Accepted, what)?;
         let disks = match &link.disks {
             None => None,
