@@ -197,10 +197,12 @@ fn main() {
         let started = Instant::now();
         let outcome = Source {
             guest: &mut Guest(Some(RunPermit::cold_boot())),
-            machine: &MachineDescription {
-                version: 1,
-                ram_bytes: size_mib << 20,
-                machine: serde_json::Value::Null,
+            machine: &mut || {
+                Ok(MachineDescription {
+                    version: 1,
+                    ram_bytes: size_mib << 20,
+                    machine: serde_json::Value::Null,
+                })
             },
             disks: SourceDisks::default(),
             params: SharedParams::default(),

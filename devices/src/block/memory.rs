@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
 //! until they are let through.
 
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::backend::{BlockBackend, Content, Extent, GoOn, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -116,7 +116,11 @@ impl BlockBackend for MemoryDisk {
         Vec::new()
     }
 
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+    fn backing_len_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    fn backing_digest(&self, _go_on: GoOn<'_>) -> io::Result<Option<String>> {
         Ok(None)
     }
 
@@ -191,6 +195,10 @@ impl BlockBackend for MemoryDisk {
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
         None
+    }
+
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -18,9 +18,9 @@ pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
+use backend::{BlockBackend, ByteRange, Extent, GoOn, LockError};
 use bitmap::DirtyBitmap;
-use failure::{Action, ErrorPolicy, Failure, Failures};
+use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use in_flight::{InFlight, Motion};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
@@ -225,6 +225,17 @@ impl BlockNode {
         self.failures.is_stopped()
     }
 
+    /// Whether failed requests are kept, to be tried again: also by a guest that has gone on, until they
+    /// have been.
+    pub fn keeps_requests(&self) -> bool {
+        self.failures.keeps_requests()
+    }
+
+    /// A failed request is kept, for as long as what this returns.
+    pub fn keep(&self) -> Kept {
+        self.failures.keep()
+    }
+
     /// The guest goes on: what has failed is tried again.
     pub fn go_on(&self) {
         self.failures.go_on();
@@ -250,9 +261,15 @@ impl BlockNode {
         self.backend.backing()
     }
 
-    /// Which the first of these is. Reads samples of it.
-    pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
-        self.backend.backing_identity()
+    /// Size of the first of these as a disk.
+    pub fn backing_len_bytes(&self) -> Option<u64> {
+        self.backend.backing_len_bytes()
+    }
+
+    /// Which it is: the SHA-256 of all its bytes, in hexadecimal digits. Reads all of it, unless `go_on`
+    /// says no in between; remembers the answer while the disk is locked.
+    pub fn backing_digest(&self, go_on: GoOn<'_>) -> io::Result<Option<String>> {
+        self.backend.backing_digest(go_on)
     }
 
     /// Whether it bypasses the host's page cache.
@@ -421,6 +438,12 @@ impl BlockNode {
         self.counters.flushes.add(0);
         let _motion = self.in_flight.begin(None);
         self.backend.flush()
+    }
+
+    /// Has every acknowledged write in the file, though not on stable storage: whoever opens it next,
+    /// once the lock is let go of, sees it.
+    pub fn write_back(&self) -> io::Result<()> {
+        self.backend.write_back()
     }
 
     /// As [`BlockNode::flush`], for who copies or fills the disk.

@@ -4,10 +4,11 @@
 //! backing file has its format in the image's header. The backing chain is opened read-only. Metadata is
 //! cached from the opening on, so an image has one user at a time: it travels, it is not shared.
 
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::backend::{BlockBackend, Content, Extent, GoOn, LockError, write_zeroes_as_data};
 use super::ofd_lock::Operation;
-use super::raw::{Cache, OpenError, lock_file};
+use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct};
 use super::{Format, SECTOR_BYTES};
+use crate::lock;
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -15,17 +16,17 @@ use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, ShallowMapping,
     StorageOpenOptions,
 };
+use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Longest chain of backing files.
 const MAX_DEPTH: usize = 16;
-/// A backing file is told from another by so many samples of its content.
-const SAMPLES: u64 = 1024;
-const SAMPLE_BYTES: usize = 4096;
+/// What is read of a backing file at a time, to tell which one it is.
+const PIECE_BYTES: usize = 1 << 20;
 
 /// What an image stands on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct Qcow2File {
     chain: Vec<(PathBuf, File)>,
     /// A reader of its own for the backing file, to tell which one it is.
     backing: Option<FormatAccess<ImagoFile>>,
+    /// Which one it is, once somebody has asked. Nobody writes it while the chain is locked.
+    digest: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for Qcow2File {
@@ -94,19 +97,31 @@ fn recorded_backing(image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<
     Ok(Some(Backing { path, format }))
 }
 
-/// Opens a backing file and all below it; `chain` takes the files.
+/// Opens a backing file and all below it; `chain` takes the files. Those of `depth` and below that it has
+/// already are not opened again: a path may lead elsewhere by now.
 fn open_backing(
     backing: &Backing,
     chain: &mut Vec<(PathBuf, File)>,
+    depth: usize,
 ) -> io::Result<FormatAccess<ImagoFile>> {
     let named = |error: io::Error| {
         io::Error::new(error.kind(), format!("backing file {}: {error}", backing.path.display()))
     };
-    if chain.len() >= MAX_DEPTH {
+    if depth >= MAX_DEPTH {
         return Err(named(refused(format!("more than {MAX_DEPTH} lie on each other"))));
     }
-    let (file, storage) = open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
-    chain.push((backing.path.clone(), file));
+    let storage = match chain.get(depth) {
+        Some((_, file)) => file
+            .try_clone()
+            .and_then(|file| storage(file, &backing.path, false, Cache::Writeback))
+            .map_err(named)?,
+        None => {
+            let (file, storage) =
+                open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
+            chain.push((backing.path.clone(), file));
+            storage
+        }
+    };
     match backing.format {
         Format::Raw => {
             let raw = Raw::builder(storage).open(DenyImplicitOpenGate::default());
@@ -116,7 +131,9 @@ fn open_backing(
             let mut image = Qcow2::open_image(storage, false).map_err(named)?;
             let below = recorded_backing(&image, &backing.path).map_err(named)?;
             image.set_data_file(None);
-            image.set_backing(below.map(|below| open_backing(&below, chain)).transpose()?);
+            image.set_backing(
+                below.map(|below| open_backing(&below, chain, depth + 1)).transpose()?,
+            );
             Ok(FormatAccess::new(image))
         }
     }
@@ -140,13 +157,7 @@ impl Qcow2File {
         backing: Option<&Backing>,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
-        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
-        lock_file(&file, path, Operation::Exclusive)?;
+        let file = hold_partial(partial, path, len_bytes)?;
         let made = (|| {
             file.set_len(0)?;
             let image = storage(file.try_clone()?, partial, true, Cache::Writeback)?;
@@ -162,21 +173,12 @@ impl Qcow2File {
         })();
         made.map_err(failed)
             .and_then(|()| {
-                let write = (cache == Cache::Writeback).then(|| file.try_clone());
-                let (again, image) = match write {
-                    Some(same) => {
-                        let same = same.map_err(failed)?;
-                        let image = storage(same, partial, true, cache).map_err(failed)?;
-                        (file, image)
-                    }
-                    // The lock goes with the file that holds it.
-                    None => {
-                        drop(file);
-                        open_file(partial, true, cache).map_err(failed)?
-                    }
-                };
-                lock_file(&again, path, Operation::Exclusive)?;
-                Self::assemble(again, image, partial, path, false, cache)
+                if cache == Cache::None {
+                    make_direct(&file, path)?;
+                }
+                let same = file.try_clone().map_err(failed)?;
+                let image = storage(same, partial, true, cache).map_err(failed)?;
+                Self::assemble(file, image, partial, path, false, cache)
             })
             .inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
@@ -192,11 +194,12 @@ impl Qcow2File {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let mut image = Qcow2::open_image(storage, !read_only).map_err(failed)?;
         let below = recorded_backing(&image, at).map_err(failed)?;
-        let (mut chain, mut ignored) = (Vec::new(), Vec::new());
-        let opened = below.as_ref().map(|below| open_backing(below, &mut chain)).transpose();
-        let backing = below.as_ref().map(|below| open_backing(below, &mut ignored)).transpose();
+        let mut chain = Vec::new();
+        let mut open =
+            || below.as_ref().map(|below| open_backing(below, &mut chain, 0)).transpose();
+        let (opened, backing) = (open().map_err(failed)?, open().map_err(failed)?);
         image.set_data_file(None);
-        image.set_backing(opened.map_err(failed)?);
+        image.set_backing(opened);
         let image = FormatAccess::new(image);
         let len_bytes = image.size();
         if len_bytes == 0 {
@@ -205,9 +208,8 @@ impl Qcow2File {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
-        let (image, path) = (RwLock::new(image), path.to_owned());
-        let backing = backing.map_err(failed)?;
-        Ok(Self { image, file, path, len_bytes, read_only, cache, chain, backing })
+        let (image, path, digest) = (RwLock::new(image), path.to_owned(), Mutex::default());
+        Ok(Self { image, file, path, len_bytes, read_only, cache, chain, backing, digest })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
@@ -236,24 +238,31 @@ impl BlockBackend for Qcow2File {
         self.chain.iter().map(|(path, _)| path.display().to_string()).collect()
     }
 
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
+    fn backing_len_bytes(&self) -> Option<u64> {
+        self.backing.as_ref().map(FormatAccess::size)
+    }
+
+    fn backing_digest(&self, go_on: GoOn<'_>) -> io::Result<Option<String>> {
         let Some(backing) = &self.backing else { return Ok(None) };
-        let len_bytes = backing.size();
-        let mut sum = 0xcbf2_9ce4_8422_2325u64;
-        let mut sample = vec![0; SAMPLE_BYTES];
-        let step = (len_bytes / SAMPLES).max(SAMPLE_BYTES as u64) / SECTOR_BYTES * SECTOR_BYTES;
-        let mut at = 0;
-        while at < len_bytes {
-            let left = usize::try_from(len_bytes - at).unwrap_or(SAMPLE_BYTES);
-            let piece = sample.get_mut(..left.min(SAMPLE_BYTES)).unwrap_or_default();
-            backing.read(&mut *piece, at)?;
-            // FNV-1a: two files that happen to agree are told apart, two made to agree are not.
-            for byte in piece {
-                sum = (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
-            }
-            at += step;
+        let known = lock(&self.digest).clone();
+        if known.is_some() {
+            return Ok(known);
         }
-        Ok(Some(BackingIdentity { len_bytes, checksum: format!("{sum:016x}") }))
+        let (mut sum, mut at) = (Sha256::new(), 0);
+        let mut piece = vec![0; PIECE_BYTES];
+        while at < backing.size() {
+            if !go_on() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let left = usize::try_from(backing.size() - at).unwrap_or(PIECE_BYTES);
+            let piece = piece.get_mut(..left.min(PIECE_BYTES)).unwrap_or_default();
+            backing.read(&mut *piece, at)?;
+            sum.update(&*piece);
+            at += piece.len() as u64;
+        }
+        let digest: String = sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        *lock(&self.digest) = Some(digest.clone());
+        Ok(Some(digest))
     }
 
     fn len_bytes(&self) -> u64 {
@@ -274,14 +283,25 @@ impl BlockBackend for Qcow2File {
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         // To zeroes, not to whatever the backing file has: that would be somebody else's bytes.
-        self.image_alone().discard_to_zero(offset_bytes, len_bytes)
+        match self.image_alone().discard_to_zero(offset_bytes, len_bytes) {
+            // Images of version 2 cannot. It is advice.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
     }
 
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
-        if may_unmap {
+        let zeroed = if may_unmap {
             self.image_alone().discard_to_zero(offset_bytes, len_bytes)
         } else {
             self.image().write_zeroes(offset_bytes, len_bytes)
+        };
+        match zeroed {
+            // Images of version 2 know no zeroes.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                write_zeroes_as_data(self, offset_bytes, len_bytes)
+            }
+            result => result,
         }
     }
 
@@ -308,6 +328,10 @@ impl BlockBackend for Qcow2File {
         None
     }
 
+    fn write_back(&self) -> io::Result<()> {
+        self.image().flush()
+    }
+
     fn flush(&self) -> io::Result<()> {
         let image = self.image();
         image.flush()?;
@@ -328,6 +352,8 @@ impl BlockBackend for Qcow2File {
     }
 
     fn unlock(&self) {
+        // From now on somebody may write what it stands on.
+        *lock(&self.digest) = None;
         let all = self.chain.iter().map(|(path, file)| (path, file));
         for (path, file) in std::iter::once((&self.path, &self.file)).chain(all) {
             if let Err(error) = lock_file(file, path, Operation::Unlock) {

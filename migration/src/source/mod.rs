@@ -22,7 +22,7 @@ pub use error::{SourceError, SourceOutcome};
 use crate::block::SourceDisks;
 use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::{CancelToken, Registration};
-use crate::guest::{GuestControl, MachineDescription};
+use crate::guest::{GuestControl, GuestError, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
 use crate::ram::lanes::Lanes;
@@ -62,8 +62,8 @@ const BUILD_PATIENCE: u32 = 12;
 pub struct Source<'a> {
     /// The machine.
     pub guest: &'a mut dyn GuestControl,
-    /// What it is.
-    pub machine: &'a MachineDescription,
+    /// Asked once what it is, when the destination listens. It may take its time.
+    pub machine: &'a mut dyn FnMut() -> Result<MachineDescription, GuestError>,
     /// Disks that leave with it.
     pub disks: SourceDisks,
     /// Limits, read anew at every step.
@@ -253,12 +253,13 @@ impl Source<'_> {
 
     /// What comes before the first page.
     fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
-        let machine = encode("machine description", self.machine)?;
+        let machine = (self.machine)().map_err(SourceError::Guest)?;
+        let ram_bytes = machine.ram_bytes;
+        let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
         let what = "the answer to the machine description";
         // It may want to touch all memory first, and more than a gigabyte a second is not asked of it.
-        let longest =
-            link.patience(BUILD_PATIENCE) + Duration::from_secs(self.machine.ram_bytes >> 30);
+        let longest = link.patience(BUILD_PATIENCE) + Duration::from_secs(ram_bytes >> 30);
         let answer = link.main.receive_within(what, longest)?;
         payload_of(answer, Kind::Accepted, what)?;
         let disks = match &link.disks {

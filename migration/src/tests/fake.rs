@@ -287,7 +287,7 @@ fn run_source(
     };
     let outcome = Source {
         guest: &mut guest,
-        machine: &machine,
+        machine: &mut || Ok(machine.clone()),
         disks: scenario.disks.outgoing(),
         params,
         counters: counters.clone(),

@@ -309,6 +309,10 @@ impl Supervisor {
         };
         self.dirty_rate.abort();
         let machine = self.machine.take().ok_or("there is no machine")?;
+        if self.jobs.busy() && self.jobs.moves(machine.vm()) {
+            eprintln!("ferry: the guest was reset while it moved: that ends here, start it again");
+            self.jobs.cancel();
+        }
         let description = machine.description().clone();
         // The old machine's threads and locks go before the new one's come.
         self.console.detach();

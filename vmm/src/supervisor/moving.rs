@@ -2,7 +2,7 @@
 //! disks are given away or taken, it is built for a guest that arrives, and run. Asked by the migration
 //! threads through [`super::guest`]; when and why is `migration`'s business.
 
-use super::guest::GuestRequest;
+use super::guest::{Arrival, GuestRequest};
 use super::{Mission, Supervisor};
 use crate::control::Event;
 use crate::error::{chain, guest_error};
@@ -30,7 +30,11 @@ impl Supervisor {
                 let released = machine.and_then(|machine| {
                     // What the destination has received is on its own storage.
                     let stays = |id: &str| !self.jobs.travelling.iter().any(|other| other == id);
-                    machine.flush_disks(stays).map_err(|error| guest_error(&error))?;
+                    machine
+                        .flush_disks(stays)
+                        // Nothing is written any more once the lock is gone, not even by a later flush.
+                        .and_then(|()| machine.write_back_disks())
+                        .map_err(|error| guest_error(&error))?;
                     machine.unlock_disks();
                     Ok(())
                 });
@@ -90,12 +94,15 @@ impl Supervisor {
             state => return refused(&format!("the guest is {} and cannot move", state.name())),
         };
         let Some(machine) = &mut self.machine else { return refused("there is no machine") };
+        if !self.jobs.moves(machine.vm()) {
+            return refused("the guest was reset while it moved, and has other RAM now");
+        }
         machine.pause().map_err(|error| guest_error(&error))?;
         if machine.has_ended() {
             // Its message is on the way here: the guest ends, or is reset, where it is.
             return refused("the guest has just ended or asked for a reset");
         }
-        if machine.has_stopped_disk() {
+        if machine.keeps_disk_requests() {
             // Its request is kept by this process, which cannot give it away.
             if was_running {
                 self.become_state(RunState::IoError);
@@ -131,7 +138,7 @@ impl Supervisor {
         }
     }
 
-    fn arrive(&mut self, mut description: Description) -> Result<IncomingRam, GuestError> {
+    fn arrive(&mut self, mut description: Description) -> Result<Arrival, GuestError> {
         let Mission::Receive(config) = &self.mission else {
             return Err(GuestError::new("this process waits for no guest"));
         };
@@ -146,7 +153,7 @@ impl Supervisor {
         let ram =
             IncomingRam { ram: machine.vm().ram().clone(), layout: machine.vm().layout().clone() };
         self.machine = Some(machine);
-        Ok(ram)
+        Ok(Arrival { ram, backings: std::mem::take(&mut self.images.backings) })
     }
 
     fn run_arrived(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
