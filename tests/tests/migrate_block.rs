@@ -253,7 +253,9 @@ fn disks_change_their_format_on_the_way() {
         let give = format!("root={},format={to}", text(&there));
         let options = ["--disk", give.as_str(), "--paused"];
         let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
-        ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
+        // The source lives, and has written back all that its image's map has to say.
+        let options = ["--disks", "full", "--keep-source"];
+        ferry::migrate_well(&source, &destination.address, &options).unwrap();
         assert_same_as((&here, from), (&there, to));
         destination.vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
         ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();

@@ -11,7 +11,7 @@ mod partial;
 use crate::config::{ReceiveConfig, ReceiveDisk, is_id};
 use crate::machine::MachineError;
 use crate::machine::description::{BackingDescription, DiskDescription, Travels};
-use devices::block::backend::{BlockBackend, GoOn, LockError};
+use devices::block::backend::{BackingChain, BlockBackend, GoOn, LockError};
 use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::{Backing, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};
@@ -166,9 +166,10 @@ impl BackingCheck {
     /// guest would run on a disk that it has never seen. Reads all of it, unless `go_on` says no.
     pub fn check(&self, go_on: GoOn<'_>) -> Result<(), MachineError> {
         let id = self.node.id();
-        let path = self.node.backing().first().cloned().unwrap_or_default();
-        let sum = match self.node.backing_digest(go_on) {
-            Ok(sum) => sum.unwrap_or_default(),
+        let Some(chain) = self.node.backing() else { return Ok(()) };
+        let path = chain.files().first().cloned().unwrap_or_default();
+        let sum = match chain.digest(go_on) {
+            Ok(sum) => sum,
             Err(source) => return Err(failed(id, ImageError::BackingUnreadable { path, source })),
         };
         log::info!("disk {id}: backing file {path} has SHA-256 {sum}");
@@ -369,7 +370,7 @@ fn check_backing(
     place: &Place,
     backend: &dyn BlockBackend,
 ) -> Result<(), ImageError> {
-    match (&travels.backing, &place.backing, backend.backing_len_bytes()) {
+    match (&travels.backing, &place.backing, backend.backing().map(BackingChain::len_bytes)) {
         (None, None, _) => Ok(()),
         (None, Some(backing), _) => Err(ImageError::BackingUnwanted { path: backing.path.clone() }),
         (Some(theirs), Some(_), Some(len)) if len == theirs.len_bytes => Ok(()),

@@ -85,19 +85,27 @@ pub(super) fn write_zeroes_as_data(
     Ok(())
 }
 
+/// The files that an image stands on, to be told from others.
+pub trait BackingChain {
+    /// What the user calls them, from the top on.
+    fn files(&self) -> Vec<String>;
+    /// Size of the first as a disk.
+    fn len_bytes(&self) -> u64;
+    /// About how much space all take on the host.
+    fn allocated_bytes(&self) -> io::Result<u64>;
+    /// Which they are: the SHA-256 of all bytes that can be read of them, in hexadecimal digits. Reads
+    /// all, unless `go_on` says no in between; remembers the answer while the image is locked.
+    fn digest(&self, go_on: GoOn<'_>) -> io::Result<String>;
+}
+
 /// Storage of one disk. Called from several threads at once.
 pub trait BlockBackend: Send + Sync {
     /// What the user calls it.
     fn location(&self) -> String;
     /// What its format is called.
     fn format(&self) -> &'static str;
-    /// The files that it stands on, from the top on.
-    fn backing(&self) -> Vec<String>;
-    /// Size of the first of these as a disk.
-    fn backing_len_bytes(&self) -> Option<u64>;
-    /// Which it is: the SHA-256 of all its bytes, in hexadecimal digits. Reads all of it, unless `go_on`
-    /// says no in between; remembers the answer while the image is locked.
-    fn backing_digest(&self, go_on: GoOn<'_>) -> io::Result<Option<String>>;
+    /// What it stands on, if it does.
+    fn backing(&self) -> Option<&dyn BackingChain>;
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;
     /// Size; a multiple of a sector.

@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
 //! until they are let through.
 
-use super::backend::{BlockBackend, Content, Extent, GoOn, LockError};
+use super::backend::{BackingChain, BlockBackend, Content, Extent, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -112,16 +112,8 @@ impl BlockBackend for MemoryDisk {
         "memory"
     }
 
-    fn backing(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn backing_len_bytes(&self) -> Option<u64> {
+    fn backing(&self) -> Option<&dyn BackingChain> {
         None
-    }
-
-    fn backing_digest(&self, _go_on: GoOn<'_>) -> io::Result<Option<String>> {
-        Ok(None)
     }
 
     fn is_direct(&self) -> bool {

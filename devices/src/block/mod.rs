@@ -18,7 +18,7 @@ pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BlockBackend, ByteRange, Extent, GoOn, LockError};
+use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use in_flight::{InFlight, Motion};
@@ -256,20 +256,9 @@ impl BlockNode {
         self.backend.format()
     }
 
-    /// The files that it stands on, from the top on.
-    pub fn backing(&self) -> Vec<String> {
+    /// What it stands on, if it does.
+    pub fn backing(&self) -> Option<&dyn BackingChain> {
         self.backend.backing()
-    }
-
-    /// Size of the first of these as a disk.
-    pub fn backing_len_bytes(&self) -> Option<u64> {
-        self.backend.backing_len_bytes()
-    }
-
-    /// Which it is: the SHA-256 of all its bytes, in hexadecimal digits. Reads all of it, unless `go_on`
-    /// says no in between; remembers the answer while the disk is locked.
-    pub fn backing_digest(&self, go_on: GoOn<'_>) -> io::Result<Option<String>> {
-        self.backend.backing_digest(go_on)
     }
 
     /// Whether it bypasses the host's page cache.

@@ -4,38 +4,24 @@
 //! backing file has its format in the image's header. The backing chain is opened read-only. Metadata is
 //! cached from the opening on, so an image has one user at a time: it travels, it is not shared.
 
-use super::backend::{BlockBackend, Content, Extent, GoOn, LockError, write_zeroes_as_data};
+mod chain;
+
+use super::backend::{
+    BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
+};
 use super::ofd_lock::Operation;
-use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct};
+use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_file};
 use super::{Format, SECTOR_BYTES};
-use crate::lock;
+pub use chain::Backing;
+use chain::{Chain, recorded_backing};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
-use imago::raw::Raw;
-use imago::{
-    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, ShallowMapping,
-    StorageOpenOptions,
-};
-use sha2::{Digest, Sha256};
+use imago::{FormatAccess, FormatCreateBuilder, ShallowMapping, StorageOpenOptions};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
-/// Longest chain of backing files.
-const MAX_DEPTH: usize = 16;
-/// What is read of a backing file at a time, to tell which one it is.
-const PIECE_BYTES: usize = 1 << 20;
-
-/// What an image stands on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backing {
-    /// The file.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: Format,
-}
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// An open qcow2 image.
 pub struct Qcow2File {
@@ -47,12 +33,8 @@ pub struct Qcow2File {
     len_bytes: u64,
     read_only: bool,
     cache: Cache,
-    /// Below the image, from the top on.
-    chain: Vec<(PathBuf, File)>,
-    /// A reader of its own for the backing file, to tell which one it is.
-    backing: Option<FormatAccess<ImagoFile>>,
-    /// Which one it is, once somebody has asked. Nobody writes it while the chain is locked.
-    digest: Mutex<Option<String>>,
+    /// What it stands on.
+    chain: Option<Chain>,
 }
 
 impl std::fmt::Debug for Qcow2File {
@@ -78,65 +60,6 @@ fn storage(file: File, path: &Path, write: bool, cache: Cache) -> io::Result<Ima
 
 fn refused(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
-}
-
-/// What an image's header says of its backing file.
-fn recorded_backing(image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<Backing>> {
-    if image.requires_external_data_file() {
-        return Err(refused("it keeps its data in another file, which is not supported".into()));
-    }
-    let Some(name) = image.implicit_backing_file() else { return Ok(None) };
-    let Some(format) = image.implicit_backing_format() else {
-        return Err(refused(format!(
-            "its backing file {name:?} has no format recorded: `qemu-img rebase -u -b {name} -F FORMAT`"
-        )));
-    };
-    let format = format.parse().map_err(refused)?;
-    // Relative names are meant from where the image is.
-    let path = path.parent().unwrap_or(Path::new("")).join(name);
-    Ok(Some(Backing { path, format }))
-}
-
-/// Opens a backing file and all below it; `chain` takes the files. Those of `depth` and below that it has
-/// already are not opened again: a path may lead elsewhere by now.
-fn open_backing(
-    backing: &Backing,
-    chain: &mut Vec<(PathBuf, File)>,
-    depth: usize,
-) -> io::Result<FormatAccess<ImagoFile>> {
-    let named = |error: io::Error| {
-        io::Error::new(error.kind(), format!("backing file {}: {error}", backing.path.display()))
-    };
-    if depth >= MAX_DEPTH {
-        return Err(named(refused(format!("more than {MAX_DEPTH} lie on each other"))));
-    }
-    let storage = match chain.get(depth) {
-        Some((_, file)) => file
-            .try_clone()
-            .and_then(|file| storage(file, &backing.path, false, Cache::Writeback))
-            .map_err(named)?,
-        None => {
-            let (file, storage) =
-                open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
-            chain.push((backing.path.clone(), file));
-            storage
-        }
-    };
-    match backing.format {
-        Format::Raw => {
-            let raw = Raw::builder(storage).open(DenyImplicitOpenGate::default());
-            Ok(FormatAccess::new(raw.map_err(named)?))
-        }
-        Format::Qcow2 => {
-            let mut image = Qcow2::open_image(storage, false).map_err(named)?;
-            let below = recorded_backing(&image, &backing.path).map_err(named)?;
-            image.set_data_file(None);
-            image.set_backing(
-                below.map(|below| open_backing(&below, chain, depth + 1)).transpose()?,
-            );
-            Ok(FormatAccess::new(image))
-        }
-    }
 }
 
 impl Qcow2File {
@@ -194,12 +117,12 @@ impl Qcow2File {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let mut image = Qcow2::open_image(storage, !read_only).map_err(failed)?;
         let below = recorded_backing(&image, at).map_err(failed)?;
-        let mut chain = Vec::new();
-        let mut open =
-            || below.as_ref().map(|below| open_backing(below, &mut chain, 0)).transpose();
-        let (opened, backing) = (open().map_err(failed)?, open().map_err(failed)?);
+        let (chain, below) = match below.as_ref().map(Chain::open).transpose().map_err(failed)? {
+            Some((chain, below)) => (Some(chain), Some(below)),
+            None => (None, None),
+        };
         image.set_data_file(None);
-        image.set_backing(opened);
+        image.set_backing(below);
         let image = FormatAccess::new(image);
         let len_bytes = image.size();
         if len_bytes == 0 {
@@ -208,8 +131,8 @@ impl Qcow2File {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
-        let (image, path, digest) = (RwLock::new(image), path.to_owned(), Mutex::default());
-        Ok(Self { image, file, path, len_bytes, read_only, cache, chain, backing, digest })
+        let (image, path) = (RwLock::new(image), path.to_owned());
+        Ok(Self { image, file, path, len_bytes, read_only, cache, chain })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
@@ -234,35 +157,8 @@ impl BlockBackend for Qcow2File {
         self.cache == Cache::None
     }
 
-    fn backing(&self) -> Vec<String> {
-        self.chain.iter().map(|(path, _)| path.display().to_string()).collect()
-    }
-
-    fn backing_len_bytes(&self) -> Option<u64> {
-        self.backing.as_ref().map(FormatAccess::size)
-    }
-
-    fn backing_digest(&self, go_on: GoOn<'_>) -> io::Result<Option<String>> {
-        let Some(backing) = &self.backing else { return Ok(None) };
-        let known = lock(&self.digest).clone();
-        if known.is_some() {
-            return Ok(known);
-        }
-        let (mut sum, mut at) = (Sha256::new(), 0);
-        let mut piece = vec![0; PIECE_BYTES];
-        while at < backing.size() {
-            if !go_on() {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            let left = usize::try_from(backing.size() - at).unwrap_or(PIECE_BYTES);
-            let piece = piece.get_mut(..left.min(PIECE_BYTES)).unwrap_or_default();
-            backing.read(&mut *piece, at)?;
-            sum.update(&*piece);
-            at += piece.len() as u64;
-        }
-        let digest: String = sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        *lock(&self.digest) = Some(digest.clone());
-        Ok(Some(digest))
+    fn backing(&self) -> Option<&dyn BackingChain> {
+        self.chain.as_ref().map(|chain| chain as &dyn BackingChain)
     }
 
     fn len_bytes(&self) -> u64 {
@@ -341,24 +237,17 @@ impl BlockBackend for Qcow2File {
     fn lock(&self) -> Result<(), LockError> {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
         lock_file(&self.file, &self.path, operation)?;
-        // Many may stand on a backing file, but nobody may write it.
-        for (path, file) in &self.chain {
-            if let Err(error) = lock_file(file, path, Operation::Shared) {
-                self.unlock();
-                return Err(error);
-            }
+        if let Some(Err(error)) = self.chain.as_ref().map(Chain::lock) {
+            self.unlock();
+            return Err(error);
         }
         Ok(())
     }
 
     fn unlock(&self) {
-        // From now on somebody may write what it stands on.
-        *lock(&self.digest) = None;
-        let all = self.chain.iter().map(|(path, file)| (path, file));
-        for (path, file) in std::iter::once((&self.path, &self.file)).chain(all) {
-            if let Err(error) = lock_file(file, path, Operation::Unlock) {
-                log::error!("cannot unlock {}: {error}", path.display());
-            }
+        unlock_file(&self.file, &self.path);
+        if let Some(chain) = &self.chain {
+            chain.unlock();
         }
     }
 }

@@ -3,7 +3,9 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BlockBackend, Content, Extent, GoOn, LockError, write_zeroes_as_data};
+use super::backend::{
+    BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
+};
 use super::ofd_lock::{self, Operation};
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
@@ -250,6 +252,12 @@ pub(super) fn lock_file(file: &File, path: &Path, operation: Operation) -> Resul
     })
 }
 
+pub(super) fn unlock_file(file: &File, path: &Path) {
+    if let Err(error) = ofd_lock::change(file, Operation::Unlock) {
+        log::error!("cannot unlock {}: {error}", path.display());
+    }
+}
+
 /// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
 /// has found out.
 const DIRECT_ALIGNMENT: usize = 512;
@@ -314,16 +322,8 @@ impl BlockBackend for RawFile {
         "raw"
     }
 
-    fn backing(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn backing_len_bytes(&self) -> Option<u64> {
+    fn backing(&self) -> Option<&dyn BackingChain> {
         None
-    }
-
-    fn backing_digest(&self, _go_on: GoOn<'_>) -> io::Result<Option<String>> {
-        Ok(None)
     }
 
     fn is_direct(&self) -> bool {
@@ -424,9 +424,7 @@ impl BlockBackend for RawFile {
     }
 
     fn unlock(&self) {
-        if let Err(error) = ofd_lock::change(&self.file, Operation::Unlock) {
-            log::error!("cannot unlock {}: {error}", self.path.display());
-        }
+        unlock_file(&self.file, &self.path);
     }
 }
 

@@ -54,23 +54,27 @@ fn travelling(
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
-        let below = node.backing_len_bytes();
+        let below = node.backing();
         let own_bytes = node.allocated_bytes().map_err(failed)?;
         // Without a backing file what lies above it is everything.
         let backing = match (&below, mode) {
-            (Some(len_bytes), DiskMode::Top) => Some(BackingDescription {
-                name: node.backing().first().cloned().unwrap_or_default(),
-                len_bytes: *len_bytes,
+            (Some(below), DiskMode::Top) => Some(BackingDescription {
+                name: below.files().first().cloned().unwrap_or_default(),
+                len_bytes: below.len_bytes(),
                 // Found out on the way: all of it has to be read.
                 sha256: String::new(),
             }),
             _ => None,
         };
         let only_top = backing.is_some();
+        // What is packed in a file below takes more at the destination: it finds out as it writes.
         let data_bytes = match below {
-            Some(below) if !only_top => own_bytes.saturating_add(below).min(node.len_bytes()),
+            Some(below) if !only_top => {
+                own_bytes.saturating_add(below.allocated_bytes().map_err(failed)?)
+            }
             _ => own_bytes,
         };
+        let data_bytes = data_bytes.min(node.len_bytes());
         described.travels = Some(Travels { backing, data_bytes });
         travelling.push(SourceDisk { node: node.clone(), only_top });
     }

@@ -36,7 +36,7 @@ fn what_is_written_is_read_also_after_it_was_closed() {
     drop(image);
     let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
     assert_eq!([0, 512, 128 << 10, 192 << 10].map(|at| bytes(&image, at)), [0, 7, 0, 8]);
-    assert!(image.backing().is_empty() && image.backing_digest(&|| true).unwrap().is_none());
+    assert!(image.backing().is_none());
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
     let folder = tempfile::tempdir().unwrap();
     let backing = base(folder.path(), "base", 3);
     let (path, image) = made(folder.path(), Some(&backing));
-    assert_eq!(image.backing(), [backing.path.display().to_string()]);
+    assert_eq!(image.backing().unwrap().files(), [backing.path.display().to_string()]);
     assert_eq!([bytes(&image, 0), bytes(&image, 300 << 10)], [3, 0], "the base is shorter");
     assert_eq!(image.extent_at(0).unwrap().content, Content::Backing);
     image.write_at(&[9; 512], 64 << 10).unwrap();
@@ -74,8 +74,8 @@ fn a_backing_file_is_told_from_another_by_any_byte_of_it() {
     let identity = |backing: &Backing| {
         let (_, image) = made(folder.path(), Some(backing));
         image.lock().unwrap();
-        let digest = image.backing_digest(&|| true).unwrap().unwrap();
-        (image.backing_len_bytes().unwrap(), digest)
+        let chain = image.backing().unwrap();
+        (chain.len_bytes(), chain.digest(&|| true).unwrap())
     };
     let (one, same) = (base(folder.path(), "a", 1), base(folder.path(), "b", 1));
     // What `sha256sum` says of it.
@@ -100,12 +100,13 @@ fn a_digest_is_remembered_while_the_image_is_locked_and_can_be_given_up() {
     let backing = base(folder.path(), "a", 1);
     let (_, image) = made(folder.path(), Some(&backing));
     image.lock().unwrap();
-    let error = image.backing_digest(&|| false).unwrap_err();
+    let chain = image.backing().unwrap();
+    let error = chain.digest(&|| false).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::Interrupted);
-    let digest = image.backing_digest(&|| true).unwrap();
-    assert_eq!(image.backing_digest(&|| panic!("it is known")).unwrap(), digest);
+    let digest = chain.digest(&|| true).unwrap();
+    assert_eq!(chain.digest(&|| panic!("it is known")).unwrap(), digest);
     image.unlock();
-    assert!(image.backing_digest(&|| false).is_err(), "others may have written it");
+    assert!(chain.digest(&|| false).is_err(), "others may have written it");
 }
 
 #[test]
