@@ -34,7 +34,8 @@ impl Destination<'_> {
             false => DestinationError::Guest(error),
         })?;
         let total_bytes = ram.layout.size_bytes();
-        self.counters.update(|stats| stats.total_bytes = total_bytes);
+        let multifd = data.len() > 1;
+        self.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, multifd));
         main.send(Kind::Accepted, &[])?;
         let disks = self.start_disks(main, disks)?;
         let frame = main.receive()?;

@@ -54,6 +54,9 @@ pub enum SourceError {
     /// The host does not give a thread.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// A thread has panicked.
+    #[error("a thread that sends pages has failed by itself, which is a mistake in this program")]
+    SenderEnded,
     /// The destination got the right to run, could not, and gave it back.
     #[error("the destination could not start the guest, which goes on here: {reason}")]
     Declined {

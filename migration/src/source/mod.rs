@@ -254,10 +254,13 @@ impl Source<'_> {
     /// What comes before the first page.
     fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
         let machine = (self.machine)().map_err(SourceError::Guest)?;
+        let ram_bytes = machine.ram_bytes;
         let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
         let what = "the answer to the machine description";
-        let answer = link.main.receive_within(what, link.patience(BUILD_PATIENCE))?;
+        // It may want to touch all memory first, and more than a gigabyte a second is not asked of it.
+        let longest = link.patience(BUILD_PATIENCE) + Duration::from_secs(ram_bytes >> 30);
+        let answer = link.main.receive_within(what, longest)?;
         payload_of(answer, Kind::Accepted, what)?;
         let disks = match &link.disks {
             None => None,
@@ -286,7 +289,9 @@ impl Source<'_> {
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let multifd = self.params.get().multifd;
         self.counters.update(|stats| {
+            stats.multifd = multifd;
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());

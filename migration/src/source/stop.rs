@@ -152,6 +152,7 @@ fn send_stopped(
     counters.update(|stats| {
         (stats.rounds, stats.remaining_bytes) = (number, pending);
         stats.transferred_bytes += records.len() as u64;
+        stats.main_bytes += records.len() as u64;
     });
     events(MigrationEvent::Pass(number));
     let tallies = ram.complete()?;
