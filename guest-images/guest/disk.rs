@@ -3,6 +3,7 @@
 //! Every cycle takes a few sectors at random, reads them, checks that each is exactly what the device
 //! acknowledged last, writes the next generation, and now and then flushes.
 
+use crate::beside::{Beside, pages_wanted};
 use crate::clock::{tsc, us};
 use crate::console::{self, println};
 use crate::heartbeat::{self, Heartbeat, PER_CPU, answer, corrupt, note_gap};
@@ -121,13 +122,18 @@ impl Region<'_> {
         }
     }
 
-    fn check_all(&mut self) {
+    fn check_all(&mut self, beside: &Beside<'_>) {
         for first in (0..self.sectors).step_by(BATCH) {
             self.read_and_check(self.batch(first));
         }
         self.flush();
+        beside.check();
         let (sectors, written, acked) = (self.sectors, self.written, self.disk.acknowledged);
-        println!("CHECK sectors={sectors} corrupt={} gen={written} acked={acked}", corrupt());
+        println!(
+            "CHECK sectors={sectors} corrupt={} gen={written} acked={acked} ram_pages={}",
+            corrupt(),
+            beside.pages()
+        );
     }
 }
 
@@ -138,7 +144,14 @@ pub fn run(machine: &Machine) -> ! {
         machine::debug_exit(0x77)
     });
     let wished = machine.number("disk_mb", DEFAULT_MB).saturating_mul(SECTORS_PER_MB);
-    let table_pages = (machine.page_count() - RING_PAGES - DATA_PAGES) as u64;
+    let Some(table_pages) = machine
+        .page_count()
+        .checked_sub(pages_wanted(machine).saturating_add(RING_PAGES + DATA_PAGES))
+    else {
+        println!("ERROR there is less RAM than ws_mb");
+        machine::debug_exit(0x77)
+    };
+    let table_pages = table_pages as u64;
     let sectors = disk.capacity().min(wished).min(table_pages * ENTRIES);
     if sectors == 0 {
         println!("ERROR the disk is empty");
@@ -148,6 +161,8 @@ pub fn run(machine: &Machine) -> ! {
         // SAFETY: nothing else uses the table's pages.
         unsafe { machine.page(RING_PAGES + DATA_PAGES + page).write_bytes(0, 512) };
     }
+    let tables_end = RING_PAGES + DATA_PAGES + sectors.div_ceil(ENTRIES) as usize;
+    let beside = Beside::start(machine, tables_end);
     let mut region = Region { machine, disk, sectors, written: 0 };
     let mut id = [0; 20];
     region.must("get-id", T_GET_ID, 0..1, id.len());
@@ -171,7 +186,8 @@ pub fn run(machine: &Machine) -> ! {
     console::flush();
     let written = region.written * SECTOR_BYTES as u64;
     let pace = Pace::new(machine.number("rate_mbps", 0), region.written);
-    rewrite_for_ever(&mut region, pace, Heartbeat::new(machine.number("hb_ms", 100), written))
+    let heartbeat = Heartbeat::new(machine.number("hb_ms", 100), written);
+    rewrite_for_ever(&mut region, beside, pace, heartbeat)
 }
 
 /// Keeps to a rate, if there is one.
@@ -198,7 +214,12 @@ impl Pace {
     }
 }
 
-fn rewrite_for_ever(region: &mut Region<'_>, mut pace: Pace, mut heartbeat: Heartbeat) -> ! {
+fn rewrite_for_ever(
+    region: &mut Region<'_>,
+    mut beside: Beside<'_>,
+    mut pace: Pace,
+    mut heartbeat: Heartbeat,
+) -> ! {
     let (mut random, mut cycles) = (1u64, 0u64);
     let mut last = tsc();
     let mut sending = false;
@@ -219,6 +240,7 @@ fn rewrite_for_ever(region: &mut Region<'_>, mut pace: Pace, mut heartbeat: Hear
             let now = tsc();
             note_gap(0, now.wrapping_sub(last), now);
             last = now;
+            beside.work(now);
             if pace.is_due(region.written, now) || heartbeat.is_due() {
                 break;
             }
@@ -228,9 +250,13 @@ fn rewrite_for_ever(region: &mut Region<'_>, mut pace: Pace, mut heartbeat: Hear
         if heartbeat.is_due() {
             let (acked, lost) = (region.disk.acknowledged, region.disk.lost_interrupts);
             let bytes = region.written * SECTOR_BYTES as u64;
-            heartbeat.beat(region.written, bytes, format_args!(" acked={acked} lost_irq={lost}"));
+            heartbeat.beat(
+                region.written,
+                bytes,
+                format_args!(" acked={acked} lost_irq={lost} ram_gen={}", beside.rewritten),
+            );
             sending = true;
-            if answer(&mut || region.check_all()) {
+            if answer(&mut || region.check_all(&beside)) {
                 last = tsc();
             }
         }

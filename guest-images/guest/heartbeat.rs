@@ -155,7 +155,7 @@ impl Heartbeat {
 }
 
 /// Reads what was asked on the serial line: `c` calls for a check, `q` leaves through the debug port,
-/// `p` powers off. Says whether a check was made.
+/// `p` powers off, `r` resets. Says whether a check was made.
 pub fn answer(check: &mut dyn FnMut()) -> bool {
     let mut checked = false;
     while let Some(byte) = console::read() {
@@ -166,6 +166,7 @@ pub fn answer(check: &mut dyn FnMut()) -> bool {
             }
             b'q' => machine::debug_exit(0),
             b'p' => machine::power_off(),
+            b'r' => machine::reset(),
             _ => {}
         }
     }

@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+mod beside;
 mod clock;
 mod console;
 mod disk;

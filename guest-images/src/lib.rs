@@ -23,7 +23,8 @@
 //! | `fill=random\|text\|zero` | what pages hold: incompressible, compressible, zeroes; default `random` |
 //! | `fill_pct=75` | how much of RAM is filled; the rest is never written and must stay zero |
 //! | `ram=all\|MB` | how much of RAM to use, default all |
-//! | `ws_mb=256` | `dirty`: the working set, split between the CPUs |
+//! | `ws_mb=256` | `dirty`: the working set, split between the CPUs. `disk`: pages that are rewritten beside it, default none |
+//! | `ram_mbps=50` | `disk`: the rate of that, in 10^6 bytes per second |
 //! | `rate_mbps=500` | `dirty`: bytes of pages rewritten, in 10^6 per second; 0 rewrites nothing. `disk`: the same of sectors; default as fast as can be |
 //! | `pattern=seq\|rand` | `dirty`: order of rewriting |
 //! | `change_pct=100` | `dirty`: how much of a page a rewrite changes; its head always changes |
@@ -48,15 +49,15 @@
 //!   late a sleeper woke, or how long a cycle of `disk` took; only the time of a check is left out. R the
 //!   rate since then, in 10^6 bytes per second. C mismatches so far of any kind, F those in registers. A
 //!   of the CPUs made progress since the last heartbeat. V is time by kvmclock, 0 where there is none. A
-//!   disk adds `acked=N lost_irq=L`: requests that the device acknowledged, and those that a timer found
-//!   instead of an interrupt.
+//!   disk adds `acked=N lost_irq=L ram_gen=G`: requests that the device acknowledged, those that a timer
+//!   found instead of an interrupt, and pages rewritten beside it.
 //! - `CORRUPT WHAT …` at the first mismatch of each kind: `CORRUPT page=I expected_gen=E found_gen=G`,
 //!   `CORRUPT sector=…` likewise, `CORRUPT untouched=I word=W found=0x…`, `CORRUPT fpu cpu=C`,
 //!   `CORRUPT clock last=T now=U` (it went backwards), `CORRUPT kvmclock …`. The guest goes on; `corrupt=`
 //!   counts all of them.
 //! - `CHECK pages=P corrupt=C gen=G untouched=U` or `CHECK sectors=S corrupt=C gen=G acked=N` answers a
-//!   `c` on the serial line: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
-//!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off.
+//!   `c` on the serial line, for `disk` with the pages beside it as `ram_pages=`: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
+//!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off, `r` resets.
 //! - `READY work=diskread bs=B qd=Q blocks=N`, then `DISKREAD requests=R us=T kbps=K iops=I`: R reads in T, K in
 //!   1000 bytes per second.
 //! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`,

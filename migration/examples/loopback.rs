@@ -1,10 +1,11 @@
 //! Moves a gigabyte between two processes over loopback TCP, without KVM, and prints how fast.
 //!
 //! ```text
-//! cargo run --release -p migration --example loopback -- [MiB] [percent random] [unix]
+//! cargo run --release -p migration --example loopback -- [MiB] [percent random] [unix] [prefault]
 //! ```
 //! The parent is the source, a child of the same program the destination, each with a mapping like a
 //! virtual machine's: anonymous, private, advised to use huge pages.
+//! With `prefault` the destination has a thread that makes its pages exist while they arrive.
 
 use devices::ram::{GuestAddress, GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
@@ -12,7 +13,7 @@ use migration::block::{IncomingDisk, SourceDisks};
 use migration::cancel::CancelToken;
 use migration::destination::Destination;
 use migration::guest::{
-    DestinationHost, DirtySource, GuestControl, GuestError, IncomingRam, MachineDescription,
+    DestinationHost, DirtySource, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription,
     RunPermit, Stopped,
 };
 use migration::params::SharedParams;
@@ -23,7 +24,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+const HUGE_PAGE: usize = 2 << 20;
 
 fn allocate(layout: &RamLayout) -> GuestRam {
     let ram = GuestRam::from_ranges(&layout.ranges()).expect("guest RAM is mapped");
@@ -74,14 +77,37 @@ impl DirtySource for Quiet {
     fn stop(&mut self) {}
 }
 
-struct Host(Option<IncomingRam>);
+struct Host {
+    arrived: Option<IncomingRam>,
+    prefault: bool,
+}
+
+/// Makes all pages of `ram` exist, from its start on.
+fn prefault(ram: &GuestRam) {
+    for region in ram.iter() {
+        let len = usize::try_from(region.len()).expect("64-bit host");
+        for start in (0..len).step_by(HUGE_PAGE) {
+            let at = region.get_mmap().as_ptr().wrapping_add(start).cast();
+            // SAFETY: a part of a live mapping, which `ram` holds; populating changes no content.
+            unsafe { libc::madvise(at, HUGE_PAGE.min(len - start), libc::MADV_POPULATE_WRITE) };
+        }
+    }
+}
 
 impl DestinationHost for Host {
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        _go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
         let layout = RamLayout::for_size(description.ram_bytes)
             .map_err(|error| GuestError::new(error.to_string()))?;
         let ram = IncomingRam { ram: allocate(&layout), layout };
-        self.0 = Some(ram.clone());
+        self.arrived = Some(ram.clone());
+        if self.prefault {
+            let ram = ram.ram.clone();
+            std::thread::spawn(move || prefault(&ram));
+        }
         Ok(ram)
     }
     fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
@@ -115,10 +141,10 @@ fn checksum(ram: &GuestRam, layout: &RamLayout) -> u64 {
     sum
 }
 
-fn receive(address: &str) {
+fn receive(address: &str, prefault: bool) {
     let listener = Listener::bind(&address.parse().expect("an address")).expect("it can be bound");
     println!("{}", listener.local_address());
-    let mut host = Host(None);
+    let mut host = Host { arrived: None, prefault };
     Destination {
         host: &mut host,
         counters: Arc::new(Counters::new()),
@@ -127,17 +153,18 @@ fn receive(address: &str) {
     }
     .receive(&listener)
     .expect("the guest arrives");
-    let ram = host.0.expect("there is a machine");
+    let ram = host.arrived.expect("there is a machine");
     println!("{}", checksum(&ram.ram, &ram.layout));
 }
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    if let [receiver, address] = args.as_slice()
+    if let [receiver, address, how @ ..] = args.as_slice()
         && receiver == "receive"
     {
-        return receive(address);
+        return receive(address, how == ["prefault"]);
     }
+    let how = args.iter().any(|arg| arg == "prefault").then_some("prefault");
     let number = |index: usize, default| {
         args.get(index).map_or(default, |arg| arg.parse().unwrap_or(default))
     };
@@ -160,6 +187,7 @@ fn main() {
     for _ in 0..5 {
         let mut child = Command::new(std::env::current_exe().expect("this program"))
             .args(["receive", &at])
+            .args(how)
             .stdout(Stdio::piped())
             .spawn()
             .expect("a child");
@@ -173,10 +201,12 @@ fn main() {
         let started = Instant::now();
         let outcome = Source {
             guest: &mut Guest(Some(RunPermit::cold_boot())),
-            machine: &MachineDescription {
-                version: 1,
-                ram_bytes: size_mib << 20,
-                machine: serde_json::Value::Null,
+            machine: &mut || {
+                Ok(MachineDescription {
+                    version: 1,
+                    ram_bytes: size_mib << 20,
+                    machine: serde_json::Value::Null,
+                })
             },
             disks: SourceDisks::default(),
             params: SharedParams::default(),

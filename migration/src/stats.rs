@@ -235,6 +235,10 @@ pub struct StatsSnapshot {
     pub total_bytes: u64,
     /// Bytes sent or received, with all headers.
     pub transferred_bytes: u64,
+    /// Those of them that went on the main connection.
+    pub main_bytes: u64,
+    /// Whether there are several data channels, or may be.
+    pub multifd: bool,
     /// RAM still to send in this round.
     pub remaining_bytes: u64,
     /// Zero pages.
@@ -357,6 +361,8 @@ impl StatsSnapshot {
         }
         let page = devices::ram::PAGE_SIZE;
         let bytes_per_sec = self.overall_bytes_per_sec();
+        let data_bytes = self.transferred_bytes - self.main_bytes;
+        let multifd_bytes = if self.multifd { data_bytes } else { 0 };
         let mut info = json!({
             "status": self.status.name(),
             "ram": {
@@ -372,7 +378,7 @@ impl StatsSnapshot {
                 "dirty-sync-count": self.rounds,
                 "postcopy-requests": 0,
                 "page-size": page,
-                "multifd-bytes": 0,
+                "multifd-bytes": multifd_bytes,
                 "pages-per-second": bytes_per_sec / page,
                 "precopy-bytes": self.precopy_bytes,
                 "downtime-bytes": self.downtime_bytes,

@@ -150,3 +150,29 @@ impl Drop for SmallFileSystem {
         }
     }
 }
+
+/// A block device whose bytes are a file's. Detached when dropped.
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    /// Makes one of `file`; nothing if this process may not.
+    pub fn attach(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
+        let path = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| Self(path.trim().to_owned()))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Whoever still has it open keeps it until then.
+        if let Err(error) = run(Command::new("losetup").arg("-d").arg(&self.0)) {
+            eprintln!("{error:#}");
+        }
+    }
+}

@@ -3,9 +3,11 @@
 //!
 //! - [`lines`]: a reader thread per pipe; waiting for a line, never polling.
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
-//! - [`proxy`]: a link that counts what passes.
+//! - [`proxy`]: a link that counts what passes, and can be cut.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
+//! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
+//! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
 //! - [`qmp`]: a small control-socket client that works with both.
@@ -15,9 +17,11 @@
 
 pub mod disk;
 pub mod ferry;
+pub mod hosts;
 pub mod image;
 pub mod lines;
 pub mod linux;
+pub mod pair;
 pub mod process;
 pub mod proxy;
 pub mod qemu;

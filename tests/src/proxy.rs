@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ pub struct Proxy {
     address: String,
     arrivals: Arrivals,
     connections: Connections,
+    /// Ends are torn off, not closed.
+    torn: Arc<AtomicBool>,
 }
 
 /// Starts one in front of `destination`, a `tcp:` address.
@@ -25,22 +28,23 @@ pub fn start(destination: &str) -> Result<Proxy> {
     let address = format!("tcp:{}", listener.local_addr()?);
     let arrivals = Arrivals::default();
     let connections = Connections::default();
-    let (noted, kept) = (arrivals.clone(), connections.clone());
+    let torn = Arc::<AtomicBool>::default();
+    let (noted, kept, tears) = (arrivals.clone(), connections.clone(), torn.clone());
     std::thread::spawn(move || {
         for from in listener.incoming() {
             let (Ok(from), Ok(to)) = (from, TcpStream::connect(&to)) else { return };
             let (Ok(back_from), Ok(back_to)) = (to.try_clone(), from.try_clone()) else { return };
             let (Ok(end), Ok(other)) = (from.try_clone(), to.try_clone()) else { return };
             kept.lock().unwrap_or_else(PoisonError::into_inner).push([end, other]);
-            let noted = noted.clone();
-            std::thread::spawn(move || forward(from, to, Some(&noted)));
-            std::thread::spawn(move || forward(back_from, back_to, None));
+            let (noted, tears, again) = (noted.clone(), tears.clone(), tears.clone());
+            std::thread::spawn(move || forward(from, to, Some(&noted), &tears));
+            std::thread::spawn(move || forward(back_from, back_to, None, &again));
         }
     });
-    Ok(Proxy { address, arrivals, connections })
+    Ok(Proxy { address, arrivals, connections, torn })
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>) {
+fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>, torn: &AtomicBool) {
     // Without it a small frame waits for the acknowledgement of the one before.
     let _ = to.set_nodelay(true);
     let mut buffer = vec![0; 128 << 10];
@@ -52,6 +56,9 @@ fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>) {
         if to.write_all(&buffer[..count]).is_err() {
             break;
         }
+    }
+    if torn.load(Ordering::SeqCst) {
+        return;
     }
     // The other side has to notice; it may have gone already.
     let _ = to.shutdown(Shutdown::Both);
@@ -71,6 +78,18 @@ impl Proxy {
         for end in cut.flat_map(|(_, ends)| ends) {
             // It may have ended already.
             let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Resets all connections, as a router does that has forgotten them. No more can be made.
+    pub fn reset(&self) {
+        self.torn.store(true, Ordering::SeqCst);
+        let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        for end in std::mem::take(&mut *connections).iter().flatten() {
+            // Whoever closes the last copy of it sends the reset, since nothing may linger.
+            let _ = socket2::SockRef::from(end).set_linger(Some(Duration::ZERO));
+            // Wakes who reads from it, and tells the other side nothing.
+            let _ = end.shutdown(Shutdown::Read);
         }
     }
 

@@ -1,12 +1,21 @@
 //! A small control-socket client: requests, replies, events. Works with Ferry and with QEMU.
 
-use anyhow::{Context, Result, bail};
+use crate::process::SOON;
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+/// The statuses with which a migration ends.
+pub const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+
+/// Whether `status`, as `query-migrate` and events have it, is that of a migration that has ended.
+pub fn is_end(status: &Value) -> bool {
+    ENDS.iter().any(|end| status == end)
+}
 
 /// How long any one reply may take.
 const REPLY_LIMIT: Duration = Duration::from_secs(30);
@@ -167,6 +176,25 @@ impl Qmp {
         });
         let event = event.with_context(|| format!("waiting for a migration to be {statuses:?}"))?;
         Ok(event["data"]["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Waits until `query-migrate` is as wanted; there is no event for most of what it says.
+    pub fn wait_info(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let info = self.execute("query-migrate", json!({}))?;
+            if wanted(&info) {
+                return Ok(info);
+            }
+            ensure!(Instant::now() < deadline, "query-migrate stays as it is: {info}");
+            // Woken by the next event, whatever it is, or in a moment.
+            let _ = self.wait_event_where(Duration::from_millis(20), |_| true);
+        }
+    }
+
+    /// Waits until the migration has ended, and says how; its events may have been taken by other waits.
+    pub fn migration_end(&mut self) -> Result<Value> {
+        self.wait_info(|info| is_end(&info["status"]))
     }
 
     /// Switches migration events on.

@@ -5,9 +5,10 @@
 //! mistake would cost most.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::{self, Destination, Guest};
-use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::qmp::Qmp;
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::pair::Pair;
+use ferry_tests::process::SOON;
+use ferry_tests::qmp::{ENDS, Qmp, is_end};
 use ferry_tests::verdict::Transcript;
 use ferry_tests::{disk, skip};
 use serde_json::{Value, json};
@@ -15,8 +16,6 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
-
-const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 
 fn guest() -> Guest {
     Guest::new("work=dirty fill=random fill_pct=50 ws_mb=8 rate_mbps=100 hb_ms=20", 64)
@@ -49,10 +48,8 @@ impl Moment {
         let after = match self {
             Self::AfterStart(after) => after,
             Self::AfterPause(after) => {
-                let pause = |event: &Value| {
-                    event["event"] == "STOP"
-                        || ENDS.iter().any(|status| event["data"]["status"] == *status)
-                };
+                let pause =
+                    |event: &Value| event["event"] == "STOP" || is_end(&event["data"]["status"]);
                 if qmp.wait_event_where(SOON, pause).unwrap()["event"] != "STOP" {
                     return false;
                 }
@@ -68,67 +65,18 @@ impl Moment {
     }
 }
 
-/// A guest that runs, a destination that waits, and a control connection that hears everything.
-struct Pair {
-    source: Vmm,
-    destination: Destination,
-    qmp: Qmp,
-}
-
-impl Pair {
-    fn new(guest: &Guest) -> Self {
-        let source = ferry::run(guest).unwrap();
-        let destination = ferry::receive().unwrap();
-        source.wait_line("^HB n=1 ").unwrap();
-        let mut qmp = source.qmp().unwrap();
-        qmp.want_migration_events().unwrap();
-        Self { source, destination, qmp }
-    }
-
-    fn start(&mut self) {
-        self.qmp.execute("migrate", json!({"uri": self.destination.address})).unwrap();
-    }
-
-    /// How the migration ended, as the source says.
-    fn outcome(&mut self) -> (Value, Value) {
-        // Events may have been taken by a wait for the pause.
-        let deadline = Instant::now() + SOON;
-        loop {
-            let info = self.qmp.execute("query-migrate", json!({})).unwrap();
-            if ENDS.iter().any(|status| info["status"] == *status) {
-                return (info["status"].clone(), info["x-outcome"].clone());
-            }
-            assert!(Instant::now() < deadline, "no end in sight: {info}");
-            // Woken by the next event, whatever it is, or in a moment.
-            let _ = self.qmp.wait_event_where(Duration::from_millis(20), |_| true);
-        }
-    }
-
-    /// The guest runs on at the source, whole, and has never run at the destination.
-    fn assert_stayed(&mut self) {
-        assert_eq!(self.qmp.run_state().unwrap(), "running");
-        self.source.wait_next_line("^HB ").unwrap();
-        assert_eq!(self.source.check().unwrap().corrupt, 0);
-        assert_eq!(self.destination.vmm.serial().text(), "", "it ran at the destination too");
-        Transcript::of([self.source.serial()]).judge().unwrap();
-    }
-
-    /// The guest runs on at the destination, whole, and has stopped at the source.
-    fn assert_moved(&mut self) {
-        ferry::verify_at(&mut self.destination.vmm, &[self.source.serial()]).unwrap();
-        // All that the source has ever said has been collected by now.
-        let said = self.source.serial().text();
-        self.destination.vmm.wait_next_line("^HB ").unwrap();
-        assert_eq!(self.source.serial().text(), said, "it runs at the source too");
-    }
+/// How a migration ended, as the source says: its status, and whether more is known.
+fn outcome(pair: &mut Pair) -> (Value, Value) {
+    let info = pair.qmp.migration_end().unwrap();
+    (info["status"].clone(), info["x-outcome"].clone())
 }
 
 /// How long the migration takes when nothing happens to it.
 fn undisturbed(guest: &Guest) -> Duration {
-    let mut pair = Pair::new(guest);
+    let mut pair = Pair::new(guest).unwrap();
     let start = Instant::now();
-    pair.start();
-    assert_eq!(pair.outcome().0, "completed");
+    pair.start().unwrap();
+    assert_eq!(outcome(&mut pair).0, "completed");
     start.elapsed()
 }
 
@@ -140,11 +88,11 @@ fn a_destination_killed_at_any_moment_never_costs_the_guest() {
     let mut outcomes = [0; 3];
     for moment in Moment::several(30, undisturbed(&guest())) {
         eprintln!("killing the destination at {moment:?}");
-        let mut pair = Pair::new(&guest());
-        pair.start();
+        let mut pair = Pair::new(&guest()).unwrap();
+        pair.start().unwrap();
         moment.wait(&mut pair.qmp);
         pair.destination.vmm.process.kill().unwrap();
-        let (status, outcome) = pair.outcome();
+        let (status, outcome) = outcome(&mut pair);
         if status == "completed" {
             // It was killed after the guest had moved: a crash like any other.
             outcomes[0] += 1;
@@ -159,18 +107,14 @@ fn a_destination_killed_at_any_moment_never_costs_the_guest() {
             pair.source.wait_next_line("^HB ").unwrap();
             assert_eq!(pair.source.check().unwrap().corrupt, 0);
             if silent {
-                pair.assert_stayed();
+                pair.check_stayed().unwrap();
             }
         } else {
             outcomes[2] += 1;
             assert_eq!(status, "failed");
-            pair.assert_stayed();
+            pair.check_stayed().unwrap();
             // And it can still move.
-            let second = ferry::receive().unwrap();
-            pair.destination = second;
-            pair.start();
-            assert_eq!(pair.outcome().0, "completed");
-            pair.assert_moved();
+            pair.move_after_all().unwrap();
         }
     }
     let [moved, unknown, stayed] = outcomes;
@@ -185,15 +129,15 @@ fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
     }
     for moment in Moment::several(30, undisturbed(&guest())) {
         eprintln!("killing the source at {moment:?}");
-        let mut pair = Pair::new(&guest());
-        pair.start();
+        let mut pair = Pair::new(&guest()).unwrap();
+        pair.start().unwrap();
         moment.wait(&mut pair.qmp);
         pair.source.process.kill().unwrap();
         // The guest has arrived whole; or the destination ends without it; or no source ever introduced
         // itself and it waits on, for which silence is the only sign.
         let destination = &mut pair.destination.vmm;
         if destination.serial().wait_for("^HB ", Duration::from_secs(2)).is_ok() {
-            pair.assert_moved();
+            pair.check_moved().unwrap();
         } else if destination.process.wait(Duration::from_secs(1)).is_err() {
             assert_eq!(destination.qmp().unwrap().run_state().unwrap(), "inmigrate");
         } else {
@@ -213,15 +157,15 @@ fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
     let total = undisturbed(&guest);
     let mut stalled = Vec::new();
     for moment in Moment::several(10, total) {
-        let mut pair = Pair::new(&guest);
-        pair.start();
+        let mut pair = Pair::new(&guest).unwrap();
+        pair.start().unwrap();
         moment.wait(&mut pair.qmp);
         pair.destination.vmm.process.signal(libc::SIGSTOP).unwrap();
         stalled.push((moment, pair));
     }
     for (moment, mut pair) in stalled {
         eprintln!("the destination stalled at {moment:?}");
-        let (status, outcome) = pair.outcome();
+        let (status, outcome) = outcome(&mut pair);
         let running = pair.qmp.run_state().unwrap() == "running";
         // It wakes up long after the source has given up on it.
         pair.destination.vmm.process.signal(libc::SIGCONT).unwrap();
@@ -229,7 +173,7 @@ fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
             // `Go` has left: the guest can only run there.
             assert!(!running);
             if pair.destination.vmm.wait_line("^HB ").is_ok() {
-                pair.assert_moved();
+                pair.check_moved().unwrap();
             } else {
                 assert_eq!(outcome, "unknown");
             }
@@ -238,8 +182,29 @@ fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
             assert!(running);
             // If it had introduced itself the other process ends; else it waits on. Silent in any case.
             let _ = pair.destination.vmm.process.wait(Duration::from_secs(1));
-            pair.assert_stayed();
+            pair.check_stayed().unwrap();
         }
+    }
+}
+
+#[test]
+fn a_destination_that_dies_is_said_to_be_gone_and_the_guest_to_run_on() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for channels in ["1", "3"] {
+        let mut pair = Pair::new(&guest()).unwrap();
+        let options = ["--max-bandwidth", "20M", "--channels", channels];
+        let address = pair.destination.address.clone();
+        let migration = ferry::start_migrate(&pair.source, &address, &options).unwrap();
+        pair.qmp.wait_event("MIGRATION_PASS", SOON).unwrap();
+        pair.destination.vmm.process.kill().unwrap();
+        let ended = migration.end(SOON).unwrap();
+        assert_eq!(ended.code, 1);
+        for said in ["the destination has gone away", "the guest runs on at the source"] {
+            assert!(ended.errors.contains(said), "{channels}: {}", ended.errors);
+        }
+        pair.check_stayed().unwrap();
     }
 }
 
@@ -248,10 +213,10 @@ fn a_stalled_migration_can_be_cancelled() {
     if skip::kvm_is_missing() {
         return;
     }
-    let mut pair = Pair::new(&guest());
+    let mut pair = Pair::new(&guest()).unwrap();
     let slow = json!({"max-bandwidth": 20_000_000});
     pair.qmp.execute("migrate-set-parameters", slow).unwrap();
-    pair.start();
+    pair.start().unwrap();
     pair.qmp.wait_migration(&["active"], SOON).unwrap();
     pair.destination.vmm.process.signal(libc::SIGSTOP).unwrap();
     pair.source.wait_next_line("^HB ").unwrap();
@@ -261,7 +226,7 @@ fn a_stalled_migration_can_be_cancelled() {
     assert!(asked.elapsed() < Duration::from_secs(3), "a cancel took {:?}", asked.elapsed());
     pair.destination.vmm.process.signal(libc::SIGCONT).unwrap();
     assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
-    pair.assert_stayed();
+    pair.check_stayed().unwrap();
 }
 
 #[test]
@@ -364,15 +329,7 @@ fn the_lock_comes_back_when_the_last_step_fails() {
         let moment = Moment::AfterPause(Duration::from_micros(random_below(2000)));
         moment.wait(&mut qmp);
         destination.vmm.process.kill().unwrap();
-        let deadline = Instant::now() + SOON;
-        let info = loop {
-            let info = qmp.execute("query-migrate", json!({})).unwrap();
-            if ENDS.iter().any(|status| info["status"] == *status) {
-                break info;
-            }
-            assert!(Instant::now() < deadline, "{info}");
-            let _ = qmp.wait_event_where(Duration::from_millis(20), |_| true);
-        };
+        let info = qmp.migration_end().unwrap();
         eprintln!("attempt {attempt}, killed at {moment:?}: {info}");
         if info["status"] == "failed" && info["x-outcome"] != "unknown" {
             assert_eq!(qmp.run_state().unwrap(), "running");

@@ -2,20 +2,17 @@
 //! what the guest finds in its disk.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::{self, Ended, Guest};
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::hosts::{Hosts, assert_failed, assert_goes_on, moving, started, text};
 use ferry_tests::image::{
     Pattern, allocated, assert_same, assert_same_as, fill, overlay, qemu_img,
 };
 use ferry_tests::lines::Lines;
 use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::verdict::Transcript;
+use ferry_tests::verdict::{Transcript, field};
 use ferry_tests::{disk, skip};
 use serde_json::json;
 use std::path::{Path, PathBuf};
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// Stops the guest at the destination, then compares the images.
 fn assert_images_same(destination: &Vmm, pairs: &[(&Path, &Path)]) {
@@ -25,33 +22,6 @@ fn assert_images_same(destination: &Vmm, pairs: &[(&Path, &Path)]) {
         assert_same(from, to);
     }
     qmp.execute("cont", json!({})).unwrap();
-}
-
-/// A folder per host.
-struct Hosts {
-    folder: tempfile::TempDir,
-}
-
-impl Hosts {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("a")).unwrap();
-        std::fs::create_dir(folder.path().join("b")).unwrap();
-        Self { folder }
-    }
-
-    fn at(&self, host: &str, name: &str) -> PathBuf {
-        self.folder.path().join(host).join(name)
-    }
-
-    /// What lies in a host's folder.
-    fn files(&self, host: &str) -> Vec<String> {
-        let entries = std::fs::read_dir(self.folder.path().join(host)).unwrap();
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
 }
 
 #[test]
@@ -72,11 +42,8 @@ fn three_disks_arrive_whole_and_sparse_with_an_idle_guest() {
     fill(&hosts.at("a", "big"), 100 << 20, 4 << 20, Pattern::Random).unwrap();
     // Zeroes that take space here need none there.
     fill(&hosts.at("a", "big"), 300 << 20, 8 << 20, Pattern::Zero).unwrap();
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    let folder = hosts.at("b", "");
-    let mut destination =
-        ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
+    let source = started(&guest);
+    let mut destination = hosts.receive();
     let ended = ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
     let there = |id: &str| hosts.at("b", &format!("{id}.img"));
     for (id, _) in sizes {
@@ -127,8 +94,7 @@ fn at_the_handover_both_images_are_the_same_although_the_guest_wrote() {
     let (here, there) = (hosts.at("a", "x"), hosts.at("b", "root.img"));
     disk::create(&here, 16 << 20).unwrap();
     let guest = Guest::new("work=disk", 64).disk("root", &here);
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=2 ").unwrap();
+    let source = started(&guest);
     let folder = hosts.at("b", "");
     // Paused on arrival: not one write comes between the handover and the comparison.
     let options = ["--disk-dir", text(&folder), "--paused"];
@@ -146,8 +112,8 @@ fn there_and_back_20_times_with_memory_and_disk_under_load() {
     }
     let hosts = Hosts::new();
     disk::create(&hosts.at("a", "root.img"), 16 << 20).unwrap();
-    // The disk's guest also rewrites its RAM: generations, rings and buffers.
-    let guest = Guest::new("work=disk hb_ms=20", 64).disk("root", &hosts.at("a", "root.img"));
+    let work = "work=disk hb_ms=20 ws_mb=12 ram_mbps=60";
+    let guest = Guest::new(work, 64).disk("root", &hosts.at("a", "root.img"));
     let mut host = ferry::run(&guest).unwrap();
     host.wait_line("^HB n=2 ").unwrap();
     let mut serials: Vec<Lines> = Vec::new();
@@ -162,7 +128,9 @@ fn there_and_back_20_times_with_memory_and_disk_under_load() {
         host = destination.vmm;
     }
     let from = host.serial().count();
-    host.serial().wait_from(from + 2, "^HB ", SOON).unwrap();
+    let beat = host.serial().wait_from(from + 2, "^HB ", SOON).unwrap();
+    let rewritten = field(&beat.text, "ram_gen").unwrap();
+    assert!(rewritten > 3072, "only {rewritten} pages were rewritten meanwhile");
     assert_eq!(host.check().unwrap().corrupt, 0);
     serials.push(host.serial().clone());
     let beats = Transcript::of(&serials).judge().unwrap();
@@ -175,222 +143,23 @@ fn there_and_back_20_times_with_memory_and_disk_under_load() {
     );
 }
 
-/// The guest goes on here, whole, after a migration that did not happen.
-fn assert_goes_on(source: &mut Vmm) {
-    assert_eq!(source.qmp().unwrap().run_state().unwrap(), "running");
-    source.wait_next_line("^HB ").unwrap();
-    source.wait_next_line("^HB ").unwrap();
-    assert_eq!(source.check().unwrap().corrupt, 0);
-    Transcript::of([source.serial()]).judge().unwrap();
-}
-
-/// A guest with a busy disk of 24 MiB on host a.
-fn busy(hosts: &Hosts) -> Vmm {
-    let path = hosts.at("a", "root");
-    disk::create(&path, 24 << 20).unwrap();
-    let source = ferry::run(&Guest::new("work=disk", 64).disk("root", &path)).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    source
-}
-
-fn assert_failed(ended: &Ended, expected: &str) {
-    assert_eq!(ended.code, 1, "{expected}: {}", ended.summary);
-    assert!(ended.errors.contains(expected), "{:?} lacks {expected:?}", ended.errors);
-}
-
-#[test]
-fn what_cannot_work_is_refused_by_name_before_anything_travels_and_leaves_nothing() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let mut source = busy(&hosts);
-    let (folder, taken) = (hosts.at("b", ""), hosts.at("b", "taken"));
-    std::fs::write(&taken, [7; 4096]).unwrap();
-    let give = |path: &Path| vec!["--disk".to_owned(), format!("root={}", text(path))];
-    let own = [give(&hosts.at("a", "root")), vec!["--overwrite".to_owned()]].concat();
-    let directory = |path: &str| vec!["--disk-dir".to_owned(), path.to_owned()];
-    for (receive, migrate, expected) in [
-        (directory(text(&folder)), "nonesuch=full", "no disk \"nonesuch\", it has: root"),
-        (vec![], "full", "--disk root=PATH"),
-        (directory("/nonexistent/folder"), "full", "/nonexistent/folder/root.img"),
-        (directory("/proc"), "full", "/proc/root.img"),
-        (give(&taken), "full", "give --overwrite"),
-        (give(&folder), "full", "neither a file nor a block device"),
-        (own, "full", "in use by another"),
-    ] {
-        let receive: Vec<_> = receive.iter().map(String::as_str).collect();
-        let destination = ferry::receive_at("tcp:127.0.0.1:0", &receive).unwrap();
-        let ended = ferry::migrate(&source, &destination.address, &["--disks", migrate]).unwrap();
-        assert_failed(&ended, expected);
-        assert!(ended.summary["disk"]["transferred"].as_u64().unwrap_or(0) == 0, "{expected}");
-        assert_eq!(hosts.files("b"), ["taken"], "{expected}");
-    }
-    assert_eq!(std::fs::read(&taken).unwrap(), [7; 4096]);
-    assert_goes_on(&mut source);
-}
-
-#[test]
-fn a_disk_that_fills_up_fails_the_migration_and_the_guest_runs_on() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let Some(small) = ferry_tests::image::SmallFileSystem::mount(&hosts.at("b", ""), 16 << 20)
-    else {
-        return skip::skip("no right to mount a small file system");
-    };
-    let path = hosts.at("a", "root");
-    disk::create(&path, 24 << 20).unwrap();
-    let mut source = ferry::run(&Guest::new("work=disk", 64).disk("root", &path)).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    let folder = hosts.at("b", "");
-    let options = ["--disk-dir", text(&folder)];
-    // Known before anything travels…
-    let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
-    let ended = ferry::migrate(&source, &destination.address, &["--disks", "full"]).unwrap();
-    assert_failed(&ended, "bytes free, the guest's disks need");
-    assert_eq!(hosts.files("b"), [""; 0]);
-    assert_goes_on(&mut source);
-    drop((source, small));
-    // …or only when somebody else takes the space meanwhile.
-    let small = ferry_tests::image::SmallFileSystem::mount(&hosts.at("b", ""), 64 << 20).unwrap();
-    let mut source = busy(&hosts);
-    let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
-    let slow = ["--disks", "full", "--max-bandwidth", "8M"];
-    let migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    fill(&hosts.at("b", "greedy"), 0, 56 << 20, Pattern::Random).unwrap();
-    let ended = migration.end(SOON).unwrap();
-    assert_failed(&ended, "disk root: writing ");
-    assert!(ended.errors.contains("os error 28"), "{}", ended.errors);
-    assert_goes_on(&mut source);
-    assert_eq!(hosts.files("b"), ["greedy"]);
-    drop(small);
-}
-
-#[test]
-fn a_disk_that_shrinks_or_is_replaced_while_it_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let path = hosts.at("a", "data");
-    disk::create(&path, 64 << 20).unwrap();
-    fill(&path, 0, 64 << 20, Pattern::Random).unwrap();
-    let guest = Guest::new("work=idle", 64).disk("data", &path);
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    let folder = hosts.at("b", "");
-    let receive = || ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
-    let slow = ["--disks", "full", "--max-bandwidth", "20M"];
-    // Truncated: what is gone cannot be read.
-    let mut destination = receive();
-    let migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-    file.set_len(32 << 20).unwrap();
-    assert_failed(&migration.end(SOON).unwrap(), "disk data: reading ");
-    assert_ne!(destination.vmm.process.exit_code(SOON).unwrap(), 0);
-    assert_eq!(hosts.files("b"), [""; 0]);
-    assert_eq!(source.qmp().unwrap().run_state().unwrap(), "running");
-    // Grown, then replaced by another file of its name: the guest's disk is still the one it opened.
-    file.set_len(64 << 20).unwrap();
-    fill(&path, 32 << 20, 32 << 20, Pattern::Random).unwrap();
-    let mut destination = receive();
-    let migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    file.set_len(65 << 20).unwrap();
-    let old = hosts.at("a", "old");
-    std::fs::rename(&path, &old).unwrap();
-    disk::create(&path, 64 << 20).unwrap();
-    let ended = migration.end(SOON).unwrap();
-    assert_eq!(ended.code, 0, "{}", ended.errors);
-    file.set_len(64 << 20).unwrap();
-    assert_same(&old, &hosts.at("b", "data.img"));
-    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-}
-
 #[test]
 fn a_read_only_disk_travels_and_stays_read_only() {
     if skip::kvm_is_missing() {
         return;
     }
     let hosts = Hosts::new();
-    let path = hosts.at("a", "cd");
-    disk::create(&path, 4 << 20).unwrap();
-    fill(&path, 0, 4 << 20, Pattern::Random).unwrap();
+    let path = hosts.random("cd", 4 << 20);
     let mut guest = Guest::new("work=idle", 64).disk("cd", &path);
     guest.disks[0].push_str(",readonly=on");
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    let folder = hosts.at("b", "");
-    let mut destination =
-        ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
+    let source = started(&guest);
+    let mut destination = hosts.receive();
     ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
     assert_same(&path, &hosts.at("b", "cd.img"));
     let blocks = destination.vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
     assert_eq!(blocks[0]["inserted"]["ro"], true, "{blocks}");
     assert_eq!(blocks[0]["inserted"]["file"], text(&hosts.at("b", "cd.img")), "{blocks}");
     ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-}
-
-#[test]
-fn a_cancel_while_disks_travel_leaves_nothing_and_a_retry_moves_them() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let mut source = busy(&hosts);
-    let folder = hosts.at("b", "");
-    let receive = || ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
-    let destination = receive();
-    let slow = ["--disks", "full", "--max-bandwidth", "8M"];
-    let mut migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    assert_eq!(hosts.files("b"), ["root.img.partial"]);
-    migration.client.signal(libc::SIGINT).unwrap();
-    let ended = migration.end(SOON).unwrap();
-    assert_eq!((ended.code, ended.summary["status"].as_str()), (1, Some("cancelled")));
-    assert_goes_on(&mut source);
-    let mut vmm = destination.vmm;
-    assert_ne!(vmm.process.exit_code(SOON).unwrap(), 0);
-    assert_eq!(hosts.files("b"), [""; 0]);
-    let mut destination = receive();
-    let fast = ["--disks", "full", "--max-bandwidth", "0"];
-    ferry::migrate_well(&source, &destination.address, &fast).unwrap();
-    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
-}
-
-#[test]
-fn either_side_may_be_killed_in_the_middle() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let mut source = busy(&hosts);
-    let folder = hosts.at("b", "");
-    let receive = || ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
-    let slow = ["--disks", "full", "--max-bandwidth", "8M"];
-    let mut destination = receive();
-    let migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    destination.vmm.process.kill().unwrap();
-    assert_failed(&migration.end(SOON).unwrap(), "connection lost");
-    assert_goes_on(&mut source);
-    // Its name says what it is, and the next attempt takes it over.
-    assert_eq!(hosts.files("b"), ["root.img.partial"]);
-    let destination = receive();
-    let migration = ferry::start_migrate(&source, &destination.address, &slow).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
-    source.process.kill().unwrap();
-    let mut vmm = destination.vmm;
-    assert_ne!(vmm.process.exit_code(SOON).unwrap(), 0);
-    assert_eq!(hosts.files("b"), [""; 0]);
-    assert_eq!(vmm.serial().text(), "", "no guest ran there");
-    drop(migration);
-    // The image at the source is whole: what is in each sector is its own.
-    disk::verify(&hosts.at("a", "root")).unwrap();
 }
 
 #[test]
@@ -405,8 +174,7 @@ fn some_disks_travel_and_others_stay() {
     fill(&own, 0, 4 << 20, Pattern::Random).unwrap();
     // The first disk is the one that the guest writes.
     let guest = Guest::new("work=disk", 64).disk("shared", &shared).disk("own", &own);
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=2 ").unwrap();
+    let source = started(&guest);
     let (folder, give) = (hosts.at("b", ""), format!("shared={}", text(&shared)));
     let options = ["--disk-dir", text(&folder), "--disk", &give];
     let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
@@ -422,17 +190,11 @@ fn a_cap_holds_and_progress_is_told_per_disk() {
         return;
     }
     let hosts = Hosts::new();
-    let path = hosts.at("a", "data");
-    disk::create(&path, 40 << 20).unwrap();
-    fill(&path, 0, 40 << 20, Pattern::Random).unwrap();
-    let source = ferry::run(&Guest::new("work=idle", 64).disk("data", &path)).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
-    let folder = hosts.at("b", "");
-    let mut destination =
-        ferry::receive_at("tcp:127.0.0.1:0", &["--disk-dir", text(&folder)]).unwrap();
+    let path = hosts.random("data", 40 << 20);
+    let source = started(&Guest::new("work=idle", 64).disk("data", &path));
+    let mut destination = hosts.receive();
     let options = ["--disks", "full", "--max-bandwidth", "20M"];
-    let migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
-    migration.client.out.wait_for("\"active\"", SOON).unwrap();
+    let migration = moving(&source, &destination.address, &options);
     let mut qmp = source.qmp().unwrap();
     let mut last = 0;
     // 40 MiB at 20 MiB/s: progress can be watched.
@@ -474,9 +236,7 @@ fn overlay_on_base(hosts: &Hosts) -> (PathBuf, PathBuf) {
 fn busy_on(path: &Path, more: &str) -> Vmm {
     let mut guest = Guest::new("work=disk disk_mb=4", 64).disk("root", path);
     guest.disks[0].push_str(more);
-    let source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=2 ").unwrap();
-    source
+    started(&guest)
 }
 
 #[test]
@@ -493,7 +253,9 @@ fn disks_change_their_format_on_the_way() {
         let give = format!("root={},format={to}", text(&there));
         let options = ["--disk", give.as_str(), "--paused"];
         let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
-        ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
+        // The source lives, and has written back all that its image's map has to say.
+        let options = ["--disks", "full", "--keep-source"];
+        ferry::migrate_well(&source, &destination.address, &options).unwrap();
         assert_same_as((&here, from), (&there, to));
         destination.vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
         ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
@@ -546,47 +308,4 @@ fn only_what_lies_above_the_same_backing_file_travels() {
     ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
     let blocks = destination.vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
     assert_eq!(blocks[0]["inserted"]["backing_file"], text(&base_there), "{blocks}");
-}
-
-#[test]
-fn a_guest_whose_disk_is_full_is_stopped_told_of_and_goes_on_when_there_is_room() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let hosts = Hosts::new();
-    let Some(small) = ferry_tests::image::SmallFileSystem::mount(&hosts.at("a", ""), 16 << 20)
-    else {
-        return skip::skip("no right to mount a small file system");
-    };
-    let (path, filler) = (hosts.at("a", "root"), hosts.at("a", "filler"));
-    fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
-    disk::create(&path, 8 << 20).unwrap();
-    let mut guest = Guest::new("work=disk", 64).disk("root", &path);
-    guest.disks[0].push_str(",werror=enospc");
-    let mut vmm = ferry::run(&guest).unwrap();
-    let mut qmp = vmm.qmp().unwrap();
-    let stopped = |event: &serde_json::Value| event["event"] == "STOP";
-    let told = |event: &serde_json::Value| {
-        event["event"] == "BLOCK_IO_ERROR"
-            && (event["data"]["action"].as_str(), event["data"]["nospace"].as_bool())
-                == (Some("stop"), Some(true))
-    };
-    qmp.wait_event_where(SOON, told).unwrap();
-    qmp.wait_event_where(SOON, stopped).unwrap();
-    vmm.process.err.wait_for("disk root: No space left", SOON).unwrap();
-    assert_eq!(qmp.run_state().unwrap(), "io-error");
-    let blocks = qmp.execute("query-block", json!({})).unwrap();
-    assert_eq!(blocks[0]["io-status"], "failed", "{blocks}");
-    // It cannot move like that, and going on is for nothing.
-    let refusal = qmp.refused("migrate", json!({"uri": "tcp:127.0.0.1:9"})).unwrap();
-    assert!(refusal.description.contains("io-error"), "{refusal}");
-    qmp.execute("cont", json!({})).unwrap();
-    qmp.wait_event_where(SOON, told).unwrap();
-    qmp.wait_event_where(SOON, stopped).unwrap();
-    std::fs::remove_file(&filler).unwrap();
-    qmp.execute("cont", json!({})).unwrap();
-    vmm.wait_line("^HB n=2 ").unwrap();
-    assert_eq!(vmm.check().unwrap().corrupt, 0);
-    drop(vmm);
-    drop(small);
 }

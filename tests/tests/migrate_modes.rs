@@ -2,15 +2,14 @@
 //! moves that are killed, cut and cancelled.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::{self, Destination, Guest};
+use ferry_tests::ferry::{self, Guest};
 use ferry_tests::lines::Lines;
+use ferry_tests::pair::Pair;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::proxy::{self, Proxy};
-use ferry_tests::qmp::Qmp;
+use ferry_tests::qmp::{ENDS, is_end};
 use ferry_tests::skip;
-use ferry_tests::verdict::Transcript;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wish {
@@ -44,11 +43,7 @@ impl Wish {
                 let expected = if wanted { usize::from(count) + 1 } else { 2 };
                 assert_eq!(connections, expected);
             }
-            Xbzrle => {
-                let pages = number("/xbzrle-cache/pages");
-                assert_eq!(pages + number("/xbzrle-cache/cache-miss") > 0, wanted, "{summary}");
-                assert!(number("/xbzrle-cache/bytes") <= pages * 3000, "{summary}");
-            }
+            Xbzrle => assert_eq!(has_deltas(summary), wanted, "{summary}"),
             Zlib | Zstd => {
                 let pages = number("/compression/pages");
                 assert!(pages > 0, "{summary}");
@@ -76,6 +71,13 @@ fn compresses(mode: &[Wish]) -> bool {
     mode.iter().any(|wish| matches!(wish, Zlib | Zstd))
 }
 
+/// Whether some pages went as what had changed of them.
+fn has_deltas(summary: &Value) -> bool {
+    let number = |name: &str| summary["xbzrle-cache"][name].as_u64().unwrap_or(0);
+    assert!(number("bytes") <= number("pages") * 3000, "{summary}");
+    number("pages") > 0
+}
+
 /// A guest on its way from process to process.
 struct Traveller {
     host: Vmm,
@@ -84,8 +86,10 @@ struct Traveller {
 }
 
 impl Traveller {
-    fn boot(guest: &Guest) -> Self {
-        let host = ferry::run(guest).unwrap();
+    /// A guest that writes text.
+    fn boot(work: &str) -> Self {
+        let work = format!("work=dirty fill=text {work} hb_ms=20");
+        let host = ferry::run(&Guest::new(&work, 128)).unwrap();
         host.wait_line("^HB n=2 ").unwrap();
         Self { host, earlier: Vec::new() }
     }
@@ -100,15 +104,11 @@ impl Traveller {
         let options: Vec<&str> =
             options.iter().map(String::as_str).chain(limits.iter().copied()).collect();
         let ended = ferry::migrate_well(&self.host, proxy.address(), &options).unwrap();
-        for wish in mode {
+        for wish in mode.iter().filter(|wish| **wish != Xbzrle) {
             wish.assert_seen(true, &ended.summary, proxy.connections());
         }
         if one_channel {
             assert_eq!(proxy.connections(), 2);
-        }
-        // Pages that compress well may leave nothing for deltas, and no third round.
-        if mode.contains(&Xbzrle) && !compresses(mode) {
-            assert!(ended.summary["xbzrle-cache"]["pages"].as_u64() > Some(0), "{}", ended.summary);
         }
         if !mode.contains(&Xbzrle) {
             Xbzrle.assert_seen(false, &ended.summary, 0);
@@ -130,15 +130,19 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
     if skip::kvm_is_missing() {
         return;
     }
-    // Writes little enough to converge by itself, and always the same 2 MiB, so that most of what is
-    // sent in a later round has been sent before.
-    let work = "work=dirty fill=text fill_pct=20 ws_mb=2 rate_mbps=20 change_pct=10 hb_ms=20";
-    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    // Writes little enough to converge by itself, and always the same 8 MiB, so that most of what is
+    // sent in a later round has been sent before; and so little of a page that no compressor does
+    // better than a delta.
+    let mut guest = Traveller::boot("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
     for mode in modes(&[Channels(4), Xbzrle, Zlib, Zstd]) {
         // Under a cap, so that fewer bytes are less time; text shrinks to a twentieth.
         let cap = if compresses(&mode) { "4M" } else { "60M" };
-        for _there_and_back in 0..2 {
-            guest.hop(&mode, &["--max-bandwidth", cap, "--downtime-limit", "5ms"]);
+        let limits = ["--max-bandwidth", cap, "--downtime-limit", "5ms"];
+        let there_and_back = [guest.hop(&mode, &limits), guest.hop(&mode, &limits)];
+        if mode.contains(&Xbzrle) && !there_and_back.iter().any(has_deltas) {
+            // On a busy host the guest may have had no CPU for as long as a round takes.
+            let seen = (0..4).any(|_| has_deltas(&guest.hop(&mode, &limits)));
+            assert!(seen, "{mode:?}: six moves without a delta, the first: {there_and_back:?}");
         }
     }
 }
@@ -148,8 +152,7 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
     if skip::kvm_is_missing() {
         return;
     }
-    let work = "work=dirty fill=text fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50 hb_ms=20";
-    let mut guest = Traveller::boot(&Guest::new(work, 128));
+    let mut guest = Traveller::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
     for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
         if mode.len() == 2 {
             continue;
@@ -159,7 +162,7 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
         guest.host.qmp().unwrap().execute("migrate-set-parameters", bold).unwrap();
         // What is compressed would be no trouble otherwise; deltas are not.
         let cap = match (compresses(&mode), mode.contains(&Xbzrle)) {
-            (true, true) => "6M",
+            (true, true) => "3M",
             (true, false) => "2M",
             (false, _) => "30M",
         };
@@ -170,18 +173,26 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
             rounds.iter().any(|round| round["cpu-throttle-percentage"].as_u64() > Some(0))
         };
         // On a busy host the guest may be slow for want of a CPU.
-        let seen = (0..4).any(|_| throttled(&guest.hop(&mode, &limits)));
-        assert!(seen, "{mode:?}: four moves, and never slowed down");
+        let seen = (0..4).map(|_| guest.hop(&mode, &limits)).find(throttled);
+        let summary = seen.unwrap_or_else(|| panic!("{mode:?}: four moves, never slowed down"));
+        // What packs to less than its delta is packed.
+        if mode.contains(&Xbzrle) && !compresses(&mode) {
+            Xbzrle.assert_seen(true, &summary, 0);
+        }
     }
 }
 
-const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+/// The channels of a migration, and its other parameters and capabilities.
+type Mode = (Value, &'static [&'static str]);
 
-/// The two modes with most to go wrong.
-fn busy_modes() -> [(Value, &'static [&'static str]); 2] {
+/// What is disturbed: every capability, alone or with others. All pairs of them are, byte by byte and step
+/// by step, in the engine's own tests.
+fn disturbed_modes() -> [Mode; 4] {
     [
         (json!({"multifd-channels": 4}), &[]),
         (json!({"multifd-channels": 3, "multifd-compression": "zstd"}), &["xbzrle"]),
+        (json!({"multifd-channels": 1, "multifd-compression": "zlib"}), &["auto-converge"]),
+        (json!({"multifd-channels": 2}), &["xbzrle", "auto-converge"]),
     ]
 }
 
@@ -194,89 +205,42 @@ enum Moment {
 
 const MOMENTS: [Moment; 4] = [Moment::Pass(1), Moment::Pass(2), Moment::Pass(3), Moment::Pause];
 
-/// A migration on its way through a link.
-struct Pair {
-    source: Vmm,
-    destination: Destination,
-    proxy: Proxy,
-    qmp: Qmp,
+/// Starts to move a guest through a link, and waits for `moment`.
+fn moving(moment: Moment, (parameters, capabilities): &Mode) -> (Pair, Proxy) {
+    let work = "work=dirty fill=text fill_pct=40 ws_mb=4 rate_mbps=60 change_pct=30 hb_ms=20";
+    let mut pair = Pair::new(&Guest::new(work, 128)).unwrap();
+    let proxy = proxy::start(&pair.destination.address).unwrap();
+    let on = |name: &&str| json!({"capability": name, "state": true});
+    let capabilities: Vec<_> = capabilities.iter().map(on).collect();
+    let capabilities = json!({"capabilities": capabilities});
+    pair.qmp.execute("migrate-set-capabilities", capabilities).unwrap();
+    pair.qmp.execute("migrate-set-parameters", parameters.clone()).unwrap();
+    let limits = json!({"max-bandwidth": 100_000_000, "downtime-limit": 10});
+    pair.qmp.execute("migrate-set-parameters", limits).unwrap();
+    pair.start_by(proxy.address()).unwrap();
+    let is_it = |event: &Value| {
+        let data = &event["data"];
+        is_end(&data["status"])
+            || match moment {
+                Moment::Pass(pass) => {
+                    event["event"] == "MIGRATION_PASS" && data["pass"].as_u64() >= Some(pass)
+                }
+                Moment::Pause => event["event"] == "STOP",
+            }
+    };
+    pair.qmp.wait_event_where(SOON, is_it).unwrap();
+    (pair, proxy)
 }
 
-impl Pair {
-    /// Starts to move a guest, and waits for `moment`.
-    fn at(moment: Moment, (parameters, capabilities): &(Value, &'static [&'static str])) -> Self {
-        let work = "work=dirty fill=text fill_pct=40 ws_mb=4 rate_mbps=60 change_pct=30 hb_ms=20";
-        let source = ferry::run(&Guest::new(work, 128)).unwrap();
-        let destination = ferry::receive().unwrap();
-        let proxy = proxy::start(&destination.address).unwrap();
-        source.wait_line("^HB n=1 ").unwrap();
-        let mut qmp = source.qmp().unwrap();
-        let on = |name: &&str| json!({"capability": name, "state": true});
-        let capabilities: Vec<_> = ["events"].iter().chain(*capabilities).map(on).collect();
-        let capabilities = json!({"capabilities": capabilities});
-        qmp.execute("migrate-set-capabilities", capabilities).unwrap();
-        qmp.execute("migrate-set-parameters", parameters.clone()).unwrap();
-        let limits = json!({"max-bandwidth": 100_000_000, "downtime-limit": 10});
-        qmp.execute("migrate-set-parameters", limits).unwrap();
-        qmp.execute("migrate", json!({"uri": proxy.address()})).unwrap();
-        let is_it = |event: &Value| {
-            let data = &event["data"];
-            ENDS.iter().any(|status| data["status"] == *status)
-                || match moment {
-                    Moment::Pass(pass) => {
-                        event["event"] == "MIGRATION_PASS" && data["pass"].as_u64() >= Some(pass)
-                    }
-                    Moment::Pause => event["event"] == "STOP",
-                }
-        };
-        qmp.wait_event_where(SOON, is_it).unwrap();
-        Self { source, destination, proxy, qmp }
-    }
-
-    /// How the migration ended, as the source says.
-    fn outcome(&mut self) -> Value {
-        let deadline = Instant::now() + SOON;
-        loop {
-            let info = self.qmp.execute("query-migrate", json!({})).unwrap();
-            if ENDS.iter().any(|status| info["status"] == *status) {
-                return info;
-            }
-            assert!(Instant::now() < deadline, "no end in sight: {info}");
-            // Woken by the next event, whatever it is, or in a moment.
-            let _ = self.qmp.wait_event_where(Duration::from_millis(20), |_| true);
-        }
-    }
-
-    /// The guest runs on at the source, whole, and has never run at the destination.
-    fn assert_stayed(&mut self) {
-        assert_eq!(self.qmp.run_state().unwrap(), "running");
-        self.source.wait_next_line("^HB ").unwrap();
-        assert_eq!(self.source.check().unwrap().corrupt, 0);
-        assert_eq!(self.destination.vmm.serial().text(), "", "it ran at the destination too");
-        Transcript::of([self.source.serial()]).judge().unwrap();
-    }
-
-    /// The guest runs on at the destination, whole, and has stopped at the source.
-    fn assert_moved(&mut self) {
-        assert_eq!(self.qmp.run_state().unwrap(), "postmigrate");
-        let said = self.source.serial().text();
-        ferry::verify_at(&mut self.destination.vmm, &[self.source.serial()]).unwrap();
-        assert_eq!(self.source.serial().text(), said, "it runs at the source too");
-    }
-
-    /// And it can still move.
-    fn move_after_all(&mut self) {
-        self.destination = ferry::receive().unwrap();
-        self.qmp.execute("migrate", json!({"uri": self.destination.address})).unwrap();
-        assert_eq!(self.outcome()["status"], "completed");
-        self.assert_moved();
-    }
+fn assert_moved(pair: &mut Pair) {
+    assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+    pair.check_moved().unwrap();
 }
 
 /// Whether the guest has stayed, after something that no side was killed by. Where it is, it is whole.
 fn judge(pair: &mut Pair, info: &Value) -> bool {
     if info["status"] == "completed" {
-        pair.assert_moved();
+        assert_moved(pair);
         return false;
     }
     if info["x-outcome"] == "unknown" {
@@ -284,7 +248,7 @@ fn judge(pair: &mut Pair, info: &Value) -> bool {
         return false;
     }
     assert_eq!(info["status"], "failed", "{info}");
-    pair.assert_stayed();
+    pair.check_stayed().unwrap();
     true
 }
 
@@ -293,20 +257,20 @@ fn a_destination_that_is_killed_never_costs_the_guest_in_any_mode() {
     if skip::kvm_is_missing() {
         return;
     }
-    for mode in busy_modes() {
+    for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
             eprintln!("killing the destination of {mode:?} at {moment:?}");
-            let mut pair = Pair::at(moment, &mode);
+            let (mut pair, _proxy) = moving(moment, &mode);
             pair.destination.vmm.process.kill().unwrap();
-            let info = pair.outcome();
+            let info = pair.qmp.migration_end().unwrap();
             if info["status"] == "completed" || info["x-outcome"] == "unknown" {
                 assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
                 continue;
             }
             assert_eq!(info["status"], "failed", "{info}");
-            pair.assert_stayed();
-            pair.move_after_all();
+            pair.check_stayed().unwrap();
+            pair.move_after_all().unwrap();
             stayed += 1;
         }
         assert!(stayed >= 2, "no moment was early enough to test anything");
@@ -318,10 +282,10 @@ fn a_source_that_is_killed_never_leaves_half_a_guest_in_any_mode() {
     if skip::kvm_is_missing() {
         return;
     }
-    for mode in busy_modes() {
+    for mode in disturbed_modes() {
         for moment in MOMENTS {
             eprintln!("killing the source of {mode:?} at {moment:?}");
-            let mut pair = Pair::at(moment, &mode);
+            let (mut pair, _proxy) = moving(moment, &mode);
             pair.source.process.kill().unwrap();
             let destination = &mut pair.destination.vmm;
             // The guest has arrived whole, or the destination ends without it.
@@ -340,20 +304,20 @@ fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
     if skip::kvm_is_missing() {
         return;
     }
-    for mode in busy_modes() {
+    for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
             // All; the main connection alone; the last data channel alone.
             for cut in ["all", "main", "data"] {
                 eprintln!("cutting {cut} of {mode:?} at {moment:?}");
-                let mut pair = Pair::at(moment, &mode);
-                let last = pair.proxy.connections() - 1;
-                pair.proxy.cut(|index| match cut {
+                let (mut pair, proxy) = moving(moment, &mode);
+                let last = proxy.connections() - 1;
+                proxy.cut(|index| match cut {
                     "all" => true,
                     "main" => index == 0,
                     _ => index == last,
                 });
-                let info = pair.outcome();
+                let info = pair.qmp.migration_end().unwrap();
                 if !judge(&mut pair, &info) {
                     continue;
                 }
@@ -374,21 +338,21 @@ fn a_cancel_leaves_the_guest_at_the_source_in_any_mode_and_a_retry_succeeds() {
     if skip::kvm_is_missing() {
         return;
     }
-    for mode in busy_modes() {
+    for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
             eprintln!("cancelling {mode:?} at {moment:?}");
-            let mut pair = Pair::at(moment, &mode);
+            let (mut pair, _proxy) = moving(moment, &mode);
             pair.qmp.execute("migrate_cancel", json!({})).unwrap();
-            let info = pair.outcome();
+            let info = pair.qmp.migration_end().unwrap();
             if info["status"] == "completed" {
-                pair.assert_moved();
+                assert_moved(&mut pair);
                 continue;
             }
             assert_eq!(info["status"], "cancelled", "{info}");
-            pair.assert_stayed();
+            pair.check_stayed().unwrap();
             assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
-            pair.move_after_all();
+            pair.move_after_all().unwrap();
             stayed += 1;
         }
         assert!(stayed >= 2, "no moment was early enough to test anything");
@@ -424,8 +388,7 @@ fn move_with_changes() -> bool {
         (10, json!({"downtime-limit": 1000, "max-bandwidth": 0})),
     ] {
         let later = |event: &Value| {
-            event["data"]["pass"].as_u64() >= Some(pass)
-                || ENDS.iter().any(|status| event["data"]["status"] == *status)
+            event["data"]["pass"].as_u64() >= Some(pass) || is_end(&event["data"]["status"])
         };
         let event = qmp.wait_event_where(SOON, later).unwrap();
         if event["event"] != "MIGRATION_PASS" {

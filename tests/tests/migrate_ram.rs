@@ -3,6 +3,7 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::qmp::Qmp;
 use ferry_tests::verdict::Transcript;
 use ferry_tests::{disk, skip};
 use serde_json::json;
@@ -325,6 +326,41 @@ fn a_disk_that_the_destination_may_not_open_is_refused_before_any_page() {
         assert!(sent < 1 << 20, "{options:?}: refused after {sent} bytes");
         assert_goes_on(&mut source);
     }
+}
+
+#[test]
+fn statistics_survive_completion_on_both_sides() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=dirty fill=text ws_mb=8 rate_mbps=50 change_pct=5", 128);
+    let source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let destination = ferry::receive().unwrap();
+    let options =
+        ["--keep-source", "--channels", "3", "--xbzrle", "--compress", "zstd", "--max-bandwidth"];
+    let options = [&options[..], &["20M"]].concat();
+    let ended = ferry::migrate_well(&source, &destination.address, &options).unwrap();
+    let ask = |qmp: &mut Qmp| qmp.execute("query-migrate", json!({})).unwrap();
+    let (mut here, mut there) = (source.qmp().unwrap(), destination.vmm.qmp().unwrap());
+    let sent = ask(&mut here);
+    assert_eq!(sent, ended.summary);
+    // Rounds, deltas and packing are the source's affair; what has come, both know.
+    for key in ["setup-time", "total-time", "x-downtime-us", "x-rounds", "xbzrle-cache"] {
+        assert!(!sent[key].is_null(), "{key}: {sent}");
+    }
+    there.wait_info(|info| info["status"] == "completed").unwrap();
+    let came = ask(&mut there);
+    for key in ["normal", "duplicate", "total", "normal-bytes", "page-size", "multifd-bytes"] {
+        assert_eq!(sent["ram"][key], came["ram"][key], "{key}: {sent} and {came}");
+    }
+    let multifd = sent["ram"]["multifd-bytes"].as_u64().unwrap();
+    let transferred = sent["ram"]["transferred"].as_u64().unwrap();
+    assert!(multifd > 1 << 20 && multifd < transferred, "{sent}");
+    assert!(came["x-downtime-parts"]["resume"].as_u64() > Some(0), "{came}");
+    // A look does not use them up, and neither does what the guest does afterwards.
+    destination.vmm.wait_line("^HB ").unwrap();
+    assert_eq!((ask(&mut here), ask(&mut there)), (sent, came));
 }
 
 #[test]

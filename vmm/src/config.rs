@@ -1,13 +1,13 @@
 //! What a user can ask for, from the command line, a TOML file or both; checked in one place.
 
+mod disk;
+mod units;
+
+pub use disk::{DiskConfig, ReceiveDisk, is_id};
+pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
+
 use crate::machine::description::check_rng;
 use devices::block::Format;
-use devices::block::failure::ErrorPolicy;
-use devices::block::qcow2::Backing;
-use devices::block::raw::Cache;
-use devices::virtio::blk::MAX_QUEUES;
-use migration::params::Compression;
-use migration::ram::compress::Method;
 use migration::transport::Address;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::path::PathBuf;
@@ -16,90 +16,6 @@ use std::time::Duration;
 
 /// Least RAM of a guest: its kernel starts at 1 MiB.
 const MIN_MEMORY: u64 = 4 << 20;
-
-/// A size such as `512M`, `1G` or `64K`; a plain number is MiB for memory and bytes for rates.
-pub fn parse_size(text: &str, plain_unit: u64) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" => plain_unit,
-        "B" => 1,
-        "K" | "KB" | "KIB" => 1 << 10,
-        "M" | "MB" | "MIB" => 1 << 20,
-        "G" | "GB" | "GIB" => 1 << 30,
-        "T" | "TB" | "TIB" => 1 << 40,
-        other => return Err(format!("unknown unit {other:?} in {text:?}")),
-    };
-    let number: u64 =
-        digits.parse().map_err(|_| format!("{text:?} is not a size such as 512M or 1G"))?;
-    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
-}
-
-/// Memory: a plain number is MiB, as for QEMU.
-pub fn parse_memory(text: &str) -> Result<u64, String> {
-    parse_size(text, 1 << 20)
-}
-
-/// A rate in bytes per second.
-pub fn parse_rate(text: &str) -> Result<u64, String> {
-    parse_size(text, 1)
-}
-
-/// Reads a compression method with its level: `none`, `zlib`, `zlib:6`, `zstd:3`.
-pub fn parse_compression(text: &str) -> Result<(Compression, Option<u8>), String> {
-    let (name, level) = match text.split_once(':') {
-        Some((name, level)) => (name, Some(level)),
-        None => (text, None),
-    };
-    let method = Compression::from_name(name)
-        .ok_or_else(|| format!("{name:?} is not a method; there are none, zlib and zstd"))?;
-    let most = match method {
-        Compression::None if level.is_some() => return Err("none has no level".to_owned()),
-        Compression::None => 0,
-        Compression::Zlib => Method::MAX_ZLIB_LEVEL,
-        Compression::Zstd => Method::MAX_ZSTD_LEVEL,
-    };
-    let level = level.map(|level| {
-        let number = level.parse().ok().filter(|number| *number <= most);
-        number.ok_or_else(|| format!("{level:?} is not a level of {name}, from 0 to {most}"))
-    });
-    Ok((method, level.transpose()?))
-}
-
-/// `on` or `off`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Switch(pub bool);
-
-impl FromStr for Switch {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "on" => Ok(Self(true)),
-            "off" => Ok(Self(false)),
-            other => Err(format!("{other:?} is neither on nor off")),
-        }
-    }
-}
-
-/// A duration such as `20ms`, `30s` or `2m`; a plain number is seconds.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let number: f64 = digits
-        .parse()
-        .ok()
-        .filter(|number: &f64| number.is_finite() && *number >= 0.0)
-        .ok_or_else(|| format!("{text:?} is not a duration such as 20ms or 30s"))?;
-    let seconds = match &text[digits.len()..] {
-        "us" => number / 1e6,
-        "ms" => number / 1e3,
-        "" | "s" => number,
-        "m" | "min" => number * 60.0,
-        "h" => number * 3600.0,
-        other => return Err(format!("unknown unit {other:?} in {text:?}")),
-    };
-    Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text:?} is too long"))
-}
-
 /// Where COM1 goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum SerialConfig {
@@ -139,126 +55,6 @@ impl FromStr for SocketPath {
         match text.strip_prefix("unix:") {
             Some(path) if !path.is_empty() => Ok(Self(path.into())),
             _ => Err(format!("{text:?}: expected unix:PATH")),
-        }
-    }
-}
-
-/// A disk: `path=…,id=…,format=raw,readonly=on,queues=4,cache=none`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// The image.
-    pub path: PathBuf,
-    /// Its name; `disk0`, `disk1`… if not given.
-    pub id: Option<String>,
-    /// How its bytes lie in the image. Never guessed from that.
-    pub format: Format,
-    /// Whether the guest may only read.
-    pub read_only: bool,
-    /// What becomes of requests that fail.
-    pub errors: ErrorPolicy,
-    /// Number of its queues.
-    pub queues: u16,
-    /// Whether the host's page cache is used.
-    pub cache: Cache,
-    /// As it was given.
-    pub text: String,
-}
-
-impl FromStr for DiskConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (mut path, mut id, mut read_only) = (None, None, false);
-        let (mut queues, mut cache, mut format) = (1, Cache::Writeback, Format::Raw);
-        let mut errors = ErrorPolicy::default();
-        for pair in text.split(',') {
-            match pair.split_once('=') {
-                Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
-                Some(("id", value)) => id = Some(value.to_owned()),
-                Some(("format", value)) => format = value.parse()?,
-                Some(("readonly", "on")) => read_only = true,
-                Some(("readonly", "off")) => read_only = false,
-                Some(("queues", value)) => queues = parse_queues(value)?,
-                Some(("cache", value)) => cache = value.parse()?,
-                Some(("rerror", value)) => errors.on_read = value.parse()?,
-                Some(("werror", value)) => errors.on_write = value.parse()?,
-                _ => {
-                    let keys = "path=PATH[,id=ID][,format=raw|qcow2][,readonly=on|off][,queues=N]\
-                                [,cache=writeback|none][,rerror=report|ignore|stop|enospc][,werror=…]";
-                    return Err(format!("{pair:?} in {text:?}: expected {keys}"));
-                }
-            }
-        }
-        let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
-        Ok(Self { path, id, format, read_only, errors, queues, cache, text: text.to_owned() })
-    }
-}
-
-fn parse_queues(text: &str) -> Result<u16, String> {
-    let fine = |queues: &u16| (1..=MAX_QUEUES).contains(queues);
-    text.parse().ok().filter(fine).ok_or_else(|| format!("queues {text:?}: 1 to {MAX_QUEUES}"))
-}
-
-/// Whether `id` can name a disk: no path tricks, and short enough for get-id users to tell apart.
-pub fn is_id(id: &str) -> bool {
-    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
-}
-
-/// A disk of an arriving guest: `ID=PATH[,format=qcow2][,backing=BASE][,cache=none]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReceiveDisk {
-    /// Its name at the source.
-    pub id: String,
-    /// The image here.
-    pub path: PathBuf,
-    /// Whether the host's page cache is used here.
-    pub cache: Cache,
-    /// How its bytes lie in the image here.
-    pub format: Format,
-    /// What an image that is made here stands on.
-    pub backing: Option<Backing>,
-    /// What becomes of requests that fail here.
-    pub errors: ErrorPolicy,
-}
-
-impl FromStr for ReceiveDisk {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            Some((id, path)) if is_id(id) && !path.is_empty() => {
-                let (mut path, mut cache, mut format) = (path, Cache::Writeback, Format::Raw);
-                let (mut backing, mut backing_format) = (None, None);
-                let mut errors = ErrorPolicy::default();
-                // A path may have commas, so only what we know at its end is not part of it.
-                while let Some((rest, option)) = path.rsplit_once(',') {
-                    match option.split_once('=') {
-                        Some(("cache", value)) => cache = value.parse()?,
-                        Some(("rerror", value)) => errors.on_read = value.parse()?,
-                        Some(("werror", value)) => errors.on_write = value.parse()?,
-                        Some(("format", value)) => format = value.parse()?,
-                        Some(("backing", value)) => backing = Some(PathBuf::from(value)),
-                        Some(("backing-format", value)) => backing_format = Some(value.parse()?),
-                        _ => break,
-                    }
-                    path = rest;
-                }
-                let backing = match (backing, backing_format, format) {
-                    (None, None, _) => None,
-                    (Some(path), Some(format), Format::Qcow2) => Some(Backing { path, format }),
-                    _ => {
-                        return Err(format!(
-                            "{text:?}: a backing file needs format=qcow2, backing=PATH and \
-                             backing-format=raw|qcow2"
-                        ));
-                    }
-                };
-                Ok(Self { id: id.to_owned(), path: path.into(), cache, format, backing, errors })
-            }
-            _ => Err(format!(
-                "{text:?}: expected ID=PATH[,format=raw|qcow2][,backing=PATH,backing-format=…][,cache=writeback|none]"
-            )),
         }
     }
 }
@@ -545,21 +341,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_and_durations_are_read_as_people_write_them() {
-        assert_eq!(parse_memory("512M"), Ok(512 << 20));
-        assert_eq!(parse_memory("128"), Ok(128 << 20));
-        assert_eq!(parse_rate("1G"), Ok(1 << 30));
-        assert_eq!(parse_duration("20ms"), Ok(Duration::from_millis(20)));
-        assert_eq!(parse_duration("1.5"), Ok(Duration::from_millis(1500)));
-        for bad in ["", "M", "12Q", "-1", "99999999999T"] {
-            assert!(parse_memory(bad).is_err(), "{bad}");
-        }
-        for bad in ["", "s", "-1s", "5y", "inf"] {
-            assert!(parse_duration(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
     fn every_problem_is_reported_at_once_by_option() {
         let options = RunOptions {
             memory: Some("3K".into()),
@@ -575,30 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn disks_and_consoles_are_read_and_tricks_refused() {
-        let disk: DiskConfig = "path=/a,id=root,format=raw,readonly=on".parse().unwrap();
-        assert_eq!((disk.id.as_deref(), disk.read_only), (Some("root"), true));
-        assert_eq!((disk.queues, disk.cache), (1, Cache::Writeback));
-        let disk: DiskConfig = "path=/a,queues=16,cache=none".parse().unwrap();
-        assert_eq!((disk.queues, disk.cache), (16, Cache::None));
-        for bad in ["queues=0", "queues=17", "queues=", "queues=-1", "cache=unsafe", "cache="] {
-            assert!(format!("path=/a,{bad}").parse::<DiskConfig>().is_err(), "{bad}");
-        }
-        let given = |text: &str| text.parse::<ReceiveDisk>().map(|disk| (disk.path, disk.cache));
-        assert_eq!(given("d=/a"), Ok(("/a".into(), Cache::Writeback)));
-        assert_eq!(given("d=/a,b,cache=none"), Ok(("/a,b".into(), Cache::None)));
-        assert_eq!(given("d=/a,x=y,cache=none,format=raw"), Ok(("/a,x=y".into(), Cache::None)));
-        let disk: ReceiveDisk = "d=/a,format=qcow2,backing=/b,backing-format=raw".parse().unwrap();
-        let backing = Backing { path: "/b".into(), format: Format::Raw };
-        assert_eq!((disk.path.to_str(), disk.backing), (Some("/a"), Some(backing)));
-        for bad in ["backing=/b", "format=qcow2,backing=/b", "backing=/b,backing-format=raw"] {
-            assert!(format!("d=/a,{bad}").parse::<ReceiveDisk>().is_err(), "{bad}");
-        }
-        assert!(given("d=/a,cache=no").is_err() && given("d=/a,format=vmdk").is_err());
-        for bad in ["", "id=x", "path=/a,format=vmdk", "path=/a,size=3", "path=/a,readonly=maybe"] {
-            assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");
-        }
-        assert!("../x=/tmp/a".parse::<ReceiveDisk>().is_err());
+    fn consoles_are_read() {
         assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
         assert!("tty".parse::<SerialConfig>().is_err());
     }

@@ -6,21 +6,23 @@
 //! cancelled migration leaves nothing. A process that is killed leaves a file whose name says what it is,
 //! which the next attempt takes over.
 
+mod partial;
+
 use crate::config::{ReceiveConfig, ReceiveDisk, is_id};
 use crate::machine::MachineError;
 use crate::machine::description::{BackingDescription, DiskDescription, Travels};
-use devices::block::backend::BackingIdentity;
-use devices::block::backend::{BlockBackend, LockError};
+use devices::block::backend::{BackingChain, BlockBackend, GoOn, LockError};
 use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::{Backing, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};
 use devices::block::{BlockNode, Format, open_image};
 use migration::block::IncomingDisk;
+use partial::{Device, Partial};
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,6 +38,12 @@ pub enum ImageError {
     /// There is one.
     #[error("{path} holds an image already: give --overwrite to replace it")]
     Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It was to be replaced, but it is another one now.
+    #[error("{path} is not the file any more that was there when the guest began to arrive")]
+    Changed {
         /// The file.
         path: PathBuf,
     },
@@ -68,22 +76,42 @@ pub enum ImageError {
     },
     /// Another one.
     #[error(
-        "its backing file differs: {theirs:?} at the source has {their_len} bytes and checksum \
-         {their_sum}, {path} here has {len} bytes and checksum {sum}"
+        "its backing file differs: {theirs:?} at the source has {their_len} bytes, {path} here has \
+         {len}"
     )]
-    BackingDiffers {
+    BackingSizeDiffers {
         /// The source's name for it.
         theirs: String,
         /// Its size.
         their_len: u64,
-        /// Its checksum.
-        their_sum: String,
         /// The file here.
-        path: PathBuf,
+        path: String,
         /// Its size.
         len: u64,
-        /// Its checksum.
+    },
+    /// Another one, of the same size.
+    #[error(
+        "its backing file differs: the content of {theirs:?} at the source has SHA-256 {their_sum}, \
+         of {path} here {sum}"
+    )]
+    BackingDiffers {
+        /// The source's name for it.
+        theirs: String,
+        /// Its digest.
+        their_sum: String,
+        /// The file here.
+        path: String,
+        /// Its digest.
         sum: String,
+    },
+    /// It cannot be told whether it is the same.
+    #[error("cannot read backing file {path}")]
+    BackingUnreadable {
+        /// The file here.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
     },
     /// It would show other bytes.
     #[error("all of this disk travels: it cannot stand on backing file {path} here")]
@@ -127,51 +155,43 @@ pub enum ImageError {
     Lock(#[from] LockError),
 }
 
-/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
-#[derive(Debug)]
-struct Partial {
-    partial: PathBuf,
-    path: PathBuf,
-    named: bool,
-    settled: bool,
-    /// What it will replace: nobody else shall begin to use that.
-    _replaced: Option<HeldFile>,
+/// A backing file that has to be the source's.
+pub struct BackingCheck {
+    node: Arc<BlockNode>,
+    theirs: BackingDescription,
 }
 
-impl Partial {
-    fn give_name(&mut self) -> io::Result<()> {
-        std::fs::rename(&self.partial, &self.path)?;
-        self.named = true;
-        Ok(())
-    }
-
-    fn take_name(&mut self) {
-        if std::mem::take(&mut self.named)
-            && let Err(error) = std::fs::rename(&self.path, &self.partial)
-        {
-            log::error!("cannot rename {} back: {error}", self.path.display());
+impl BackingCheck {
+    /// Compares all of it, by its digest. A sample would let a file pass that differs elsewhere, and the
+    /// guest would run on a disk that it has never seen. Reads all of it, unless `go_on` says no.
+    pub fn check(&self, go_on: GoOn<'_>) -> Result<(), MachineError> {
+        let id = self.node.id();
+        let Some(chain) = self.node.backing() else { return Ok(()) };
+        let path = chain.files().first().cloned().unwrap_or_default();
+        let sum = match chain.digest(go_on) {
+            Ok(sum) => sum,
+            Err(source) => return Err(failed(id, ImageError::BackingUnreadable { path, source })),
+        };
+        log::info!("disk {id}: backing file {path} has SHA-256 {sum}");
+        if sum == self.theirs.sha256 {
+            return Ok(());
         }
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        let path = if self.named { &self.path } else { &self.partial };
-        if !self.settled
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            log::warn!("cannot remove {}: {error}", path.display());
-        }
+        let (theirs, their_sum) = (self.theirs.name.clone(), self.theirs.sha256.clone());
+        Err(failed(id, ImageError::BackingDiffers { theirs, their_sum, path, sum }))
     }
 }
 
 /// All disks of an arriving guest. Dropping it before [`Images::settle`] removes those that were made.
 #[derive(Default)]
 pub struct Images {
+    // First: a file that is removed is still locked then, so that nobody takes over one that goes.
+    partials: Vec<Partial>,
+    devices: Vec<Device>,
     /// In the order of the description.
     pub nodes: Vec<Arc<BlockNode>>,
     arriving: Vec<IncomingDisk>,
-    partials: Vec<Partial>,
+    /// What they stand on, which is yet to be compared.
+    pub backings: Vec<BackingCheck>,
 }
 
 fn failed(id: &str, source: impl Into<ImageError>) -> MachineError {
@@ -203,23 +223,24 @@ impl Images {
                     Arc::new(BlockNode::new(id, backend).with_policy(place.errors))
                 }
                 Some(travels) => {
-                    let made =
-                        images.make(disk.len_bytes, &place, config.overwrite).and_then(|backend| {
-                            let found = backend.backing_identity();
-                            let found = found.map_err(|source| ImageError::Create {
-                                path: place.path.clone(),
-                                source,
-                            })?;
-                            check_backing(id, travels, &place, found)?;
-                            space.take(&place.path, travels.data_bytes)?;
-                            Ok(backend)
-                        });
+                    let made = images.make(disk.len_bytes, &place, config.overwrite);
+                    let made = made.and_then(|(backend, folder)| {
+                        check_backing(id, travels, &place, backend.as_ref())?;
+                        folder.map_or(Ok(()), |folder| space.take(&folder, travels.data_bytes))?;
+                        Ok(backend)
+                    });
                     let backend = made.map_err(|error| failed(id, error))?;
                     let node = BlockNode::new(id, backend).with_policy(place.errors);
                     let node = if disk.read_only { node.into_read_only() } else { node };
                     let node = Arc::new(node);
                     let only_top = travels.backing.is_some();
                     images.arriving.push(IncomingDisk { node: node.clone(), only_top });
+                    images.backings.extend(
+                        travels
+                            .backing
+                            .clone()
+                            .map(|theirs| BackingCheck { node: node.clone(), theirs }),
+                    );
                     node
                 }
             };
@@ -233,20 +254,26 @@ impl Images {
         self.arriving.clone()
     }
 
-    /// A blank image of this size.
+    /// A blank image of this size, locked with what it stands on, and the folder whose space it takes.
     fn make(
         &mut self,
         len_bytes: u64,
         place: &Place,
         overwrite: bool,
-    ) -> Result<Box<dyn BlockBackend>, ImageError> {
+    ) -> Result<(Box<dyn BlockBackend>, Option<PathBuf>), ImageError> {
         let backing = place.backing.as_ref();
         let path = match std::fs::canonicalize(&place.path) {
             Ok(path) => path,
             Err(error) if error.kind() == io::ErrorKind::NotFound => place.path.clone(),
             Err(source) => return Err(ImageError::Create { path: place.path.clone(), source }),
         };
-        if self.partials.iter().any(|other| other.path == path) {
+        let mut name = path.file_name().map(OsString::from).unwrap_or_default();
+        name.push(".partial");
+        let partial = path.with_file_name(name);
+        let one_of = |other: &Partial| {
+            [&path, &partial].iter().any(|it| [&other.path, &other.partial].contains(it))
+        };
+        if self.partials.iter().any(one_of) {
             return Err(ImageError::Twice { path });
         }
         let replaced = match std::fs::metadata(&path) {
@@ -255,38 +282,54 @@ impl Images {
                 if !overwrite {
                     return Err(ImageError::Exists { path });
                 }
-                return open_device(&path, len_bytes, place.cache);
+                return Ok((self.open_device(&path, len_bytes, place.cache)?, None));
             }
             Ok(there) if !there.is_file() => return Err(ImageError::NotAnImage { path }),
             Ok(there) if there.len() > 0 && !overwrite => return Err(ImageError::Exists { path }),
             Ok(_) => Some(HeldFile::hold(&path)?),
         };
-        let mut name = path.file_name().map(OsString::from).unwrap_or_default();
-        name.push(".partial");
-        let partial = path.with_file_name(name);
+        let folder = Some(folder_of(&path).to_owned());
         let backend: Box<dyn BlockBackend> = match place.format {
             Format::Raw => Box::new(RawFile::create(&partial, &path, len_bytes, place.cache)?),
             Format::Qcow2 => {
                 Box::new(Qcow2File::create(&partial, &path, len_bytes, place.cache, backing)?)
             }
         };
-        self.partials.push(Partial {
-            partial,
-            path,
-            named: false,
-            settled: false,
-            _replaced: replaced,
-        });
-        Ok(backend)
+        self.partials.push(Partial::new(partial, path, overwrite, replaced));
+        // From now on nobody writes what it stands on either.
+        backend.lock()?;
+        Ok((backend, folder))
+    }
+
+    /// Opens a block device of just this size and makes it blank.
+    fn open_device(
+        &mut self,
+        path: &Path,
+        len_bytes: u64,
+        cache: Cache,
+    ) -> Result<Box<dyn BlockBackend>, ImageError> {
+        let failed = |source| ImageError::Create { path: path.to_owned(), source };
+        let device = RawFile::open(path, false, cache)?;
+        device.lock()?;
+        let found = device.len_bytes();
+        if found != len_bytes {
+            return Err(ImageError::WrongSize { path: path.to_owned(), len_bytes, found });
+        }
+        // Refused if it is mounted.
+        let mut exclusive = OpenOptions::new();
+        exclusive.write(true).custom_flags(libc::O_EXCL);
+        let exclusive = exclusive.open(path).map_err(failed)?;
+        self.devices.push(Device::new(path, exclusive));
+        device.write_zeroes(0, len_bytes, true).map_err(failed)?;
+        Ok(Box::new(device))
     }
 
     /// Gives the images their names: the guest is about to run here. If that fails none has one.
     pub fn keep(&mut self) -> Result<(), MachineError> {
         for index in 0..self.partials.len() {
-            if let Some(Err(source)) = self.partials.get_mut(index).map(Partial::give_name) {
-                let path = self.partials.get(index).map(|one| one.path.clone()).unwrap_or_default();
+            if let Some(Err(error)) = self.partials.get_mut(index).map(Partial::give_name) {
                 self.partials.iter_mut().for_each(Partial::take_name);
-                return Err(failed("images", ImageError::Create { path, source }));
+                return Err(failed("images", error));
             }
         }
         Ok(())
@@ -295,31 +338,20 @@ impl Images {
     /// The guest runs: the images stay. Makes their names durable.
     pub fn settle(&mut self) {
         for mut partial in std::mem::take(&mut self.partials) {
-            partial.settled = true;
-            let folder = partial.path.parent().unwrap_or(Path::new("."));
+            partial.settle();
+            let folder = folder_of(&partial.path);
             if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
                 log::warn!("cannot flush {}: {error}", folder.display());
             }
         }
+        std::mem::take(&mut self.devices).iter_mut().for_each(Device::settle);
         self.arriving.clear();
+        self.backings.clear();
     }
 }
 
-/// Opens a block device of just this size and makes it blank.
-fn open_device(
-    path: &Path,
-    len_bytes: u64,
-    cache: Cache,
-) -> Result<Box<dyn BlockBackend>, ImageError> {
-    let device = RawFile::open(path, false, cache)?;
-    device.lock()?;
-    let found = device.len_bytes();
-    if found != len_bytes {
-        return Err(ImageError::WrongSize { path: path.to_owned(), len_bytes, found });
-    }
-    let blank = device.write_zeroes(0, len_bytes, true);
-    blank.map_err(|source| ImageError::Create { path: path.to_owned(), source })?;
-    Ok(Box::new(device))
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Where a disk goes.
@@ -331,30 +363,23 @@ struct Place {
     errors: ErrorPolicy,
 }
 
-/// Whether an image stands on what the source's stands on.
+/// Whether an image may stand on what the source's stands on, as far as sizes tell.
 fn check_backing(
     id: &str,
     travels: &Travels,
     place: &Place,
-    found: Option<BackingIdentity>,
+    backend: &dyn BlockBackend,
 ) -> Result<(), ImageError> {
-    match (&travels.backing, &place.backing, found) {
+    match (&travels.backing, &place.backing, backend.backing().map(BackingChain::len_bytes)) {
         (None, None, _) => Ok(()),
         (None, Some(backing), _) => Err(ImageError::BackingUnwanted { path: backing.path.clone() }),
-        (Some(theirs), Some(backing), Some(found)) => {
-            let BackingDescription { name, len_bytes, checksum } = theirs;
-            if (found.len_bytes, &found.checksum) == (*len_bytes, checksum) {
-                return Ok(());
-            }
-            Err(ImageError::BackingDiffers {
-                theirs: name.clone(),
-                their_len: *len_bytes,
-                their_sum: checksum.clone(),
-                path: backing.path.clone(),
-                len: found.len_bytes,
-                sum: found.checksum,
-            })
-        }
+        (Some(theirs), Some(_), Some(len)) if len == theirs.len_bytes => Ok(()),
+        (Some(theirs), Some(backing), Some(len)) => Err(ImageError::BackingSizeDiffers {
+            theirs: theirs.name.clone(),
+            their_len: theirs.len_bytes,
+            path: backing.path.display().to_string(),
+            len,
+        }),
         (Some(theirs), ..) => {
             let (id, name) = (id.to_owned(), theirs.name.clone());
             Err(ImageError::BackingNotGiven { id, name })
@@ -388,11 +413,7 @@ fn place_of(disk: &DiskDescription, config: &ReceiveConfig) -> Result<Place, Mac
 struct Space(HashMap<u64, u64>);
 
 impl Space {
-    fn take(&mut self, path: &Path, bytes: u64) -> Result<(), ImageError> {
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+    fn take(&mut self, folder: &Path, bytes: u64) -> Result<(), ImageError> {
         let asked = || {
             let device = std::fs::metadata(folder)?.dev();
             let there = rustix::fs::statvfs(folder)?;
@@ -411,123 +432,4 @@ impl Space {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::machine::description::Travels;
-
-    fn disk(id: &str, len_bytes: u64, data_bytes: u64) -> DiskDescription {
-        let travels = Some(Travels { backing: None, data_bytes });
-        DiskDescription { id: id.into(), len_bytes, read_only: false, queues: 1, travels }
-    }
-
-    fn config(more: &[&str]) -> ReceiveConfig {
-        use clap::Parser;
-        let arguments = ["ferry", "receive", "unix:/x"].iter().chain(more);
-        match crate::cli::Cli::parse_from(arguments).command {
-            crate::cli::Command::Receive(args) => args.into_config().unwrap(),
-            _ => unreachable!(),
-        }
-    }
-
-    fn names(folder: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
-        let mut names: Vec<_> =
-            entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn images_get_their_names_at_the_end_or_go() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_str().unwrap();
-        let disks = [disk("root", 3 << 20, 0), disk("data", 512, 0)];
-        let config = config(&["--disk-dir", path]);
-        let images = Images::prepare(&disks, &config).unwrap();
-        assert_eq!(names(folder.path()), ["data.img.partial", "root.img.partial"]);
-        assert_eq!(images.arriving().len(), 2);
-        // Nobody else writes there meanwhile.
-        let other = Images::prepare(&disks, &config).err().unwrap();
-        assert!(crate::error::chain(&other).contains("in use by another"), "{other:?}");
-        drop(images);
-        assert_eq!(names(folder.path()), [""; 0]);
-        let mut images = Images::prepare(&disks, &config).unwrap();
-        images.keep().unwrap();
-        assert_eq!(names(folder.path()), ["data.img", "root.img"]);
-        drop(images);
-        assert_eq!(names(folder.path()), [""; 0], "the guest did not start after all");
-        let mut images = Images::prepare(&disks, &config).unwrap();
-        images.nodes[0].fill_at(&[1; 512], 512).unwrap();
-        images.keep().unwrap();
-        images.settle();
-        assert!(images.nodes[0].location().ends_with("/root.img"));
-        drop(images);
-        assert_eq!(names(folder.path()), ["data.img", "root.img"]);
-        let meta = std::fs::metadata(folder.path().join("root.img")).unwrap();
-        assert_eq!(meta.len(), 3 << 20);
-        assert!(meta.blocks() * 512 <= 64 << 10, "it is sparse");
-    }
-
-    #[test]
-    fn an_image_that_is_there_is_replaced_only_on_request_and_only_at_the_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.img");
-        std::fs::write(&path, vec![7; 1024]).unwrap();
-        let give = format!("root={}", path.display());
-        let disks = [disk("root", 512, 0)];
-        let error = Images::prepare(&disks, &config(&["--disk", &give])).err().unwrap();
-        assert!(crate::error::chain(&error).contains("--overwrite"), "{error:?}");
-        let config = config(&["--disk", &give, "--overwrite"]);
-        drop(Images::prepare(&disks, &config).unwrap());
-        assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1024], "it stays until then");
-        // What another machine uses is not replaced.
-        let used = RawFile::open(&path, false, Cache::Writeback).unwrap();
-        used.lock().unwrap();
-        let error = Images::prepare(&disks, &config).err().unwrap();
-        assert!(crate::error::chain(&error).contains("in use by another"), "{error:?}");
-        drop(used);
-        let mut images = Images::prepare(&disks, &config).unwrap();
-        images.keep().unwrap();
-        images.settle();
-        drop(images);
-        assert_eq!(std::fs::read(&path).unwrap(), vec![0; 512]);
-        assert_eq!(names(folder.path()), ["x.img"]);
-        // A file without content is nobody's image.
-        std::fs::write(&path, "").unwrap();
-        assert!(Images::prepare(&disks, &self::config(&["--disk", &give])).is_ok());
-    }
-
-    #[test]
-    fn what_cannot_be_made_is_refused_by_name_and_leaves_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_str().unwrap();
-        let refuse = |disks: &[DiskDescription], more: &[&str], expected: &str| {
-            let error = Images::prepare(disks, &config(more)).err().unwrap();
-            let text = crate::error::chain(&error);
-            assert!(text.contains(expected), "{text:?} lacks {expected:?}");
-        };
-        for trick in ["../root", "/etc/x", "..", "", "a/b", "a\0b", ".hidden"] {
-            refuse(&[disk(trick, 512, 0)], &["--disk-dir", path], "the stream names a disk");
-        }
-        refuse(&[disk("root", 512, 0)], &[], "--disk root=PATH");
-        let missing = folder.path().join("none/at/all");
-        refuse(&[disk("root", 512, 0)], &["--disk-dir", missing.to_str().unwrap()], "none/at/all");
-        refuse(&[disk("root", 512, 0)], &["--disk-dir", "/proc"], "/proc/root.img");
-        refuse(
-            &[disk("a", 512, 0), disk("b", 512, u64::MAX / 2)],
-            &["--disk-dir", path],
-            "bytes free",
-        );
-        let same = [format!("a={path}/x"), format!("b={path}/x")];
-        let same = ["--disk", &same[0], "--disk", &same[1]];
-        refuse(&[disk("a", 512, 0), disk("b", 512, 0)], &same, "given for two disks");
-        let is_folder = format!("root={path}");
-        refuse(
-            &[disk("root", 512, 0)],
-            &["--disk", &is_folder],
-            "neither a file nor a block device",
-        );
-        refuse(&[disk("root", 1 << 62, 0)], &["--disk-dir", path], "root.img");
-        assert_eq!(names(folder.path()), [""; 0]);
-    }
-}
+mod tests;

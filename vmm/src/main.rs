@@ -42,3 +42,11 @@ fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<u8, Se
         }
     }
 }
+
+/// The progress bar's estimate is the program's one call into the C library's mathematics. With a
+/// `pow` of our own, the linker leaves that library out: 170 KiB in each idle VMM's memory.
+// SAFETY: the C library's name and signature, and its meaning.
+#[unsafe(no_mangle)]
+extern "C" fn pow(base: f64, exponent: f64) -> f64 {
+    libm::pow(base, exponent)
+}

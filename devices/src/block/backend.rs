@@ -1,5 +1,6 @@
 //! What stores a disk's bytes.
 
+use super::aligned::AlignedBuffer;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -40,14 +41,8 @@ pub struct Extent {
     pub content: Content,
 }
 
-/// Tells one backing file from another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BackingIdentity {
-    /// Its size as a disk.
-    pub len_bytes: u64,
-    /// Of samples of its content.
-    pub checksum: String,
-}
+/// Asked now and then by what takes long: whether to go on.
+pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// A lock that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -69,16 +64,48 @@ pub enum LockError {
     },
 }
 
+/// Zeroes are written in pieces of this size.
+const ZEROES_BYTES: u64 = 1 << 20;
+
+/// Makes bytes zero where there is no better way than to write them.
+pub(super) fn write_zeroes_as_data(
+    backend: &dyn BlockBackend,
+    offset_bytes: u64,
+    len_bytes: u64,
+) -> io::Result<()> {
+    let piece = usize::try_from(len_bytes.min(ZEROES_BYTES)).map_err(io::Error::other)?;
+    let zeroes = AlignedBuffer::new(piece);
+    let (mut offset, mut left) = (offset_bytes, len_bytes);
+    while left > 0 {
+        let len = left.min(zeroes.len() as u64);
+        let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
+        backend.write_at(part.unwrap_or(&zeroes), offset)?;
+        (offset, left) = (offset + len, left - len);
+    }
+    Ok(())
+}
+
+/// The files that an image stands on, to be told from others.
+pub trait BackingChain {
+    /// What the user calls them, from the top on.
+    fn files(&self) -> Vec<String>;
+    /// Size of the first as a disk.
+    fn len_bytes(&self) -> u64;
+    /// About how much space all take on the host.
+    fn allocated_bytes(&self) -> io::Result<u64>;
+    /// Which they are: the SHA-256 of all bytes that can be read of them, in hexadecimal digits. Reads
+    /// all, unless `go_on` says no in between; remembers the answer while the image is locked.
+    fn digest(&self, go_on: GoOn<'_>) -> io::Result<String>;
+}
+
 /// Storage of one disk. Called from several threads at once.
 pub trait BlockBackend: Send + Sync {
     /// What the user calls it.
     fn location(&self) -> String;
     /// What its format is called.
     fn format(&self) -> &'static str;
-    /// The files that it stands on, from the top on.
-    fn backing(&self) -> Vec<String>;
-    /// Which the first of these is.
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>>;
+    /// What it stands on, if it does.
+    fn backing(&self) -> Option<&dyn BackingChain>;
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;
     /// Size; a multiple of a sector.
@@ -102,6 +129,9 @@ pub trait BlockBackend: Send + Sync {
     /// The file whose bytes are the disk's, if there is one, and the alignment of memory that it
     /// needs: whoever has it may read, write and sync it directly.
     fn plain_file(&self) -> Option<(Arc<File>, usize)>;
+    /// Has every acknowledged write in the file, though not on stable storage: whoever opens it next
+    /// sees it.
+    fn write_back(&self) -> io::Result<()>;
     /// Makes every acknowledged write durable.
     fn flush(&self) -> io::Result<()>;
     /// Takes the lock that goes with the right to run.

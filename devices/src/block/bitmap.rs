@@ -7,6 +7,7 @@
 
 use super::backend::ByteRange;
 use std::sync::atomic::{AtomicU64, Ordering};
+use zerocopy::FromZeros;
 
 /// Granule of a bitmap for which nothing else is said.
 pub const DEFAULT_GRANULE_BYTES: u64 = 64 << 10;
@@ -38,13 +39,14 @@ fn mask_of(word: u64, first: u64, end: u64) -> u64 {
 
 impl DirtyBitmap {
     /// A clean bitmap for a disk of `len_bytes`. `None` if the granule is no power of two, or smaller
-    /// than a sector.
+    /// than a sector, or if there is no memory for it.
     pub fn new(len_bytes: u64, granule_bytes: u64) -> Option<Self> {
         if !granule_bytes.is_power_of_two() || granule_bytes < MIN_GRANULE_BYTES {
             return None;
         }
         let words = len_bytes.div_ceil(granule_bytes).div_ceil(BITS);
-        let words = (0..words).map(|_| AtomicU64::new(0)).collect();
+        // Zeroes that take memory only once they are written: a disk may be large, and little of it used.
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(usize::try_from(words).ok()?).ok()?;
         Some(Self { len_bytes, granule_shift: granule_bytes.trailing_zeros(), words })
     }
 
@@ -277,6 +279,20 @@ mod tests {
         }
         let bitmap = DirtyBitmap::new(1 << 20, DEFAULT_GRANULE_BYTES).unwrap();
         assert_eq!((bitmap.granule_bytes(), bitmap.word_count()), (65_536, 1));
+    }
+
+    #[test]
+    fn a_large_disk_takes_memory_only_for_what_is_marked() {
+        let resident = || -> u64 {
+            let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+            pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+        };
+        let before = resident();
+        let bitmap = DirtyBitmap::new(16 << 40, 512).unwrap();
+        bitmap.mark(range(8 << 40, 1 << 20));
+        assert_eq!((bitmap.word_count(), bitmap.is_marked(8 << 40)), (1 << 29, true));
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 1 << 30, "{grown} bytes for a bitmap of 4 GiB");
     }
 
     #[test]

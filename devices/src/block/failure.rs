@@ -4,8 +4,8 @@
 use crate::lock;
 use std::io;
 use std::str::FromStr;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// What to do about an error: QEMU's `werror` and `rerror`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,10 +89,31 @@ pub(super) struct Failures {
     pub policy: ErrorPolicy,
     /// Requests are kept, and no new ones are taken.
     stopped: AtomicBool,
+    /// How many are kept, which they are until they are tried again: longer than `stopped` says.
+    kept: Arc<AtomicU64>,
     tell: Mutex<Option<Tell>>,
 }
 
+/// A failed request is kept. Dropping it is its end, or another try.
+#[derive(Debug)]
+pub struct Kept(Arc<AtomicU64>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Failures {
+    pub fn keep(&self) -> Kept {
+        self.kept.fetch_add(1, Ordering::SeqCst);
+        Kept(self.kept.clone())
+    }
+
+    pub fn keeps_requests(&self) -> bool {
+        self.is_stopped() || self.kept.load(Ordering::SeqCst) > 0
+    }
+
     pub fn set_tell(&self, tell: Tell) {
         *lock(&self.tell) = Some(tell);
     }

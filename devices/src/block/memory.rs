@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
 //! until they are let through.
 
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::backend::{BackingChain, BlockBackend, Content, Extent, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -112,12 +112,8 @@ impl BlockBackend for MemoryDisk {
         "memory"
     }
 
-    fn backing(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
-        Ok(None)
+    fn backing(&self) -> Option<&dyn BackingChain> {
+        None
     }
 
     fn is_direct(&self) -> bool {
@@ -191,6 +187,10 @@ impl BlockBackend for MemoryDisk {
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
         None
+    }
+
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {

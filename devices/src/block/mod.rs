@@ -18,9 +18,9 @@ pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
-use backend::{BackingIdentity, BlockBackend, ByteRange, Extent, LockError};
+use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
-use failure::{Action, ErrorPolicy, Failure, Failures};
+use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use in_flight::{InFlight, Motion};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
@@ -225,6 +225,17 @@ impl BlockNode {
         self.failures.is_stopped()
     }
 
+    /// Whether failed requests are kept, to be tried again: also by a guest that has gone on, until they
+    /// have been.
+    pub fn keeps_requests(&self) -> bool {
+        self.failures.keeps_requests()
+    }
+
+    /// A failed request is kept, for as long as what this returns.
+    pub fn keep(&self) -> Kept {
+        self.failures.keep()
+    }
+
     /// The guest goes on: what has failed is tried again.
     pub fn go_on(&self) {
         self.failures.go_on();
@@ -245,14 +256,9 @@ impl BlockNode {
         self.backend.format()
     }
 
-    /// The files that it stands on, from the top on.
-    pub fn backing(&self) -> Vec<String> {
+    /// What it stands on, if it does.
+    pub fn backing(&self) -> Option<&dyn BackingChain> {
         self.backend.backing()
-    }
-
-    /// Which the first of these is. Reads samples of it.
-    pub fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
-        self.backend.backing_identity()
     }
 
     /// Whether it bypasses the host's page cache.
@@ -421,6 +427,12 @@ impl BlockNode {
         self.counters.flushes.add(0);
         let _motion = self.in_flight.begin(None);
         self.backend.flush()
+    }
+
+    /// Has every acknowledged write in the file, though not on stable storage: whoever opens it next,
+    /// once the lock is let go of, sees it.
+    pub fn write_back(&self) -> io::Result<()> {
+        self.backend.write_back()
     }
 
     /// As [`BlockNode::flush`], for who copies or fills the disk.

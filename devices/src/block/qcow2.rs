@@ -4,37 +4,24 @@
 //! backing file has its format in the image's header. The backing chain is opened read-only. Metadata is
 //! cached from the opening on, so an image has one user at a time: it travels, it is not shared.
 
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+mod chain;
+
+use super::backend::{
+    BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
+};
 use super::ofd_lock::Operation;
-use super::raw::{Cache, OpenError, lock_file};
+use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_file};
 use super::{Format, SECTOR_BYTES};
+pub use chain::Backing;
+use chain::{Chain, recorded_backing};
 use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
-use imago::raw::Raw;
-use imago::{
-    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, ShallowMapping,
-    StorageOpenOptions,
-};
+use imago::{FormatAccess, FormatCreateBuilder, ShallowMapping, StorageOpenOptions};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
-/// Longest chain of backing files.
-const MAX_DEPTH: usize = 16;
-/// A backing file is told from another by so many samples of its content.
-const SAMPLES: u64 = 1024;
-const SAMPLE_BYTES: usize = 4096;
-
-/// What an image stands on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Backing {
-    /// The file.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: Format,
-}
 
 /// An open qcow2 image.
 pub struct Qcow2File {
@@ -46,10 +33,8 @@ pub struct Qcow2File {
     len_bytes: u64,
     read_only: bool,
     cache: Cache,
-    /// Below the image, from the top on.
-    chain: Vec<(PathBuf, File)>,
-    /// A reader of its own for the backing file, to tell which one it is.
-    backing: Option<FormatAccess<ImagoFile>>,
+    /// What it stands on.
+    chain: Option<Chain>,
 }
 
 impl std::fmt::Debug for Qcow2File {
@@ -77,51 +62,6 @@ fn refused(what: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// What an image's header says of its backing file.
-fn recorded_backing(image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<Backing>> {
-    if image.requires_external_data_file() {
-        return Err(refused("it keeps its data in another file, which is not supported".into()));
-    }
-    let Some(name) = image.implicit_backing_file() else { return Ok(None) };
-    let Some(format) = image.implicit_backing_format() else {
-        return Err(refused(format!(
-            "its backing file {name:?} has no format recorded: `qemu-img rebase -u -b {name} -F FORMAT`"
-        )));
-    };
-    let format = format.parse().map_err(refused)?;
-    // Relative names are meant from where the image is.
-    let path = path.parent().unwrap_or(Path::new("")).join(name);
-    Ok(Some(Backing { path, format }))
-}
-
-/// Opens a backing file and all below it; `chain` takes the files.
-fn open_backing(
-    backing: &Backing,
-    chain: &mut Vec<(PathBuf, File)>,
-) -> io::Result<FormatAccess<ImagoFile>> {
-    let named = |error: io::Error| {
-        io::Error::new(error.kind(), format!("backing file {}: {error}", backing.path.display()))
-    };
-    if chain.len() >= MAX_DEPTH {
-        return Err(named(refused(format!("more than {MAX_DEPTH} lie on each other"))));
-    }
-    let (file, storage) = open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
-    chain.push((backing.path.clone(), file));
-    match backing.format {
-        Format::Raw => {
-            let raw = Raw::builder(storage).open(DenyImplicitOpenGate::default());
-            Ok(FormatAccess::new(raw.map_err(named)?))
-        }
-        Format::Qcow2 => {
-            let mut image = Qcow2::open_image(storage, false).map_err(named)?;
-            let below = recorded_backing(&image, &backing.path).map_err(named)?;
-            image.set_data_file(None);
-            image.set_backing(below.map(|below| open_backing(&below, chain)).transpose()?);
-            Ok(FormatAccess::new(image))
-        }
-    }
-}
-
 impl Qcow2File {
     /// Opens the image, and what it stands on by its own record, without locking it.
     pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
@@ -140,13 +80,7 @@ impl Qcow2File {
         backing: Option<&Backing>,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
-        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
-        lock_file(&file, path, Operation::Exclusive)?;
+        let file = hold_partial(partial, path, len_bytes)?;
         let made = (|| {
             file.set_len(0)?;
             let image = storage(file.try_clone()?, partial, true, Cache::Writeback)?;
@@ -162,21 +96,12 @@ impl Qcow2File {
         })();
         made.map_err(failed)
             .and_then(|()| {
-                let write = (cache == Cache::Writeback).then(|| file.try_clone());
-                let (again, image) = match write {
-                    Some(same) => {
-                        let same = same.map_err(failed)?;
-                        let image = storage(same, partial, true, cache).map_err(failed)?;
-                        (file, image)
-                    }
-                    // The lock goes with the file that holds it.
-                    None => {
-                        drop(file);
-                        open_file(partial, true, cache).map_err(failed)?
-                    }
-                };
-                lock_file(&again, path, Operation::Exclusive)?;
-                Self::assemble(again, image, partial, path, false, cache)
+                if cache == Cache::None {
+                    make_direct(&file, path)?;
+                }
+                let same = file.try_clone().map_err(failed)?;
+                let image = storage(same, partial, true, cache).map_err(failed)?;
+                Self::assemble(file, image, partial, path, false, cache)
             })
             .inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
@@ -192,11 +117,12 @@ impl Qcow2File {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let mut image = Qcow2::open_image(storage, !read_only).map_err(failed)?;
         let below = recorded_backing(&image, at).map_err(failed)?;
-        let (mut chain, mut ignored) = (Vec::new(), Vec::new());
-        let opened = below.as_ref().map(|below| open_backing(below, &mut chain)).transpose();
-        let backing = below.as_ref().map(|below| open_backing(below, &mut ignored)).transpose();
+        let (chain, below) = match below.as_ref().map(Chain::open).transpose().map_err(failed)? {
+            Some((chain, below)) => (Some(chain), Some(below)),
+            None => (None, None),
+        };
         image.set_data_file(None);
-        image.set_backing(opened.map_err(failed)?);
+        image.set_backing(below);
         let image = FormatAccess::new(image);
         let len_bytes = image.size();
         if len_bytes == 0 {
@@ -206,8 +132,7 @@ impl Qcow2File {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
         let (image, path) = (RwLock::new(image), path.to_owned());
-        let backing = backing.map_err(failed)?;
-        Ok(Self { image, file, path, len_bytes, read_only, cache, chain, backing })
+        Ok(Self { image, file, path, len_bytes, read_only, cache, chain })
     }
 
     fn image(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
@@ -232,28 +157,8 @@ impl BlockBackend for Qcow2File {
         self.cache == Cache::None
     }
 
-    fn backing(&self) -> Vec<String> {
-        self.chain.iter().map(|(path, _)| path.display().to_string()).collect()
-    }
-
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
-        let Some(backing) = &self.backing else { return Ok(None) };
-        let len_bytes = backing.size();
-        let mut sum = 0xcbf2_9ce4_8422_2325u64;
-        let mut sample = vec![0; SAMPLE_BYTES];
-        let step = (len_bytes / SAMPLES).max(SAMPLE_BYTES as u64) / SECTOR_BYTES * SECTOR_BYTES;
-        let mut at = 0;
-        while at < len_bytes {
-            let left = usize::try_from(len_bytes - at).unwrap_or(SAMPLE_BYTES);
-            let piece = sample.get_mut(..left.min(SAMPLE_BYTES)).unwrap_or_default();
-            backing.read(&mut *piece, at)?;
-            // FNV-1a: two files that happen to agree are told apart, two made to agree are not.
-            for byte in piece {
-                sum = (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
-            }
-            at += step;
-        }
-        Ok(Some(BackingIdentity { len_bytes, checksum: format!("{sum:016x}") }))
+    fn backing(&self) -> Option<&dyn BackingChain> {
+        self.chain.as_ref().map(|chain| chain as &dyn BackingChain)
     }
 
     fn len_bytes(&self) -> u64 {
@@ -274,14 +179,25 @@ impl BlockBackend for Qcow2File {
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         // To zeroes, not to whatever the backing file has: that would be somebody else's bytes.
-        self.image_alone().discard_to_zero(offset_bytes, len_bytes)
+        match self.image_alone().discard_to_zero(offset_bytes, len_bytes) {
+            // Images of version 2 cannot. It is advice.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
     }
 
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
-        if may_unmap {
+        let zeroed = if may_unmap {
             self.image_alone().discard_to_zero(offset_bytes, len_bytes)
         } else {
             self.image().write_zeroes(offset_bytes, len_bytes)
+        };
+        match zeroed {
+            // Images of version 2 know no zeroes.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                write_zeroes_as_data(self, offset_bytes, len_bytes)
+            }
+            result => result,
         }
     }
 
@@ -308,6 +224,10 @@ impl BlockBackend for Qcow2File {
         None
     }
 
+    fn write_back(&self) -> io::Result<()> {
+        self.image().flush()
+    }
+
     fn flush(&self) -> io::Result<()> {
         let image = self.image();
         image.flush()?;
@@ -317,22 +237,17 @@ impl BlockBackend for Qcow2File {
     fn lock(&self) -> Result<(), LockError> {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
         lock_file(&self.file, &self.path, operation)?;
-        // Many may stand on a backing file, but nobody may write it.
-        for (path, file) in &self.chain {
-            if let Err(error) = lock_file(file, path, Operation::Shared) {
-                self.unlock();
-                return Err(error);
-            }
+        if let Some(Err(error)) = self.chain.as_ref().map(Chain::lock) {
+            self.unlock();
+            return Err(error);
         }
         Ok(())
     }
 
     fn unlock(&self) {
-        let all = self.chain.iter().map(|(path, file)| (path, file));
-        for (path, file) in std::iter::once((&self.path, &self.file)).chain(all) {
-            if let Err(error) = lock_file(file, path, Operation::Unlock) {
-                log::error!("cannot unlock {}: {error}", path.display());
-            }
+        unlock_file(&self.file, &self.path);
+        if let Some(chain) = &self.chain {
+            chain.unlock();
         }
     }
 }

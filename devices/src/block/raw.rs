@@ -3,11 +3,14 @@
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
-use super::backend::{BackingIdentity, BlockBackend, Content, Extent, LockError};
+use super::backend::{
+    BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
+};
 use super::ofd_lock::{self, Operation};
+use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -123,10 +126,7 @@ impl RawFile {
         }
         let mut file = match options.open(&path) {
             Ok(file) => file,
-            Err(source) if is_invalid(&source) && cache == Cache::None => {
-                let why = "its file system refuses O_DIRECT";
-                return Err(OpenError::NoDirectIo { path, why, source });
-            }
+            Err(source) if cache == Cache::None => return Err(no_direct_io(&path, source)),
             Err(source) => return Err(failed(source)),
         };
         // A block device has no length in its metadata, but an end to seek to.
@@ -137,14 +137,8 @@ impl RawFile {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path, len_bytes });
         }
-        if cache == Cache::None
-            && let Err(source) = probe_direct_io(&file, len_bytes)
-        {
-            let why = "it needs accesses of more than 512 bytes";
-            return Err(match is_invalid(&source) {
-                true => OpenError::NoDirectIo { path, why, source },
-                false => OpenError::Open { path, source },
-            });
+        if cache == Cache::None {
+            probe_direct_io(&file, &path, len_bytes)?;
         }
         let file = Arc::new(file);
         Ok(Self { file, path, len_bytes, read_only, cache })
@@ -159,34 +153,23 @@ impl RawFile {
         cache: Cache,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
-        if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
-        }
-        let mut options = OpenOptions::new();
-        // Not through a link that somebody has put there; not truncated before it is locked.
-        options.read(true).write(true).create(true).truncate(false);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(partial).map_err(failed)?;
-        let lock = RawFile {
-            file: Arc::new(file),
+        let made = RawFile {
+            file: Arc::new(hold_partial(partial, path, len_bytes)?),
             path: path.to_owned(),
             len_bytes,
             read_only: false,
             cache: Cache::Writeback,
         };
-        BlockBackend::lock(&lock)?;
-        let sized = lock.file.set_len(0).and_then(|()| lock.file.set_len(len_bytes));
-        let created = match (sized, cache) {
-            (Err(source), _) => Err(failed(source)),
-            (Ok(()), Cache::Writeback) => Ok(lock),
-            // Only now it has a size to probe. The lock goes with the file that holds it.
-            (Ok(()), Cache::None) => Self::open(partial, false, cache)
-                .map(|direct| Self { path: path.to_owned(), ..direct })
-                .and_then(|direct| {
-                    drop(lock);
-                    BlockBackend::lock(&direct)?;
-                    Ok(direct)
-                }),
-        };
+        let sized = made.file.set_len(0).and_then(|()| made.file.set_len(len_bytes));
+        let created = sized.map_err(failed).and_then(|()| match cache {
+            Cache::Writeback => Ok(made),
+            // Only now it has a size to probe.
+            Cache::None => {
+                make_direct(&made.file, path)?;
+                probe_direct_io(&made.file, path, len_bytes)?;
+                Ok(Self { cache, ..made })
+            }
+        });
         created.inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
 
@@ -202,9 +185,46 @@ impl RawFile {
     }
 }
 
+/// Often enough for attempts that follow each other closely.
+const HOLD_TRIES: u32 = 100;
+
+/// Opens the file that is to become an image of `len_bytes`, makes it if it is not there, and locks it.
+pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Result<File, OpenError> {
+    if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
+    }
+    let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+    let mut options = OpenOptions::new();
+    // Not through a link that somebody has put there; not truncated before it is locked.
+    options.read(true).write(true).create(true).truncate(false);
+    options.custom_flags(libc::O_NOFOLLOW);
+    for _ in 0..HOLD_TRIES {
+        let file = options.open(partial).map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(OpenError::NotAFile { path: partial.to_owned() });
+        }
+        lock_file(&file, path, Operation::Exclusive)?;
+        // An attempt that has just ended may have removed it meanwhile, or given it its name.
+        if is_at(&file, partial).map_err(failed)? {
+            return Ok(file);
+        }
+    }
+    Err(failed(io::Error::other(format!("somebody replaces {} all the time", partial.display()))))
+}
+
+/// Whether `path` leads to this open file, and not to another or nowhere.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let own = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// A file that is locked, whatever it holds.
 #[derive(Debug)]
-pub struct HeldFile(#[expect(dead_code, reason = "the lock goes with the open file")] File);
+pub struct HeldFile(File);
 
 impl HeldFile {
     /// Locks `path` as its only user.
@@ -213,6 +233,16 @@ impl HeldFile {
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
         lock_file(&file, path, Operation::Exclusive)?;
         Ok(Self(file))
+    }
+
+    /// Whether `path` still leads to it.
+    pub fn is_at(&self, path: &Path) -> io::Result<bool> {
+        is_at(&self.0, path)
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.0.metadata()?.len() == 0)
     }
 }
 
@@ -226,23 +256,49 @@ pub(super) fn lock_file(file: &File, path: &Path, operation: Operation) -> Resul
     })
 }
 
+pub(super) fn unlock_file(file: &File, path: &Path) {
+    if let Err(error) = ofd_lock::change(file, Operation::Unlock) {
+        log::error!("cannot unlock {}: {error}", path.display());
+    }
+}
+
 /// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
 /// has found out.
 const DIRECT_ALIGNMENT: usize = 512;
 
 /// Reads one sector to where an aligned buffer may lie at worst.
-fn probe_direct_io(file: &File, len_bytes: u64) -> io::Result<()> {
+fn probe_direct_io(file: &File, path: &Path, len_bytes: u64) -> Result<(), OpenError> {
     let mut buffer = AlignedBuffer::new(2 * DIRECT_ALIGNMENT);
     let (_, sector) = buffer.split_at_mut(DIRECT_ALIGNMENT);
-    file.read_exact_at(sector, (len_bytes - SECTOR_BYTES).min(SECTOR_BYTES))
+    let probed = file.read_exact_at(sector, (len_bytes - SECTOR_BYTES).min(SECTOR_BYTES));
+    probed.map_err(|source| match is_invalid(&source) {
+        true => {
+            let why = "it needs accesses of more than 512 bytes";
+            OpenError::NoDirectIo { path: path.to_owned(), why, source }
+        }
+        false => OpenError::Open { path: path.to_owned(), source },
+    })
+}
+
+/// Has an open file bypass the page cache. Opened anew it would be without its lock for a moment.
+pub(super) fn make_direct(file: &File, path: &Path) -> Result<(), OpenError> {
+    let flags = rustix::fs::fcntl_getfl(file);
+    let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT));
+    set.map_err(|errno| no_direct_io(path, errno.into()))
+}
+
+fn no_direct_io(path: &Path, source: io::Error) -> OpenError {
+    let path = path.to_owned();
+    if is_invalid(&source) {
+        let why = "its file system refuses O_DIRECT";
+        return OpenError::NoDirectIo { path, why, source };
+    }
+    OpenError::Open { path, source }
 }
 
 fn is_invalid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }
-
-/// Zeroes are written in pieces of this size.
-const ZEROES_BYTES: u64 = 1 << 20;
 
 impl RawFile {
     /// Changes the allocation of a range; `false` if the file system does not know how.
@@ -259,19 +315,6 @@ impl RawFile {
             }
         }
     }
-
-    fn write_zeroes_as_data(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        let piece = usize::try_from(len_bytes.min(ZEROES_BYTES)).map_err(io::Error::other)?;
-        let zeroes = AlignedBuffer::new(piece);
-        let (mut offset, mut left) = (offset_bytes, len_bytes);
-        while left > 0 {
-            let len = left.min(zeroes.len() as u64);
-            let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
-            self.write_at(part.unwrap_or(&zeroes), offset)?;
-            (offset, left) = (offset + len, left - len);
-        }
-        Ok(())
-    }
 }
 
 impl BlockBackend for RawFile {
@@ -283,12 +326,8 @@ impl BlockBackend for RawFile {
         "raw"
     }
 
-    fn backing(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    fn backing_identity(&self) -> io::Result<Option<BackingIdentity>> {
-        Ok(None)
+    fn backing(&self) -> Option<&dyn BackingChain> {
+        None
     }
 
     fn is_direct(&self) -> bool {
@@ -331,7 +370,7 @@ impl BlockBackend for RawFile {
         let zeroed = may_unmap
             && self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes)?
             || self.allocate(|| FallocateMode::ZeroRange, offset_bytes, len_bytes)?;
-        if zeroed { Ok(()) } else { self.write_zeroes_as_data(offset_bytes, len_bytes) }
+        if zeroed { Ok(()) } else { write_zeroes_as_data(self, offset_bytes, len_bytes) }
     }
 
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
@@ -363,7 +402,7 @@ impl BlockBackend for RawFile {
     fn allocated_bytes(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
         // A file system counts its own blocks too, and a block device counts none.
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&metadata).saturating_mul(512);
+        let blocks = metadata.blocks().saturating_mul(512);
         Ok(if metadata.is_file() { blocks.min(self.len_bytes) } else { self.len_bytes })
     }
 
@@ -373,6 +412,10 @@ impl BlockBackend for RawFile {
             Cache::None => DIRECT_ALIGNMENT,
         };
         Some((self.file.clone(), alignment))
+    }
+
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -385,186 +428,9 @@ impl BlockBackend for RawFile {
     }
 
     fn unlock(&self) {
-        if let Err(error) = ofd_lock::change(&self.file, Operation::Unlock) {
-            log::error!("cannot unlock {}: {error}", self.path.display());
-        }
+        unlock_file(&self.file, &self.path);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn image(len: usize) -> tempfile::NamedTempFile {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(&vec![0; len]).unwrap();
-        file
-    }
-
-    #[test]
-    fn one_writer_or_many_readers_hold_an_image() {
-        let file = image(512);
-        let writer = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
-        let other = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
-        let readers = [(); 2].map(|()| RawFile::open(file.path(), true, Cache::Writeback).unwrap());
-        writer.lock().unwrap();
-        writer.lock().unwrap();
-        let error = other.lock().unwrap_err().to_string();
-        assert!(error.contains("in use by another virtual machine"), "{error}");
-        assert!(readers[0].lock().is_err());
-        writer.unlock();
-        assert!(readers.iter().all(|reader| reader.lock().is_ok()));
-        assert!(other.lock().is_err());
-    }
-
-    /// Allocated bytes of the file.
-    fn allocated(path: &Path) -> u64 {
-        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap()) * 512
-    }
-
-    /// Here, and on a file system in memory, which has holes but cannot zero a range.
-    fn images(len: usize) -> Vec<tempfile::NamedTempFile> {
-        let in_memory = tempfile::NamedTempFile::new_in("/dev/shm");
-        let fill = |mut file: tempfile::NamedTempFile| {
-            file.write_all(&vec![0xa5; len]).unwrap();
-            file
-        };
-        std::iter::once(image(0)).chain(in_memory).map(fill).collect()
-    }
-
-    #[test]
-    fn zeroed_and_discarded_ranges_read_as_zeroes_and_nothing_else_changes() {
-        type Zero = fn(&RawFile, u64, u64) -> io::Result<()>;
-        let ways: [Zero; 4] = [
-            RawFile::discard,
-            |raw, offset, len| raw.write_zeroes(offset, len, true),
-            |raw, offset, len| raw.write_zeroes(offset, len, false),
-            RawFile::write_zeroes_as_data,
-        ];
-        let size = 4 << 20;
-        for (way, zero) in ways.iter().enumerate() {
-            for file in images(size) {
-                let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
-                let (start, end) = (512 * 3, size - 512);
-                zero(&raw, start as u64, (end - start) as u64).unwrap();
-                let mut expected = vec![0xa5; size];
-                expected[start..end].fill(0);
-                assert!(std::fs::read(file.path()).unwrap() == expected, "way {way}");
-            }
-        }
-    }
-
-    #[test]
-    fn space_is_freed_only_where_the_guest_allows_it() {
-        for (may_unmap, freed) in [(true, true), (false, false)] {
-            for file in images(1 << 20) {
-                let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
-                raw.write_zeroes(0, 1 << 20, may_unmap).unwrap();
-                raw.flush().unwrap();
-                assert_eq!(allocated(file.path()) == 0, freed, "may unmap: {may_unmap}");
-            }
-        }
-    }
-
-    #[test]
-    fn direct_io_takes_buffers_from_anywhere() {
-        // Where the host's file systems have no direct I/O, the refusal is what is tested.
-        for file in images(64 << 10) {
-            let raw = match RawFile::open(file.path(), false, Cache::None) {
-                Ok(raw) => raw,
-                Err(error) => {
-                    assert!(error.to_string().contains("cache=writeback"), "{error}");
-                    continue;
-                }
-            };
-            let mut buffer = AlignedBuffer::new(8 << 10);
-            for (start, len, offset) in [(0, 4096, 0), (512, 512, 512), (1, 1024, 1536)] {
-                buffer.fill(0x11);
-                let piece = &mut buffer[start..start + len];
-                raw.write_at(piece, offset).unwrap();
-                piece.fill(0);
-                raw.read_at(piece, offset).unwrap();
-                assert!(piece.iter().all(|byte| *byte == 0x11), "{len} bytes at {start}");
-            }
-            raw.write_zeroes(512, 1024, false).unwrap();
-            raw.write_zeroes_as_data(2048, 512).unwrap();
-            raw.flush().unwrap();
-            let mut expected = vec![0xa5; 64 << 10];
-            expected[..4096].fill(0x11);
-            expected[512..1536].fill(0);
-            expected[2048..2560].fill(0);
-            assert!(std::fs::read(file.path()).unwrap() == expected);
-        }
-    }
-
-    #[test]
-    fn holes_are_found_and_data_is_never_called_a_hole() {
-        for directory in [std::env::temp_dir(), "/dev/shm".into()] {
-            let Ok(file) = tempfile::NamedTempFile::new_in(directory) else { continue };
-            let size = 8 << 20;
-            file.as_file().set_len(size).unwrap();
-            let raw = RawFile::open(file.path(), false, Cache::Writeback).unwrap();
-            let all = |content| Extent { len_bytes: size, content };
-            assert_eq!(raw.extent_at(0).unwrap(), all(Content::Zero));
-            raw.write_at(&[1; 4096], 2 << 20).unwrap();
-            raw.write_at(&[1; 4096], size - 4096).unwrap();
-            let (mut at, mut data) = (0, Vec::new());
-            while at < size {
-                let extent = raw.extent_at(at).unwrap();
-                assert!(extent.len_bytes > 0 && at + extent.len_bytes <= size);
-                if extent.content == Content::Data {
-                    data.push(at..at + extent.len_bytes);
-                }
-                at += extent.len_bytes;
-            }
-            for written in [2 << 20, size - 4096] {
-                assert!(data.iter().any(|range| range.contains(&written)), "{written}: {data:?}");
-            }
-            let bytes: u64 = data.iter().map(|range| range.end - range.start).sum();
-            assert!(bytes <= 256 << 10, "{bytes} bytes of data");
-            raw.discard(0, size).unwrap();
-            assert_eq!(raw.extent_at(512).unwrap().content, Content::Zero);
-            // Somebody truncates it: what is gone is read, and the read says so.
-            file.as_file().set_len(1 << 20).unwrap();
-            assert_eq!(raw.extent_at(4 << 20).unwrap().content, Content::Data);
-            assert!(raw.read_at(&mut [0; 512], 4 << 20).is_err());
-        }
-    }
-
-    #[test]
-    fn a_file_system_without_direct_io_is_refused_with_a_remedy() {
-        let path = Path::new("/sys/kernel/uevent_seqnum");
-        let error = RawFile::open(path, true, Cache::None).unwrap_err().to_string();
-        assert!(error.contains("refuses O_DIRECT") && error.contains("cache=writeback"), "{error}");
-        assert_eq!("none".parse(), Ok(Cache::None));
-        assert!("unsafe".parse::<Cache>().is_err());
-    }
-
-    #[test]
-    fn a_lock_goes_with_its_file() {
-        let file = image(512);
-        RawFile::open(file.path(), false, Cache::Writeback).unwrap().lock().unwrap();
-        assert!(RawFile::open(file.path(), false, Cache::Writeback).unwrap().lock().is_ok());
-    }
-
-    #[test]
-    fn images_that_cannot_be_disks_are_refused_with_a_remedy() {
-        let directory = tempfile::tempdir().unwrap();
-        assert!(matches!(
-            RawFile::open(&directory.path().join("none"), false, Cache::Writeback),
-            Err(OpenError::Open { .. })
-        ));
-        assert!(matches!(
-            RawFile::open(directory.path(), true, Cache::Writeback),
-            Err(OpenError::NotAFile { .. })
-        ));
-        let odd =
-            RawFile::open(image(700).path(), false, Cache::Writeback).unwrap_err().to_string();
-        assert!(odd.contains("700 bytes") && odd.contains("truncate"), "{odd}");
-        assert!(matches!(
-            RawFile::open(image(0).path(), false, Cache::Writeback),
-            Err(OpenError::Empty { .. })
-        ));
-    }
-}
+mod tests;

@@ -4,7 +4,7 @@ use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
-use crate::block::failure::Action;
+use crate::block::failure::{Action, Kept};
 use crate::block::uring::{Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::ram::{GuestAddress, GuestRam};
@@ -125,7 +125,7 @@ pub(super) struct Processor {
     ring: Option<Ring<Ticket>>,
     driver_features: u64,
     host_errors: u64,
-    held: Vec<Held>,
+    held: Vec<(Held, Kept)>,
 }
 
 impl QueueProcessor for Processor {
@@ -220,13 +220,18 @@ impl Processor {
         let whole = request.clone();
         let result = self.execute(ram, &mut request);
         match self.decide(&request.ticket, result) {
-            None => self.held.push(Held::Request(whole)),
+            None => self.hold(Held::Request(whole)),
             Some(result) => {
                 let left = request.to_guest.len();
                 self.answer(ram, queue, host, request.ticket, left, result)?;
             }
         }
         Ok(())
+    }
+
+    /// Keeps a request that has failed.
+    fn hold(&mut self, held: Held) {
+        self.held.push((held, self.node.keep()));
     }
 
     /// The guest goes on: so do requests that had failed.
@@ -236,17 +241,17 @@ impl Processor {
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
-        for held in std::mem::take(&mut self.held) {
+        for (held, kept) in std::mem::take(&mut self.held) {
             match held {
-                held if !self.takes_more() => self.held.push(held),
+                held if !self.takes_more() => self.held.push((held, kept)),
                 Held::Request(request) => self.serve(ram, queue, host, request)?,
                 Held::Transfer(ticket, transfer) => {
                     let refused = match &mut self.ring {
                         Some(ring) => ring.push(transfer, ticket).err(),
                         None => Some((transfer, ticket)),
                     };
-                    self.held
-                        .extend(refused.map(|(transfer, ticket)| Held::Transfer(ticket, transfer)));
+                    let again = refused.map(|(transfer, ticket)| Held::Transfer(ticket, transfer));
+                    self.held.extend(again.map(|held| (held, kept)));
                 }
             }
         }
@@ -315,7 +320,7 @@ impl Processor {
             self.ring.as_mut().and_then(Ring::next_completion)
         {
             let Some(ended) = self.decide(&ticket, ended.map_err(Failed::Host)) else {
-                self.held.push(Held::Transfer(ticket, transfer));
+                self.hold(Held::Transfer(ticket, transfer));
                 continue;
             };
             let left = match &transfer.operation {

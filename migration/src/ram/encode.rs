@@ -223,6 +223,11 @@ impl Encoding {
         if let Some(packer) = &mut self.packer {
             packer.worth.passed(bytes);
         }
+        self.passed_deltas(bytes, first_round);
+    }
+
+    /// So many bytes of pages were sent without a look at older versions.
+    pub fn passed_deltas(&mut self, bytes: u64, first_round: bool) {
         if let (Some(deltas), false) = (&mut self.deltas, first_round) {
             deltas.worth.passed(bytes);
         }

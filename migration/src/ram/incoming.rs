@@ -69,20 +69,24 @@ impl RamIncoming {
     /// Receives one frame.
     pub fn receive(&mut self, channel: &Channel) -> Result<Arrived, WireError> {
         let mut header = [0; FRAME_HEADER_BYTES];
+        let before = channel.moved_bytes();
         channel.read_when_it_comes(&mut header)?;
         self.tally.frames += 1;
-        match FrameHeader::decode(&header)? {
+        let arrived = match FrameHeader::decode(&header)? {
             FrameHeader::Pages { run_count, raw_pages, packing } => {
                 self.pages(channel, run_count, raw_pages, packing)?;
-                Ok(Arrived::Pages)
+                Arrived::Pages
             }
             FrameHeader::Mark => {
                 let mut number = [0; 8];
                 channel.read_exact(&mut number)?;
-                Ok(Arrived::Mark(Decoder::new("mark", &number).u64()?))
+                Arrived::Mark(Decoder::new("mark", &number).u64()?)
             }
-            FrameHeader::End => Ok(Arrived::End),
-        }
+            FrameHeader::End => Arrived::End,
+        };
+        let bytes = channel.moved_bytes() - before;
+        self.counters.update(|stats| stats.transferred_bytes += bytes);
+        Ok(arrived)
     }
 
     fn pages(
@@ -92,7 +96,6 @@ impl RamIncoming {
         raw_pages: u32,
         packing: Packing,
     ) -> Result<(), WireError> {
-        let before = channel.moved_bytes();
         self.table.resize(run_count * RUN_BYTES, 0);
         channel.read_exact(&mut self.table)?;
         decode_table(&self.table, raw_pages, &self.ram.layout, &mut self.runs)?;
@@ -133,9 +136,7 @@ impl RamIncoming {
         self.tally.pages.raw_pages += u64::from(raw_pages);
         self.tally.pages.zero_pages += zero_pages;
         self.tally.pages.delta_pages += delta_pages;
-        let bytes = FRAME_HEADER_BYTES as u64 + channel.moved_bytes() - before;
         self.counters.update(|stats| {
-            stats.transferred_bytes += bytes;
             stats.normal_pages += u64::from(raw_pages);
             stats.zero_pages += zero_pages;
             stats.xbzrle.pages += delta_pages;

@@ -145,13 +145,20 @@ impl Shard {
         self.encoding.want(wanted).map_err(SourceError::Encoding)?;
         let first_round = job.touched.is_some();
         let deltas = self.encoding.tries_deltas(first_round);
-        if deltas || self.encoding.tries_packing() {
-            return self.send_encoded(job, deltas, head);
-        }
+        let packing = self.encoding.tries_packing();
         let before = self.line.tally.pages.raw_pages;
-        self.send_straight(job, head)?;
-        let raw = self.line.tally.pages.raw_pages - before;
-        self.encoding.passed(raw * PAGE_SIZE, first_round);
+        if deltas || packing {
+            self.send_encoded(job, deltas, head)?;
+        } else {
+            self.send_straight(job, head)?;
+        }
+        let raw_bytes = (self.line.tally.pages.raw_pages - before) * PAGE_SIZE;
+        match (deltas, packing) {
+            (true, _) => self.encoding.judge_deltas(self.line.bytes_per_sec()),
+            // What is compressed all the time must not keep deltas from another look.
+            (false, true) => self.encoding.passed_deltas(raw_bytes, first_round),
+            (false, false) => self.encoding.passed(raw_bytes, first_round),
+        }
         Ok(())
     }
 
@@ -203,11 +210,7 @@ impl Shard {
                 }
             }
         }
-        self.flush(deltas, head)?;
-        if deltas {
-            self.encoding.judge_deltas(self.line.bytes_per_sec());
-        }
-        Ok(())
+        self.flush(deltas, head)
     }
 
     /// Sends what the encoders have.
@@ -354,7 +357,63 @@ impl Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cancel::CancelToken;
+    use crate::pace::Cap;
+    use crate::params::{Compression, Params};
+    use crate::transport::memory::MemoryLink;
+    use devices::ram::GuestAddress;
     use proptest::prelude::*;
+
+    #[test]
+    fn deltas_that_rest_get_another_look_also_while_pages_are_compressed() {
+        const RAM_BYTES: u64 = 8 << 20;
+        let layout = RamLayout::for_size(RAM_BYTES).unwrap();
+        let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+        let params = SharedParams::new(Params {
+            xbzrle: true,
+            compression: Compression::Zstd,
+            // So slow that either is worth its time.
+            max_bandwidth: 1_000_000,
+            ..Params::default()
+        });
+        let (link, cancel) = (MemoryLink::new(None), CancelToken::new());
+        // Kept: what is sent stays under way.
+        let (ours, _theirs) = link.connect();
+        let channel = Arc::new(Channel::new(Arc::new(ours), cancel.clone()));
+        let counters = Arc::<Counters>::default();
+        let common =
+            Common { ram: ram.clone(), layout, params: params.clone(), counters, shards: 1 };
+        let mut shard = Shard::new(common.clone(), channel, Box::new(Cap::new(params, cancel)));
+        let words = usize::try_from(RAM_BYTES / PAGE_SIZE / 64).unwrap();
+        let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None };
+        let mut send = || {
+            let before = common.counters.snapshot();
+            shard.obey(&Order::Pages(job.clone())).unwrap();
+            shard.obey(&Order::Mark(1)).unwrap();
+            let after = common.counters.snapshot();
+            let xbzrle = (before.xbzrle, after.xbzrle);
+            (xbzrle.1.overflows - xbzrle.0.overflows, xbzrle.1.pages - xbzrle.0.pages)
+        };
+        let page_starts = || (0..RAM_BYTES / PAGE_SIZE).map(|page| GuestAddress(page * PAGE_SIZE));
+        // All of every page changes, which compresses well: deltas have nothing to give.
+        for version in 0..2 {
+            for start in page_starts() {
+                let text = format!("page at {:#x} in version {version}; ", start.0);
+                let text: Vec<u8> = text.bytes().cycle().take(PAGE_BYTES).collect();
+                ram.write_slice(&text, start).unwrap();
+            }
+            send();
+        }
+        assert_eq!(send(), (0, 0), "deltas rest");
+        // From now on a guest that changes eight bytes of each.
+        let seen = (0u64..6).any(|version| {
+            page_starts().for_each(|start| ram.write_obj(version, start).unwrap());
+            let (_, deltas) = send();
+            deltas > 0
+        });
+        assert!(seen, "deltas are never looked at again");
+        assert!(common.counters.snapshot().compression.pages > 0);
+    }
 
     proptest! {
         #[test]

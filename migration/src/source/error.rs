@@ -21,6 +21,9 @@ pub enum SourceError {
     /// The connection or the other side.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// A connection broke, and nobody says why.
+    #[error("the destination has gone away, or the way to it is cut")]
+    Gone(#[source] WireError),
     /// This side's machine.
     #[error(transparent)]
     Guest(GuestError),
@@ -51,6 +54,9 @@ pub enum SourceError {
     /// The host does not give a thread.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// A thread has panicked.
+    #[error("a thread that sends pages has failed by itself, which is a mistake in this program")]
+    SenderEnded,
     /// The destination got the right to run, could not, and gave it back.
     #[error("the destination could not start the guest, which goes on here: {reason}")]
     Declined {
@@ -66,6 +72,16 @@ pub enum SourceError {
         #[source]
         source: GuestError,
     },
+}
+
+impl SourceError {
+    /// What a connection that broke means if the other side has left no word about it.
+    pub(super) fn unexplained(self) -> Self {
+        match self {
+            Self::Wire(broken) if broken.is_lost() => Self::Gone(broken),
+            error => error,
+        }
+    }
 }
 
 /// How a migration ended.

@@ -22,7 +22,7 @@ pub use error::{SourceError, SourceOutcome};
 use crate::block::SourceDisks;
 use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::{CancelToken, Registration};
-use crate::guest::{GuestControl, MachineDescription};
+use crate::guest::{GuestControl, GuestError, MachineDescription};
 use crate::params::SharedParams;
 use crate::policy;
 use crate::ram::lanes::Lanes;
@@ -54,13 +54,16 @@ pub enum MigrationEvent {
 
 /// How long a destination may take to answer a greeting.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a destination that says it is alive may take to build its machine, in times that it may
+/// stand still: two minutes.
+const BUILD_PATIENCE: u32 = 12;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
     /// The machine.
     pub guest: &'a mut dyn GuestControl,
-    /// What it is.
-    pub machine: &'a MachineDescription,
+    /// Asked once what it is, when the destination listens. It may take its time.
+    pub machine: &'a mut dyn FnMut() -> Result<MachineDescription, GuestError>,
     /// Disks that leave with it.
     pub disks: SourceDisks,
     /// Limits, read anew at every step.
@@ -88,6 +91,12 @@ struct Link {
 }
 
 impl Link {
+    /// How long a destination may be alive without getting on: so many times as long as it may stand
+    /// still.
+    fn patience(&self, times: u32) -> Duration {
+        self.main.channel().transport().patience() * times
+    }
+
     fn end_data(&self) {
         let all = self.data.iter().chain(&self.disks);
         all.for_each(|channel| channel.transport().shutdown());
@@ -148,7 +157,7 @@ impl Source<'_> {
     ) -> Result<Handover, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let link = self.connect(channels, connect)?;
+        let link = self.connect(channels, connect).map_err(SourceError::unexplained)?;
         let set_up = self.set_up(&link, ram);
         let (mut freight, mut pace) = set_up.map_err(|error| settle(&link, error))?;
         let handover = loop {
@@ -244,9 +253,15 @@ impl Source<'_> {
 
     /// What comes before the first page.
     fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
-        let machine = encode("machine description", self.machine)?;
+        let machine = (self.machine)().map_err(SourceError::Guest)?;
+        let ram_bytes = machine.ram_bytes;
+        let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
-        payload_of(link.main.receive()?, Kind::Accepted, "the answer to the machine description")?;
+        let what = "the answer to the machine description";
+        // It may want to touch all memory first, and more than a gigabyte a second is not asked of it.
+        let longest = link.patience(BUILD_PATIENCE) + Duration::from_secs(ram_bytes >> 30);
+        let answer = link.main.receive_within(what, longest)?;
+        payload_of(answer, Kind::Accepted, what)?;
         let disks = match &link.disks {
             None => None,
             Some(channel) => {
@@ -274,7 +289,9 @@ impl Source<'_> {
         let setup = Section::encode(Stage::Setup, "ram", &ram.announcement().encode());
         link.main.send(Kind::Section, &setup)?;
         let total = ram.pending_bytes();
+        let multifd = self.params.get().multifd;
         self.counters.update(|stats| {
+            stats.multifd = multifd;
             stats.total_bytes = total;
             stats.remaining_bytes = total;
             stats.setup_time = stats.started.map(|started| started.elapsed());
@@ -307,12 +324,21 @@ fn settle(link: &Link, error: SourceError) -> SourceError {
     let cancelled = link.main.channel().is_cancelled();
     match error {
         SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) => error,
+        // A cancel does not make it untrue that the guest stands still.
+        SourceError::NotResumed { .. } => {
+            link.main.say_farewell(Kind::Abort, &chain(&error));
+            link.end_data();
+            error
+        }
         SourceError::Wire(broken) if broken.is_broken() && !cancelled => {
             // If it was only a data channel, the destination may not even know.
             link.main.say_farewell(Kind::Abort, &chain(&broken));
             let last = link.main.hear_farewell();
             link.end_data();
-            last.map_or(broken, |last| WireError::Refused(last.reason())).into()
+            match last {
+                Some(last) => WireError::Refused(last.reason()).into(),
+                None => SourceError::Wire(broken).unexplained(),
+            }
         }
         error => {
             let error = if cancelled { SourceError::Cancelled } else { error };

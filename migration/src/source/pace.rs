@@ -13,6 +13,10 @@ use std::time::Duration;
 
 /// Between two looks at the dirty log in the middle of a round.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// What the sockets of all channels hold at most, on both sides.
+const MOST_UNDER_WAY: u64 = 64 << 20;
+/// However slow a link is.
+const LONGEST_UNDER_WAY: Duration = Duration::from_secs(600);
 /// A look may take this part of the time between two.
 const LOOK_SHARE: u32 = 50;
 
@@ -213,6 +217,13 @@ impl Pace {
             0 => measured,
             cap => measured.min(cap),
         }
+    }
+
+    /// How long what sockets may still hold of a round is under way, at the least. On a slow link it is
+    /// long after everything has been written.
+    pub(super) fn time_under_way(&self) -> Duration {
+        let most = self.cap.sent_so_far().bytes.min(MOST_UNDER_WAY);
+        policy::expected_downtime(most, self.bandwidth(), Duration::ZERO).min(LONGEST_UNDER_WAY)
     }
 
     /// The same as guest RAM: more, if pages shrink on their way.

@@ -14,6 +14,10 @@ use devices::ram::PAGE_SIZE;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+/// How long a destination that says it is alive may take to put the last pages of a round in place, in
+/// times that it may stand still: a minute. What is still under way then comes on top.
+const ECHO_PATIENCE: u32 = 6;
+
 impl Source<'_> {
     /// Rounds, until the rest fits into the pause.
     pub(super) fn precopy(
@@ -79,7 +83,8 @@ impl Source<'_> {
         })?;
         ram.mark(number)?;
         let marked = Instant::now();
-        await_marks(link, number).map_err(|error| ram.explain(error))?;
+        let longest = link.patience(ECHO_PATIENCE) + pace.time_under_way();
+        await_marks(link, number, longest).map_err(|error| ram.explain(error))?;
         pace.echoed_in(marked.elapsed());
         pace.end_stretch(self.counters.figures().pages_sent());
         // The last look before the decision: a round over a clean guest ends here at once.
@@ -218,12 +223,14 @@ impl Source<'_> {
     }
 }
 
-/// Waits until the destination has all pages before mark `number` in place, on every channel.
-fn await_marks(link: &Link, number: u64) -> Result<(), SourceError> {
+/// Waits until the destination has all pages before mark `number` in place, on every channel; `longest`
+/// is how long each channel may keep it waiting.
+fn await_marks(link: &Link, number: u64, longest: Duration) -> Result<(), SourceError> {
     let what = "the echo of a mark";
+    let late = "the destination's word that it has the pages of this round";
     let mut missing: BTreeSet<u16> = (0..).take(link.data.len()).collect();
     while !missing.is_empty() {
-        let payload = payload_of(link.main.receive()?, Kind::Mark, what)?;
+        let payload = payload_of(link.main.receive_within(late, longest)?, Kind::Mark, what)?;
         let mut decoder = Decoder::new(what, &payload);
         let (echoed, channel) = (decoder.u64()?, decoder.u16()?);
         decoder.finish()?;

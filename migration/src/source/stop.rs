@@ -51,7 +51,10 @@ impl Source<'_> {
                 counters.update(|stats| stats.called_off += 1);
                 return match paused.resume() {
                     Ok(()) => Ok(Stop::TooMuchLeft),
-                    Err(error) => Err(settle(link, SourceError::Guest(error))),
+                    Err(source) => {
+                        let cause = "the stop was called off, as it would have taken too long";
+                        Err(settle(link, SourceError::NotResumed { cause: cause.into(), source }))
+                    }
                 };
             }
             Err(error) => return Err(give_up(link, paused, error)),
@@ -149,6 +152,7 @@ fn send_stopped(
     counters.update(|stats| {
         (stats.rounds, stats.remaining_bytes) = (number, pending);
         stats.transferred_bytes += records.len() as u64;
+        stats.main_bytes += records.len() as u64;
     });
     events(MigrationEvent::Pass(number));
     let tallies = ram.complete()?;

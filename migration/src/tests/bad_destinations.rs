@@ -65,6 +65,8 @@ fn listen(liar: &Liar) {
     while frame(&liar.main).is_some() {}
 }
 
+const GONE: &str = "the destination has gone away, or the way to it is cut: ";
+
 fn two_channels() -> Scenario {
     Scenario {
         params: Params { multifd_channels: 2, ..Params::default() },
@@ -118,7 +120,20 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
             [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
             liar.frame(Kind::Running, &[]);
         }),
-        ("connection lost", |liar| (accept(liar), liar.main.shutdown()).1),
+        (GONE, |liar| (greet(liar), liar.main.shutdown()).1),
+        (GONE, |liar| (accept(liar), liar.main.shutdown()).1),
+        ("or the way to it is cut: data channel 1: connection lost", |liar| {
+            answer(&liar.main, |_| {});
+            answer(&liar.data[0], |_| {});
+            liar.data[1].shutdown();
+            liar.main.shutdown();
+        }),
+        // Whichever channel sees it first.
+        (GONE, |liar| {
+            accept(liar);
+            liar.data.iter().for_each(|data| data.shutdown());
+            liar.main.shutdown();
+        }),
         ("the destination refuses: I have changed my mind", |liar| {
             accept(liar);
             [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
@@ -161,6 +176,40 @@ fn a_destination_that_never_says_a_word_is_given_up() {
     let SourceOutcome::Failed(error) = &outcome else { panic!("{outcome:?}") };
     assert!(chain(error).contains("peer stalled"), "{}", chain(error));
     assert!(runs);
+}
+
+/// Says that it is alive, and nothing else, until the source hangs up.
+fn only_be_alive(liar: &Liar) {
+    let mut heard = [0; 256];
+    while !matches!(liar.main.receive(&mut heard), Ok(0)) {
+        liar.frame(Kind::KeepAlive, &[]);
+    }
+}
+
+#[test]
+fn a_destination_that_is_alive_but_does_not_get_on_is_given_up() {
+    type Lie = fn(&Liar);
+    let lies: [(&str, Lie); 3] = [
+        ("the answer to the machine description did not come within", greet),
+        // It takes all pages and never says so; or says so of one channel only.
+        ("the destination's word that it has the pages of this round did not come within", accept),
+        ("the destination's word that it has the pages of this round did not come", |liar| {
+            accept(liar);
+            mark(liar, 1, 1);
+        }),
+    ];
+    for (expected, lie) in lies {
+        let patience = Duration::from_millis(100);
+        let started = std::time::Instant::now();
+        let (outcome, runs) = send_to(&Scenario { patience, ..two_channels() }, |liar| {
+            lie(liar);
+            only_be_alive(liar);
+        });
+        let SourceOutcome::Failed(error) = &outcome else { panic!("{expected}: {outcome:?}") };
+        assert!(chain(error).contains(expected), "{} lacks {expected:?}", chain(error));
+        assert!(runs, "{expected}");
+        assert!(started.elapsed() > patience * 6, "{expected}: {:?}", started.elapsed());
+    }
 }
 
 /// A connection whose other end reads little: at its own pace, or up to where it stands still.

@@ -84,6 +84,18 @@ fn a_guest_with_more_left_than_predicted_runs_on_and_moves_later() {
     assert!(stats.downtime.unwrap() < limit, "{:?}", stats.downtime);
 }
 
+#[test]
+fn a_guest_that_cannot_go_on_when_the_stop_is_called_off_is_said_to_stand_still() {
+    let limit = Duration::from_millis(60);
+    let params = Params { max_bandwidth: 20 << 20, downtime_limit: limit, ..Params::default() };
+    let (bursts, fail) = (1, Fail::Resume);
+    let end = migrate(&Scenario { ram_bytes: 4 << 20, bursts, fail, params, ..Default::default() });
+    let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
+    let said = chain(error);
+    assert!(said.contains("called off") && said.contains("stays paused"), "{said}");
+    assert_eq!((end.running_guests(), end.permits()), (0, 1), "{said}");
+}
+
 /// The one that matters most.
 #[test]
 fn cutting_the_link_at_any_byte_never_runs_two_guests() {

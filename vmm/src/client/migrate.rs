@@ -36,7 +36,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
         return FAILED;
     }
     let end = follow(&mut client, args.json, &cancelled);
-    let code = report(&end, args.json);
+    let code = report(&mut client, &end, args.json);
     if code == MOVED && !args.keep_source {
         // The source may be gone before its answer is read.
         match client.execute("quit", json!({})) {
@@ -213,7 +213,7 @@ fn disk_percents(disk: &Value) -> String {
     disk["x-disks"].as_array().into_iter().flatten().map(one).collect()
 }
 
-fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
+fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
     let info = match end {
         Ok(info) => info,
         Err(error) => {
@@ -236,7 +236,7 @@ fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
             MOVED
         }
         Some("cancelled") => {
-            eprintln!("ferry: cancelled; the guest runs on at the source");
+            eprintln!("ferry: cancelled; {}", what_holds(client));
             FAILED
         }
         _ if info["x-outcome"] == "unknown" => {
@@ -248,8 +248,21 @@ fn report(end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
         }
         _ => {
             eprintln!("ferry: migration failed: {error}");
+            eprintln!("ferry: {}", what_holds(client));
             FAILED
         }
+    }
+}
+
+/// How the guest is after a migration that has not moved it.
+fn what_holds(client: &mut QmpClient) -> String {
+    match client.execute("query-status", json!({})) {
+        Ok(status) if status["status"] == "running" => "the guest runs on at the source".to_owned(),
+        Ok(status) => {
+            let state = status["status"].as_str().unwrap_or("in an unknown state");
+            format!("the guest is at the source and does not run: it is {state}")
+        }
+        Err(error) => format!("how the guest is cannot be asked: {}", chain(&error)),
     }
 }
 

@@ -15,7 +15,8 @@ fn info(node: &BlockNode) -> Value {
     if let Ok(bytes) = node.allocated_bytes() {
         image["actual-size"] = bytes.into();
     }
-    let (direct, backing) = (node.is_direct(), node.backing());
+    let (direct, backing) = (node.is_direct(), node.backing().map(|chain| chain.files()));
+    let backing = backing.unwrap_or_default();
     if let Some(name) = backing.first() {
         image["backing-filename"] = name.as_str().into();
     }

@@ -83,8 +83,8 @@ pub struct BackingDescription {
     pub name: String,
     /// Its size as a disk.
     pub len_bytes: u64,
-    /// Of samples of its content.
-    pub checksum: String,
+    /// The SHA-256 of all its bytes, in hexadecimal digits.
+    pub sha256: String,
 }
 
 fn one() -> u16 {

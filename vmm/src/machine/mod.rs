@@ -239,6 +239,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Has what the guest wrote in the files of all its disks: what is not flushed is, after a crash of
+    /// the host only, lost to who uses them next.
+    pub fn write_back_disks(&self) -> Result<(), MachineError> {
+        for disk in self.disks.iter().filter(|disk| !disk.node.read_only()) {
+            disk.node.write_back().map_err(|source| MachineError::Disk {
+                id: disk.node.id().to_owned(),
+                source: source.into(),
+            })?;
+        }
+        Ok(())
+    }
+
     /// Starts or resumes the guest.
     pub fn run(&mut self) -> Result<(), MachineError> {
         if self.permit.is_none() {
@@ -279,9 +291,15 @@ impl Machine {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Whether a disk keeps requests that have failed.
+    /// Whether a disk's failed request is to stop the guest.
     pub fn has_stopped_disk(&self) -> bool {
         self.disks.iter().any(|disk| disk.node.is_stopped())
+    }
+
+    /// Whether a disk keeps requests that have failed and were not tried again: of a guest that has gone
+    /// on and was stopped at once, too. Tells the truth once the machine is stopped.
+    pub fn keeps_disk_requests(&self) -> bool {
+        self.disks.iter().any(|disk| disk.node.keeps_requests())
     }
 
     /// Whether vCPUs run.

@@ -30,9 +30,11 @@ fn travelling(
 ) -> Result<(Description, Vec<SourceDisk>), QmpError> {
     let ids: Vec<_> = machine.disks().iter().map(|disk| disk.node.id()).collect();
     if let Some(unknown) = selection.unknown(&ids) {
-        let ids = ids.join(", ");
-        let desc = format!("The guest has no disk {unknown:?}, it has: {ids}");
-        return Err(QmpError::generic(desc));
+        let has = match ids.join(", ") {
+            none if none.is_empty() => "it has no disks".to_owned(),
+            ids => format!("it has: {ids}"),
+        };
+        return Err(QmpError::generic(format!("The guest has no disk {unknown:?}, {has}")));
     }
     let mut description = machine.description().clone();
     let mut travelling = Vec::new();
@@ -52,22 +54,27 @@ fn travelling(
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
-        let below = node.backing_identity().map_err(failed)?;
+        let below = node.backing();
         let own_bytes = node.allocated_bytes().map_err(failed)?;
         // Without a backing file what lies above it is everything.
         let backing = match (&below, mode) {
             (Some(below), DiskMode::Top) => Some(BackingDescription {
-                name: node.backing().first().cloned().unwrap_or_default(),
-                len_bytes: below.len_bytes,
-                checksum: below.checksum.clone(),
+                name: below.files().first().cloned().unwrap_or_default(),
+                len_bytes: below.len_bytes(),
+                // Found out on the way: all of it has to be read.
+                sha256: String::new(),
             }),
             _ => None,
         };
         let only_top = backing.is_some();
+        // What is packed in a file below takes more at the destination: it finds out as it writes.
         let data_bytes = match below {
-            Some(below) if !only_top => (own_bytes + below.len_bytes).min(node.len_bytes()),
+            Some(below) if !only_top => {
+                own_bytes.saturating_add(below.allocated_bytes().map_err(failed)?)
+            }
             _ => own_bytes,
         };
+        let data_bytes = data_bytes.min(node.len_bytes());
         described.travels = Some(Travels { backing, data_bytes });
         travelling.push(SourceDisk { node: node.clone(), only_top });
     }
@@ -278,12 +285,13 @@ impl Supervisor {
         let ram = SourceRam {
             ram: vm.ram().clone(),
             layout: vm.layout().clone(),
-            dirty: Box::new(VmDirtyLog::new(vm)),
+            dirty: Box::new(VmDirtyLog::new(vm.clone())),
         };
         let (description, disks) = travelling(machine, selection)?;
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.desk.mailbox().clone();
-        let started = self.jobs.send(address, description.to_stream(), ram, disks, mailbox);
+        let leaving = jobs::Leaving { vm, description };
+        let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }
 }

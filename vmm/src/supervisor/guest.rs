@@ -2,14 +2,27 @@
 //! alone touches the machine, and waits for its answer.
 
 use super::messages::{Mailbox, Message};
+use crate::error::guest_error;
+use crate::images::BackingCheck;
 use devices::state::DeviceRecord;
 use migration::block::IncomingDisk;
+use migration::cancel::CancelToken;
 use migration::guest::{
-    DestinationHost, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit, Stopped,
+    DestinationHost, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit,
+    Stopped,
 };
 use std::sync::mpsc::{Sender, channel};
 
 type Reply<T> = Sender<Result<T, GuestError>>;
+
+/// A machine that has been built for a guest to arrive.
+pub struct Arrival {
+    /// Its RAM.
+    pub ram: IncomingRam,
+    /// What its disks stand on, if not all of them travels. Comparing takes as long as reading, so it is
+    /// left to the thread that migrates.
+    pub backings: Vec<BackingCheck>,
+}
 
 /// What a migration thread asks of the supervisor.
 pub enum GuestRequest {
@@ -26,7 +39,7 @@ pub enum GuestRequest {
     /// Source: the permit is spent.
     Surrendered(Reply<()>),
     /// Destination: build the machine.
-    Build(MachineDescription, Reply<IncomingRam>),
+    Build(MachineDescription, Reply<Arrival>),
     /// Destination: the disks that arrive.
     Disks(Reply<Vec<IncomingDisk>>),
     /// Destination: load all records.
@@ -42,12 +55,13 @@ pub enum GuestRequest {
 /// Talks to the supervisor on behalf of a migration thread.
 pub struct GuestProxy {
     mailbox: Mailbox,
+    cancel: CancelToken,
 }
 
 impl GuestProxy {
-    /// A proxy that posts to `mailbox`.
-    pub fn new(mailbox: Mailbox) -> Self {
-        Self { mailbox }
+    /// A proxy that posts to `mailbox`, for a migration that `cancel` ends.
+    pub fn new(mailbox: Mailbox, cancel: CancelToken) -> Self {
+        Self { mailbox, cancel }
     }
 
     fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> GuestRequest) -> Result<T, GuestError> {
@@ -86,8 +100,19 @@ impl GuestControl for GuestProxy {
 }
 
 impl DestinationHost for GuestProxy {
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
-        self.ask(|reply| GuestRequest::Build(description.clone(), reply))
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
+        let Arrival { ram, backings } =
+            self.ask(|reply| GuestRequest::Build(description.clone(), reply))?;
+        let go_on = || go_on() && !self.cancel.is_cancelled();
+        backings
+            .iter()
+            .try_for_each(|backing| backing.check(&go_on))
+            .map_err(|error| guest_error(&error))?;
+        Ok(ram)
     }
 
     fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {

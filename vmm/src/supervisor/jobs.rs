@@ -2,17 +2,20 @@
 
 use super::guest::GuestProxy;
 use super::messages::{Mailbox, Message};
-use migration::block::SourceDisks;
+use crate::kvm::vm::Vm;
+use crate::machine::description::Description;
+use devices::block::backend::GoOn;
+use migration::block::{SourceDisk, SourceDisks};
 use migration::cancel::CancelToken;
 use migration::destination::{Destination, DestinationError};
-use migration::guest::{MachineDescription, RunPermit};
+use migration::guest::{GuestError, RunPermit};
 use migration::params::SharedParams;
 use migration::source::{Source, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 /// One of this process's migrations, which come one after another.
@@ -26,6 +29,14 @@ struct Job {
     cancel: CancelToken,
 }
 
+/// What leaves.
+pub struct Leaving {
+    /// The machine.
+    pub vm: Arc<Vm>,
+    /// What it is; what its disks stand on is found out on the way.
+    pub description: Description,
+}
+
 /// The migration at work, and what is known of it or of the last one.
 #[derive(Default)]
 pub struct Jobs {
@@ -35,6 +46,8 @@ pub struct Jobs {
     pub counters: Arc<Counters>,
     /// Parameters, also while it runs.
     pub params: SharedParams,
+    /// The machine that leaves. Another one in its place, after a reset, is not it.
+    leaving: Weak<Vm>,
     /// Disks that travel with the guest that leaves, by name.
     pub travelling: Vec<String>,
     /// The `events` capability.
@@ -71,18 +84,25 @@ impl Jobs {
     pub fn send(
         &mut self,
         to: Address,
-        machine: MachineDescription,
+        leaving: Leaving,
         ram: SourceRam,
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
+        let Leaving { vm, mut description } = leaving;
+        self.leaving = Arc::downgrade(&vm);
         self.travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
-            let mut guest = GuestProxy::new(mailbox.clone());
+            let mut guest = GuestProxy::new(mailbox.clone(), cancel.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
+            let (leaving, token) = (disks.disks.clone(), cancel.clone());
+            let mut machine = || {
+                identify(&mut description, &leaving, &|| !token.is_cancelled())?;
+                Ok(description.to_stream())
+            };
             let source = Source {
                 guest: &mut guest,
-                machine: &machine,
+                machine: &mut machine,
                 disks,
                 params,
                 counters,
@@ -99,7 +119,7 @@ impl Jobs {
         let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
             counters.listening(address);
-            let mut host = GuestProxy::new(mailbox.clone());
+            let mut host = GuestProxy::new(mailbox.clone(), cancel.clone());
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
                 Destination { host: &mut host, counters, cancel, events: &mut events };
@@ -109,6 +129,11 @@ impl Jobs {
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
             mailbox.post(Message::IncomingEnded(id, result));
         })
+    }
+
+    /// Whether it is this machine that leaves.
+    pub fn moves(&self, vm: &Arc<Vm>) -> bool {
+        self.leaving.as_ptr() == Arc::as_ptr(vm)
     }
 
     /// Asks the migration to end; it says when it has.
@@ -145,6 +170,27 @@ impl Jobs {
             job.cancel.cancel();
         }
     }
+}
+
+/// Completes a description with what the disks stand on of which only the top travels: all of that is
+/// read, so it is for the thread that migrates.
+fn identify(
+    description: &mut Description,
+    leaving: &[SourceDisk],
+    go_on: GoOn<'_>,
+) -> Result<(), GuestError> {
+    for described in &mut description.disks {
+        let disk = leaving.iter().find(|disk| disk.node.id() == described.id);
+        let backing = described.travels.as_mut().and_then(|travels| travels.backing.as_mut());
+        let (Some(disk), Some(backing)) = (disk, backing) else { continue };
+        let (id, name) = (&described.id, &backing.name);
+        let digest = disk.node.backing().map(|chain| chain.digest(go_on)).transpose();
+        backing.sha256 = digest.map(Option::unwrap_or_default).map_err(|error| {
+            GuestError::new(format!("disk {id}: cannot read backing file {name}: {error}"))
+        })?;
+        log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
+    }
+    Ok(())
 }
 
 /// As QEMU's `SocketAddress`.

@@ -36,7 +36,7 @@ fn what_is_written_is_read_also_after_it_was_closed() {
     drop(image);
     let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
     assert_eq!([0, 512, 128 << 10, 192 << 10].map(|at| bytes(&image, at)), [0, 7, 0, 8]);
-    assert!(image.backing().is_empty() && image.backing_identity().unwrap().is_none());
+    assert!(image.backing().is_none());
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
     let folder = tempfile::tempdir().unwrap();
     let backing = base(folder.path(), "base", 3);
     let (path, image) = made(folder.path(), Some(&backing));
-    assert_eq!(image.backing(), [backing.path.display().to_string()]);
+    assert_eq!(image.backing().unwrap().files(), [backing.path.display().to_string()]);
     assert_eq!([bytes(&image, 0), bytes(&image, 300 << 10)], [3, 0], "the base is shorter");
     assert_eq!(image.extent_at(0).unwrap().content, Content::Backing);
     image.write_at(&[9; 512], 64 << 10).unwrap();
@@ -69,20 +69,73 @@ fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
 }
 
 #[test]
-fn a_backing_file_is_told_from_another() {
+fn a_backing_file_is_told_from_another_by_any_byte_of_it() {
     let folder = tempfile::tempdir().unwrap();
     let identity = |backing: &Backing| {
         let (_, image) = made(folder.path(), Some(backing));
-        image.backing_identity().unwrap().unwrap()
+        image.lock().unwrap();
+        let chain = image.backing().unwrap();
+        (chain.len_bytes(), chain.digest(&|| true).unwrap())
     };
     let (one, same) = (base(folder.path(), "a", 1), base(folder.path(), "b", 1));
-    let other = base(folder.path(), "c", 1);
-    let file = OpenOptions::new().write(true).open(&other.path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &[2], 100_000).unwrap();
+    // What `sha256sum` says of it.
+    let said = "f317dd9d6ba01c465d82e4c4d55d01d270dda69db4a01a64c587a5593ac6084d";
+    assert_eq!(identity(&one), (256 << 10, said.to_owned()));
     assert_eq!(identity(&one), identity(&same));
+    // Large enough that samples would leave most of it out.
+    for name in ["a", "c"] {
+        let file = File::create(folder.path().join(name)).unwrap();
+        file.set_len(64 << 20).unwrap();
+    }
+    let other = Backing { path: folder.path().join("c"), format: Format::Raw };
+    assert_eq!(identity(&one), identity(&other));
+    let file = OpenOptions::new().write(true).open(&other.path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[2], (33 << 20) + 6789).unwrap();
     assert_ne!(identity(&one), identity(&other));
-    file.set_len(100 << 10).unwrap();
-    assert_ne!(identity(&one).len_bytes, identity(&other).len_bytes);
+}
+
+#[test]
+fn a_digest_is_remembered_while_the_image_is_locked_and_can_be_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let backing = base(folder.path(), "a", 1);
+    let (_, image) = made(folder.path(), Some(&backing));
+    image.lock().unwrap();
+    let chain = image.backing().unwrap();
+    let error = chain.digest(&|| false).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+    let digest = chain.digest(&|| true).unwrap();
+    assert_eq!(chain.digest(&|| panic!("it is known")).unwrap(), digest);
+    image.unlock();
+    assert!(chain.digest(&|| false).is_err(), "others may have written it");
+}
+
+#[test]
+fn an_old_image_that_knows_no_zeroes_has_them_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, image) = made(folder.path(), None);
+    image.write_at(&[7; 256 << 10], 0).unwrap();
+    image.flush().unwrap();
+    drop(image);
+    // Version 2 is version 3 without what follows the 72 bytes of its header.
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 2], 4).unwrap();
+    let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    image.discard(0, 64 << 10).unwrap();
+    for (at, may_unmap) in [(64 << 10, true), (128 << 10, false)] {
+        image.write_zeroes(at, 64 << 10, may_unmap).unwrap();
+        assert_eq!([bytes(&image, at), bytes(&image, at + 65_024)], [0, 0]);
+    }
+    assert_eq!(bytes(&image, 192 << 10), 7);
+}
+
+#[test]
+fn what_was_written_back_is_there_for_who_opens_it_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, image) = made(folder.path(), None);
+    image.write_at(&[7; 512], 300 << 10).unwrap();
+    image.write_back().unwrap();
+    let other = Qcow2File::open(&path, true, Cache::Writeback).unwrap();
+    assert_eq!(bytes(&other, 300 << 10), 7);
 }
 
 #[test]

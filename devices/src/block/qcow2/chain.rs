@@ -1,0 +1,163 @@
+//! What a qcow2 image stands on: the files below it, opened read-only, and which they are.
+//!
+//! Owned by a [`super::Qcow2File`], which reads through them.
+
+use super::{open_file, refused, storage};
+use crate::block::Format;
+use crate::block::backend::{BackingChain, GoOn, LockError};
+use crate::block::ofd_lock::Operation;
+use crate::block::raw::{Cache, lock_file, unlock_file};
+use crate::lock;
+use imago::file::File as ImagoFile;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+/// Longest chain of backing files.
+const MAX_DEPTH: usize = 16;
+/// What is read of a backing file at a time, to tell which one it is.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What an image stands on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+}
+
+/// The files below an image.
+pub(super) struct Chain {
+    /// From the top on.
+    files: Vec<(PathBuf, File)>,
+    /// A reader of its own, to tell which one it is.
+    reader: FormatAccess<ImagoFile>,
+    /// That, once somebody has asked. Nobody writes them while they are locked.
+    digest: Mutex<Option<String>>,
+}
+
+/// What an image's header says of its backing file.
+pub(super) fn recorded_backing(
+    image: &Qcow2<ImagoFile>,
+    path: &Path,
+) -> io::Result<Option<Backing>> {
+    if image.requires_external_data_file() {
+        return Err(refused("it keeps its data in another file, which is not supported".into()));
+    }
+    let Some(name) = image.implicit_backing_file() else { return Ok(None) };
+    let Some(format) = image.implicit_backing_format() else {
+        return Err(refused(format!(
+            "its backing file {name:?} has no format recorded: `qemu-img rebase -u -b {name} -F FORMAT`"
+        )));
+    };
+    let format = format.parse().map_err(refused)?;
+    // Relative names are meant from where the image is.
+    let path = path.parent().unwrap_or(Path::new("")).join(name);
+    Ok(Some(Backing { path, format }))
+}
+
+/// Opens a backing file and all below it; `chain` takes the files. Those of `depth` and below that it has
+/// already are not opened again: a path may lead elsewhere by now.
+fn open_backing(
+    backing: &Backing,
+    chain: &mut Vec<(PathBuf, File)>,
+    depth: usize,
+) -> io::Result<FormatAccess<ImagoFile>> {
+    let named = |error: io::Error| {
+        io::Error::new(error.kind(), format!("backing file {}: {error}", backing.path.display()))
+    };
+    if depth >= MAX_DEPTH {
+        return Err(named(refused(format!("more than {MAX_DEPTH} lie on each other"))));
+    }
+    let storage = match chain.get(depth) {
+        Some((_, file)) => file
+            .try_clone()
+            .and_then(|file| storage(file, &backing.path, false, Cache::Writeback))
+            .map_err(named)?,
+        None => {
+            let (file, storage) =
+                open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
+            chain.push((backing.path.clone(), file));
+            storage
+        }
+    };
+    match backing.format {
+        Format::Raw => {
+            let raw = Raw::builder(storage).open(DenyImplicitOpenGate::default());
+            Ok(FormatAccess::new(raw.map_err(named)?))
+        }
+        Format::Qcow2 => {
+            let mut image = Qcow2::open_image(storage, false).map_err(named)?;
+            let below = recorded_backing(&image, &backing.path).map_err(named)?;
+            image.set_data_file(None);
+            image.set_backing(
+                below.map(|below| open_backing(&below, chain, depth + 1)).transpose()?,
+            );
+            Ok(FormatAccess::new(image))
+        }
+    }
+}
+
+impl Chain {
+    /// Opens a backing file and all below it; returns also a reader for the image.
+    pub fn open(backing: &Backing) -> io::Result<(Self, FormatAccess<ImagoFile>)> {
+        let mut files = Vec::new();
+        let below = open_backing(backing, &mut files, 0)?;
+        let reader = open_backing(backing, &mut files, 0)?;
+        Ok((Self { files, reader, digest: Mutex::default() }, below))
+    }
+
+    /// Many may stand on a backing file, but nobody may write it.
+    pub fn lock(&self) -> Result<(), LockError> {
+        self.files.iter().try_for_each(|(path, file)| lock_file(file, path, Operation::Shared))
+    }
+
+    /// From now on somebody may write it.
+    pub fn unlock(&self) {
+        *lock(&self.digest) = None;
+        self.files.iter().for_each(|(path, file)| unlock_file(file, path));
+    }
+}
+
+impl BackingChain for Chain {
+    fn files(&self) -> Vec<String> {
+        self.files.iter().map(|(path, _)| path.display().to_string()).collect()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.reader.size()
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        let blocks = self.files.iter().map(|(_, file)| Ok(file.metadata()?.blocks()));
+        Ok(blocks.sum::<io::Result<u64>>()?.saturating_mul(512))
+    }
+
+    fn digest(&self, go_on: GoOn<'_>) -> io::Result<String> {
+        if let Some(known) = lock(&self.digest).clone() {
+            return Ok(known);
+        }
+        let (mut sum, mut at) = (Sha256::new(), 0);
+        let mut piece = vec![0; PIECE_BYTES];
+        while at < self.reader.size() {
+            if !go_on() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let left = usize::try_from(self.reader.size() - at).unwrap_or(PIECE_BYTES);
+            let piece = piece.get_mut(..left.min(PIECE_BYTES)).unwrap_or_default();
+            self.reader.read(&mut *piece, at)?;
+            sum.update(&*piece);
+            at += piece.len() as u64;
+        }
+        let digest: String = sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        *lock(&self.digest) = Some(digest.clone());
+        Ok(digest)
+    }
+}

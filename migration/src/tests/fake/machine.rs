@@ -1,0 +1,211 @@
+//! A machine without KVM for each end: its lock, its right to run, and failures where a test wants them.
+
+use super::super::fake_disks::DiskWriters;
+use super::writes::{LAST_VERSION, Mutator, Script};
+use crate::block::IncomingDisk;
+use crate::guest::*;
+use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, RamLayout};
+use devices::state::DeviceRecord;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+use vm_memory::Bytes;
+
+/// The one disk that both ends see, and who holds its lock.
+#[derive(Default)]
+pub struct Disk {
+    holder: Mutex<Option<&'static str>>,
+    changed: Condvar,
+}
+
+impl Disk {
+    /// Waits a while for a holder that is about to let go, as a machine that takes its disk back does.
+    pub fn lock(&self, who: &'static str, patience: Duration) -> Result<(), GuestError> {
+        let holder = self.holder.lock().unwrap();
+        let others = |holder: &mut Option<&str>| holder.is_some_and(|holder| holder != who);
+        let (mut holder, _) = self.changed.wait_timeout_while(holder, patience, others).unwrap();
+        if let Some(other) = holder.filter(|other| *other != who) {
+            return Err(GuestError::new(format!("the disk is locked by the {other}")));
+        }
+        *holder = Some(who);
+        Ok(())
+    }
+
+    fn unlock(&self, who: &'static str) {
+        let mut holder = self.holder.lock().unwrap();
+        if *holder == Some(who) {
+            *holder = None;
+        }
+        self.changed.notify_all();
+    }
+
+    pub fn holder(&self) -> Option<&'static str> {
+        *self.holder.lock().unwrap()
+    }
+}
+
+#[derive(Default)]
+pub struct Machine {
+    pub running: AtomicBool,
+    pub permit: Mutex<Option<RunPermit>>,
+    pub surrendered: AtomicBool,
+    /// Every throttle that was set, in order.
+    pub throttles: Mutex<Vec<u8>>,
+    pub abandoned: AtomicU32,
+}
+
+/// Where a scripted failure happens.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Fail {
+    #[default]
+    Nothing,
+    Track,
+    Pause,
+    Throttle,
+    Save,
+    Release,
+    Resume,
+    Build,
+    Load,
+    Lock,
+    Run,
+    PanicInSave,
+}
+
+pub struct FakeSource {
+    pub machine: Arc<Machine>,
+    pub disk: Arc<Disk>,
+    pub fail: Fail,
+    pub ram: GuestRam,
+    /// Writes RAM while the guest runs.
+    pub mutator: Option<Mutator>,
+    /// Write its disks while the guest runs.
+    pub disk_writers: DiskWriters,
+    /// At so many pauses the guest writes much in its last moment.
+    pub bursts: u32,
+    pub script: Option<Script>,
+}
+
+pub fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
+    if fail == here {
+        Err(GuestError::new(format!("scripted failure of {here:?}")))
+    } else {
+        Ok(())
+    }
+}
+
+impl GuestControl for FakeSource {
+    fn pause(&mut self) -> Result<Stopped, GuestError> {
+        step(self.fail, Fail::Pause)?;
+        if let Some(mutator) = &mut self.mutator {
+            mutator.stop();
+        }
+        self.disk_writers.stop();
+        if let Some(left) = self.bursts.checked_sub(1) {
+            self.bursts = left;
+            for page in 16..816 {
+                self.ram.write_obj(page + 1, GuestAddress(page * PAGE_SIZE)).unwrap();
+            }
+        }
+        if let Some(script) = &self.script {
+            script.write(&self.ram, LAST_VERSION);
+        }
+        let was_running = self.machine.running.swap(false, SeqCst);
+        let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
+        Ok(Stopped { permit, was_running })
+    }
+
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        assert!(self.fail != Fail::PanicInSave, "scripted panic");
+        step(self.fail, Fail::Save)?;
+        // Saving a device may write RAM.
+        self.ram.write_obj(0x77u8, GuestAddress(9 * PAGE_SIZE)).unwrap();
+        let state = serde_json::json!({"answer": 42});
+        Ok(vec![DeviceRecord { kind: "fake".into(), instance: String::new(), version: 1, state }])
+    }
+
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        step(self.fail, Fail::Release)?;
+        self.disk.unlock("source");
+        Ok(())
+    }
+
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+        *self.machine.permit.lock().unwrap() = Some(stopped.permit);
+        step(self.fail, Fail::Resume)?;
+        self.disk.lock("source", Duration::from_secs(5))?;
+        self.machine.running.store(stopped.was_running, SeqCst);
+        Ok(())
+    }
+
+    fn surrendered(&mut self) {
+        assert!(self.machine.permit.lock().unwrap().is_none());
+        self.machine.surrendered.store(true, SeqCst);
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.machine.throttles.lock().unwrap().push(percent);
+        step(self.fail, Fail::Throttle)
+    }
+}
+
+/// A description that a [`FakeHost`] builds until it is told to give up.
+pub const SLOW_MACHINE: &str = "slow";
+
+pub struct FakeHost {
+    pub machine: Arc<Machine>,
+    pub disk: Arc<Disk>,
+    pub fail: Fail,
+    pub ram: Option<GuestRam>,
+    pub records: Vec<DeviceRecord>,
+    pub disks: Vec<IncomingDisk>,
+}
+
+impl DestinationHost for FakeHost {
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
+        step(self.fail, Fail::Build)?;
+        if description.machine == SLOW_MACHINE {
+            while go_on() {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            return Err(GuestError::new("told to give up"));
+        }
+        let layout = RamLayout::for_size(description.ram_bytes)
+            .map_err(|error| GuestError::new(error.to_string()))?;
+        let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+        self.ram = Some(ram.clone());
+        Ok(IncomingRam { ram, layout })
+    }
+
+    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
+        Ok(self.disks.clone())
+    }
+
+    fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
+        self.records.extend(records);
+        step(self.fail, Fail::Load)
+    }
+
+    fn lock_disks(&mut self) -> Result<(), GuestError> {
+        step(self.fail, Fail::Lock)?;
+        self.disk.lock("destination", Duration::ZERO)
+    }
+
+    fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
+        step(self.fail, Fail::Run)?;
+        assert_eq!(self.disk.holder(), Some("destination"), "no guest runs on an unlocked disk");
+        *self.machine.permit.lock().unwrap() = Some(permit);
+        self.machine.running.store(running, SeqCst);
+        Ok(())
+    }
+
+    fn abandon(&mut self) {
+        assert!(!self.machine.running.load(SeqCst), "a running guest is not abandoned");
+        self.machine.abandoned.fetch_add(1, SeqCst);
+        self.disk.unlock("destination");
+    }
+}

@@ -1,0 +1,161 @@
+//! A disk as a user gives it: of a guest that is booted, or of one that arrives.
+
+use devices::block::Format;
+use devices::block::failure::ErrorPolicy;
+use devices::block::qcow2::Backing;
+use devices::block::raw::Cache;
+use devices::virtio::blk::MAX_QUEUES;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// A disk: `path=…,id=…,format=raw,readonly=on,queues=4,cache=none`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The image.
+    pub path: PathBuf,
+    /// Its name; `disk0`, `disk1`… if not given.
+    pub id: Option<String>,
+    /// How its bytes lie in the image. Never guessed from that.
+    pub format: Format,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What becomes of requests that fail.
+    pub errors: ErrorPolicy,
+    /// Number of its queues.
+    pub queues: u16,
+    /// Whether the host's page cache is used.
+    pub cache: Cache,
+    /// As it was given.
+    pub text: String,
+}
+
+impl FromStr for DiskConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut path, mut id, mut read_only) = (None, None, false);
+        let (mut queues, mut cache, mut format) = (1, Cache::Writeback, Format::Raw);
+        let mut errors = ErrorPolicy::default();
+        for pair in text.split(',') {
+            match pair.split_once('=') {
+                Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
+                Some(("id", value)) => id = Some(value.to_owned()),
+                Some(("format", value)) => format = value.parse()?,
+                Some(("readonly", "on")) => read_only = true,
+                Some(("readonly", "off")) => read_only = false,
+                Some(("queues", value)) => queues = parse_queues(value)?,
+                Some(("cache", value)) => cache = value.parse()?,
+                Some(("rerror", value)) => errors.on_read = value.parse()?,
+                Some(("werror", value)) => errors.on_write = value.parse()?,
+                _ => {
+                    let keys = "path=PATH[,id=ID][,format=raw|qcow2][,readonly=on|off][,queues=N]\
+                                [,cache=writeback|none][,rerror=report|ignore|stop|enospc][,werror=…]";
+                    return Err(format!("{pair:?} in {text:?}: expected {keys}"));
+                }
+            }
+        }
+        let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
+        Ok(Self { path, id, format, read_only, errors, queues, cache, text: text.to_owned() })
+    }
+}
+
+fn parse_queues(text: &str) -> Result<u16, String> {
+    let fine = |queues: &u16| (1..=MAX_QUEUES).contains(queues);
+    text.parse().ok().filter(fine).ok_or_else(|| format!("queues {text:?}: 1 to {MAX_QUEUES}"))
+}
+
+/// Whether `id` can name a disk: no path tricks, and short enough for get-id users to tell apart.
+pub fn is_id(id: &str) -> bool {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
+}
+
+/// A disk of an arriving guest: `ID=PATH[,format=qcow2][,backing=BASE][,cache=none]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiveDisk {
+    /// Its name at the source.
+    pub id: String,
+    /// The image here.
+    pub path: PathBuf,
+    /// Whether the host's page cache is used here.
+    pub cache: Cache,
+    /// How its bytes lie in the image here.
+    pub format: Format,
+    /// What an image that is made here stands on.
+    pub backing: Option<Backing>,
+    /// What becomes of requests that fail here.
+    pub errors: ErrorPolicy,
+}
+
+impl FromStr for ReceiveDisk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((id, path)) if is_id(id) && !path.is_empty() => {
+                let (mut path, mut cache, mut format) = (path, Cache::Writeback, Format::Raw);
+                let (mut backing, mut backing_format) = (None, None);
+                let mut errors = ErrorPolicy::default();
+                // A path may have commas, so only what we know at its end is not part of it.
+                while let Some((rest, option)) = path.rsplit_once(',') {
+                    match option.split_once('=') {
+                        Some(("cache", value)) => cache = value.parse()?,
+                        Some(("rerror", value)) => errors.on_read = value.parse()?,
+                        Some(("werror", value)) => errors.on_write = value.parse()?,
+                        Some(("format", value)) => format = value.parse()?,
+                        Some(("backing", value)) => backing = Some(PathBuf::from(value)),
+                        Some(("backing-format", value)) => backing_format = Some(value.parse()?),
+                        _ => break,
+                    }
+                    path = rest;
+                }
+                let backing = match (backing, backing_format, format) {
+                    (None, None, _) => None,
+                    (Some(path), Some(format), Format::Qcow2) => Some(Backing { path, format }),
+                    _ => {
+                        return Err(format!(
+                            "{text:?}: a backing file needs format=qcow2, backing=PATH and \
+                             backing-format=raw|qcow2"
+                        ));
+                    }
+                };
+                Ok(Self { id: id.to_owned(), path: path.into(), cache, format, backing, errors })
+            }
+            _ => Err(format!(
+                "{text:?}: expected ID=PATH[,format=raw|qcow2][,backing=PATH,backing-format=…][,cache=writeback|none]"
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_read_and_tricks_refused() {
+        let disk: DiskConfig = "path=/a,id=root,format=raw,readonly=on".parse().unwrap();
+        assert_eq!((disk.id.as_deref(), disk.read_only), (Some("root"), true));
+        assert_eq!((disk.queues, disk.cache), (1, Cache::Writeback));
+        let disk: DiskConfig = "path=/a,queues=16,cache=none".parse().unwrap();
+        assert_eq!((disk.queues, disk.cache), (16, Cache::None));
+        for bad in ["queues=0", "queues=17", "queues=", "queues=-1", "cache=unsafe", "cache="] {
+            assert!(format!("path=/a,{bad}").parse::<DiskConfig>().is_err(), "{bad}");
+        }
+        let given = |text: &str| text.parse::<ReceiveDisk>().map(|disk| (disk.path, disk.cache));
+        assert_eq!(given("d=/a"), Ok(("/a".into(), Cache::Writeback)));
+        assert_eq!(given("d=/a,b,cache=none"), Ok(("/a,b".into(), Cache::None)));
+        assert_eq!(given("d=/a,x=y,cache=none,format=raw"), Ok(("/a,x=y".into(), Cache::None)));
+        let disk: ReceiveDisk = "d=/a,format=qcow2,backing=/b,backing-format=raw".parse().unwrap();
+        let backing = Backing { path: "/b".into(), format: Format::Raw };
+        assert_eq!((disk.path.to_str(), disk.backing), (Some("/a"), Some(backing)));
+        for bad in ["backing=/b", "format=qcow2,backing=/b", "backing=/b,backing-format=raw"] {
+            assert!(format!("d=/a,{bad}").parse::<ReceiveDisk>().is_err(), "{bad}");
+        }
+        assert!(given("d=/a,cache=no").is_err() && given("d=/a,format=vmdk").is_err());
+        for bad in ["", "id=x", "path=/a,format=vmdk", "path=/a,size=3", "path=/a,readonly=maybe"] {
+            assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");
+        }
+        assert!("../x=/tmp/a".parse::<ReceiveDisk>().is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! A file or device that becomes a disk of an arriving guest: what it is called until the guest runs, and
+//! what becomes of it if that does not happen. Made and owned by [`super::Images`].
+
+use super::ImageError;
+use devices::block::raw::HeldFile;
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What an image goes by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Name {
+    /// `NAME.partial`.
+    Partial,
+    /// Its name.
+    Own,
+    /// Its name, and what had it before is called `NAME.partial`.
+    Swapped,
+}
+
+/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
+#[derive(Debug)]
+pub(super) struct Partial {
+    pub partial: PathBuf,
+    pub path: PathBuf,
+    name: Name,
+    settled: bool,
+    overwrite: bool,
+    /// What it will replace: nobody else shall begin to use that.
+    replaced: Option<HeldFile>,
+}
+
+impl Partial {
+    /// The file `partial`, to be called `path`, in the place of what was there.
+    pub fn new(
+        partial: PathBuf,
+        path: PathBuf,
+        overwrite: bool,
+        replaced: Option<HeldFile>,
+    ) -> Self {
+        Self { partial, path, name: Name::Partial, settled: false, overwrite, replaced }
+    }
+
+    /// What was there stays under the other name until the guest runs. What has come there meanwhile is
+    /// left alone.
+    pub fn give_name(&mut self) -> Result<(), ImageError> {
+        let path = || self.path.clone();
+        let failed = |source: io::Error| ImageError::Create { path: path(), source };
+        let (flags, name) = match &self.replaced {
+            None => (RenameFlags::NOREPLACE, Name::Own),
+            Some(held) if !held.is_at(&self.path).map_err(failed)? => {
+                return Err(ImageError::Changed { path: path() });
+            }
+            Some(held) if !self.overwrite && !held.is_empty().map_err(failed)? => {
+                return Err(ImageError::Exists { path: path() });
+            }
+            Some(_) => (RenameFlags::EXCHANGE, Name::Swapped),
+        };
+        match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.path, flags) {
+            Ok(()) => self.name = name,
+            Err(Errno::EXIST) => return Err(ImageError::Exists { path: path() }),
+            // Not every file system knows these ways.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                if self.replaced.is_none() && std::fs::symlink_metadata(&self.path).is_ok() {
+                    return Err(ImageError::Exists { path: path() });
+                }
+                std::fs::rename(&self.partial, &self.path).map_err(failed)?;
+                self.name = Name::Own;
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+        Ok(())
+    }
+
+    pub fn take_name(&mut self) {
+        let flags = match std::mem::replace(&mut self.name, Name::Partial) {
+            Name::Partial => return,
+            Name::Own => RenameFlags::NOREPLACE,
+            Name::Swapped => RenameFlags::EXCHANGE,
+        };
+        if let Err(error) = rustix::fs::renameat_with(CWD, &self.path, CWD, &self.partial, flags) {
+            log::error!("cannot rename {} back: {error}", self.path.display());
+        }
+    }
+
+    /// The image stays; what had its name before does not.
+    pub fn settle(&mut self) {
+        self.settled = true;
+        if self.name == Name::Swapped {
+            remove(&self.partial);
+        }
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        match self.name {
+            _ if self.settled => {}
+            // Somebody else may use the other name by now.
+            Name::Own => remove(&self.path),
+            Name::Partial | Name::Swapped => {
+                self.take_name();
+                remove(&self.partial);
+            }
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path) {
+        log::warn!("cannot remove {}: {error}", path.display());
+    }
+}
+
+/// A block device that a guest's disk is written to. There is nothing to remove if it does not arrive.
+#[derive(Debug)]
+pub(super) struct Device {
+    path: PathBuf,
+    settled: bool,
+    /// Nobody mounts it meanwhile.
+    _exclusive: File,
+}
+
+impl Device {
+    /// Nobody else mounts it while `exclusive` is open.
+    pub fn new(path: &Path, exclusive: File) -> Self {
+        Self { path: path.to_owned(), settled: false, _exclusive: exclusive }
+    }
+
+    /// The guest runs on it.
+    pub fn settle(&mut self) {
+        self.settled = true;
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if !self.settled {
+            let path = self.path.display();
+            eprintln!("ferry: {path} was being overwritten and holds no whole disk");
+        }
+    }
+}
