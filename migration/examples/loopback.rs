@@ -13,7 +13,7 @@ use migration::block::{IncomingDisk, SourceDisks};
 use migration::cancel::CancelToken;
 use migration::destination::Destination;
 use migration::guest::{
-    DestinationHost, DirtySource, GuestControl, GuestError, IncomingRam, MachineDescription,
+    DestinationHost, DirtySource, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription,
     RunPermit, Stopped,
 };
 use migration::params::SharedParams;
@@ -95,7 +95,11 @@ fn prefault(ram: &GuestRam) {
 }
 
 impl DestinationHost for Host {
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        _go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
         let layout = RamLayout::for_size(description.ram_bytes)
             .map_err(|error| GuestError::new(error.to_string()))?;
         let ram = IncomingRam { ram: allocate(&layout), layout };

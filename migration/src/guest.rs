@@ -7,6 +7,7 @@
 //! [`surrender`]: PausedGuest::surrender
 
 use crate::block::IncomingDisk;
+pub use devices::block::backend::GoOn;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
 use serde::{Deserialize, Serialize};
@@ -82,7 +83,12 @@ pub trait GuestControl: Send {
 pub trait DestinationHost: Send {
     /// Builds the machine paused: RAM, vCPUs, devices. Checks the description, CPU features and
     /// local policy (which disks may be opened) and refuses here, before any page has travelled.
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError>;
+    /// What takes long asks `go_on` now and then, and gives up if it says no.
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError>;
     /// The disks of the built machine that arrive with it, in the order of the description: blank images
     /// that nobody else uses.
     fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError>;

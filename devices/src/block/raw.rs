@@ -185,6 +185,9 @@ impl RawFile {
     }
 }
 
+/// Often enough for attempts that follow each other closely.
+const HOLD_TRIES: u32 = 100;
+
 /// Opens the file that is to become an image of `len_bytes`, makes it if it is not there, and locks it.
 pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Result<File, OpenError> {
     if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
@@ -195,7 +198,7 @@ pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Resul
     // Not through a link that somebody has put there; not truncated before it is locked.
     options.read(true).write(true).create(true).truncate(false);
     options.custom_flags(libc::O_NOFOLLOW);
-    loop {
+    for _ in 0..HOLD_TRIES {
         let file = options.open(partial).map_err(failed)?;
         if !file.metadata().map_err(failed)?.is_file() {
             return Err(OpenError::NotAFile { path: partial.to_owned() });
@@ -206,6 +209,7 @@ pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Resul
             return Ok(file);
         }
     }
+    Err(failed(io::Error::other(format!("somebody replaces {} all the time", partial.display()))))
 }
 
 /// Whether `path` leads to this open file, and not to another or nowhere.

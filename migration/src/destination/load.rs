@@ -27,7 +27,12 @@ impl Destination<'_> {
         let frame = main.receive()?;
         let machine = payload_of(frame, Kind::Machine, "the machine description")?;
         let machine: MachineDescription = from_json("machine description", &machine)?;
-        let ram = self.host.build(&machine).map_err(DestinationError::Guest)?;
+        // The source may go while the machine is built, which takes long if files have to be compared.
+        let built = self.host.build(&machine, &|| !main.is_lost());
+        let ram = built.map_err(|error| match main.is_lost() {
+            true => WireError::Lost(std::io::ErrorKind::BrokenPipe.into()).into(),
+            false => DestinationError::Guest(error),
+        })?;
         let total_bytes = ram.layout.size_bytes();
         let multifd = data.len() > 1;
         self.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, multifd));

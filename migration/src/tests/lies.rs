@@ -405,6 +405,18 @@ fn a_stream_of_version_2_looks_as_it_always_did() {
     assert_eq!(lines.join("\n") + "\n", include_str!("golden-v2.hex"));
 }
 
+#[test]
+fn a_machine_that_takes_long_to_build_is_not_built_for_a_source_that_has_gone() {
+    let error = receive_from(1, PATIENCE, |liar| {
+        greet(liar);
+        let machine = SLOW_MACHINE.into();
+        let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine };
+        liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
+        liar.main.shutdown();
+    });
+    assert!(error.contains("connection lost"), "{error}");
+}
+
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic_or_run_a_guest(

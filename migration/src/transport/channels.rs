@@ -251,17 +251,25 @@ pub struct Main {
     channel: Channel,
     /// When something was last sent. Held while a frame is written: the lock *is* the sending half.
     last_sent: Mutex<Instant>,
+    /// The pulse could not be sent.
+    lost: AtomicBool,
 }
 
 impl Main {
     /// Frames over `channel`.
     pub fn new(channel: Channel) -> Self {
-        Self { channel, last_sent: Mutex::new(Instant::now()) }
+        Self { channel, last_sent: Mutex::new(Instant::now()), lost: AtomicBool::new(false) }
     }
 
     /// The channel underneath.
     pub fn channel(&self) -> &Channel {
         &self.channel
+    }
+
+    /// Whether the other side does not hear any more that this one lives: for who is busy with something
+    /// else. Who reads or writes meets the error itself.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     fn sending(&self) -> MutexGuard<'_, Instant> {
@@ -407,6 +415,7 @@ impl Pulse {
                     wait = KEEP_ALIVE.saturating_sub(quiet).max(TICK);
                     if quiet >= KEEP_ALIVE && main.send(Kind::KeepAlive, &[]).is_err() {
                         // Whoever uses the connection next meets the error too.
+                        main.lost.store(true, Ordering::Release);
                         return;
                     }
                 }

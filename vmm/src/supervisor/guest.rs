@@ -8,7 +8,8 @@ use devices::state::DeviceRecord;
 use migration::block::IncomingDisk;
 use migration::cancel::CancelToken;
 use migration::guest::{
-    DestinationHost, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit, Stopped,
+    DestinationHost, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit,
+    Stopped,
 };
 use std::sync::mpsc::{Sender, channel};
 
@@ -99,10 +100,14 @@ impl GuestControl for GuestProxy {
 }
 
 impl DestinationHost for GuestProxy {
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
         let Arrival { ram, backings } =
             self.ask(|reply| GuestRequest::Build(description.clone(), reply))?;
-        let go_on = || !self.cancel.is_cancelled();
+        let go_on = || go_on() && !self.cancel.is_cancelled();
         backings
             .iter()
             .try_for_each(|backing| backing.check(&go_on))

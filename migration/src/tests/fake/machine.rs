@@ -149,6 +149,9 @@ impl GuestControl for FakeSource {
     }
 }
 
+/// A description that a [`FakeHost`] builds until it is told to give up.
+pub const SLOW_MACHINE: &str = "slow";
+
 pub struct FakeHost {
     pub machine: Arc<Machine>,
     pub disk: Arc<Disk>,
@@ -159,8 +162,18 @@ pub struct FakeHost {
 }
 
 impl DestinationHost for FakeHost {
-    fn build(&mut self, description: &MachineDescription) -> Result<IncomingRam, GuestError> {
+    fn build(
+        &mut self,
+        description: &MachineDescription,
+        go_on: GoOn<'_>,
+    ) -> Result<IncomingRam, GuestError> {
         step(self.fail, Fail::Build)?;
+        if description.machine == SLOW_MACHINE {
+            while go_on() {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            return Err(GuestError::new("told to give up"));
+        }
         let layout = RamLayout::for_size(description.ram_bytes)
             .map_err(|error| GuestError::new(error.to_string()))?;
         let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
