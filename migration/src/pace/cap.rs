@@ -138,9 +138,8 @@ mod tests {
     use super::*;
     use crate::params::Params;
 
-    #[test]
-    fn several_senders_share_one_cap() {
-        let rate = 20_000_000;
+    /// What four senders get through in half a second, as a part of what they may.
+    fn share_sent(rate: u64) -> f64 {
         let params = SharedParams::new(Params { max_bandwidth: rate, ..Params::default() });
         let cap = Cap::new(params, CancelToken::new());
         let start = Instant::now();
@@ -158,10 +157,23 @@ mod tests {
             .collect();
         senders.into_iter().for_each(|sender| sender.join().unwrap());
         let (sent, seconds) = (cap.sent_so_far(), start.elapsed().as_secs_f64());
-        let expected = rate as f64 * seconds;
-        assert!(sent.bytes as f64 <= expected * 1.07, "{sent:?} of {expected}");
-        assert!(sent.bytes as f64 >= expected * 0.8, "{sent:?} of {expected}");
         assert!(sent.held.as_secs_f64() <= seconds, "waits that overlap count once: {sent:?}");
+        sent.bytes as f64 / (rate as f64 * seconds)
+    }
+
+    #[test]
+    fn several_senders_share_one_cap() {
+        let mut shares = Vec::new();
+        // Never more; and on a host that is busy elsewhere less, but not every time.
+        for _ in 0..4 {
+            let share = share_sent(20_000_000);
+            assert!(share <= 1.07, "{share} of what is allowed");
+            if share >= 0.8 {
+                return;
+            }
+            shares.push(share);
+        }
+        panic!("only {shares:?} of what is allowed");
     }
 
     #[test]

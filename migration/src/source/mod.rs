@@ -54,9 +54,6 @@ pub enum MigrationEvent {
 
 /// How long a destination may take to answer a greeting.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a destination that says it is alive may take to build its machine, in times that it may
-/// stand still: two minutes.
-const BUILD_PATIENCE: u32 = 12;
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
@@ -254,14 +251,12 @@ impl Source<'_> {
     /// What comes before the first page.
     fn set_up(&mut self, link: &Link, ram: SourceRam) -> Result<(Freight, Pace), SourceError> {
         let machine = (self.machine)().map_err(SourceError::Guest)?;
-        let ram_bytes = machine.ram_bytes;
         let machine = encode("machine description", &machine)?;
         link.main.send(Kind::Machine, &machine)?;
         let what = "the answer to the machine description";
-        // It may want to touch all memory first, and more than a gigabyte a second is not asked of it.
-        let longest = link.patience(BUILD_PATIENCE) + Duration::from_secs(ram_bytes >> 30);
-        let answer = link.main.receive_within(what, longest)?;
-        payload_of(answer, Kind::Accepted, what)?;
+        // However long it takes while the other side is alive: it may have terabytes of a base to read.
+        // Nothing is under way and the guest runs; the user may cancel.
+        payload_of(link.main.receive()?, Kind::Accepted, what)?;
         let disks = match &link.disks {
             None => None,
             Some(channel) => {

@@ -285,7 +285,7 @@ fn channels_that_are_not_as_announced_are_refused_by_name() {
         }),
     ];
     for (expected, lie) in lies {
-        let error = receive_from(3, Duration::from_millis(200), |liar| {
+        let error = receive_from(3, Duration::from_secs(1), |liar| {
             lie(liar);
             listen(liar);
         });
