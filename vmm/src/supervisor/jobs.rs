@@ -18,6 +18,10 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+/// What migrations are nice by, a third of a vCPU's share of a processor that both want. A guest that
+/// computes while it moves then seldom loses a whole tick of the scheduler's to it.
+const NICE: i32 = 5;
+
 /// One of this process's migrations, which come one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct JobId(u64);
@@ -75,7 +79,10 @@ impl Jobs {
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(512 << 10)
-            .spawn(move || work(id, counters, token, params))?;
+            .spawn(move || {
+                yield_to_guests();
+                work(id, counters, token, params);
+            })?;
         self.current = Some(Job { id, incoming, thread, cancel });
         Ok(())
     }
@@ -191,6 +198,14 @@ fn identify(
         log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
     }
     Ok(())
+}
+
+/// Has the calling thread, and those that it starts, come behind the vCPUs where processors are few.
+fn yield_to_guests() {
+    let thread = Some(rustix::thread::gettid());
+    if let Err(error) = rustix::process::setpriority_process(thread, NICE) {
+        log::debug!("a migration's threads keep their priority: {error}");
+    }
 }
 
 /// As QEMU's `SocketAddress`.
