@@ -141,6 +141,11 @@ impl Lines {
         self.wait_from(self.count(), pattern, limit)
     }
 
+    /// Whether there will be no more.
+    pub fn has_ended(&self) -> bool {
+        self.wait_until(Duration::ZERO, |_| None::<()>).1
+    }
+
     /// Waits for the end of the output.
     pub fn wait_end(&self, limit: Duration) -> Result<()> {
         let (end, _) = self.wait_until(limit, |state| state.ended.then_some(()));

@@ -25,6 +25,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// How often a guest is booted for one figure in the emulated machine. Its virtualisation is not free of
 /// faults: now and then a guest crashes or stands still on its way, under QEMU as under Ferry.
 const MOST_BOOTS: u32 = 4;
+/// A boot there ends within [`LIMIT`] or is repeated, and both are said.
+const LONGEST_SILENCE: Duration = Duration::from_secs(120);
 /// Begins a line about a boot there that gave no figure.
 const AGAIN: &str = "AGAIN ";
 
@@ -57,15 +59,14 @@ pub fn seconds(contender: &Contender, arguments: impl FnOnce() -> Vec<String>) -
             let mut next = NEXT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let pattern = format!("^FIGURE {} |^{AGAIN}|^bench: ", contender.name);
             loop {
-                let line = machine.wait_from(*next, &pattern, LIMIT * (MOST_BOOTS + 1))?;
-                *next = line.index + 1;
-                if let Some(why) = line.text.strip_prefix(AGAIN) {
+                let line = machine.next_line(&mut next, &pattern, LONGEST_SILENCE)?;
+                if let Some(why) = line.strip_prefix(AGAIN) {
                     say(&format!("a boot in the emulated machine is repeated: {why}"));
                     continue;
                 }
-                let figure = line.text.strip_prefix("FIGURE ");
+                let figure = line.strip_prefix("FIGURE ");
                 let figure = figure.and_then(|text| text.split(' ').nth(1));
-                return Ok(figure.with_context(|| line.text.clone())?.parse()?);
+                return Ok(figure.with_context(|| line.clone())?.parse()?);
             }
         }
         Err(reason) => anyhow::bail!("no Linux guest can run here: {reason:#}"),

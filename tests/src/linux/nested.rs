@@ -13,7 +13,7 @@ use super::modules::Modules;
 use super::packages::Packages;
 use super::{ASSETS, Assets, program, replace};
 use crate::ferry;
-use crate::lines::{Found, Lines};
+use crate::lines::Lines;
 use crate::process::Process;
 use crate::skip::say;
 use anyhow::{Context, Result, ensure};
@@ -67,6 +67,25 @@ struct Run {
     ended: BTreeMap<String, Vec<String>>,
 }
 
+/// How long a machine has said nothing.
+struct Silence {
+    said: usize,
+    since: Instant,
+}
+
+impl Silence {
+    fn new() -> Self {
+        Self { said: 0, since: Instant::now() }
+    }
+
+    fn of(&mut self, output: &Lines) -> Duration {
+        if output.count() != self.said {
+            *self = Self { said: output.count(), since: Instant::now() };
+        }
+        self.since.elapsed()
+    }
+}
+
 /// The machine. Now and then, mostly on a busy host, its own kernel stands still, which no program in it
 /// can bring about by design: the tests that have not ended then start again in a new one, and that is
 /// said. A test that has failed has failed.
@@ -102,39 +121,55 @@ impl Machine {
             .is_ok_and(|text| String::from_utf8_lossy(&text).contains(STUCK))
     }
 
-    /// Waits for a line from line `from` on.
-    pub fn wait_from(&self, from: usize, pattern: &str, limit: Duration) -> Result<Found> {
-        let output = self.run().output.clone();
-        let found = output.wait_from(from, pattern, limit);
-        found.with_context(|| format!("its kernel: {}", self.console.display()))
+    /// Waits for a line from line `next` on, which is then the one behind it. A machine that is stuck, or
+    /// says nothing for `longest_silence`, is replaced, and begins anew, as `next` does.
+    pub fn next_line(
+        &self,
+        next: &mut usize,
+        pattern: &str,
+        longest_silence: Duration,
+    ) -> Result<String> {
+        let mut silence = Silence::new();
+        loop {
+            let output = {
+                let mut run = self.run();
+                if self.mend(&mut run, &mut silence, longest_silence)? {
+                    *next = 0;
+                }
+                run.output.clone()
+            };
+            // Or time for a look.
+            match output.wait_from(*next, pattern, LOOK) {
+                Ok(found) => {
+                    *next = found.index + 1;
+                    return Ok(found.text);
+                }
+                Err(_) if !output.has_ended() && silence.of(&output) <= longest_silence => {}
+                Err(error) => {
+                    return Err(error.context(format!("its kernel: {}", self.console.display())));
+                }
+            }
+        }
     }
 
     /// Waits until `test` has ended in the machine; prints what it said there.
     pub fn verdict(&self, test: &str) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
-        let (mut said, mut since) = (0, Instant::now());
+        let mut silence = Silence::new();
         let lines = loop {
-            let output = {
+            let (output, ended) = {
                 let mut run = self.run();
-                let output = run.output.clone();
+                self.mend(&mut run, &mut silence, LONGEST_SILENCE)?;
+                let (output, ended) = (run.output.clone(), run.output.has_ended());
                 run.collect(&output);
                 if let Some(lines) = run.ended.get(test) {
                     break lines.clone();
                 }
-                if output.count() != said {
-                    (said, since) = (output.count(), Instant::now());
-                }
-                let silent = since.elapsed() > LONGEST_SILENCE;
-                if (self.is_stuck() || silent) && run.starts < MOST_STARTS {
-                    let console = self.console.display();
-                    say(&format!("the emulated machine is stuck ({console}): another one"));
-                    self.start_again(&mut run)?;
-                    continue;
-                }
-                output
+                (output, ended)
             };
             let console = self.console.display();
-            ensure!(Instant::now() < deadline, "no verdict on {test}; its kernel: {console}");
+            let waiting = !ended && Instant::now() < deadline;
+            ensure!(waiting, "no verdict on {test}: {}; its kernel: {console}", output.tail());
             // Another line, or time for a look.
             let _ = output.wait_for(&format!("^RESULT {test} "), LOOK);
         };
@@ -142,6 +177,21 @@ impl Machine {
         let well = lines.last().is_some_and(|line| line.ends_with(" ok"));
         ensure!(well, "{test} failed in the emulated machine, see above");
         Ok(())
+    }
+
+    /// Replaces a machine that is stuck or has been silent for too long, unless that has happened too
+    /// often; returns whether it did.
+    fn mend(&self, run: &mut Run, silence: &mut Silence, longest: Duration) -> Result<bool> {
+        let stuck = self.is_stuck() || silence.of(&run.output) > longest;
+        if !stuck || run.starts >= MOST_STARTS {
+            return Ok(false);
+        }
+        run.collect(&run.output.clone());
+        let console = self.console.display();
+        say(&format!("the emulated machine is stuck ({console}): another one"));
+        self.start_again(run)?;
+        *silence = Silence::new();
+        Ok(true)
     }
 
     /// Replaces the machine by one for the tests that have not ended.
@@ -187,8 +237,8 @@ impl Plan {
         let mut command = Command::new(EMULATOR);
         command
             // One processor: with two, more guests crashed or stood still, under QEMU as under Ferry, and
-            // so did the machine. QEMU before 10.2 changes a processor's pending interrupts without a
-            // lock when that enters a guest; with one processor fewer threads can meet there.
+            // so did the machine. QEMU 7.2 changes a processor's pending interrupts without a lock when
+            // that enters a guest; with one processor fewer threads can meet there.
             .args(["-accel", "tcg", "-cpu", "EPYC", "-M", "q35", "-m", "2048", "-smp", "1"])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-serial", "stdio", "-serial"])
