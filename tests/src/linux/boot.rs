@@ -21,12 +21,12 @@ pub struct Contender {
 }
 
 /// Longest time for a boot; under emulation it takes 5 to 30 s.
-const LIMIT: Duration = Duration::from_secs(90);
+const LIMIT: Duration = Duration::from_secs(60);
 /// How often a guest is booted for one figure in the emulated machine. Its virtualisation is not free of
 /// faults: now and then a guest crashes or stands still on its way, under QEMU as under Ferry.
 const MOST_BOOTS: u32 = 4;
 /// A boot there ends within [`LIMIT`] or is repeated, and both are said.
-const LONGEST_SILENCE: Duration = Duration::from_secs(120);
+const LONGEST_SILENCE: Duration = Duration::from_secs(80);
 /// Begins a line about a boot there that gave no figure.
 const AGAIN: &str = "AGAIN ";
 

@@ -131,12 +131,13 @@ impl Machine {
     ) -> Result<String> {
         let mut silence = Silence::new();
         loop {
-            let output = {
+            let (output, hopeless) = {
                 let mut run = self.run();
                 if self.mend(&mut run, &mut silence, longest_silence)? {
                     *next = 0;
                 }
-                run.output.clone()
+                let silent = silence.of(&run.output) > longest_silence;
+                (run.output.clone(), silent || run.output.has_ended())
             };
             // Or time for a look.
             match output.wait_from(*next, pattern, LOOK) {
@@ -144,7 +145,7 @@ impl Machine {
                     *next = found.index + 1;
                     return Ok(found.text);
                 }
-                Err(_) if !output.has_ended() && silence.of(&output) <= longest_silence => {}
+                Err(_) if !hopeless => {}
                 Err(error) => {
                     return Err(error.context(format!("its kernel: {}", self.console.display())));
                 }
