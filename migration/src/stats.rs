@@ -361,7 +361,7 @@ impl StatsSnapshot {
         }
         let page = devices::ram::PAGE_SIZE;
         let bytes_per_sec = self.overall_bytes_per_sec();
-        let data_bytes = self.transferred_bytes - self.main_bytes;
+        let data_bytes = self.transferred_bytes.saturating_sub(self.main_bytes);
         let multifd_bytes = if self.multifd { data_bytes } else { 0 };
         let mut info = json!({
             "status": self.status.name(),

@@ -75,13 +75,14 @@ impl Partial {
     }
 
     pub fn take_name(&mut self) {
-        let flags = match std::mem::replace(&mut self.name, Name::Partial) {
+        let flags = match self.name {
             Name::Partial => return,
             Name::Own => RenameFlags::NOREPLACE,
             Name::Swapped => RenameFlags::EXCHANGE,
         };
-        if let Err(error) = rustix::fs::renameat_with(CWD, &self.path, CWD, &self.partial, flags) {
-            log::error!("cannot rename {} back: {error}", self.path.display());
+        match rustix::fs::renameat_with(CWD, &self.path, CWD, &self.partial, flags) {
+            Ok(()) => self.name = Name::Partial,
+            Err(error) => log::error!("cannot rename {} back: {error}", self.path.display()),
         }
     }
 
@@ -102,7 +103,10 @@ impl Drop for Partial {
             Name::Own => remove(&self.path),
             Name::Partial | Name::Swapped => {
                 self.take_name();
-                remove(&self.partial);
+                // Else the other name is that of what was there before.
+                if self.name == Name::Partial {
+                    remove(&self.partial);
+                }
             }
         }
     }
