@@ -14,7 +14,7 @@ use migration::cancel::CancelToken;
 use migration::destination::Destination;
 use migration::guest::{
     DestinationHost, DirtySource, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription,
-    RunPermit, Stopped,
+    PartTime, RunPermit, Stopped,
 };
 use migration::params::SharedParams;
 use migration::source::{Source, SourceOutcome, SourceRam};
@@ -23,7 +23,7 @@ use migration::transport::{Address, Listener};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 const HUGE_PAGE: usize = 2 << 20;
@@ -41,15 +41,18 @@ fn allocate(layout: &RamLayout) -> GuestRam {
 struct Guest(Option<RunPermit>);
 
 impl GuestControl for Guest {
-    fn pause(&mut self) -> Result<Stopped, GuestError> {
+    fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+        Ok(PartTime::new("flush", Duration::ZERO))
+    }
+    fn pause(&mut self, _: Instant) -> Result<Stopped, GuestError> {
         let permit = self.0.take().ok_or_else(|| GuestError::new("no permit"))?;
-        Ok(Stopped { permit, was_running: true })
+        Ok(Stopped { permit, was_running: true, drains: Vec::new() })
     }
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
         Ok(Vec::new())
     }
-    fn release_disks(&mut self) -> Result<(), GuestError> {
-        Ok(())
+    fn release_disks(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+        Ok(PartTime::new("flush", Duration::ZERO))
     }
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
         self.0 = Some(stopped.permit);
@@ -117,6 +120,9 @@ impl DestinationHost for Host {
         Ok(())
     }
     fn lock_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+    fn called_off(&mut self) -> Result<(), GuestError> {
         Ok(())
     }
     fn run(&mut self, _: RunPermit, _: bool) -> Result<(), GuestError> {

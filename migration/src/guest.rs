@@ -11,6 +11,8 @@ pub use devices::block::backend::GoOn;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::{Duration, Instant};
 
 /// The right to run one guest. Neither `Clone` nor `Default`: it is moved, and dropping it is final.
 #[derive(Debug)]
@@ -37,16 +39,50 @@ impl RunPermit {
 
 /// A machine-side failure, already in words for the user.
 #[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct GuestError {
-    /// What failed, naming the thing, and what to do.
-    pub message: String,
+pub enum GuestError {
+    /// It cannot be done.
+    #[error("{0}")]
+    Failed(String),
+    /// It was not done by its deadline. Nothing has failed, and another try may succeed.
+    #[error("{0}")]
+    Overdue(PartTime),
+}
+
+/// How long a part of a pause took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartTime {
+    /// A part of the pause, as it is named to users: "disk `root`: requests in flight".
+    pub part: String,
+    /// How long it took, or if it has not ended, how long it was waited for.
+    pub took: Duration,
+    /// Whether it has ended, so that `took` is all of it.
+    pub ended: bool,
+}
+
+impl PartTime {
+    /// A part that has ended.
+    pub fn new(part: impl Into<String>, took: Duration) -> Self {
+        Self { part: part.into(), took, ended: true }
+    }
+
+    /// A part that was waited for and has not ended.
+    pub fn not_ended(part: impl Into<String>, waited: Duration) -> Self {
+        Self { part: part.into(), took: waited, ended: false }
+    }
+}
+
+impl fmt::Display for PartTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { part, took, ended } = self;
+        let least = if *ended { "" } else { "more than " };
+        write!(f, "{part}: {least}{} ms", took.as_millis())
+    }
 }
 
 impl GuestError {
     /// An error from any displayable cause; nested sources are joined with `: `.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into() }
+        Self::Failed(message.into())
     }
 }
 
@@ -57,16 +93,25 @@ pub struct Stopped {
     pub permit: RunPermit,
     /// False if the user had paused the guest: it then arrives paused, or stays paused.
     pub was_running: bool,
+    /// How long vCPUs took to stop and devices to drain, the longest first.
+    pub drains: Vec<PartTime>,
 }
 
 /// The source's machine, as its migration sees it. Served by the supervisor, faked in tests.
 pub trait GuestControl: Send {
-    /// Stops every vCPU and drains every device, so that nothing writes guest RAM or a disk.
-    fn pause(&mut self) -> Result<Stopped, GuestError>;
+    /// The guest runs, and is about to be stopped: starts to make durable what the disks that stay
+    /// behind hold, so that [`GuestControl::release_disks`] finds little left. Waits until `deadline` at
+    /// the longest; returns how long it took, with the name of the disk that took longest.
+    fn flush_ahead(&mut self, deadline: Instant) -> Result<PartTime, GuestError>;
+    /// Stops every vCPU and drains every device, so that nothing writes guest RAM or a disk. If that is
+    /// not done by `deadline` the guest runs again, and the error is [`GuestError::Overdue`].
+    fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError>;
     /// All vCPU and device records, in one fixed order. Only while paused.
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError>;
-    /// Flushes the disks and lets go of their locks, so that the destination can take them.
-    fn release_disks(&mut self) -> Result<(), GuestError>;
+    /// Flushes the disks and lets go of their locks, so that the destination can take them. If they are
+    /// not flushed by `deadline` the locks are kept, and the error is [`GuestError::Overdue`]. Returns how
+    /// long the flush took, with the name of the disk that took longest.
+    fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError>;
     /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. After a lost
     /// link the destination may hold a lock for some moments more, so try for a few seconds; if a
     /// lock cannot be retaken the guest stays paused with the permit kept by the machine, and this
@@ -92,10 +137,14 @@ pub trait DestinationHost: Send {
     /// The disks of the built machine that arrive with it, in the order of the description: blank images
     /// that nobody else uses.
     fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError>;
-    /// Loads every record; each device of the description must be named exactly once.
+    /// Loads every record; each device of the description must be named exactly once. Called again if the
+    /// source has called a stop off since.
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError>;
     /// Takes the disk locks. After it nothing may fail before `run`.
     fn lock_disks(&mut self) -> Result<(), GuestError>;
+    /// The source has called the stop off, and its guest runs on: lets go of the disk locks. Records will
+    /// come again, and the disks will be locked again.
+    fn called_off(&mut self) -> Result<(), GuestError>;
     /// Runs the guest (or leaves it paused, if it was paused at the source). After an error not one
     /// instruction of the guest has run here: the right to run then goes back to the source.
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError>;
@@ -149,8 +198,8 @@ pub struct PausedGuest<'g> {
 
 impl<'g> PausedGuest<'g> {
     /// Pauses `guest`.
-    pub fn pause(guest: &'g mut dyn GuestControl) -> Result<Self, GuestError> {
-        let stopped = guest.pause()?;
+    pub fn pause(guest: &'g mut dyn GuestControl, deadline: Instant) -> Result<Self, GuestError> {
+        let stopped = guest.pause(deadline)?;
         Ok(Self { guest: Some(guest), stopped: Some(stopped) })
     }
 
@@ -160,8 +209,8 @@ impl<'g> PausedGuest<'g> {
     }
 
     /// Flushes the disks and lets go of their locks.
-    pub fn release_disks(&mut self) -> Result<(), GuestError> {
-        self.guest.as_mut().map_or(Ok(()), |guest| guest.release_disks())
+    pub fn release_disks(&mut self, deadline: Instant) -> Result<(), GuestError> {
+        self.guest.as_mut().map_or(Ok(()), |guest| guest.release_disks(deadline).map(drop))
     }
 
     /// Whether the guest ran before the pause.
@@ -208,7 +257,8 @@ pub(crate) struct Surrendered<'g> {
 impl Surrendered<'_> {
     /// A destination that never ran the guest has given the right to run back.
     pub(crate) fn take_back(self) -> Result<(), GuestError> {
-        let stopped = Stopped { permit: RunPermit::received(), was_running: self.was_running };
+        let (permit, was_running) = (RunPermit::received(), self.was_running);
+        let stopped = Stopped { permit, was_running, drains: Vec::new() };
         self.guest.map_or(Ok(()), |guest| guest.resume(stopped))
     }
 }

@@ -35,7 +35,8 @@ impl Source<'_> {
         let mut watch = StopWatch::start();
         let mut parts = DowntimeParts::default();
         let before = counters.figures().transferred_bytes;
-        let mut paused = match PausedGuest::pause(&mut **guest) {
+        let deadline = Instant::now() + READY_PATIENCE;
+        let mut paused = match PausedGuest::pause(&mut **guest, deadline) {
             Ok(paused) => paused,
             Err(error) => return Err(settle(link, SourceError::Guest(error))),
         };
@@ -156,7 +157,7 @@ fn send_stopped(
     });
     events(MigrationEvent::Pass(number));
     let tallies = ram.complete()?;
-    paused.release_disks().map_err(SourceError::Guest)?;
+    paused.release_disks(Instant::now() + READY_PATIENCE).map_err(SourceError::Guest)?;
     let totals: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
     let frames = tallies.iter().map(|tally| tally.frames).collect();
     let eof = Eof { running: paused.was_running(), frames };

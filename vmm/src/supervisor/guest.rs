@@ -8,10 +8,11 @@ use devices::state::DeviceRecord;
 use migration::block::IncomingDisk;
 use migration::cancel::CancelToken;
 use migration::guest::{
-    DestinationHost, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription, RunPermit,
-    Stopped,
+    DestinationHost, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription, PartTime,
+    RunPermit, Stopped,
 };
 use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
 
 type Reply<T> = Sender<Result<T, GuestError>>;
 
@@ -46,6 +47,8 @@ pub enum GuestRequest {
     LoadRecords(Vec<DeviceRecord>, Reply<()>),
     /// Destination: lock the disks.
     LockDisks(Reply<()>),
+    /// Destination: let go of the disks' locks again.
+    UnlockDisks(Reply<()>),
     /// Destination: run, or stay paused.
     Run(RunPermit, bool, Reply<()>),
     /// Destination: the migration failed, let go of the machine and its disks.
@@ -72,7 +75,11 @@ impl GuestProxy {
 }
 
 impl GuestControl for GuestProxy {
-    fn pause(&mut self) -> Result<Stopped, GuestError> {
+    fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+        Ok(PartTime::new("disks: flush", Duration::ZERO))
+    }
+
+    fn pause(&mut self, _: Instant) -> Result<Stopped, GuestError> {
         self.ask(GuestRequest::Pause)
     }
 
@@ -80,8 +87,10 @@ impl GuestControl for GuestProxy {
         self.ask(GuestRequest::SaveRecords)
     }
 
-    fn release_disks(&mut self) -> Result<(), GuestError> {
-        self.ask(GuestRequest::ReleaseDisks)
+    fn release_disks(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+        let began = Instant::now();
+        self.ask(GuestRequest::ReleaseDisks)?;
+        Ok(PartTime::new("disks: flush", began.elapsed()))
     }
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
@@ -125,6 +134,10 @@ impl DestinationHost for GuestProxy {
 
     fn lock_disks(&mut self) -> Result<(), GuestError> {
         self.ask(GuestRequest::LockDisks)
+    }
+
+    fn called_off(&mut self) -> Result<(), GuestError> {
+        self.ask(GuestRequest::UnlockDisks)
     }
 
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {

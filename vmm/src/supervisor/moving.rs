@@ -73,6 +73,12 @@ impl Supervisor {
                     machine.lock_disks().map_err(|error| guest_error(&error))
                 })));
             }
+            GuestRequest::UnlockDisks(reply) => {
+                if let Some(machine) = &self.machine {
+                    machine.unlock_disks();
+                }
+                drop(reply.send(Ok(())));
+            }
             GuestRequest::Run(permit, running, reply) => {
                 drop(reply.send(self.run_arrived(permit, running)));
             }
@@ -117,7 +123,7 @@ impl Supervisor {
         if was_running {
             self.tell(&Event::plain("STOP"));
         }
-        Ok(Stopped { permit, was_running })
+        Ok(Stopped { permit, was_running, drains: Vec::new() })
     }
 
     fn resume_after_migration(&mut self, stopped: Stopped) -> Result<(), GuestError> {

@@ -8,7 +8,7 @@ use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, RamLayout};
 use devices::state::DeviceRecord;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::Bytes;
 
 /// The one disk that both ends see, and who holds its lock.
@@ -95,7 +95,11 @@ pub fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
 }
 
 impl GuestControl for FakeSource {
-    fn pause(&mut self) -> Result<Stopped, GuestError> {
+    fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+        Ok(PartTime::new("disk `shared`: flush", Duration::ZERO))
+    }
+
+    fn pause(&mut self, _: Instant) -> Result<Stopped, GuestError> {
         step(self.fail, Fail::Pause)?;
         if let Some(mutator) = &mut self.mutator {
             mutator.stop();
@@ -112,7 +116,7 @@ impl GuestControl for FakeSource {
         }
         let was_running = self.machine.running.swap(false, SeqCst);
         let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
-        Ok(Stopped { permit, was_running })
+        Ok(Stopped { permit, was_running, drains: Vec::new() })
     }
 
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
@@ -124,10 +128,10 @@ impl GuestControl for FakeSource {
         Ok(vec![DeviceRecord { kind: "fake".into(), instance: String::new(), version: 1, state }])
     }
 
-    fn release_disks(&mut self) -> Result<(), GuestError> {
+    fn release_disks(&mut self, _: Instant) -> Result<PartTime, GuestError> {
         step(self.fail, Fail::Release)?;
         self.disk.unlock("source");
-        Ok(())
+        Ok(PartTime::new("disk `shared`: flush", Duration::ZERO))
     }
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
@@ -193,6 +197,11 @@ impl DestinationHost for FakeHost {
     fn lock_disks(&mut self) -> Result<(), GuestError> {
         step(self.fail, Fail::Lock)?;
         self.disk.lock("destination", Duration::ZERO)
+    }
+
+    fn called_off(&mut self) -> Result<(), GuestError> {
+        self.disk.unlock("destination");
+        Ok(())
     }
 
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
