@@ -22,6 +22,6 @@ pub mod virtio;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A poisoned lock means that a device panicked, which is our bug; its data is the best there is.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -6,8 +6,6 @@
 //!
 //! [`surrender`]: PausedGuest::surrender
 
-use crate::block::IncomingDisk;
-pub use devices::block::backend::GoOn;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
 use serde::{Deserialize, Serialize};
@@ -124,35 +122,6 @@ pub trait GuestControl: Send {
     fn throttle(&mut self, percent: u8) -> Result<(), GuestError>;
 }
 
-/// The destination's machine, from the machine description to the first instruction.
-pub trait DestinationHost: Send {
-    /// Builds the machine paused: RAM, vCPUs, devices. Checks the description, CPU features and
-    /// local policy (which disks may be opened) and refuses here, before any page has travelled.
-    /// What takes long asks `go_on` now and then, and gives up if it says no.
-    fn build(
-        &mut self,
-        description: &MachineDescription,
-        go_on: GoOn<'_>,
-    ) -> Result<IncomingRam, GuestError>;
-    /// The disks of the built machine that arrive with it, in the order of the description: blank images
-    /// that nobody else uses.
-    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError>;
-    /// Loads every record; each device of the description must be named exactly once. Called again if the
-    /// source has called a stop off since.
-    fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError>;
-    /// Takes the disk locks. After it nothing may fail before `run`.
-    fn lock_disks(&mut self) -> Result<(), GuestError>;
-    /// The source has called the stop off, and its guest runs on: lets go of the disk locks. Records will
-    /// come again, and the disks will be locked again.
-    fn called_off(&mut self) -> Result<(), GuestError>;
-    /// Runs the guest (or leaves it paused, if it was paused at the source). After an error not one
-    /// instruction of the guest has run here: the right to run then goes back to the source.
-    fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError>;
-    /// The migration has failed and the guest will not run here: drops the machine if there is one
-    /// and lets go of its disks. The source is told only afterwards, so it finds the locks free.
-    fn abandon(&mut self);
-}
-
 /// Guest RAM that a destination has set up, untouched: every page reads as zero.
 #[derive(Debug, Clone)]
 pub struct IncomingRam {
@@ -209,8 +178,14 @@ impl<'g> PausedGuest<'g> {
     }
 
     /// Flushes the disks and lets go of their locks.
-    pub fn release_disks(&mut self, deadline: Instant) -> Result<(), GuestError> {
-        self.guest.as_mut().map_or(Ok(()), |guest| guest.release_disks(deadline).map(drop))
+    pub fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
+        let none = PartTime::new("flushing disks", Duration::ZERO);
+        self.guest.as_mut().map_or(Ok(none), |guest| guest.release_disks(deadline))
+    }
+
+    /// How long vCPUs took to stop and devices to drain, the longest first.
+    pub fn drains(&self) -> &[PartTime] {
+        self.stopped.as_ref().map_or(&[], |stopped| &stopped.drains)
     }
 
     /// Whether the guest ran before the pause.

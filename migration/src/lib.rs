@@ -18,11 +18,15 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+pub mod boot;
 pub mod cancel;
+pub mod control;
 pub mod destination;
+pub mod error;
 pub mod guest;
 pub mod pace;
 pub mod params;
+pub mod participant;
 pub mod policy;
 pub mod ram;
 pub mod source;

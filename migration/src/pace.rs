@@ -8,7 +8,7 @@ pub mod cap;
 pub mod speed;
 
 pub use cap::Cap;
-pub use speed::{Speed, Stretch};
+pub use speed::{LinkSpeed, Speed, Stretch};
 
 use std::time::Duration;
 

@@ -2,8 +2,10 @@
 //! `MigrationInfo` made of them. They outlive the migration.
 
 use crate::block::stats::DiskStats;
+use crate::guest::PartTime;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -129,7 +131,7 @@ pub struct DowntimeParts {
 }
 
 /// What has to be said about a migration that gets nowhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotConverging {
     /// Bytes of RAM that the guest dirties per second.
     pub dirty_bytes_per_sec: u64,
@@ -141,18 +143,46 @@ pub struct NotConverging {
     pub downtime_limit: Duration,
     /// How far it is slowed down already, in percent.
     pub throttle_percent: u8,
+    /// Stops in a row that were called off because they took too long.
+    pub called_off: u32,
+    /// The part of the pause that is at fault; none if it is that the guest writes too fast.
+    pub part: Option<PartTime>,
 }
 
 impl NotConverging {
     /// As the event `MIGRATION_NOT_CONVERGING` and `x-not-converging` of `query-migrate` say it.
-    pub fn to_json(self) -> Value {
-        json!({
+    pub fn to_json(&self) -> Value {
+        let mut json = json!({
             "dirty-bytes-per-second": self.dirty_bytes_per_sec,
             "bytes-per-second": self.bytes_per_sec,
             "expected-downtime": millis(self.expected_downtime),
             "downtime-limit": millis(self.downtime_limit),
             "cpu-throttle-percentage": self.throttle_percent,
-        })
+            "called-off-switches": self.called_off,
+            "desc": self.to_string(),
+        });
+        if let Some(part) = &self.part {
+            let (name, time) = (&part.part, micros(part.took));
+            json["part"] = json!({"name": name, "time-us": time, "ended": part.ended});
+        }
+        json
+    }
+}
+
+impl fmt::Display for NotConverging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let limit = millis(self.downtime_limit);
+        match &self.part {
+            Some(part) => write!(f, "{part}, the downtime limit is {limit} ms"),
+            None => write!(
+                f,
+                "the guest dirties {} bytes per second, {} are sent; it would be stopped for {} ms, \
+                 the downtime limit is {limit} ms",
+                self.dirty_bytes_per_sec,
+                self.bytes_per_sec,
+                millis(self.expected_downtime)
+            ),
+        }
     }
 }
 
@@ -411,7 +441,7 @@ impl StatsSnapshot {
         if self.throttle_percent > 0 {
             put("cpu-throttle-percentage", self.throttle_percent.into());
         }
-        if let (Some(hopeless), None) = (self.not_converging, self.total_time) {
+        if let (Some(hopeless), None) = (&self.not_converging, self.total_time) {
             put("x-not-converging", hopeless.to_json());
         }
         if let Some(address) = &self.address {
@@ -475,11 +505,6 @@ impl Counters {
         }
     }
 
-    /// Rounds begun.
-    pub(crate) fn rounds(&self) -> u64 {
-        self.lock().rounds
-    }
-
     /// How far the guest is slowed down, in percent.
     pub(crate) fn throttle_percent(&self) -> u8 {
         self.lock().throttle_percent
@@ -536,11 +561,13 @@ mod tests {
             expected_downtime: Duration::from_millis(500),
             downtime_limit: Duration::from_millis(300),
             throttle_percent: 0,
+            called_off: 3,
+            part: Some(PartTime::new("disk `root`: requests in flight", Duration::from_millis(500))),
         };
         counters.update(|stats| {
             stats.status = MigrationStatus::Active;
             stats.throttle_percent = 40;
-            stats.not_converging = Some(facts);
+            stats.not_converging = Some(facts.clone());
             stats.expected_downtime = Some(facts.expected_downtime);
             stats.history.push(RoundRecord { number: 1, ..Default::default() });
             stats.setup_time = Some(Duration::from_millis(100));

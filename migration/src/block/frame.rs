@@ -4,13 +4,14 @@
 //! header   kind u8 · 0 u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
 //!  chunk   1       which disk and chunk; bit n of `data`: granule n follows, of `zero`: it is zeroes
 //!  mark    2       chunk = number: echo it when all before it is on stable storage
-//!  end     3       nothing more will come
+//!  end     3       nothing more will come, unless the stop is called off
 //!  settled 4       the echo; chunk = number, data = microseconds that flushing took
 //!  alive   5       the destination is at work on a mark
 //!
 //! Section "block"
 //!  Setup   chunk bytes u32 · granule bytes u32 · disks u16, each: name str8 · bytes u64 · only top u8
-//!  End     frames u64 · disks u16, each: data bytes u64 · zero bytes u64
+//!  End     ends u32 · frames u64 · disks u16, each: data bytes u64 · zero bytes u64
+//!          more than one end if a stop was called off
 //! ```
 //! A granule at the disk's end may be shorter; the payload is as long as its granules are.
 
@@ -202,6 +203,8 @@ pub struct DiskTotals {
 /// How much travelled, counted by either side on its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlockTotals {
+    /// Ends said so far.
+    pub ends: u32,
     /// Frames of any kind, the last included.
     pub frames: u64,
     /// Per disk.
@@ -213,7 +216,7 @@ impl BlockTotals {
     pub fn encode(&self) -> Vec<u8> {
         let mut encoder = Encoder::default();
         let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
-        encoder.u64(self.frames).u16(count);
+        encoder.u32(self.ends).u64(self.frames).u16(count);
         for disk in &self.disks {
             encoder.u64(disk.data_bytes).u64(disk.zero_bytes);
         }
@@ -223,7 +226,7 @@ impl BlockTotals {
     /// From a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("end of the disks", body);
-        let (frames, count) = (decoder.u64()?, decoder.u16()?);
+        let (ends, frames, count) = (decoder.u32()?, decoder.u64()?, decoder.u16()?);
         if count > MAX_DISKS {
             return Err(decoder.malformed(format!("{count} disks")));
         }
@@ -232,7 +235,7 @@ impl BlockTotals {
             disks.push(DiskTotals { data_bytes: decoder.u64()?, zero_bytes: decoder.u64()? });
         }
         decoder.finish()?;
-        Ok(Self { frames, disks })
+        Ok(Self { ends, frames, disks })
     }
 }
 
@@ -289,7 +292,7 @@ mod tests {
                 .map(|(name, len_bytes, only_top)| DiskSetup { name, len_bytes, only_top })
                 .collect();
             let one = |disk: &DiskSetup| DiskTotals { data_bytes: disk.len_bytes, zero_bytes: 7 };
-            let totals = BlockTotals { frames, disks: disks.iter().map(one).collect() };
+            let totals = BlockTotals { ends: 1, frames, disks: disks.iter().map(one).collect() };
             let setup = BlockSetup { disks };
             prop_assert_eq!(BlockSetup::decode(&setup.encode()).unwrap(), setup);
             prop_assert_eq!(BlockTotals::decode(&totals.encode()).unwrap(), totals);

@@ -1,416 +1,83 @@
-//! The "block" half of a destination: chunks from the disks' connection into images, checked against
-//! what was announced before a byte is written.
-//!
-//! One thread receives ([`DisksIncoming::receive_all`], run by the destination's driver), a few write,
-//! and one flushes what has been written while more comes, so that little is left to flush at a mark.
+//! The disks at the destination: their connection at work, and the counts that have to agree before the
+//! guest may run.
 
-use super::frame::{
-    BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of,
-    granules_of, runs,
-};
-use super::stats::DiskProgress;
-use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
-use crate::stats::Counters;
-use crate::transport::Channel;
-use crate::transport::channels::KEEP_ALIVE;
-use crate::wire::WireError;
-use devices::block::aligned::AlignedBuffer;
-use devices::block::backend::ByteRange;
-use devices::block::bitmap::DirtyBitmap;
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use super::IncomingDisk;
+use super::frame::{BlockSetup, BlockTotals};
+use super::outgoing::SECTION;
+use super::receiver::Receiver;
+use crate::block::chunk_receiver::ChunkReceiver;
+use crate::error::ParticipantError;
+use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::wire::section::Stage;
+use crate::wire::{Role, WireError};
 
-const WRITERS: usize = 4;
-/// Chunks that have come and are not yet written: enough to keep the writers busy.
-const BUFFERS: usize = 16;
-/// Written bytes that start a flush beside the writing.
-const FLUSH_BYTES: u64 = 32 << 20;
-
-/// A disk, and what has become of it.
-struct Arriving {
-    disk: IncomingDisk,
-    /// What was ever written here: the rest is as blank as it was made.
-    written: DirtyBitmap,
-    /// Chunks that have come in this pass.
-    seen: DirtyBitmap,
-}
-
-struct Job {
-    chunk: Chunk,
-    buffer: AlignedBuffer,
-}
-
-#[derive(Default)]
-struct State {
-    jobs: VecDeque<Job>,
-    /// Jobs that are queued or at work.
-    busy: usize,
-    spare: Vec<AlignedBuffer>,
-    buffers: usize,
-    /// Written to each disk since its last flush began.
-    unflushed: Vec<u64>,
-    flushing: bool,
-    /// All is to be flushed, not only what is much.
-    settle: bool,
-    error: Option<LoadError>,
-    over: bool,
-}
-
-/// What the threads share.
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Ends the threads when it is dropped.
-struct Over<'s>(&'s Shared);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.lock().over = true;
-        self.0.changed.notify_all();
-    }
-}
-
-/// The "block" half of a destination.
+/// The disks of a guest that arrives.
 pub struct DisksIncoming {
-    disks: Vec<Arriving>,
-    counters: Arc<Counters>,
-    totals: BlockTotals,
-    /// The source has said that nothing more will come.
-    ended: Arc<AtomicBool>,
+    disks: Vec<IncomingDisk>,
+    receiver: Option<Receiver>,
+    /// What the source says that it has sent, once it has.
+    end: Option<BlockTotals>,
+}
+
+fn not_set_up() -> ParticipantError {
+    let (found, expected) = ("disks".to_owned(), "the setup of the disks");
+    WireError::Unexpected { found, expected }.into()
 }
 
 impl DisksIncoming {
-    /// Checks what is announced against the disks that are here.
-    pub fn start(
-        disks: Vec<IncomingDisk>,
-        setup: &BlockSetup,
-        counters: Arc<Counters>,
-    ) -> Result<Self, WireError> {
-        let here: Vec<_> = disks
-            .iter()
-            .map(|disk| DiskSetup {
-                name: disk.node.id().to_owned(),
-                len_bytes: disk.node.len_bytes(),
-                only_top: disk.only_top,
-            })
-            .collect();
-        if here != setup.disks {
-            let reason = format!("it announces {:?}, prepared are {here:?}", setup.disks);
-            return Err(WireError::Malformed { what: "setup of the disks", reason });
-        }
-        let arriving = disks.into_iter().map(|disk| {
-            let len = disk.node.len_bytes();
-            let written = DirtyBitmap::new(len, GRANULE_BYTES)?;
-            Some(Arriving { disk, written, seen: DirtyBitmap::new(len, CHUNK_BYTES)? })
-        });
-        let disks: Vec<_> = arriving.flatten().collect();
-        let progress = |disk: &DiskSetup| DiskProgress {
-            name: disk.name.clone(),
-            total_bytes: disk.len_bytes,
-            ..Default::default()
-        };
-        let progress: Vec<_> = setup.disks.iter().map(progress).collect();
-        counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        let totals = BlockTotals { frames: 0, disks: vec![DiskTotals::default(); disks.len()] };
-        Ok(Self { disks, counters, totals, ended: Arc::default() })
-    }
-
-    /// Raised once nothing more will come: from then on only images are waited for.
-    pub fn ended(&self) -> Arc<AtomicBool> {
-        self.ended.clone()
-    }
-
-    /// Receives all that comes, to its end, and has it on stable storage then.
-    pub fn receive_all(mut self, channel: &Channel) -> Result<BlockTotals, LoadError> {
-        let unflushed = vec![0; self.disks.len()];
-        let state = State { unflushed, ..Default::default() };
-        let shared = Shared { state: Mutex::new(state), changed: Condvar::new() };
-        let Self { disks, counters, totals, ended } = &mut self;
-        let disks: &[Arriving] = disks;
-        std::thread::scope(|scope| {
-            let spawn = |name: String, work: fn(&[Arriving], &Shared, &Channel)| {
-                let shared = &shared;
-                std::thread::Builder::new()
-                    .name(name)
-                    .stack_size(128 << 10)
-                    .spawn_scoped(scope, move || work(disks, shared, channel))
-                    .map(drop)
-                    .map_err(LoadError::Thread)
-            };
-            let started = (0..WRITERS)
-                .try_for_each(|number| spawn(format!("mig-write-{number}"), write_jobs))
-                .and_then(|()| spawn("mig-flush".into(), flush_jobs));
-            // On every way out, also that of a bug: the scope waits for the threads.
-            let _over = Over(&shared);
-            let mut receiving =
-                Receiving { disks, shared: &shared, channel, counters, totals, ended };
-            let result = started.and_then(|()| receiving.run());
-            // The cause, rather than what it led to.
-            shared.lock().error.take().map_or(result, Err)
-        })?;
-        Ok(self.totals)
+    /// Blank images that nobody else uses, in the order of the machine's description.
+    pub fn new(disks: Vec<IncomingDisk>) -> Self {
+        Self { disks, receiver: None, end: None }
     }
 }
 
-/// The thread that receives.
-struct Receiving<'r> {
-    disks: &'r [Arriving],
-    shared: &'r Shared,
-    channel: &'r Channel,
-    counters: &'r Counters,
-    totals: &'r mut BlockTotals,
-    ended: &'r AtomicBool,
-}
-
-impl Receiving<'_> {
-    fn run(&mut self) -> Result<(), LoadError> {
-        loop {
-            let mut header = [0; HEADER_BYTES];
-            self.channel.read_when_it_comes(&mut header)?;
-            self.totals.frames += 1;
-            let (frame, payload_bytes) = Frame::decode(&header)?;
-            match frame {
-                Frame::Chunk(chunk) => self.chunk(chunk, payload_bytes)?,
-                Frame::Mark(number) => {
-                    let flush = self.settle(true)?;
-                    for arriving in self.disks {
-                        let len_bytes = arriving.disk.node.len_bytes();
-                        arriving.seen.clear_within(ByteRange { offset_bytes: 0, len_bytes });
-                    }
-                    self.channel.write_all(&Frame::Settled(number, flush).encode(0))?;
-                    self.counters.update(|stats| stats.disk.get_or_insert_default().passes += 1);
-                }
-                Frame::End => {
-                    self.ended.store(true, Ordering::Release);
-                    self.settle(false)?;
-                    return Ok(());
-                }
-                Frame::Settled(..) | Frame::Alive => {
-                    let (found, expected) = (format!("{frame:?}"), "a chunk of a disk");
-                    return Err(WireError::Unexpected { found, expected }.into());
-                }
-            }
-        }
+impl Incoming for DisksIncoming {
+    fn section(&self) -> &'static str {
+        SECTION
     }
 
-    fn chunk(&mut self, chunk: Chunk, payload_bytes: u32) -> Result<(), LoadError> {
-        let malformed = |reason: String| WireError::Malformed { what: "disk frame", reason };
-        let index = usize::from(chunk.disk);
-        let Some(arriving) = self.disks.get(index) else {
-            return Err(malformed(format!("no disk number {index}")).into());
-        };
-        let (id, len_bytes) = (arriving.disk.node.id(), arriving.disk.node.len_bytes());
-        if (chunk.data | chunk.zero) & !granules_of(chunk.index, len_bytes) != 0 {
-            let reason = format!("chunk {} of disk {id} lies past its end", chunk.index);
-            return Err(malformed(reason).into());
-        }
-        let offset_bytes = chunk.index * CHUNK_BYTES;
-        if arriving.seen.is_marked(offset_bytes) {
-            let reason = format!("chunk {} of disk {id} comes twice in one pass", chunk.index);
-            return Err(malformed(reason).into());
-        }
-        arriving.seen.mark(ByteRange { offset_bytes, len_bytes: 1 });
-        let data_bytes = bytes_of(chunk.index, chunk.data, len_bytes);
-        if u64::from(payload_bytes) != data_bytes {
-            let reason = format!("{payload_bytes} bytes for {data_bytes} of disk {id}");
-            return Err(malformed(reason).into());
-        }
-        let mut buffer = self.free_buffer()?;
-        let payload = usize::try_from(data_bytes).ok().and_then(|len| buffer.get_mut(..len));
-        self.channel.read_exact(payload.unwrap_or_default())?;
-        let zero_bytes = bytes_of(chunk.index, chunk.zero, len_bytes);
-        if let Some(sum) = self.totals.disks.get_mut(index) {
-            sum.data_bytes += data_bytes;
-            sum.zero_bytes += zero_bytes;
-        }
-        let totals = self.totals.disks.get(index).copied().unwrap_or_default();
-        self.counters.update(|stats| {
-            let disk = stats.disk.get_or_insert_default();
-            disk.transferred_bytes += HEADER_BYTES as u64 + data_bytes;
-            if let Some(disk) = disk.disks.get_mut(index) {
-                disk.sent = totals;
-            }
-        });
-        let mut state = self.shared.lock();
-        state.busy += 1;
-        state.jobs.push_back(Job { chunk, buffer });
-        self.shared.changed.notify_all();
+    fn owns(&self, role: Role) -> bool {
+        role == Role::Disks
+    }
+
+    fn needs_connection(&self) -> bool {
+        true
+    }
+
+    fn setup(&mut self, mut link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+        let (_, channel) = link.channels.pop().ok_or_else(not_set_up)?;
+        let setup = BlockSetup::decode(body)?;
+        let chunks = ChunkReceiver::start(self.disks.clone(), &setup, link.counters.clone())?;
+        self.receiver = Some(Receiver::start(chunks, channel, &link.control)?);
         Ok(())
     }
 
-    /// A buffer that nobody writes from any more.
-    fn free_buffer(&self) -> Result<AlignedBuffer, LoadError> {
-        let mut state = self.shared.lock();
-        loop {
-            if state.error.is_some() {
-                return Err(WireError::Interrupted.into());
-            }
-            if let Some(buffer) = state.spare.pop() {
-                return Ok(buffer);
-            }
-            if state.buffers < BUFFERS {
-                state.buffers += 1;
-                return Ok(AlignedBuffer::new(CHUNK));
-            }
-            state = self.shared.wait(state);
+    fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
+        if stage != Stage::End {
+            let (found, expected) =
+                (format!("{stage:?} of section \"block\""), "the end of the disks");
+            return Err(WireError::Unexpected { found, expected }.into());
         }
+        self.end = Some(BlockTotals::decode(body)?);
+        Ok(())
     }
 
-    /// Waits until everything is written and on stable storage; returns how long that took after the last
-    /// write. Says every second that it is at work, if there is anybody to hear it.
-    fn settle(&self, say_so: bool) -> Result<Duration, LoadError> {
-        let mut state = self.shared.lock();
-        let (mut written, mut said) = (None, Instant::now());
-        loop {
-            if state.error.is_some() {
-                return Err(WireError::Interrupted.into());
-            }
-            if state.busy == 0 {
-                written.get_or_insert_with(Instant::now);
-                if !state.flushing && state.unflushed.iter().all(|bytes| *bytes == 0) {
-                    state.settle = false;
-                    return Ok(written.map_or(Duration::ZERO, |since| since.elapsed()));
-                }
-                state.settle = true;
-                self.shared.changed.notify_all();
-            }
-            let wait = KEEP_ALIVE.saturating_sub(said.elapsed());
-            let waited = self.shared.changed.wait_timeout(state, wait);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if self.channel.is_cancelled() {
-                return Err(WireError::Interrupted.into());
-            }
-            if said.elapsed() >= KEEP_ALIVE {
-                said = Instant::now();
-                if say_so {
-                    drop(state);
-                    self.channel.write_all(&Frame::Alive.encode(0))?;
-                    state = self.shared.lock();
-                }
-            }
+    fn finish(&mut self) -> Result<(), ParticipantError> {
+        let theirs = self.end.take().ok_or_else(not_set_up)?;
+        let ours = self.receiver.as_ref().ok_or_else(not_set_up)?.await_end(theirs.ends)?;
+        if ours != theirs {
+            let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
+            return Err(WireError::Malformed { what: "end of the disks", reason }.into());
         }
-    }
-}
-
-/// Keeps the first failure, and wakes whoever waits for the source.
-fn fail(shared: &Shared, channel: &Channel, error: LoadError) {
-    let mut state = shared.lock();
-    state.error.get_or_insert(error);
-    state.over = true;
-    shared.changed.notify_all();
-    channel.trip();
-}
-
-/// A thread that writes.
-fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
-    let mut state = shared.lock();
-    loop {
-        let Some(job) = state.jobs.pop_front() else {
-            if state.over {
-                return;
-            }
-            state = shared.wait(state);
-            continue;
-        };
-        drop(state);
-        let index = usize::from(job.chunk.disk);
-        let result = disks.get(index).map_or(Ok(0), |arriving| arriving.write(&job));
-        match result {
-            Err(error) => return fail(shared, channel, error),
-            Ok(bytes) => {
-                state = shared.lock();
-                state.busy -= 1;
-                state.spare.push(job.buffer);
-                if let Some(sum) = state.unflushed.get_mut(index) {
-                    *sum += bytes;
-                }
-                shared.changed.notify_all();
-            }
-        }
-    }
-}
-
-/// The thread that flushes.
-fn flush_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
-    let mut state = shared.lock();
-    loop {
-        if state.over {
-            return;
-        }
-        let least = if state.settle { 1 } else { FLUSH_BYTES };
-        let Some(index) = state.unflushed.iter().position(|bytes| *bytes >= least) else {
-            state = shared.wait(state);
-            continue;
-        };
-        state.unflushed[index] = 0;
-        state.flushing = true;
-        drop(state);
-        if let Some(Arriving { disk, .. }) = disks.get(index)
-            && let Err(source) = disk.node.sync()
-        {
-            let disk = disk.node.id().to_owned();
-            return fail(shared, channel, LoadError::Flush { disk, source });
-        }
-        state = shared.lock();
-        state.flushing = false;
-        shared.changed.notify_all();
-    }
-}
-
-impl Arriving {
-    /// Writes a chunk; returns how many bytes that were.
-    fn write(&self, job: &Job) -> Result<u64, LoadError> {
-        let Chunk { index, data, zero, .. } = job.chunk;
-        let node = &self.disk.node;
-        let range_of = |(first, count): (u32, u32)| {
-            let offset_bytes = index * CHUNK_BYTES + u64::from(first) * GRANULE_BYTES;
-            let len_bytes = (u64::from(count) * GRANULE_BYTES).min(node.len_bytes() - offset_bytes);
-            ByteRange { offset_bytes, len_bytes }
-        };
-        let failed = |range: ByteRange| {
-            move |source| LoadError::Write {
-                disk: node.id().to_owned(),
-                offset_bytes: range.offset_bytes,
-                len_bytes: range.len_bytes,
-                source,
-            }
-        };
-        let mut payload: &[u8] = &job.buffer;
-        let mut bytes = 0;
-        for range in runs(data).map(range_of) {
-            let len = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
-            let (now, rest) = payload.split_at_checked(len).unwrap_or_default();
-            payload = rest;
-            node.fill_at(now, range.offset_bytes).map_err(failed(range))?;
-            self.written.mark(range);
-            bytes += range.len_bytes;
-        }
-        for range in runs(zero).map(range_of) {
-            if self.disk.only_top || self.was_written(range) {
-                let ByteRange { offset_bytes, len_bytes } = range;
-                node.fill_zeroes(offset_bytes, len_bytes).map_err(failed(range))?;
-                bytes += len_bytes;
-            }
-        }
-        Ok(bytes)
+        Ok(())
     }
 
-    fn was_written(&self, range: ByteRange) -> bool {
-        let granules = (range.offset_bytes..range.end()).step_by(GRANULE);
-        granules.into_iter().any(|at| self.written.is_marked(at))
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        self.end = None;
+        Ok(())
+    }
+
+    fn cleanup(&mut self, _: Outcome) {
+        self.receiver = None;
     }
 }

@@ -23,12 +23,15 @@
 //! holds a chunk once, and the next pass begins when the destination has echoed the mark that ends this
 //! one, with all before it in place and on stable storage. The pause then finds little to flush.
 
+pub mod chunk_receiver;
 pub mod frame;
 pub mod incoming;
 pub mod outgoing;
+mod receiver;
 pub mod scan;
 pub mod stats;
 
+use crate::error::ParticipantError;
 use crate::wire::WireError;
 use devices::block::BlockNode;
 use std::io;
@@ -116,6 +119,26 @@ pub struct ReadError {
     pub source: io::Error,
 }
 
+/// What may go wrong with disks at the source, besides connections.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// A disk cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// Writes to it cannot be told apart from what was sent.
+    #[error("disk {disk}: its writes cannot be tracked")]
+    NotTracked {
+        /// Which disk.
+        disk: String,
+    },
+}
+
+impl From<BlockError> for ParticipantError {
+    fn from(error: BlockError) -> Self {
+        Self::own(error)
+    }
+}
+
 /// A disk that cannot be taken in at the destination.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -144,9 +167,19 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
-    /// The host does not give a thread.
+    /// The host has no more threads.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+}
+
+impl From<LoadError> for ParticipantError {
+    fn from(error: LoadError) -> Self {
+        match error {
+            LoadError::Wire(error) => error.into(),
+            LoadError::Thread(error) => Self::Thread(error),
+            error => Self::own(error),
+        }
+    }
 }
 
 /// Whether there is nothing but zeroes.

@@ -1,4 +1,4 @@
-//! The "block" half of a source: passes over the dirty chunks, read by a few threads, sent in turn.
+//! The disks at the source: passes over the dirty chunks, read by a few threads, sent in turn.
 //!
 //! Called by the source's driver on the `mig-out` thread; its readers live for one pass. It leaves to
 //! the driver when a pass is made, and when the guest is stopped for the last one.
@@ -8,15 +8,23 @@ use super::frame::{
 };
 use super::scan::{Scan, TrackedDisk, Work};
 use super::stats::DiskProgress;
-use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisks, Tuning, is_zero};
+use super::{
+    BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks, Tuning, is_zero,
+};
+use crate::error::ParticipantError;
+use crate::participant::{
+    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+};
 use crate::policy;
-use crate::source::SourceError;
 use crate::stats::Counters;
 use crate::transport::{Channel, Throttle};
-use crate::wire::WireError;
+use crate::wire::hello::DISKS;
+use crate::wire::section::Stage;
+use crate::wire::{Role, WireError};
 use devices::block::aligned::AlignedBuffer;
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
+use std::io;
 use std::time::{Duration, Instant};
 
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
@@ -34,12 +42,21 @@ struct Filled {
     totals: DiskTotals,
 }
 
-/// The "block" half of a source.
-pub struct DisksOutgoing {
-    disks: Vec<TrackedDisk>,
-    tuning: Tuning,
+/// Names the disks' sections.
+pub const SECTION: &str = "block";
+
+/// What exists from the setup on.
+struct Started {
+    link: OutgoingLink,
     channel: Arc<Channel>,
-    counters: Arc<Counters>,
+    disks: Vec<TrackedDisk>,
+}
+
+/// The disks at the source.
+pub struct DisksOutgoing {
+    leaving: Vec<SourceDisk>,
+    tuning: Tuning,
+    started: Option<Started>,
     /// Buffers of earlier chunks.
     spare: Mutex<Vec<AlignedBuffer>>,
     totals: BlockTotals,
@@ -50,142 +67,76 @@ pub struct DisksOutgoing {
     flush: Option<Duration>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+fn not_set_up() -> ParticipantError {
+    let (found, expected) = ("disks".to_owned(), "a participant that was set up");
+    WireError::Unexpected { found, expected }.into()
 }
 
 impl DisksOutgoing {
-    /// Starts tracking; everything that was ever written is dirty.
-    pub fn setup(
-        leaving: SourceDisks,
-        channel: Arc<Channel>,
-        counters: Arc<Counters>,
-    ) -> Result<Self, SourceError> {
-        let mut disks = Vec::with_capacity(leaving.disks.len());
-        for disk in leaving.disks {
-            disks.extend(TrackedDisk::start(disk));
-        }
-        for disk in &disks {
-            disk.skip_unwritten()?;
-        }
-        let progress = |disk: &TrackedDisk| {
-            let total_bytes = disk.dirty.marked_bytes();
-            let name = disk.disk.node.id().to_owned();
-            let sent = DiskTotals::default();
-            DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent }
-        };
-        let progress: Vec<_> = disks.iter().map(progress).collect();
-        let totals = BlockTotals { frames: 0, disks: vec![DiskTotals::default(); disks.len()] };
-        counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        Ok(Self {
-            disks,
+    /// Disks that travel.
+    pub fn new(leaving: SourceDisks) -> Self {
+        let count = leaving.disks.len();
+        Self {
+            leaving: leaving.disks,
             tuning: leaving.tuning.clamped(),
-            channel,
-            counters,
+            started: None,
             spare: Mutex::default(),
-            totals,
+            totals: BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); count] },
             passes: 0,
             bytes_per_sec: None,
             flush: None,
-        })
+        }
+    }
+
+    fn started(&self) -> Result<&Started, ParticipantError> {
+        self.started.as_ref().ok_or_else(not_set_up)
     }
 
     /// What the destination is told about these disks.
-    pub fn announcement(&self) -> BlockSetup {
-        let disk = |tracked: &TrackedDisk| DiskSetup {
-            name: tracked.disk.node.id().to_owned(),
-            len_bytes: tracked.disk.node.len_bytes(),
-            only_top: tracked.disk.only_top,
+    fn announcement(&self) -> BlockSetup {
+        let disk = |disk: &SourceDisk| DiskSetup {
+            name: disk.node.id().to_owned(),
+            len_bytes: disk.node.len_bytes(),
+            only_top: disk.only_top,
         };
-        BlockSetup { disks: self.disks.iter().map(disk).collect() }
+        BlockSetup { disks: self.leaving.iter().map(disk).collect() }
     }
 
-    /// Bytes that are dirty now.
-    pub fn pending_bytes(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.dirty.marked_bytes()).sum()
-    }
-
-    /// What the destination needs for its last flush, however little there is to flush.
-    pub fn flush_time(&self) -> Duration {
-        self.flush.unwrap_or_default()
-    }
-
-    /// How fast disks are read, sent, written and flushed, once that was measured.
-    pub fn bytes_per_sec(&self) -> Option<u64> {
-        self.bytes_per_sec
-    }
-
-    /// Sends every chunk that is dirty, once, while the guest runs, and waits until the destination has
-    /// it on stable storage. Returns the bytes sent.
-    pub fn iterate(&mut self, throttle: &mut dyn Throttle) -> Result<u64, SourceError> {
-        let began = Instant::now();
-        let sent = self.send_dirty(throttle)?;
-        if sent > 0 {
-            self.passes += 1;
-            self.send_header(Frame::Mark(self.passes), throttle)?;
-            let flush = self.await_settled(self.passes)?;
-            self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
+    /// How fast a pass goes: a disk is often slower than the link, and what was measured has gone over
+    /// the link.
+    fn rate(&self, link: &OutgoingLink) -> u64 {
+        match (self.bytes_per_sec, link.params.get().max_bandwidth) {
+            (None, _) => link.speed.bytes_per_sec(),
+            (Some(rate), 0) => rate,
+            (Some(rate), cap) => rate.min(cap),
         }
-        let (passes, rate) = (self.passes, policy::per_second(sent, began.elapsed()));
-        log::debug!(
-            "disks: pass {passes}: {sent} bytes, {rate} per second, flush {:?}",
-            self.flush
-        );
-        self.tell_remaining();
-        if sent >= MEASURABLE_BYTES {
-            self.bytes_per_sec = Some(rate);
-        }
-        let rate = self.bytes_per_sec.unwrap_or(0);
-        self.counters.update(|stats| {
-            let disk = stats.disk.get_or_insert_default();
-            (disk.passes, disk.bytes_per_sec) = (passes, rate);
-        });
-        Ok(sent)
     }
 
-    /// Sends the rest, while the guest is stopped, and the end. Bits are taken as in every pass: if the
-    /// migration fails now, the next one begins with everything dirty.
-    pub fn complete(&mut self, throttle: &mut dyn Throttle) -> Result<(), SourceError> {
-        for disk in &self.disks {
-            disk.disk.node.drain();
-        }
-        self.send_dirty(throttle)?;
-        self.send_header(Frame::End, throttle)?;
-        self.tell_remaining();
-        Ok(())
-    }
-
-    /// What was sent.
-    pub fn totals(&self) -> &BlockTotals {
-        &self.totals
-    }
-
-    fn tell_remaining(&self) {
-        let remaining: Vec<_> = self.disks.iter().map(|disk| disk.dirty.marked_bytes()).collect();
-        self.counters.update(|stats| {
+    fn tell_remaining(&self) -> Result<(), ParticipantError> {
+        let Started { disks, link, .. } = self.started()?;
+        let remaining: Vec<_> = disks.iter().map(|disk| disk.dirty.marked_bytes()).collect();
+        link.counters.update(|stats| {
             let disks = &mut stats.disk.get_or_insert_default().disks;
             disks.iter_mut().zip(remaining).for_each(|(disk, left)| disk.remaining_bytes = left);
         });
+        Ok(())
     }
 
-    fn send_header(
-        &mut self,
-        frame: Frame,
-        throttle: &mut dyn Throttle,
-    ) -> Result<(), SourceError> {
-        self.channel.write_pages(&frame.encode(0), &[], throttle)?;
-        self.totals.frames += 1;
-        self.counters.update(|stats| {
+    fn send_header(&mut self, frame: Frame) -> Result<(), ParticipantError> {
+        let Started { link, channel, .. } = self.started()?;
+        channel.write_pages(&frame.encode(0), &[], &mut link.cap.clone())?;
+        link.counters.update(|stats| {
             stats.disk.get_or_insert_default().transferred_bytes += HEADER_BYTES as u64;
         });
+        self.totals.frames += 1;
         Ok(())
     }
 
     /// Waits for the echo of mark `number`; returns how long flushing took.
-    fn await_settled(&self, number: u64) -> Result<Duration, SourceError> {
+    fn await_settled(&self, number: u64) -> Result<Duration, ParticipantError> {
         loop {
             let mut header = [0; HEADER_BYTES];
-            self.channel.read_exact(&mut header)?;
+            self.started()?.channel.read_while_alive(&mut header)?;
             match Frame::decode(&header)?.0 {
                 Frame::Alive => {}
                 Frame::Settled(settled, flush) if settled == number => return Ok(flush),
@@ -198,14 +149,16 @@ impl DisksOutgoing {
     }
 
     /// Sends what is dirty; returns the bytes sent.
-    fn send_dirty(&mut self, throttle: &mut dyn Throttle) -> Result<u64, SourceError> {
-        let Self { disks, tuning, channel, counters, spare, totals, .. } = self;
+    fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
+        let Self { started, tuning, spare, totals, .. } = self;
+        let Started { disks, link, channel } = started.as_ref().ok_or_else(not_set_up)?;
         let (disks, spare): (&[TrackedDisk], &Mutex<_>) = (disks, spare);
+        let mut throttle = link.cap.clone();
         let mut scan = Scan::new(disks);
         let mut sent = 0;
-        let mut send = |filled: Filled| -> Result<(), SourceError> {
-            sent += send_one(&filled, channel, counters, totals, throttle)?;
-            lock(spare).push(filled.buffer);
+        let mut send = |filled: Filled| -> Result<(), ParticipantError> {
+            sent += send_one(&filled, channel, &link.counters, totals, &mut throttle)?;
+            devices::lock(spare).push(filled.buffer);
             Ok(())
         };
         let chunks = scan.count(FEW_CHUNKS.max(tuning.reads) + 1);
@@ -216,7 +169,7 @@ impl DisksOutgoing {
             return Ok(sent);
         }
         let scan = Mutex::new(scan);
-        let take = || lock(&scan).take();
+        let take = || devices::lock(&scan).take();
         std::thread::scope(|scope| {
             // Dropping the receiving end, on any way out, ends the readers.
             let (to_send, filled) = sync_channel(tuning.buffers);
@@ -234,7 +187,7 @@ impl DisksOutgoing {
                             }
                         }
                     })
-                    .map_err(SourceError::Thread)?;
+                    .map_err(ParticipantError::Thread)?;
             }
             drop(to_send);
             filled.into_iter().try_for_each(|filled| send(filled?))
@@ -243,13 +196,120 @@ impl DisksOutgoing {
     }
 }
 
+impl Outgoing for DisksOutgoing {
+    fn section(&self) -> &'static str {
+        SECTION
+    }
+
+    fn capability(&self) -> Option<&'static str> {
+        Some(DISKS)
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        vec![Role::Disks]
+    }
+
+    /// Starts tracking; everything that was ever written is dirty.
+    fn setup(&mut self, mut link: OutgoingLink) -> Result<(), ParticipantError> {
+        let channel = link.channels.pop().ok_or_else(not_set_up)?;
+        let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let Started { link, disks, .. } = self.started.insert(Started { link, channel, disks });
+        for disk in disks.iter() {
+            disk.skip_unwritten(&|| !link.cancel.is_cancelled())?;
+        }
+        let progress = |disk: &TrackedDisk| {
+            let total_bytes = disk.dirty.marked_bytes();
+            let name = disk.disk.node.id().to_owned();
+            let sent = DiskTotals::default();
+            DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent }
+        };
+        let progress: Vec<_> = disks.iter().map(progress).collect();
+        link.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
+        let setup = self.announcement().encode();
+        self.started()?.link.send(SECTION, Stage::Setup, &setup)?;
+        Ok(())
+    }
+
+    /// Sends every chunk that is dirty, once, and waits until the destination has it on stable storage.
+    fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
+        let began = Instant::now();
+        let sent = self.send_dirty()?;
+        if sent > 0 {
+            self.passes += 1;
+            self.send_header(Frame::Mark(self.passes))?;
+            let flush = self.await_settled(self.passes)?;
+            self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
+        }
+        let (passes, rate) = (self.passes, policy::per_second(sent, began.elapsed()));
+        log::debug!(
+            "disks: pass {passes}: {sent} bytes, {rate} per second, flush {:?}",
+            self.flush
+        );
+        self.tell_remaining()?;
+        if sent >= MEASURABLE_BYTES {
+            self.bytes_per_sec = Some(rate);
+        }
+        let measured = self.bytes_per_sec.unwrap_or(0);
+        let link = &self.started()?.link;
+        link.counters.update(|stats| {
+            let disk = stats.disk.get_or_insert_default();
+            (disk.passes, disk.bytes_per_sec) = (passes, measured);
+        });
+        let send_time = policy::send_time(sent, self.rate(link));
+        Ok(Step::Done(Pass { sent_bytes: sent, send_time }))
+    }
+
+    fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
+        let Started { disks, link, .. } = self.started()?;
+        let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum();
+        let send_time = policy::send_time(left, self.rate(link));
+        // Without a write there is nothing to flush either.
+        let flush = if left > 0 { self.flush.unwrap_or_default() } else { Duration::ZERO };
+        let cost = |part, time| Cost { part, time, fixed: false };
+        Ok(Pending {
+            must_precopy_bytes: left,
+            send_time,
+            costs: vec![
+                cost("sending disks", send_time),
+                cost("flushing disks at the destination", flush),
+            ],
+            rates: None,
+        })
+    }
+
+    fn rate_has_changed(&mut self) {}
+
+    /// Bits are taken as in every pass: if the migration fails now, the next one begins with everything
+    /// dirty; if the stop is called off, what is written from now on is marked.
+    fn complete(&mut self) -> Result<(), ParticipantError> {
+        for disk in &self.started()?.disks {
+            disk.disk.node.drain();
+        }
+        self.send_dirty()?;
+        self.send_header(Frame::End)?;
+        self.totals.ends += 1;
+        self.tell_remaining()?;
+        self.started()?.link.push(SECTION, Stage::End, &self.totals.encode())?;
+        Ok(())
+    }
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn cleanup(&mut self, _: Outcome) {
+        self.started = None;
+    }
+}
+
 /// Reads a chunk's granules side by side, and takes those out that are zero.
 fn read(
     disks: &[TrackedDisk],
     work: Work,
     spare: &Mutex<Vec<AlignedBuffer>>,
-) -> Result<Filled, SourceError> {
-    let spare = lock(spare).pop();
+) -> Result<Filled, ParticipantError> {
+    let spare = devices::lock(spare).pop();
     let mut buffer = spare.unwrap_or_else(|| AlignedBuffer::new(PAYLOAD_AT + CHUNK));
     let (head, payload) = buffer.split_at_mut(PAYLOAD_AT);
     // `work` comes from a scan over these disks.
@@ -263,15 +323,17 @@ fn read(
     for (first, count) in runs(work.granules) {
         let offset = work.index * CHUNK_BYTES + u64::from(first) * GRANULE_BYTES;
         let wanted = (u64::from(count) * GRANULE_BYTES).min(len_bytes - offset);
-        let len = usize::try_from(wanted).unwrap_or(0);
-        let (_, room) = payload.split_at_mut(read);
-        let room = room.get_mut(..len).unwrap_or_default();
-        disk.node.copy_at(room, offset).map_err(|source| ReadError {
+        let failed = |source| BlockError::Read(ReadError {
             disk: disk.node.id().to_owned(),
             offset_bytes: offset,
             len_bytes: wanted,
             source,
-        })?;
+        });
+        let too_long = || failed(io::ErrorKind::InvalidInput.into());
+        let len = usize::try_from(wanted).map_err(|_| too_long())?;
+        let (_, room) = payload.split_at_mut(read);
+        let room = room.get_mut(..len).ok_or_else(too_long)?;
+        disk.node.copy_at(room, offset).map_err(failed)?;
         // What is not zero moves up to where zeroes were; most chunks have none, and nothing moves.
         let mut at = 0;
         for granule in first..first + count {
@@ -291,12 +353,12 @@ fn read(
         }
         read += len;
     }
-    let number = u16::try_from(work.disk).unwrap_or(u16::MAX);
+    let impossible = |found: String| WireError::Unexpected { found, expected: "a chunk's header" };
+    let number = u16::try_from(work.disk).map_err(|_| impossible(format!("disk {}", work.disk)))?;
     let chunk = Chunk { disk: number, index: work.index, data, zero: work.granules & !data };
-    let header = Frame::Chunk(chunk).encode(u32::try_from(kept).unwrap_or(u32::MAX));
-    if let Some(place) = head.last_chunk_mut::<HEADER_BYTES>() {
-        *place = header;
-    }
+    let kept_bytes = u32::try_from(kept).map_err(|_| impossible(format!("{kept} bytes")))?;
+    let place = head.last_chunk_mut::<HEADER_BYTES>();
+    *place.ok_or_else(|| impossible("no room".into()))? = Frame::Chunk(chunk).encode(kept_bytes);
     Ok(Filled { buffer, payload_bytes: kept, chunk, totals })
 }
 
@@ -306,9 +368,13 @@ fn send_one(
     counters: &Counters,
     totals: &mut BlockTotals,
     throttle: &mut dyn Throttle,
-) -> Result<u64, SourceError> {
+) -> Result<u64, ParticipantError> {
     let frame = PAYLOAD_AT - HEADER_BYTES..PAYLOAD_AT + filled.payload_bytes;
-    let bytes = filled.buffer.get(frame).unwrap_or_default();
+    let impossible = || WireError::Unexpected {
+        found: format!("{} bytes", filled.payload_bytes),
+        expected: "a chunk of a disk",
+    };
+    let bytes = filled.buffer.get(frame).ok_or_else(impossible)?;
     channel.write_pages(bytes, &[], throttle)?;
     totals.frames += 1;
     let index = usize::from(filled.chunk.disk);

@@ -2,8 +2,8 @@
 //! it deals out. Called by `outgoing`'s readers; does not read disks, but asks what was never written.
 
 use super::frame::granules_of;
-use super::{CHUNK_BYTES, GRANULE_BYTES, ReadError, SourceDisk};
-use devices::block::backend::{ByteRange, Content};
+use super::{BlockError, CHUNK_BYTES, GRANULE_BYTES, ReadError, SourceDisk};
+use devices::block::backend::{ByteRange, Content, GoOn};
 use devices::block::{BlockNode, Tracking};
 
 /// A disk and what of it is dirty.
@@ -17,19 +17,21 @@ pub struct TrackedDisk {
 
 impl TrackedDisk {
     /// Tracks `disk`; all of it is dirty.
-    pub fn start(disk: SourceDisk) -> Option<Self> {
-        let dirty = disk.node.track(GRANULE_BYTES)?;
+    pub fn start(disk: SourceDisk) -> Result<Self, BlockError> {
+        let untracked = || BlockError::NotTracked { disk: disk.node.id().to_owned() };
+        let dirty = disk.node.track(GRANULE_BYTES).ok_or_else(untracked)?;
         dirty.mark_all();
-        Some(Self { disk, dirty })
+        Ok(Self { disk, dirty })
     }
 
     /// Cleans what the destination's disk, which was never written either, has already: what reads as
     /// zeroes, or as what the backing file has if only the top is sent.
-    pub fn skip_unwritten(&self) -> Result<(), ReadError> {
+    /// Ends early if `go_on` says no: a large image may have millions of holes.
+    pub fn skip_unwritten(&self, go_on: GoOn<'_>) -> Result<(), BlockError> {
         let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
         let node = &self.disk.node;
         let mut at = 0;
-        while at < node.len_bytes() {
+        while at < node.len_bytes() && go_on() {
             let extent = extent(node, at)?;
             let end = at + extent.len_bytes;
             if extent.content == skipped {
@@ -43,7 +45,7 @@ impl TrackedDisk {
         Ok(())
     }
 
-    fn mark_written(&self, range: ByteRange, skipped: Content) -> Result<(), ReadError> {
+    fn mark_written(&self, range: ByteRange, skipped: Content) -> Result<(), BlockError> {
         let mut at = range.offset_bytes;
         while at < range.end() {
             let extent = extent(&self.disk.node, at)?;
@@ -147,7 +149,7 @@ mod tests {
         let disk = tracked(10 * CHUNK_BYTES + 512);
         disk.disk.node.write_at(&[1; 512], 2 * CHUNK_BYTES + GRANULE_BYTES).unwrap();
         disk.disk.node.write_at(&[1; 512], 10 * CHUNK_BYTES).unwrap();
-        disk.skip_unwritten().unwrap();
+        disk.skip_unwritten(&|| true).unwrap();
         let disks = [disk];
         let mut scan = Scan::new(&disks);
         assert_eq!((scan.count(1), scan.count(9)), (1, 2));

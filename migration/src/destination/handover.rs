@@ -1,25 +1,39 @@
 //! The last step: `Ready`, then `Go`, then the guest runs. Without `Go` it never runs here.
 
 use super::{Destination, DestinationError};
+use crate::control::{Control, Limit};
+use crate::error::chain;
 use crate::guest::RunPermit;
-use crate::source::chain;
 use crate::stats::DowntimeParts;
-use crate::transport::Main;
-use crate::transport::channels::payload_of;
+use crate::wire::section::Eof;
 use crate::wire::{Encoder, Kind, WireError};
 use std::time::{Duration, Instant};
 
-/// How long the source may take to hand over, once everything is ready here.
+/// How long the source may take to hand over, or to call its stop off, once everything is ready here.
 const GO_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Destination<'_> {
-    pub(super) fn take_over(&mut self, main: &Main, running: bool) -> Result<(), DestinationError> {
-        if let Err(error) = await_go(main) {
-            return Err(self.refuse(main, error.into()));
+    /// Says that everything is ready; true if the guest then runs here, false if the source has called
+    /// its stop off.
+    pub(super) fn take_over(
+        &mut self,
+        control: &Control,
+        eof: Eof,
+    ) -> Result<bool, DestinationError> {
+        control.send(Kind::Ready, Encoder::default().u32(eof.attempt).bytes())?;
+        let limit = Limit::within("the right to run", GO_PATIENCE);
+        let frame = control.next(&limit)?;
+        match frame.kind {
+            Kind::Go => {}
+            Kind::CalledOff => return Ok(false),
+            _ => {
+                let (found, expected) = (frame.describe(), limit.what);
+                return Err(WireError::Unexpected { found, expected }.into());
+            }
         }
         let arrived = Instant::now();
         let declined = if self.cancel.disarm() {
-            match self.host.run(RunPermit::received(), running) {
+            match self.host.run(RunPermit::received(), eof.running) {
                 Ok(()) => None,
                 Err(error) => Some(DestinationError::Run(error)),
             }
@@ -28,9 +42,9 @@ impl Destination<'_> {
         };
         if let Some(error) = declined {
             self.host.abandon();
-            main.say_farewell(Kind::Declined, &chain(&error));
-            main.hear_farewell();
-            return Err(error);
+            control.say_farewell(Kind::Declined, &chain(&error));
+            control.await_close();
+            return Err(DestinationError::Declined(Box::new(error)));
         }
         let started_in = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.counters.update(|stats| {
@@ -38,15 +52,10 @@ impl Destination<'_> {
             stats.downtime_parts = Some(parts);
         });
         // If this is lost the source reports the outcome as unknown, and stays stopped.
-        if let Err(error) = main.send(Kind::Running, Encoder::default().u64(started_in).bytes()) {
+        let said = control.send(Kind::Running, Encoder::default().u64(started_in).bytes());
+        if let Err(error) = said {
             log::warn!("the source does not hear that the guest runs here: {}", chain(&error));
         }
-        Ok(())
+        Ok(true)
     }
-}
-
-fn await_go(main: &Main) -> Result<(), WireError> {
-    main.send(Kind::Ready, &[])?;
-    let frame = main.receive_within("the right to run", GO_PATIENCE)?;
-    payload_of(frame, Kind::Go, "the right to run").map(drop)
 }

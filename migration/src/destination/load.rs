@@ -1,176 +1,238 @@
-//! From the machine description to the last page: an explicit order of frames, any other refused by
-//! name.
+//! From the machine description to the last page: what has to come, in which order, and to whom it goes.
+//! What is out of order is refused by name.
 
-use super::disks::DisksReceiver;
-use super::receiver::Receivers;
 use super::{Destination, DestinationError};
-use crate::block::frame::{BlockSetup, BlockTotals};
-use crate::block::incoming::DisksIncoming;
+use crate::control::{Control, Limit};
 use crate::guest::MachineDescription;
-use crate::ram::incoming::RamIncoming;
-use crate::stats::MigrationStatus;
-use crate::transport::channels::payload_of;
-use crate::transport::{Channel, Main};
-use crate::wire::section::{BODY_VERSION, Eof, RamSetup, RamTotals, Section, Stage};
-use crate::wire::{Frame, Kind, WireError};
+use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::stats::{Counters, MigrationStatus};
+use crate::transport::Channel;
+use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
+use crate::wire::{Frame, Kind, Role, WireError};
 use devices::state::DeviceRecord;
 use std::sync::Arc;
 
+/// Names the section of the devices' records, which are no participant.
+const DEVICE: &str = "device";
+
+/// How far a participant has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    New,
+    SetUp,
+    /// Its end has come, of this attempt.
+    Ended,
+}
+
+/// A guest on its way in. Dropping it cleans up.
+pub(super) struct Arrival {
+    pub(super) control: Control,
+    /// Until their participants have them.
+    channels: Vec<(Role, Channel)>,
+    counters: Arc<Counters>,
+    participants: Vec<(Box<dyn Incoming>, Progress)>,
+    /// The devices' records have come, of this attempt.
+    stopped: bool,
+}
+
+/// What the last section leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loaded {
+    /// Everything is in place.
+    All(Eof),
+    /// The source has called its stop off.
+    CalledOff,
+}
+
+impl Arrival {
+    pub(super) fn new(
+        control: Control,
+        channels: Vec<(Role, Channel)>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self { control, channels, counters, participants: Vec::new(), stopped: false }
+    }
+
+    /// The migration is over.
+    pub(super) fn close(mut self, moved: bool) {
+        self.clean_up(if moved { Outcome::Moved } else { Outcome::NotMoved });
+    }
+
+    fn clean_up(&mut self, outcome: Outcome) {
+        for (participant, progress) in self.participants.drain(..).rev().collect::<Vec<_>>().iter_mut()
+        {
+            if *progress != Progress::New {
+                participant.cleanup(outcome);
+            }
+        }
+    }
+
+    /// What has to come next, in the words of an error.
+    fn expected(&self) -> &'static str {
+        let missing = |progress| self.participants.iter().any(|(_, has)| *has == progress);
+        match (missing(Progress::New), self.stopped, missing(Progress::SetUp)) {
+            (true, ..) => "the setup of what travels",
+            (_, false, _) => "the state of the devices",
+            (.., true) => "the end of what travels",
+            _ => "the end of the stream",
+        }
+    }
+
+    fn unexpected(&self, found: String) -> DestinationError {
+        WireError::Unexpected { found, expected: self.expected() }.into()
+    }
+
+    /// Gives a section to its participant.
+    fn dispatch(&mut self, section: &Section<'_>) -> Result<(), DestinationError> {
+        let named = |one: &(Box<dyn Incoming>, Progress)| one.0.section() == section.name;
+        let Some(index) = self.participants.iter().position(named) else {
+            return Err(self.unexpected(format!("unknown section {:?}", section.name)));
+        };
+        // They are set up in their order: a later one may rely on an earlier.
+        let in_turn = self.participants[..index].iter().all(|(_, has)| *has != Progress::New);
+        let (participant, progress) = &mut self.participants[index];
+        match (section.stage, *progress, self.stopped) {
+            (Stage::Setup, Progress::New, false) if in_turn => {
+                // It is cleaned up from here on, whatever the setup says.
+                *progress = Progress::SetUp;
+                let owned = self.channels.extract_if(.., |(role, _)| participant.owns(*role));
+                let link = IncomingLink {
+                    control: self.control.clone(),
+                    channels: owned.collect(),
+                    counters: self.counters.clone(),
+                };
+                participant.setup(link, section.body)?;
+            }
+            (Stage::Part, Progress::SetUp, false) => participant.load(Stage::Part, section.body)?,
+            (Stage::End, Progress::SetUp, true) => {
+                *progress = Progress::Ended;
+                participant.load(Stage::End, section.body)?;
+            }
+            _ => return Err(self.unexpected(section.describe())),
+        }
+        Ok(())
+    }
+
+    /// The source runs its guest on, and will stop it again.
+    pub(super) fn called_off(&mut self) -> Result<(), DestinationError> {
+        self.stopped = false;
+        for (participant, progress) in &mut self.participants {
+            *progress = Progress::SetUp;
+            participant.called_off()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        self.clean_up(Outcome::NotMoved);
+    }
+}
+
 impl Destination<'_> {
-    /// Loads everything; what it returns says whether the guest ran at the source.
-    pub(super) fn load(
+    pub(super) fn load_and_take_over(
         &mut self,
-        main: &Arc<Main>,
-        data: Vec<Channel>,
-        disks: Option<Channel>,
-    ) -> Result<bool, DestinationError> {
-        let frame = main.receive()?;
-        let machine = payload_of(frame, Kind::Machine, "the machine description")?;
+        arrival: &mut Arrival,
+    ) -> Result<(), DestinationError> {
+        self.build(arrival)?;
+        loop {
+            let taken = match self.load(arrival)? {
+                Loaded::All(eof) => self.take_over(&arrival.control, eof)?,
+                Loaded::CalledOff => false,
+            };
+            if taken {
+                return Ok(());
+            }
+            log::info!("the source has called its stop off, its guest runs on");
+            self.host.called_off()?;
+            arrival.called_off()?;
+            self.status(MigrationStatus::Active);
+        }
+    }
+
+    /// Builds the machine that the source describes.
+    fn build(&mut self, arrival: &mut Arrival) -> Result<(), DestinationError> {
+        let control = &arrival.control;
+        let limit = Limit::alive("the machine description");
+        let machine = control.expect(Kind::Machine, &limit)?;
         let machine: MachineDescription = from_json("machine description", &machine)?;
         // The source may go while the machine is built, which takes long if files have to be compared.
-        let built = self.host.build(&machine, &|| !main.is_lost());
-        let ram = built.map_err(|error| match main.is_lost() {
+        let built = self.host.build(&machine, &|| !control.is_lost());
+        let participants = built.map_err(|error| match control.is_lost() {
             true => WireError::Lost(std::io::ErrorKind::BrokenPipe.into()).into(),
             false => DestinationError::Guest(error),
         })?;
-        let total_bytes = ram.layout.size_bytes();
-        let multifd = data.len() > 1;
-        self.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, multifd));
-        main.send(Kind::Accepted, &[])?;
-        let disks = self.start_disks(main, disks)?;
-        let frame = main.receive()?;
-        let setup = RamSetup::decode(section(&frame, "ram", Stage::Setup, "the setup of RAM")?)?;
-        if usize::from(setup.data_channels) != data.len() {
-            let reason = format!("{} data channels, {} exist", setup.data_channels, data.len());
-            return Err(WireError::Malformed { what: "RAM setup", reason }.into());
-        }
-        let channels = data
-            .into_iter()
-            .map(|data| Ok((RamIncoming::start(ram.clone(), setup, self.counters.clone())?, data)));
-        let receivers = Receivers::start(channels.collect::<Result<_, WireError>>()?, main)?;
-        self.counters.update(|stats| stats.setup_time = stats.started.map(|at| at.elapsed()));
-        self.status(MigrationStatus::Active);
-        self.load_rest(main, &receivers, disks.as_ref()).map_err(|error| {
-            let woken = matches!(error, DestinationError::Wire(WireError::Interrupted));
-            if !woken && !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
-                return error;
-            }
-            // Woken because the pages or the disks have failed; or the source has met the connection
-            // that closed because of it. One of them may have been lost only because of the other.
-            let (disks, pages) = (
-                disks.as_ref().and_then(DisksReceiver::take_error),
-                receivers.take_error().map(DestinationError::Wire),
-            );
-            let is_lost =
-                |error: &DestinationError| matches!(error, DestinationError::Wire(e) if e.is_lost());
-            let (lost, own): (Vec<_>, Vec<_>) = disks.into_iter().chain(pages).partition(is_lost);
-            match (own.into_iter().next(), lost.into_iter().next()) {
-                (Some(own), _) => own,
-                (None, Some(DestinationError::Wire(lost))) if woken => why_lost(main, lost).into(),
-                _ => error,
-            }
-        })
-    }
-
-    /// Has the machine's disks filled from their connection, if they travel.
-    fn start_disks(
-        &mut self,
-        main: &Arc<Main>,
-        channel: Option<Channel>,
-    ) -> Result<Option<DisksReceiver>, DestinationError> {
-        let disks = self.host.disks().map_err(DestinationError::Guest)?;
-        let Some(channel) = channel else {
-            if disks.is_empty() {
-                return Ok(None);
-            }
-            let reason = "its disks travel, but there is no connection for them".to_owned();
-            return Err(WireError::Malformed { what: "machine description", reason }.into());
-        };
-        let frame = main.receive()?;
-        let body = section(&frame, "block", Stage::Setup, "the setup of the disks")?;
-        let disks = DisksIncoming::start(disks, &BlockSetup::decode(body)?, self.counters.clone())?;
-        DisksReceiver::start(disks, channel, main.clone()).map(Some)
-    }
-
-    /// Everything on the main connection while pages come on the other.
-    fn load_rest(
-        &mut self,
-        main: &Main,
-        receivers: &Receivers,
-        disks: Option<&DisksReceiver>,
-    ) -> Result<bool, DestinationError> {
-        let frame = main.receive()?;
-        let body = section(&frame, "device", Stage::Full, "the state of the devices")?;
-        let records: Vec<DeviceRecord> = from_json("device state", body)?;
-        drop(frame);
-        self.host.load_records(records).map_err(DestinationError::Guest)?;
-        let their_disks = match disks {
-            None => None,
-            Some(_) => {
-                let frame = main.receive()?;
-                let body = section(&frame, "block", Stage::End, "the end of the disks")?;
-                Some(BlockTotals::decode(body)?)
-            }
-        };
-        let frame = main.receive()?;
-        let theirs = RamTotals::decode(section(&frame, "ram", Stage::End, "the end of RAM")?)?;
-        let frame = main.receive()?;
-        let eof = Eof::decode(&payload_of(frame, Kind::Eof, "the end of the stream")?)?;
-        let tallies = receivers.finish()?;
-        let frames: Vec<_> = tallies.iter().map(|tally| tally.frames).collect();
-        let ours: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
-        if (&frames, ours) != (&eof.frames, theirs) {
-            let reason = format!(
-                "the source has sent {theirs:?} in {:?} frames, {ours:?} in {frames:?} have arrived",
-                eof.frames
-            );
-            return Err(WireError::Malformed { what: "end of the stream", reason }.into());
-        }
-        if let Some(disks) = disks {
-            let (ours, theirs) = (disks.finish()?, their_disks);
-            if Some(&ours) != theirs.as_ref() {
-                let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
-                return Err(WireError::Malformed { what: "end of the disks", reason }.into());
+        for participant in participants.iter().filter(|one| one.needs_connection()) {
+            if !arrival.channels.iter().any(|(role, _)| participant.owns(*role)) {
+                let name = participant.section();
+                let reason = format!("section {name:?} travels, but has no connection");
+                return Err(WireError::Malformed { what: "machine description", reason }.into());
             }
         }
-        self.host.lock_disks().map_err(DestinationError::Guest)?;
-        Ok(eof.running)
+        control.send(Kind::Accepted, &[])?;
+        let new = |participant| (participant, Progress::New);
+        arrival.participants = participants.into_iter().map(new).collect();
+        Ok(())
     }
-}
 
-/// A source that gives up says so on the main connection, and then ends the other.
-fn why_lost(main: &Main, lost: WireError) -> WireError {
-    match main.hear_farewell() {
-        Some(last) if last.kind == Kind::Abort => WireError::Aborted(last.reason()),
-        _ => lost,
-    }
-}
-
-/// The body of the section that has to come now.
-fn section<'f>(
-    frame: &'f Frame,
-    name: &str,
-    stage: Stage,
-    expected: &'static str,
-) -> Result<&'f [u8], WireError> {
-    if frame.kind != Kind::Section {
-        return Err(WireError::Unexpected { found: format!("{:?}", frame.kind), expected });
-    }
-    let section = Section::decode(&frame.payload)?;
-    if (section.name, section.stage) != (name, stage) {
-        let found = match section.name {
-            "ram" | "device" | "block" => {
-                format!("{:?} of section {:?}", section.stage, section.name)
+    /// Everything on the control connection until the end of the stream, while other threads receive.
+    fn load(&mut self, arrival: &mut Arrival) -> Result<Loaded, DestinationError> {
+        loop {
+            let frame = arrival.control.next(&Limit::alive(arrival.expected()))?;
+            match frame.kind {
+                Kind::Section => self.section(arrival, &frame)?,
+                Kind::Eof => {
+                    let missing =
+                        arrival.participants.iter().any(|(_, has)| *has != Progress::Ended);
+                    if missing || !arrival.stopped {
+                        return Err(arrival.unexpected(frame.describe()));
+                    }
+                    let eof = Eof::decode(&frame.payload)?;
+                    for (participant, _) in &mut arrival.participants {
+                        participant.finish()?;
+                    }
+                    if arrival.control.is_next(Kind::CalledOff) {
+                        continue;
+                    }
+                    self.host.lock_disks()?;
+                    return Ok(Loaded::All(eof));
+                }
+                Kind::CalledOff if arrival.stopped => return Ok(Loaded::CalledOff),
+                _ => return Err(arrival.unexpected(frame.describe())),
             }
-            unknown => format!("unknown section {unknown:?}"),
-        };
-        return Err(WireError::Unexpected { found, expected });
+        }
     }
-    if section.version != BODY_VERSION {
-        let reason = format!("version {}, known is {BODY_VERSION}", section.version);
-        return Err(WireError::Malformed { what: expected, reason });
+
+    fn section(&mut self, arrival: &mut Arrival, frame: &Frame) -> Result<(), DestinationError> {
+        let section = Section::decode(&frame.payload)?;
+        if section.version != BODY_VERSION {
+            let reason = format!("version {}, known is {BODY_VERSION}", section.version);
+            return Err(WireError::Malformed { what: arrival.expected(), reason }.into());
+        }
+        if section.name != DEVICE {
+            let set_up = |arrival: &Arrival| {
+                arrival.participants.iter().all(|(_, has)| *has != Progress::New)
+            };
+            let before = set_up(arrival);
+            arrival.dispatch(&section)?;
+            if !before && set_up(arrival) {
+                self.counters.update(|stats| {
+                    stats.setup_time = stats.started.map(|at| at.elapsed());
+                });
+                self.status(MigrationStatus::Active);
+            }
+            return Ok(());
+        }
+        let set_up = arrival.participants.iter().all(|(_, has)| *has == Progress::SetUp);
+        if section.stage != Stage::Full || arrival.stopped || !set_up {
+            return Err(arrival.unexpected(section.describe()));
+        }
+        let records: Vec<DeviceRecord> = from_json("device state", section.body)?;
+        arrival.stopped = true;
+        self.host.load_records(records)?;
+        Ok(())
     }
-    Ok(section.body)
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(

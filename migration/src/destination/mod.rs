@@ -1,29 +1,34 @@
 //! The destination: accept, build, load, say `Ready`, run on `Go` and never without it. Called by the
-//! VMM on the `mig-in` thread; page frames are received on threads `mig-recv-N`.
+//! VMM on the `mig-in` thread.
 //!
 //! ```text
 //! mod        greet                     who is not Ferry is dropped, and the wait goes on
 //! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
-//! receiver   page frames, meanwhile
-//! disks      chunks of disks, meanwhile, if they travel
-//! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined
+//! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined;
+//!                                      CalledOff: back to load
+//! host       what is needed of the machine
 //! ```
+//! What arrives is a list of [`Incoming`](crate::participant::Incoming) participants; nothing here knows
+//! RAM or disks.
 
-mod disks;
 mod handover;
+mod host;
 mod load;
-mod receiver;
 
-use crate::block::LoadError;
+pub use host::{DestinationHost, GoOn};
+
 use crate::cancel::CancelToken;
-use crate::guest::{DestinationHost, GuestError};
-use crate::source::{MigrationEvent, chain};
+use crate::control::Control;
+use crate::error::{ParticipantError, chain};
+use crate::guest::GuestError;
+use crate::source::MigrationEvent;
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::channels::{Pulse, receive_hello, send_hello};
+use crate::transport::channel::{receive_hello, send_hello};
 use crate::transport::reception::Reception;
-use crate::transport::{Channel, Listener, Main, Transport};
+use crate::transport::{Channel, Listener, Transport};
 use crate::wire::hello::DISKS;
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use load::Arrival;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,27 +47,41 @@ pub enum DestinationError {
     Wire(#[from] WireError),
     /// This side's machine.
     #[error(transparent)]
-    Guest(GuestError),
-    /// A disk that arrives.
+    Guest(#[from] GuestError),
+    /// A participant's own reason.
     #[error(transparent)]
-    Disk(LoadError),
+    Participant(Box<dyn std::error::Error + Send + Sync>),
     /// Cancelled on this side.
     #[error("cancelled at the destination")]
     Cancelled,
-    /// The host does not give a thread.
+    /// The host has no more threads.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     /// The right to run has arrived, but the machine does not start. The source has it back, if the
     /// connection still stands.
     #[error("the guest was handed over and cannot be started here: {0}")]
     Run(GuestError),
+    /// The same as the source was told.
+    #[error(transparent)]
+    Declined(Box<DestinationError>),
+}
+
+impl From<ParticipantError> for DestinationError {
+    fn from(error: ParticipantError) -> Self {
+        match error {
+            ParticipantError::Wire(error) => Self::Wire(error),
+            ParticipantError::Guest(error) => Self::Guest(error),
+            ParticipantError::Thread(error) => Self::Thread(error),
+            ParticipantError::Own(error) => Self::Participant(error),
+        }
+    }
 }
 
 /// Everything that an arrival needs.
 pub struct Destination<'a> {
     /// The machine to be.
     pub host: &'a mut dyn DestinationHost,
-    /// What has been done.
+    /// What has been done, for reports.
     pub counters: Arc<Counters>,
     /// Ends it early, until `Go` has arrived.
     pub cancel: CancelToken,
@@ -140,10 +159,7 @@ impl Destination<'_> {
     ) -> Result<(), DestinationError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
-        let main = Arc::new(Main::new(Channel::new(main, self.cancel.clone())));
-        let result = self.connected(&main, hello, open);
-        // Everything that could be said has been said.
-        main.channel().transport().shutdown();
+        let result = self.greeted(main, hello, open);
         let error = result.as_ref().err().map(|error| chain(error));
         self.counters.update(|stats| {
             stats.total_time = stats.started.map(|started| started.elapsed());
@@ -157,51 +173,72 @@ impl Destination<'_> {
         result
     }
 
-    fn connected(
+    fn greeted(
         &mut self,
-        main: &Arc<Main>,
+        main: Arc<dyn Transport>,
         hello: &Hello,
         open: Open<'_>,
     ) -> Result<(), DestinationError> {
-        let loaded = (|| {
-            let malformed = |reason| WireError::Malformed { what: "hello", reason };
-            hello.check_channels().map_err(malformed)?;
-            let answer = hello.answer();
-            send_hello(main.channel(), &answer)?;
-            let mut open = |role| {
-                let named = |error: WireError| error.on_channel(role);
-                let channel =
-                    Channel::new(open(hello.id, role).map_err(named)?, self.cancel.clone());
-                send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;
-                Ok::<_, WireError>(channel)
-            };
-            let data = (0..hello.data_channels).map(|index| open(Role::Data { index }));
-            let data = data.collect::<Result<_, _>>()?;
-            let disks = if answer.has(DISKS) { Some(open(Role::Disks)?) } else { None };
-            let pulse = Pulse::start(main.clone()).map_err(DestinationError::Thread)?;
-            let running = self.load(main, data, disks)?;
-            Ok((running, pulse))
-        })();
-        match loaded {
-            Ok((running, _pulse)) => self.take_over(main, running),
-            Err(error) => Err(self.refuse(main, error)),
+        let answer = hello.answer();
+        let greeting = Channel::new(main.clone(), self.cancel.clone());
+        let checked = hello.check_channels().map_err(|reason| {
+            let error = WireError::Malformed { what: "hello", reason };
+            DestinationError::from(error)
+        });
+        if checked.is_ok() {
+            send_hello(&greeting, &answer)?;
         }
+        let (control, threads) =
+            Control::start(main, self.cancel.clone()).map_err(DestinationError::Thread)?;
+        let channels = checked.and_then(|()| self.open_channels(&control, hello, &answer, open));
+        let result = channels.and_then(|channels| {
+            let mut arrival = Arrival::new(control.clone(), channels, self.counters.clone());
+            let result = self.load_and_take_over(&mut arrival);
+            arrival.close(result.is_ok());
+            result
+        });
+        let result = result.map_err(|error| self.refuse(&control, error));
+        // Everything that could be said has been said.
+        drop(threads);
+        result
+    }
+
+    fn open_channels(
+        &mut self,
+        control: &Control,
+        hello: &Hello,
+        answer: &Hello,
+        open: Open<'_>,
+    ) -> Result<Vec<(Role, Channel)>, DestinationError> {
+        let disks = answer.has(DISKS).then_some(Role::Disks);
+        let roles = (0..hello.data_channels).map(|index| Role::Data { index }).chain(disks);
+        let channels = roles.map(|role| {
+            let named = |error: WireError| error.on_channel(role);
+            let transport = open(hello.id, role).map_err(named)?;
+            let channel = Channel::new(transport, self.cancel.clone())
+                .with_liveness(control.liveness().clone());
+            send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;
+            Ok::<_, WireError>((role, channel))
+        });
+        Ok(channels.collect::<Result<_, _>>()?)
     }
 
     /// Lets go of the machine and its disks, then says why. Both are harmless if there is no machine
-    /// yet, or nobody to hear it.
-    fn refuse(&mut self, main: &Main, error: DestinationError) -> DestinationError {
+    /// yet, or nobody to hear it; nothing is said again of what was declined.
+    fn refuse(&mut self, control: &Control, error: DestinationError) -> DestinationError {
+        if let DestinationError::Declined(told) = error {
+            return *told;
+        }
         let error = match error {
-            DestinationError::Wire(WireError::Interrupted) if self.cancel.is_cancelled() => {
-                DestinationError::Cancelled
-            }
+            _ if self.cancel.is_cancelled() => DestinationError::Cancelled,
+            DestinationError::Wire(met) => control.cause_of(met.into()).into(),
             error => error,
         };
         self.host.abandon();
         if !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
-            main.say_farewell(Kind::Refused, &chain(&error));
-            // Reading on until the source closes keeps the refusal from being overtaken by a reset.
-            main.hear_farewell();
+            control.say_farewell(Kind::Refused, &chain(&error));
+            // Until the source closes: a refusal must not be overtaken by a reset.
+            control.await_close();
         }
         error
     }

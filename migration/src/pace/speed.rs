@@ -1,6 +1,7 @@
 //! How fast a migration gets on, measured over its last seconds. Pure: the caller brings the figures.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What is older does not count, once there is enough that is younger.
@@ -26,6 +27,47 @@ pub struct Stretch {
     /// The guest RAM that these bytes stand for. None in the first round, whose pages (many were never
     /// touched) are not like those that come again.
     pub guest_bytes: Option<u64>,
+}
+
+/// What is known of the link, told by who measures it to who needs it.
+#[derive(Debug)]
+pub struct LinkSpeed {
+    bytes_per_sec: AtomicU64,
+    /// Microseconds of the shortest round trip.
+    round_trip_us: AtomicU64,
+}
+
+impl LinkSpeed {
+    /// A link over which a greeting and its answer took `round_trip`.
+    pub fn new(round_trip: Duration) -> Self {
+        let speed = Self {
+            bytes_per_sec: AtomicU64::new(ASSUMED_BYTES_PER_SEC),
+            round_trip_us: AtomicU64::new(u64::MAX),
+        };
+        speed.round_trip_took(round_trip);
+        speed
+    }
+
+    /// Takes note of a measurement.
+    pub fn set(&self, bytes_per_sec: u64) {
+        self.bytes_per_sec.store(bytes_per_sec, Ordering::Relaxed);
+    }
+
+    /// Bytes per second, as last measured.
+    pub fn bytes_per_sec(&self) -> u64 {
+        self.bytes_per_sec.load(Ordering::Relaxed)
+    }
+
+    /// A round trip took so long, at most: the first may have been long because a thread had to start.
+    pub fn round_trip_took(&self, duration: Duration) {
+        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        self.round_trip_us.fetch_min(us, Ordering::Relaxed);
+    }
+
+    /// The shortest round trip.
+    pub fn round_trip(&self) -> Duration {
+        Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed))
+    }
 }
 
 /// The last seconds.

@@ -16,13 +16,13 @@ use super::adaptive::{Adaptive, Trial};
 use super::cache::PageCache;
 use super::compress::{Compressor, Method, MethodError};
 use super::digest::{DigestCache, Digester, encode_lines};
+use super::error::{RamError, WantError};
 use super::frame::{MAX_DELTA_BYTES, Packing};
 use super::xbzrle::{Encoded, Encoder as Xbzrle, Page};
 use super::zero::PAGE_BYTES;
 use crate::stats::{CompressionStats, XbzrleStats};
 use crate::wire::Encoder;
 use devices::ram::PageIndex;
-use std::io;
 use std::time::Instant;
 
 /// Staged pages after which they are sent: what is compressed at once, and still in a processor's cache.
@@ -41,17 +41,6 @@ pub struct Wanted {
     pub cache_bytes: Option<usize>,
     /// The compressor.
     pub method: Option<Method>,
-}
-
-/// Why an encoder cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum WantError {
-    /// A compressor.
-    #[error(transparent)]
-    Method(#[from] MethodError),
-    /// XBZRLE's digests need a secret key.
-    #[error("no random numbers for XBZRLE")]
-    NoRandomness(#[source] io::Error),
 }
 
 /// How a page is to travel.
@@ -124,7 +113,10 @@ impl Deltas {
     }
 
     /// Zeroes were sent.
-    fn zero(&mut self, page: PageIndex) {
+    fn zero(&mut self, page: PageIndex, last: bool) {
+        if last {
+            return;
+        }
         if let Some(copy) = self.copies.lookup(page) {
             copy.fill(0);
         } else if let Some(digest) = self.digests.lookup(page) {
@@ -133,18 +125,32 @@ impl Deltas {
     }
 
     /// What `new` is, compared to the version that the destination has. None if that is not known; from
-    /// now on it is, if there is room.
-    fn encode(&mut self, page: PageIndex, new: &Page, into: &mut [u8]) -> Option<Encoded> {
+    /// now on it is, if there is room, unless this is the `last` version that is sent: then nothing is
+    /// copied, and if more is sent after all, all has to be forgotten first.
+    fn encode(
+        &mut self,
+        page: PageIndex,
+        new: &Page,
+        into: &mut [u8],
+        last: bool,
+    ) -> Option<Encoded> {
         if let Some(old) = self.copies.lookup(page) {
             let encoded = self.encoder.encode(old, new, into);
-            *old = *new;
+            if !last {
+                *old = *new;
+            }
             return Some(encoded);
         }
         if let Some(old) = self.digests.lookup(page) {
             let digest = self.digester.digest(new);
             let encoded = encode_lines(old, &digest, new, into);
-            *old = digest;
+            if !last {
+                *old = digest;
+            }
             return Some(encoded);
+        }
+        if last {
+            return None;
         }
         if !self.copies.insert(page, new) {
             let digest = self.digester.digest(new);
@@ -233,6 +239,13 @@ impl Encoding {
         }
     }
 
+    /// Forgets which versions the destination has: what was sent last was not remembered.
+    pub fn forget(&mut self) {
+        if let Some(deltas) = &mut self.deltas {
+            deltas.forget_all();
+        }
+    }
+
     /// A round is over: what is in the cache gets older.
     pub fn end_round(&mut self) {
         if let Some(deltas) = &mut self.deltas {
@@ -250,25 +263,28 @@ impl Encoding {
     }
 
     /// Decides on the page that was copied to [`Encoding::next_page`]. With `deltas` older versions are
-    /// looked at, and this one is remembered.
-    pub fn take(&mut self, page: PageIndex, deltas: bool) -> Fate {
+    /// looked at, and this one is remembered unless it is the `last`.
+    ///
+    /// # Errors
+    /// If no page was copied.
+    pub fn take(&mut self, page: PageIndex, deltas: bool, last: bool) -> Result<Fate, RamError> {
         let start = self.staged_pages * PAGE_BYTES;
         let Some(new) = self.staged.get(start..).and_then(<[u8]>::first_chunk) else {
-            return Fate::Unchanged;
+            return Err(RamError::Unreadable(format!("page {} was not copied", page.0)));
         };
         let zero = is_zero(new);
         if let (Some(state), true) = (&mut self.deltas, deltas) {
             let stats = &mut self.stats.0;
             if zero {
-                state.zero(page);
-                return Fate::Zero;
+                state.zero(page, last);
+                return Ok(Fate::Zero);
             }
             self.delta.resize(LONGEST_DELTA, 0);
             let began = Instant::now();
-            let Some(encoded) = state.encode(page, new, &mut self.delta) else {
+            let Some(encoded) = state.encode(page, new, &mut self.delta, last) else {
                 stats.misses += 1;
                 self.staged_pages += 1;
-                return Fate::Staged;
+                return Ok(Fate::Staged);
             };
             // Misses do not count: a round of them only prepares for the next.
             state.trial.raw_bytes += PAGE_BYTES as u64;
@@ -279,16 +295,16 @@ impl Encoding {
             match encoded {
                 Encoded::Unchanged => {
                     stats.unchanged += 1;
-                    return Fate::Unchanged;
+                    return Ok(Fate::Unchanged);
                 }
                 Encoded::Bytes(len) if len <= longest => {
-                    // A delta is shorter than a page.
-                    self.delta_part.u16(u16::try_from(len).unwrap_or(u16::MAX));
+                    let too_long = |_| RamError::Unreadable(format!("a delta of {len} bytes"));
+                    self.delta_part.u16(u16::try_from(len).map_err(too_long)?);
                     self.delta_part.raw(&self.delta[..len]);
                     stats.pages += 1;
                     stats.bytes += len as u64;
                     state.trial.sent_bytes += len as u64;
-                    return Fate::Delta;
+                    return Ok(Fate::Delta);
                 }
                 Encoded::Bytes(_) | Encoded::Overflow => {
                     stats.overflows += 1;
@@ -296,10 +312,10 @@ impl Encoding {
                 }
             }
         } else if zero {
-            return Fate::Zero;
+            return Ok(Fate::Zero);
         }
         self.staged_pages += 1;
-        Fate::Staged
+        Ok(Fate::Staged)
     }
 
     /// Whether what was taken should be sent now.
@@ -387,7 +403,7 @@ mod tests {
 
     fn take(encoding: &mut Encoding, page: u64, bytes: &Page) -> Fate {
         *encoding.next_page() = *bytes;
-        encoding.take(PageIndex(page), true)
+        encoding.take(PageIndex(page), true, false).unwrap()
     }
 
     #[test]

@@ -1,188 +1,97 @@
-//! Receives pages straight into guest RAM. Runs on a data channel's own thread; what arrives is
-//! checked against the machine's layout before a byte of guest RAM is touched.
+//! RAM at the destination: one receiving thread per data channel, and the counts that have to agree
+//! before the guest may run.
 
-use super::decode::Decoding;
-use super::dirty::PageBitmap;
-use super::frame::{
-    FRAME_HEADER_BYTES, FrameHeader, Packing, RUN_BYTES, Run, RunKind, decode_table,
-};
-use super::shard::Tally;
-use super::zero::PAGE_BYTES;
+use super::outgoing::SECTION;
+use super::page_receiver::PageReceiver;
+use super::receivers::Receivers;
+use crate::error::ParticipantError;
 use crate::guest::IncomingRam;
-use crate::stats::Counters;
-use crate::transport::{Channel, PageSlice};
-use crate::wire::section::RamSetup;
-use crate::wire::{Decoder, WireError};
-use devices::ram::{GuestAddress, PAGE_SIZE, PageIndex};
-use std::io;
-use std::sync::Arc;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::wire::section::{RamEnd, RamSetup, Stage};
+use crate::wire::{Role, WireError};
 
-const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-
-/// What a data channel has said.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Arrived {
-    /// Pages, which are in place now.
-    Pages,
-    /// A mark, to be echoed.
-    Mark(u64),
-    /// Nothing more will come.
-    End,
-}
-
-/// The "ram" half of a destination, for one data channel.
+/// RAM at the destination.
 pub struct RamIncoming {
     ram: IncomingRam,
-    /// Pages that were ever written here: the others are zero already.
-    written: PageBitmap,
-    /// Pages that have come in any form: a delta needs something to refer to.
-    known: PageBitmap,
-    decoding: Decoding,
-    tally: Tally,
-    counters: Arc<Counters>,
-    table: Vec<u8>,
-    runs: Vec<(Run, GuestAddress)>,
+    receivers: Option<Receivers>,
+    /// What the source says that it has sent, once it has.
+    end: Option<RamEnd>,
+}
+
+fn not_set_up() -> ParticipantError {
+    let (found, expected) = ("pages".to_owned(), "the setup of RAM");
+    WireError::Unexpected { found, expected }.into()
 }
 
 impl RamIncoming {
-    /// Checks the announced size against the machine's.
-    pub fn start(
-        ram: IncomingRam,
-        setup: RamSetup,
-        counters: Arc<Counters>,
-    ) -> Result<Self, WireError> {
-        let expected = ram.layout.page_count();
-        if setup.page_count != expected || u64::from(setup.page_bytes) != PAGE_SIZE {
-            let reason = format!(
-                "{} pages of {} bytes, the machine has {expected} of {PAGE_SIZE}",
-                setup.page_count, setup.page_bytes
-            );
-            return Err(WireError::Malformed { what: "RAM setup", reason });
-        }
-        let (table, runs) = (Vec::new(), Vec::new());
-        let (written, known) = (PageBitmap::new(expected), PageBitmap::new(expected));
-        let (decoding, tally) = (Decoding::default(), Tally::default());
-        Ok(Self { ram, written, known, decoding, tally, counters, table, runs })
+    /// RAM that was set up for a guest to arrive.
+    pub fn new(ram: IncomingRam) -> Self {
+        Self { ram, receivers: None, end: None }
+    }
+}
+
+impl Incoming for RamIncoming {
+    fn section(&self) -> &'static str {
+        SECTION
     }
 
-    /// Receives one frame.
-    pub fn receive(&mut self, channel: &Channel) -> Result<Arrived, WireError> {
-        let mut header = [0; FRAME_HEADER_BYTES];
-        let before = channel.moved_bytes();
-        channel.read_when_it_comes(&mut header)?;
-        self.tally.frames += 1;
-        let arrived = match FrameHeader::decode(&header)? {
-            FrameHeader::Pages { run_count, raw_pages, packing } => {
-                self.pages(channel, run_count, raw_pages, packing)?;
-                Arrived::Pages
-            }
-            FrameHeader::Mark => {
-                let mut number = [0; 8];
-                channel.read_exact(&mut number)?;
-                Arrived::Mark(Decoder::new("mark", &number).u64()?)
-            }
-            FrameHeader::End => Arrived::End,
-        };
-        let bytes = channel.moved_bytes() - before;
-        self.counters.update(|stats| stats.transferred_bytes += bytes);
-        Ok(arrived)
+    fn owns(&self, role: Role) -> bool {
+        matches!(role, Role::Data { .. })
     }
 
-    fn pages(
-        &mut self,
-        channel: &Channel,
-        run_count: usize,
-        raw_pages: u32,
-        packing: Packing,
-    ) -> Result<(), WireError> {
-        self.table.resize(run_count * RUN_BYTES, 0);
-        channel.read_exact(&mut self.table)?;
-        decode_table(&self.table, raw_pages, &self.ram.layout, &mut self.runs)?;
-        let (mut raw, mut zero_pages, mut delta_pages) = (Vec::<PageSlice<'_>>::new(), 0, 0);
-        for (run, address) in &self.runs {
-            let page_count = u64::from(run.page_count);
-            match run.kind {
-                RunKind::Raw => {
-                    let bytes = usize::try_from(run.page_count).unwrap_or(0) * PAGE_BYTES;
-                    raw.push(self.ram.ram.get_slice(*address, bytes).map_err(failed)?);
-                    self.written.insert_run(run.first, page_count);
-                }
-                RunKind::Zero => {
-                    zero_pages += page_count;
-                    clear_written(&self.ram, &self.written, run)?;
-                }
-                RunKind::Delta => delta_pages += page_count,
-            }
-            if run.kind != RunKind::Delta {
-                self.known.insert_run(run.first, page_count);
-            }
+    fn needs_connection(&self) -> bool {
+        true
+    }
+
+    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+        let setup = RamSetup::decode(body)?;
+        let count = link.channels.len();
+        if usize::from(setup.data_channels) != count {
+            let reason = format!("{} data channels, {count} exist", setup.data_channels);
+            return Err(WireError::Malformed { what: "RAM setup", reason }.into());
         }
-        match packing {
-            Packing::None if raw.is_empty() => {}
-            Packing::None => channel.read_pages(&raw)?,
-            Packing::Zlib | Packing::Zstd => {
-                let mut pages = self.decoding.packed(channel, packing, raw_pages)?;
-                for slice in raw {
-                    let (run, rest) = pages.split_at(slice.len());
-                    slice.copy_from(run);
-                    pages = rest;
-                }
-            }
-        }
-        if delta_pages > 0 {
-            self.apply_deltas(channel)?;
-        }
-        self.tally.pages.raw_pages += u64::from(raw_pages);
-        self.tally.pages.zero_pages += zero_pages;
-        self.tally.pages.delta_pages += delta_pages;
-        self.counters.update(|stats| {
-            stats.normal_pages += u64::from(raw_pages);
-            stats.zero_pages += zero_pages;
-            stats.xbzrle.pages += delta_pages;
+        let total_bytes = self.ram.layout.size_bytes();
+        link.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, count > 1));
+        let channels = link.channels.into_iter().map(|(_, channel)| {
+            let pages = PageReceiver::start(self.ram.clone(), setup, link.counters.clone())?;
+            Ok((pages, channel))
         });
+        let channels = channels.collect::<Result<_, WireError>>()?;
+        self.receivers = Some(Receivers::start(channels, &link.control)?);
         Ok(())
     }
 
-    /// Receives deltas and applies them to the pages that they are for.
-    fn apply_deltas(&mut self, channel: &Channel) -> Result<(), WireError> {
-        let mut deltas = self.decoding.deltas(channel)?;
-        let mut page = [0; PAGE_BYTES];
-        for (run, _) in self.runs.iter().filter(|(run, _)| run.kind == RunKind::Delta) {
-            for index in (run.first.0..run.first.0 + u64::from(run.page_count)).map(PageIndex) {
-                if !self.known.contains(index) {
-                    let reason = format!("a delta for page {}, which has never come", index.0);
-                    return Err(WireError::Malformed { what: "page frame", reason });
-                }
-                // Within `run`, which lies in RAM.
-                let Some(at) = self.ram.layout.address_of(index) else { continue };
-                self.ram.ram.read_slice(&mut page, at).map_err(failed)?;
-                deltas.apply(&mut page)?;
-                self.ram.ram.write_slice(&page, at).map_err(failed)?;
-            }
-            self.written.insert_run(run.first, run.page_count.into());
+    fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
+        if stage != Stage::End {
+            let (found, expected) = (format!("{stage:?} of section \"ram\""), "the end of RAM");
+            return Err(WireError::Unexpected { found, expected }.into());
         }
-        deltas.finish()
+        self.end = Some(RamEnd::decode(body)?);
+        Ok(())
     }
 
-    /// Frames and pages that have come.
-    pub fn tally(&self) -> Tally {
-        self.tally
-    }
-}
-
-fn failed(error: impl std::error::Error + Send + Sync + 'static) -> WireError {
-    WireError::Lost(io::Error::other(error))
-}
-
-/// Makes the pages of `run` zero that are not already.
-fn clear_written(ram: &IncomingRam, written: &PageBitmap, run: &Run) -> Result<(), WireError> {
-    for (first, count) in written.runs_among(run.first, run.page_count.into()) {
-        for page in (first.0..first.0 + count).map(PageIndex) {
-            // Within `run`, which lies in RAM.
-            let Some(at) = ram.layout.address_of(page) else { continue };
-            ram.ram.write_slice(&ZEROES, at).map_err(failed)?;
+    fn finish(&mut self) -> Result<(), ParticipantError> {
+        let theirs = self.end.take().ok_or_else(not_set_up)?;
+        let tallies = self.receivers.as_ref().ok_or_else(not_set_up)?;
+        let tallies = tallies.await_end(theirs.number)?;
+        let ours = RamEnd {
+            number: theirs.number,
+            totals: tallies.iter().map(|tally| tally.pages).sum(),
+            frames: tallies.iter().map(|tally| tally.frames).collect(),
+        };
+        if ours != theirs {
+            let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
+            return Err(WireError::Malformed { what: "end of the stream", reason }.into());
         }
+        Ok(())
     }
-    Ok(())
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        self.end = None;
+        Ok(())
+    }
+
+    fn cleanup(&mut self, _: Outcome) {
+        self.receivers = None;
+    }
 }

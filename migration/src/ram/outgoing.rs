@@ -1,20 +1,34 @@
-//! The "ram" half of a source: rounds over the dirty pages, dealt to the data channels.
+//! RAM at the source: passes over the dirty pages, dealt to the data channels.
 
 use super::dirty::PageBitmap;
 use super::lanes::Lanes;
+use super::pace::Pace;
 use super::populated::Populated;
-use super::shard::{Job, Tally};
+use super::shard::{Common, Job, Shard, Tally};
+use crate::control::Limit;
+use crate::error::ParticipantError;
 use crate::guest::DirtySource;
-use crate::source::SourceError;
-use crate::wire::section::RamSetup;
+use crate::participant::{Budget, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step};
+use crate::wire::section::{RamEnd, RamSetup, Stage};
+use crate::wire::{Role, WireError};
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
+use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Dirty pages that are cleared in the log in one call: 16 MiB per channel. Few calls, yet not long
 /// between the clear and the copy, because what is written in between is sent twice.
 const CLEAR_PAGES: u64 = 4096;
 /// Most words of the bitmap that one clear spans: a sparse round needs few calls too.
 const CLEAR_WORDS: usize = 4096;
+/// How long a destination that lives may take to put the last pages of a pass in place, in times that
+/// it may be silent: a minute. What is still under way then comes on top.
+const ECHO_PATIENCE: u32 = 6;
+
+/// Names RAM's sections.
+pub const SECTION: &str = "ram";
 
 /// A source's RAM.
 pub struct SourceRam {
@@ -26,91 +40,103 @@ pub struct SourceRam {
     pub dirty: Box<dyn DirtySource>,
 }
 
-/// The "ram" half of a source.
-pub struct RamOutgoing {
-    /// First, so that it ends before tracking does: the end of that takes its time.
+/// What exists from the setup on.
+struct Started {
+    link: OutgoingLink,
+    /// First of what ends: the end of tracking takes its time.
     lanes: Lanes,
+    pace: Pace,
+}
+
+/// A pass under way.
+struct InPass {
+    began: Instant,
+    sent_bytes: u64,
+    /// The word of the bitmap that comes next.
+    cursor: usize,
+}
+
+/// RAM at the source.
+pub struct RamOutgoing {
     ram: SourceRam,
+    channels: u16,
+    started: Option<Started>,
     pending: PageBitmap,
-    /// In the first round: tells never touched pages from the others.
+    /// Pages sent so far, whichever way.
+    pages: Arc<AtomicU64>,
+    /// In the first pass: tells never touched pages from the others.
     populated: Option<Populated>,
+    pass: Option<InPass>,
+    /// Ends sent: more than one if a stop was called off.
+    ends: u32,
+}
+
+fn not_set_up() -> ParticipantError {
+    let (found, expected) = ("RAM".to_owned(), "a participant that was set up");
+    WireError::Unexpected { found, expected }.into()
 }
 
 impl RamOutgoing {
-    /// Starts tracking; every page is dirty. `lanes` send what has to be sent.
-    pub fn setup(mut ram: SourceRam, lanes: Lanes) -> Result<Self, SourceError> {
-        let mut pending = PageBitmap::new(ram.layout.page_count());
-        pending.set_all();
-        let started = ram.dirty.start().map_err(SourceError::Guest);
-        // From here on dropping it stops the tracking, also if it started only in part.
-        let outgoing = Self { lanes, ram, pending, populated: Some(Populated::open()) };
-        started.map(|()| outgoing)
+    /// RAM that travels over so many data channels.
+    pub fn new(ram: SourceRam, channels: u16) -> Self {
+        let pending = PageBitmap::new(ram.layout.page_count());
+        Self {
+            ram,
+            channels,
+            started: None,
+            pending,
+            pages: Arc::default(),
+            populated: None,
+            pass: None,
+            ends: 0,
+        }
     }
 
-    /// What the destination is told about this RAM.
-    pub fn announcement(&self) -> RamSetup {
-        let page_count = self.ram.layout.page_count();
-        let data_channels = u16::try_from(self.lanes.count()).unwrap_or(u16::MAX);
-        RamSetup { page_count, page_bytes: 4096, data_channels }
-    }
-
-    /// Pages that are known to be dirty.
-    pub fn pending(&self) -> &PageBitmap {
-        &self.pending
-    }
-
-    /// Bytes that are known to be dirty.
-    pub fn pending_bytes(&self) -> u64 {
+    fn pending_bytes(&self) -> u64 {
         self.pending.count() * PAGE_SIZE
     }
 
-    /// Merges what was written since the last look.
-    pub fn harvest(&mut self) -> Result<(), SourceError> {
-        self.ram.dirty.drain_into(self.pending.words_mut()).map_err(SourceError::Guest)
+    fn lane_count(&self) -> usize {
+        self.channels.into()
     }
 
-    /// Has every pending page sent once, while the guest runs. Between chunks `between` is told which
-    /// word of the bitmap comes next, and may harvest.
-    pub fn iterate(
-        &mut self,
-        between: &mut dyn FnMut(&mut Self, usize) -> Result<(), SourceError>,
-    ) -> Result<(), SourceError> {
-        let mut start = 0;
-        while let Some(chunk) = self.next_chunk(start) {
-            start = chunk.end;
-            let job = self.clear(chunk)?;
-            self.lanes.deal(job)?;
-            between(self, start)?;
-        }
-        self.populated = None;
+    /// Merges what was written since the last look; returns how long that took.
+    fn harvest(&mut self) -> Result<Duration, ParticipantError> {
+        let began = Instant::now();
+        self.ram.dirty.drain_into(self.pending.words_mut())?;
+        Ok(began.elapsed())
+    }
+
+    fn begin_pass(&mut self, first: bool) -> Result<(), ParticipantError> {
+        let Started { pace, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        pace.begin_pass(&self.pending, first, self.pages.load(Ordering::Relaxed));
+        let sent_bytes = self.pending_bytes();
+        self.pass = Some(InPass { began: Instant::now(), sent_bytes, cursor: 0 });
         Ok(())
     }
 
-    /// Sends every pending page, while the guest is stopped, and ends the channels; says what each has
-    /// carried. The log is left as it is: nothing is written any more, and if this fails, the next
-    /// migration begins with every page dirty.
-    pub fn complete(&mut self) -> Result<Vec<Tally>, SourceError> {
-        let job = self.take(0..self.pending.words().len());
-        self.lanes.deal(job)?;
-        self.lanes.end()
-    }
-
-    /// Has a mark sent on every channel, which the destination echoes when everything before it is in
-    /// place.
-    pub fn mark(&mut self, number: u64) -> Result<(), SourceError> {
-        self.lanes.mark(number)
-    }
-
-    /// The error that ended a wait with `error`: that of a channel, if it was one.
-    pub fn explain(&mut self, error: SourceError) -> SourceError {
-        self.lanes.failure().unwrap_or(error)
+    /// Everything of the pass is on its way: has it put in place, and looks what was written meanwhile.
+    fn end_pass(&mut self, number: u64, pass: &InPass) -> Result<Step, ParticipantError> {
+        self.populated = None;
+        let started = self.started.as_mut().ok_or_else(not_set_up)?;
+        started.lanes.mark(number)?;
+        let marked = Instant::now();
+        started.await_echoes(number, self.channels)?;
+        started.link.speed.round_trip_took(marked.elapsed());
+        started.pace.end_stretch(self.pages.load(Ordering::Relaxed));
+        // The last look before the decision: a pass over a clean guest ends here at once.
+        let took = self.harvest()?;
+        let Some(Started { pace, .. }) = &mut self.started else { return Err(not_set_up()) };
+        pace.end_pass(&self.pending, took, pass.began.elapsed());
+        let send_time = pace.send_time(pass.sent_bytes);
+        Ok(Step::Done(Pass { sent_bytes: pass.sent_bytes, send_time }))
     }
 
     /// The next words, from `start` on, whose pages are cleared together.
     fn next_chunk(&self, start: usize) -> Option<Range<usize>> {
         let words = self.pending.words();
         let first = start + words.get(start..)?.iter().position(|word| *word != 0)?;
-        let most = CLEAR_PAGES * self.lanes.count() as u64;
+        let most = CLEAR_PAGES * self.lane_count() as u64;
         let mut pages = 0;
         let mut end = first;
         while end < words.len() && end - first < CLEAR_WORDS && pages < most {
@@ -126,14 +152,14 @@ impl RamOutgoing {
         let words = &mut self.pending.words_mut()[chunk];
         let dirty = words.to_vec();
         words.fill(0);
-        Job { first_word, dirty, touched: None }
+        Job { first_word, dirty, touched: None, last: false }
     }
 
     /// Clears the log for the pending pages of `chunk`, then finds out which may hold something.
-    fn clear(&mut self, chunk: Range<usize>) -> Result<Job, SourceError> {
+    fn clear(&mut self, chunk: Range<usize>) -> Result<Job, ParticipantError> {
         let first = PageIndex(chunk.start as u64 * 64);
         let mut job = self.take(chunk);
-        self.ram.dirty.clear(first, &job.dirty).map_err(SourceError::Guest)?;
+        self.ram.dirty.clear(first, &job.dirty)?;
         // After the clear: a page that is touched only now is in the log again.
         if let Some(populated) = &mut self.populated {
             let mut touched = job.dirty.clone();
@@ -144,8 +170,139 @@ impl RamOutgoing {
     }
 }
 
-impl Drop for RamOutgoing {
-    fn drop(&mut self) {
+impl Started {
+    /// Waits until the destination has all pages before mark `number` in place, on every channel.
+    fn await_echoes(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
+        let longest = self.link.control.patience() * ECHO_PATIENCE + self.pace.time_under_way();
+        let mut missing: BTreeSet<u16> = (0..channels).collect();
+        while !missing.is_empty() {
+            let what = "the destination's word that it has the pages of this round";
+            let (echoed, channel) = self.link.control.next_mark(&Limit::within(what, longest))?;
+            if echoed != number || !missing.remove(&channel) {
+                let found = format!("mark {echoed} of channel {channel}");
+                return Err(WireError::Unexpected { found, expected: "the echo of a mark" }.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Outgoing for RamOutgoing {
+    fn section(&self) -> &'static str {
+        SECTION
+    }
+
+    fn capability(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        (0..self.channels).map(|index| Role::Data { index }).collect()
+    }
+
+    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
+        let common = Common {
+            ram: self.ram.ram.clone(),
+            layout: self.ram.layout.clone(),
+            params: link.params.clone(),
+            counters: link.counters.clone(),
+            pages: self.pages.clone(),
+            shards: self.channels,
+        };
+        let shards = link
+            .channels
+            .iter()
+            .map(|channel| Shard::new(common.clone(), channel.clone(), Box::new(link.cap.clone())));
+        let lanes = Lanes::start(shards.collect(), &link.control)?;
+        let pace = Pace::new(link.params.clone(), link.cap.clone(), link.speed.clone());
+        let setup = RamSetup {
+            page_count: self.ram.layout.page_count(),
+            page_bytes: 4096,
+            data_channels: self.channels,
+        };
+        self.pending.set_all();
+        self.populated = Some(Populated::open());
+        let total = self.pending_bytes();
+        let multifd = link.params.get().multifd;
+        link.counters.update(|stats| {
+            stats.multifd = multifd;
+            stats.total_bytes = total;
+            stats.remaining_bytes = total;
+        });
+        let started = self.started.insert(Started { link, lanes, pace });
+        self.ram.dirty.start()?;
+        started.link.send(SECTION, Stage::Setup, &setup.encode())?;
+        Ok(())
+    }
+
+    fn iterate(&mut self, number: u64, budget: Budget) -> Result<Step, ParticipantError> {
+        if self.pass.is_none() {
+            self.begin_pass(number == 1)?;
+        }
+        let Some(mut pass) = self.pass.take() else { return Err(not_set_up()) };
+        while let Some(chunk) = self.next_chunk(pass.cursor) {
+            pass.cursor = chunk.end;
+            let job = self.clear(chunk)?;
+            let started = self.started.as_mut().ok_or_else(not_set_up)?;
+            started.lanes.deal(job)?;
+            if started.pace.look_is_due(budget.time) {
+                let took = self.harvest()?;
+                let Some(Started { pace, link, .. }) = &mut self.started else {
+                    return Err(not_set_up());
+                };
+                pace.look(&self.pending, pass.cursor, took);
+                pace.end_stretch(self.pages.load(Ordering::Relaxed));
+                let left = pace.left_bytes();
+                link.counters.update(|stats| stats.remaining_bytes = left);
+                self.pass = Some(pass);
+                return Ok(Step::More);
+            }
+        }
+        self.end_pass(number, &pass)
+    }
+
+    fn pending(&mut self, precision: Precision) -> Result<Pending, ParticipantError> {
+        if precision == Precision::Exact {
+            self.harvest()?;
+        }
+        let bytes = self.pending_bytes();
+        let Started { pace, .. } = self.started.as_ref().ok_or_else(not_set_up)?;
+        Ok(pace.pending(bytes, self.pass.is_some()))
+    }
+
+    fn rate_has_changed(&mut self) {
+        if let Some(Started { pace, .. }) = &mut self.started {
+            pace.rate_has_changed();
+        }
+    }
+
+    /// The log is left as it is: what was harvested and not cleared is in it still, or what is written
+    /// from now on, if the guest goes on after all.
+    fn complete(&mut self) -> Result<(), ParticipantError> {
+        self.harvest()?;
+        let pending = self.pending_bytes();
+        let job = self.take(0..self.pending.words().len());
+        let Started { lanes, link, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        link.counters.update(|stats| stats.remaining_bytes = pending);
+        lanes.deal(Job { last: true, ..job })?;
+        let tallies = lanes.end()?;
+        self.ends += 1;
+        let end = RamEnd {
+            number: self.ends,
+            totals: tallies.iter().map(|tally: &Tally| tally.pages).sum(),
+            frames: tallies.iter().map(|tally| tally.frames).collect(),
+        };
+        link.push(SECTION, Stage::End, &end.encode())?;
+        Ok(())
+    }
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        self.started.as_mut().ok_or_else(not_set_up)?.lanes.forget()
+    }
+
+    fn cleanup(&mut self, _: Outcome) {
+        // The channels' threads first: the end of tracking takes its time.
+        self.started = None;
         self.ram.dirty.stop();
     }
 }

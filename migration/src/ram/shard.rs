@@ -9,13 +9,15 @@ use super::scan::Scan;
 use super::zero::PAGE_BYTES;
 use crate::params::SharedParams;
 use crate::policy;
-use crate::source::SourceError;
+use super::error::RamError;
+use crate::error::ParticipantError;
 use crate::stats::{Counters, StatsSnapshot};
 use crate::transport::{Channel, PageSlice, Throttle};
 use crate::wire::Encoder;
 use crate::wire::section::RamTotals;
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
 
@@ -28,6 +30,8 @@ pub struct Job {
     pub dirty: Vec<u64>,
     /// Those among them that may hold something; the others were never touched. None if all may.
     pub touched: Option<Vec<u64>>,
+    /// The guest is stopped: there is no later version to make a delta of.
+    pub last: bool,
 }
 
 impl Job {
@@ -44,7 +48,7 @@ impl Job {
             return None;
         }
         let touched = self.touched.as_deref().map(keep);
-        Some(Self { first_word: self.first_word, dirty, touched })
+        Some(Self { first_word: self.first_word, dirty, touched, last: self.last })
     }
 }
 
@@ -55,8 +59,10 @@ pub enum Order {
     Pages(Job),
     /// To send a mark, which the destination echoes when everything before it is in place.
     Mark(u64),
-    /// To end its channel.
+    /// To say that nothing more is sent with the guest stopped.
     End,
+    /// To forget which versions of pages the destination has: the stop was called off.
+    Forget,
 }
 
 /// Frames and pages that a channel has carried.
@@ -79,6 +85,8 @@ pub struct Common {
     pub params: SharedParams,
     /// What has been done.
     pub counters: Arc<Counters>,
+    /// Pages that were sent, or found to be there in the same version: what progress is measured by.
+    pub pages: Arc<AtomicU64>,
     /// How many shards there are.
     pub shards: u16,
 }
@@ -91,8 +99,8 @@ pub struct Shard {
     encoding: Encoding,
 }
 
-fn unreadable(error: impl std::fmt::Display) -> SourceError {
-    SourceError::Ram(error.to_string())
+fn unreadable(error: impl std::fmt::Display) -> ParticipantError {
+    RamError::Unreadable(error.to_string()).into()
 }
 
 impl Shard {
@@ -113,7 +121,7 @@ impl Shard {
     }
 
     /// Does what it is told, to its end.
-    pub fn obey(&mut self, order: &Order) -> Result<(), SourceError> {
+    pub fn obey(&mut self, order: &Order) -> Result<(), ParticipantError> {
         let mut head = std::mem::take(&mut self.line.head);
         let result = match order {
             Order::Pages(job) => self.send_pages(job, &mut head),
@@ -126,23 +134,28 @@ impl Shard {
                 encode_end(&mut head);
                 self.send_head(&head)
             }
+            Order::Forget => {
+                self.encoding.forget();
+                Ok(())
+            }
         };
         self.line.head = head;
         result
     }
 
-    fn send_head(&mut self, head: &Encoder) -> Result<(), SourceError> {
+    fn send_head(&mut self, head: &Encoder) -> Result<(), ParticipantError> {
         let sent = self.line.write(head.bytes(), &[])?;
         self.common.counters.update(|stats| stats.transferred_bytes += sent);
         Ok(())
     }
 
-    fn send_pages(&mut self, job: &Job, head: &mut Encoder) -> Result<(), SourceError> {
+    fn send_pages(&mut self, job: &Job, head: &mut Encoder) -> Result<(), ParticipantError> {
         let params = self.common.params.get();
         let share = params.xbzrle_cache_size / u64::from(self.common.shards.max(1));
+        // More than can be addressed is as much as can be.
         let cache_bytes = params.xbzrle.then(|| usize::try_from(share).unwrap_or(usize::MAX));
         let wanted = Wanted { cache_bytes, method: params.method() };
-        self.encoding.want(wanted).map_err(SourceError::Encoding)?;
+        self.encoding.want(wanted).map_err(RamError::Encoding)?;
         let first_round = job.touched.is_some();
         let deltas = self.encoding.tries_deltas(first_round);
         let packing = self.encoding.tries_packing();
@@ -163,16 +176,17 @@ impl Shard {
     }
 
     /// Sends pages straight from guest RAM.
-    fn send_straight(&mut self, job: &Job, head: &mut Encoder) -> Result<(), SourceError> {
-        let Common { ram, layout, counters, .. } = &self.common;
+    fn send_straight(&mut self, job: &Job, head: &mut Encoder) -> Result<(), ParticipantError> {
+        let Common { ram, layout, counters, pages, .. } = &self.common;
         let mut scan = Scan::new(ram, layout, job.dirty(), job.touched());
         let batch = &mut self.batch;
         batch.clear();
         while scan.fill(batch).map_err(unreadable)? {
             batch.encode_head(Packing::None, head);
-            let pages = raw_slices(batch, ram, layout)?;
-            let sent = self.line.write_batch(batch, head, &pages)?;
+            let slices = raw_slices(batch, ram, layout)?;
+            let sent = self.line.write_batch(batch, head, &slices)?;
             counters.update(|stats| count(stats, batch, sent));
+            pages_done(pages, batch, 0);
             batch.clear();
         }
         Ok(())
@@ -184,7 +198,7 @@ impl Shard {
         job: &Job,
         deltas: bool,
         head: &mut Encoder,
-    ) -> Result<(), SourceError> {
+    ) -> Result<(), ParticipantError> {
         let (dirty, touched) = (job.dirty(), job.touched());
         self.batch.clear();
         for (first, page_count) in dirty.runs() {
@@ -194,7 +208,7 @@ impl Shard {
                     let address = address.ok_or_else(|| unreadable("a page past its end"))?;
                     let copy = self.encoding.next_page();
                     self.common.ram.read_slice(copy, address).map_err(unreadable)?;
-                    self.encoding.take(page, deltas)
+                    self.encoding.take(page, deltas, job.last)?
                 } else {
                     Fate::Zero
                 };
@@ -214,15 +228,15 @@ impl Shard {
     }
 
     /// Sends what the encoders have.
-    fn flush(&mut self, deltas: bool, head: &mut Encoder) -> Result<(), SourceError> {
-        let Common { ram, layout, counters, .. } = &self.common;
+    fn flush(&mut self, deltas: bool, head: &mut Encoder) -> Result<(), ParticipantError> {
+        let Common { ram, layout, counters, pages, .. } = &self.common;
         let batch = &mut self.batch;
         let mut straight = Vec::new();
         if !batch.is_empty() {
             match self.encoding.pack(self.line.bytes_per_sec()) {
                 Some((packing, packed)) => {
                     batch.encode_head(packing, head);
-                    head.u32(u32::try_from(packed.len()).unwrap_or(u32::MAX)).raw(packed);
+                    head.u32(u32::try_from(packed.len()).map_err(unreadable)?).raw(packed);
                 }
                 None => {
                     batch.encode_head(Packing::None, head);
@@ -236,7 +250,7 @@ impl Shard {
             }
             if batch.delta_pages() > 0 {
                 let part = self.encoding.deltas();
-                head.u32(u32::try_from(part.len()).unwrap_or(u32::MAX)).raw(part);
+                head.u32(u32::try_from(part.len()).map_err(unreadable)?).raw(part);
             }
         }
         let sent =
@@ -250,6 +264,7 @@ impl Shard {
             stats.xbzrle.add(xbzrle);
             stats.compression.add(compression);
         });
+        pages_done(pages, batch, xbzrle.unchanged);
         batch.clear();
         Ok(())
     }
@@ -271,25 +286,31 @@ fn raw_slices<'r>(
     batch: &Batch,
     ram: &'r GuestRam,
     layout: &RamLayout,
-) -> Result<Vec<PageSlice<'r>>, SourceError> {
+) -> Result<Vec<PageSlice<'r>>, ParticipantError> {
     let raw = batch.runs().iter().filter(|run| run.kind == RunKind::Raw);
     let slices = raw.map(|run| {
         let address = layout
             .run_address(run.first, run.page_count.into())
             .ok_or_else(|| unreadable("a run past its end"))?;
-        let bytes = usize::try_from(run.page_count).unwrap_or(0) * PAGE_BYTES;
+        let bytes = usize::try_from(run.page_count).map_err(unreadable)? * PAGE_BYTES;
         ram.get_slice(address, bytes).map_err(unreadable)
     });
     slices.collect()
 }
 
+fn pages_of(batch: &Batch) -> u64 {
+    u64::from(batch.raw_pages()) + batch.zero_pages() + u64::from(batch.delta_pages())
+}
+
+fn pages_done(done: &AtomicU64, batch: &Batch, unchanged: u64) {
+    done.fetch_add(pages_of(batch) + unchanged, Ordering::Relaxed);
+}
+
 /// Adds what was sent of a batch.
 fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
-    let raw = u64::from(batch.raw_pages());
-    let pages = raw + batch.zero_pages() + u64::from(batch.delta_pages());
     stats.transferred_bytes += sent;
-    stats.remaining_bytes = stats.remaining_bytes.saturating_sub(pages * PAGE_SIZE);
-    stats.normal_pages += raw;
+    stats.remaining_bytes = stats.remaining_bytes.saturating_sub(pages_of(batch) * PAGE_SIZE);
+    stats.normal_pages += u64::from(batch.raw_pages());
     stats.zero_pages += batch.zero_pages();
 }
 
@@ -320,7 +341,7 @@ impl Line {
         }
     }
 
-    fn write(&mut self, head: &[u8], pages: &[PageSlice<'_>]) -> Result<u64, SourceError> {
+    fn write(&mut self, head: &[u8], pages: &[PageSlice<'_>]) -> Result<u64, ParticipantError> {
         let began = Instant::now();
         self.channel.write_pages(head, pages, &mut *self.throttle)?;
         let took = began.elapsed();
@@ -339,7 +360,7 @@ impl Line {
         batch: &Batch,
         head: &Encoder,
         pages: &[PageSlice<'_>],
-    ) -> Result<u64, SourceError> {
+    ) -> Result<u64, ParticipantError> {
         let sent = self.write(head.bytes(), pages)?;
         let totals = &mut self.tally.pages;
         totals.raw_pages += u64::from(batch.raw_pages());
@@ -382,10 +403,17 @@ mod tests {
         let channel = Arc::new(Channel::new(Arc::new(ours), cancel.clone()));
         let counters = Arc::<Counters>::default();
         let common =
-            Common { ram: ram.clone(), layout, params: params.clone(), counters, shards: 1 };
+            Common {
+                ram: ram.clone(),
+                layout,
+                params: params.clone(),
+                counters,
+                pages: Arc::default(),
+                shards: 1,
+            };
         let mut shard = Shard::new(common.clone(), channel, Box::new(Cap::new(params, cancel)));
         let words = usize::try_from(RAM_BYTES / PAGE_SIZE / 64).unwrap();
-        let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None };
+        let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None, last: false };
         let mut send = || {
             let before = common.counters.snapshot();
             shard.obey(&Order::Pages(job.clone())).unwrap();
@@ -422,7 +450,7 @@ mod tests {
             first_word in 0usize..100, lanes in 1usize..17,
         ) {
             let touched = Some(dirty.iter().map(|word| word & 0xff00).collect());
-            let job = Job { first_word, dirty, touched };
+            let job = Job { first_word, dirty, touched, last: false };
             let mut sum = vec![0; job.dirty.len()];
             let mut touched_sum = vec![0; job.dirty.len()];
             for lane in 0..lanes {

@@ -1,8 +1,7 @@
 //! How a migration ends at the source, and why.
 
-use crate::block::ReadError;
+use crate::error::ParticipantError;
 use crate::guest::GuestError;
-use crate::ram::encode::WantError;
 use crate::wire::WireError;
 use std::io;
 
@@ -22,23 +21,20 @@ pub enum SourceError {
     #[error(transparent)]
     Wire(#[from] WireError),
     /// A connection broke, and nobody says why.
-    #[error("the destination has gone away, or the way to it is cut")]
+    #[error("the destination has gone away, or the link to it is cut")]
     Gone(#[source] WireError),
     /// This side's machine.
     #[error(transparent)]
-    Guest(GuestError),
-    /// Guest RAM cannot be read.
-    #[error("guest RAM: {0}")]
-    Ram(String),
-    /// A disk cannot be read.
+    Guest(#[from] GuestError),
+    /// A participant's own reason.
     #[error(transparent)]
-    Disk(#[from] ReadError),
-    /// The destination is too old for disks.
-    #[error("the destination's ferry cannot take disks in: use the same on both sides")]
-    NoDisksThere,
-    /// Pages cannot be made smaller as wanted.
-    #[error(transparent)]
-    Encoding(WantError),
+    Participant(Box<dyn std::error::Error + Send + Sync>),
+    /// The destination is too old for what travels.
+    #[error("the destination's ferry cannot take {section:?} in: use the same on both sides")]
+    Unsupported {
+        /// The participant's section.
+        section: &'static str,
+    },
     /// The user cancelled.
     #[error("the migration was cancelled")]
     Cancelled,
@@ -51,12 +47,9 @@ pub enum SourceError {
         #[source]
         source: serde_json::Error,
     },
-    /// The host does not give a thread.
+    /// The host has no more threads.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
-    /// A thread has panicked.
-    #[error("a thread that sends pages has failed by itself, which is a mistake in this program")]
-    SenderEnded,
     /// The destination got the right to run, could not, and gave it back.
     #[error("the destination could not start the guest, which goes on here: {reason}")]
     Declined {
@@ -72,6 +65,17 @@ pub enum SourceError {
         #[source]
         source: GuestError,
     },
+}
+
+impl From<ParticipantError> for SourceError {
+    fn from(error: ParticipantError) -> Self {
+        match error {
+            ParticipantError::Wire(error) => Self::Wire(error),
+            ParticipantError::Guest(error) => Self::Guest(error),
+            ParticipantError::Thread(error) => Self::Thread(error),
+            ParticipantError::Own(error) => Self::Participant(error),
+        }
+    }
 }
 
 impl SourceError {

@@ -2,7 +2,7 @@
 
 use super::SourceError;
 use crate::guest::{PausedGuest, Surrendered};
-use crate::transport::Main;
+use crate::control::{Control, Limit};
 use crate::wire::{Decoder, Kind, WireError};
 use std::time::Duration;
 
@@ -26,24 +26,23 @@ pub(super) enum Handover {
 }
 
 /// Gives up the right to run, then sends `Go`. Returns [`Handover`], not `Result`.
-pub(super) fn hand_over(paused: PausedGuest<'_>, main: &Main) -> Handover {
+pub(super) fn hand_over(paused: PausedGuest<'_>, control: &Control) -> Handover {
     let surrendered = paused.surrender();
-    let verdict = main
-        .send(Kind::Go, &[])
-        .and_then(|()| main.receive_within("the answer to the handover", VERDICT_PATIENCE));
+    let verdict = control.send(Kind::Go, &[]).and_then(|()| {
+        control.next(&Limit::within("the answer to the handover", VERDICT_PATIENCE))
+    });
     let lost = match verdict {
         Ok(frame) if frame.kind == Kind::Running => {
             return Handover::Completed { started_in: started_in(&frame.payload) };
         }
-        // It gave up while `Go` was under way. Having said so, it does not heed `Go` any more.
+        // It has declined, or gave up while `Go` was under way. Having said so, it ignores `Go`.
         Err(WireError::Refused(reason)) => return declined(surrendered, reason),
-        Ok(frame) if frame.kind == Kind::Declined => return declined(surrendered, frame.reason()),
         Ok(frame) => {
-            let found = format!("{:?}", frame.kind);
+            let found = frame.describe();
             WireError::Unexpected { found, expected: "the answer to the handover" }
         }
-        Err(error) => match main.hear_farewell() {
-            Some(last) => return declined(surrendered, last.reason()),
+        Err(error) => match control.hear_farewell() {
+            Some(last) => return declined(surrendered, last.reason),
             None => error,
         },
     };

@@ -1,104 +1,197 @@
-//! The pause: device records, the rest of RAM, the end of the stream, and the destination's `Ready`.
-//! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed.
+//! The pause: device records, the rest of everything, the end of the stream, and the destination's `Ready`.
+//! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed; if it only
+//! takes too long the guest is resumed too, and the passes go on.
 
+use super::deadline::{EndWatch, Overran, StopClock};
 use super::handover::{Handover, hand_over};
-use super::pace::Pace;
-use super::{Freight, Link, MigrationEvent, Source, SourceError, chain, encode, settle};
-use crate::guest::PausedGuest;
+use super::session::Session;
+use super::{MigrationEvent, Source, SourceError, encode};
+use crate::cancel::CancelToken;
+use crate::control::Limit;
+use crate::error::{ParticipantError, chain};
+use crate::guest::{GuestError, PartTime, PausedGuest};
+use crate::participant::Precision;
+use crate::policy;
 use crate::stats::{Counters, DowntimeParts, MigrationStatus};
-use crate::transport::channels::payload_of;
-use crate::wire::section::{Eof, RamTotals, Section, Stage};
-use crate::wire::{Kind, WireError};
+use crate::wire::section::{Eof, Section, Stage};
+use crate::wire::{Decoder, Kind, WireError};
 use std::time::{Duration, Instant};
-
-/// How long a destination may take to load the rest, besides the time that the rest may travel.
-const READY_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a stop has ended.
 #[derive(Debug)]
 pub(super) enum Stop {
     /// With the right to run spent.
     HandedOver(Handover),
-    /// Called off: more was left than fits the limit. The guest runs.
-    TooMuchLeft,
+    /// Called off: it would have taken, or took, too long. The guest runs.
+    CalledOff,
+}
+
+/// Why a stop does not end with a handover.
+enum Ended {
+    /// It takes too long, because of this part.
+    TooLong(PartTime),
+    /// The guest was resumed at the deadline, and this side or the other one has failed besides.
+    Failed(SourceError),
+}
+
+impl From<Overran> for Ended {
+    fn from(overran: Overran) -> Self {
+        match overran.not_resumed {
+            None => Self::TooLong(overran.part),
+            Some(source) => {
+                let cause = "the stop was called off, as it took too long".to_owned();
+                Self::Failed(SourceError::NotResumed { cause, source })
+            }
+        }
+    }
+}
+
+impl From<SourceError> for Ended {
+    fn from(error: SourceError) -> Self {
+        match error {
+            SourceError::Guest(GuestError::Overdue(part)) => Self::TooLong(part),
+            error => Self::Failed(error),
+        }
+    }
+}
+
+impl From<GuestError> for Ended {
+    fn from(error: GuestError) -> Self {
+        SourceError::from(error).into()
+    }
+}
+
+impl From<WireError> for Ended {
+    fn from(error: WireError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl From<ParticipantError> for Ended {
+    fn from(error: ParticipantError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// A stop that is over.
+struct Stopped {
+    result: Result<Handover, Ended>,
+    parts: DowntimeParts,
+    took: Duration,
+    /// Bytes sent before it.
+    before: u64,
+    /// The destination has heard of it.
+    announced: bool,
 }
 
 impl Source<'_> {
     /// Stops the guest and, unless that turns out to take too long, hands it over.
     pub(super) fn stop_and_hand_over(
         &mut self,
-        link: &Link,
-        freight: &mut Freight,
-        pace: &mut Pace,
+        session: &mut Session,
     ) -> Result<Stop, SourceError> {
-        let Self { guest, counters, params, cancel, events, .. } = self;
-        let mut watch = StopWatch::start();
-        let mut parts = DowntimeParts::default();
-        let before = counters.figures().transferred_bytes;
-        let deadline = Instant::now() + READY_PATIENCE;
-        let mut paused = match PausedGuest::pause(&mut **guest, deadline) {
-            Ok(paused) => paused,
-            Err(error) => return Err(settle(link, SourceError::Guest(error))),
-        };
-        parts.pause = watch.lap();
-        // For certain now, and before anything of the last step has been sent.
-        let harvested = freight.ram.harvest();
-        freight.weigh_disks(pace);
-        let left = freight.ram.pending_bytes();
-        match harvested {
-            Ok(()) if pace.keeps_limit(watch.total(), left) => {}
-            Ok(()) => {
-                log::info!("{left} bytes of RAM are left, or disks: too much, the guest runs on");
-                counters.update(|stats| stats.called_off += 1);
-                return match paused.resume() {
-                    Ok(()) => Ok(Stop::TooMuchLeft),
-                    Err(source) => {
-                        let cause = "the stop was called off, as it would have taken too long";
-                        Err(settle(link, SourceError::NotResumed { cause: cause.into(), source }))
-                    }
-                };
+        let Stopped { result, parts, took, before, announced } = self.attempt(session);
+        match result {
+            Ok(handover) => {
+                self.counters.update(|stats| {
+                    stats.downtime = Some(took);
+                    stats.downtime_parts = Some(parts);
+                    stats.downtime_bytes = stats.transferred_bytes - before;
+                });
+                Ok(Stop::HandedOver(handover))
             }
-            Err(error) => return Err(give_up(link, paused, error)),
+            Err(Ended::TooLong(part)) => {
+                self.call_off(session, part, took, announced)?;
+                Ok(Stop::CalledOff)
+            }
+            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => {
+                Err(session.settle(error))
+            }
+            Err(Ended::Failed(error)) => Err(error),
         }
-        counters.update(|stats| {
-            stats.status = MigrationStatus::Device;
-            stats.precopy_bytes = before;
-        });
-        parts.final_harvest = watch.lap();
-        events(MigrationEvent::Status(MigrationStatus::Device));
-        let patience = READY_PATIENCE + params.get().downtime_limit * 2;
-        let sent = send_stopped(
-            &mut LastStep { link, pace, counters, watch: &mut watch, parts: &mut parts },
-            freight,
-            &mut paused,
-            &mut **events,
-        );
-        let ready = sent
-            .and_then(|()| {
-                let frame = link.main.receive_within("the destination's readiness", patience)?;
-                Ok(payload_of(frame, Kind::Ready, "the destination's readiness")?)
+    }
+
+    /// One stop, from the pause to the handover, or to the guest's running on.
+    fn attempt(&mut self, session: &mut Session) -> Stopped {
+        session.attempt += 1;
+        let limit = self.params.get().downtime_limit;
+        let longest = policy::longest(session.estimate.floor(), limit);
+        let stop_within = policy::stop_within(longest, session.predicted);
+        let before = self.counters.figures().transferred_bytes;
+        let clock = StopClock::new(stop_within);
+        let Self { guest, counters, cancel, events, .. } = self;
+        let mut step = LastStep {
+            clock: &clock,
+            counters,
+            cancel,
+            events: &mut **events,
+            watch: StopWatch::start(),
+            parts: DowntimeParts::default(),
+            announced: false,
+            before,
+        };
+        let result = std::thread::scope(|scope| {
+            // Before the guest is stopped: a thread takes its time to start.
+            let watcher = std::thread::Builder::new()
+                .name("mig-deadline".into())
+                .stack_size(64 << 10)
+                .spawn_scoped(scope, || clock.watch());
+            let _end = EndWatch(&clock);
+            let stopped = watcher.map_err(SourceError::Thread).map_err(Ended::from);
+            let stopped = stopped.and_then(|_| {
+                step.watch = StopWatch::start();
+                let paused = PausedGuest::pause(&mut **guest, clock.start())?;
+                step.stopped(session, paused)?;
+                step.send_all(session)?;
+                step.await_ready(session)?;
+                step.hand_over(session)
+            });
+            // Still watched: telling the destination may take longer than the guest may be stopped.
+            stopped.map_err(|ended| match ended {
+                Ended::TooLong(part) => match clock.resume() {
+                    Ok(()) => Ended::TooLong(part),
+                    Err(source) => Ended::from(Overran { part, not_resumed: Some(source) }),
+                },
+                Ended::Failed(error) => Ended::Failed(give_up(session, &clock, error)),
             })
-            // The point of no return: a cancel comes either before it or not at all.
-            .and_then(|_| if cancel.disarm() { Ok(()) } else { Err(SourceError::Cancelled) });
-        if let Err(error) = ready {
-            return Err(give_up(link, paused, error));
-        }
-        parts.ready = watch.lap();
-        let handover = hand_over(paused, &link.main);
-        if let Handover::Completed { started_in } = handover {
-            let whole = watch.lap();
-            // The other side's own word: it cannot have taken longer than the whole.
-            parts.resume = started_in.unwrap_or_default().min(whole);
-            parts.handover = whole - parts.resume;
-        }
-        counters.update(|stats| {
-            stats.downtime = Some(watch.total());
-            stats.downtime_parts = Some(parts);
-            stats.downtime_bytes = stats.transferred_bytes - before;
         });
-        Ok(Stop::HandedOver(handover))
+        let took = step.watch.total();
+        Stopped { result, parts: step.parts, took, before, announced: step.announced }
+    }
+
+    /// The guest runs on: so do the passes. The destination hears of it if it has heard of the stop.
+    fn call_off(
+        &mut self,
+        session: &mut Session,
+        part: PartTime,
+        took: Duration,
+        announced: bool,
+    ) -> Result<(), SourceError> {
+        let limit = self.params.get().downtime_limit;
+        log::info!("a stop was called off after {took:?}: {part}; the limit is {limit:?}");
+        self.counters.update(|stats| stats.called_off += 1);
+        session.estimate.was_called_off(took, session.predicted, limit);
+        if announced {
+            session.control.ignore_ready_up_to(session.attempt);
+            let told = session.control.send(Kind::CalledOff, &[]).map_err(SourceError::from);
+            let told = told.and_then(|()| session.each(|one| one.called_off()));
+            if let Err(error) = told {
+                return Err(session.settle(error));
+            }
+            self.status(MigrationStatus::Active);
+        }
+        if session.estimate.called_off() >= CALLED_OFF_OFTEN
+            && session.blocked_by.as_ref() != Some(&part.part)
+        {
+            session.blocked_by = Some(part.part.clone());
+            self.say_not_converging(session, None, took, Some(part));
+        }
+        Ok(())
     }
 }
+
+/// Stops that are called off in a row before that is said: one may be an accident.
+const CALLED_OFF_OFTEN: u32 = 2;
 
 /// Tells what the time with the guest stopped is spent on.
 struct StopWatch {
@@ -123,67 +216,135 @@ impl StopWatch {
     }
 }
 
-/// What sending the rest needs besides the guest and its RAM.
-struct LastStep<'s> {
-    link: &'s Link,
-    pace: &'s Pace,
+/// What the steps from the pause to the handover share.
+struct LastStep<'s, 'g> {
+    clock: &'s StopClock<'g>,
     counters: &'s Counters,
-    watch: &'s mut StopWatch,
-    parts: &'s mut DowntimeParts,
+    cancel: &'s CancelToken,
+    events: &'s mut dyn FnMut(MigrationEvent),
+    watch: StopWatch,
+    parts: DowntimeParts,
+    /// The destination has heard something of this stop.
+    announced: bool,
+    /// Bytes sent before the pause.
+    before: u64,
 }
 
-fn send_stopped(
-    step: &mut LastStep<'_>,
-    freight: &mut Freight,
-    paused: &mut PausedGuest<'_>,
-    events: &mut dyn FnMut(MigrationEvent),
-) -> Result<(), SourceError> {
-    let LastStep { link, pace, counters, watch, parts } = step;
-    let Freight { ram, disks } = freight;
-    let records = encode("device state", &paused.save_records().map_err(SourceError::Guest)?)?;
-    link.main.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
-    parts.device_state = watch.lap();
-    // The destination writes and flushes the last of the disks while the last pages travel.
-    if let Some(disks) = disks {
-        disks.complete(&mut pace.cap())?;
+impl<'g> LastStep<'_, 'g> {
+    /// The guest has stopped: for certain now, what is left of everything, and whether that still fits.
+    fn stopped(&mut self, session: &mut Session, paused: PausedGuest<'g>) -> Result<(), Ended> {
+        self.parts.pause = self.watch.lap();
+        session.estimate.stopped_in(self.parts.pause, paused.drains());
+        self.clock.hold(paused);
+        self.clock.enter("reading the dirty log");
+        let pending: Result<Vec<_>, _> =
+            session.participants.iter_mut().map(|one| one.pending(Precision::Exact)).collect();
+        session.estimate.weigh(pending?.iter(), session.link.round_trip());
+        self.parts.final_harvest = self.watch.lap();
+        let left = session.estimate.left_after_stop();
+        let deadline = self.clock.deadline();
+        if Instant::now() + left > deadline {
+            return Err(Ended::TooLong(session.estimate.largest()));
+        }
+        let before = self.before;
+        self.counters.update(|stats| {
+            stats.status = MigrationStatus::Device;
+            stats.precopy_bytes = before;
+        });
+        (self.events)(MigrationEvent::Status(MigrationStatus::Device));
+        Ok(())
     }
-    ram.harvest()?;
-    parts.final_harvest += watch.lap();
-    let (number, pending) = (counters.rounds() + 1, ram.pending_bytes());
-    counters.update(|stats| {
-        (stats.rounds, stats.remaining_bytes) = (number, pending);
-        stats.transferred_bytes += records.len() as u64;
-        stats.main_bytes += records.len() as u64;
-    });
-    events(MigrationEvent::Pass(number));
-    let tallies = ram.complete()?;
-    paused.release_disks(Instant::now() + READY_PATIENCE).map_err(SourceError::Guest)?;
-    let totals: RamTotals = tallies.iter().map(|tally| tally.pages).sum();
-    let frames = tallies.iter().map(|tally| tally.frames).collect();
-    let eof = Eof { running: paused.was_running(), frames };
-    let ram_end = Section::encode(Stage::End, "ram", &totals.encode());
-    let disks_end =
-        disks.as_ref().map(|disks| Section::encode(Stage::End, "block", &disks.totals().encode()));
-    let eof = eof.encode();
-    let mut frames: Vec<_> = disks_end.iter().map(|end| (Kind::Section, end.as_slice())).collect();
-    frames.extend([(Kind::Section, ram_end.as_slice()), (Kind::Eof, &eof)]);
-    link.main.send_all(&frames)?;
-    parts.final_send = watch.lap();
-    Ok(())
+
+    fn send_all(&mut self, session: &mut Session) -> Result<(), Ended> {
+        self.clock.enter("device state");
+        let records = self.clock.with(|guest| guest.save_records())??;
+        let records = encode("device state", &records)?;
+        self.announced = true;
+        session.control.send(Kind::Section, &Section::encode(Stage::Full, "device", &records))?;
+        self.parts.device_state = self.watch.lap();
+        session.estimate.saved_in(self.parts.device_state);
+        session.pass += 1;
+        let number = session.pass;
+        self.counters.update(|stats| {
+            stats.rounds = number;
+            stats.transferred_bytes += records.len() as u64;
+            stats.main_bytes += records.len() as u64;
+        });
+        (self.events)(MigrationEvent::Pass(number));
+        for participant in &mut session.participants {
+            self.clock.enter(&format!("sending the rest of section {:?}", participant.section()));
+            participant.complete()?;
+        }
+        self.clock.enter("flushing disks");
+        let deadline = self.clock.deadline();
+        let flush = self.clock.with(|guest| guest.release_disks(deadline))??;
+        session.estimate.flushed_in(&flush);
+        self.clock.enter("the end of the stream");
+        let running = self.clock.with(|guest| guest.was_running())?;
+        let eof = Eof { running, attempt: session.attempt };
+        session.control.send(Kind::Eof, &eof.encode())?;
+        self.parts.final_send = self.watch.lap();
+        Ok(())
+    }
+
+    fn await_ready(&mut self, session: &mut Session) -> Result<(), Ended> {
+        const WHAT: &str = "the destination's readiness";
+        self.clock.enter(WHAT);
+        let limit = Limit::until(WHAT, self.clock.deadline());
+        let payload = match session.control.expect(Kind::Ready, &limit) {
+            Err(WireError::Late { .. }) => {
+                return Err(Ended::TooLong(PartTime::not_ended(WHAT, self.watch.lap())));
+            }
+            result => result?,
+        };
+        let mut decoder = Decoder::new(WHAT, &payload);
+        let attempt = decoder.u32()?;
+        decoder.finish()?;
+        if attempt != session.attempt {
+            let found = format!("Ready of attempt {attempt}");
+            return Err(WireError::Unexpected { found, expected: WHAT }.into());
+        }
+        self.parts.ready = self.watch.lap();
+        session.estimate.ready_in(self.parts.ready);
+        Ok(())
+    }
+
+    fn hand_over(&mut self, session: &mut Session) -> Result<Handover, Ended> {
+        let paused = self.clock.take()?;
+        // The point of no return: a cancel comes either before it or not at all.
+        if !self.cancel.disarm() {
+            let resumed = paused.resume();
+            return Err(Ended::Failed(match resumed {
+                Ok(()) => SourceError::Cancelled,
+                Err(source) => {
+                    let cause = SourceError::Cancelled.to_string();
+                    SourceError::NotResumed { cause, source }
+                }
+            }));
+        }
+        let handover = hand_over(paused, &session.control);
+        if let Handover::Completed { started_in } = handover {
+            let whole = self.watch.lap();
+            // The other side's own word: it cannot have taken longer than the whole.
+            self.parts.resume = started_in.unwrap_or_default().min(whole);
+            self.parts.handover = whole - self.parts.resume;
+        }
+        Ok(handover)
+    }
 }
 
 /// First the destination is told, so that it lets go of the disks; then the guest is resumed.
-fn give_up(link: &Link, paused: PausedGuest<'_>, error: SourceError) -> SourceError {
+fn give_up(session: &Session, clock: &StopClock<'_>, error: SourceError) -> SourceError {
     let told_by_peer = match &error {
         SourceError::Wire(error) => matches!(error, WireError::Refused(_)) || error.is_lost(),
         _ => false,
     };
-    let error = settle(link, error);
+    let error = session.settle(error);
     if !told_by_peer {
         // It closes the connection once the disks are free.
-        link.main.hear_farewell();
+        session.control.await_close();
     }
-    match paused.resume() {
+    match clock.resume() {
         Ok(()) => error,
         Err(source) => SourceError::NotResumed { cause: chain(&error), source },
     }

@@ -2,7 +2,8 @@
 
 use super::fake::*;
 use crate::params::Params;
-use crate::source::{SourceOutcome, chain};
+use crate::error::chain;
+use crate::source::SourceOutcome;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use crate::transport::{PageSlice, TICK, Transport};
 use crate::wire::{self, Encoder, HEADER_BYTES, Hello, Kind, MigrationId, Role};
@@ -65,7 +66,7 @@ fn listen(liar: &Liar) {
     while frame(&liar.main).is_some() {}
 }
 
-const GONE: &str = "the destination has gone away, or the way to it is cut: ";
+const GONE: &str = "the destination has gone away, or the link to it is cut: ";
 
 fn two_channels() -> Scenario {
     Scenario {
@@ -94,7 +95,7 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
         }),
         ("unexpected Ready where the answer to the machine description belongs", |liar| {
             greet(liar);
-            liar.frame(Kind::Ready, &[]);
+            liar.frame(Kind::Ready, Encoder::default().u32(1).bytes());
         }),
         ("unexpected mark 9 of channel 0", |liar| (accept(liar), mark(liar, 9, 0)).1),
         ("unexpected mark 1 of channel 7", |liar| (accept(liar), mark(liar, 1, 7)).1),
@@ -109,7 +110,7 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
         }),
         ("unexpected Ready where the echo of a mark belongs", |liar| {
             accept(liar);
-            liar.frame(Kind::Ready, &[]);
+            liar.frame(Kind::Ready, Encoder::default().u32(1).bytes());
         }),
         ("unexpected Go where the echo of a mark belongs", |liar| {
             accept(liar);
@@ -122,7 +123,7 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
         }),
         (GONE, |liar| (greet(liar), liar.main.shutdown()).1),
         (GONE, |liar| (accept(liar), liar.main.shutdown()).1),
-        ("or the way to it is cut: data channel 1: connection lost", |liar| {
+        ("or the link to it is cut: data channel 1: connection lost", |liar| {
             answer(&liar.main, |_| {});
             answer(&liar.data[0], |_| {});
             liar.data[1].shutdown();
@@ -157,7 +158,7 @@ fn nonsense_in_answer_to_go_leaves_the_guest_stopped() {
     let (outcome, runs) = send_to(&two_channels(), |liar| {
         accept(liar);
         [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
-        liar.frame(Kind::Ready, &[]);
+        liar.frame(Kind::Ready, Encoder::default().u32(1).bytes());
         while !matches!(frame(&liar.main), Some((Kind::Go, _)) | None) {}
         mark(liar, 1, 1);
     });

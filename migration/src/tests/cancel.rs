@@ -11,7 +11,7 @@ fn a_cancel_at_any_step_leaves_the_guest_running_at_the_source() {
     use MigrationEvent::{Pass, Status};
     use MigrationStatus::{Active, Device, Setup};
     for at in [Status(Setup), Status(Active), Pass(1), Status(Device), Pass(2)] {
-        let end = migrate(&Scenario { cancel_source_at: Some(at), ..Default::default() });
+        let end = migrate(&Scenario { cancel_source_at: Some(at.clone()), ..Default::default() });
         assert!(matches!(end.source, SourceOutcome::Cancelled), "{at:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{at:?}"));
         assert_eq!(end.events.last(), Some(&Status(MigrationStatus::Cancelled)));

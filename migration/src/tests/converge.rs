@@ -73,7 +73,7 @@ fn throttling_ends_with_every_failure() {
 fn throttling_ends_with_a_cancel() {
     use MigrationEvent::{Pass, Status};
     for at in [Pass(4), Status(MigrationStatus::Device)] {
-        let end = migrate(&Scenario { cancel_source_at: Some(at), ..too_fast(true) });
+        let end = migrate(&Scenario { cancel_source_at: Some(at.clone()), ..too_fast(true) });
         assert!(matches!(end.source, SourceOutcome::Cancelled), "{at:?}: {:?}", end.source);
         end.assert_back_at_source(&format!("{at:?}"));
         end.assert_let_go(&format!("{at:?}"));

@@ -1,11 +1,11 @@
 //! Disk frames in any order and with any content, against a plain model of what may become of the images;
-//! and the bytes that they have been since format version 2.
+//! and the bytes that they have been since format version 3.
 
 use super::fake_disks::FakeDisks;
 use crate::block::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, bytes_of, granules_of,
 };
-use crate::block::incoming::DisksIncoming;
+use crate::block::chunk_receiver::ChunkReceiver;
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES};
 use crate::cancel::CancelToken;
 use crate::transport::memory::MemoryLink;
@@ -15,6 +15,7 @@ use crate::wire::section::{Section, Stage};
 use crate::wire::{self, Hello, Kind, MigrationId, Role};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -170,13 +171,18 @@ proptest! {
             }
         }
         let (ours, theirs) = MemoryLink::new(None).with_patience(Duration::from_secs(5)).connect();
-        let incoming = DisksIncoming::start(disks.incoming(), &setup, Arc::default()).unwrap();
+        let incoming = ChunkReceiver::start(disks.incoming(), &setup, Arc::default()).unwrap();
         let result = std::thread::scope(|scope| {
             let receiver = scope.spawn(move || {
                 let channel = Channel::new(Arc::new(theirs), CancelToken::new());
-                let result = incoming.receive_all(&channel);
+                let mut totals = None;
+                let mut at_end = |all: &BlockTotals| {
+                    totals = Some(all.clone());
+                    ControlFlow::Break(())
+                };
+                let result = incoming.receive_all(&channel, &mut at_end);
                 channel.transport().shutdown();
-                result
+                result.map(|()| totals.expect("an end was said"))
             });
             super::fake::write_all(&ours, &stream);
             if !ends_well {
@@ -191,7 +197,7 @@ proptest! {
         }
         prop_assert_eq!(result.is_ok(), ends_well, "{:?}", result);
         if let Ok(totals) = &result {
-            prop_assert_eq!(totals, &BlockTotals { frames: model.frames, disks: model.totals.clone() });
+            prop_assert_eq!(totals, &BlockTotals { ends: 1, frames: model.frames, disks: model.totals.clone() });
         }
         for (number, disk) in disks.disks.iter().enumerate() {
             let len = usize::try_from(SIZES[number]).unwrap();
@@ -224,7 +230,7 @@ fn the_format_of_disks_is_what_it_was() {
     let setup = BlockSetup { disks: vec![disk("root", 3 << 20, false), disk("data", 512, true)] };
     add(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode()));
     let totals = |data_bytes, zero_bytes| DiskTotals { data_bytes, zero_bytes };
-    let totals = BlockTotals { frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
+    let totals = BlockTotals { ends: 1, frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
     add(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
     let frames = [
         (Frame::Chunk(Chunk { disk: 0, index: 2, data: 0b101, zero: 0b1000 }), 32768),
@@ -238,7 +244,7 @@ fn the_format_of_disks_is_what_it_was() {
     let lines = stream.chunks(16).map(<[u8]>::to_vec).chain(headers.map(|one| one.to_vec()));
     let hex = |line: Vec<u8>| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let lines: Vec<String> = lines.map(hex).collect();
-    let golden = include_str!("golden-disks-v2.hex");
+    let golden = include_str!("golden-disks-v3.hex");
     assert_eq!(lines.join("\n") + "\n", golden);
     // Read back from the record, not from what was just written.
     let recorded: Vec<&str> = golden.lines().collect();

@@ -7,11 +7,12 @@ use crate::block::{CHUNK_BYTES, GRANULE_BYTES, Tuning};
 use crate::guest::MachineDescription;
 use crate::params::Params;
 use crate::ram::frame::encode_end;
-use crate::source::{MigrationEvent, SourceOutcome, chain};
+use crate::error::chain;
+use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
 use crate::transport::Transport;
 use crate::wire::hello::DISKS;
-use crate::wire::section::{Eof, RamSetup, RamTotals, Section, Stage};
+use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::PAGE_SIZE;
 use proptest::prelude::*;
@@ -232,9 +233,9 @@ fn finish(liar: &Liar, totals: &BlockTotals) {
     write_all(&liar.data[0], end.bytes());
     write_all(&liar.disks, &Frame::End.encode(0));
     liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
-    let ram = RamTotals::default();
+    let ram = RamEnd { number: 1, totals: RamTotals::default(), frames: vec![1] };
     liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode()));
-    liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+    liar.frame(Kind::Eof, &Eof { running: true, attempt: 1 }.encode());
 }
 
 fn listen(liar: &Liar) {
@@ -256,13 +257,13 @@ fn hear(speak: impl FnOnce(&Liar)) -> String {
 fn lies_about_disks_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
-        ("its disks travel, but there is no connection", |liar| greet(liar, false)),
+        ("section \"block\" travels, but has no connection", |liar| greet(liar, false)),
         ("prepared are", |liar| (greet(liar, true), announce(liar, &[("d0", 512)])).1),
         ("prepared are", |liar| {
             (greet(liar, true), announce(liar, &[("../d0", CHUNK_BYTES + 512)])).1
         }),
         ("0 disks", |liar| (greet(liar, true), announce(liar, &[])).1),
-        ("unexpected Setup of section \"ram\" where the setup of the disks", |liar| {
+        ("unexpected Setup of section \"ram\" where the setup of what travels", |liar| {
             greet(liar, true);
             let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
@@ -311,7 +312,7 @@ fn lies_about_disks_are_refused_by_name() {
             introduce(liar);
             chunk(liar, 0, 0, (0, 1), 0);
             let disks = vec![DiskTotals { data_bytes: 0, zero_bytes: 0 }];
-            finish(liar, &BlockTotals { frames: 2, disks });
+            finish(liar, &BlockTotals { ends: 1, frames: 2, disks });
         }),
     ];
     // Each refusal waits a moment for the liar to hear it.

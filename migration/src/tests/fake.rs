@@ -14,7 +14,11 @@ use crate::cancel::CancelToken;
 use crate::destination::Destination;
 use crate::guest::{MachineDescription, RunPermit};
 use crate::params::{Params, SharedParams};
-use crate::source::{MigrationEvent, Source, SourceOutcome, SourceRam, chain};
+use crate::block::outgoing::DisksOutgoing;
+use crate::error::chain;
+use crate::participant::Outgoing;
+use crate::ram::outgoing::RamOutgoing;
+use crate::source::{MigrationEvent, Source, SourceOutcome, SourceRam};
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::Transport;
 use crate::transport::memory::MemoryLink;
@@ -259,14 +263,14 @@ fn run_source(
     let params = SharedParams::new(scenario.params.clone());
     let (pass, shared) = (Arc::new(AtomicU64::new(0)), params.clone());
     let running = pass.clone();
-    let mut events = |event| {
-        seen.push(event);
+    let mut events = |event: MigrationEvent| {
+        seen.push(event.clone());
         if let MigrationEvent::Pass(number) = event {
             running.store(number, SeqCst);
             let change = scenario.changes.iter().find(|(at, _)| *at == number);
             change.into_iter().for_each(|(_, params)| shared.set(params.clone()));
         }
-        if scenario.cancel_source_at == Some(event) {
+        if scenario.cancel_source_at.as_ref() == Some(&event) {
             canceller.cancel();
         }
     };
@@ -285,20 +289,22 @@ fn run_source(
         hot_pages: scenario.hot_pages,
         machine: scenario.machine.clone(),
     };
+    let ram = SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) };
+    let disks = scenario.disks.outgoing();
+    let mut participants: Vec<Box<dyn Outgoing>> = Vec::new();
+    if !disks.disks.is_empty() {
+        participants.push(Box::new(DisksOutgoing::new(disks)));
+    }
+    participants.push(Box::new(RamOutgoing::new(ram, scenario.params.multifd_channels)));
     let outcome = Source {
         guest: &mut guest,
         machine: &mut || Ok(machine.clone()),
-        disks: scenario.disks.outgoing(),
+        participants,
         params,
         counters: counters.clone(),
         cancel,
         events: &mut events,
     }
-    .migrate_over(
-        source.main,
-        source.data,
-        source.disks,
-        SourceRam { ram: ram.clone(), layout, dirty: Box::new(dirty) },
-    );
+    .migrate_over(source.main, source.data, source.disks);
     (outcome, counters, seen)
 }

@@ -5,7 +5,7 @@ use super::lies::*;
 use crate::guest::IncomingRam;
 use crate::ram::compress::{Compressor, Method};
 use crate::ram::frame::MAX_DELTA_BYTES;
-use crate::ram::incoming::{Arrived, RamIncoming};
+use crate::ram::page_receiver::{Arrived, PageReceiver};
 use crate::transport::memory::MemoryLink;
 use crate::transport::{Channel, Transport};
 use crate::wire::Encoder;
@@ -154,7 +154,7 @@ fn deltas_that_do_not_fit_their_pages_are_refused() {
 /// Guest RAM with a guard of RAM that is not the guest's on both sides.
 struct Guarded {
     all: GuestRam,
-    incoming: RamIncoming,
+    incoming: PageReceiver,
 }
 
 const PAGES: u64 = 16;
@@ -171,7 +171,7 @@ impl Guarded {
         let page_count = layout.page_count();
         let setup = RamSetup { page_count, page_bytes: 4096, data_channels: 1 };
         let incoming = IncomingRam { ram: all.clone(), layout };
-        let incoming = RamIncoming::start(incoming, setup, Arc::default()).unwrap();
+        let incoming = PageReceiver::start(incoming, setup, Arc::default()).unwrap();
         Self { all, incoming }
     }
 

@@ -4,7 +4,7 @@ use super::fake::*;
 use crate::guest::MachineDescription;
 use crate::ram::frame::{Batch, Packing, RunKind, encode_end};
 use crate::transport::Transport;
-use crate::wire::section::{Eof, RamSetup, RamTotals, Section, Stage};
+use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::{PAGE_SIZE, PageIndex, RamLayout};
 use proptest::prelude::*;
@@ -39,8 +39,13 @@ pub fn devices(liar: &Liar) {
     liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
 }
 
-fn ram_end(liar: &Liar, totals: RamTotals) {
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
+fn ram_end(liar: &Liar, totals: RamTotals, frames: Vec<u64>) {
+    let end = RamEnd { number: 1, totals, frames };
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode()));
+}
+
+fn eof(liar: &Liar) {
+    liar.frame(Kind::Eof, &Eof { running: true, attempt: 1 }.encode());
 }
 
 pub fn end_data(liar: &Liar) {
@@ -50,8 +55,8 @@ pub fn end_data(liar: &Liar) {
 }
 
 pub fn end_stream(liar: &Liar, frames: Vec<u64>) {
-    ram_end(liar, RamTotals::default());
-    liar.frame(Kind::Eof, &Eof { running: true, frames }.encode());
+    ram_end(liar, RamTotals::default(), frames);
+    eof(liar);
 }
 
 /// A frame of one run, made by hand, with a payload of `raw` pages.
@@ -93,7 +98,7 @@ fn lies_are_refused_by_name() {
         ("is not Ferry", |liar| liar.say(&[0; 64])),
         ("is not Ferry", |liar| liar.frame(Kind::Go, &[])),
         ("is not Ferry", |liar| liar.say(&wire::header(Kind::Hello, u32::MAX))),
-        ("speaks stream version 9, this one 2", |liar| {
+        ("speaks stream version 9, this one 3", |liar| {
             let mut hello = Encoder::default();
             hello.raw(b"FERRYMIG").u16(9).raw(b"whatever version 9 says here");
             liar.frame(Kind::Hello, hello.bytes());
@@ -129,7 +134,7 @@ fn lies_are_refused_by_name() {
             let setup = RamSetup { page_count: 7, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
         }),
-        ("unexpected Machine where the setup of RAM", |liar| {
+        ("unexpected Machine where the setup of what travels", |liar| {
             describe(liar);
             liar.frame(Kind::Machine, b"{}");
         }),
@@ -141,18 +146,18 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             ram_setup(liar);
         }),
-        ("unexpected Full of section \"device\" where the end of RAM", |liar| {
+        ("unexpected Full of section \"device\" where the end of what travels", |liar| {
             introduce(liar);
             devices(liar);
             devices(liar);
         }),
         ("unexpected End of section \"ram\" where the state of the devices", |liar| {
             introduce(liar);
-            ram_end(liar, RamTotals::default());
+            ram_end(liar, RamTotals::default(), vec![0]);
         }),
         ("unexpected Eof where the state of the devices", |liar| {
             introduce(liar);
-            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![0] }.encode());
+            eof(liar);
         }),
         ("unexpected Go where the state of the devices", |liar| {
             introduce(liar);
@@ -166,15 +171,14 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             devices(liar);
             end_data(liar);
-            ram_end(liar, RamTotals { raw_pages: 1, ..Default::default() });
-            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+            ram_end(liar, RamTotals { raw_pages: 1, ..Default::default() }, vec![1]);
+            eof(liar);
         }),
         ("the source has sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
-            ram_end(liar, RamTotals::default());
-            liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1, 1] }.encode());
+            end_stream(liar, vec![1, 1]);
         }),
         ("the source has ended the migration: I changed my mind", |liar| {
             introduce(liar);
@@ -337,8 +341,7 @@ fn a_source_that_stands_still_is_noticed() {
     let error = receive_from(1, patience, |liar| {
         introduce(liar);
         devices(liar);
-        ram_end(liar, RamTotals::default());
-        liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+        end_stream(liar, vec![1]);
         listen(liar);
     });
     assert!(error.contains("stalled"), "{error}");
@@ -350,16 +353,15 @@ fn without_go_no_guest_runs() {
         introduce(liar);
         devices(liar);
         end_data(liar);
-        ram_end(liar, RamTotals::default());
-        liar.frame(Kind::Eof, &Eof { running: true, frames: vec![1] }.encode());
+        end_stream(liar, vec![1]);
         listen(liar);
     });
     assert!(error.contains("stalled"), "{error}");
 }
 
-/// The fixed parts of a stream, as they were recorded when version 2 was made.
+/// The fixed parts of a stream, as they were recorded when version 3 was made.
 #[test]
-fn a_stream_of_version_2_looks_as_it_always_did() {
+fn a_stream_of_version_3_looks_as_it_always_did() {
     let mut stream = Vec::new();
     let hello = Hello {
         role: Role::Data { index: 2 },
@@ -374,11 +376,14 @@ fn a_stream_of_version_2_looks_as_it_always_did() {
     add(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
     add(Kind::Section, &Section::encode(Stage::Full, "device", b"[]"));
     let totals = RamTotals { raw_pages: 2, zero_pages: 509, delta_pages: 1 };
-    add(Kind::Section, &Section::encode(Stage::End, "ram", &totals.encode()));
-    add(Kind::Eof, &Eof { running: true, frames: vec![4, 1, 1] }.encode());
-    for kind in [Kind::Go, Kind::KeepAlive, Kind::Accepted, Kind::Ready] {
+    let end = RamEnd { number: 1, totals, frames: vec![4, 1, 1] };
+    add(Kind::Section, &Section::encode(Stage::Part, "boot", b"a piece"));
+    add(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode()));
+    add(Kind::Eof, &Eof { running: true, attempt: 2 }.encode());
+    for kind in [Kind::Go, Kind::KeepAlive, Kind::Accepted, Kind::CalledOff] {
         add(kind, &[]);
     }
+    add(Kind::Ready, Encoder::default().u32(2).bytes());
     add(Kind::Running, Encoder::default().u64(120).bytes());
     add(Kind::Mark, Encoder::default().u64(7).u16(2).bytes());
     for kind in [Kind::Abort, Kind::Refused, Kind::Declined] {
@@ -402,7 +407,7 @@ fn a_stream_of_version_2_looks_as_it_always_did() {
         .chunks(16)
         .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect())
         .collect();
-    assert_eq!(lines.join("\n") + "\n", include_str!("golden-v2.hex"));
+    assert_eq!(lines.join("\n") + "\n", include_str!("golden-v3.hex"));
 }
 
 #[test]

@@ -12,3 +12,5 @@ mod lies;
 mod modes;
 mod strangers;
 mod whole;
+
+pub use fake::write_all;

@@ -2,7 +2,8 @@
 
 use super::fake::*;
 use crate::params::{Compression, Params};
-use crate::source::{MigrationEvent, SourceOutcome, chain};
+use crate::error::chain;
+use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::{MigrationStatus, StatsSnapshot};
 use proptest::prelude::*;
 use std::sync::atomic::Ordering::SeqCst;

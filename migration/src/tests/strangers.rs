@@ -4,9 +4,10 @@
 use super::fake::*;
 use crate::cancel::CancelToken;
 use crate::destination::Destination;
-use crate::source::chain;
-use crate::transport::channels::{receive_hello, send_hello};
-use crate::transport::{Address, Channel, Listener, Main, SocketTransport};
+use crate::error::chain;
+use crate::transport::channel::{receive_hello, send_hello};
+use crate::control::{Control, ControlThreads, Limit};
+use crate::transport::{Address, Channel, Listener, SocketTransport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -26,6 +27,10 @@ fn knock(at: &Address, role: Role, id: MigrationId) -> Result<Channel, WireError
     send_hello(&channel, &Hello::new(role, id, 2))?;
     receive_hello(&channel, SOON)?;
     Ok(channel)
+}
+
+fn control(main: &Channel) -> (Control, ControlThreads) {
+    Control::start(main.transport().clone(), CancelToken::new()).unwrap()
 }
 
 fn refused(at: &Address, role: Role, id: MigrationId) -> String {
@@ -77,7 +82,8 @@ fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_l
         assert!(refused(at, first, OURS).contains("data channel 0 where 1 is awaited"));
         assert!(refused(at, Role::Data { index: 9 }, OURS).contains("where 1 is awaited"));
         let _second = knock(at, second, OURS).unwrap();
-        Main::new(main).say_farewell(Kind::Abort, "that was all");
+        let (control, _threads) = control(&main);
+        control.say_farewell(Kind::Abort, "that was all");
     });
     assert!(error.contains("the source has ended the migration: that was all"), "{error}");
 }
@@ -88,7 +94,8 @@ fn a_channel_that_never_comes_is_named() {
         let main = knock(at, Role::Main, OURS).unwrap();
         let _first = knock(at, Role::Data { index: 0 }, OURS).unwrap();
         // Until the destination has had enough.
-        let refused = Main::new(main).receive_within("a refusal", SOON * 4).unwrap_err();
+        let (control, _threads) = control(&main);
+        let refused = control.next(&Limit::within("a refusal", SOON * 4)).unwrap_err();
         let expected = "data channel 1: the data connection did not come within 10 s";
         assert!(chain(&refused).contains(expected), "{}", chain(&refused));
     });

@@ -2,20 +2,22 @@
 //!
 //! ```text
 //! Transport            some bytes at a time: socket.rs, memory.rs (tests); vectored.rs for guest pages
-//! channels::Channel    all bytes or an error: partial transfers, stalls, deadlines, cancel
-//! channels::Main       frames, both ways, with keep-alives
+//! channel::Channel     all bytes or an error: partial transfers, stalls, deadlines, cancel
 //! reception            a listener's connections, sorted by their Hello
 //! ```
+//! Frames, keep-alives and why it ends are the business of [`crate::control`].
 
 pub mod address;
-pub mod channels;
+pub mod channel;
+pub mod liveness;
 pub mod memory;
 pub mod reception;
 pub mod socket;
 pub mod vectored;
 
 pub use address::Address;
-pub use channels::{Channel, Main, Throttle};
+pub use channel::{Channel, Throttle};
+pub use liveness::Liveness;
 pub use socket::{Listener, SocketTransport};
 pub use vectored::PageSlice;
 

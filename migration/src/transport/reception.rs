@@ -42,7 +42,9 @@ impl Greeting {
             let mut wanted = HEADER_BYTES;
             if let Some(header) = self.bytes.first_chunk() {
                 match wire::decode_header(header) {
-                    Ok((Kind::Hello, len)) => wanted += usize::try_from(len).unwrap_or(0),
+                    Ok((Kind::Hello, len)) => {
+                        wanted += usize::try_from(len).map_err(|_| WireError::NotFerry)?;
+                    }
                     _ => return Err(WireError::NotFerry),
                 }
                 if self.bytes.len() == wanted {
@@ -154,7 +156,7 @@ impl<'a> Reception<'a> {
             if let Some((end, longest)) = end
                 && now >= end
             {
-                return Err(WireError::Late { what, seconds: longest.as_secs() });
+                return Err(WireError::Late { what, within: longest });
             }
             let oldest = self.greetings.iter().map(|one| one.since + GREETING_PATIENCE).min();
             let until = [oldest, end.map(|(end, _)| end)].into_iter().flatten().min();
@@ -207,8 +209,7 @@ impl<'a> Reception<'a> {
                     continue;
                 }
                 Ok(Progress::Incomplete) => {
-                    let seconds = GREETING_PATIENCE.as_secs();
-                    Err(WireError::Late { what: "the greeting", seconds })
+                    Err(WireError::Late { what: "the greeting", within: GREETING_PATIENCE })
                 }
                 Ok(Progress::Greeted(hello)) => Ok(hello),
                 Err(error) => Err(error),

@@ -2,6 +2,7 @@
 
 use super::{Role, VERSION};
 use std::io;
+use std::time::Duration;
 
 /// What is wrong with a connection, or with what came over it.
 #[derive(Debug, thiserror::Error)]
@@ -12,13 +13,13 @@ pub enum WireError {
         /// How long.
         seconds: u64,
     },
-    /// The peer is alive but does not get on.
-    #[error("{what} did not come within {seconds} s")]
+    /// The peer is alive but makes no progress.
+    #[error("{what} did not come within {}", in_words(*within))]
     Late {
         /// What was waited for.
         what: &'static str,
         /// How long.
-        seconds: u64,
+        within: Duration,
     },
     /// Woken by a cancel, or by a failure on another channel of this migration.
     #[error("interrupted")]
@@ -79,6 +80,13 @@ pub enum WireError {
     /// The source has given up.
     #[error("the source has ended the migration: {0}")]
     Aborted(String),
+}
+
+fn in_words(duration: Duration) -> String {
+    match duration.subsec_nanos() {
+        0 => format!("{} s", duration.as_secs()),
+        _ => format!("{} ms", duration.as_millis()),
+    }
 }
 
 impl WireError {

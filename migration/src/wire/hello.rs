@@ -18,7 +18,7 @@ use std::io::Read;
 /// First bytes of either side.
 pub const MAGIC: &[u8; 8] = b"FERRYMIG";
 /// Version of the stream.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Most capabilities that one side may name.
 pub const MAX_CAPABILITIES: u8 = 32;
 /// Longest name of a capability.
@@ -27,8 +27,10 @@ pub const MAX_CAPABILITY_BYTES: usize = 64;
 pub const MAX_HELLO_BYTES: u32 = 8 + 2 + 3 + 16 + 2 + 1 + 32 * 65;
 /// The source has disks to send, on a connection of their own.
 pub const DISKS: &str = "disks";
+/// The source has the guest's boot payload to send.
+pub const BOOT: &str = "boot";
 /// Capabilities of this build that change the stream.
-pub const CAPABILITIES: &[&str] = &[DISKS];
+pub const CAPABILITIES: &[&str] = &[DISKS, BOOT];
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

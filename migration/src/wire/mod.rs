@@ -1,25 +1,25 @@
-//! The stream's grammar. One main connection speaks both ways; data connections carry page frames
+//! The stream's grammar. One control connection speaks both ways; data connections carry page frames
 //! one way (their layout is in [`crate::ram::frame`]); what travels on the disks' connection is in
 //! [`crate::block::frame`].
 //!
 //! ```text
 //! source ─▶ destination                     destination ─▶ source
-//! main   Hello                              Hello
-//! data   Hello                              Hello              (each data connection)
-//! disks  Hello                              Hello              (if disks travel)
-//! main   Machine                            Accepted | Refused
-//! main   Section(block, Setup)                                 (if disks travel)
-//! disks  chunks… Mark                       Alive… Settled     all once, then what became dirty
-//! main   Section(ram, Setup)
-//! data   Pages… Mark(n)                     Mark(n)            once per round
-//!   ── the guest is paused ──
-//! main   Section(device, Full)
-//! disks  chunks… End                                           (if disks travel)
-//! data   Pages… End
-//! main   Section(block, End)                                   (if disks travel)
-//! main   Section(ram, End) · Eof            Ready | Refused
-//! main   Go                                 Running | Declined | Refused
-//!        KeepAlive, Abort at any time       KeepAlive, Refused at any time
+//! control  Hello                            Hello
+//! data     Hello                            Hello              (each data connection)
+//! disks    Hello                            Hello              (if disks travel)
+//! control  Machine                          Accepted | Refused
+//! control  Section(NAME, Setup)             Section(NAME, Setup), if NAME's Setup is answered
+//! control  Section(NAME, Part)…                                any number, while the guest runs
+//! disks    chunks… Mark                     Alive… Settled     all once, then what became dirty
+//! data     Pages… Mark(n)                   control: Mark(n)   once per round
+//!   ── the guest is paused: attempt k ──
+//! control  Section(device, Full)
+//! disks    chunks… End
+//! data     Pages… End
+//! control  Section(NAME, End)… · Eof(k)     Ready(k) | Refused
+//!   ── or the stop is called off: CalledOff, the guest runs on, rounds go on, attempt k + 1 comes ──
+//! control  Go                               Running | Declined | Refused
+//!          KeepAlive, Abort at any time     KeepAlive, Refused at any time
 //!
 //! frame  kind u8 · 0 u8 · 0 u16 · payload bytes u32 · payload        all integers little-endian
 //! ```
@@ -29,6 +29,9 @@
 //! last look at the dirty log, which comes after. The disks are let go of before `Eof`, because the
 //! destination takes their locks before it says `Ready`; and `Ready` comes before `Go`, because after
 //! `Go` nothing may fail any more.
+//!
+//! **Why attempts are numbered.** A `Ready` that was under way when its stop was called off must not be
+//! taken for that of the next one.
 //!
 //! **Why marks.** The source waits for a mark's echo at the end of each round. So the bandwidth that
 //! it decides with is what the destination has really taken in, and the pause never begins with
@@ -51,9 +54,9 @@ pub const MAX_MACHINE_BYTES: u32 = 1 << 20;
 pub const MAX_SECTION_BYTES: u32 = 16 << 20;
 /// Longest reason for a refusal or an end.
 pub const MAX_REASON_BYTES: u32 = 4 << 10;
-const MAX_EOF_BYTES: u32 = 3 + 8 * section::MAX_DATA_CHANNELS as u32;
+const EOF_BYTES: u32 = 1 + 4;
 
-/// What a frame of the main connection is.
+/// What a frame of the control connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -83,10 +86,12 @@ pub enum Kind {
     Refused,
     /// `Go` has arrived, but the guest does not start; the right to run goes back, and why.
     Declined,
+    /// The last step took too long: the guest runs on at the source, and more will come.
+    CalledOff,
 }
 
 impl Kind {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Hello,
         Self::Machine,
         Self::Section,
@@ -100,6 +105,7 @@ impl Kind {
         Self::Running,
         Self::Refused,
         Self::Declined,
+        Self::CalledOff,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -112,18 +118,20 @@ impl Kind {
             Self::Hello => hello::MAX_HELLO_BYTES,
             Self::Machine => MAX_MACHINE_BYTES,
             Self::Section => MAX_SECTION_BYTES,
-            Self::Eof => MAX_EOF_BYTES,
+            Self::Eof => EOF_BYTES,
+            // Of the attempt.
+            Self::Ready => 4,
             // Its number, and the channel.
             Self::Mark => 10,
             Self::Abort | Self::Refused | Self::Declined => MAX_REASON_BYTES,
-            Self::Go | Self::KeepAlive | Self::Accepted | Self::Ready => 0,
+            Self::Go | Self::KeepAlive | Self::Accepted | Self::CalledOff => 0,
             // Microseconds that it took to start the guest, or nothing.
             Self::Running => 8,
         }
     }
 }
 
-/// A frame of the main connection.
+/// A frame of the control connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
     /// What it is.
@@ -133,6 +141,11 @@ pub struct Frame {
 }
 
 impl Frame {
+    /// What it is, in the words of an error.
+    pub fn describe(&self) -> String {
+        format!("{:?}", self.kind)
+    }
+
     /// The payload as text, for reasons.
     pub fn reason(&self) -> String {
         String::from_utf8_lossy(&self.payload).into_owned()

@@ -4,10 +4,12 @@
 //! ```text
 //! Section   stage u8 · version u16 · name str8 · body
 //! ram       Setup  page count u64 · page bytes u32 · data channels u16
-//!           End    raw pages u64 · zero pages u64      all that was sent since Setup, on all channels
+//!           End    ends u32 · raw, zero, delta pages u64 · data channels u16 · frames u64 per channel
+//!                  all that was sent since Setup; more than one end if a stop was called off
 //! device    Full   JSON array of DeviceRecord
-//! block     Setup, End: see `block::frame`; only if the main Hello has the capability "disks"
-//! Eof       guest runs u8 · data channels u16 · frames u64 per channel
+//! block     Setup, End: see `block::frame`; boot: see `boot::frame`
+//! Eof       guest runs u8 · attempt u32
+//! Ready     attempt u32
 //! ```
 
 use super::{Decoder, Encoder, WireError};
@@ -17,8 +19,10 @@ use std::iter::Sum;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stage {
-    /// Announces what will come.
+    /// Announces what will come; from the destination, what of it is wanted.
     Setup = 1,
+    /// Some of it, while the guest runs.
+    Part = 2,
     /// The last of it.
     End = 3,
     /// All at once.
@@ -42,6 +46,11 @@ pub struct Section<'a> {
 pub const BODY_VERSION: u16 = 1;
 
 impl<'a> Section<'a> {
+    /// What it is, in the words of an error.
+    pub fn describe(&self) -> String {
+        format!("{:?} of section {:?}", self.stage, self.name)
+    }
+
     /// The payload of a Section frame.
     pub fn encode(stage: Stage, name: &str, body: &[u8]) -> Vec<u8> {
         let mut encoder = Encoder::default();
@@ -54,6 +63,7 @@ impl<'a> Section<'a> {
         let mut decoder = Decoder::new("section", payload);
         let stage = match decoder.u8()? {
             1 => Stage::Setup,
+            2 => Stage::Part,
             3 => Stage::End,
             4 => Stage::Full,
             other => return Err(decoder.malformed(format!("no stage {other}"))),
@@ -117,48 +127,67 @@ impl Sum for RamTotals {
     }
 }
 
-impl RamTotals {
+/// Ends RAM: what was sent of it since the setup.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RamEnd {
+    /// Which end of the data channels this is, counted from 1.
+    pub number: u32,
+    /// Pages on all channels.
+    pub totals: RamTotals,
+    /// Frames per data channel, the last one included.
+    pub frames: Vec<u64>,
+}
+
+impl RamEnd {
     /// As a section's body.
-    pub fn encode(self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut encoder = Encoder::default();
-        encoder.u64(self.raw_pages).u64(self.zero_pages).u64(self.delta_pages);
+        let RamTotals { raw_pages, zero_pages, delta_pages } = self.totals;
+        encoder.u32(self.number).u64(raw_pages).u64(zero_pages).u64(delta_pages);
+        let channels = u16::try_from(self.frames.len()).unwrap_or(u16::MAX);
+        encoder.u16(channels);
+        for frames in &self.frames {
+            encoder.u64(*frames);
+        }
         encoder.bytes().to_vec()
     }
 
     /// From a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("RAM end", body);
-        let totals = Self {
+        let number = decoder.u32()?;
+        let totals = RamTotals {
             raw_pages: decoder.u64()?,
             zero_pages: decoder.u64()?,
             delta_pages: decoder.u64()?,
         };
+        let channels = decoder.u16()?;
+        if channels > MAX_DATA_CHANNELS {
+            return Err(decoder.malformed(format!("{channels} data channels")));
+        }
+        let frames = (0..channels).map(|_| decoder.u64()).collect::<Result<_, _>>()?;
         decoder.finish()?;
-        Ok(totals)
+        Ok(Self { number, totals, frames })
     }
-}
-
-/// Ends the stream: whether the guest ran, and how many frames each data channel carried.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Eof {
-    /// False for a guest that its user had paused.
-    pub running: bool,
-    /// Frames per data channel, the last one included.
-    pub frames: Vec<u64>,
 }
 
 /// Most data channels of a migration.
 pub const MAX_DATA_CHANNELS: u16 = 16;
 
+/// Ends what is sent with the guest stopped: whether the guest ran, and which attempt this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Eof {
+    /// False for a guest that its user had paused.
+    pub running: bool,
+    /// Counted from 1; more than one if a stop was called off.
+    pub attempt: u32,
+}
+
 impl Eof {
     /// The payload of an Eof frame.
-    pub fn encode(&self) -> Vec<u8> {
+    pub fn encode(self) -> Vec<u8> {
         let mut encoder = Encoder::default();
-        let channels = u16::try_from(self.frames.len()).unwrap_or(u16::MAX);
-        encoder.u8(self.running.into()).u16(channels);
-        for frames in &self.frames {
-            encoder.u64(*frames);
-        }
+        encoder.u8(self.running.into()).u32(self.attempt);
         encoder.bytes().to_vec()
     }
 
@@ -170,13 +199,9 @@ impl Eof {
             1 => true,
             other => return Err(decoder.malformed(format!("run state {other}"))),
         };
-        let channels = decoder.u16()?;
-        if channels > MAX_DATA_CHANNELS {
-            return Err(decoder.malformed(format!("{channels} data channels")));
-        }
-        let frames = (0..channels).map(|_| decoder.u64()).collect::<Result<_, _>>()?;
+        let attempt = decoder.u32()?;
         decoder.finish()?;
-        Ok(Self { running, frames })
+        Ok(Self { running, attempt })
     }
 }
 
@@ -200,15 +225,16 @@ mod tests {
             let setup = RamSetup { page_count, page_bytes, data_channels };
             prop_assert_eq!(RamSetup::decode(&setup.encode()).unwrap(), setup);
             let totals = RamTotals { raw_pages: page_count, zero_pages: 3, delta_pages: 4 };
-            prop_assert_eq!(RamTotals::decode(&totals.encode()).unwrap(), totals);
-            let eof = Eof { running: page_bytes & 1 == 1, frames };
+            let end = RamEnd { number: 2, totals, frames };
+            prop_assert_eq!(RamEnd::decode(&end.encode()).unwrap(), end);
+            let eof = Eof { running: page_bytes & 1 == 1, attempt: page_bytes };
             prop_assert_eq!(Eof::decode(&eof.encode()).unwrap(), eof);
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = (Section::decode(&bytes), RamSetup::decode(&bytes));
-            let _ = (RamTotals::decode(&bytes), Eof::decode(&bytes));
+            let _ = (RamEnd::decode(&bytes), Eof::decode(&bytes));
         }
     }
 }

@@ -3,7 +3,11 @@
 use super::super::fake_disks::DiskWriters;
 use super::writes::{LAST_VERSION, Mutator, Script};
 use crate::block::IncomingDisk;
+use crate::block::incoming::DisksIncoming;
+use crate::destination::{DestinationHost, GoOn};
 use crate::guest::*;
+use crate::participant::Incoming;
+use crate::ram::incoming::RamIncoming;
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, RamLayout};
 use devices::state::DeviceRecord;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -170,7 +174,7 @@ impl DestinationHost for FakeHost {
         &mut self,
         description: &MachineDescription,
         go_on: GoOn<'_>,
-    ) -> Result<IncomingRam, GuestError> {
+    ) -> Result<Vec<Box<dyn Incoming>>, GuestError> {
         step(self.fail, Fail::Build)?;
         if description.machine == SLOW_MACHINE {
             while go_on() {
@@ -182,15 +186,16 @@ impl DestinationHost for FakeHost {
             .map_err(|error| GuestError::new(error.to_string()))?;
         let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
         self.ram = Some(ram.clone());
-        Ok(IncomingRam { ram, layout })
-    }
-
-    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
-        Ok(self.disks.clone())
+        let mut participants: Vec<Box<dyn Incoming>> = Vec::new();
+        if !self.disks.is_empty() {
+            participants.push(Box::new(DisksIncoming::new(self.disks.clone())));
+        }
+        participants.push(Box::new(RamIncoming::new(IncomingRam { ram, layout })));
+        Ok(participants)
     }
 
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
-        self.records.extend(records);
+        self.records = records;
         step(self.fail, Fail::Load)
     }
 

@@ -1,0 +1,178 @@
+//! The boot payload at the source.
+
+use super::frame::{Piece, decode_bytes, decode_wanted, encode_bytes, encode_setup};
+use super::{BootSource, Identity, PIECE_BYTES, SECTION};
+use crate::error::ParticipantError;
+use crate::participant::{
+    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+};
+use crate::policy;
+use crate::transport::Throttle;
+use crate::wire::hello::BOOT;
+use crate::wire::section::Stage;
+use crate::wire::{Role, WireError};
+use std::collections::VecDeque;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// A boot file that cannot be read at the source.
+#[derive(Debug, thiserror::Error)]
+#[error("boot file {file} cannot be read at {offset_bytes}")]
+pub struct BootReadError {
+    file: usize,
+    offset_bytes: u64,
+    #[source]
+    source: io::Error,
+}
+
+/// A file that is still to be sent, from `offset_bytes` on.
+struct Unsent {
+    file: usize,
+    offset_bytes: u64,
+    len_bytes: u64,
+}
+
+/// The boot payload at the source.
+pub struct BootOutgoing {
+    files: Box<dyn BootSource>,
+    link: Option<OutgoingLink>,
+    unsent: VecDeque<Unsent>,
+    sent_bytes: u64,
+    /// The destination has yet to say that it has written all of it.
+    unconfirmed: bool,
+}
+
+fn not_set_up() -> ParticipantError {
+    let (found, expected) = ("boot files".to_owned(), "a participant that was set up");
+    WireError::Unexpected { found, expected }.into()
+}
+
+impl BootOutgoing {
+    /// These files.
+    pub fn new(files: Box<dyn BootSource>) -> Self {
+        Self { files, link: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
+    }
+
+    fn left_bytes(&self) -> u64 {
+        self.unsent.iter().map(|unsent| unsent.len_bytes - unsent.offset_bytes).sum()
+    }
+
+    /// Sends the next piece, as fast as the cap lets it.
+    fn send_piece(&mut self) -> Result<(), ParticipantError> {
+        let link = self.link.as_ref().ok_or_else(not_set_up)?;
+        let Some(next) = self.unsent.front_mut() else { return Ok(()) };
+        let left = next.len_bytes - next.offset_bytes;
+        let piece_bytes = left.min(PIECE_BYTES.into());
+        let too_long = |_| WireError::TooLong {
+            what: "boot piece",
+            found: piece_bytes,
+            most: PIECE_BYTES.into(),
+        };
+        let mut bytes = vec![0; usize::try_from(piece_bytes).map_err(too_long)?];
+        let Unsent { file, offset_bytes, .. } = *next;
+        self.files.read_at(file, offset_bytes, &mut bytes).map_err(|source| {
+            ParticipantError::own(BootReadError { file, offset_bytes, source })
+        })?;
+        let number = u8::try_from(file).map_err(|_| not_set_up())?;
+        let body = Piece { file: number, offset_bytes, bytes: &bytes }.encode();
+        let mut cap = link.cap.clone();
+        let mut allowed = 0;
+        while allowed < body.len() {
+            let now = cap.allow(body.len() - allowed)?;
+            cap.sent(now);
+            allowed += now;
+        }
+        link.send(SECTION, Stage::Part, &body)?;
+        link.counters.update(|stats| {
+            stats.transferred_bytes += body.len() as u64;
+            stats.main_bytes += body.len() as u64;
+        });
+        next.offset_bytes += piece_bytes;
+        self.sent_bytes += piece_bytes;
+        self.unconfirmed = true;
+        if next.offset_bytes == next.len_bytes {
+            self.unsent.pop_front();
+        }
+        Ok(())
+    }
+}
+
+impl Outgoing for BootOutgoing {
+    fn section(&self) -> &'static str {
+        SECTION
+    }
+
+    fn capability(&self) -> Option<&'static str> {
+        Some(BOOT)
+    }
+
+    fn roles(&self) -> Vec<Role> {
+        Vec::new()
+    }
+
+    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
+        let link = self.link.insert(link);
+        let identities = self.files.identities(&|| !link.cancel.is_cancelled())?;
+        link.send(SECTION, Stage::Setup, &encode_setup(&identities)?)?;
+        let answer = link.answer(SECTION, Stage::Setup, "the list of wanted boot files")?;
+        let wanted = decode_wanted(&answer, identities.len())?;
+        let unsent = |file: usize| {
+            let Identity { len_bytes, .. } = identities.get(file)?;
+            Some(Unsent { file, offset_bytes: 0, len_bytes: *len_bytes })
+        };
+        self.unsent = wanted.into_iter().filter_map(unsent).collect();
+        self.unsent.retain(|unsent| unsent.len_bytes > 0);
+        Ok(())
+    }
+
+    fn iterate(&mut self, _: u64, budget: Budget) -> Result<Step, ParticipantError> {
+        let began = Instant::now();
+        while !self.unsent.is_empty() {
+            self.send_piece()?;
+            if began.elapsed() >= budget.time && !self.unsent.is_empty() {
+                return Ok(Step::More);
+            }
+        }
+        if self.unconfirmed {
+            let link = self.link.as_ref().ok_or_else(not_set_up)?;
+            let answer = link.answer(SECTION, Stage::Part, "the end of writing boot files")?;
+            let written = decode_bytes(&answer)?;
+            if written != self.sent_bytes {
+                let found = format!("{written} bytes of boot files");
+                return Err(WireError::Unexpected { found, expected: "those that were sent" }.into());
+            }
+            self.unconfirmed = false;
+        }
+        // What is sent once says nothing of the rounds to come.
+        Ok(Step::Done(Pass::default()))
+    }
+
+    fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
+        let left = self.left_bytes();
+        let link = self.link.as_ref().ok_or_else(not_set_up)?;
+        let send_time = policy::send_time(left, link.speed.bytes_per_sec());
+        let costs = if left == 0 {
+            Vec::new()
+        } else {
+            vec![Cost { part: "sending boot files", time: send_time, fixed: false }]
+        };
+        let send_time = if left == 0 { Duration::ZERO } else { send_time };
+        Ok(Pending { must_precopy_bytes: left, send_time, costs, rates: None })
+    }
+
+    fn rate_has_changed(&mut self) {}
+
+    fn complete(&mut self) -> Result<(), ParticipantError> {
+        let link = self.link.as_ref().ok_or_else(not_set_up)?;
+        link.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
+        Ok(())
+    }
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn cleanup(&mut self, _: Outcome) {
+        self.link = None;
+    }
+}

@@ -1,0 +1,84 @@
+//! The sending half of the control connection: bytes that wait to be written, shared by all who have
+//! something to say. A frame that was begun is finished by whoever writes next.
+
+use crate::transport::Transport;
+use crate::wire::{self, Kind};
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How far a write has come.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// All that was asked for is out.
+    Done,
+    /// Some bytes are.
+    Wrote,
+}
+
+struct State {
+    /// Whole frames, the first of which may have been written in part.
+    unsent: Vec<u8>,
+    /// Bytes that were ever pushed; those of them that are unsent come last.
+    pushed: u64,
+    last_sent: Instant,
+}
+
+pub(super) struct Outbox(Mutex<State>);
+
+impl Default for Outbox {
+    fn default() -> Self {
+        Self(Mutex::new(State { unsent: Vec::new(), pushed: 0, last_sent: Instant::now() }))
+    }
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds whole frames; returns the number of bytes after which they are out.
+    pub(super) fn push(&self, bytes: &[u8]) -> u64 {
+        let mut state = self.lock();
+        state.unsent.extend_from_slice(bytes);
+        state.pushed += bytes.len() as u64;
+        state.pushed
+    }
+
+    /// How long nothing was sent.
+    pub(super) fn quiet(&self) -> Duration {
+        self.lock().last_sent.elapsed()
+    }
+
+    /// One call of the transport, unless all up to `number` is out already.
+    pub(super) fn write_some(
+        &self,
+        transport: &dyn Transport,
+        number: u64,
+    ) -> io::Result<Progress> {
+        let mut state = self.lock();
+        let sent = state.pushed - state.unsent.len() as u64;
+        if sent >= number {
+            return Ok(Progress::Done);
+        }
+        let count = transport.send(&state.unsent)?;
+        state.last_sent = Instant::now();
+        let count = count.min(state.unsent.len());
+        state.unsent.drain(..count);
+        let sent = state.pushed - state.unsent.len() as u64;
+        Ok(if sent >= number { Progress::Done } else { Progress::Wrote })
+    }
+
+    /// Sends a keep-alive, or some of what is still unsent, which says the same.
+    pub(super) fn keep_alive(&self, transport: &dyn Transport) -> io::Result<()> {
+        let number = {
+            let mut state = self.lock();
+            if state.unsent.is_empty() {
+                state.unsent.extend_from_slice(&wire::header(Kind::KeepAlive, 0));
+                state.pushed += wire::HEADER_BYTES as u64;
+            }
+            state.pushed
+        };
+        self.write_some(transport, number).map(drop)
+    }
+}

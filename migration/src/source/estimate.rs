@@ -1,0 +1,259 @@
+//! How long the guest would be stopped, part by part. Each part is learned from measurement: of passes,
+//! and of stops, also of those that were called off. The driver decides by it; nothing else does.
+
+use crate::guest::PartTime;
+use crate::participant::{Cost, Pending};
+use std::time::{Duration, Instant};
+
+/// Until a stop was measured.
+const STOPPING: Duration = Duration::from_micros(200);
+const DEVICE_STATE: Duration = Duration::from_micros(400);
+const RESUMING: Duration = Duration::from_micros(400);
+/// Draining and flushing are counted to what cannot be had shorter up to this: a limit below it must
+/// not keep a guest from moving.
+const NEGLIGIBLE: Duration = Duration::from_millis(2);
+/// After the first stop that was called off; twice as long after each further one.
+const FIRST_REST: Duration = Duration::from_millis(100);
+const LONGEST_REST: Duration = Duration::from_secs(30);
+
+/// A part that only a stop can measure.
+#[derive(Debug, Clone)]
+struct Learned {
+    part: String,
+    time: Duration,
+    /// It takes as long however little is left.
+    fixed: bool,
+}
+
+impl Learned {
+    fn new(part: &str, time: Duration, fixed: bool) -> Self {
+        Self { part: part.to_owned(), time, fixed }
+    }
+
+    /// A longer time counts at once, a shorter one little by little: the next stop has to keep its
+    /// promise.
+    fn learn(&mut self, took: Duration) {
+        self.time = match self.time.checked_sub(took) {
+            None => took,
+            Some(less) => self.time - less / 4,
+        };
+    }
+}
+
+/// The parts of the pause.
+#[derive(Debug)]
+pub(super) struct Estimate {
+    stopping: Learned,
+    drain: Learned,
+    flush: Learned,
+    device_state: Learned,
+    resuming: Learned,
+    round_trips: Duration,
+    /// Of the participants, as of the last look.
+    costs: Vec<Cost>,
+    /// How much more was left at a stop than was predicted; less with every pass that follows.
+    margin: Duration,
+    /// Stops that were called off in a row, and until when there is no other.
+    called_off: u32,
+    rest_until: Option<Instant>,
+}
+
+impl Estimate {
+    pub(super) fn new() -> Self {
+        Self {
+            stopping: Learned::new("stopping vCPUs", STOPPING, true),
+            drain: Learned::new("draining disks", Duration::ZERO, false),
+            flush: Learned::new("flushing disks", Duration::ZERO, false),
+            device_state: Learned::new("device state", DEVICE_STATE, true),
+            resuming: Learned::new("resuming at the destination", RESUMING, true),
+            round_trips: Duration::ZERO,
+            costs: Vec::new(),
+            margin: Duration::ZERO,
+            called_off: 0,
+            rest_until: None,
+        }
+    }
+
+    /// A pass has ended: what is left now of each participant, and the shortest round trip so far.
+    pub(super) fn weigh<'p>(
+        &mut self,
+        pending: impl Iterator<Item = &'p Pending>,
+        round_trip: Duration,
+    ) {
+        self.costs = pending.flat_map(|pending| pending.costs.iter().cloned()).collect();
+        // `Eof` out and `Ready` back, then `Go` out and the guest runs.
+        self.round_trips = round_trip * 2;
+    }
+
+    /// A pass has ended: what surprised the last stop counts less.
+    pub(super) fn forget_some(&mut self) {
+        self.margin -= self.margin / 4;
+    }
+
+    fn learned(&self) -> [&Learned; 5] {
+        [&self.stopping, &self.drain, &self.flush, &self.device_state, &self.resuming]
+    }
+
+    /// All of it.
+    pub(super) fn total(&self) -> Duration {
+        let learned: Duration = self.learned().iter().map(|learned| learned.time).sum();
+        let costs: Duration = self.costs.iter().map(|cost| cost.time).sum();
+        learned + costs + self.round_trips + self.margin
+    }
+
+    /// What is still to come of a pause, once vCPUs have stopped and the dirty log was read.
+    pub(super) fn left_after_stop(&self) -> Duration {
+        self.total().saturating_sub(self.stopping.time + self.drain.time + self.margin)
+    }
+
+    /// The part that takes longest.
+    pub(super) fn largest(&self) -> PartTime {
+        let learned = self.learned().into_iter().map(|one| (one.part.as_str(), one.time));
+        let costs = self.costs.iter().map(|cost| (cost.part, cost.time));
+        let (part, time) = learned.chain(costs).max_by_key(|(_, time)| *time).unwrap_or_default();
+        PartTime::new(part, time)
+    }
+
+    /// What the pause costs however little there is to send.
+    pub(super) fn floor(&self) -> Duration {
+        let part = |time: Duration, fixed| if fixed { time } else { time.min(NEGLIGIBLE) };
+        let learned = self.learned().iter().map(|learned| part(learned.time, learned.fixed)).sum();
+        let fixed = self.costs.iter().filter(|cost| cost.fixed).map(|cost| cost.time);
+        fixed.sum::<Duration>() + self.round_trips + learned
+    }
+
+    /// The part that keeps a stop from fitting into `longest` though it has nothing to do with how much
+    /// there is to send: a disk that is slow to drain or to flush.
+    pub(super) fn obstacle(&self, longest: Duration) -> Option<PartTime> {
+        let learned = [&self.drain, &self.flush].into_iter();
+        let worst = learned.max_by_key(|learned| learned.time)?;
+        let rest = self.floor() - worst.time.min(NEGLIGIBLE);
+        (worst.time > NEGLIGIBLE && rest + worst.time > longest)
+            .then(|| PartTime::new(worst.part.clone(), worst.time))
+    }
+
+    // What stops have measured.
+
+    /// vCPUs have stopped and disks have drained, in so long; the longest first.
+    pub(super) fn stopped_in(&mut self, whole: Duration, drains: &[PartTime]) {
+        let longest = drains.first();
+        self.stopping.learn(whole.saturating_sub(longest.map_or(Duration::ZERO, |one| one.took)));
+        if let Some(longest) = longest {
+            self.drained_in(longest);
+        }
+    }
+
+    /// A disk has drained in so long, or has not.
+    pub(super) fn drained_in(&mut self, drain: &PartTime) {
+        if drain.took >= self.drain.time {
+            self.drain.part.clone_from(&drain.part);
+        }
+        self.drain.learn(drain.took);
+    }
+
+    /// Disks that stay have been flushed. The flush ahead of a stop leaves the next one as little to do as
+    /// the last left it, so the last one counts.
+    pub(super) fn flushed_in(&mut self, flush: &PartTime) {
+        self.flush.part.clone_from(&flush.part);
+        self.flush.time = flush.took;
+    }
+
+    /// Device state was saved and sent.
+    pub(super) fn saved_in(&mut self, took: Duration) {
+        self.device_state.learn(took);
+    }
+
+    /// From the last byte to `Ready`, which is mostly the destination's work.
+    pub(super) fn ready_in(&mut self, took: Duration) {
+        self.resuming.learn(took.saturating_sub(self.round_trips / 2));
+    }
+
+    /// A stop was called off, as it would have taken `expected` instead of `predicted`.
+    pub(super) fn was_called_off(
+        &mut self,
+        expected: Duration,
+        predicted: Duration,
+        limit: Duration,
+    ) {
+        self.margin = (self.margin + expected.saturating_sub(predicted)).min(limit / 2);
+        let rest = FIRST_REST * 2u32.saturating_pow(self.called_off.min(16));
+        self.called_off = self.called_off.saturating_add(1);
+        self.rest_until = Some(Instant::now() + rest.min(LONGEST_REST));
+    }
+
+    /// How long there is to be no stop. When that is over the next one is tried, although what held up
+    /// the last one may still be there: only a stop can tell.
+    pub(super) fn rest(&mut self, limit: Duration) -> Option<Duration> {
+        let left = self.rest_until?.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            return Some(left);
+        }
+        self.rest_until = None;
+        for learned in [&mut self.stopping, &mut self.drain, &mut self.flush] {
+            learned.time = learned.time.min(limit / 4);
+        }
+        None
+    }
+
+    /// Stops that were called off in a row.
+    pub(super) fn called_off(&self) -> u32 {
+        self.called_off
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(20);
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn a_slow_drain_is_learned_at_once_named_and_tried_again_after_a_rest() {
+        let mut estimate = Estimate::new();
+        assert_eq!(estimate.obstacle(LIMIT), None);
+        let drain = PartTime::new("disk `root`: requests in flight", ms(30));
+        estimate.drained_in(&drain);
+        estimate.was_called_off(ms(30), ms(1), LIMIT);
+        assert_eq!(estimate.obstacle(LIMIT), Some(drain));
+        assert!(estimate.total() > LIMIT && estimate.floor() < LIMIT);
+        assert!(estimate.rest(LIMIT).is_some_and(|rest| rest <= FIRST_REST));
+        estimate.rest_until = Some(Instant::now());
+        assert_eq!(estimate.rest(LIMIT), None);
+        assert_eq!(estimate.obstacle(LIMIT), None, "only another stop can tell");
+    }
+
+    #[test]
+    fn rests_grow_and_have_an_end() {
+        let mut estimate = Estimate::new();
+        let mut rests = Vec::new();
+        for _ in 0..20 {
+            let began = Instant::now();
+            estimate.was_called_off(ms(30), ms(1), LIMIT);
+            rests.push(estimate.rest_until.unwrap() - began);
+        }
+        assert!(rests[0] < ms(200) && rests[2] >= ms(400), "{rests:?}");
+        assert!(rests.iter().all(|rest| *rest < LONGEST_REST + ms(1000)), "{rests:?}");
+    }
+
+    #[test]
+    fn what_surprised_one_stop_counts_less_with_every_pass() {
+        let mut estimate = Estimate::new();
+        estimate.was_called_off(ms(500), ms(1), LIMIT);
+        let before = estimate.total();
+        (0..20).for_each(|_| estimate.forget_some());
+        assert!(before - estimate.total() > LIMIT / 2 - ms(1), "{:?}", estimate.margin);
+    }
+
+    #[test]
+    fn a_short_measurement_lowers_a_part_little_by_little() {
+        let mut part = Learned::new("x", ms(8), true);
+        part.learn(ms(4));
+        assert_eq!(part.time, ms(7));
+        part.learn(ms(9));
+        assert_eq!(part.time, ms(9));
+    }
+}

@@ -1,0 +1,218 @@
+//! The connections of one migration and what travels over them, from the greeting to the end.
+
+use super::estimate::Estimate;
+use super::{Source, SourceError, encode};
+use crate::cancel::{CancelToken, Registration};
+use crate::control::{Control, ControlThreads, Limit};
+use crate::error::{ParticipantError, chain};
+use crate::pace::{Cap, LinkSpeed};
+use crate::participant::{Outcome, Outgoing, OutgoingLink};
+use crate::policy::Outlook;
+use crate::stats::MigrationStatus;
+use crate::transport::channel::{receive_hello, send_hello};
+use crate::transport::{Channel, Transport};
+use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a destination may take to answer a greeting.
+const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Opens the connection of a role.
+pub(super) type Connect<'c> = &'c mut dyn FnMut(Role) -> Result<Arc<dyn Transport>, SourceError>;
+
+/// One migration under way. Dropping it ends its connections.
+pub(super) struct Session {
+    pub(super) control: Control,
+    _threads: ControlThreads,
+    channels: Vec<(Role, Arc<Channel>)>,
+    pub(super) link: Arc<LinkSpeed>,
+    pub(super) participants: Vec<Box<dyn Outgoing>>,
+    /// How many of them were set up.
+    set_up: usize,
+    pub(super) estimate: Estimate,
+    pub(super) outlook: Outlook,
+    /// The pause that the last decision promised.
+    pub(super) predicted: Duration,
+    /// Passes begun, counted from 1.
+    pub(super) pass: u64,
+    /// Stops begun.
+    pub(super) attempt: u32,
+    /// How far the guest is slowed down, in percent.
+    pub(super) throttle_percent: u8,
+    /// Flushes ahead of the stop that is to come.
+    pub(super) flushes: u32,
+    /// The part of the pause that its user was told is too long.
+    pub(super) blocked_by: Option<String>,
+    /// A cancel wakes who writes pages or disks; the control connection stays usable, to say why.
+    _wake: Vec<Registration>,
+}
+
+impl Session {
+    /// Greets the destination: the control connection first, as the destination then knows the migration
+    /// that the others belong to.
+    pub(super) fn open(
+        participants: Vec<Box<dyn Outgoing>>,
+        cancel: &CancelToken,
+        connect: Connect<'_>,
+    ) -> Result<Self, SourceError> {
+        let id = MigrationId::random()?;
+        let mut roles: Vec<Role> = participants.iter().flat_map(|one| one.roles()).collect();
+        // The order in which the destination waits for them.
+        roles.sort_by_key(|role| match role {
+            Role::Main => (0, 0),
+            Role::Data { index } => (1, *index),
+            Role::Disks => (2, 0),
+        });
+        let data = roles.iter().filter(|role| matches!(role, Role::Data { .. })).count();
+        let data = u16::try_from(data).map_err(|_| WireError::TooLong {
+            what: "list of data channels",
+            found: data as u64,
+            most: u64::from(u16::MAX),
+        })?;
+        let transport = connect(Role::Main)?;
+        let greeted = Instant::now();
+        let wanted = participants.iter().filter_map(|participant| participant.capability());
+        let hello = wanted.fold(Hello::new(Role::Main, id, data), Hello::wanting);
+        let answer = greet(&Channel::new(transport.clone(), cancel.clone()), &hello)?;
+        let round_trip = greeted.elapsed();
+        if let Some(refused) = participants
+            .iter()
+            .find(|participant| participant.capability().is_some_and(|wanted| !answer.has(wanted)))
+        {
+            return Err(SourceError::Unsupported { section: refused.section() });
+        }
+        let (control, threads) =
+            Control::start(transport, cancel.clone()).map_err(SourceError::Thread)?;
+        let mut session = Self {
+            control,
+            _threads: threads,
+            channels: Vec::with_capacity(roles.len()),
+            link: Arc::new(LinkSpeed::new(round_trip)),
+            participants,
+            set_up: 0,
+            estimate: Estimate::new(),
+            outlook: Outlook::default(),
+            predicted: Duration::ZERO,
+            pass: 0,
+            attempt: 0,
+            throttle_percent: 0,
+            flushes: 0,
+            blocked_by: None,
+            _wake: Vec::new(),
+        };
+        for role in roles {
+            let transport = connect(role)?;
+            let woken = transport.clone();
+            session._wake.push(cancel.on_cancel(move || woken.shutdown()));
+            let channel = Channel::new(transport, cancel.clone())
+                .with_liveness(session.control.liveness().clone());
+            let greeted = greet(&channel, &Hello::new(role, id, data));
+            if let Err(error) = greeted.map_err(|error| error.on_channel(role)) {
+                return Err(session.settle(error.into()));
+            }
+            session.channels.push((role, Arc::new(channel)));
+        }
+        Ok(session)
+    }
+
+    /// Describes the machine and sets up what travels: what comes before the first page.
+    pub(super) fn set_up(&mut self, source: &mut Source<'_>) -> Result<(), SourceError> {
+        let machine = (source.machine)().map_err(SourceError::Guest)?;
+        let machine = encode("machine description", &machine)?;
+        self.control.send(Kind::Machine, &machine)?;
+        // However long it takes while the other side is alive: it may have terabytes of a base to read.
+        // Nothing is under way and the guest runs; the user may cancel.
+        let limit = Limit::alive("the answer to the machine description");
+        self.control.expect(Kind::Accepted, &limit)?;
+        let cap = Cap::new(source.params.clone(), source.cancel.clone());
+        for participant in &mut self.participants {
+            let roles = participant.roles();
+            let own = self.channels.iter().filter(|(role, _)| roles.contains(role));
+            let link = OutgoingLink {
+                control: self.control.clone(),
+                channels: own.map(|(_, channel)| channel.clone()).collect(),
+                cap: cap.clone(),
+                speed: self.link.clone(),
+                params: source.params.clone(),
+                counters: source.counters.clone(),
+                cancel: source.cancel.clone(),
+            };
+            // Cleaned up from here on, whatever the setup says.
+            self.set_up += 1;
+            participant.setup(link)?;
+        }
+        source.counters.update(|stats| {
+            stats.setup_time = stats.started.map(|started| started.elapsed());
+        });
+        source.status(MigrationStatus::Active);
+        Ok(())
+    }
+
+    /// Why the migration ends, of which the driver has met `error`; the destination is told. What the
+    /// destination says of a broken connection explains it better than the break does.
+    pub(super) fn settle(&self, error: SourceError) -> SourceError {
+        let cancelled = self.control.is_cancelled();
+        let error = match error {
+            // A cancel does not make it untrue that the guest stands still.
+            error @ SourceError::NotResumed { .. } => error,
+            _ if cancelled => SourceError::Cancelled,
+            SourceError::Wire(met) => {
+                if met.is_broken() {
+                    // If it was only a data channel, the destination may not even know.
+                    self.control.say_farewell(Kind::Abort, &chain(&met));
+                }
+                SourceError::from(self.control.cause_of(met.into())).unexplained()
+            }
+            error => error,
+        };
+        if !matches!(
+            error,
+            SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) | SourceError::Gone(_)
+        ) {
+            self.control.say_farewell(Kind::Abort, &chain(&error));
+        }
+        self.end_channels();
+        error
+    }
+
+    fn end_channels(&self) {
+        self.channels.iter().for_each(|(_, channel)| channel.transport().shutdown());
+    }
+
+    /// The migration is over: ends the connections, then cleans up what was set up, the last first. The
+    /// guest runs by now, there or here, so the dirty log may take its time to stop.
+    pub(super) fn close(mut self, outcome: Outcome) {
+        self.clean_up(outcome);
+    }
+
+    fn clean_up(&mut self, outcome: Outcome) {
+        self.end_channels();
+        let count = std::mem::take(&mut self.set_up);
+        self.participants.iter_mut().take(count).rev().for_each(|one| one.cleanup(outcome));
+    }
+
+    /// Does something with every participant in their order, and says why if one fails.
+    pub(super) fn each(
+        &mut self,
+        work: impl FnMut(&mut Box<dyn Outgoing>) -> Result<(), ParticipantError>,
+    ) -> Result<(), SourceError> {
+        self.participants.iter_mut().try_for_each(work).map_err(SourceError::from)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.clean_up(Outcome::NotMoved);
+    }
+}
+
+fn greet(channel: &Channel, hello: &Hello) -> Result<Hello, WireError> {
+    send_hello(channel, hello)?;
+    let answer = receive_hello(channel, GREETING_PATIENCE)?;
+    if (answer.role, answer.id) != (hello.role, hello.id) {
+        let reason = "it is for another connection".to_owned();
+        return Err(WireError::Malformed { what: "hello", reason });
+    }
+    Ok(answer)
+}
