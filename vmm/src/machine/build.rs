@@ -37,6 +37,8 @@ pub struct NewMachine<'a> {
     pub cpus: u8,
     /// Kernel, and initrd or modules.
     pub payload: &'a BootPayload,
+    /// Asked between pieces of a boot file; `false` ends the building.
+    pub go_on: &'a dyn Fn() -> bool,
     /// Kernel command line, without what Ferry adds.
     pub cmdline: String,
     /// Whether there are ACPI tables.
@@ -61,7 +63,7 @@ impl Machine {
         let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
         let disks = backends.disks.iter().zip(queues);
         let disks = disks.map(|(node, queues)| describe_disk(node, queues)).collect::<Vec<_>>();
-        let source = BootSource { payload: new.payload, cmdline: &new.cmdline, go_on: &|| true };
+        let source = BootSource { payload: new.payload, cmdline: &new.cmdline, go_on: new.go_on };
         let device_count = disks.len() + usize::from(new.rng);
         let virtio = (0..device_count).map(device_slot).collect::<Result<_, _>>()?;
         let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, virtio };

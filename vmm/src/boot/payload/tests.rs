@@ -18,7 +18,6 @@ fn kernel(folder: &tempfile::TempDir) -> PathBuf {
 }
 
 /// A flat Multiboot kernel for 1 MiB.
-#[expect(clippy::little_endian_bytes, reason = "makes a Multiboot header")]
 fn multiboot_kernel(folder: &tempfile::TempDir) -> PathBuf {
     let (magic, flags) = (0x1bad_b002u32, 1u32 << 16);
     let checksum = 0u32.wrapping_sub(magic.wrapping_add(flags));
