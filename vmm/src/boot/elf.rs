@@ -139,6 +139,7 @@ fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError>
 #[allow(clippy::little_endian_bytes, reason = "makes ELF headers")]
 pub(super) mod tests {
     use super::super::layout::CMDLINE_MAX_BYTES;
+    use super::super::payload::Role;
     use super::super::{EntryPoint, test_load, test_ram, write_cmdline};
     use super::*;
     use std::io::Write;
@@ -233,7 +234,7 @@ pub(super) mod tests {
         let headers = [(PT_LOAD, 0x10_0000, 16, 16), (PT_LOAD, 0x20_0000, 0, 0x10_0000)];
         file.write_all(&elf_of(&headers, 256)).unwrap();
         let (ram, layout) = test_ram(4 << 20);
-        let file = BootFile::open("kernel", file.path()).unwrap();
+        let file = BootFile::open(Role::Kernel, file.path()).unwrap();
         assert_eq!(load(&file, &ram, &layout, &|| true).unwrap().end, 0x30_0000);
     }
 

@@ -42,6 +42,7 @@ pub(super) fn load(
 
 #[cfg(test)]
 mod tests {
+    use super::super::payload::Role;
     use super::super::test_ram;
     use super::*;
     use devices::ram::GuestAddress;
@@ -50,7 +51,7 @@ mod tests {
     use vm_memory::Bytes;
 
     fn open(path: &Path) -> BootFile {
-        BootFile::open("--initrd", path).unwrap()
+        BootFile::open(Role::Initrd, path).unwrap()
     }
 
     #[test]

@@ -45,10 +45,12 @@ pub enum PayloadError {
         source: io::Error,
     },
     /// It is a FIFO, a folder or a device.
-    #[error("{file} is {kind}: expected a regular file")]
+    #[error("{file} is not {expected}: it is {kind}, not a regular file")]
     NotRegular {
         /// Which file.
         file: String,
+        /// What it should be.
+        expected: &'static str,
         /// What it is.
         kind: &'static str,
     },
@@ -255,9 +257,14 @@ pub struct BootFile {
 }
 
 impl BootFile {
-    /// Opens the file at `path`, which messages call `NAME PATH`. Never waits, as opening a FIFO would.
-    pub fn open(name: &str, path: &Path) -> Result<Self, PayloadError> {
-        let name = format!("{name} {}", path.display());
+    /// Opens the file at `path`. Never waits, as opening a FIFO would.
+    pub fn open(role: Role, path: &Path) -> Result<Self, PayloadError> {
+        let (label, expected) = match role {
+            Role::Kernel => ("kernel", "a kernel"),
+            Role::Initrd => ("--initrd", "an initrd"),
+            Role::Module => ("--initrd", "a module"),
+        };
+        let name = format!("{label} {}", path.display());
         let open_error = |source| PayloadError::Open { file: name.clone(), source };
         let mut options = OpenOptions::new();
         // A terminal that is opened must not become this process's own.
@@ -269,9 +276,9 @@ impl BootFile {
                 () if kind.is_dir() => "a folder",
                 () if kind.is_fifo() => "a FIFO",
                 () if kind.is_block_device() || kind.is_char_device() => "a device",
-                () => "no file",
+                () => "a special file",
             };
-            return Err(PayloadError::NotRegular { file: name, kind });
+            return Err(PayloadError::NotRegular { file: name, expected, kind });
         }
         let stamp = Stamp::of(&file).map_err(open_error)?;
         Ok(Self { name, file, stamp, sha256: OnceLock::new() })
@@ -470,7 +477,7 @@ impl BootPayload {
     /// Opens a kernel and its initrd, or for a Multiboot kernel its modules, `PATH [ARGUMENTS],…` as QEMU
     /// reads them; a comma in a path is doubled.
     pub fn open(kernel: &Path, initrd: Option<&Path>) -> Result<Self, PayloadError> {
-        let file = BootFile::open("kernel", kernel)?;
+        let file = BootFile::open(Role::Kernel, kernel)?;
         let takes_modules = Format::of(&file.head(HEAD_BYTES)?).is_some_and(Format::takes_modules);
         let arguments = kernel.display().to_string();
         let mut files = vec![PayloadFile { role: Role::Kernel, arguments, file: Arc::new(file) }];
@@ -487,12 +494,12 @@ impl BootPayload {
                 }
                 for arguments in modules {
                     let path = arguments.split(' ').next().unwrap_or_default();
-                    let file = Arc::new(BootFile::open("--initrd", Path::new(path))?);
+                    let file = Arc::new(BootFile::open(Role::Module, Path::new(path))?);
                     files.push(PayloadFile { role: Role::Module, arguments, file });
                 }
             }
             Some(path) => {
-                let file = Arc::new(BootFile::open("--initrd", path)?);
+                let file = Arc::new(BootFile::open(Role::Initrd, path)?);
                 files.push(PayloadFile { role: Role::Initrd, arguments: String::new(), file });
             }
         }

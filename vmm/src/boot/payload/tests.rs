@@ -74,7 +74,7 @@ fn the_digest_is_that_of_sha256sum() {
         (vec![b'a'; 1_000_000], "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"),
         (vec![], "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
     ] {
-        let file = BootFile::open("kernel", &write(&folder, "file", &bytes)).unwrap();
+        let file = BootFile::open(Role::Kernel, &write(&folder, "file", &bytes)).unwrap();
         assert_eq!(hex(file.sha256(GO_ON).unwrap()), expected);
     }
 }
@@ -83,7 +83,7 @@ fn the_digest_is_that_of_sha256sum() {
 fn hashing_is_cancelled_between_pieces_and_done_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = write(&folder, "file", &vec![1; 3 * PIECE_BYTES + 1]);
-    let file = BootFile::open("kernel", &path).unwrap();
+    let file = BootFile::open(Role::Kernel, &path).unwrap();
     let asked = Cell::new(0);
     let count = |most: usize| {
         asked.set(asked.get() + 1);
@@ -116,7 +116,7 @@ fn a_file_that_changes_while_it_is_hashed_is_named() {
     let folder = tempfile::tempdir().unwrap();
     for (how, change) in CHANGES {
         let path = write(&folder, how, &vec![1; 3 * PIECE_BYTES]);
-        let file = BootFile::open("kernel", &path).unwrap();
+        let file = BootFile::open(Role::Kernel, &path).unwrap();
         let other = File::options().write(true).open(&path).unwrap();
         let asked = Cell::new(0);
         let error = file
@@ -138,7 +138,7 @@ fn a_digest_from_before_a_change_is_not_given_away() {
     let folder = tempfile::tempdir().unwrap();
     for (how, change) in CHANGES {
         let path = write(&folder, how, &[1; 100]);
-        let file = BootFile::open("kernel", &path).unwrap();
+        let file = BootFile::open(Role::Kernel, &path).unwrap();
         file.sha256(GO_ON).unwrap();
         change(&File::options().write(true).open(&path).unwrap());
         assert!(matches!(file.sha256(GO_ON), Err(PayloadError::Changed { .. })), "{how}");
