@@ -1,9 +1,9 @@
 //! bzImage (Linux, `Documentation/arch/x86/boot.rst`): a real-mode setup header, of which we only read,
 //! and the protected-mode kernel behind it, entered in 64-bit mode.
 
-use super::BootError;
 use super::layout::{CMDLINE_MAX_BYTES, HIGH_RAM_START};
 use super::payload::BootFile;
+use super::{BootError, low_ram_end, narrow};
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, KernelLoader};
@@ -47,7 +47,7 @@ pub(super) fn load(
     go_on: &dyn Fn() -> bool,
 ) -> Result<Loaded, BootError> {
     let file_len = file.len_bytes();
-    let low_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let low_end = low_ram_end(layout)?;
     let does_not_fit = |end| BootError::DoesNotFit {
         file: file.name().to_owned(),
         start: HIGH_RAM_START,
@@ -108,8 +108,8 @@ fn check(
             what: "the kernel behind its setup header".into(),
         });
     }
-    let most =
-        usize::try_from(header.cmdline_size).unwrap_or(usize::MAX).min(CMDLINE_MAX_BYTES - 1);
+    let most = narrow::<u32, usize>("the longest command line", header.cmdline_size)?
+        .min(CMDLINE_MAX_BYTES - 1);
     if cmdline.len() > most {
         let len = cmdline.len();
         let reason = format!("is {len} bytes long; this kernel takes at most {most}");

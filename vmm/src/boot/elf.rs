@@ -51,8 +51,8 @@ pub(super) fn load(
 const MAGIC: &[u8; 4] = b"\x7fELF";
 const EHDR_BYTES: usize = 64;
 const PHDR_BYTES: usize = 56;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
+const PT_LOAD: u64 = 1;
+const PT_NOTE: u64 = 4;
 /// Largest segment of notes that is searched for an entry point: each note in it costs two reads. Those of
 /// real kernels have some hundred bytes.
 const MAX_NOTE_BYTES: u64 = 64 << 10;
@@ -76,10 +76,11 @@ fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError>
     if header[4] != 2 || header[5] != 1 || u16_at(18) != EM_X86_64 {
         return Err(BootError::NotAKernel { file });
     }
-    let field = |bytes: &[u8], at: usize| -> u64 {
-        bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+    let field = |at: usize| {
+        let bytes = head.get(at..at.checked_add(8)?)?.try_into().ok()?;
+        Some(u64::from_le_bytes(bytes))
     };
-    let table = usize::try_from(field(header, 32)).unwrap_or(usize::MAX);
+    let table = field(32).and_then(|table| usize::try_from(table).ok());
     let (entry_bytes, count) = (usize::from(u16_at(54)), usize::from(u16_at(56)));
     if entry_bytes != PHDR_BYTES || count == 0 {
         let reason = "it has no program headers".into();
@@ -88,13 +89,17 @@ fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError>
     let mut loaded_bytes: u64 = 0;
     let mut kernel_end = None;
     for index in 0..count {
-        let header = table
-            .checked_add(index * PHDR_BYTES)
-            .and_then(|start| head.get(start..start.checked_add(PHDR_BYTES)?))
-            .ok_or_else(|| truncated("the program header table"))?;
-        let kind = header[..4].try_into().map_or(0, u32::from_le_bytes);
-        let (offset, address) = (field(header, 8), field(header, 24));
-        let (file_bytes, mem_bytes) = (field(header, 32), field(header, 40));
+        let at = table.and_then(|table| table.checked_add(index * PHDR_BYTES));
+        let header_field = |distance: usize| {
+            at.and_then(|at| field(at.checked_add(distance)?))
+                .ok_or_else(|| truncated("the program header table"))
+        };
+        // Its first half; flags are the other.
+        let kind = header_field(0)? & 0xffff_ffff;
+        let (offset, address) = (header_field(8)?, header_field(24)?);
+        let (file_bytes, mem_bytes) = (header_field(32)?, header_field(40)?);
+        // Alignment, its last field: linux-loader reads all of it.
+        header_field(48)?;
         if offset.checked_add(file_bytes).is_none_or(|end| end > file_len) {
             return Err(truncated(&format!("segment {index}")));
         }
@@ -195,13 +200,13 @@ pub(super) mod tests {
 
     /// An ELF with these program headers, `(kind, address, bytes in the file, bytes in memory)`, all for
     /// the start of the file, which has `len` bytes.
-    fn elf_of(headers: &[(u32, u64, u64, u64)], len: usize) -> Vec<u8> {
+    fn elf_of(headers: &[(u64, u64, u64, u64)], len: usize) -> Vec<u8> {
         let mut image = elf(0x10_0000, 16);
         image[56..58].copy_from_slice(&u16::try_from(headers.len()).unwrap().to_le_bytes());
         image.truncate(EHDR_BYTES);
         for (kind, address, file_bytes, mem_bytes) in headers {
             let mut header = [0; PHDR_BYTES];
-            header[..4].copy_from_slice(&kind.to_le_bytes());
+            header[..4].copy_from_slice(&kind.to_le_bytes()[..4]);
             header[24..32].copy_from_slice(&address.to_le_bytes());
             header[32..40].copy_from_slice(&file_bytes.to_le_bytes());
             header[40..48].copy_from_slice(&mem_bytes.to_le_bytes());

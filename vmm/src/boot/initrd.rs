@@ -2,7 +2,7 @@
 //! way of a kernel that unpacks itself.
 
 use super::payload::BootFile;
-use super::{BootError, write_file};
+use super::{BootError, low_ram_end, write_file};
 use devices::ram::{GuestRam, RamLayout};
 
 /// Where a file lies in guest RAM.
@@ -26,7 +26,7 @@ pub(super) fn load(
     go_on: &dyn Fn() -> bool,
 ) -> Result<Placed, BootError> {
     let len_bytes = file.len_bytes();
-    let low_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let low_end = low_ram_end(layout)?;
     let address = low_end.min(limit).checked_sub(len_bytes).map(|start| start & !(ALIGNMENT - 1));
     let Some(address) = address.filter(|address| *address >= floor) else {
         return Err(BootError::InitrdDoesNotFit {

@@ -262,6 +262,17 @@ fn usable_ram(layout: &RamLayout) -> Vec<(u64, u64)> {
     ranges
 }
 
+/// End of the first block of RAM, which lies below 4 GiB.
+fn low_ram_end(layout: &RamLayout) -> Result<u64, BootError> {
+    let first = layout.blocks().first().ok_or_else(|| BootError::Ram("there is none".into()))?;
+    Ok(first.base.0 + first.len_bytes())
+}
+
+/// `value` as a narrower field of a boot structure, which `what` names.
+fn narrow<T, N: TryFrom<T>>(what: &str, value: T) -> Result<N, BootError> {
+    N::try_from(value).map_err(|_| BootError::Ram(format!("{what} is too large for its field")))
+}
+
 fn write_cmdline(cmdline: &str, ram: &GuestRam) -> Result<(), BootError> {
     if cmdline.len() >= CMDLINE_MAX_BYTES {
         let (len, most) = (cmdline.len(), CMDLINE_MAX_BYTES - 1);

@@ -4,7 +4,9 @@
 use super::initrd::{self, Placed};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END, MULTIBOOT_END, MULTIBOOT_INFO};
 use super::payload::{BootFile, MAX_KERNEL_BYTES};
-use super::{BootError, BootSource, EntryPoint, usable_ram, write_bytes, write_file};
+use super::{
+    BootError, BootSource, EntryPoint, low_ram_end, narrow, usable_ram, write_bytes, write_file,
+};
 use devices::ram::{GuestRam, RamLayout};
 
 /// What `eax` holds at the entry.
@@ -153,17 +155,15 @@ fn elf32(file: &BootFile) -> Result<(u64, Vec<Segment>), BootError> {
     let mut segments = Vec::new();
     for index in 0..count {
         let at = u64::from(table) + u64::from(index * entry_bytes);
-        let at = usize::try_from(at).unwrap_or(usize::MAX);
-        let end = at.saturating_add(PHDR_BYTES);
-        let bytes = head.get(at..end).ok_or_else(truncated)?;
-        let field = |at| word(bytes, at).map_or(0, u64::from);
-        if field(0) == u64::from(PT_LOAD) && field(20) != 0 {
-            segments.push(Segment {
-                offset: field(4),
-                file_bytes: field(16),
-                address: field(12),
-                mem_bytes: field(20).max(field(16)),
-            });
+        let at: usize = narrow("the program header table's offset", at)?;
+        let field = |distance: usize| {
+            word(&head, at.saturating_add(distance)).map(u64::from).ok_or_else(truncated)
+        };
+        let (kind, offset, address) = (field(0)?, field(4)?, field(12)?);
+        let (file_bytes, mem_bytes) = (field(16)?, field(20)?);
+        if kind == u64::from(PT_LOAD) && mem_bytes != 0 {
+            let mem_bytes = mem_bytes.max(file_bytes);
+            segments.push(Segment { offset, file_bytes, address, mem_bytes });
         }
     }
     if segments.is_empty() {
@@ -190,7 +190,7 @@ fn place(
         return Err(unloadable(file, format!("segment {index} lies at {address:#x}, below 1 MiB")));
     }
     // Multiboot addresses have 32 bits: it goes into the first block of RAM.
-    let low_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let low_end = low_ram_end(layout)?;
     let end = address.saturating_add(mem_bytes);
     if end > low_end {
         let ram_bytes = layout.size_bytes();
@@ -258,7 +258,7 @@ impl Area<'_> {
             return Err(unloadable(self.file, "its command line and modules are too many"));
         }
         write_bytes(self.ram, address, bytes)?;
-        Ok(u32::try_from(address).unwrap_or(0))
+        narrow("an address", address)
     }
 
     fn string(&mut self, text: &str) -> Result<u32, BootError> {
@@ -275,6 +275,7 @@ fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
+#[expect(clippy::little_endian_bytes, reason = "encodes the memory map")]
 fn write_info(
     file: &BootFile,
     first_word: &str,
@@ -284,8 +285,6 @@ fn write_info(
     layout: &RamLayout,
 ) -> Result<(), BootError> {
     let mut area = Area { next: MULTIBOOT_INFO + INFO_BYTES.next_multiple_of(8), ram, file };
-    let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
-    let high = |value: u64| u32::try_from(value >> 32).unwrap_or(0);
     // As GRUB and QEMU do it, the first word is the kernel.
     let whole = format!("{first_word} {cmdline}");
     let command_line = area.string(whole.trim_end())?;
@@ -294,26 +293,28 @@ fn write_info(
     for module in modules {
         let string = area.string(module.string)?;
         let Placed { address, len_bytes } = module.placed;
-        list.extend([low(address), low(address + len_bytes), string, 0]);
+        let what = "a module's address";
+        list.extend([narrow(what, address)?, narrow(what, address + len_bytes)?, string, 0]);
     }
     let list = area.put(&words(&list))?;
     let ranges = usable_ram(layout);
-    let map: Vec<u32> = ranges
-        .iter()
-        .flat_map(|(start, len)| {
-            // The size of an entry does not count itself.
-            [20, low(*start), high(*start), low(*len), high(*len), MEMORY_RAM]
-        })
-        .collect();
-    let map_bytes = u32::try_from(map.len() * 4).unwrap_or(0);
-    let map = area.put(&words(&map))?;
-    let upper_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let mut map = Vec::new();
+    for (start, len) in ranges {
+        // The size of an entry does not count itself.
+        map.extend(20u32.to_le_bytes());
+        map.extend(start.to_le_bytes());
+        map.extend(len.to_le_bytes());
+        map.extend(MEMORY_RAM.to_le_bytes());
+    }
+    let map_bytes = narrow("the memory map's length", map.len())?;
+    let map = area.put(&map)?;
+    let upper_end = low_ram_end(layout)?;
     let mut info = [0; (INFO_BYTES / 4) as usize];
     info[0] = INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME;
-    info[1] = low(LOW_RAM_END >> 10);
-    info[2] = low(upper_end.saturating_sub(HIGH_RAM_START) >> 10);
+    info[1] = narrow("low memory", LOW_RAM_END >> 10)?;
+    info[2] = narrow("upper memory", upper_end.saturating_sub(HIGH_RAM_START) >> 10)?;
     info[4] = command_line;
-    info[5] = u32::try_from(modules.len()).unwrap_or(0);
+    info[5] = narrow("the number of modules", modules.len())?;
     info[6] = list;
     info[11] = map_bytes;
     info[12] = map;

@@ -1,6 +1,9 @@
 use super::super::{BootError, BootSource, elf, load, test_hardware, test_ram};
+use super::file::PIECE_BYTES;
 use super::*;
 use std::cell::Cell;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
