@@ -363,3 +363,87 @@ fn no_reboot_ends_a_guest_that_resets() {
     qmp.wait_event("POWERDOWN", SOON).unwrap();
     assert_eq!(qmp.run_state().unwrap(), "running", "this guest does not listen to the button");
 }
+
+#[test]
+fn a_reset_boots_the_kernel_that_was_there_at_the_start() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let mut guest = Guest::new("work=idle", 64);
+    guest.kernel = kernel.clone();
+    let mut vmm = ferry::run(&guest).unwrap();
+    vmm.wait_line("^HB n=0 ").unwrap();
+    let new = folder.path().join("new");
+    std::fs::write(&new, "not a kernel\n").unwrap();
+    std::fs::rename(&new, &kernel).unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    for _ in 0..2 {
+        let from = vmm.serial().count();
+        qmp.execute("system_reset", json!({})).unwrap();
+        qmp.wait_event("RESET", SOON).unwrap();
+        vmm.serial().wait_from(from, "^HB n=0 ", SOON).unwrap();
+    }
+    vmm.process.kill().unwrap();
+}
+
+#[test]
+fn a_guest_that_has_moved_resets_into_the_kernel_that_its_destination_opened() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
+    source.wait_line("^HB n=0 ").unwrap();
+    let with_kernel = ["--kernel", kernel.to_str().unwrap()];
+    let destination = ferry::receive_at("tcp:127.0.0.1:0", &with_kernel).unwrap();
+    std::fs::remove_file(&kernel).unwrap();
+    ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+    let vmm = &destination.vmm;
+    vmm.wait_line("^HB ").unwrap();
+    let from = vmm.serial().count();
+    vmm.qmp().unwrap().execute("system_reset", json!({})).unwrap();
+    vmm.serial().wait_from(from, "^HB n=0 ", SOON).unwrap();
+}
+
+#[test]
+fn a_kernel_that_is_written_while_its_guest_runs_is_named_at_a_reset() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let mut guest = Guest::new("work=idle", 64);
+    guest.kernel = kernel.clone();
+    let mut vmm = ferry::run(&guest).unwrap();
+    vmm.wait_line("^HB n=0 ").unwrap();
+    // The same file, not another one of its name.
+    std::fs::OpenOptions::new().write(true).open(&kernel).unwrap().set_len(8192).unwrap();
+    let _ = vmm.qmp().unwrap().execute("system_reset", json!({}));
+    let said = vmm.process.err.wait_for("has changed on disk", SOON).unwrap();
+    assert!(said.text.contains(kernel.to_str().unwrap()), "{}", said.text);
+    vmm.process.kill().unwrap();
+}
+
+#[test]
+fn a_boot_file_that_is_a_fifo_is_refused_at_once() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let (fifo, kernel) = (fifo.to_str().unwrap(), guest_images::KERNEL);
+    let words = [fifo, "a FIFO"];
+    assert_ends(&["run", "--kernel", fifo], 1, &words);
+    assert_ends(&["run", "--kernel", kernel, "--initrd", fifo], 1, &words);
+    let receive = ["receive", "tcp:127.0.0.1:0"];
+    assert_ends(&[&receive[..], &["--kernel", fifo]].concat(), 1, &words);
+    assert_ends(&[&receive[..], &["--kernel", kernel, "--initrd", fifo]].concat(), 1, &words);
+}

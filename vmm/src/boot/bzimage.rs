@@ -1,14 +1,12 @@
 //! bzImage (Linux, `Documentation/arch/x86/boot.rst`): a real-mode setup header, of which we only read,
 //! and the protected-mode kernel behind it, entered in 64-bit mode.
 
-use super::BootError;
 use super::layout::{CMDLINE_MAX_BYTES, HIGH_RAM_START};
+use super::payload::BootFile;
+use super::{BootError, low_ram_end, narrow};
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::{BzImage, KernelLoader};
-use std::fs::File;
-use std::io::Seek;
-use std::path::Path;
 
 const BOOT_FLAG: [u8; 2] = [0x55, 0xaa];
 const MAGIC: &[u8; 4] = b"HdrS";
@@ -42,17 +40,16 @@ pub(super) fn is_bzimage(head: &[u8]) -> bool {
 
 /// Checks the header, then loads the kernel.
 pub(super) fn load(
-    path: &Path,
-    file: &mut File,
+    file: &BootFile,
     cmdline: &str,
     ram: &GuestRam,
     layout: &RamLayout,
+    go_on: &dyn Fn() -> bool,
 ) -> Result<Loaded, BootError> {
-    let read_error = |source| BootError::Read { path: path.to_owned(), source };
-    let file_len = file.metadata().map_err(read_error)?.len();
-    let low_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let file_len = file.len_bytes();
+    let low_end = low_ram_end(layout)?;
     let does_not_fit = |end| BootError::DoesNotFit {
-        path: path.to_owned(),
+        file: file.name().to_owned(),
         start: HIGH_RAM_START,
         end,
         ram_bytes: layout.size_bytes(),
@@ -60,13 +57,16 @@ pub(super) fn load(
     if HIGH_RAM_START + file_len > low_end {
         return Err(does_not_fit(HIGH_RAM_START + file_len));
     }
-    file.rewind().map_err(read_error)?;
     let start = GuestAddress(HIGH_RAM_START);
-    let loaded = BzImage::load(ram, Some(start), file, Some(start));
-    let corrupt = |reason: String| BootError::Unloadable { path: path.to_owned(), reason };
-    let loaded = loaded.map_err(|error| corrupt(format!("corrupt setup header: {error}")))?;
+    let mut reader = file.reader(go_on);
+    let loaded = BzImage::load(ram, Some(start), &mut reader, Some(start));
+    let corrupt = |reason: String| BootError::Unloadable { file: file.name().to_owned(), reason };
+    let loaded = loaded.map_err(|error| match reader.into_failure() {
+        Some(failure) => failure.into(),
+        None => corrupt(format!("corrupt setup header: {error}")),
+    })?;
     let header = loaded.setup_header.ok_or_else(|| corrupt("it has no setup header".into()))?;
-    check(path, &header, file_len, cmdline)?;
+    check(file, &header, file_len, cmdline)?;
     let unpacked_end = { header.pref_address }.checked_add({ header.init_size }.into());
     let end = unpacked_end.unwrap_or(u64::MAX).max(loaded.kernel_end);
     if end > low_end {
@@ -74,7 +74,7 @@ pub(super) fn load(
     }
     log::info!(
         "{}: bzImage, boot protocol {}.{}",
-        path.display(),
+        file.name(),
         header.version >> 8,
         header.version & 0xff
     );
@@ -82,12 +82,13 @@ pub(super) fn load(
 }
 
 fn check(
-    path: &Path,
+    file: &BootFile,
     header: &setup_header,
     file_len: u64,
     cmdline: &str,
 ) -> Result<(), BootError> {
-    let unloadable = |reason: String| BootError::Unloadable { path: path.to_owned(), reason };
+    let unloadable =
+        |reason: String| BootError::Unloadable { file: file.name().to_owned(), reason };
     if header.version < OLDEST_PROTOCOL {
         let version = header.version;
         return Err(unloadable(format!("boot protocol {version:#x} is older than 2.12")));
@@ -103,12 +104,12 @@ fn check(
     // `syssize` is rounded up to whole paragraphs.
     if needed >= file_len + PARAGRAPH {
         return Err(BootError::Truncated {
-            path: path.to_owned(),
+            file: file.name().to_owned(),
             what: "the kernel behind its setup header".into(),
         });
     }
-    let most =
-        usize::try_from(header.cmdline_size).unwrap_or(usize::MAX).min(CMDLINE_MAX_BYTES - 1);
+    let most = narrow::<u32, usize>("the longest command line", header.cmdline_size)?
+        .min(CMDLINE_MAX_BYTES - 1);
     if cmdline.len() > most {
         let len = cmdline.len();
         let reason = format!("is {len} bytes long; this kernel takes at most {most}");
@@ -120,7 +121,7 @@ fn check(
 #[cfg(test)]
 #[allow(clippy::little_endian_bytes, reason = "makes setup headers")]
 mod tests {
-    use super::super::{BootSource, EntryPoint, load as boot_load, test_hardware, test_ram};
+    use super::super::{EntryPoint, test_load, test_ram};
     use super::*;
     use std::io::Write;
 
@@ -147,8 +148,7 @@ mod tests {
 
     fn boot(file: &tempfile::NamedTempFile, cmdline: &str) -> Result<EntryPoint, String> {
         let (ram, layout) = test_ram(8 << 20);
-        let source = BootSource { kernel: file.path(), initrd: None, cmdline };
-        boot_load(&source, &test_hardware(true), &ram, &layout).map_err(|error| error.to_string())
+        test_load(file.path(), None, cmdline, &ram, &layout).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::initrd::Placed;
 use super::layout::{CMDLINE, ZERO_PAGE};
-use super::{BootError, usable_ram};
+use super::{BootError, narrow, usable_ram};
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -31,18 +31,17 @@ pub(super) fn write_zero_page(
     initrd: Option<Placed>,
     rsdp: u64,
 ) -> Result<(), BootError> {
-    let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.cmd_line_ptr = low(CMDLINE);
-    params.hdr.cmdline_size = u32::try_from(cmdline.len()).unwrap_or(0);
+    params.hdr.cmd_line_ptr = narrow("the command line's address", CMDLINE)?;
+    params.hdr.cmdline_size = narrow("the command line's length", cmdline.len())?;
     if let Some(initrd) = initrd {
         // Below 4 GiB: it lies in the first block of RAM.
-        params.hdr.ramdisk_image = low(initrd.address);
-        params.hdr.ramdisk_size = low(initrd.len_bytes);
+        params.hdr.ramdisk_image = narrow("the initrd's address", initrd.address)?;
+        params.hdr.ramdisk_size = narrow("the initrd's length", initrd.len_bytes)?;
     }
     let ranges = usable_ram(layout);
-    params.e820_entries = u8::try_from(ranges.len()).unwrap_or(0);
+    params.e820_entries = narrow("the number of memory ranges", ranges.len())?;
     for (entry, (addr, size)) in params.e820_table.iter_mut().zip(ranges) {
         *entry = boot_e820_entry { addr, size, r#type: E820_RAM };
     }

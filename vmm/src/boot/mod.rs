@@ -17,6 +17,7 @@ mod initrd;
 pub mod layout;
 mod linux;
 mod multiboot;
+pub mod payload;
 mod pvh;
 
 pub use acpi::Hardware;
@@ -25,48 +26,40 @@ use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use devices::reset::I8042;
 use initrd::Placed;
 use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot, RESET_VECTOR};
-use std::fs::File;
-use std::io::{self, Read, Seek};
-use std::path::{Path, PathBuf};
+use payload::{BootFile, BootPayload, PayloadError};
 use vm_memory::Bytes;
 
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel file cannot be opened or read.
-    #[error("cannot read kernel {path}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
+    /// A file cannot be read.
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
     /// Not a format that we boot.
     #[error(
-        "{path} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
+        "{file} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
          or a Multiboot kernel"
     )]
     NotAKernel {
         /// The file.
-        path: PathBuf,
+        file: String,
     },
     /// The file ends before its headers say so.
-    #[error("kernel {path} is truncated: {what} reaches past the end of the file")]
+    #[error("{file} is truncated: {what} reaches past the end of the file")]
     Truncated {
         /// The file.
-        path: PathBuf,
+        file: String,
         /// Which part.
         what: String,
     },
     /// A segment lies outside RAM.
     #[error(
-        "kernel {path} does not fit: it needs guest memory {start:#x} to {end:#x}, \
+        "{file} does not fit: it needs guest memory {start:#x} to {end:#x}, \
          raise --memory ({ram_bytes} bytes now)"
     )]
     DoesNotFit {
         /// The file.
-        path: PathBuf,
+        file: String,
         /// First byte needed.
         start: u64,
         /// End of what is needed.
@@ -74,23 +67,14 @@ pub enum BootError {
         /// RAM size.
         ram_bytes: u64,
     },
-    /// The ramdisk or a module cannot be read.
-    #[error("cannot read --initrd {path}")]
-    ReadInitrd {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
     /// The ramdisk does not fit beside the kernel.
     #[error(
-        "--initrd {path} does not fit: it has {len_bytes} bytes, beside the kernel there is room for \
+        "{file} does not fit: it has {len_bytes} bytes, beside the kernel there is room for \
          {room_bytes}; raise --memory ({ram_bytes} bytes now)"
     )]
     InitrdDoesNotFit {
         /// The file.
-        path: PathBuf,
+        file: String,
         /// Its size.
         len_bytes: u64,
         /// What would fit.
@@ -99,10 +83,10 @@ pub enum BootError {
         ram_bytes: u64,
     },
     /// The segments would overwrite what the VMM puts below 1 MiB, or nothing can be entered.
-    #[error("kernel {path} cannot be loaded: {reason}")]
+    #[error("{file} cannot be loaded: {reason}")]
     Unloadable {
         /// The file.
-        path: PathBuf,
+        file: String,
         /// Why not.
         reason: String,
     },
@@ -138,14 +122,38 @@ pub enum EntryPoint {
 }
 
 /// What a machine boots.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct BootSource<'a> {
-    /// Kernel file.
-    pub kernel: &'a Path,
-    /// Initial ramdisk; for Multiboot the modules, as for QEMU: `PATH [ARGUMENTS],…`.
-    pub initrd: Option<&'a Path>,
+    /// The kernel and what lies beside it.
+    pub payload: &'a BootPayload,
     /// Command line, without what Ferry adds.
     pub cmdline: &'a str,
+    /// Asked between pieces of a file; `false` ends the loading.
+    pub go_on: &'a dyn Fn() -> bool,
+}
+
+/// What a kernel file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    BzImage,
+    Multiboot(multiboot::Header),
+    Elf,
+}
+
+impl Format {
+    /// By `head`, the start of a file; `None` if we cannot boot it.
+    fn of(head: &[u8]) -> Option<Self> {
+        if bzimage::is_bzimage(head) {
+            return Some(Self::BzImage);
+        }
+        let multiboot = multiboot::find_header(head).map(Self::Multiboot);
+        multiboot.or_else(|| elf::is_elf(head).then_some(Self::Elf))
+    }
+
+    /// Whether `--initrd` is a list of modules for it.
+    fn takes_modules(self) -> bool {
+        matches!(self, Self::Multiboot(_))
+    }
 }
 
 /// What a BIOS has at the reset vector: the keyboard controller's reset, in real mode. With
@@ -156,49 +164,61 @@ pub struct BootSource<'a> {
 /// ```
 const RESET_CODE: [u8; 7] = [0xb0, I8042::COMMAND_RESET_CPU, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
-/// Puts the kernel, its ramdisk, its command line and the tables that tell of `hardware` into RAM.
+/// Puts the kernel, its ramdisk, its command line and the tables that tell of `hardware` into RAM. The
+/// files must be as they were when they were opened.
 pub fn load(
     source: &BootSource<'_>,
     hardware: &Hardware,
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<EntryPoint, BootError> {
-    let path = source.kernel;
-    let read_error = |source| BootError::Read { path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(read_error)?;
-    let mut head = Vec::new();
-    file.by_ref().take(HEAD_BYTES).read_to_end(&mut head).map_err(read_error)?;
-    file.rewind().map_err(read_error)?;
+    source.payload.check_unchanged()?;
+    let entry = load_files(source, hardware, ram, layout);
+    // A file that was written meanwhile may be half one and half the other in RAM; and if it was cut,
+    // that says more than what the loader made of it.
+    source.payload.check_unchanged()?;
+    entry
+}
+
+fn load_files(
+    source: &BootSource<'_>,
+    hardware: &Hardware,
+    ram: &GuestRam,
+    layout: &RamLayout,
+) -> Result<EntryPoint, BootError> {
+    let file = &*source.payload.kernel()?.file;
+    let format = Format::of(&file.head(HEAD_BYTES)?)
+        .ok_or_else(|| BootError::NotAKernel { file: file.name().to_owned() })?;
     write_bytes(ram, RESET_VECTOR, &RESET_CODE)?;
     let rsdp = if hardware.acpi { acpi::write_tables(hardware, ram)? } else { 0 };
-    if bzimage::is_bzimage(&head) {
-        // A kernel that a distribution packs knows ACPI.
-        let cmdline = source.cmdline_for(hardware, !hardware.acpi);
-        let kernel = bzimage::load(path, &mut file, &cmdline, ram, layout)?;
-        write_cmdline(&cmdline, ram)?;
-        let limit = u64::from(kernel.header.initrd_addr_max).saturating_add(1);
-        let initrd = source.load_initrd(ram, layout, kernel.end, limit)?;
-        linux::write_zero_page(ram, layout, kernel.header, &cmdline, initrd, rsdp)?;
-        cpu::write_page_tables(ram)?;
-        return Ok(EntryPoint::Linux64 { address: kernel.entry });
+    // A kernel that a distribution packs knows ACPI.
+    let with_devices = format != Format::BzImage || !hardware.acpi;
+    let cmdline = source.cmdline_for(hardware, with_devices);
+    match format {
+        Format::BzImage => {
+            let kernel = bzimage::load(file, &cmdline, ram, layout, source.go_on)?;
+            write_cmdline(&cmdline, ram)?;
+            let limit = u64::from(kernel.header.initrd_addr_max).saturating_add(1);
+            let initrd = source.load_initrd(ram, layout, kernel.end, limit)?;
+            linux::write_zero_page(ram, layout, kernel.header, &cmdline, initrd, rsdp)?;
+            cpu::write_page_tables(ram)?;
+            Ok(EntryPoint::Linux64 { address: kernel.entry })
+        }
+        Format::Multiboot(header) => multiboot::load(source, &header, &cmdline, ram, layout),
+        Format::Elf => {
+            let kernel = elf::load(file, ram, layout, source.go_on)?;
+            write_cmdline(&cmdline, ram)?;
+            let initrd = source.load_initrd(ram, layout, kernel.end, u64::MAX)?;
+            if kernel.pvh {
+                pvh::write_start_info(ram, layout, initrd, rsdp)?;
+                return Ok(EntryPoint::Pvh { address: kernel.entry });
+            }
+            let header = linux::header_of_vmlinux();
+            linux::write_zero_page(ram, layout, header, &cmdline, initrd, rsdp)?;
+            cpu::write_page_tables(ram)?;
+            Ok(EntryPoint::Linux64 { address: kernel.entry })
+        }
     }
-    let cmdline = source.cmdline_for(hardware, true);
-    if let Some(header) = multiboot::find_header(&head) {
-        return multiboot::load(source, &mut file, &header, &cmdline, ram, layout);
-    }
-    if !elf::is_elf(&head) {
-        return Err(BootError::NotAKernel { path: path.to_owned() });
-    }
-    let kernel = elf::load(path, &mut file, ram, layout)?;
-    write_cmdline(&cmdline, ram)?;
-    let initrd = source.load_initrd(ram, layout, kernel.end, u64::MAX)?;
-    if kernel.pvh {
-        pvh::write_start_info(ram, layout, initrd, rsdp)?;
-        return Ok(EntryPoint::Pvh { address: kernel.entry });
-    }
-    linux::write_zero_page(ram, layout, linux::header_of_vmlinux(), &cmdline, initrd, rsdp)?;
-    cpu::write_page_tables(ram)?;
-    Ok(EntryPoint::Linux64 { address: kernel.entry })
 }
 
 impl BootSource<'_> {
@@ -221,11 +241,13 @@ impl BootSource<'_> {
         floor: u64,
         limit: u64,
     ) -> Result<Option<Placed>, BootError> {
-        self.initrd.map(|path| initrd::load(path, ram, layout, floor, limit)).transpose()
+        let initrd = self.payload.beside_kernel().first();
+        let load = |file| initrd::load(file, ram, layout, floor, limit, self.go_on);
+        initrd.map(|initrd| load(&initrd.file)).transpose()
     }
 }
 
-/// What is looked at to tell what a file is; a Multiboot header lies in the first 8 KiB.
+/// What is read to tell what a file is; a Multiboot header lies in the first 8 KiB.
 const HEAD_BYTES: u64 = 8 << 10;
 
 /// Memory that the guest is told it may use: `(start, length)`.
@@ -238,6 +260,17 @@ fn usable_ram(layout: &RamLayout) -> Vec<(u64, u64)> {
     }
     ranges.retain(|(_, len)| *len > 0);
     ranges
+}
+
+/// End of the first block of RAM, which lies below 4 GiB.
+fn low_ram_end(layout: &RamLayout) -> Result<u64, BootError> {
+    let first = layout.blocks().first().ok_or_else(|| BootError::Ram("there is none".into()))?;
+    Ok(first.base.0 + first.len_bytes())
+}
+
+/// `value` as a narrower field of a boot structure, which `what` names.
+fn narrow<T, N: TryFrom<T>>(what: &str, value: T) -> Result<N, BootError> {
+    N::try_from(value).map_err(|_| BootError::Ram(format!("{what} is too large for its field")))
 }
 
 fn write_cmdline(cmdline: &str, ram: &GuestRam) -> Result<(), BootError> {
@@ -254,8 +287,35 @@ fn write_cmdline(cmdline: &str, ram: &GuestRam) -> Result<(), BootError> {
     write_bytes(ram, CMDLINE, &bytes)
 }
 
+/// Puts `len_bytes` of a file, from `offset_bytes`, at `address`.
+fn write_file(
+    file: &BootFile,
+    offset_bytes: u64,
+    len_bytes: u64,
+    ram: &GuestRam,
+    address: u64,
+    go_on: &dyn Fn() -> bool,
+) -> Result<(), BootError> {
+    let write = |at, piece: &[u8]| write_bytes(ram, address.saturating_add(at), piece);
+    file.in_pieces(offset_bytes, len_bytes, go_on, write)
+}
+
 fn write_bytes(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), BootError> {
     ram.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Ram(error.to_string()))
+}
+
+/// Loads what lies at these paths, in tests of the protocols.
+#[cfg(test)]
+fn test_load(
+    kernel: &std::path::Path,
+    initrd: Option<&str>,
+    cmdline: &str,
+    ram: &GuestRam,
+    layout: &RamLayout,
+) -> Result<EntryPoint, BootError> {
+    let payload = BootPayload::open(kernel, initrd.map(std::path::Path::new))?;
+    let source = BootSource { payload: &payload, cmdline, go_on: &|| true };
+    load(&source, &test_hardware(true), ram, layout)
 }
 
 /// Reads guest memory in tests of the protocols.

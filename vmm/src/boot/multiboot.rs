@@ -3,12 +3,11 @@
 
 use super::initrd::{self, Placed};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END, MULTIBOOT_END, MULTIBOOT_INFO};
-use super::{BootError, BootSource, EntryPoint, usable_ram, write_bytes};
-use devices::ram::{GuestAddress, GuestRam, RamLayout};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
-use vm_memory::Bytes;
+use super::payload::{BootFile, MAX_KERNEL_BYTES};
+use super::{
+    BootError, BootSource, EntryPoint, low_ram_end, narrow, usable_ram, write_bytes, write_file,
+};
+use devices::ram::{GuestRam, RamLayout};
 
 /// What `eax` holds at the entry.
 pub(super) const BOOTLOADER_MAGIC: u64 = 0x2bad_b002;
@@ -72,174 +71,166 @@ struct Segment {
 /// Loads the kernel and its modules and writes the info structure.
 pub(super) fn load(
     source: &BootSource<'_>,
-    file: &mut File,
     header: &Header,
     cmdline: &str,
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<EntryPoint, BootError> {
-    let path = source.kernel;
+    let kernel = source.payload.kernel()?;
+    let file = &*kernel.file;
     let unknown = header.flags & MUST_UNDERSTAND & !UNDERSTOOD;
     if unknown != 0 {
         let reason = format!("its Multiboot header asks for unknown features {unknown:#x}");
-        return Err(BootError::Unloadable { path: path.to_owned(), reason });
+        return Err(unloadable(file, reason));
     }
-    let read_error = |source| BootError::Read { path: path.to_owned(), source };
-    let file_len = file.metadata().map_err(read_error)?.len();
-    let (entry, segments) = if header.flags & HAS_ADDRESSES != 0 {
-        flat(path, header, file_len)?
-    } else {
-        elf32(path, file)?
-    };
+    let (entry, segments) =
+        if header.flags & HAS_ADDRESSES != 0 { flat(file, header)? } else { elf32(file)? };
+    // Headers may name the same bytes again and again.
+    let file_bytes = segments.iter().fold(0, |sum: u64, one| sum.saturating_add(one.file_bytes));
+    if file_bytes > MAX_KERNEL_BYTES {
+        let reason =
+            format!("its segments have more than the {MAX_KERNEL_BYTES} bytes that are possible");
+        return Err(unloadable(file, reason));
+    }
     let mut end = HIGH_RAM_START;
     for (index, segment) in segments.iter().enumerate() {
-        end = end.max(place(path, file, file_len, index, segment, ram, layout)?);
+        end = end.max(place(source, file, index, segment, ram, layout)?);
     }
     let kind = if header.flags & HAS_ADDRESSES != 0 { "flat" } else { "ELF" };
-    log::info!("{}: Multiboot kernel ({kind}), entry {entry:#x}", path.display());
+    log::info!("{}: Multiboot kernel ({kind}), entry {entry:#x}", file.name());
     let modules = load_modules(source, end, ram, layout)?;
-    write_info(path, cmdline, &modules, ram, layout)?;
+    write_info(file, &kernel.arguments, cmdline, &modules, ram, layout)?;
     Ok(EntryPoint::Multiboot { address: entry })
 }
 
-fn unloadable(path: &Path, reason: impl Into<String>) -> BootError {
-    BootError::Unloadable { path: path.to_owned(), reason: reason.into() }
+fn unloadable(file: &BootFile, reason: impl Into<String>) -> BootError {
+    BootError::Unloadable { file: file.name().to_owned(), reason: reason.into() }
 }
 
 /// By the header's own addresses ("a.out kludge").
-fn flat(path: &Path, header: &Header, file_len: u64) -> Result<(u64, Vec<Segment>), BootError> {
+fn flat(file: &BootFile, header: &Header) -> Result<(u64, Vec<Segment>), BootError> {
     let [header_address, load, load_end, bss_end, entry] = header.addresses.map(u64::from);
     let before = header_address.checked_sub(load);
     let offset = before.and_then(|before| header.at.checked_sub(before)).ok_or_else(|| {
-        unloadable(path, "its Multiboot load address lies before the start of the file")
+        unloadable(file, "its Multiboot load address lies before the start of the file")
     })?;
     let file_bytes = match load_end {
-        0 => file_len - offset,
+        0 => file.len_bytes() - offset,
         end => end
             .checked_sub(load)
-            .ok_or_else(|| unloadable(path, "its Multiboot load end lies before its start"))?,
+            .ok_or_else(|| unloadable(file, "its Multiboot load end lies before its start"))?,
     };
     let mem_bytes = bss_end.saturating_sub(load).max(file_bytes);
     Ok((entry, vec![Segment { offset, file_bytes, address: load, mem_bytes }]))
 }
 
 const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
+/// Most of a file that is read for its program headers.
+const MAX_HEADERS_BYTES: u64 = 64 << 10;
 const EHDR_BYTES: usize = 52;
 const PHDR_BYTES: usize = 32;
 const EM_386: u32 = 3;
 const PT_LOAD: u32 = 1;
 
 /// By the program headers of a 32-bit ELF (System V ABI, Intel386 supplement).
-fn elf32(path: &Path, file: &mut File) -> Result<(u64, Vec<Segment>), BootError> {
-    let read_error = |source| BootError::Read { path: path.to_owned(), source };
+fn elf32(file: &BootFile) -> Result<(u64, Vec<Segment>), BootError> {
     let truncated =
-        || BootError::Truncated { path: path.to_owned(), what: "the ELF header".into() };
-    let mut head = Vec::new();
-    file.rewind().map_err(read_error)?;
-    file.by_ref().take(64 << 10).read_to_end(&mut head).map_err(read_error)?;
+        || BootError::Truncated { file: file.name().to_owned(), what: "the ELF header".into() };
+    let head = file.head(MAX_HEADERS_BYTES)?;
     if !head.starts_with(ELF_MAGIC) {
-        return Err(unloadable(path, "its Multiboot header has no addresses, and it is no ELF"));
+        return Err(unloadable(file, "its Multiboot header has no addresses, and it is no ELF"));
     }
     let header = head.get(..EHDR_BYTES).ok_or_else(truncated)?;
     let machine = word(header, 16).ok_or_else(truncated)? >> 16;
     if header.get(4..6) != Some(&[1, 1]) || machine != EM_386 {
-        return Err(unloadable(path, "a Multiboot ELF kernel must be a 32-bit x86 one"));
+        return Err(unloadable(file, "a Multiboot ELF kernel must be a 32-bit x86 one"));
     }
     let entry = word(header, 24).ok_or_else(truncated)?;
     let table = word(header, 28).ok_or_else(truncated)?;
     let shape = word(header, 42).ok_or_else(truncated)?;
     let (entry_bytes, count) = (shape & 0xffff, shape >> 16);
     if usize::try_from(entry_bytes).ok() != Some(PHDR_BYTES) || count == 0 {
-        return Err(unloadable(path, "it has no program headers"));
+        return Err(unloadable(file, "it has no program headers"));
     }
     let mut segments = Vec::new();
     for index in 0..count {
         let at = u64::from(table) + u64::from(index * entry_bytes);
-        let at = usize::try_from(at).unwrap_or(usize::MAX);
-        let end = at.saturating_add(PHDR_BYTES);
-        let bytes = head.get(at..end).ok_or_else(truncated)?;
-        let field = |at| word(bytes, at).map_or(0, u64::from);
-        if field(0) == u64::from(PT_LOAD) && field(20) != 0 {
-            segments.push(Segment {
-                offset: field(4),
-                file_bytes: field(16),
-                address: field(12),
-                mem_bytes: field(20).max(field(16)),
-            });
+        let at: usize = narrow("the program header table's offset", at)?;
+        let field = |distance: usize| {
+            word(&head, at.saturating_add(distance)).map(u64::from).ok_or_else(truncated)
+        };
+        let (kind, offset, address) = (field(0)?, field(4)?, field(12)?);
+        let (file_bytes, mem_bytes) = (field(16)?, field(20)?);
+        if kind == u64::from(PT_LOAD) && mem_bytes != 0 {
+            let mem_bytes = mem_bytes.max(file_bytes);
+            segments.push(Segment { offset, file_bytes, address, mem_bytes });
         }
     }
     if segments.is_empty() {
-        return Err(unloadable(path, "it has no loadable segment"));
+        return Err(unloadable(file, "it has no loadable segment"));
     }
     Ok((entry.into(), segments))
 }
 
 /// Puts one segment into RAM; returns its end.
 fn place(
-    path: &Path,
-    file: &mut File,
-    file_len: u64,
+    source: &BootSource<'_>,
+    file: &BootFile,
     index: usize,
     segment: &Segment,
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<u64, BootError> {
     let Segment { offset, file_bytes, address, mem_bytes } = *segment;
-    if offset.checked_add(file_bytes).is_none_or(|end| end > file_len) {
+    if offset.checked_add(file_bytes).is_none_or(|end| end > file.len_bytes()) {
         let what = format!("segment {index}");
-        return Err(BootError::Truncated { path: path.to_owned(), what });
+        return Err(BootError::Truncated { file: file.name().to_owned(), what });
     }
     if address < HIGH_RAM_START {
-        return Err(unloadable(path, format!("segment {index} lies at {address:#x}, below 1 MiB")));
+        return Err(unloadable(file, format!("segment {index} lies at {address:#x}, below 1 MiB")));
     }
     // Multiboot addresses have 32 bits: it goes into the first block of RAM.
-    let low_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let low_end = low_ram_end(layout)?;
     let end = address.saturating_add(mem_bytes);
     if end > low_end {
         let ram_bytes = layout.size_bytes();
         return Err(BootError::DoesNotFit {
-            path: path.to_owned(),
+            file: file.name().to_owned(),
             start: address,
             end,
             ram_bytes,
         });
     }
-    let read_error = |source| BootError::Read { path: path.to_owned(), source };
-    file.seek(SeekFrom::Start(offset)).map_err(read_error)?;
-    let count = usize::try_from(file_bytes).unwrap_or(usize::MAX);
     // RAM is zero already: what follows the file's bytes needs no clearing.
-    ram.read_exact_volatile_from(GuestAddress(address), file, count)
-        .map_err(|error| BootError::Ram(error.to_string()))?;
+    write_file(file, offset, file_bytes, ram, address, source.go_on)?;
     Ok(end)
 }
 
 /// A module and its arguments.
-struct Module {
+struct Module<'a> {
     placed: Placed,
-    string: String,
+    string: &'a str,
 }
 
-/// `--initrd "PATH ARGUMENTS,PATH,…"`, as QEMU reads it: each from the end of the last, on pages of its
-/// own. A comma in a path is doubled.
-fn load_modules(
-    source: &BootSource<'_>,
+/// Puts each module below the last, on pages of its own.
+fn load_modules<'a>(
+    source: &BootSource<'a>,
     kernel_end: u64,
     ram: &GuestRam,
     layout: &RamLayout,
-) -> Result<Vec<Module>, BootError> {
-    let Some(list) = source.initrd.and_then(Path::to_str) else { return Ok(Vec::new()) };
+) -> Result<Vec<Module<'a>>, BootError> {
     let mut modules = Vec::new();
     let mut limit = u64::MAX;
-    for string in split_list(list) {
-        let path = Path::new(string.split(' ').next().unwrap_or_default());
-        let placed = initrd::load(path, ram, layout, kernel_end, limit)?;
+    for module in source.payload.beside_kernel() {
+        let placed = initrd::load(&module.file, ram, layout, kernel_end, limit, source.go_on)?;
         limit = placed.address;
-        modules.push(Module { placed, string });
+        modules.push(Module { placed, string: &module.arguments });
     }
     Ok(modules)
 }
 
-fn split_list(list: &str) -> Vec<String> {
+/// Splits `--initrd "PATH ARGUMENTS,PATH,…"` at its commas; a doubled one is a comma.
+pub(super) fn split_list(list: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut characters = list.chars().peekable();
     while let Some(character) = characters.next() {
@@ -256,7 +247,7 @@ fn split_list(list: &str) -> Vec<String> {
 struct Area<'a> {
     next: u64,
     ram: &'a GuestRam,
-    path: &'a Path,
+    file: &'a BootFile,
 }
 
 impl Area<'_> {
@@ -264,10 +255,10 @@ impl Area<'_> {
         let address = self.next;
         self.next = (address + bytes.len() as u64).next_multiple_of(8);
         if self.next > MULTIBOOT_END {
-            return Err(unloadable(self.path, "its command line and modules are too many"));
+            return Err(unloadable(self.file, "its command line and modules are too many"));
         }
         write_bytes(self.ram, address, bytes)?;
-        Ok(u32::try_from(address).unwrap_or(0))
+        narrow("an address", address)
     }
 
     fn string(&mut self, text: &str) -> Result<u32, BootError> {
@@ -284,44 +275,46 @@ fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
+#[expect(clippy::little_endian_bytes, reason = "encodes the memory map")]
 fn write_info(
-    path: &Path,
+    file: &BootFile,
+    first_word: &str,
     cmdline: &str,
-    modules: &[Module],
+    modules: &[Module<'_>],
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<(), BootError> {
-    let mut area = Area { next: MULTIBOOT_INFO + INFO_BYTES.next_multiple_of(8), ram, path };
-    let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
-    let high = |value: u64| u32::try_from(value >> 32).unwrap_or(0);
+    let mut area = Area { next: MULTIBOOT_INFO + INFO_BYTES.next_multiple_of(8), ram, file };
     // As GRUB and QEMU do it, the first word is the kernel.
-    let whole = format!("{} {cmdline}", path.display());
+    let whole = format!("{first_word} {cmdline}");
     let command_line = area.string(whole.trim_end())?;
     let loader_name = area.string("ferry")?;
     let mut list = Vec::new();
     for module in modules {
-        let string = area.string(&module.string)?;
+        let string = area.string(module.string)?;
         let Placed { address, len_bytes } = module.placed;
-        list.extend([low(address), low(address + len_bytes), string, 0]);
+        let what = "a module's address";
+        list.extend([narrow(what, address)?, narrow(what, address + len_bytes)?, string, 0]);
     }
     let list = area.put(&words(&list))?;
     let ranges = usable_ram(layout);
-    let map: Vec<u32> = ranges
-        .iter()
-        .flat_map(|(start, len)| {
-            // The size of an entry does not count itself.
-            [20, low(*start), high(*start), low(*len), high(*len), MEMORY_RAM]
-        })
-        .collect();
-    let map_bytes = u32::try_from(map.len() * 4).unwrap_or(0);
-    let map = area.put(&words(&map))?;
-    let upper_end = layout.blocks().first().map_or(0, |block| block.base.0 + block.len_bytes());
+    let mut map = Vec::new();
+    for (start, len) in ranges {
+        // The size of an entry does not count itself.
+        map.extend(20u32.to_le_bytes());
+        map.extend(start.to_le_bytes());
+        map.extend(len.to_le_bytes());
+        map.extend(MEMORY_RAM.to_le_bytes());
+    }
+    let map_bytes = narrow("the memory map's length", map.len())?;
+    let map = area.put(&map)?;
+    let upper_end = low_ram_end(layout)?;
     let mut info = [0; (INFO_BYTES / 4) as usize];
     info[0] = INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME;
-    info[1] = low(LOW_RAM_END >> 10);
-    info[2] = low(upper_end.saturating_sub(HIGH_RAM_START) >> 10);
+    info[1] = narrow("low memory", LOW_RAM_END >> 10)?;
+    info[2] = narrow("upper memory", upper_end.saturating_sub(HIGH_RAM_START) >> 10)?;
     info[4] = command_line;
-    info[5] = u32::try_from(modules.len()).unwrap_or(0);
+    info[5] = narrow("the number of modules", modules.len())?;
     info[6] = list;
     info[11] = map_bytes;
     info[12] = map;
@@ -331,10 +324,13 @@ fn write_info(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{load as boot_load, test_hardware, test_ram};
+    use super::super::{test_load, test_ram};
     use super::*;
+    use devices::ram::GuestAddress;
     use proptest::prelude::*;
     use std::io::Write;
+    use std::path::Path;
+    use vm_memory::Bytes;
 
     /// A flat kernel of 64 bytes for 1 MiB, its header at `at`.
     fn flat_kernel(at: u32, change: impl FnOnce(&mut Vec<u32>)) -> tempfile::NamedTempFile {
@@ -352,8 +348,7 @@ mod tests {
 
     fn boot(kernel: &Path, initrd: Option<&str>) -> Result<(EntryPoint, GuestRam), String> {
         let (ram, layout) = test_ram(8 << 20);
-        let source = BootSource { kernel, initrd: initrd.map(Path::new), cmdline: "one two" };
-        let entry = boot_load(&source, &test_hardware(true), &ram, &layout);
+        let entry = test_load(kernel, initrd, "one two", &ram, &layout);
         entry.map(|entry| (entry, ram)).map_err(|error| error.to_string())
     }
 

@@ -2,7 +2,7 @@
 
 use super::initrd::Placed;
 use super::layout::{CMDLINE, PVH_MEMMAP, PVH_MODLIST, PVH_START_INFO};
-use super::{BootError, usable_ram};
+use super::{BootError, narrow, usable_ram};
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -35,11 +35,11 @@ pub(super) fn write_start_info(
         magic: START_MAGIC,
         version: 1,
         rsdp_paddr: rsdp,
-        nr_modules: u32::try_from(modules.len()).unwrap_or(0),
+        nr_modules: narrow("the number of modules", modules.len())?,
         modlist_paddr: if modules.is_empty() { 0 } else { PVH_MODLIST },
         cmdline_paddr: CMDLINE,
         memmap_paddr: PVH_MEMMAP,
-        memmap_entries: u32::try_from(memmap.len()).unwrap_or(0),
+        memmap_entries: narrow("the number of memory ranges", memmap.len())?,
         ..Default::default()
     };
     let mut params = BootParams::new(&start_info, GuestAddress(PVH_START_INFO));

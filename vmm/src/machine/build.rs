@@ -5,6 +5,7 @@ use super::description::{Description, DiskDescription};
 use super::vcpus::{VcpuContext, Vcpus};
 use super::{Backends, Disk, Machine, MachineError, cpu_features};
 use crate::boot::layout::{self, MmioSlot};
+use crate::boot::payload::BootPayload;
 use crate::boot::{self, BootSource, Hardware, cpu};
 use crate::kvm::blob::Blob;
 use crate::kvm::cpu_state::{CpuStateLayout, effective_cpuid, set_cpuid, set_tsc_khz};
@@ -23,7 +24,6 @@ use devices::virtio::mmio::{MMIO_LEN, MmioTransport, NOTIFY_OFFSET};
 use devices::virtio::rng::Rng;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::io;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -35,10 +35,10 @@ pub struct NewMachine<'a> {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u8,
-    /// Kernel file.
-    pub kernel: &'a Path,
-    /// Initial ramdisk, or Multiboot modules.
-    pub initrd: Option<&'a Path>,
+    /// Kernel, and initrd or modules.
+    pub payload: &'a BootPayload,
+    /// Asked between pieces of a boot file; `false` ends the building.
+    pub go_on: &'a dyn Fn() -> bool,
     /// Kernel command line, without what Ferry adds.
     pub cmdline: String,
     /// Whether there are ACPI tables.
@@ -63,7 +63,7 @@ impl Machine {
         let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
         let disks = backends.disks.iter().zip(queues);
         let disks = disks.map(|(node, queues)| describe_disk(node, queues)).collect::<Vec<_>>();
-        let source = BootSource { kernel: new.kernel, initrd: new.initrd, cmdline: &new.cmdline };
+        let source = BootSource { payload: new.payload, cmdline: &new.cmdline, go_on: new.go_on };
         let device_count = disks.len() + usize::from(new.rng);
         let virtio = (0..device_count).map(device_slot).collect::<Result<_, _>>()?;
         let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, virtio };

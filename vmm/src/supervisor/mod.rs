@@ -12,7 +12,8 @@ mod jobs;
 pub mod messages;
 mod moving;
 
-use crate::config::{HostConfig, ReceiveConfig, RunConfig};
+use crate::boot::payload::BootPayload;
+use crate::config::{BootFiles, HostConfig, ReceiveConfig, RunConfig};
 use crate::console::{Console, ConsoleEvent};
 use crate::control::{Event, Incoming};
 use crate::desk::{self, Clerk, Desk, DeskError};
@@ -119,6 +120,9 @@ pub struct Supervisor {
     host: Host,
     /// Before the console and the control server: its threads use them.
     machine: Option<Machine>,
+    /// What the guest boots from at its start and at each reset: opened once. None if it arrives and
+    /// `--kernel` is not given.
+    payload: Option<Arc<BootPayload>>,
     /// Images, kept over a reset.
     disks: Vec<Arc<BlockNode>>,
     /// Images of the guest that arrives, until it has.
@@ -135,13 +139,14 @@ pub struct Supervisor {
 /// Boots a guest and runs it to its end; returns the exit code.
 pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Host::open()?;
+    let payload = open_payload(&config.boot)?;
     let mut disks = Vec::new();
     for (id, disk) in &config.disks {
         let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
         let node = BlockNode::new(id.clone(), backend).with_policy(disk.errors);
         disks.push(Arc::new(node));
     }
-    let mut supervisor = Supervisor::new(Mission::Run(config), host, disks)?;
+    let mut supervisor = Supervisor::new(Mission::Run(config), host, Some(payload), disks)?;
     supervisor.boot()?;
     supervisor.start()?;
     // What reading the command line and building the machine needed and gave back, some 100 KiB, would
@@ -157,9 +162,10 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
 /// Waits for a guest and runs it to its end; returns the exit code.
 pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let host = Host::open()?;
+    let payload = config.boot.as_ref().map(open_payload).transpose()?;
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
-    let mut supervisor = Supervisor::new(Mission::Receive(config), host, Vec::new())?;
+    let mut supervisor = Supervisor::new(Mission::Receive(config), host, payload, Vec::new())?;
     supervisor.state = RunState::Inmigrate;
     eprintln!("ferry: listening on {}", listener.local_address());
     let mailbox = supervisor.desk.mailbox().clone();
@@ -167,8 +173,18 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     Ok(desk::serve(supervisor)?)
 }
 
+fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
+    let payload = BootPayload::open(&files.kernel, files.initrd.as_deref());
+    Ok(Arc::new(payload.map_err(|error| MachineError::Boot(error.into()))?))
+}
+
 impl Supervisor {
-    fn new(mission: Mission, host: Host, disks: Vec<Arc<BlockNode>>) -> Result<Self, SetupError> {
+    fn new(
+        mission: Mission,
+        host: Host,
+        payload: Option<Arc<BootPayload>>,
+        disks: Vec<Arc<BlockNode>>,
+    ) -> Result<Self, SetupError> {
         let config = mission.host();
         if config.with_parent {
             let kill = rustix::process::Signal::KILL;
@@ -188,6 +204,7 @@ impl Supervisor {
             mission,
             host,
             machine: None,
+            payload,
             disks,
             images: Images::default(),
             state: RunState::Prelaunch,
@@ -217,14 +234,16 @@ impl Supervisor {
 
     /// Builds the machine that the configuration describes, with its disks locked.
     fn boot(&mut self) -> Result<(), MachineError> {
-        let Mission::Run(config) = &self.mission else { return Ok(()) };
+        let (Mission::Run(config), Some(payload)) = (&self.mission, self.payload.clone()) else {
+            return Ok(());
+        };
         let config = config.clone();
         self.install(NewMachine {
             name: config.name,
             memory_bytes: config.memory_bytes,
             cpus: config.cpus,
-            kernel: &config.boot.kernel,
-            initrd: config.boot.initrd.as_deref(),
+            payload: &payload,
+            go_on: &|| true,
             cmdline: config.cmdline,
             acpi: config.acpi,
             disk_queues: config.disks.iter().map(|(_, disk)| disk.queues).collect(),
@@ -301,12 +320,11 @@ impl Supervisor {
     }
 
     fn rebuild(&mut self) -> Result<(), String> {
-        let files = match &self.mission {
-            Mission::Run(config) => config.boot.clone(),
-            Mission::Receive(config) => config.boot.clone().ok_or(
-                "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
-            )?,
-        };
+        let payload = self.payload.clone().ok_or(
+            "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
+        )?;
+        // Before the old machine goes.
+        payload.check_unchanged().map_err(|error| error.to_string())?;
         self.dirty_rate.abort();
         let machine = self.machine.take().ok_or("there is no machine")?;
         if self.jobs.busy() && self.jobs.moves(machine.vm()) {
@@ -321,8 +339,8 @@ impl Supervisor {
             name: description.name,
             memory_bytes: description.memory_bytes,
             cpus: description.cpus,
-            kernel: &files.kernel,
-            initrd: files.initrd.as_deref(),
+            payload: &payload,
+            go_on: &|| true,
             cmdline: description.cmdline,
             acpi: description.acpi,
             disk_queues: description.disks.iter().map(|disk| disk.queues).collect(),

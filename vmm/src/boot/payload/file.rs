@@ -1,0 +1,246 @@
+//! One boot file: opened once, never again by its path, read at offsets in bounded pieces, and known by
+//! its SHA-256. That it has been written since it was opened is noticed, and is an error. Called by
+//! [`super::BootPayload`] and, through [`Reader`] or in pieces, by the loaders.
+
+use super::{PayloadError, Role};
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::OnceLock;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
+
+/// Files are read, and hashed, in pieces of this size; between two of them a reader can be cancelled.
+pub(super) const PIECE_BYTES: usize = 256 << 10;
+
+/// Length and time of the last write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    len_bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    // Not the time of the last status change: a rename over the file moves that too, and leaves the open
+    // file as it was.
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let modified = (metadata.mtime(), metadata.mtime_nsec());
+        Ok(Self { len_bytes: metadata.len(), modified })
+    }
+}
+
+/// An open file that a guest boots from. It is only read at given offsets, so any number of threads may.
+#[derive(Debug)]
+pub struct BootFile {
+    /// What it is called in messages.
+    name: String,
+    file: File,
+    stamp: Stamp,
+    sha256: OnceLock<[u8; 32]>,
+}
+
+impl BootFile {
+    /// Opens the file at `path`. Never waits, as opening a FIFO would.
+    pub fn open(role: Role, path: &Path) -> Result<Self, PayloadError> {
+        let (label, expected) = match role {
+            Role::Kernel => ("kernel", "a kernel"),
+            Role::Initrd => ("--initrd", "an initrd"),
+            Role::Module => ("--initrd", "a module"),
+        };
+        let name = format!("{label} {}", path.display());
+        let open_error = |source| PayloadError::Open { file: name.clone(), source };
+        let mut options = OpenOptions::new();
+        // A terminal that is opened must not become this process's own.
+        options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let file = options.open(path).map_err(open_error)?;
+        let kind = file.metadata().map_err(open_error)?.file_type();
+        if !kind.is_file() {
+            let kind = match () {
+                () if kind.is_dir() => "a folder",
+                () if kind.is_fifo() => "a FIFO",
+                () if kind.is_block_device() || kind.is_char_device() => "a device",
+                () => "a special file",
+            };
+            return Err(PayloadError::NotRegular { file: name, expected, kind });
+        }
+        let stamp = Stamp::of(&file).map_err(open_error)?;
+        Ok(Self { name, file, stamp, sha256: OnceLock::new() })
+    }
+
+    /// A copy that is complete, with the digest that it was checked against.
+    pub(super) fn arrived(
+        name: String,
+        file: File,
+        sha256: [u8; 32],
+    ) -> Result<Self, PayloadError> {
+        let stamp =
+            Stamp::of(&file).map_err(|source| PayloadError::Read { file: name.clone(), source })?;
+        Ok(Self { name, file, stamp, sha256: OnceLock::from(sha256) })
+    }
+
+    /// What it is called in messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its length when it was opened.
+    pub fn len_bytes(&self) -> u64 {
+        self.stamp.len_bytes
+    }
+
+    /// Fails if the file has been written, cut or extended since it was opened.
+    pub fn check_unchanged(&self) -> Result<(), PayloadError> {
+        let now = Stamp::of(&self.file).map_err(|source| self.read_error(source))?;
+        if now != self.stamp {
+            return Err(PayloadError::Changed { file: self.name.clone() });
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from `offset_bytes`. What lies past the length at opening is
+    /// [`io::ErrorKind::UnexpectedEof`], also if the file has grown.
+    pub fn read_at(&self, offset_bytes: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let end = offset_bytes.checked_add(buffer.len() as u64);
+        if end.is_none_or(|end| end > self.len_bytes()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.file.read_exact_at(buffer, offset_bytes)
+    }
+
+    /// SHA-256 of the content: computed once, in pieces, as long as `go_on` says yes between them.
+    pub fn sha256(&self, go_on: &dyn Fn() -> bool) -> Result<[u8; 32], PayloadError> {
+        self.check_unchanged()?;
+        if let Some(digest) = self.sha256.get() {
+            return Ok(*digest);
+        }
+        let mut hash = Sha256::new();
+        let read = self.in_pieces(0, self.len_bytes(), go_on, |_, piece| {
+            hash.update(piece);
+            Ok::<(), PayloadError>(())
+        });
+        // That it has shrunk says more than that a read came to an early end.
+        if !matches!(read, Err(PayloadError::Cancelled)) {
+            self.check_unchanged()?;
+        }
+        read?;
+        Ok(*self.sha256.get_or_init(|| hash.finalize().into()))
+    }
+
+    /// The first bytes, at most `max_bytes`.
+    pub(in crate::boot) fn head(&self, max_bytes: u64) -> Result<Vec<u8>, PayloadError> {
+        let len = usize::try_from(self.len_bytes().min(max_bytes))
+            .map_err(|error| self.read_error(io::Error::other(error)))?;
+        let mut head = vec![0; len];
+        self.read_at(0, &mut head).map_err(|source| self.read_error(source))?;
+        Ok(head)
+    }
+
+    /// Hands `len_bytes` from `offset_bytes` to `take` in pieces, each with its distance from the first.
+    pub(in crate::boot) fn in_pieces<E: From<PayloadError>>(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        go_on: &dyn Fn() -> bool,
+        mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut buffer = Vec::new();
+        let mut done: u64 = 0;
+        while done < len_bytes {
+            if !go_on() {
+                return Err(PayloadError::Cancelled.into());
+            }
+            let left = len_bytes - done;
+            let count = usize::try_from(left).map_or(PIECE_BYTES, |left| left.min(PIECE_BYTES));
+            buffer.resize(count, 0);
+            self.read_at(offset_bytes + done, &mut buffer)
+                .map_err(|source| self.read_error(source))?;
+            take(done, &buffer)?;
+            done += count as u64;
+        }
+        Ok(())
+    }
+
+    /// A reader with a cursor of its own, at the start.
+    pub(in crate::boot) fn reader<'a>(&'a self, go_on: &'a dyn Fn() -> bool) -> Reader<'a> {
+        Reader { file: self, at: 0, go_on, buffer: Vec::new(), failed: None }
+    }
+
+    fn read_error(&self, source: io::Error) -> PayloadError {
+        PayloadError::Read { file: self.name.clone(), source }
+    }
+}
+
+/// Reads a boot file for linux-loader, which wants a stream.
+pub(in crate::boot) struct Reader<'a> {
+    file: &'a BootFile,
+    at: u64,
+    go_on: &'a dyn Fn() -> bool,
+    buffer: Vec<u8>,
+    /// What a read failed with: linux-loader's errors do not say.
+    failed: Option<PayloadError>,
+}
+
+impl Reader<'_> {
+    /// What a read failed with, if one did.
+    pub fn into_failure(self) -> Option<PayloadError> {
+        self.failed
+    }
+
+    fn fail(&mut self, error: PayloadError) -> io::Error {
+        let text = error.to_string();
+        self.failed = Some(error);
+        io::Error::other(text)
+    }
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !(self.go_on)() {
+            return Err(self.fail(PayloadError::Cancelled));
+        }
+        let left = self.file.len_bytes().saturating_sub(self.at);
+        let most = buffer.len().min(PIECE_BYTES);
+        let count = usize::try_from(left).map_or(most, |left| left.min(most));
+        if count == 0 {
+            return Ok(0);
+        }
+        if let Err(source) = self.file.read_at(self.at, &mut buffer[..count]) {
+            return Err(self.fail(self.file.read_error(source)));
+        }
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
+impl ReadVolatile for Reader<'_> {
+    // Through a buffer that stays in the cache: a read straight into guest memory at an offset would need
+    // unsafe code here, to save some 0.1 ms per MiB.
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        to: &mut VolatileSlice<B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(to.len().min(PIECE_BYTES), 0);
+        let count = self.read(&mut buffer).map_err(VolatileMemoryError::IOError);
+        if let Ok(count) = count {
+            to.copy_from(&buffer[..count]);
+        }
+        self.buffer = buffer;
+        count
+    }
+}
+
+impl Seek for Reader<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(distance) => self.file.len_bytes().checked_add_signed(distance),
+            SeekFrom::Current(distance) => self.at.checked_add_signed(distance),
+        };
+        self.at = at.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
