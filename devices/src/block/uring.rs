@@ -44,7 +44,7 @@ pub enum Operation {
 
 impl Operation {
     /// Bytes that are left of it.
-    pub fn len(&self) -> usize {
+    pub fn bytes_left(&self) -> usize {
         match self {
             Self::Read(segments) | Self::Write { data: segments, .. } => segments.len(),
             Self::Flush => 0,
@@ -166,7 +166,7 @@ impl<T> Ring<T> {
     /// Takes an access on, to be started by [`Ring::submit`]. Gives it back if there is no room for
     /// it, or if the kernel would not take its pieces of RAM as they are.
     pub fn push(&mut self, transfer: Transfer, token: T) -> Result<(), (Transfer, T)> {
-        let bytes = transfer.operation.len();
+        let bytes = transfer.operation.bytes_left();
         let pieces = self.has_room_for(bytes).then(|| self.pieces_of(&transfer)).flatten();
         let Some(pieces) = pieces else { return Err((transfer, token)) };
         let slot = Some(Slot { transfer, pieces, bytes, token });

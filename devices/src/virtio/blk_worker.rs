@@ -669,4 +669,6 @@ impl Processor {
 }
 
 #[cfg(test)]
+mod long_requests;
+#[cfg(test)]
 mod tests;

@@ -706,4 +706,6 @@ impl Persist for MmioTransport {
 }
 
 #[cfg(test)]
+mod hanging_disk;
+#[cfg(test)]
 mod tests;
