@@ -187,25 +187,26 @@ fn a_request_longer_than_may_be_in_flight_goes_through_the_ring_in_pieces_that_s
         // More than the pipe holds: some of it has been read, and more is asked for.
         disk.write_all(&vec![1; 1 << 20]).unwrap();
         let mut drain = driver.transport.begin_drain();
-        // Nothing of it is in flight once some bytes have ended the piece that was.
-        disk.write_all(&[1; 512]).unwrap();
+        // Some bytes end the piece that is in flight. If none is any more, they wait in the pipe.
+        let (go_on, wait) = std::sync::mpsc::channel();
+        let feeding = std::thread::spawn(move || {
+            disk.write_all(&[1; 512]).unwrap();
+            wait.recv().unwrap();
+            // Ends with an error when the disk is gone.
+            while disk.write_all(&[2; 64 << 10]).is_ok() {}
+        });
         assert!(drain.wait_until(soon()), "it asks for more than the piece in flight");
         assert_eq!((driver.used(), driver.long_status(0)), (0, 0xaa), "it has no answer");
         let mut here = if moves { moved(driver) } else { driver };
-        // What was not read before is read now; the device cannot tell. So all is written anew.
         here.transport.resume();
-        let mut writer = disk.try_clone().unwrap();
-        let feeding = std::thread::spawn(move || {
-            // Ends with an error when both ends are gone.
-            while writer.write_all(&[2; 64 << 10]).is_ok() {}
-        });
+        go_on.send(()).unwrap();
         here.wait_for_used(2);
         assert_eq!([here.long_status(0), here.long_status(1)], [0, 0]);
         let at = |at: usize| here.ram.read_obj::<u8>(GuestAddress(LONG_DATA + at as u64)).unwrap();
         assert_eq!([at(len - 1), at(len)], [2, 2], "moves: {moves}");
         let used = here.ram.read_obj::<u32>(GuestAddress(USED + 8)).unwrap();
         assert_eq!(used as usize, len + 1, "all of it, once");
-        drop((here, disk));
+        drop(here);
         feeding.join().unwrap();
     }
 }
@@ -229,11 +230,10 @@ fn requests_in_flight_are_bounded_by_their_bytes_and_those_that_do_not_fit_are_s
     assert!(drain.wait_until(soon()), "a pause waits for more than may be in flight");
     assert_eq!(driver.used(), 4);
     driver.transport.resume();
-    let mut writer = disk.try_clone().unwrap();
-    let feeding = std::thread::spawn(move || while writer.write_all(&[1; 64 << 10]).is_ok() {});
+    let feeding = std::thread::spawn(move || while disk.write_all(&[1; 64 << 10]).is_ok() {});
     driver.wait_for_used(9);
     assert!((0..9).all(|head| driver.long_status(head) == 0));
-    drop((driver, disk));
+    drop(driver);
     feeding.join().unwrap();
 }
 
