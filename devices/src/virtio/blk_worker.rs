@@ -180,7 +180,7 @@ impl QueueProcessor for Processor {
                     ControlFlow::Break(())
                 })
             })?;
-            let full = !self.has_room();
+            let full = !self.has_room() || self.next_bytes > 0;
             self.submit()?;
             self.take_back(ram, queue, host, Long::GoOn)?;
             // What did not fit may wait in the ring, unannounced.

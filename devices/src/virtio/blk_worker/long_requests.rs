@@ -238,6 +238,23 @@ fn requests_in_flight_are_bounded_by_their_bytes_and_those_that_do_not_fit_are_s
 }
 
 #[test]
+fn a_request_that_did_not_fit_is_served_although_the_others_have_ended_meanwhile() {
+    // What is written there has been written as soon as it is submitted.
+    let file = File::create("/dev/null").unwrap();
+    let (mut driver, _) = driver(MemoryDisk::without_storage(64 << 20).with_file(file));
+    // Seven that fit, and one that does not.
+    for round in 0..8u16 {
+        for index in 0..8u16 {
+            let len = if index < 7 { 4 * MIB } else { 8 * MIB };
+            let is_last = index == 7;
+            driver.submit_long(index, T_OUT, 0, &[(LONG_DATA, len)], is_last);
+        }
+        driver.wait_for_used(8 * (round + 1));
+        assert!((0..8).all(|head| driver.long_status(head) == 0));
+    }
+}
+
+#[test]
 fn ranges_are_cut_at_multiples_of_a_piece() {
     let cut = |offset_bytes, len_bytes| {
         pieces(&ZeroRange { offset_bytes, len_bytes, unmap: false }).collect::<Vec<_>>()
