@@ -196,8 +196,8 @@ impl Worker {
         self.common.ending.store(true, Ordering::SeqCst);
         self.common.yielding.store(true, Ordering::SeqCst);
         let (duty, order) = (&self.common.duty, Ordering::SeqCst);
-        let idle = duty.compare_exchange(IDLE, RETIRED, order, order).is_ok();
-        (!idle).then(|| self.ended.clone())
+        let was = duty.compare_exchange(IDLE, RETIRED, order, order).unwrap_or_else(|was| was);
+        (was == BUSY).then(|| self.ended.clone())
     }
 
     /// Reached when the thread has let go of everything.

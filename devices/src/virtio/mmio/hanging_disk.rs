@@ -102,6 +102,7 @@ fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
         }
         // Parked: it has no request, and its thread need not run for the reset.
         driver.transport.drain();
+        assert!(driver.transport.workers().all(|worker| worker.retire().is_none()));
         driver.set(0x70, 0);
         assert_eq!((driver.get(0x70), driver.get(0x44)), (0, 0));
         driver.transport.resume();
