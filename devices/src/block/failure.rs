@@ -81,7 +81,7 @@ pub struct Failure {
     pub reason: String,
 }
 
-type Tell = Box<dyn Fn(Failure) + Send + Sync>;
+type Tell = Arc<dyn Fn(Failure) + Send + Sync>;
 
 /// A disk's failures.
 #[derive(Default)]
@@ -138,7 +138,9 @@ impl Failures {
         if action == Action::Stop {
             self.stopped.store(true, Ordering::SeqCst);
         }
-        if let Some(tell) = lock(&self.tell).as_ref() {
+        // Called without the lock: it is the VMM's, and may take its time.
+        let tell = lock(&self.tell).clone();
+        if let Some(tell) = tell {
             let (disk, reason) = (disk.to_owned(), error.to_string());
             tell(Failure { disk, is_read, action, no_space, reason });
         }
@@ -160,7 +162,7 @@ mod tests {
         assert_eq!(failures.decide("d", false, &broken), Action::Report);
         assert!(!failures.is_stopped());
         let (sender, told) = std::sync::mpsc::channel();
-        failures.set_tell(Box::new(move |failure| sender.send(failure).unwrap()));
+        failures.set_tell(Arc::new(move |failure| sender.send(failure).unwrap()));
         assert_eq!(failures.decide("d", false, &full), Action::Stop);
         let failure = told.recv().unwrap();
         assert!(failures.is_stopped() && failure.no_space && !failure.is_read);

@@ -9,12 +9,13 @@ use super::bitmap::DirtyBitmap;
 use crate::lock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 /// A node's accesses in motion, and the bitmaps that hear of its writes.
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
     count: AtomicU64,
-    /// How many wait in [`InFlight::drain`]; only then does the end of an access touch the lock.
+    /// How many drain; only then does the end of an access touch the lock.
     awaited: AtomicU64,
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     ended: (Mutex<()>, Condvar),
@@ -40,12 +41,31 @@ impl InFlight {
 
     /// Waits until nothing is in motion. The caller makes sure that nothing new begins.
     pub fn drain(&self) {
+        self.drain_or_give_up(|| None);
+    }
+
+    /// As [`InFlight::drain`], at most until `deadline`. False if something is in motion then.
+    pub fn drain_until(&self, deadline: Instant) -> bool {
+        self.drain_or_give_up(|| Some(deadline.saturating_duration_since(Instant::now())))
+    }
+
+    /// Waits for as long as `patience` says; `None` is for ever.
+    fn drain_or_give_up(&self, patience: impl Fn() -> Option<Duration>) -> bool {
+        let is_over = || self.count.load(Ordering::SeqCst) == 0;
         let mut guard = lock(&self.ended.0);
         self.awaited.fetch_add(1, Ordering::SeqCst);
-        while self.count.load(Ordering::SeqCst) > 0 {
-            guard = self.ended.1.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        while !is_over() {
+            guard = match patience() {
+                None => self.ended.1.wait(guard).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => break,
+                Some(left) => {
+                    let waited = self.ended.1.wait_timeout(guard, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
         self.awaited.fetch_sub(1, Ordering::SeqCst);
+        is_over()
     }
 }
 
@@ -108,9 +128,11 @@ mod tests {
         });
         for motion in motions {
             assert!(drained.try_recv().is_err());
+            assert!(!node.drain_until(Instant::now() + Duration::from_millis(1)));
             drop(motion);
         }
         drained.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
         thread.join().unwrap();
+        assert!(node.drain_until(Instant::now()), "nothing is in motion, however late it is");
     }
 }

@@ -1,7 +1,7 @@
 //! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
-//! until they are let through.
+//! until they are let through, and are recorded.
 
-use super::backend::{BackingChain, BlockBackend, Content, Extent, LockError};
+use super::backend::{BackingChain, BlockBackend, ByteRange, Content, Extent, LockError};
 use crate::lock;
 use std::fs::File;
 use std::io;
@@ -14,6 +14,7 @@ pub struct MemoryDisk {
     len_bytes: u64,
     read_only: bool,
     script: Arc<Script>,
+    file: Option<Arc<File>>,
 }
 
 /// What becomes of a disk's accesses; kept by the test when the disk has moved into its node.
@@ -27,8 +28,11 @@ pub struct Script {
 struct ScriptState {
     failing: bool,
     held: bool,
+    /// How many accesses go on although others are held.
+    let_through: usize,
     waiting: usize,
     flush_count: usize,
+    accesses: Vec<ByteRange>,
 }
 
 impl Script {
@@ -41,6 +45,17 @@ impl Script {
     pub fn hold(&self, held: bool) {
         lock(&self.state).held = held;
         self.changed.notify_all();
+    }
+
+    /// Makes every access wait but for the next `count`.
+    pub fn hold_after(&self, count: usize) {
+        let mut state = lock(&self.state);
+        (state.held, state.let_through) = (true, count);
+    }
+
+    /// Reads, writes, discards and zeroes that have been made so far, in order.
+    pub fn accesses(&self) -> Vec<ByteRange> {
+        lock(&self.state).accesses.clone()
     }
 
     /// Waits until an access is held.
@@ -65,14 +80,22 @@ impl Script {
         lock(&self.state).flush_count
     }
 
-    fn access(&self) -> io::Result<()> {
+    fn access(&self, range: Option<ByteRange>) -> io::Result<()> {
         let mut state = lock(&self.state);
         state.waiting += 1;
         self.changed.notify_all();
-        let waited = self.changed.wait_while(state, |state| state.held);
-        state = waited.unwrap_or_else(PoisonError::into_inner);
+        if state.held && state.let_through > 0 {
+            state.let_through -= 1;
+        } else {
+            let waited = self.changed.wait_while(state, |state| state.held);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
         state.waiting -= 1;
-        if state.failing { Err(io::Error::other("scripted fault")) } else { Ok(()) }
+        if state.failing {
+            return Err(io::Error::other("scripted fault"));
+        }
+        state.accesses.extend(range);
+        Ok(())
     }
 }
 
@@ -84,7 +107,19 @@ impl MemoryDisk {
     pub fn new(len_bytes: u64) -> Self {
         let len = usize::try_from(len_bytes).expect("a test's disk fits in memory");
         let bytes = Mutex::new(vec![0; len]);
-        Self { bytes, len_bytes, read_only: false, script: Arc::default() }
+        Self { bytes, len_bytes, read_only: false, script: Arc::default(), file: None }
+    }
+
+    /// A writable disk of `len_bytes`, however many, that keeps nothing: it reads as zeroes.
+    pub fn without_storage(len_bytes: u64) -> Self {
+        Self { len_bytes, ..Self::new(0) }
+    }
+
+    /// The same disk, whose reads, writes and flushes may be made directly on `file`: they follow no
+    /// script.
+    #[must_use]
+    pub fn with_file(self, file: File) -> Self {
+        Self { file: Some(Arc::new(file)), ..self }
     }
 
     /// The same disk, refusing writes.
@@ -100,6 +135,25 @@ impl MemoryDisk {
     fn range(offset_bytes: u64, len: usize) -> io::Result<std::ops::Range<usize>> {
         let start = usize::try_from(offset_bytes).map_err(io::Error::other)?;
         Ok(start..start.saturating_add(len))
+    }
+
+    /// Waits for the script, then has `change` see the bytes, unless they are not kept.
+    fn access(
+        &self,
+        offset_bytes: u64,
+        len: usize,
+        change: impl FnOnce(&mut [u8]),
+    ) -> io::Result<()> {
+        let len_bytes = u64::try_from(len).map_err(io::Error::other)?;
+        self.script.access(Some(ByteRange { offset_bytes, len_bytes }))?;
+        let mut bytes = lock(&self.bytes);
+        if bytes.is_empty() {
+            change(&mut vec![0; len]);
+            return Ok(());
+        }
+        let range = Self::range(offset_bytes, len)?;
+        change(bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
     }
 }
 
@@ -129,21 +183,11 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
-        self.script.access()?;
-        let bytes = lock(&self.bytes);
-        let range = Self::range(offset_bytes, buffer.len())?;
-        let source = bytes.get(range).ok_or(io::ErrorKind::UnexpectedEof)?;
-        buffer.copy_from_slice(source);
-        Ok(())
+        self.access(offset_bytes, buffer.len(), |bytes| buffer.copy_from_slice(bytes))
     }
 
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
-        self.script.access()?;
-        let mut bytes = lock(&self.bytes);
-        let range = Self::range(offset_bytes, buffer.len())?;
-        let target = bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?;
-        target.copy_from_slice(buffer);
-        Ok(())
+        self.access(offset_bytes, buffer.len(), |bytes| bytes.copy_from_slice(buffer))
     }
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
@@ -151,12 +195,8 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, _may_unmap: bool) -> io::Result<()> {
-        self.script.access()?;
         let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
-        let range = Self::range(offset_bytes, len)?;
-        let mut bytes = lock(&self.bytes);
-        bytes.get_mut(range).ok_or(io::ErrorKind::UnexpectedEof)?.fill(0);
-        Ok(())
+        self.access(offset_bytes, len, |bytes| bytes.fill(0))
     }
 
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
@@ -186,7 +226,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
-        None
+        self.file.clone().map(|file| (file, 1))
     }
 
     fn write_back(&self) -> io::Result<()> {
@@ -194,7 +234,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.script.access()?;
+        self.script.access(None)?;
         lock(&self.script.state).flush_count += 1;
         Ok(())
     }

@@ -28,6 +28,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 /// Bytes of the unit that guests address disks by.
 pub const SECTOR_BYTES: u64 = 512;
@@ -212,7 +213,7 @@ impl BlockNode {
 
     /// Has `tell` called for every request that fails from now on.
     pub fn on_failure(&self, tell: impl Fn(Failure) + Send + Sync + 'static) {
-        self.failures.set_tell(Box::new(tell));
+        self.failures.set_tell(Arc::new(tell));
     }
 
     /// A guest's request has failed: tells so, and decides what becomes of it.
@@ -287,6 +288,11 @@ impl BlockNode {
     /// Waits until no access is in motion. New ones are kept away by whoever stopped the guest.
     pub fn drain(&self) {
         self.in_flight.drain();
+    }
+
+    /// As [`BlockNode::drain`], at most until `deadline`. False if an access is in motion then.
+    pub fn drain_until(&self, deadline: Instant) -> bool {
+        self.in_flight.drain_until(deadline)
     }
 
     /// What the guest has asked for so far.

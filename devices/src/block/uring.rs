@@ -18,6 +18,13 @@ use vm_memory::bitmap::Bitmap;
 
 /// The kernel takes no more pieces in one access (`IOV_MAX`).
 const MOST_PIECES: usize = 1024;
+/// Most bytes that are in flight at once: what a pause may have to wait for. Room for 32 accesses of
+/// 1 MiB, more than it takes to keep a disk busy. A longer access is on its way alone.
+pub const MAX_BYTES_IN_FLIGHT: usize = 32 << 20;
+/// Most bytes of one access that the kernel is given at once; the rest follows. Large enough that
+/// sequential access loses nothing, and few enough that an access that is on its way alone stops soon.
+/// A multiple of every alignment that a file may ask for.
+pub const MAX_BYTES_AT_ONCE: usize = 4 << 20;
 
 /// What to do with a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +40,16 @@ pub enum Operation {
     },
     /// Makes every completed write durable.
     Flush,
+}
+
+impl Operation {
+    /// Bytes that are left of it.
+    pub fn bytes_left(&self) -> usize {
+        match self {
+            Self::Read(segments) | Self::Write { data: segments, .. } => segments.len(),
+            Self::Flush => 0,
+        }
+    }
 }
 
 /// One access, on its way or about to be.
@@ -58,7 +75,31 @@ struct Slot<T> {
     transfer: Transfer,
     /// The rest of the transfer, as the kernel reads it; stays where it is until completion.
     pieces: Pieces,
+    /// What it was given with, and counts for until it is complete.
+    bytes: usize,
     token: T,
+}
+
+/// An access that is taken back.
+#[derive(Debug)]
+pub struct Completion<T> {
+    /// What it was for.
+    pub token: T,
+    /// What is left of it.
+    pub transfer: Transfer,
+    /// How it ended.
+    pub end: End,
+}
+
+/// How an access ended.
+#[derive(Debug)]
+pub enum End {
+    /// Completely.
+    Done,
+    /// The disk failed.
+    Failed(io::Error),
+    /// It was to stop before its end: nothing of it is in flight any more.
+    Interrupted,
 }
 
 /// The kernel copies what a read finds in its page cache while we submit it, one read after another. Of
@@ -74,6 +115,7 @@ pub struct Ring<T> {
     slots: Vec<Option<Slot<T>>>,
     free: Vec<usize>,
     in_flight: usize,
+    bytes_in_flight: usize,
     depth: usize,
 }
 
@@ -94,6 +136,7 @@ impl<T> Ring<T> {
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            bytes_in_flight: 0,
             depth: depth.into(),
         })
     }
@@ -108,17 +151,25 @@ impl<T> Ring<T> {
         self.in_flight
     }
 
-    /// Whether another access can be taken on.
+    /// Whether any other access can be taken on.
     pub fn has_room(&self) -> bool {
-        self.in_flight < self.depth
+        self.in_flight < self.depth && self.bytes_in_flight < MAX_BYTES_IN_FLIGHT
+    }
+
+    /// Whether an access to `bytes` bytes can be taken on: if it stays below [`MAX_BYTES_IN_FLIGHT`]
+    /// with the others, or if there are no others.
+    pub fn has_room_for(&self, bytes: usize) -> bool {
+        let fits = bytes <= MAX_BYTES_IN_FLIGHT.saturating_sub(self.bytes_in_flight);
+        self.in_flight == 0 || self.has_room() && fits
     }
 
     /// Takes an access on, to be started by [`Ring::submit`]. Gives it back if there is no room for
     /// it, or if the kernel would not take its pieces of RAM as they are.
     pub fn push(&mut self, transfer: Transfer, token: T) -> Result<(), (Transfer, T)> {
-        let pieces = self.has_room().then(|| self.pieces_of(&transfer)).flatten();
+        let bytes = transfer.operation.bytes_left();
+        let pieces = self.has_room_for(bytes).then(|| self.pieces_of(&transfer)).flatten();
         let Some(pieces) = pieces else { return Err((transfer, token)) };
-        let slot = Some(Slot { transfer, pieces, token });
+        let slot = Some(Slot { transfer, pieces, bytes, token });
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
@@ -130,11 +181,12 @@ impl<T> Ring<T> {
             *place = slot;
         }
         self.in_flight += 1;
+        self.bytes_in_flight += bytes;
         self.enqueue(index);
         Ok(())
     }
 
-    /// The pieces as addresses, if the kernel takes them.
+    /// The first [`MAX_BYTES_AT_ONCE`] bytes of the pieces as addresses, if the kernel takes all of them.
     fn pieces_of(&self, transfer: &Transfer) -> Option<Pieces> {
         let segments = match &transfer.operation {
             Operation::Read(segments) | Operation::Write { data: segments, .. } => segments,
@@ -156,7 +208,16 @@ impl<T> Ring<T> {
                 pieces.push(libc::iovec { iov_base: start.cast(), iov_len: slice.len() });
             }
         }
-        (pieces.len() <= MOST_PIECES).then_some(Pieces(pieces))
+        if pieces.len() > MOST_PIECES {
+            return None;
+        }
+        let mut left = MAX_BYTES_AT_ONCE;
+        for piece in &mut pieces {
+            piece.iov_len = piece.iov_len.min(left);
+            left -= piece.iov_len;
+        }
+        pieces.retain(|piece| piece.iov_len > 0);
+        Some(Pieces(pieces))
     }
 
     /// Queues what is left of a slot's transfer. There is an entry for each slot, so that there is
@@ -223,32 +284,40 @@ impl<T> Ring<T> {
     }
 
     /// Takes back an access that has ended, and how. One that was cut short is continued: call
-    /// [`Ring::submit`] after the last.
-    pub fn next_completion(&mut self) -> Option<(T, Transfer, io::Result<()>)> {
+    /// [`Ring::submit`] after the last. With `interrupt`, one that is longer than
+    /// [`MAX_BYTES_IN_FLIGHT`] is not: it ends as interrupted when what the kernel has of it has ended.
+    pub fn next_completion(&mut self, interrupt: bool) -> Option<Completion<T>> {
+        let stops = |bytes| interrupt && bytes > MAX_BYTES_IN_FLIGHT;
+        self.next_completion_but(stops)
+    }
+
+    /// An access of so many bytes that `stops` is not continued.
+    fn next_completion_but(&mut self, stops: impl Fn(usize) -> bool) -> Option<Completion<T>> {
         loop {
             let entry = self.uring.completion().next()?;
             let Ok(index) = usize::try_from(entry.user_data()) else { continue };
             let Some(mut slot) = self.slots.get_mut(index).and_then(Option::take) else { continue };
-            let progress = self.account(&mut slot.transfer, entry.result());
-            if let Progress::Continue = progress
-                && let Some(pieces) = self.pieces_of(&slot.transfer)
-            {
-                slot.pieces = pieces;
-                if let Some(place) = self.slots.get_mut(index) {
-                    *place = Some(slot);
-                }
-                self.enqueue(index);
-                continue;
-            }
+            let end = match self.account(&mut slot.transfer, entry.result()) {
+                Progress::Done => End::Done,
+                Progress::Failed(error) => End::Failed(error),
+                Progress::Continue if stops(slot.bytes) => End::Interrupted,
+                Progress::Continue => match self.pieces_of(&slot.transfer) {
+                    Some(pieces) => {
+                        slot.pieces = pieces;
+                        if let Some(place) = self.slots.get_mut(index) {
+                            *place = Some(slot);
+                        }
+                        self.enqueue(index);
+                        continue;
+                    }
+                    // Direct I/O that ended where it cannot go on.
+                    None => End::Failed(io::ErrorKind::UnexpectedEof.into()),
+                },
+            };
             self.free.push(index);
             self.in_flight -= 1;
-            let result = match progress {
-                Progress::Done => Ok(()),
-                // Direct I/O that ended where it cannot go on.
-                Progress::Continue => Err(io::ErrorKind::UnexpectedEof.into()),
-                Progress::Failed(error) => Err(error),
-            };
-            return Some((slot.token, slot.transfer, result));
+            self.bytes_in_flight -= slot.bytes;
+            return Some(Completion { token: slot.token, transfer: slot.transfer, end });
         }
     }
 
@@ -315,7 +384,8 @@ impl<T> Drop for Ring<T> {
                 std::mem::forget(std::mem::take(&mut self.slots));
                 return;
             }
-            while self.next_completion().is_some() {}
+            // Nobody waits for the rest of what was cut short.
+            while self.next_completion_but(|_| true).is_some() {}
         }
     }
 }
@@ -363,7 +433,12 @@ mod tests {
         let mut ended = Vec::new();
         while ring.in_flight() > 0 {
             ring.wait().unwrap();
-            while let Some((token, _, result)) = ring.next_completion() {
+            while let Some(Completion { token, end, .. }) = ring.next_completion(false) {
+                let result = match end {
+                    End::Done => Ok(()),
+                    End::Failed(error) => Err(error),
+                    End::Interrupted => panic!("access {token} was not to be interrupted"),
+                };
                 ended.push((token, result));
             }
         }
@@ -466,7 +541,7 @@ mod tests {
         writer.write_all(&[1; 150]).unwrap();
         assert!(ring.push(transfer(&file, Operation::Read(read), 0), 1).is_ok());
         ring.wait().unwrap();
-        assert!(ring.next_completion().is_none(), "not all has come");
+        assert!(ring.next_completion(true).is_none(), "a short access goes on to its end");
         ring.submit().unwrap();
         assert_eq!(ring.in_flight(), 1);
         writer.write_all(&[2; 50]).unwrap();

@@ -33,7 +33,8 @@ pub(super) struct RangeLimits {
     pub ranges: u32,
 }
 
-/// A pause waits for the request in flight, so none may take long: holes are made quickly…
+/// Requests are made in pieces, and a pause waits for one; but nothing else of the queue is served
+/// meanwhile, so none may take long. Holes are made quickly…
 pub(super) const DISCARD_LIMITS: RangeLimits =
     RangeLimits { sectors: (64 << 20) / 512, ranges: 16 };
 /// …but zeroes may have to be written.

@@ -1,19 +1,34 @@
 //! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used.
+//!
+//! **A pause waits for a bounded number of bytes**, whatever the guest has asked for. Requests go into
+//! the [`Ring`] up to `MAX_BYTES_IN_FLIGHT`; a longer one is on its way alone, in pieces; one that does
+//! not go through the ring is served in pieces too, alone among its kind. One that is asked to yield
+//! between two pieces is *put back*: the queue goes back to the entry of the available ring that it
+//! came from. It is served again from its start, here when the guest goes on or wherever the guest has
+//! moved to. That is right because
+//! - no later entry has been taken from the ring: none is taken while it is served;
+//! - it has not been answered, so its buffers are still the device's, and the guest assumes nothing
+//!   about what it reads, or about the part of the disk that it writes;
+//! - reads, writes, discards and zeroes come to the same when they are made twice, and whatever was
+//!   written has been marked dirty, in RAM or on the disk.
+//!
+//! A request that was kept after an error is no longer the last one taken: it is kept once more.
 
 use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
 use crate::block::failure::{Action, Kept};
-use crate::block::uring::{Operation, Ring, Transfer};
+use crate::block::uring::{Completion, End, Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
+use crate::log_limit::LogLimit;
 use crate::ram::{GuestAddress, GuestRam};
 use crate::segments::Segments;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use virtio_queue::{DescriptorChain, Queue};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
 use vm_memory::Bytes;
 
 const T_IN: u32 = 0;
@@ -34,6 +49,9 @@ const S_UNSUPP: u8 = 2;
 
 /// Data moves through a buffer of this size, which fits in a core's second-level cache.
 const BUFFER_BYTES: usize = 128 << 10;
+/// Discards and zeroes are made in pieces that end at multiples of this: a multiple of an image's
+/// clusters, and little enough to be written where there is no quicker way to make zeroes.
+const RANGE_PIECE_BYTES: u64 = 4 << 20;
 
 /// A request that did not succeed, and whose fault it is.
 #[derive(Debug)]
@@ -44,6 +62,8 @@ enum Failed {
     Unsupported(&'static str),
     /// The disk: `S_IOERR`.
     Host(io::Error),
+    /// It had to yield between two pieces: no answer, it is served again.
+    Interrupted,
 }
 
 impl From<io::Error> for Failed {
@@ -61,6 +81,8 @@ struct Ticket {
     status: GuestAddress,
     /// Bytes that the device may write, but for the status.
     room: usize,
+    /// It was kept after an error: later requests have been taken from the ring since.
+    was_kept: bool,
 }
 
 /// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
@@ -97,6 +119,7 @@ impl Request {
             sector: u64::from_le_bytes(sector),
             status,
             room: to_guest.len(),
+            was_kept: false,
         };
         Ok(Self { ticket, from_guest, to_guest })
     }
@@ -126,6 +149,9 @@ pub(super) struct Processor {
     driver_features: u64,
     host_errors: u64,
     held: Vec<(Held, Kept)>,
+    /// Bytes of the next request, which found no room in the ring and was put back.
+    next_bytes: usize,
+    bad_request: LogLimit,
 }
 
 impl QueueProcessor for Processor {
@@ -136,22 +162,27 @@ impl QueueProcessor for Processor {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
         loop {
-            self.take_back(ram, queue, host)?;
+            self.take_back(ram, queue, host, Long::GoOn)?;
             if !self.takes_more() {
                 return Ok(());
             }
+            self.next_bytes = 0;
             self.try_again(ram, queue, host)?;
             take_all(ram, queue, host, |queue, host, chain| {
-                self.serve(ram, queue, host, Request::parse(ram, chain)?)?;
+                let request = Request::parse(ram, chain)?;
+                if self.serve(ram, queue, host, request)?.is_some() {
+                    queue.go_to_previous_position();
+                    return Ok(ControlFlow::Break(()));
+                }
                 Ok(if self.takes_more() {
                     ControlFlow::Continue(())
                 } else {
                     ControlFlow::Break(())
                 })
             })?;
-            let full = !self.has_room();
+            let full = !self.has_room() || self.next_bytes > 0;
             self.submit()?;
-            self.take_back(ram, queue, host)?;
+            self.take_back(ram, queue, host, Long::GoOn)?;
             // What did not fit may wait in the ring, unannounced.
             if !full || host.must_yield() || self.node.is_stopped() {
                 return Ok(());
@@ -171,7 +202,7 @@ impl QueueProcessor for Processor {
         {
             ring.wait().map_err(broken_ring)?;
             // Whatever is wrong with the queue, all must end.
-            result = result.and(self.take_back(ram, queue, host));
+            result = result.and(self.take_back(ram, queue, host, Long::Stop));
         }
         result
     }
@@ -179,6 +210,35 @@ impl QueueProcessor for Processor {
     fn completions(&self) -> Option<RawFd> {
         self.ring.as_ref().map(Ring::descriptor)
     }
+
+    fn in_flight(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0)
+    }
+}
+
+/// What becomes of a request of more than `MAX_BYTES_IN_FLIGHT` when a piece of it is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Long {
+    /// The next piece follows, unless the host must yield.
+    GoOn,
+    /// It is put back.
+    Stop,
+}
+
+/// Between two pieces of a request: whether to go on.
+fn go_on(host: &dyn QueueHost) -> Result<(), Failed> {
+    if host.must_yield() { Err(Failed::Interrupted) } else { Ok(()) }
+}
+
+/// Cuts a range at multiples of [`RANGE_PIECE_BYTES`].
+fn pieces(range: &ZeroRange) -> impl Iterator<Item = (u64, u64)> {
+    let end = range.offset_bytes.saturating_add(range.len_bytes);
+    let mut at = range.offset_bytes;
+    std::iter::from_fn(move || {
+        let start = at;
+        at = end.min((start / RANGE_PIECE_BYTES + 1).saturating_mul(RANGE_PIECE_BYTES));
+        (start < end).then(|| (start, at - start))
+    })
 }
 
 fn broken_ring(error: io::Error) -> BrokenQueue {
@@ -195,30 +255,52 @@ impl Processor {
         let plain = node.access(AccessKind::Read, 0, 0).is_ok_and(|access| access.is_some());
         let ring = plain.then(|| Ring::new(ram.clone(), depth)).transpose();
         let ring = ring.unwrap_or_else(|error| {
-            log::info!("disk {}: no io_uring ({error}), requests go one by one", node.id());
+            // A guest can have this said as often as it starts the device.
+            static NO_RING: LogLimit = LogLimit::new();
+            if let Some(suppressed) = NO_RING.allow() {
+                let id = node.id();
+                log::info!("disk {id}: no io_uring ({error}), requests go one by one{suppressed}");
+            }
             None
         });
-        let buffer = AlignedBuffer::new(BUFFER_BYTES);
-        Self { node, buffer, ring, driver_features, host_errors: 0, held: Vec::new() }
+        Self {
+            node,
+            buffer: AlignedBuffer::new(BUFFER_BYTES),
+            ring,
+            driver_features,
+            host_errors: 0,
+            held: Vec::new(),
+            next_bytes: 0,
+            bad_request: LogLimit::new(),
+        }
     }
 
     /// Whether there is room, and the guest is not stopped for what has failed.
     fn takes_more(&self) -> bool {
-        self.has_room() && !self.node.is_stopped()
+        self.has_room() && self.has_room_for(self.next_bytes) && !self.node.is_stopped()
     }
 
-    /// Starts a request, or serves it at once.
+    /// Starts a request, or serves it at once. Gives it back if it cannot be served now: it finds no
+    /// room, or it had to yield.
     fn serve(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
         request: Request,
-    ) -> Result<(), BrokenQueue> {
-        let Some(mut request) = self.start(request) else { return Ok(()) };
+    ) -> Result<Option<Request>, BrokenQueue> {
+        let bytes = request.from_guest.len().max(request.to_guest.len());
+        if !self.has_room_for(bytes) {
+            self.next_bytes = bytes;
+            return Ok(Some(request));
+        }
+        let Some(mut request) = self.start(request) else { return Ok(None) };
         // Serving takes it apart.
         let whole = request.clone();
-        let result = self.execute(ram, &mut request);
+        let result = self.execute(ram, host, &mut request);
+        if let Err(Failed::Interrupted) = result {
+            return Ok(Some(whole));
+        }
         match self.decide(&request.ticket, result) {
             None => self.hold(Held::Request(whole)),
             Some(result) => {
@@ -226,11 +308,13 @@ impl Processor {
                 self.answer(ram, queue, host, request.ticket, left, result)?;
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Keeps a request that has failed.
-    fn hold(&mut self, held: Held) {
+    fn hold(&mut self, mut held: Held) {
+        let (Held::Transfer(ticket, _) | Held::Request(Request { ticket, .. })) = &mut held;
+        ticket.was_kept = true;
         self.held.push((held, self.node.keep()));
     }
 
@@ -244,7 +328,10 @@ impl Processor {
         for (held, kept) in std::mem::take(&mut self.held) {
             match held {
                 held if !self.takes_more() => self.held.push((held, kept)),
-                Held::Request(request) => self.serve(ram, queue, host, request)?,
+                Held::Request(request) => {
+                    let again = self.serve(ram, queue, host, request)?.map(Held::Request);
+                    self.held.extend(again.map(|held| (held, kept)));
+                }
                 Held::Transfer(ticket, transfer) => {
                     let refused = match &mut self.ring {
                         Some(ring) => ring.push(transfer, ticket).err(),
@@ -270,6 +357,10 @@ impl Processor {
 
     fn has_room(&self) -> bool {
         self.ring.as_ref().is_none_or(Ring::has_room)
+    }
+
+    fn has_room_for(&self, bytes: usize) -> bool {
+        self.ring.as_ref().is_none_or(|ring| ring.has_room_for(bytes))
     }
 
     /// Puts a request on its way, or gives it back to be served at once. What is wrong with a request
@@ -314,12 +405,26 @@ impl Processor {
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
+        long: Long,
     ) -> Result<(), BrokenQueue> {
         let mut result = Ok(());
-        while let Some((ticket, transfer, ended)) =
-            self.ring.as_mut().and_then(Ring::next_completion)
-        {
-            let Some(ended) = self.decide(&ticket, ended.map_err(Failed::Host)) else {
+        loop {
+            let interrupt = long == Long::Stop || host.must_yield();
+            let next = self.ring.as_mut().and_then(|ring| ring.next_completion(interrupt));
+            let Some(Completion { token: ticket, transfer, end }) = next else { break };
+            let ended = match end {
+                End::Done => Ok(()),
+                End::Failed(error) => Err(Failed::Host(error)),
+                End::Interrupted if ticket.was_kept => {
+                    self.hold(Held::Transfer(ticket, transfer));
+                    continue;
+                }
+                End::Interrupted => {
+                    queue.go_to_previous_position();
+                    continue;
+                }
+            };
+            let Some(ended) = self.decide(&ticket, ended) else {
                 self.hold(Held::Transfer(ticket, transfer));
                 continue;
             };
@@ -348,6 +453,9 @@ impl Processor {
         left: usize,
         result: Result<(), Failed>,
     ) -> Result<(), BrokenQueue> {
+        if host.is_ending() {
+            return Ok(());
+        }
         let status = self.status(&ticket, result);
         ram.write_obj(status, ticket.status).map_err(|error| BrokenQueue(error.to_string()))?;
         give_back(ram, queue, host, ticket.head, ticket.room.saturating_sub(left) + 1)
@@ -357,10 +465,15 @@ impl Processor {
         self.driver_features & feature != 0
     }
 
-    fn execute(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+    fn execute(
+        &mut self,
+        ram: &GuestRam,
+        host: &dyn QueueHost,
+        request: &mut Request,
+    ) -> Result<(), Failed> {
         match request.ticket.kind {
-            T_IN => self.read(ram, request),
-            T_OUT => self.write(ram, request),
+            T_IN => self.read(ram, host, request),
+            T_OUT => self.write(ram, host, request),
             T_FLUSH => Ok(self.node.flush()?),
             T_GET_ID => {
                 let mut id = [0u8; ID_BYTES];
@@ -370,15 +483,19 @@ impl Processor {
                 request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
             }
             T_DISCARD if self.accepted(F_DISCARD) => {
-                for range in self.ranges(ram, request, blk::DISCARD_LIMITS)? {
-                    self.node.discard(range.offset_bytes, range.len_bytes)?;
+                let ranges = self.ranges(ram, request, blk::DISCARD_LIMITS)?;
+                for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
+                    go_on(host)?;
+                    self.node.discard(offset_bytes, len_bytes)?;
                 }
                 self.settle_write()
             }
             T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
                 for range in self.ranges(ram, request, blk::WRITE_ZEROES_LIMITS)? {
-                    let (offset_bytes, len_bytes) = (range.offset_bytes, range.len_bytes);
-                    self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
+                    for (offset_bytes, len_bytes) in pieces(&range) {
+                        go_on(host)?;
+                        self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
+                    }
                 }
                 self.settle_write()
             }
@@ -388,17 +505,19 @@ impl Processor {
 
     /// The status byte; says in the log why a request failed.
     fn status(&mut self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
-        let (id, kind, sector) = (self.node.id(), ticket.kind, ticket.sector);
+        let (id, sector) = (self.node.id(), ticket.sector);
         match result {
             Ok(()) => S_OK,
             Err(Failed::Guest(mistake)) => {
-                log::debug!("disk {id}: request {kind} at sector {sector}: {mistake}");
+                self.say_bad(ticket, mistake);
                 S_IOERR
             }
             Err(Failed::Unsupported(what)) => {
-                log::debug!("disk {id}: request {kind} at sector {sector}: {what}");
+                self.say_bad(ticket, what);
                 S_UNSUPP
             }
+            // Was put back, not answered.
+            Err(Failed::Interrupted) => S_IOERR,
             Err(Failed::Host(error)) => {
                 self.host_errors += 1;
                 // A dying disk fails every request; ever rarer lines say so without filling the log.
@@ -408,6 +527,16 @@ impl Processor {
                 }
                 S_IOERR
             }
+        }
+    }
+
+    /// Says what is wrong with a guest's request.
+    fn say_bad(&self, ticket: &Ticket, mistake: &str) {
+        if log::log_enabled!(log::Level::Debug)
+            && let Some(suppressed) = self.bad_request.allow()
+        {
+            let (id, kind, sector) = (self.node.id(), ticket.kind, ticket.sector);
+            log::debug!("disk {id}: request {kind} at sector {sector}: {mistake}{suppressed}");
         }
     }
 
@@ -433,13 +562,22 @@ impl Processor {
         self.offset(request.ticket.sector, request.to_guest.len() as u64)
     }
 
-    fn read(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+    fn read(
+        &mut self,
+        ram: &GuestRam,
+        host: &dyn QueueHost,
+        request: &mut Request,
+    ) -> Result<(), Failed> {
         let mut offset = self.check_read(request)?;
         let room = &mut request.to_guest;
         while !room.is_empty() {
+            go_on(host)?;
             let len = room.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             self.node.read_at(piece, offset)?;
+            if host.is_ending() {
+                return Err(Failed::Interrupted);
+            }
             room.write(ram, piece).ok_or(Failed::Guest("no room for what was read"))?;
             offset += len as u64;
         }
@@ -455,10 +593,16 @@ impl Processor {
         self.offset(request.ticket.sector, request.from_guest.len() as u64)
     }
 
-    fn write(&mut self, ram: &GuestRam, request: &mut Request) -> Result<(), Failed> {
+    fn write(
+        &mut self,
+        ram: &GuestRam,
+        host: &dyn QueueHost,
+        request: &mut Request,
+    ) -> Result<(), Failed> {
         let mut offset = self.check_write(request)?;
         let data = &mut request.from_guest;
         while !data.is_empty() {
+            go_on(host)?;
             let len = data.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
@@ -524,5 +668,7 @@ impl Processor {
     }
 }
 
+#[cfg(test)]
+mod long_requests;
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,11 @@ pub(crate) const USED: u64 = 0x3000;
 pub(crate) const HEADER: u64 = 0x4000;
 pub(crate) const DATA: u64 = 0x5000;
 pub(crate) const STATUS: u64 = 0x8000;
+/// Headers and statuses of requests with tables of their own, 32 bytes each.
+pub(crate) const LONG_HEADERS: u64 = 0xa000;
+/// Those tables: of up to 2048 descriptors.
+const LONG_TABLES: u64 = 0x10_0000;
+const LONG_TABLE_SPAN: u64 = 0x8000;
 /// Each queue has its own of the above.
 pub(crate) const QUEUE_SPAN: u64 = 0x1_0000;
 /// What our own guest kernel accepts.
@@ -152,6 +157,72 @@ impl<N> Driver<N> {
         }
         self.descriptor(2, self.at(STATUS).0, 1, 2, 0);
         self.publish(0, notify);
+    }
+
+    /// Makes a request whose data lies in `buffers`, (address, length), available as entry `head`: its
+    /// descriptors are in a table of their own. `notify` tells the device.
+    pub(crate) fn submit_long(
+        &mut self,
+        head: u16,
+        kind: u32,
+        sector: u64,
+        buffers: &[(u64, u32)],
+        notify: bool,
+    ) {
+        let header = self.at(LONG_HEADERS + u64::from(head) * 32);
+        let table = GuestAddress(LONG_TABLES + u64::from(head) * LONG_TABLE_SPAN);
+        self.ram.write_obj(kind, header).unwrap();
+        self.ram.write_obj(sector, GuestAddress(header.0 + 8)).unwrap();
+        self.ram.write_obj(0xaau8, self.long_status_at(head)).unwrap();
+        let data_flags = if kind == 1 { 1u16 } else { 3 };
+        let mut chain = vec![(header.0, 16, 1u16)];
+        chain.extend(buffers.iter().map(|(address, len)| (*address, *len, data_flags)));
+        chain.push((self.long_status_at(head).0, 1, 2));
+        assert!(chain.len() as u64 * 16 <= LONG_TABLE_SPAN);
+        for (index, (address, len, flags)) in (0..).zip(&chain) {
+            let at = table.0 + 16 * index;
+            self.ram.write_obj(*address, GuestAddress(at)).unwrap();
+            self.ram.write_obj(*len, GuestAddress(at + 8)).unwrap();
+            self.ram.write_obj(*flags, GuestAddress(at + 12)).unwrap();
+            let next = u16::try_from(index + 1).unwrap();
+            self.ram.write_obj(next, GuestAddress(at + 14)).unwrap();
+        }
+        let len = u32::try_from(chain.len() * 16).unwrap();
+        self.descriptor(head.into(), table.0, len, 4, 0);
+        self.publish(head, notify);
+    }
+
+    fn long_status_at(&self, head: u16) -> GuestAddress {
+        self.at(LONG_HEADERS + u64::from(head) * 32 + 16)
+    }
+
+    /// The status of such a request; 0xaa if it has none yet.
+    pub(crate) fn long_status(&self, head: u16) -> u8 {
+        self.ram.read_obj(self.long_status_at(head)).unwrap()
+    }
+
+    /// Waits until the device has answered `count` requests.
+    pub(crate) fn wait_for_used(&self, count: u16) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.used() != count {
+            assert!(Instant::now() < deadline, "{} of {count} answers", self.used());
+            std::thread::yield_now();
+        }
+    }
+
+    /// Resets the device and waits until that is complete, as the specification has it.
+    pub(crate) fn reset(&mut self) {
+        self.set(0x70, 0);
+        self.wait_for_reset();
+    }
+
+    /// Waits until a reset is complete.
+    pub(crate) fn wait_for_reset(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.get(0x70) != 0 {
+            assert!(Instant::now() < deadline, "the reset does not end");
+            std::thread::yield_now();
+        }
     }
 
     pub(crate) fn publish(&mut self, head: u16, notify: bool) {

@@ -3,19 +3,32 @@
 //! Registers are served on the vCPU's thread; each queue by a [`Worker`] of its own, started when the
 //! driver sets DRIVER_OK and ended by a reset. What a driver programs wrongly is ignored or makes the
 //! device need a reset, as the specification says; it never harms the VMM.
+//!
+//! A vCPU never waits for the disk. What registers show is kept here; the queue that is served belongs
+//! to its worker. **A reset** is complete at once where no request is in flight, as it almost always is:
+//! Linux's virtio-mmio driver does not read the status back, it goes on to program the device. Where
+//! requests are in flight, a short wait ([`RESET_PATIENCE`]) gives them the time that a working disk
+//! needs. After that the reset goes on in the background: the status reads as it was until the last
+//! request has ended, then as 0, as the specification has it (virtio 1.2, 2.1.2 and 2.4.1). Until then
+//! the rings and the buffers are in use, so all writes are ignored and QueueReady reads as 1: a driver
+//! that did not wait fails to set its queues up and says so, instead of sharing its memory with a read
+//! that is still under way.
 
-use super::worker::{Parking, QueueSignals, Worker};
+use super::moment::Moment;
+use super::worker::{Position, QueueSignals, Worker};
 use super::{BrokenQueue, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
-use crate::lock;
-use crate::ram::GuestRam;
+use crate::log_limit::LogLimit;
+use crate::ram::{GuestAddress, GuestRam};
 use crate::state::{DeviceRecord, Persist};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Bytes of address space of one device.
@@ -40,18 +53,42 @@ const STATUS_FAILED: u32 = 0x80;
 const STATUS_BY_DRIVER: u32 =
     STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK | STATUS_FEATURES_OK | STATUS_FAILED;
 
-/// Registers that worker and vCPU share.
+/// How long a vCPU that resets the device waits for requests in flight before the reset goes on in the
+/// background. About a time slice of the host's scheduler: enough for a working disk's last requests,
+/// nothing that a guest or a pause would notice.
+const RESET_PATIENCE: Duration = Duration::from_millis(5);
+/// How long dropping or restoring a device waits for the requests that are in flight.
+const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often each thing that a guest can make go wrong is logged.
+#[derive(Debug, Default)]
+struct LogLimits {
+    broken_queue: LogLimit,
+    interrupt: LogLimit,
+    bad_write: LogLimit,
+}
+
+/// What workers and vCPUs share. Each life of a device, from reset to reset, has its own: workers of
+/// an earlier one cannot change what the driver sees of this one.
 struct Shared {
     status: AtomicU32,
     interrupt_status: AtomicU32,
     irq: Arc<dyn IrqLine>,
+    limits: Arc<LogLimits>,
 }
 
 impl Shared {
+    fn new(irq: Arc<dyn IrqLine>, limits: Arc<LogLimits>) -> Arc<Self> {
+        let (status, interrupt_status) = (AtomicU32::new(0), AtomicU32::new(0));
+        Arc::new(Self { status, interrupt_status, irq, limits })
+    }
+
     fn interrupt(&self, reason: u32) {
         self.interrupt_status.fetch_or(reason, Ordering::SeqCst);
-        if let Err(error) = self.irq.raise() {
-            log::error!("virtio interrupt: {error}");
+        if let Err(error) = self.irq.raise()
+            && let Some(suppressed) = self.limits.interrupt.allow()
+        {
+            log::error!("virtio interrupt: {error}{suppressed}");
         }
     }
 }
@@ -66,7 +103,12 @@ impl QueueSignals for Shared {
     }
 
     fn broken(&self, reason: &BrokenQueue) {
-        log::warn!("a guest's virtqueue cannot be served, the device needs a reset: {reason}");
+        if let Some(suppressed) = self.limits.broken_queue.allow() {
+            log::warn!(
+                "a guest's virtqueue cannot be served, the device needs a reset: \
+                 {reason}{suppressed}"
+            );
+        }
         self.status.fetch_or(STATUS_NEEDS_RESET, Ordering::SeqCst);
         self.interrupt(INTERRUPT_CONFIG);
     }
@@ -74,24 +116,76 @@ impl QueueSignals for Shared {
 
 /// One virtqueue and what serves it.
 struct QueueSlot {
-    queue: Arc<Mutex<Queue>>,
+    /// As the driver has programmed it. The one that is served is the worker's own.
+    config: Queue,
     notify: EventFd,
     worker: Option<Worker>,
 }
 
 impl QueueSlot {
     fn new(max_size: u16) -> io::Result<Self> {
-        let queue = Queue::new(max_size).map_err(io::Error::other)?;
+        let config = Queue::new(max_size).map_err(io::Error::other)?;
         let notify = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { queue: Arc::new(Mutex::new(queue)), notify, worker: None })
+        Ok(Self { config, notify, worker: None })
+    }
+
+    /// How far it has been served: exact while its worker is parked.
+    fn position(&self) -> Position {
+        self.worker.as_ref().map_or_else(|| Position::of(&self.config), Worker::position)
+    }
+
+    /// Sets half of the address of one of its rings. One that is not aligned as it must be is ignored.
+    fn set_address(&mut self, offset: u64, value: u32) -> Result<(), virtio_queue::Error> {
+        let config = &mut self.config;
+        let with_half = |old: u64| {
+            let value = u64::from(value);
+            GuestAddress(if offset & 4 == 0 {
+                old & !0xffff_ffff | value
+            } else {
+                old & 0xffff_ffff | value << 32
+            })
+        };
+        match offset {
+            0x80 | 0x84 => config.try_set_desc_table_address(with_half(config.desc_table())),
+            0x90 | 0x94 => config.try_set_avail_ring_address(with_half(config.avail_ring())),
+            0xa0 | 0xa4 => config.try_set_used_ring_address(with_half(config.used_ring())),
+            _ => Ok(()),
+        }
     }
 }
 
+/// Whether a queue's rings lie in RAM. Said without a word in the log: a guest may ask any number of
+/// times.
+fn rings_are_in_ram(queue: &Queue, ram: &GuestRam) -> bool {
+    let entries = usize::from(queue.size());
+    // Descriptors of 16 bytes; rings of entries with flags and index before, and an event index after.
+    let rings = [
+        (queue.desc_table(), 16 * entries),
+        (queue.avail_ring(), 6 + 2 * entries),
+        (queue.used_ring(), 6 + 8 * entries),
+    ];
+    rings.iter().all(|(address, len)| ram.check_range(GuestAddress(*address), *len))
+}
+
+/// A reset that goes on in the background.
+struct Resetting {
+    /// What the driver reads until it is complete.
+    status: u32,
+    /// Reached when workers with requests in flight have ended.
+    busy: Vec<Arc<Moment>>,
+}
+
 /// One virtio-mmio device.
+///
+/// Dropping it waits a short time for the requests in flight. Those of a disk that hangs are left to
+/// their thread, which keeps the RAM and the disk that it uses.
 pub struct MmioTransport {
     ram: GuestRam,
     device: Box<dyn VirtioDevice>,
+    /// Of this life.
     shared: Arc<Shared>,
+    /// The last reset, if it was not complete at once.
+    resetting: Option<Resetting>,
     queues: Vec<QueueSlot>,
     device_features_select: u32,
     driver_features_select: u32,
@@ -114,11 +208,8 @@ impl MmioTransport {
         Ok(Self {
             ram,
             device,
-            shared: Arc::new(Shared {
-                status: AtomicU32::new(0),
-                interrupt_status: AtomicU32::new(0),
-                irq,
-            }),
+            shared: Shared::new(irq, Arc::default()),
+            resetting: None,
             queues,
             device_features_select: 0,
             driver_features_select: 0,
@@ -133,10 +224,14 @@ impl MmioTransport {
         self.queues.iter().map(|slot| &slot.notify)
     }
 
-    /// Tells all workers to start no new request. [`MmioTransport::drain`] waits for those in flight.
+    /// Tells all workers to start no new request. What is returned waits for those in flight, those
+    /// that a reset has left behind included.
     pub fn begin_drain(&mut self) -> Drain {
         self.drained = true;
-        Drain(self.workers().map(Worker::park).collect())
+        let began = Instant::now();
+        let mut awaited: Vec<_> = self.workers().map(Worker::park).collect();
+        awaited.extend(self.resetting.iter().flat_map(|reset| reset.busy.iter().cloned()));
+        Drain { began, awaited }
     }
 
     /// Waits until no request is in flight and starts no new one.
@@ -144,8 +239,8 @@ impl MmioTransport {
         self.begin_drain().wait();
     }
 
-    /// Serves again. A notification or interrupt that was in flight may have been lost, so both are
-    /// made again.
+    /// Serves again, also if a drain has not ended: it does, and then the workers go on. A notification
+    /// or interrupt that was in flight may have been lost, so both are made again.
     pub fn resume(&mut self) {
         self.drained = false;
         self.workers().for_each(Worker::resume);
@@ -164,12 +259,24 @@ impl MmioTransport {
         self.queues.get(usize::try_from(number).ok()?)
     }
 
+    fn queue_mut(&mut self, number: u32) -> Option<&mut QueueSlot> {
+        self.queues.get_mut(usize::try_from(number).ok()?)
+    }
+
+    fn is_resetting(&self) -> bool {
+        let is_busy = |reset: &Resetting| reset.busy.iter().any(|worker| worker.get().is_none());
+        self.resetting.as_ref().is_some_and(is_busy)
+    }
+
     fn features(&self) -> u64 {
         self.device.features() | F_VERSION_1 | F_EVENT_IDX | F_INDIRECT
     }
 
     pub(super) fn status(&self) -> u32 {
-        self.shared.status.load(Ordering::SeqCst)
+        match &self.resetting {
+            Some(reset) if self.is_resetting() => reset.status,
+            _ => self.shared.status.load(Ordering::SeqCst),
+        }
     }
 
     fn register(&self, offset: u64) -> u32 {
@@ -181,7 +288,7 @@ impl MmioTransport {
             0x0c => VENDOR,
             0x10 => half(self.features(), self.device_features_select),
             0x34 => selected.map_or(0, |_| self.device.queue_max_size().into()),
-            0x44 => selected.map_or(0, |slot| lock(&slot.queue).ready().into()),
+            0x44 => selected.map_or(0, |slot| (slot.config.ready() || self.is_resetting()).into()),
             0x60 => self.shared.interrupt_status.load(Ordering::SeqCst),
             0x70 => self.status(),
             // Shared memory regions: there are none, which reads as length -1.
@@ -192,6 +299,9 @@ impl MmioTransport {
     }
 
     fn set_register(&mut self, offset: u64, value: u32) {
+        if self.is_resetting() {
+            return;
+        }
         match offset {
             0x14 => self.device_features_select = value,
             0x20 => self.set_driver_features(value),
@@ -208,7 +318,16 @@ impl MmioTransport {
             }
             0x70 => self.set_status(value),
             0x38 | 0x44 | 0x80..=0xa4 => self.set_queue_register(offset, value),
-            _ => log::debug!("virtio-mmio write of {value:#x} to {offset:#x} ignored"),
+            _ => self.ignored("write", value, offset),
+        }
+    }
+
+    /// Says that what a driver wrote was not taken.
+    fn ignored(&self, what: &str, value: u32, offset: u64) {
+        if log::log_enabled!(log::Level::Debug)
+            && let Some(suppressed) = self.shared.limits.bad_write.allow()
+        {
+            log::debug!("virtio-mmio {what} {value:#x} to {offset:#x} ignored{suppressed}");
         }
     }
 
@@ -230,23 +349,21 @@ impl MmioTransport {
         if self.status() & STATUS_DRIVER_OK != 0 {
             return;
         }
-        let Some(slot) = self.queue(self.queue_select) else { return };
-        let mut queue = lock(&slot.queue);
-        match offset {
+        let Some(slot) = self.queue_mut(self.queue_select) else { return };
+        let taken = match offset {
+            // Checked here, not by the queue: its setters log what they do not take.
             0x38 => match u16::try_from(value) {
-                Ok(size) if size.is_power_of_two() && size <= queue.max_size() => {
-                    queue.set_size(size);
-                }
-                _ => log::debug!("virtqueue size {value} ignored"),
+                Ok(size) => slot.config.try_set_size(size).is_ok(),
+                Err(_) => false,
             },
-            0x44 => queue.set_ready(value & 1 == 1),
-            0x80 => queue.set_desc_table_address(Some(value), None),
-            0x84 => queue.set_desc_table_address(None, Some(value)),
-            0x90 => queue.set_avail_ring_address(Some(value), None),
-            0x94 => queue.set_avail_ring_address(None, Some(value)),
-            0xa0 => queue.set_used_ring_address(Some(value), None),
-            0xa4 => queue.set_used_ring_address(None, Some(value)),
-            _ => {}
+            0x44 => {
+                slot.config.set_ready(value & 1 == 1);
+                true
+            }
+            _ => slot.set_address(offset, value).is_ok(),
+        };
+        if !taken {
+            self.ignored("queue setting", value, offset);
         }
     }
 
@@ -258,20 +375,19 @@ impl MmioTransport {
         // Bits are set in order and never cleared but by a reset (virtio 1.2, 2.1 and 3.1.1).
         let mut new = old | value & STATUS_BY_DRIVER;
         if !in_order(new) {
-            log::debug!("virtio status {value:#x} out of order ignored");
-            return;
+            return self.ignored("status out of order", value, 0x70);
         }
         let newly = |new: u32, bit| new & bit != 0 && old & bit == 0;
         if newly(new, STATUS_FEATURES_OK) && !self.accepts_features() {
-            log::debug!("virtio features {:#x} refused", self.driver_features);
+            self.ignored("status with features that were not offered", value, 0x70);
             new &= !(STATUS_FEATURES_OK | STATUS_DRIVER_OK);
         }
         // Only ever adds bits: the worker may add NEEDS_RESET at the same time.
         self.shared.status.fetch_or(new, Ordering::SeqCst);
         if newly(new, STATUS_DRIVER_OK) && is_live(new) {
             let event_idx = self.driver_features & F_EVENT_IDX != 0;
-            for slot in &self.queues {
-                lock(&slot.queue).set_event_idx(event_idx);
+            for slot in &mut self.queues {
+                slot.config.set_event_idx(event_idx);
             }
             if let Err(reason) = self.activate() {
                 self.shared.broken(&reason);
@@ -283,33 +399,34 @@ impl MmioTransport {
         self.driver_features & !self.features() == 0 && self.driver_features & F_VERSION_1 != 0
     }
 
-    /// Starts a worker for each queue that the driver has set up; the others just cannot be used. On
-    /// an error none runs.
+    /// Starts a worker for each queue that the driver has set up; the others just cannot be used. After
+    /// an error some may run; none serves anything unless the device is live.
     fn activate(&mut self) -> Result<(), BrokenQueue> {
-        let workers: Vec<_> =
-            (0..).zip(&self.queues).map(|(number, slot)| self.start(number, slot)).collect();
-        let workers = workers.into_iter().collect::<Result<Vec<_>, _>>()?;
-        for (slot, worker) in self.queues.iter_mut().zip(workers) {
-            slot.worker = worker;
+        for number in 0..self.device.queue_count() {
+            let worker = match self.queue(number.into()) {
+                Some(slot) => self.start(number, slot)?,
+                None => None,
+            };
+            if let Some(slot) = self.queue_mut(number.into()) {
+                slot.worker = worker;
+            }
         }
         Ok(())
     }
 
     fn start(&self, number: u16, slot: &QueueSlot) -> Result<Option<Worker>, BrokenQueue> {
-        {
-            let queue = lock(&slot.queue);
-            if !queue.ready() {
-                return Ok(None);
-            }
-            if !queue.is_valid(&self.ram) {
-                return Err(BrokenQueue(format!("the rings of queue {number} lie outside RAM")));
-            }
+        if !slot.config.ready() {
+            return Ok(None);
         }
+        if !rings_are_in_ram(&slot.config, &self.ram) {
+            return Err(BrokenQueue(format!("the rings of queue {number} lie outside RAM")));
+        }
+        let queue = Queue::try_from(slot.config.state())?;
         let worker = slot.notify.try_clone().and_then(|notify| {
             Worker::start(
                 self.device.thread_name(number),
                 self.ram.clone(),
-                slot.queue.clone(),
+                queue,
                 notify,
                 self.device.processor(number, self.driver_features, &self.ram),
                 self.shared.clone(),
@@ -319,37 +436,75 @@ impl MmioTransport {
         worker.map(Some).map_err(|error| BrokenQueue(format!("no worker thread: {error}")))
     }
 
-    fn stop_workers(&mut self) {
-        // All are told before the first is waited for.
-        self.workers().for_each(Worker::end);
+    /// Has all workers end. Returns what is reached when those that have requests in flight, of
+    /// earlier lives included, have ended; the others use neither RAM nor notifications any more.
+    fn retire_workers(&mut self) -> Vec<Arc<Moment>> {
+        let mut busy: Vec<_> = self.workers().filter_map(Worker::retire).collect();
         for slot in &mut self.queues {
             slot.worker = None;
         }
+        busy.extend(self.resetting.take().into_iter().flat_map(|reset| reset.busy));
+        busy
     }
 
     fn reset(&mut self) {
-        // Joins the threads: after the reset nothing touches the old rings.
-        self.stop_workers();
-        for slot in &self.queues {
-            lock(&slot.queue).reset();
+        let status = self.status();
+        let busy = self.retire_workers();
+        for slot in &mut self.queues {
+            slot.config.reset();
         }
-        self.shared.status.store(0, Ordering::SeqCst);
-        self.shared.interrupt_status.store(0, Ordering::SeqCst);
+        self.shared = Shared::new(self.shared.irq.clone(), self.shared.limits.clone());
         self.driver_features = 0;
         self.driver_features_select = 0;
         self.device_features_select = 0;
         self.queue_select = 0;
+        if !all_reached(&busy, Instant::now() + RESET_PATIENCE) {
+            self.resetting = Some(Resetting { status, busy });
+        }
     }
 }
 
-/// Workers that have been told to park.
+impl Drop for MmioTransport {
+    fn drop(&mut self) {
+        let mut workers: Vec<_> = self.workers().map(Worker::ended).collect();
+        workers.extend(self.retire_workers());
+        if !all_reached(&workers, Instant::now() + END_PATIENCE) {
+            let name = self.device.thread_name(0);
+            log::warn!("{name}: requests are in flight and do not end, they are left behind");
+        }
+    }
+}
+
+/// Whether all have been reached by `deadline`.
+fn all_reached(moments: &[Arc<Moment>], deadline: Instant) -> bool {
+    moments.iter().all(|moment| moment.wait_until(deadline).is_some())
+}
+
+/// Workers that have been told to park. Dropping this changes nothing for them.
 #[must_use = "requests are in flight until it has been waited for"]
-pub struct Drain(Vec<Parking>);
+pub struct Drain {
+    began: Instant,
+    awaited: Vec<Arc<Moment>>,
+}
 
 impl Drain {
-    /// Waits until no request is in flight.
+    /// Waits until no request is in flight, at most until `deadline`. False if some are then; may be
+    /// called again.
+    pub fn wait_until(&mut self, deadline: Instant) -> bool {
+        all_reached(&self.awaited, deadline)
+    }
+
+    /// Waits until no request is in flight, however long that takes.
     pub fn wait(self) {
-        self.0.into_iter().for_each(Parking::wait);
+        self.awaited.iter().for_each(|moment| moment.wait());
+    }
+
+    /// How long it took from its beginning until the last request had ended, whether or not anybody
+    /// waited for that. `None` while it has not.
+    pub fn took(&self) -> Option<Duration> {
+        let ends = self.awaited.iter().map(|moment| moment.get());
+        let last = ends.collect::<Option<Vec<_>>>()?.into_iter().max().unwrap_or(self.began);
+        Some(last.saturating_duration_since(self.began))
     }
 }
 
@@ -437,14 +592,14 @@ struct SavedQueue {
 }
 
 impl SavedQueue {
-    fn of(queue: &Queue) -> Self {
-        let state = queue.state();
+    fn of(slot: &QueueSlot) -> Self {
+        let (state, position) = (slot.config.state(), slot.position());
         Self {
             size: state.size,
             ready: state.ready,
             event_idx: state.event_idx_enabled,
-            next_avail: state.next_avail,
-            next_used: state.next_used,
+            next_avail: position.next_avail,
+            next_used: position.next_used,
             desc_table: state.desc_table,
             avail_ring: state.avail_ring,
             used_ring: state.used_ring,
@@ -488,13 +643,14 @@ impl Persist for MmioTransport {
     fn save(&self) -> MmioState {
         MmioState {
             device_id: self.device.device_id(),
-            status: self.status(),
+            // A drain has waited for a reset that was under way.
+            status: self.shared.status.load(Ordering::SeqCst),
             interrupt_status: self.shared.interrupt_status.load(Ordering::SeqCst),
             device_features_select: self.device_features_select,
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
             queue_select: self.queue_select,
-            queues: self.queues.iter().map(|slot| SavedQueue::of(&lock(&slot.queue))).collect(),
+            queues: self.queues.iter().map(SavedQueue::of).collect(),
             device: self.device.save(),
         }
     }
@@ -526,10 +682,14 @@ impl Persist for MmioTransport {
         let max_size = self.device.queue_max_size();
         let queues = state.queues.into_iter().map(|saved| saved.check(max_size));
         let queues = queues.collect::<Result<Vec<_>, _>>()?;
-        self.stop_workers();
-        for (slot, queue) in self.queues.iter().zip(queues) {
-            *lock(&slot.queue) = queue;
+        // Those of an earlier record that was restored are parked, and so end at once.
+        if !all_reached(&self.retire_workers(), Instant::now() + END_PATIENCE) {
+            return Err("its earlier requests do not end".into());
         }
+        for (slot, queue) in self.queues.iter_mut().zip(queues) {
+            slot.config = queue;
+        }
+        self.shared = Shared::new(self.shared.irq.clone(), self.shared.limits.clone());
         self.shared.status.store(status, Ordering::SeqCst);
         let interrupts = state.interrupt_status & (INTERRUPT_USED | INTERRUPT_CONFIG);
         self.shared.interrupt_status.store(interrupts, Ordering::SeqCst);
@@ -545,5 +705,7 @@ impl Persist for MmioTransport {
     }
 }
 
+#[cfg(test)]
+mod hanging_disk;
 #[cfg(test)]
 mod tests;

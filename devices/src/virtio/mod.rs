@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
 //! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the source of
-//! random bytes. `chains` is what their workers have in common.
+//! random bytes. `chains` is what their workers have in common, `moment` how their ends are waited for.
 
 pub mod blk;
 mod blk_worker;
@@ -8,6 +8,7 @@ mod chains;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod mmio;
+mod moment;
 pub mod rng;
 pub mod worker;
 
@@ -61,19 +62,22 @@ pub trait QueueHost {
     fn interrupt(&mut self);
     /// Whether to leave the rest for later: somebody waits for the worker to park or to end.
     fn must_yield(&self) -> bool;
+    /// Whether the device was reset or is gone: RAM is the guest's again. Nothing is answered any more.
+    fn is_ending(&self) -> bool;
 }
 
 /// Serves one queue. Dropping it waits until it touches no RAM any more.
 pub trait QueueProcessor: Send {
     /// Serves all that is available, request by request, until the host must yield. Requests may
-    /// still be in flight after that.
+    /// still be in flight after that, for no more than a bounded number of bytes.
     fn process(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
-    /// Waits until no request is in flight, and gives those that were back. Takes no new ones.
+    /// Waits until no request is in flight. Those that have ended are answered; one that is served in
+    /// pieces may be put back into the ring instead, to be served again from its start. Takes no new ones.
     fn settle(
         &mut self,
         ram: &GuestRam,
@@ -83,4 +87,6 @@ pub trait QueueProcessor: Send {
     /// Readable when a request that was in flight has ended, and `process` should run again. `None`
     /// if none is ever in flight after `process`.
     fn completions(&self) -> Option<RawFd>;
+    /// Whether requests are in flight: whether RAM may change, or is read, between two calls.
+    fn in_flight(&self) -> bool;
 }

@@ -4,26 +4,31 @@
 //!           resume                         park (answered when no request is in flight)
 //!  parked ─────────▶ serving, or waiting ─────────▶ parked
 //! ```
-//! Before it answers that it has parked, the thread waits until no request is in flight and gives all
-//! of them back, so that a parked worker touches no RAM. Whoever wants it to park raises `yielding`
-//! first: the requests that have not been started stay in the ring, and a guest that never stops
-//! asking cannot hold up a pause or a reset.
+//! A worker owns its queue; nobody else waits for it. Before it answers that it has parked, it waits
+//! until no request is in flight, gives all of them back and publishes its position in the rings: a
+//! parked worker touches no RAM. Whoever wants it to park raises `yielding` first: the requests that
+//! have not been started stay in the ring, and a guest that never stops asking cannot hold up a pause
+//! or a reset.
+//!
+//! A worker ends in the background. One that is idle is [retired](Worker::retire) at once, without
+//! waiting for its thread to be scheduled: it never touches RAM or the notifications again. One that
+//! has a request in flight ends when the disk lets it, which may be never.
 
+use super::moment::{Moment, ReachedOnDrop};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
-use crate::lock;
 use crate::ram::GuestRam;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 enum Command {
-    Park(Sender<()>),
+    /// Answered by dropping it.
+    Park(ReachedOnDrop),
     Resume,
 }
 
@@ -37,12 +42,66 @@ pub trait QueueSignals: Send + Sync {
     fn broken(&self, reason: &BrokenQueue);
 }
 
-/// A running worker. Dropping it ends the thread after the requests in flight.
-pub struct Worker {
+/// Where a worker is in its queue's rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Position {
+    pub next_avail: u16,
+    pub next_used: u16,
+}
+
+impl Position {
+    pub fn of(queue: &Queue) -> Self {
+        Self { next_avail: queue.next_avail(), next_used: queue.next_used() }
+    }
+}
+
+/// The worker uses neither RAM nor the notifications now.
+const IDLE: u8 = 0;
+/// It serves requests, or waits for some.
+const BUSY: u8 = 1;
+/// It is not to do so ever again.
+const RETIRED: u8 = 2;
+
+/// What a worker's thread and its owner share.
+struct Common {
+    /// Somebody waits for the worker to park or to end.
+    yielding: AtomicBool,
+    /// The worker is to end, and RAM is no longer its to write.
+    ending: AtomicBool,
+    /// `IDLE`, `BUSY` or `RETIRED`. The thread moves between the first two; from `IDLE` its owner may
+    /// take it to the third.
+    duty: AtomicU8,
+    /// [`Position`], exact while the worker is idle.
+    next_avail: AtomicU16,
+    next_used: AtomicU16,
+}
+
+impl Common {
+    /// The thread wants to use RAM. False if it is retired.
+    fn begin(&self) -> bool {
+        let began = self.duty.compare_exchange(IDLE, BUSY, Ordering::SeqCst, Ordering::SeqCst);
+        began.is_ok() || began == Err(BUSY)
+    }
+
+    /// Nothing is in flight.
+    fn rest(&self, queue: &Queue) {
+        self.publish(Position::of(queue));
+        self.duty.store(IDLE, Ordering::SeqCst);
+    }
+
+    fn publish(&self, position: Position) {
+        self.next_avail.store(position.next_avail, Ordering::SeqCst);
+        self.next_used.store(position.next_used, Ordering::SeqCst);
+    }
+}
+
+/// A running worker. Dropping it ends the thread in the background, after the requests in flight:
+/// a disk that hangs holds up nobody but that thread.
+pub(super) struct Worker {
     commands: Option<Sender<Command>>,
     wake: Arc<EventFd>,
-    yielding: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    common: Arc<Common>,
+    ended: Arc<Moment>,
 }
 
 impl Worker {
@@ -50,14 +109,21 @@ impl Worker {
     pub fn start(
         name: String,
         ram: GuestRam,
-        queue: Arc<Mutex<Queue>>,
+        queue: Queue,
         notify: EventFd,
         processor: Box<dyn QueueProcessor>,
         signals: Arc<dyn QueueSignals>,
         parked: bool,
     ) -> io::Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let yielding = Arc::new(AtomicBool::new(false));
+        let common = Arc::new(Common {
+            yielding: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
+            duty: AtomicU8::new(IDLE),
+            next_avail: AtomicU16::new(0),
+            next_used: AtomicU16::new(0),
+        });
+        common.publish(Position::of(&queue));
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
         let events = [Some(notify.as_raw_fd()), Some(wake.as_raw_fd()), processor.completions()];
@@ -65,23 +131,30 @@ impl Worker {
             let interest = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, interest)?;
         }
-        let mut serving = Serving {
+        let ended = Arc::<Moment>::default();
+        let at_end = ReachedOnDrop(ended.clone());
+        let serving = Serving {
             ram,
             queue,
             notify,
             wake: wake.clone(),
-            yielding: yielding.clone(),
+            common: common.clone(),
             epoll,
             inbox,
             processor,
             signals,
         };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             // The name holds the disk's, which a user or a stream chose; a zero byte would panic.
             .name(name.replace('\0', ""))
             .stack_size(256 << 10)
-            .spawn(move || serving.run(parked))?;
-        Ok(Self { commands: Some(commands), wake, yielding, thread: Some(thread) })
+            .spawn(move || {
+                // The worker has ended when its processor is gone: what is declared last goes first.
+                let _at_end = at_end;
+                let mut serving = serving;
+                serving.run(parked);
+            })?;
+        Ok(Self { commands: Some(commands), wake, common, ended })
     }
 
     fn send(&self, command: Command) {
@@ -93,57 +166,60 @@ impl Worker {
         }
     }
 
-    /// Tells the thread to start no request until [`Worker::resume`]; does not wait for the one in
-    /// flight.
-    pub fn park(&self) -> Parking {
-        let (done, parked) = channel();
-        self.yielding.store(true, Ordering::SeqCst);
-        self.send(Command::Park(done));
-        Parking(parked)
+    /// Tells the thread to start no request until [`Worker::resume`]; does not wait for those in
+    /// flight. What is returned is reached when there are none, or when the thread has ended.
+    pub fn park(&self) -> Arc<Moment> {
+        let parked = Arc::<Moment>::default();
+        self.common.yielding.store(true, Ordering::SeqCst);
+        self.send(Command::Park(ReachedOnDrop(parked.clone())));
+        parked
     }
 
-    /// Tells the thread that it will end soon; dropping the worker ends it.
-    pub fn end(&self) {
-        self.yielding.store(true, Ordering::SeqCst);
-    }
-
-    /// Serves again, whatever is available first.
+    /// Serves again, whatever is available first. A thread that has not answered yet that it has
+    /// parked does so first.
     pub fn resume(&self) {
-        self.yielding.store(false, Ordering::SeqCst);
+        self.common.yielding.store(false, Ordering::SeqCst);
         self.send(Command::Resume);
     }
-}
 
-/// A worker that has been told to park.
-pub struct Parking(Receiver<()>);
+    /// Where it is in the rings: exact while it is parked.
+    pub fn position(&self) -> Position {
+        Position {
+            next_avail: self.common.next_avail.load(Ordering::SeqCst),
+            next_used: self.common.next_used.load(Ordering::SeqCst),
+        }
+    }
 
-impl Parking {
-    /// Waits until no request is in flight.
-    pub fn wait(self) {
-        // An error means that the thread has ended, which is as good as parked.
-        let _ = self.0.recv();
+    /// Tells the thread to end; it starts no request and answers none. `None` if it uses neither RAM
+    /// nor the notifications any more; otherwise what is reached when that is so.
+    pub fn retire(&self) -> Option<Arc<Moment>> {
+        self.common.ending.store(true, Ordering::SeqCst);
+        self.common.yielding.store(true, Ordering::SeqCst);
+        let (duty, order) = (&self.common.duty, Ordering::SeqCst);
+        let was = duty.compare_exchange(IDLE, RETIRED, order, order).unwrap_or_else(|was| was);
+        (was == BUSY).then(|| self.ended.clone())
+    }
+
+    /// Reached when the thread has let go of everything.
+    pub fn ended(&self) -> Arc<Moment> {
+        self.ended.clone()
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.end();
+        self.retire();
         self.commands = None;
         let _ = self.wake.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("a queue worker panicked");
-        }
     }
 }
 
 struct Serving {
     ram: GuestRam,
-    queue: Arc<Mutex<Queue>>,
+    queue: Queue,
     notify: EventFd,
     wake: Arc<EventFd>,
-    yielding: Arc<AtomicBool>,
+    common: Arc<Common>,
     epoll: Epoll,
     inbox: Receiver<Command>,
     processor: Box<dyn QueueProcessor>,
@@ -155,9 +231,19 @@ impl Serving {
         if parked && self.parked().is_none() {
             return;
         }
-        loop {
+        // The notifications are read only by a worker that has begun: a retired one would take those
+        // of its successor.
+        while self.common.begin() {
+            let _ = self.notify.read();
+            let _ = self.wake.read();
+            if self.commands().is_none() {
+                return;
+            }
             self.serve();
-            if self.wait().is_none() || self.commands().is_none() {
+            if !self.processor.in_flight() {
+                self.common.rest(&self.queue);
+            }
+            if self.wait().is_none() {
                 return;
             }
         }
@@ -165,10 +251,10 @@ impl Serving {
 
     fn serve(&mut self) {
         if self.signals.is_live() {
-            let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
-            let served = self.processor.process(&self.ram, &mut lock(&self.queue), &mut host);
+            let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
+            let served = self.processor.process(&self.ram, &mut self.queue, &mut host);
             if let Err(reason) = served {
-                self.signals.broken(&reason);
+                self.broken(&reason);
             }
         }
         if !self.signals.is_live() {
@@ -178,12 +264,16 @@ impl Serving {
 
     /// Waits until no request is in flight.
     fn settle(&mut self) {
-        let mut host = Host { signals: self.signals.as_ref(), yielding: &self.yielding };
-        let settled = self.processor.settle(&self.ram, &mut lock(&self.queue), &mut host);
-        if let Err(reason) = settled
-            && self.signals.is_live()
-        {
-            self.signals.broken(&reason);
+        let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
+        if let Err(reason) = self.processor.settle(&self.ram, &mut self.queue, &mut host) {
+            self.broken(&reason);
+        }
+    }
+
+    fn broken(&self, reason: &BrokenQueue) {
+        // Of a queue that has been reset nobody wants to know.
+        if self.signals.is_live() && !self.common.ending.load(Ordering::SeqCst) {
+            self.signals.broken(reason);
         }
     }
 
@@ -197,23 +287,23 @@ impl Serving {
                     log::error!("queue worker: {error}");
                     return None;
                 }
-                Ok(_) => break,
+                Ok(_) => return Some(()),
             }
         }
-        // Counters are read to zero; what arrives later wakes again.
-        let _ = self.notify.read();
-        let _ = self.wake.read();
-        Some(())
     }
 
     fn commands(&mut self) -> Option<()> {
         loop {
             match self.inbox.try_recv() {
                 Ok(Command::Resume) => {}
-                Ok(Command::Park(done)) => {
+                Ok(Command::Park(parked)) => {
                     self.settle();
-                    let _ = done.send(());
+                    self.common.rest(&self.queue);
+                    drop(parked);
                     self.parked()?;
+                    if !self.common.begin() {
+                        return None;
+                    }
                 }
                 Err(TryRecvError::Empty) => return Some(()),
                 Err(TryRecvError::Disconnected) => return None,
@@ -225,7 +315,7 @@ impl Serving {
         loop {
             match self.inbox.recv().ok()? {
                 Command::Resume => return Some(()),
-                Command::Park(done) => drop(done.send(())),
+                Command::Park(parked) => drop(parked),
             }
         }
     }
@@ -233,7 +323,7 @@ impl Serving {
 
 struct Host<'a> {
     signals: &'a dyn QueueSignals,
-    yielding: &'a AtomicBool,
+    common: &'a Common,
 }
 
 impl QueueHost for Host<'_> {
@@ -242,6 +332,10 @@ impl QueueHost for Host<'_> {
     }
 
     fn must_yield(&self) -> bool {
-        self.yielding.load(Ordering::SeqCst)
+        self.common.yielding.load(Ordering::SeqCst)
+    }
+
+    fn is_ending(&self) -> bool {
+        self.common.ending.load(Ordering::SeqCst)
     }
 }

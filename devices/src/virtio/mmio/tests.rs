@@ -58,7 +58,7 @@ fn a_reset_device_can_be_started_again() {
     driver.start(F_VERSION_1);
     driver.submit(4, 0, 0, true);
     driver.wait();
-    driver.set(0x70, 0);
+    driver.reset();
     assert_eq!((driver.get(0x70), driver.get(0x44)), (0, 0));
     driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
     driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
@@ -356,8 +356,7 @@ fn a_guest_that_never_stops_asking_cannot_hold_up_a_reset() {
     });
     driver.transport.drain();
     driver.transport.resume();
-    driver.set(0x70, 0);
-    assert_eq!(driver.get(0x70), 0);
+    driver.reset();
     stop.store(true, Ordering::SeqCst);
     flood.join().unwrap();
 }
@@ -466,7 +465,6 @@ proptest! {
         let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), 0);
         prop_assert!(destination.transport.restore_record(record).is_ok());
         destination.transport.resume();
-        destination.set(0x70, 0);
-        prop_assert_eq!(destination.get(0x70), 0, "it can be reset");
+        destination.reset();
     }
 }
