@@ -10,9 +10,9 @@ use super::frame::{
 };
 use super::stats::DiskProgress;
 use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
+use crate::control::KEEP_ALIVE;
 use crate::stats::Counters;
 use crate::transport::Channel;
-use crate::control::KEEP_ALIVE;
 use crate::wire::WireError;
 use devices::block::aligned::AlignedBuffer;
 use devices::block::backend::ByteRange;
@@ -133,7 +133,8 @@ impl ChunkReceiver {
         };
         let progress: Vec<_> = setup.disks.iter().map(progress).collect();
         counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        let totals = BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); disks.len()] };
+        let totals =
+            BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); disks.len()] };
         Ok(Self { disks, counters, totals, ended: Arc::default() })
     }
 
@@ -354,12 +355,13 @@ fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
         };
         drop(state);
         let index = usize::from(job.chunk.disk);
-        let no_disk = || LoadError::from(WireError::Unexpected {
-            found: format!("disk number {index}"),
-            expected: "a disk that arrives",
-        });
-        let result =
-            disks.get(index).ok_or_else(no_disk).and_then(|arriving| arriving.write(&job));
+        let no_disk = || {
+            LoadError::from(WireError::Unexpected {
+                found: format!("disk number {index}"),
+                expected: "a disk that arrives",
+            })
+        };
+        let result = disks.get(index).ok_or_else(no_disk).and_then(|arriving| arriving.write(&job));
         match result {
             Err(error) => return fail(shared, channel, error),
             Ok(bytes) => {

@@ -9,7 +9,8 @@ use super::frame::{
 use super::scan::{Scan, TrackedDisk, Work};
 use super::stats::DiskProgress;
 use super::{
-    BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks, Tuning, is_zero,
+    BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks,
+    Tuning, is_zero,
 };
 use crate::error::ParticipantError;
 use crate::participant::{
@@ -22,9 +23,9 @@ use crate::wire::hello::DISKS;
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 use devices::block::aligned::AlignedBuffer;
+use std::io;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
-use std::io;
 use std::time::{Duration, Instant};
 
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
@@ -323,12 +324,14 @@ fn read(
     for (first, count) in runs(work.granules) {
         let offset = work.index * CHUNK_BYTES + u64::from(first) * GRANULE_BYTES;
         let wanted = (u64::from(count) * GRANULE_BYTES).min(len_bytes - offset);
-        let failed = |source| BlockError::Read(ReadError {
-            disk: disk.node.id().to_owned(),
-            offset_bytes: offset,
-            len_bytes: wanted,
-            source,
-        });
+        let failed = |source| {
+            BlockError::Read(ReadError {
+                disk: disk.node.id().to_owned(),
+                offset_bytes: offset,
+                len_bytes: wanted,
+                source,
+            })
+        };
         let too_long = || failed(io::ErrorKind::InvalidInput.into());
         let len = usize::try_from(wanted).map_err(|_| too_long())?;
         let (_, room) = payload.split_at_mut(read);

@@ -23,9 +23,8 @@ pub fn encode_setup(identities: &[Identity]) -> Result<Vec<u8>, WireError> {
     encoder.u8(count.ok_or_else(files)?);
     for identity in identities {
         let arguments = identity.arguments.as_bytes();
-        let len = u16::try_from(arguments.len()).map_err(|_| {
-            too_many(arguments.len(), "argument string", MAX_ARGUMENT_BYTES.into())
-        })?;
+        let len = u16::try_from(arguments.len())
+            .map_err(|_| too_many(arguments.len(), "argument string", MAX_ARGUMENT_BYTES.into()))?;
         encoder.u8(identity.role as u8).u64(identity.len_bytes).raw(&identity.sha256);
         encoder.u16(len).raw(arguments);
     }
@@ -64,11 +63,8 @@ pub fn encode_wanted(wanted: &[usize]) -> Result<Vec<u8>, WireError> {
     let mut encoder = Encoder::default();
     let numbers: Result<Vec<u8>, _> = wanted.iter().map(|file| u8::try_from(*file)).collect();
     let most = u64::from(MAX_FILES);
-    let too_many = || WireError::TooLong {
-        what: "list of wanted files",
-        found: wanted.len() as u64,
-        most,
-    };
+    let too_many =
+        || WireError::TooLong { what: "list of wanted files", found: wanted.len() as u64, most };
     let numbers = numbers.map_err(|_| too_many())?;
     encoder.u8(u8::try_from(numbers.len()).map_err(|_| too_many())?).raw(&numbers);
     Ok(encoder.bytes().to_vec())
@@ -141,11 +137,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn identity() -> impl Strategy<Value = Identity> {
-        let role = prop_oneof![
-            Just(FileRole::Kernel),
-            Just(FileRole::Initrd),
-            Just(FileRole::Module)
-        ];
+        let role =
+            prop_oneof![Just(FileRole::Kernel), Just(FileRole::Initrd), Just(FileRole::Module)];
         (role, any::<u64>(), any::<[u8; 32]>(), ".{0,40}").prop_map(
             |(role, len_bytes, sha256, arguments)| Identity { role, len_bytes, sha256, arguments },
         )

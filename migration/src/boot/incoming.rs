@@ -50,9 +50,10 @@ impl Incoming for BootIncoming {
         let control = link.control.clone();
         let go_on = || !control.is_lost() && !control.is_cancelled();
         let wanted = self.files.announce(identities, &go_on)?;
-        let all = wanted.iter().filter_map(|file| sizes.get(*file)).try_fold(0u64, |sum, bytes| {
-            sum.checked_add(*bytes)
-        });
+        let all = wanted
+            .iter()
+            .filter_map(|file| sizes.get(*file))
+            .try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
         let too_much = || malformed("boot setup", "more bytes than can be counted".into());
         self.wanted_bytes = all.ok_or_else(too_much)?;
         link.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;

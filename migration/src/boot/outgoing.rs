@@ -139,7 +139,9 @@ impl Outgoing for BootOutgoing {
             let written = decode_bytes(&answer)?;
             if written != self.sent_bytes {
                 let found = format!("{written} bytes of boot files");
-                return Err(WireError::Unexpected { found, expected: "those that were sent" }.into());
+                return Err(
+                    WireError::Unexpected { found, expected: "those that were sent" }.into()
+                );
             }
             self.unconfirmed = false;
         }

@@ -59,7 +59,8 @@ impl Arrival {
     }
 
     fn clean_up(&mut self, outcome: Outcome) {
-        for (participant, progress) in self.participants.drain(..).rev().collect::<Vec<_>>().iter_mut()
+        for (participant, progress) in
+            self.participants.drain(..).rev().collect::<Vec<_>>().iter_mut()
         {
             if *progress != Progress::New {
                 participant.cleanup(outcome);

@@ -4,13 +4,13 @@
 
 use super::dirty::Words;
 use super::encode::{Encoding, Fate, Wanted};
+use super::error::RamError;
 use super::frame::{Batch, Packing, RunKind, encode_end, encode_mark};
 use super::scan::Scan;
 use super::zero::PAGE_BYTES;
+use crate::error::ParticipantError;
 use crate::params::SharedParams;
 use crate::policy;
-use super::error::RamError;
-use crate::error::ParticipantError;
 use crate::stats::{Counters, StatsSnapshot};
 use crate::transport::{Channel, PageSlice, Throttle};
 use crate::wire::Encoder;
@@ -402,15 +402,14 @@ mod tests {
         let (ours, _theirs) = link.connect();
         let channel = Arc::new(Channel::new(Arc::new(ours), cancel.clone()));
         let counters = Arc::<Counters>::default();
-        let common =
-            Common {
-                ram: ram.clone(),
-                layout,
-                params: params.clone(),
-                counters,
-                pages: Arc::default(),
-                shards: 1,
-            };
+        let common = Common {
+            ram: ram.clone(),
+            layout,
+            params: params.clone(),
+            counters,
+            pages: Arc::default(),
+            shards: 1,
+        };
         let mut shard = Shard::new(common.clone(), channel, Box::new(Cap::new(params, cancel)));
         let words = usize::try_from(RAM_BYTES / PAGE_SIZE / 64).unwrap();
         let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None, last: false };

@@ -49,7 +49,8 @@ impl<'g> StopClock<'g> {
     pub(super) fn new(longest: Duration) -> Self {
         let (now, part) = (Instant::now(), String::new());
         let deadline = now + longest;
-        let state = State { held: Held::Running, longest, deadline, part: (part, now), done: false };
+        let state =
+            State { held: Held::Running, longest, deadline, part: (part, now), done: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 

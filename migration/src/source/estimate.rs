@@ -132,6 +132,11 @@ impl Estimate {
             .then(|| PartTime::new(worst.part.clone(), worst.time))
     }
 
+    /// Whether flushing disks alone keeps a stop from fitting.
+    pub(super) fn flush_blocks(&self, longest: Duration) -> bool {
+        self.obstacle(longest).is_some_and(|part| part.part == self.flush.part)
+    }
+
     // What stops have measured.
 
     /// vCPUs have stopped and disks have drained, in so long; the longest first.

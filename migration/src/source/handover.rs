@@ -1,8 +1,8 @@
 //! The last step: from the moment the right to run is spent there is no error to undo.
 
 use super::SourceError;
-use crate::guest::{PausedGuest, Surrendered};
 use crate::control::{Control, Limit};
+use crate::guest::{PausedGuest, Surrendered};
 use crate::wire::{Decoder, Kind, WireError};
 use std::time::Duration;
 

@@ -68,6 +68,10 @@ impl Source<'_> {
             }
             if let Some(idle) = idle {
                 self.cancel.wait(idle.min(IDLE_PASS));
+                if session.estimate.flush_blocks(longest) {
+                    // It can be measured again without a stop.
+                    self.flush_ahead(session, longest)?;
+                }
             }
         }
     }
@@ -124,17 +128,15 @@ impl Source<'_> {
             round,
             rates: pending.iter().find_map(|pending| pending.rates),
             expected: session.estimate.total(),
-            dirty_bytes: pending.iter().filter(|one| one.rates.is_some()).map(|one| one.must_precopy_bytes).sum(),
+            dirty_bytes: pending
+                .iter()
+                .filter(|one| one.rates.is_some())
+                .map(|one| one.must_precopy_bytes)
+                .sum(),
         })
     }
 
-    fn record(
-        &self,
-        session: &Session,
-        look: &Look,
-        duration: Duration,
-        before: &StatsSnapshot,
-    ) {
+    fn record(&self, session: &Session, look: &Look, duration: Duration, before: &StatsSnapshot) {
         let after = self.counters.figures();
         let rates = look.rates.unwrap_or_default();
         let record = RoundRecord {
@@ -197,7 +199,8 @@ impl Source<'_> {
         let Look { round, rates, expected, .. } = look;
         let rates_or_none = rates.unwrap_or_default();
         let proved = proved_by(*round, rates_or_none);
-        let slowed = !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
+        let slowed =
+            !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
         if slowed || !self.cannot_slow_down(session) {
             session.outlook = Outlook::default();
         } else if session.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {

@@ -1,8 +1,8 @@
 //! Destinations that lie, read slowly, or not at all: the source says what is wrong, and keeps its guest.
 
 use super::fake::*;
-use crate::params::Params;
 use crate::error::chain;
+use crate::params::Params;
 use crate::source::SourceOutcome;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use crate::transport::{PageSlice, TICK, Transport};

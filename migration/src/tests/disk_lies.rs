@@ -2,10 +2,10 @@
 //! and the bytes that they have been since format version 3.
 
 use super::fake_disks::FakeDisks;
+use crate::block::chunk_receiver::ChunkReceiver;
 use crate::block::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, bytes_of, granules_of,
 };
-use crate::block::chunk_receiver::ChunkReceiver;
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES};
 use crate::cancel::CancelToken;
 use crate::transport::memory::MemoryLink;
@@ -230,7 +230,8 @@ fn the_format_of_disks_is_what_it_was() {
     let setup = BlockSetup { disks: vec![disk("root", 3 << 20, false), disk("data", 512, true)] };
     add(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode()));
     let totals = |data_bytes, zero_bytes| DiskTotals { data_bytes, zero_bytes };
-    let totals = BlockTotals { ends: 1, frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
+    let totals =
+        BlockTotals { ends: 1, frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
     add(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
     let frames = [
         (Frame::Chunk(Chunk { disk: 0, index: 2, data: 0b101, zero: 0b1000 }), 32768),

@@ -10,12 +10,12 @@ pub use machine::*;
 pub use writes::*;
 
 use super::fake_disks::FakeDisks;
+use crate::block::outgoing::DisksOutgoing;
 use crate::cancel::CancelToken;
 use crate::destination::Destination;
+use crate::error::chain;
 use crate::guest::{MachineDescription, RunPermit};
 use crate::params::{Params, SharedParams};
-use crate::block::outgoing::DisksOutgoing;
-use crate::error::chain;
 use crate::participant::Outgoing;
 use crate::ram::outgoing::RamOutgoing;
 use crate::source::{MigrationEvent, Source, SourceOutcome, SourceRam};
@@ -119,9 +119,13 @@ pub struct Scenario {
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
     pub disks: FakeDisks,
-    /// The source's machine, for who wants to look at it after a panic.
+    /// The source's machine, for who wants to look at it meanwhile or after a panic.
     pub machine: Arc<Machine>,
+    /// Told of every event of the source.
+    pub watch: Option<Watch>,
 }
+
+pub type Watch = Arc<dyn Fn(&MigrationEvent) + Send + Sync>;
 
 impl Default for Scenario {
     fn default() -> Self {
@@ -143,6 +147,7 @@ impl Default for Scenario {
             patience: Duration::from_secs(5),
             disks: FakeDisks::default(),
             machine: Arc::default(),
+            watch: None,
         }
     }
 }
@@ -265,6 +270,9 @@ fn run_source(
     let running = pass.clone();
     let mut events = |event: MigrationEvent| {
         seen.push(event.clone());
+        if let Some(watch) = &scenario.watch {
+            watch(&event);
+        }
         if let MigrationEvent::Pass(number) = event {
             running.store(number, SeqCst);
             let change = scenario.changes.iter().find(|(at, _)| *at == number);

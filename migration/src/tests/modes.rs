@@ -1,8 +1,8 @@
 //! Every capability, every pair of them, and all at once: whole moves, cuts, failures and cancels.
 
 use super::fake::*;
-use crate::params::{Compression, Params};
 use crate::error::chain;
+use crate::params::{Compression, Params};
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::{MigrationStatus, StatsSnapshot};
 use proptest::prelude::*;

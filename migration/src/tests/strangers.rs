@@ -3,10 +3,10 @@
 
 use super::fake::*;
 use crate::cancel::CancelToken;
+use crate::control::{Control, ControlThreads, Limit};
 use crate::destination::Destination;
 use crate::error::chain;
 use crate::transport::channel::{receive_hello, send_hello};
-use crate::control::{Control, ControlThreads, Limit};
 use crate::transport::{Address, Channel, Listener, SocketTransport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::sync::Arc;

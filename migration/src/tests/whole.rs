@@ -1,8 +1,8 @@
 //! What has to hold for whole migrations, however they end.
 
 use super::fake::*;
-use crate::params::Params;
 use crate::error::chain;
+use crate::params::Params;
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
 use std::sync::atomic::Ordering::SeqCst;

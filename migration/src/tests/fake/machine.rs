@@ -56,6 +56,13 @@ pub struct Machine {
     /// Every throttle that was set, in order.
     pub throttles: Mutex<Vec<u8>>,
     pub abandoned: AtomicU32,
+    /// How long its disk takes to drain, and to be flushed.
+    pub drain: Mutex<Duration>,
+    pub flush: Mutex<Duration>,
+    /// Stops that ended before the guest was stopped.
+    pub overdue: AtomicU32,
+    /// How often records were loaded into it.
+    pub loads: AtomicU32,
 }
 
 /// Where a scripted failure happens.
@@ -75,6 +82,9 @@ pub enum Fail {
     Run,
     PanicInSave,
 }
+
+/// What a stop that waits for the disk is said to wait for.
+pub const SLOW_DISK: &str = "disk `root`: requests in flight";
 
 pub struct FakeSource {
     pub machine: Arc<Machine>,
@@ -100,11 +110,17 @@ pub fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
 
 impl GuestControl for FakeSource {
     fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
-        Ok(PartTime::new("disk `shared`: flush", Duration::ZERO))
+        let took = *self.machine.flush.lock().unwrap();
+        Ok(PartTime::new("disk `shared`: flush", took))
     }
 
-    fn pause(&mut self, _: Instant) -> Result<Stopped, GuestError> {
+    fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError> {
         step(self.fail, Fail::Pause)?;
+        let drain = PartTime::new(SLOW_DISK, *self.machine.drain.lock().unwrap());
+        if Instant::now() + drain.took > deadline {
+            self.machine.overdue.fetch_add(1, SeqCst);
+            return Err(GuestError::Overdue(drain));
+        }
         if let Some(mutator) = &mut self.mutator {
             mutator.stop();
         }
@@ -120,7 +136,7 @@ impl GuestControl for FakeSource {
         }
         let was_running = self.machine.running.swap(false, SeqCst);
         let permit = self.machine.permit.lock().unwrap().take().expect("the guest is here");
-        Ok(Stopped { permit, was_running, drains: Vec::new() })
+        Ok(Stopped { permit, was_running, drains: vec![drain] })
     }
 
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
@@ -132,10 +148,14 @@ impl GuestControl for FakeSource {
         Ok(vec![DeviceRecord { kind: "fake".into(), instance: String::new(), version: 1, state }])
     }
 
-    fn release_disks(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+    fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
         step(self.fail, Fail::Release)?;
+        let flush = PartTime::new("disk `shared`: flush", *self.machine.flush.lock().unwrap());
+        if Instant::now() + flush.took > deadline {
+            return Err(GuestError::Overdue(flush));
+        }
         self.disk.unlock("source");
-        Ok(PartTime::new("disk `shared`: flush", Duration::ZERO))
+        Ok(flush)
     }
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
@@ -196,6 +216,7 @@ impl DestinationHost for FakeHost {
 
     fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), GuestError> {
         self.records = records;
+        self.machine.loads.fetch_add(1, SeqCst);
         step(self.fail, Fail::Load)
     }
 

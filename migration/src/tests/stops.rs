@@ -1,0 +1,207 @@
+//! Stops that take too long: the guest runs on within its limit, whoever is blocked, its user hears what is
+//! at fault, and the guest moves as soon as it can.
+
+use super::fake::*;
+use crate::error::chain;
+use crate::params::Params;
+use crate::source::{MigrationEvent, SourceOutcome};
+use crate::stats::MigrationStatus;
+use crate::transport::memory::{MemoryLink, MemoryTransport};
+use crate::transport::{PageSlice, TICK, Transport};
+use std::io;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn limited(limit: Duration) -> Params {
+    Params { downtime_limit: limit, multifd_channels: 1, ..Params::default() }
+}
+
+fn parts_said(end: &End) -> Vec<String> {
+    let said = end.events.iter().filter_map(|event| match event {
+        MigrationEvent::NotConverging(facts) => facts.part.as_ref(),
+        _ => None,
+    });
+    said.map(|part| part.to_string()).collect()
+}
+
+#[test]
+fn a_disk_that_is_slow_to_drain_is_named_its_guest_is_left_alone_and_moves_when_it_may() {
+    let scenario = Scenario { params: limited(ms(20)), ..Default::default() };
+    *scenario.machine.drain.lock().unwrap() = ms(30);
+    let machine = scenario.machine.clone();
+    let (began, passes) = (Instant::now(), Arc::new(AtomicU32::new(0)));
+    let counted = passes.clone();
+    // After a while its user allows for it.
+    let raised = (40, limited(ms(2000)));
+    let watch: Watch = Arc::new(move |event| {
+        if matches!(event, MigrationEvent::Pass(_)) {
+            counted.fetch_add(1, SeqCst);
+        }
+    });
+    let scenario = Scenario { watch: Some(watch), changes: vec![raised], ..scenario };
+    let end = migrate(&scenario);
+    end.assert_moved();
+    let stats = end.counters.snapshot();
+    let overdue = machine.overdue.load(SeqCst);
+    assert_eq!(stats.called_off, u64::from(overdue));
+    // 100 ms after the first, 200 after the second…: far fewer than there were passes.
+    assert!((1..=8).contains(&overdue), "{overdue} stops in {:?}", began.elapsed());
+    assert!(began.elapsed() > ms(1000), "passes without a stop take their time");
+    assert!(passes.load(SeqCst) >= 40);
+    assert_eq!(parts_said(&end), [format!("{SLOW_DISK}: 30 ms")]);
+}
+
+#[test]
+fn a_shared_disk_that_is_slow_to_flush_is_flushed_before_the_stop_and_named() {
+    let scenario = Scenario { params: limited(ms(20)), ..Default::default() };
+    *scenario.machine.flush.lock().unwrap() = ms(3000);
+    let machine = scenario.machine.clone();
+    let watch: Watch = Arc::new(move |event| {
+        if matches!(event, MigrationEvent::NotConverging(_)) {
+            *machine.flush.lock().unwrap() = Duration::ZERO;
+        }
+    });
+    let end = migrate(&Scenario { watch: Some(watch), ..scenario });
+    end.assert_moved();
+    assert_eq!(parts_said(&end), ["disk `shared`: flush: 3000 ms"]);
+    assert_eq!(end.counters.snapshot().called_off, 0, "the guest was never stopped for it");
+    assert!(end.counters.snapshot().downtime.unwrap() < ms(1000));
+}
+
+/// A connection that takes nothing while it is closed.
+struct Gate {
+    inner: MemoryTransport,
+    closed: Arc<AtomicBool>,
+}
+
+impl Gate {
+    fn wait(&self) -> io::Result<()> {
+        if self.closed.load(SeqCst) {
+            std::thread::park_timeout(TICK);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(())
+    }
+}
+
+impl Transport for Gate {
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        self.inner.receive(into)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait()?;
+        self.inner.send(bytes)
+    }
+
+    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        self.inner.receive_pages(pages)
+    }
+
+    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
+        self.wait()?;
+        self.inner.send_pages(head, pages)
+    }
+
+    fn patience(&self) -> Duration {
+        self.inner.patience()
+    }
+
+    fn shutdown(&self) {
+        self.inner.shutdown();
+    }
+}
+
+/// Moves a guest whose first data channel takes nothing from the first stop on, until `open` says so: it
+/// is asked once the guest runs again, with how long it was stopped. Returns how long that was.
+fn migrate_over_gate(
+    scenario: Scenario,
+    channels: u16,
+    open: impl Fn() -> bool + Send + 'static,
+) -> (End, Duration) {
+    let link = MemoryLink::new(None).with_patience(scenario.patience);
+    let (main, main_in) = link.connect();
+    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: None };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    let closed = Arc::new(AtomicBool::new(false));
+    for index in 0..channels {
+        let (out, into) = link.connect();
+        let closed = if index == 0 { closed.clone() } else { Arc::default() };
+        source.data.push(Arc::new(Gate { inner: out, closed }));
+        destination.data.push(Arc::new(into));
+    }
+    let params = Params { multifd_channels: channels, ..scenario.params.clone() };
+    let machine = scenario.machine.clone();
+    let stopped_for = Arc::new(Mutex::new(None));
+    let told = stopped_for.clone();
+    let opening = Mutex::new(Some((closed, open)));
+    let watch: Watch = Arc::new(move |event| {
+        if *event != MigrationEvent::Status(MigrationStatus::Device) {
+            return;
+        }
+        let Some((closed, open)) = opening.lock().unwrap().take() else { return };
+        closed.store(true, SeqCst);
+        let (machine, told, stopped) = (machine.clone(), told.clone(), Instant::now());
+        std::thread::spawn(move || {
+            while !machine.running.load(SeqCst) {
+                assert!(stopped.elapsed() < Duration::from_secs(60), "the guest stays stopped");
+                std::thread::park_timeout(ms(1));
+            }
+            *told.lock().unwrap() = Some(stopped.elapsed());
+            if open() {
+                closed.store(false, SeqCst);
+            }
+        });
+    });
+    let scenario = Scenario { watch: Some(watch), params, ..scenario };
+    let end = migrate_over(&scenario, source, destination, || 0);
+    let stopped_for = stopped_for.lock().unwrap().expect("the guest ran again");
+    (end, stopped_for)
+}
+
+#[test]
+fn a_link_that_becomes_slow_after_the_decision_lets_the_guest_run_on_in_time_and_move_later() {
+    for (channels, xbzrle) in [(1, false), (1, true), (3, true)] {
+        let params = Params { xbzrle, ..limited(ms(100)) };
+        let scenario = Scenario {
+            ram_bytes: 8 << 20,
+            dirtying: Some((300, Duration::from_micros(200))),
+            lively: true,
+            params,
+            ..Default::default()
+        };
+        let (end, stopped) = migrate_over_gate(scenario, channels, || true);
+        end.assert_moved();
+        // The limit, and what a busy host makes of it.
+        assert!(stopped < ms(1500), "{channels} channels: stopped for {stopped:?}");
+        assert!(end.counters.snapshot().called_off >= 1);
+        assert!(end.destination_machine.loads.load(SeqCst) >= 2, "records came again");
+        let statuses = end.events.iter().filter_map(|event| match event {
+            MigrationEvent::Status(status) => Some(*status),
+            _ => None,
+        });
+        let back: Vec<_> = statuses.collect();
+        use MigrationStatus::{Active, Device};
+        assert!(back.windows(3).any(|three| three == [Device, Active, Device]), "{back:?}");
+    }
+}
+
+#[test]
+fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
+    let patience = Duration::from_secs(3);
+    let scenario = Scenario { params: limited(ms(100)), patience, ..Default::default() };
+    let began = Instant::now();
+    let (end, stopped) = migrate_over_gate(scenario, 1, || false);
+    let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
+    assert!(chain(error).contains("stalled"), "{}", chain(error));
+    assert!(stopped < ms(1500), "stopped for {stopped:?}");
+    // It was given up long after the guest went on.
+    assert!(began.elapsed() >= patience);
+    end.assert_back_at_source("dead link");
+}
