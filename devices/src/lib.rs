@@ -11,6 +11,7 @@ pub mod bus;
 #[cfg(test)]
 mod hostile;
 pub mod irq;
+pub mod log_limit;
 pub mod patient;
 pub mod ram;
 pub mod reset;
