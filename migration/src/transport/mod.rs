@@ -4,6 +4,7 @@
 //! Transport            some bytes at a time: socket.rs, memory.rs (tests); vectored.rs for guest pages
 //! channels::Channel    all bytes or an error: partial transfers, stalls, deadlines, cancel
 //! channels::Main       frames, both ways, with keep-alives
+//! unix                 the sockets with a path that we listen on
 //! reception            a listener's connections, sorted by their Hello
 //! ```
 
@@ -12,6 +13,7 @@ pub mod channels;
 pub mod memory;
 pub mod reception;
 pub mod socket;
+pub mod unix;
 pub mod vectored;
 
 pub use address::Address;
