@@ -12,12 +12,12 @@ pub mod bus;
 mod hostile;
 pub mod irq;
 pub mod log_limit;
-pub mod patient;
 pub mod ram;
 pub mod reset;
 pub mod segments;
 pub mod serial;
 pub mod state;
+pub mod transmitter;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,90 +1,105 @@
-//! COM1: a 16550 over vm-superio, with an eventfd that says when its input FIFO has room again.
+//! COM1: a 16550, with an eventfd that says when its input FIFO has room again.
 //!
-//! The registers are served on the vCPU's thread, input is brought by whoever reads the console.
-//! Opening and reading the console's other end is the caller's; so is choosing an output that does
-//! not block for ever, such as [`crate::patient::PatientWriter`].
+//! The registers are served on the vCPU's thread; input is brought by whoever reads the console, output
+//! goes through a [`Transmitter`]. Opening and serving the console's other end is the caller's.
+//!
+//! It is our own because vm-superio's writes each byte on the vCPU's thread and is always ready for the
+//! next; its interrupt state, which would have to tell of a transmitter that is not, is private.
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
+use crate::log_limit::LogLimit;
 use crate::state::Persist;
+use crate::transmitter::Transmitter;
 use serde::{Deserialize, Serialize};
-use std::io::{self, Write};
+use std::collections::VecDeque;
+use std::io;
 use std::sync::Arc;
-use vm_superio::serial::{SerialEvents, SerialState as Registers};
-use vm_superio::{Serial, Trigger};
+use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Bytes that the input FIFO holds.
 const FIFO_BYTES: usize = 64;
+
+/// How long a guest that is being stopped waits for the console's thread to pass on what it has said.
+const PAUSE_PATIENCE: Duration = Duration::from_millis(50);
+
+/// Receiver buffer when read, transmitter holding register when written; low divisor byte under DLAB.
+const DATA: u64 = 0;
+/// Interrupt enable register; high divisor byte under DLAB.
+const IER: u64 = 1;
+const IER_RECEIVED: u8 = 1 << 0;
+const IER_TRANSMITTER_EMPTY: u8 = 1 << 1;
+const IER_VALID: u8 = 0x0f;
+/// Interrupt identification register; writing goes to the FIFO control register, which is ignored.
+const IIR: u64 = 2;
+const IIR_NONE: u8 = 1 << 0;
+const IIR_TRANSMITTER_EMPTY: u8 = 1 << 1;
+const IIR_RECEIVED: u8 = 1 << 2;
+/// FIFOs are enabled: what tells a 16550A from older models.
+const IIR_FIFO: u8 = 0b11 << 6;
+/// Line control register, and its divisor latch access bit.
+const LCR: u64 = 3;
+const LCR_DLAB: u8 = 1 << 7;
+const LCR_8_BITS: u8 = 0b11;
 /// Modem control register, and its loopback bit: while that is set no input is taken.
-const MCR_OFFSET: u64 = 4;
+const MCR: u64 = 4;
 const MCR_LOOP: u8 = 1 << 4;
+const MCR_OUT2: u8 = 1 << 3;
+/// Line status register.
+const LSR: u64 = 5;
+const LSR_DATA_READY: u8 = 1 << 0;
+/// The transmitter takes [`crate::transmitter::FIFO_BYTES`] (THRE), and has sent all it had (TEMT).
+const LSR_TRANSMITTER_READY: u8 = 1 << 5 | 1 << 6;
+/// Modem status register: carrier, ready and clear to send; in loopback mode MCR's outputs.
+const MSR: u64 = 6;
+const MSR_CONNECTED: u8 = 1 << 7 | 1 << 5 | 1 << 4;
+const MSR_LOW: u8 = 0x0f;
+/// Scratch register.
+const SCR: u64 = 7;
+/// The divisor for 9600 bits per second.
+const DEFAULT_DIVISOR: [u8; 2] = [12, 0];
 
-struct Line(Arc<dyn IrqLine>);
+static IRQ_FAILED: LogLimit = LogLimit::new();
 
-impl Trigger for Line {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        self.0.raise()
-    }
+/// What has no owner but the device.
+struct Registers {
+    divisor: [u8; 2],
+    ier: u8,
+    lcr: u8,
+    mcr: u8,
+    msr: u8,
+    scratch: u8,
 }
 
-struct RoomAgain(Arc<EventFd>);
-
-impl SerialEvents for RoomAgain {
-    fn buffer_read(&self) {
-        // A full counter means that the reader has yet to look.
-        let _ = self.0.write(1);
-    }
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        let _ = self.0.write(1);
-    }
-}
-
-/// The output; a failing one must never stop the guest.
-struct Output {
-    writer: Box<dyn Write + Send>,
-    lost_bytes: u64,
-}
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(error) = self.writer.write_all(bytes) {
-            if self.lost_bytes == 0 {
-                log::error!("serial output is being lost: {error}");
-            }
-            self.lost_bytes += u64::try_from(bytes.len()).unwrap_or(0);
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        // A failure to flush was or will be reported by a write.
-        let _ = self.writer.flush();
-        Ok(())
+impl Default for Registers {
+    fn default() -> Self {
+        let [ier, scratch] = [0; 2];
+        let divisor = DEFAULT_DIVISOR;
+        Self { divisor, ier, lcr: LCR_8_BITS, mcr: MCR_OUT2, msr: MSR_CONNECTED, scratch }
     }
 }
 
 /// COM1.
 pub struct SerialConsole {
-    serial: Serial<Line, RoomAgain, Output>,
+    registers: Registers,
+    input: VecDeque<u8>,
+    transmitter: Arc<Transmitter>,
     irq: Arc<dyn IrqLine>,
     room: Arc<EventFd>,
 }
 
 impl SerialConsole {
-    /// A console that raises `irq` and writes to `output`.
+    /// A console that raises `irq` and sends through `transmitter`, which is held until
+    /// [`Self::release_output`].
     ///
     /// # Errors
     /// If the host gives no eventfd.
-    pub fn new(irq: Arc<dyn IrqLine>, output: Box<dyn Write + Send>) -> io::Result<Self> {
+    pub fn new(irq: Arc<dyn IrqLine>, transmitter: Arc<Transmitter>) -> io::Result<Self> {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let output = Output { writer: output, lost_bytes: 0 };
-        let events = RoomAgain(room.clone());
-        Ok(Self { serial: Serial::with_events(Line(irq.clone()), events, output), irq, room })
+        transmitter.attach(irq.clone());
+        let registers = Registers::default();
+        Ok(Self { registers, input: VecDeque::new(), transmitter, irq, room })
     }
 
     /// Signalled whenever the guest has taken input.
@@ -92,74 +107,191 @@ impl SerialConsole {
         &self.room
     }
 
-    /// Bytes of input that fit now.
-    pub fn input_room(&self) -> usize {
-        let looped = self.serial.state().modem_control & MCR_LOOP != 0;
-        if looped { 0 } else { self.serial.fifo_capacity() }
+    /// Where output waits.
+    pub fn transmitter(&self) -> &Arc<Transmitter> {
+        &self.transmitter
     }
 
-    /// Bytes that the guest wrote and the output did not take.
-    pub fn lost_output_bytes(&self) -> u64 {
-        self.serial.writer().lost_bytes
+    /// Once the guest is stopped: sends what the reader takes without being waited for, so that a log is
+    /// complete. What it does not take is sent later, or becomes part of the record.
+    pub fn pause(&self) {
+        self.transmitter.flush(PAUSE_PATIENCE);
+    }
+
+    /// Keeps what is unsent here, to be saved: another machine will send it.
+    pub fn hold_output(&self) {
+        self.transmitter.hold();
+    }
+
+    /// Lets what is unsent be sent, from here: the guest is ours to run.
+    pub fn release_output(&self) {
+        self.transmitter.release();
+    }
+
+    fn loops(&self) -> bool {
+        self.registers.mcr & MCR_LOOP != 0
+    }
+
+    /// Bytes of input that fit now.
+    pub fn input_room(&self) -> usize {
+        if self.loops() { 0 } else { FIFO_BYTES - self.input.len() }
     }
 
     /// Gives the guest input; returns how many bytes fitted.
     pub fn enqueue_input(&mut self, bytes: &[u8]) -> usize {
         let bytes = bytes.get(..self.input_room().min(bytes.len())).unwrap_or_default();
-        match self.serial.enqueue_raw_bytes(bytes) {
-            Ok(count) => count,
-            Err(error) => {
-                // The bytes are in the FIFO; only the interrupt could not be raised.
-                log::warn!("serial input: {error:?}");
-                bytes.len()
-            }
+        self.receive(bytes);
+        bytes.len()
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        self.input.extend(bytes);
+        if !bytes.is_empty() && self.registers.ier & IER_RECEIVED != 0 {
+            self.raise();
         }
+    }
+
+    fn raise(&self) {
+        if let Err(error) = self.irq.raise()
+            && let Some(suppressed) = IRQ_FAILED.allow()
+        {
+            log::warn!("serial interrupt: {error}{suppressed}");
+        }
+    }
+
+    fn has_received_interrupt(&self) -> bool {
+        self.registers.ier & IER_RECEIVED != 0 && !self.input.is_empty()
     }
 
     /// Raises the interrupt again after a pause or restore: one in flight may have been lost, and one
     /// too many does no harm.
     pub fn resume(&mut self) {
-        let pending = self.serial.state().interrupt_identification & 1 == 0;
-        if pending && let Err(error) = self.irq.raise() {
-            log::warn!("serial interrupt: {error}");
+        if self.has_received_interrupt() || self.transmitter.is_interrupting() {
+            self.raise();
         }
+    }
+
+    fn say_room(&self) {
+        // Fails only if the counter is full: then the reader has yet to look.
+        let _ = self.room.write(1);
+    }
+
+    fn read_register(&mut self, offset: u64) -> u8 {
+        let dlab = self.registers.lcr & LCR_DLAB != 0;
+        match offset {
+            DATA if dlab => self.registers.divisor[0],
+            IER if dlab => self.registers.divisor[1],
+            DATA => {
+                let byte = self.input.pop_front();
+                self.say_room();
+                byte.unwrap_or_default()
+            }
+            IER => self.registers.ier,
+            IIR => {
+                if self.has_received_interrupt() {
+                    return IIR_FIFO | IIR_RECEIVED;
+                }
+                if self.transmitter.is_interrupting() {
+                    // Reading is the acknowledgement, of this one only.
+                    self.transmitter.acknowledge_interrupt();
+                    return IIR_FIFO | IIR_TRANSMITTER_EMPTY;
+                }
+                IIR_FIFO | IIR_NONE
+            }
+            LCR => self.registers.lcr,
+            MCR => self.registers.mcr,
+            LSR => self.line_status(),
+            MSR if self.loops() => {
+                // DTR, RTS, OUT1 and OUT2 come back as DSR, CTS, RI and DCD.
+                let mcr = self.registers.mcr;
+                let swapped = (mcr & 1) << 1 | (mcr & 2) >> 1 | mcr & 0b1100;
+                self.registers.msr & MSR_LOW | swapped << 4
+            }
+            MSR => self.registers.msr,
+            SCR => self.registers.scratch,
+            _ => 0,
+        }
+    }
+
+    fn line_status(&self) -> u8 {
+        let received = if self.input.is_empty() { 0 } else { LSR_DATA_READY };
+        let ready = self.loops() || self.transmitter.is_ready();
+        received | if ready { LSR_TRANSMITTER_READY } else { 0 }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u8) {
+        let dlab = self.registers.lcr & LCR_DLAB != 0;
+        match offset {
+            DATA if dlab => self.registers.divisor[0] = value,
+            IER if dlab => self.registers.divisor[1] = value,
+            DATA if self.loops() => {
+                let room = FIFO_BYTES - self.input.len();
+                self.receive([value].get(..room.min(1)).unwrap_or_default());
+            }
+            DATA => self.transmitter.push(value),
+            IER => {
+                self.registers.ier = value & IER_VALID;
+                self.transmitter.enable_interrupt(value & IER_TRANSMITTER_EMPTY != 0);
+                // What came while the interrupt was off is told of now.
+                if self.has_received_interrupt() {
+                    self.raise();
+                }
+            }
+            LCR => self.registers.lcr = value,
+            MCR => {
+                self.registers.mcr = value;
+                if value & MCR_LOOP == 0 {
+                    // Input that was turned away in loopback mode may come again; nothing else says so.
+                    self.say_room();
+                }
+            }
+            SCR => self.registers.scratch = value,
+            _ => {}
+        }
+    }
+}
+
+impl Drop for SerialConsole {
+    fn drop(&mut self) {
+        self.transmitter.detach();
     }
 }
 
 impl BusDevice for SerialConsole {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        if let ([byte, ..], Ok(offset)) = (data, u8::try_from(offset)) {
-            *byte = self.serial.read(offset);
+        if let [byte, ..] = data {
+            *byte = self.read_register(offset);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let ([byte], Ok(register)) = (data, u8::try_from(offset)) else { return };
-        if let Err(error) = self.serial.write(register, *byte) {
-            log::debug!("serial write: {error:?}");
-        }
-        if offset == MCR_OFFSET && byte & MCR_LOOP == 0 {
-            // Input that was turned away in loopback mode may come again; nothing else says so.
-            let _ = self.room.write(1);
+        if let [byte] = data {
+            self.write_register(offset, *byte);
         }
     }
 }
 
-/// All registers and the input FIFO.
+/// All registers, the input FIFO, and what is not sent yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SerialState {
     divisor_low: u8,
     divisor_high: u8,
     interrupt_enable: u8,
+    /// Pending interrupts, enabled or not: bit 1 transmitter empty, bit 2 data received; 1 if none.
     interrupt_identification: u8,
     line_control: u8,
+    /// Follows from the other fields.
     line_status: u8,
     modem_control: u8,
     modem_status: u8,
     scratch: u8,
     input_fifo: Vec<u8>,
+    /// Later than version 1 began; without it all had been sent. Left out when empty, so that an older
+    /// Ferry takes the guest as well.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    unsent: Vec<u8>,
 }
 
 impl Persist for SerialConsole {
@@ -168,18 +300,23 @@ impl Persist for SerialConsole {
     type State = SerialState;
 
     fn save(&self) -> SerialState {
-        let state = self.serial.state();
+        let Registers { divisor: [divisor_low, divisor_high], ier, lcr, mcr, msr, scratch } =
+            self.registers;
+        let received = if self.has_received_interrupt() { IIR_RECEIVED } else { 0 };
+        let empty = if self.transmitter.interrupt_pending() { IIR_TRANSMITTER_EMPTY } else { 0 };
+        let pending = received | empty;
         SerialState {
-            divisor_low: state.baud_divisor_low,
-            divisor_high: state.baud_divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
-            scratch: state.scratch,
-            input_fifo: state.in_buffer,
+            divisor_low,
+            divisor_high,
+            interrupt_enable: ier,
+            interrupt_identification: if pending == 0 { IIR_NONE } else { pending },
+            line_control: lcr,
+            line_status: self.line_status(),
+            modem_control: mcr,
+            modem_status: msr,
+            scratch,
+            input_fifo: self.input.iter().copied().collect(),
+            unsent: self.transmitter.unsent(),
         }
     }
 
@@ -188,29 +325,22 @@ impl Persist for SerialConsole {
             let len = state.input_fifo.len();
             return Err(format!("{len} bytes in an input FIFO of {FIFO_BYTES}"));
         }
-        let registers = Registers {
-            baud_divisor_low: state.divisor_low,
-            baud_divisor_high: state.divisor_high,
-            interrupt_enable: state.interrupt_enable,
-            interrupt_identification: state.interrupt_identification,
-            line_control: state.line_control,
-            line_status: state.line_status,
-            modem_control: state.modem_control,
-            modem_status: state.modem_status,
+        let ier = state.interrupt_enable & IER_VALID;
+        self.transmitter.restore(
+            state.unsent,
+            ier & IER_TRANSMITTER_EMPTY != 0,
+            state.interrupt_identification & IIR_TRANSMITTER_EMPTY != 0,
+        )?;
+        self.registers = Registers {
+            divisor: [state.divisor_low, state.divisor_high],
+            ier,
+            lcr: state.line_control,
+            mcr: state.modem_control,
+            msr: state.modem_status,
             scratch: state.scratch,
-            in_buffer: state.input_fifo,
         };
-        // vm-superio makes a device from a state only by value: the output moves over.
-        let nowhere = Output { writer: Box::new(io::sink()), lost_bytes: 0 };
-        let output = std::mem::replace(self.serial.writer_mut(), nowhere);
-        let events = RoomAgain(self.room.clone());
-        match Serial::from_state(&registers, Line(self.irq.clone()), events, output) {
-            Ok(serial) => {
-                self.serial = serial;
-                Ok(())
-            }
-            Err(error) => Err(format!("{error:?}")),
-        }
+        self.input = state.input_fifo.into();
+        Ok(())
     }
 }
 
@@ -219,18 +349,50 @@ mod tests {
     use super::*;
     use crate::hostile::{any_changes, any_json, change};
     use crate::irq::CountingIrq;
+    use crate::transmitter::{BUFFER_BYTES, FIFO_BYTES as TRANSMITTER_BYTES};
     use proptest::prelude::*;
-    use std::sync::Mutex;
 
+    /// A console that nobody sends for, and may send.
     fn console() -> (SerialConsole, Arc<CountingIrq>) {
         let irq = Arc::new(CountingIrq::default());
-        (SerialConsole::new(irq.clone(), Box::new(io::sink())).unwrap(), irq)
+        let transmitter = Arc::new(Transmitter::new(None).unwrap());
+        let console = SerialConsole::new(irq.clone(), transmitter).unwrap();
+        console.release_output();
+        (console, irq)
     }
 
     fn read(console: &mut SerialConsole, offset: u64) -> u8 {
         let mut byte = [0];
         console.read(offset, &mut byte);
         byte[0]
+    }
+
+    fn is_ready(console: &mut SerialConsole) -> bool {
+        let status = read(console, LSR) & LSR_TRANSMITTER_READY;
+        assert!(status == 0 || status == LSR_TRANSMITTER_READY, "{status:#x}");
+        status != 0
+    }
+
+    /// Writes as a driver does, until the transmitter is no longer ready; returns how much.
+    fn fill(console: &mut SerialConsole) -> usize {
+        let mut written = 0;
+        while is_ready(console) {
+            for _ in 0..TRANSMITTER_BYTES {
+                console.write(DATA, b"x");
+                written += 1;
+            }
+        }
+        written
+    }
+
+    /// Sends what waits, at most `most` bytes of it, as the console's thread does.
+    fn send(console: &SerialConsole, most: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        if console.transmitter().begin_write(&mut bytes) {
+            bytes.truncate(most);
+            console.transmitter().end_write(bytes.len());
+        }
+        bytes
     }
 
     #[test]
@@ -259,62 +421,133 @@ mod tests {
     }
 
     #[test]
-    fn an_overfull_fifo_in_a_record_is_refused() {
+    fn an_overfull_fifo_or_transmitter_in_a_record_is_refused() {
         let (mut console, _) = console();
         let mut state = console.save();
         state.input_fifo = vec![0; FIFO_BYTES + 1];
         assert!(console.restore(state).is_err());
+        let mut state = console.save();
+        state.unsent = vec![0; BUFFER_BYTES];
+        assert!(console.restore(state.clone()).is_ok());
+        assert!(!is_ready(&mut console));
+        state.unsent.push(0);
+        assert!(console.restore(state).unwrap_err().contains("65537"));
     }
 
     #[test]
-    fn output_that_fails_does_not_stop_the_guest() {
-        struct Full;
-        impl Write for Full {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
+    fn a_transmitter_that_nobody_empties_is_not_ready_and_loses_nothing() {
+        let (mut console, _) = console();
+        let written = fill(&mut console);
+        assert!(written > BUFFER_BYTES - TRANSMITTER_BYTES, "{written}");
+        assert_eq!(console.transmitter().lost_bytes(), 0);
+        // A guest that does not look loses what does not fit.
+        for _ in 0..TRANSMITTER_BYTES + 3 {
+            console.write(DATA, b"y");
         }
-        let irq = Arc::new(CountingIrq::default());
-        let mut console = SerialConsole::new(irq, Box::new(Full)).unwrap();
-        console.write(0, b"x");
-        console.write(0, b"y");
-        assert_eq!(read(&mut console, 5) & 0x20, 0x20, "the transmitter is empty again");
-        assert_eq!(console.lost_output_bytes(), 2);
+        let lost = u64::try_from(written + TRANSMITTER_BYTES + 3 - BUFFER_BYTES).unwrap();
+        assert_eq!(console.transmitter().lost_bytes(), lost);
+        assert_eq!(send(&console, 1).len(), 1);
+        assert!(!is_ready(&mut console), "a driver may write a whole FIFO once it is ready");
+        assert_eq!(send(&console, TRANSMITTER_BYTES).len(), TRANSMITTER_BYTES);
+        assert!(is_ready(&mut console));
     }
 
     #[test]
-    fn output_goes_on_to_the_same_place_after_a_restore() {
-        #[derive(Clone, Default)]
-        struct Log(Arc<Mutex<Vec<u8>>>);
-        impl Write for Log {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                crate::lock(&self.0).extend(bytes);
-                Ok(bytes.len())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
+    fn room_in_the_transmitter_interrupts_a_guest_that_asked_for_it() {
+        let (mut console, irq) = console();
+        console.write(IER, &[IER_TRANSMITTER_EMPTY]);
+        assert_eq!(irq.count(), 1, "it is ready when the interrupt is enabled");
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_TRANSMITTER_EMPTY);
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_NONE, "read once");
+        fill(&mut console);
+        read(&mut console, IIR);
+        let before = irq.count();
+        send(&console, 1);
+        assert_eq!(irq.count(), before, "not enough room yet");
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_NONE);
+        send(&console, BUFFER_BYTES);
+        assert_eq!(irq.count(), before + 1);
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_TRANSMITTER_EMPTY);
+        // A byte that is taken at once leaves the transmitter ready again.
+        console.write(DATA, b"x");
+        assert_eq!(irq.count(), before + 2);
+        // Data received comes first and does not hide that.
+        console.write(IER, &[IER_TRANSMITTER_EMPTY | IER_RECEIVED]);
+        console.enqueue_input(b"i");
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_RECEIVED);
+        assert_eq!(read(&mut console, DATA), b'i');
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_TRANSMITTER_EMPTY);
+    }
+
+    #[test]
+    fn unsent_output_moves_and_is_sent_on_one_side_only() {
+        let (mut source, _) = console();
+        for byte in b"sent unsent" {
+            source.write(DATA, &[*byte]);
         }
-        let log = Log::default();
-        let irq = Arc::new(CountingIrq::default());
-        let mut destination = SerialConsole::new(irq, Box::new(log.clone())).unwrap();
-        destination.restore(console().0.save()).unwrap();
-        destination.write(0, b"x");
-        assert_eq!(*crate::lock(&log.0), b"x");
+        assert_eq!(send(&source, 5), b"sent ");
+        source.hold_output();
+        let record = source.save_record("");
+        assert_eq!(send(&source, 100), b"", "held");
+        let (mut destination, _) = console();
+        destination.hold_output();
+        destination.restore_record(record).unwrap();
+        assert_eq!(send(&destination, 100), b"", "not its guest yet");
+        destination.release_output();
+        assert_eq!(send(&destination, 100), b"unsent");
+        // The migration failed after all.
+        source.release_output();
+        assert_eq!(send(&source, 100), b"unsent");
+    }
+
+    #[test]
+    fn a_machine_that_gave_its_guest_away_leaves_nothing_to_the_console() {
+        for (is_held, left) in [(true, &b""[..]), (false, b"x")] {
+            let (mut console, _) = console();
+            let transmitter = console.transmitter().clone();
+            console.write(DATA, b"x");
+            if is_held {
+                console.hold_output();
+            }
+            drop(console);
+            transmitter.release();
+            assert_eq!(transmitter.unsent(), left);
+        }
+    }
+
+    #[test]
+    fn a_record_of_version_1_before_there_was_unsent_output_is_loaded() {
+        let (mut console, _) = console();
+        let text = r#"{"divisor_low":12,"divisor_high":0,"interrupt_enable":3,
+            "interrupt_identification":2,"line_control":3,"line_status":96,"modem_control":11,
+            "modem_status":176,"scratch":0,"input_fifo":[]}"#;
+        let mut record = console.save_record("");
+        record.state = serde_json::from_str(text).unwrap();
+        console.restore_record(record.clone()).unwrap();
+        assert_eq!(console.save_record(""), record, "and an older Ferry takes it back");
+        assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_TRANSMITTER_EMPTY);
     }
 
     #[test]
     fn input_waits_for_the_end_of_loopback_mode() {
         let (mut console, _) = console();
-        console.write(MCR_OFFSET, &[MCR_LOOP]);
+        console.write(MCR, &[MCR_LOOP]);
         assert_eq!((console.input_room(), console.enqueue_input(b"hi")), (0, 0));
         assert!(console.room_event().read().is_err());
-        console.write(MCR_OFFSET, &[0]);
+        console.write(MCR, &[0]);
         assert!(console.room_event().read().is_ok(), "whoever has input is told to try again");
         assert_eq!(console.enqueue_input(b"hi"), 2);
+    }
+
+    #[test]
+    fn loopback_mode_answers_as_drivers_that_probe_expect() {
+        let (mut console, _) = console();
+        console.write(MCR, &[MCR_LOOP | 0x0a]);
+        assert_eq!(read(&mut console, MSR), 0x90, "RTS and OUT2 come back as CTS and DCD");
+        console.write(DATA, b"x");
+        assert_eq!(read(&mut console, LSR), LSR_DATA_READY | LSR_TRANSMITTER_READY);
+        assert_eq!(read(&mut console, DATA), b'x');
+        assert_eq!(console.transmitter().unsent(), b"");
     }
 
     proptest! {
@@ -337,9 +570,52 @@ mod tests {
         }
 
         #[test]
+        fn output_arrives_once_and_in_order_however_it_is_sent_and_moved(
+            steps in prop::collection::vec((0..4, 0usize..40_000), 0..60)
+        ) {
+            let (mut here, _) = console();
+            let (mut said, mut heard) = (Vec::new(), Vec::new());
+            for (kind, size) in steps {
+                match kind {
+                    0 => {
+                        // As many FIFOs as the guest finds the transmitter ready for.
+                        for number in 0..size {
+                            let byte = u8::try_from(number % 251).unwrap();
+                            if number % TRANSMITTER_BYTES == 0 && !is_ready(&mut here) {
+                                break;
+                            }
+                            here.write(DATA, &[byte]);
+                            said.push(byte);
+                        }
+                    }
+                    1 => heard.extend(send(&here, size)),
+                    // A move, and one that fails.
+                    2 => {
+                        here.hold_output();
+                        let (mut there, _) = console();
+                        there.hold_output();
+                        there.restore_record(here.save_record("")).unwrap();
+                        there.resume();
+                        there.release_output();
+                        here = there;
+                    }
+                    _ => {
+                        here.hold_output();
+                        drop(here.save());
+                        heard.extend(send(&here, size));
+                        here.release_output();
+                    }
+                }
+            }
+            heard.extend(send(&here, usize::MAX));
+            prop_assert!(heard == said, "{} bytes said, {} heard", said.len(), heard.len());
+        }
+
+        #[test]
         fn any_record_is_survived(changes in any_changes(), other in prop::option::of(any_json())) {
             let (mut console, _) = console();
             console.enqueue_input(b"hi");
+            console.write(DATA, b"ho");
             let mut record = console.save_record("");
             match other {
                 Some(other) => record.state = other,

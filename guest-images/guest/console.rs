@@ -1,6 +1,7 @@
 //! COM1. Every byte out is an exit of several microseconds, so lines wait in a queue: loops that watch
 //! the clock send one byte at a time between two looks at it ([`pump`]), all others send at once
-//! ([`flush`]). Input raises interrupt 4, which wakes a sleeper; loops look now and then ([`read`]).
+//! ([`flush`]). As any driver does, both write a FIFO's worth of bytes once the line status register has
+//! said that the transmitter is ready, and wait for that where need be. Input raises interrupt 4, which wakes a sleeper; loops look now and then ([`read`]).
 
 use crate::machine::{inb, ioapic_route, outb};
 use core::arch::asm;
@@ -14,6 +15,9 @@ const MODEM_CONTROL: u16 = COM1 + 4;
 const LINE_STATUS: u16 = COM1 + 5;
 const IRQ: u32 = 4;
 pub const VECTOR: u32 = 34;
+/// Bytes that the transmitter takes when it says that it is ready.
+const FIFO_BYTES: usize = 16;
+const READY: u8 = 1 << 5;
 const QUEUE_BYTES: usize = 4096;
 
 pub struct Line {
@@ -68,22 +72,33 @@ macro_rules! println {
 }
 pub(crate) use {line, println};
 
+fn is_ready() -> bool {
+    inb(LINE_STATUS) & READY != 0
+}
+
 fn send(bytes: &[u8]) {
-    unsafe {
-        asm!("rep outsb", in("dx") COM1, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _)
-    };
+    for bytes in bytes.chunks(FIFO_BYTES) {
+        while !is_ready() {
+            core::hint::spin_loop();
+        }
+        unsafe {
+            asm!("rep outsb", in("dx") COM1, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _)
+        };
+    }
 }
 
 struct Queue {
     bytes: [u8; QUEUE_BYTES],
     first: usize,
     len: usize,
+    /// Bytes that the transmitter still takes since it was last looked at.
+    credit: usize,
 }
 
 impl Queue {
     fn push(&mut self, line: &[u8]) {
         while self.len + line.len() > QUEUE_BYTES {
-            self.pop();
+            self.pump();
         }
         for byte in line {
             self.bytes[(self.first + self.len) % QUEUE_BYTES] = *byte;
@@ -91,12 +106,19 @@ impl Queue {
         }
     }
 
-    fn pop(&mut self) {
-        if self.len > 0 {
-            outb(COM1, self.bytes[self.first]);
-            self.first = (self.first + 1) % QUEUE_BYTES;
-            self.len -= 1;
+    /// Looks at the transmitter or sends a byte: one exit either way.
+    fn pump(&mut self) {
+        if self.len == 0 {
+            return;
         }
+        if self.credit == 0 {
+            self.credit = if is_ready() { FIFO_BYTES } else { 0 };
+            return;
+        }
+        outb(COM1, self.bytes[self.first]);
+        self.first = (self.first + 1) % QUEUE_BYTES;
+        self.len -= 1;
+        self.credit -= 1;
     }
 }
 
@@ -110,7 +132,7 @@ unsafe impl Sync for Locked {}
 
 static QUEUE: Locked = Locked {
     taken: AtomicBool::new(false),
-    queue: UnsafeCell::new(Queue { bytes: [0; QUEUE_BYTES], first: 0, len: 0 }),
+    queue: UnsafeCell::new(Queue { bytes: [0; QUEUE_BYTES], first: 0, len: 0, credit: 0 }),
 };
 
 impl Locked {
@@ -123,11 +145,11 @@ impl Locked {
     }
 }
 
-/// Sends one byte, if one waits; says whether more do.
+/// Sends one byte, if one waits and the transmitter is ready; says whether more do.
 pub fn pump() -> bool {
     let mut more = false;
     QUEUE.with(|queue| {
-        queue.pop();
+        queue.pump();
         more = queue.len > 0;
     });
     more
@@ -136,6 +158,7 @@ pub fn pump() -> bool {
 /// Sends all that waits.
 pub fn flush() {
     QUEUE.with(|queue| {
+        queue.credit = 0;
         while queue.len > 0 {
             let len = queue.len.min(QUEUE_BYTES - queue.first);
             send(&queue.bytes[queue.first..queue.first + len]);

@@ -1,33 +1,31 @@
 //! COM1's other end: where the guest's output goes, and where its input comes from.
 //!
-//! Output is written by the vCPU that made it, so a log file is complete whenever the guest is
-//! stopped. Input is read by the `io` thread, which stops reading while the guest's FIFO is full.
+//! Output waits in a bounded [`Transmitter`] for the `console-out` thread ([`output`]); [`expect`] sees it
+//! when it is said. Input is read by the `io` thread, which stops reading while the guest's FIFO is full.
 //! On a terminal, Ctrl-A x ends the VMM, as in QEMU; raw mode is undone when the console is dropped.
+
+mod expect;
+mod output;
 
 use crate::config::SerialConfig;
 use crate::supervisor::exit_code;
-use devices::patient::PatientWriter;
 use devices::serial::SerialConsole;
+use devices::transmitter::{Observer, Transmitter};
+use expect::Expect;
+use migration::transport::unix::{ListenError, SocketFile, listen_unix};
+use output::{Clients, Output, Sink};
 use regex_lite::Regex;
 use std::fs::File;
-use std::io::{self, ErrorKind, IsTerminal, Read, Write};
+use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::terminal::Terminal;
 
-/// Longest piece of output without a newline that `--expect` looks at.
-const EXPECT_LINE_BYTES: usize = 16 << 10;
-/// Up to here `--expect` looks at a line at each byte; a longer one it looks at when it is complete.
-const PROMPT_BYTES: usize = 200;
-/// Whoever does not read the output for this long loses some of it, a socket's client its connection
-/// too, so that none can stop the guest.
-const READER_PATIENCE: Duration = Duration::from_millis(500);
 const ESCAPE: u8 = 1; // Ctrl-A
 
 /// A console that cannot be opened.
@@ -49,7 +47,7 @@ pub enum ConsoleError {
         path: PathBuf,
         /// Why not.
         #[source]
-        source: io::Error,
+        source: ListenError,
     },
     /// The host has no more threads or descriptors.
     #[error("cannot start the serial console")]
@@ -70,11 +68,15 @@ pub type ConsoleSink = Arc<dyn Fn(ConsoleEvent) + Send + Sync>;
 
 /// An open console. It outlives the machines that are attached to it one after another.
 pub struct Console {
-    output: Arc<Mutex<Output>>,
+    transmitter: Arc<Transmitter>,
+    expect: Option<Arc<Mutex<Expect>>>,
+    /// Closed by being dropped, before input is: a client that leaves meanwhile need not be waited for.
+    output: Option<Output>,
     attached: Arc<Attached>,
     thread: Option<JoinHandle<()>>,
     raw_terminal: bool,
-    socket_path: Option<PathBuf>,
+    /// Removed with the console.
+    _socket: Option<SocketFile>,
 }
 
 /// Takes what is typed.
@@ -102,24 +104,6 @@ struct Attached {
     closing: std::sync::atomic::AtomicBool,
 }
 
-enum Sink {
-    Null,
-    File(PatientWriter),
-    Client(Option<UnixStream>),
-}
-
-struct Output {
-    sink: Sink,
-    expect: Option<Expect>,
-}
-
-struct Expect {
-    pattern: Regex,
-    line: Vec<u8>,
-    matched: bool,
-    tell: ConsoleSink,
-}
-
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -139,41 +123,44 @@ impl Console {
         expect: Option<Regex>,
         tell: ConsoleSink,
     ) -> Result<Self, ConsoleError> {
+        let mut socket = None;
         let (sink, input) = match config {
-            SerialConfig::Null => (Sink::Null, Input::None),
+            SerialConfig::Null => (None, Input::None),
             SerialConfig::Stdio => {
-                let stdin =
-                    io::stdin().as_fd().try_clone_to_owned().map_err(ConsoleError::Start)?;
-                let stdout =
-                    io::stdout().as_fd().try_clone_to_owned().map_err(ConsoleError::Start)?;
-                let stdout = PatientWriter::new(File::from(stdout), READER_PATIENCE)
-                    .map_err(ConsoleError::Start)?;
-                (Sink::File(stdout), Input::Stdin(File::from(stdin)))
+                let stdin = io::stdin().as_fd().try_clone_to_owned();
+                let stdout = io::stdout().as_fd().try_clone_to_owned();
+                let stdin = File::from(stdin.map_err(ConsoleError::Start)?);
+                let stdout = File::from(stdout.map_err(ConsoleError::Start)?);
+                (Some(Sink::file(stdout).map_err(ConsoleError::Start)?), Input::Stdin(stdin))
             }
             SerialConfig::File(path) => {
-                let file = File::create(path)
-                    .and_then(|file| PatientWriter::new(file, READER_PATIENCE))
+                let sink = File::create(path)
+                    .and_then(Sink::file)
                     .map_err(|source| ConsoleError::File { path: path.clone(), source })?;
-                (Sink::File(file), Input::None)
+                (Some(sink), Input::None)
             }
             SerialConfig::Socket(path) => {
-                let failed = |source| ConsoleError::Socket { path: path.clone(), source };
-                let listener = listen(path).map_err(failed)?;
-                (Sink::Client(None), Input::Listener(listener))
+                let (listener, file) = listen_unix(path)
+                    .map_err(|source| ConsoleError::Socket { path: path.clone(), source })?;
+                socket = Some(file);
+                (None, Input::Listener(listener))
             }
         };
-        let expect = expect.map(|pattern| Expect {
-            pattern,
-            line: Vec::new(),
-            matched: false,
-            tell: tell.clone(),
-        });
-        let socket_path = match config {
-            SerialConfig::Socket(path) => Some(path.clone()),
-            _ => None,
+        let expect = expect.map(|pattern| Expect::new(pattern, tell.clone()));
+        let expect = expect.map(|expect| Arc::new(Mutex::new(expect)));
+        let observer = expect
+            .clone()
+            .map(|expect| -> Observer { Box::new(move |bytes| lock(&expect).look(bytes)) });
+        let transmitter = Arc::new(Transmitter::new(observer).map_err(ConsoleError::Start)?);
+        let output = match config {
+            SerialConfig::Null => Output::discard(transmitter.clone()),
+            _ => Output::start(transmitter.clone(), sink).map_err(ConsoleError::Start)?,
         };
+        let clients = output.clients();
         let mut console = Self {
-            output: Arc::new(Mutex::new(Output { sink, expect })),
+            transmitter,
+            expect,
+            output: Some(output),
             attached: Arc::new(Attached {
                 input: Mutex::new(None),
                 changed: EventFd::new(EFD_NONBLOCK).map_err(ConsoleError::Start)?,
@@ -181,7 +168,7 @@ impl Console {
             }),
             thread: None,
             raw_terminal: false,
-            socket_path,
+            _socket: socket,
         };
         if matches!(input, Input::Stdin(_)) && io::stdin().is_terminal() {
             io::stdin().lock().set_raw_mode().map_err(|error| ConsoleError::Start(error.into()))?;
@@ -192,7 +179,7 @@ impl Console {
                 input,
                 client: None,
                 pending: Vec::new(),
-                output: console.output.clone(),
+                clients,
                 attached: console.attached.clone(),
                 escape: console.raw_terminal.then_some(false),
                 tell,
@@ -210,8 +197,8 @@ impl Console {
     }
 
     /// Takes a guest's output.
-    pub fn writer(&self) -> Box<dyn Write + Send> {
-        Box::new(Writer(self.output.clone()))
+    pub fn output(&self) -> Arc<Transmitter> {
+        self.transmitter.clone()
     }
 
     /// Sends input to `input` from now on.
@@ -230,7 +217,7 @@ impl Console {
     /// The exit code of a guest that has ended with `code`: if it never said what `--expect` wants, it has
     /// failed.
     pub fn code_unless_expecting(&self, code: u8) -> u8 {
-        if lock(&self.output).expect.as_ref().is_none_or(|expect| expect.matched) {
+        if self.expect.as_ref().is_none_or(|expect| lock(expect).has_matched()) {
             return code;
         }
         eprintln!("ferry: the guest has ended and --expect never matched");
@@ -240,6 +227,7 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
+        self.output = None;
         self.attached.closing.store(true, std::sync::atomic::Ordering::Release);
         let _ = self.attached.changed.write(1);
         if let Some(thread) = self.thread.take()
@@ -250,95 +238,6 @@ impl Drop for Console {
         if self.raw_terminal {
             let _ = io::stdin().lock().set_canon_mode();
         }
-        if let Some(path) = &self.socket_path {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Binds a socket, replacing one that a dead process left behind.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Err(io::Error::new(
-                    ErrorKind::AddrInUse,
-                    "another process listens on it; choose another path",
-                ));
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
-    }
-}
-
-struct Writer(Arc<Mutex<Output>>);
-
-impl Write for Writer {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut output = lock(&self.0);
-        // Written before it is looked at: a match ends the process, and the log is complete then. What
-        // the reader does not take was said all the same.
-        let written = output.write(bytes);
-        if let Some(expect) = &mut output.expect {
-            expect.look(bytes);
-        }
-        written.map(|()| bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        // Nothing is buffered on the way.
-        Ok(())
-    }
-}
-
-impl Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.sink {
-            Sink::Null => Ok(()),
-            Sink::File(file) => file.write_all(bytes),
-            Sink::Client(client) => {
-                if let Some(stream) = client
-                    && let Err(error) = stream.write_all(bytes)
-                {
-                    log::warn!("dropping the serial client: {error}");
-                    let _ = stream.shutdown(std::net::Shutdown::Both);
-                    *client = None;
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-impl Expect {
-    fn look(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if self.matched {
-                return;
-            }
-            if *byte == b'\n' {
-                self.compare();
-                self.line.clear();
-                continue;
-            }
-            if self.line.len() == EXPECT_LINE_BYTES {
-                self.line.drain(..EXPECT_LINE_BYTES / 2);
-            }
-            self.line.push(*byte);
-        }
-        // A prompt has no newline, but it is short.
-        if !self.matched && self.line.len() <= PROMPT_BYTES {
-            self.compare();
-        }
-    }
-
-    fn compare(&mut self) {
-        if self.pattern.is_match(&String::from_utf8_lossy(&self.line)) {
-            self.matched = true;
-            (self.tell)(ConsoleEvent::Expected);
-        }
     }
 }
 
@@ -348,7 +247,7 @@ struct Reader {
     client: Option<UnixStream>,
     /// Read but not yet taken by the guest.
     pending: Vec<u8>,
-    output: Arc<Mutex<Output>>,
+    clients: Clients,
     attached: Arc<Attached>,
     /// On a terminal: whether the last byte was Ctrl-A.
     escape: Option<bool>,
@@ -425,7 +324,7 @@ impl Reader {
                 match listener.accept().and_then(|(client, _)| prepare_client(client)) {
                     Ok((for_input, for_output)) => {
                         self.client = Some(for_input);
-                        lock(&self.output).sink = Sink::Client(Some(for_output));
+                        self.clients.set(for_output);
                     }
                     Err(error) => log::warn!("serial client refused: {error}"),
                 }
@@ -439,9 +338,7 @@ impl Reader {
             Err(error)
                 if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
             // End of input, or a broken client.
-            _ if self.client.take().is_some() => {
-                lock(&self.output).sink = Sink::Client(None);
-            }
+            _ if self.client.take().is_some() => self.clients.clear(),
             _ => self.input_ended = true,
         }
     }
@@ -476,7 +373,7 @@ impl Reader {
 }
 
 fn prepare_client(client: UnixStream) -> io::Result<(UnixStream, UnixStream)> {
-    client.set_write_timeout(Some(READER_PATIENCE))?;
+    client.set_nonblocking(true)?;
     let for_output = client.try_clone()?;
     Ok((client, for_output))
 }

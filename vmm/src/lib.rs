@@ -17,6 +17,7 @@ pub mod doctor;
 pub mod error;
 pub mod images;
 pub mod kvm;
+pub mod log_queue;
 pub mod machine;
 pub mod shuttle;
 pub mod supervisor;

@@ -2,9 +2,14 @@
 
 use clap::Parser;
 use std::process::ExitCode;
+use std::time::Duration;
 use vmm::cli::{Cli, Command};
+use vmm::log_queue::LogQueue;
 use vmm::shuttle;
 use vmm::supervisor::{self, SetupError, exit_code};
+
+/// How long the end of the process waits for whoever reads its log.
+const LOG_PATIENCE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -13,7 +18,9 @@ fn main() -> ExitCode {
         1 => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
     };
-    env_logger::Builder::new().filter_level(level).parse_default_env().init();
+    let log_queue = LogQueue::new();
+    let target = env_logger::Target::Pipe(Box::new(log_queue.writer()));
+    env_logger::Builder::new().filter_level(level).parse_default_env().target(target).init();
     let code = match cli.command {
         Command::Run(args) => start(args.into_config(), |config| match config.migrate_every {
             Some(every) => shuttle::run(config, every),
@@ -24,6 +31,7 @@ fn main() -> ExitCode {
         Command::Ctl(args) => vmm::client::ctl::run(&args),
         Command::Doctor => vmm::doctor::run(),
     };
+    log_queue.flush(LOG_PATIENCE);
     ExitCode::from(code)
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //! Transport            some bytes at a time: socket.rs, memory.rs (tests); vectored.rs for guest pages
 //! channel::Channel     all bytes or an error: partial transfers, stalls, deadlines, cancel
+//! unix                 the sockets with a path that we listen on
 //! reception            a listener's connections, sorted by their Hello
 //! ```
 //! Frames, keep-alives and why it ends are the business of [`crate::control`].
@@ -13,6 +14,7 @@ pub mod liveness;
 pub mod memory;
 pub mod reception;
 pub mod socket;
+pub mod unix;
 pub mod vectored;
 
 pub use address::Address;

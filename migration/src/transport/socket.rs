@@ -1,13 +1,12 @@
 //! TCP and Unix sockets: blocking, but no call blocks longer than a tick.
 
+use super::unix::{SocketFile, listen_unix};
 use super::{Address, PATIENCE, PageSlice, TICK, Transport, vectored};
 use crate::cancel::CancelToken;
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::{self, Read};
 use std::net::{Shutdown, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// Enough to keep both sides busy while the other is not on a CPU; a wish, which the kernel caps.
@@ -106,36 +105,31 @@ pub struct Listener {
     socket: Socket,
     address: Address,
     /// Removed with the listener.
-    path: Option<PathBuf>,
+    _file: Option<SocketFile>,
 }
 
 impl Listener {
     /// Listens at `address` and nowhere else.
     pub fn bind(address: &Address) -> io::Result<Self> {
-        let listen = |domain, at: &SockAddr| {
-            let socket = Socket::new(domain, Type::STREAM, None)?;
-            if domain != Domain::UNIX {
-                socket.set_reuse_address(true)?;
-            }
-            // Inherited by the connections, whose window's scale is agreed on before `accept`.
-            let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
-            socket.bind(at)?;
-            socket.listen(BACKLOG)?;
-            socket.set_nonblocking(true)?;
-            Ok::<_, io::Error>(socket)
-        };
         match address {
             Address::Unix(path) => {
-                remove_stale(path)?;
-                let socket = listen(Domain::UNIX, &SockAddr::unix(path)?)?;
-                Ok(Self { socket, address: address.clone(), path: Some(path.clone()) })
+                let (listener, file) = listen_unix(path).map_err(io::Error::other)?;
+                listener.set_nonblocking(true)?;
+                let socket = Socket::from(OwnedFd::from(listener));
+                Ok(Self { socket, address: address.clone(), _file: Some(file) })
             }
             Address::Tcp(host_port) => {
                 let mut all = host_port.to_socket_addrs()?;
                 let at = all.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
-                let socket = listen(Domain::for_address(at), &at.into())?;
+                let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                // Inherited by the connections, whose window's scale is agreed on before `accept`.
+                let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+                socket.bind(&at.into())?;
+                socket.listen(BACKLOG)?;
+                socket.set_nonblocking(true)?;
                 let bound = socket.local_addr()?.as_socket().unwrap_or(at);
-                Ok(Self { socket, address: Address::Tcp(bound.to_string()), path: None })
+                Ok(Self { socket, address: Address::Tcp(bound.to_string()), _file: None })
             }
         }
     }
@@ -155,27 +149,5 @@ impl Listener {
 
     pub(super) fn raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
-    }
-}
-
-/// Removes a socket that a dead process left behind; anything else stays.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-    if is_socket {
-        match std::os::unix::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path)?;
-            }
-            _ => return Err(io::ErrorKind::AddrInUse.into()),
-        }
-    }
-    Ok(())
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }

@@ -8,45 +8,24 @@ pub mod message;
 use command::Command;
 use devices::block::failure::Failure;
 use message::{Framer, QmpError, greeting, line, reply};
+use migration::transport::unix::{ListenError, SocketFile, listen_unix};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Answers and events that a client may leave unread before it is dropped.
 const MAX_UNREAD_BYTES: usize = 4 << 20;
 const MAX_CLIENTS: usize = 16;
 
-/// A control socket that cannot be had.
+/// The control socket cannot be listened on.
 #[derive(Debug, thiserror::Error)]
-pub enum ControlError {
-    /// Another process listens there.
-    #[error("control socket {path} is in use by another process: choose another path")]
-    InUse {
-        /// The socket.
-        path: PathBuf,
-    },
-    /// Something else is there.
-    #[error("{path} exists and is not a socket: choose another path")]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The host refuses.
-    #[error("cannot listen on control socket {path}")]
-    Listen {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-}
+#[error("control socket")]
+pub struct ControlError(#[from] ListenError);
 
 /// Something that clients are told.
 #[derive(Debug, Clone, PartialEq)]
@@ -143,7 +122,8 @@ struct Client {
 /// The listening socket and its clients.
 pub struct ControlServer {
     listener: UnixListener,
-    path: PathBuf,
+    /// Removed with the server.
+    _file: SocketFile,
     clients: BTreeMap<ClientId, Client>,
     next_id: u32,
     /// Streams of clients that are gone. They stay open until the event loop has let go of their
@@ -154,31 +134,11 @@ pub struct ControlServer {
 impl ControlServer {
     /// Listens at `path`, for this user only. A socket that a dead process left behind is replaced.
     pub fn bind(path: &Path) -> Result<Self, ControlError> {
-        let path = path.to_owned();
-        if let Ok(metadata) = std::fs::symlink_metadata(&path) {
-            if !metadata.file_type().is_socket() {
-                return Err(ControlError::NotASocket { path });
-            }
-            match UnixStream::connect(&path) {
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                    // If it cannot be removed, the bind below says why.
-                    let _ = std::fs::remove_file(&path);
-                }
-                _ => return Err(ControlError::InUse { path }),
-            }
-        }
-        let listen = || {
-            let listener = UnixListener::bind(&path)?;
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-            listener.set_nonblocking(true)?;
-            Ok(listener)
-        };
-        match listen() {
-            Ok(listener) => {
-                Ok(Self { listener, path, clients: BTreeMap::new(), next_id: 0, gone: Vec::new() })
-            }
-            Err(source) => Err(ControlError::Listen { path, source }),
-        }
+        let (listener, file) = listen_unix(path)?;
+        let failed = |source| ListenError::Host { path: path.to_owned(), source };
+        listener.set_nonblocking(true).map_err(failed)?;
+        let clients = BTreeMap::new();
+        Ok(Self { listener, _file: file, clients, next_id: 0, gone: Vec::new() })
     }
 
     /// Readable when a client waits.
@@ -348,12 +308,6 @@ impl ControlServer {
     }
 }
 
-impl Drop for ControlServer {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -405,19 +359,5 @@ mod tests {
         drop(client);
         assert!(server.on_readable(id).is_empty());
         assert!(server.client_fd(id).is_none());
-    }
-
-    #[test]
-    fn a_path_in_use_is_refused_and_a_stale_one_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("qmp");
-        let first = ControlServer::bind(&path).unwrap();
-        assert!(matches!(ControlServer::bind(&path), Err(ControlError::InUse { .. })));
-        drop(first);
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(ControlServer::bind(&path).is_ok(), "nobody listens on the old one");
-        let file = folder.path().join("file");
-        std::fs::write(&file, "x").unwrap();
-        assert!(matches!(ControlServer::bind(&file), Err(ControlError::NotASocket { .. })));
     }
 }

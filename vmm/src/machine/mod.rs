@@ -23,9 +23,10 @@ use devices::irq::{EventIrq, IrqLine};
 use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
+use devices::transmitter::Transmitter;
 use devices::virtio::mmio::{Drain, MmioTransport};
 use migration::guest::RunPermit;
-use std::io::{self, Write};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
@@ -113,7 +114,7 @@ pub struct Backends {
     /// Disk images, in the order of the description; not yet locked.
     pub disks: Vec<Arc<BlockNode>>,
     /// Takes what the guest writes to COM1.
-    pub serial_output: Box<dyn Write + Send>,
+    pub serial_output: Arc<Transmitter>,
     /// Hears of the guest's end.
     pub events: GuestEvents,
 }
@@ -195,12 +196,16 @@ impl Machine {
     /// Gives the machine the right to run.
     pub fn grant(&mut self, permit: RunPermit) {
         self.permit = Some(permit);
+        lock(&self.serial).release_output();
     }
 
     /// Takes the right to run; the machine must be stopped.
     pub fn take_permit(&mut self) -> Option<RunPermit> {
         debug_assert!(!self.running, "a running guest needs its permit");
-        self.permit.take()
+        let permit = self.permit.take()?;
+        // Whoever gets the guest gets what it has said and nobody has read.
+        lock(&self.serial).hold_output();
+        Some(permit)
     }
 
     /// Whether the right to run is here.
@@ -281,6 +286,7 @@ impl Machine {
         // All are told before the first is waited for.
         let drains: Vec<_> =
             self.virtio_devices().map(|(_, mut device)| device.begin_drain()).collect();
+        lock(&self.serial).pause();
         drains.into_iter().for_each(Drain::wait);
         Ok(())
     }

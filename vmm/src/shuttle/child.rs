@@ -7,9 +7,10 @@ use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
 use devices::block::raw::Cache;
+use devices::transmitter::Transmitter;
 use serde_json::json;
 use std::cell::Cell;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -276,10 +277,7 @@ pub(super) struct Pump(Sender<(ChildId, ChildStdout)>);
 
 impl Pump {
     /// Starts writing to `console`.
-    pub fn start(
-        mut console: Box<dyn Write + Send>,
-        mailbox: Mailbox<Message>,
-    ) -> io::Result<Self> {
+    pub fn start(console: Arc<Transmitter>, mailbox: Mailbox<Message>) -> io::Result<Self> {
         let (sender, queue) = channel::<(ChildId, ChildStdout)>();
         thread("pump", move || {
             let mut buffer = [0; 4096];
@@ -287,8 +285,12 @@ impl Pump {
                 loop {
                     match output.read(&mut buffer) {
                         Ok(0) => break,
-                        // Whoever does not read the console loses output, as without a shuttle.
-                        Ok(count) => drop(console.write_all(&buffer[..count])),
+                        // While nobody reads the console the child waits, and its guest with it.
+                        Ok(count) => {
+                            if console.write_waiting(&buffer[..count]).is_err() {
+                                return;
+                            }
+                        }
                         Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                         Err(_) => break,
                     }

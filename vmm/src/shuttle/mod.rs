@@ -86,7 +86,7 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
         Arc::new(move |event| to_us.post(Message::Console(event))),
     )?;
     let folder = tempfile::Builder::new().prefix("ferry-").tempdir().map_err(SetupError::Thread)?;
-    let pump = Pump::start(console.writer(), desk.mailbox().clone()).map_err(SetupError::Thread)?;
+    let pump = Pump::start(console.output(), desk.mailbox().clone()).map_err(SetupError::Thread)?;
     let mut current =
         Child::boot(&config, folder.path(), desk.mailbox()).map_err(SetupError::Thread)?;
     pump.follow(current.id(), current.take_output());

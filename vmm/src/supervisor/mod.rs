@@ -224,7 +224,7 @@ impl Supervisor {
         }
         Backends {
             disks: self.disks.clone(),
-            serial_output: self.console.writer(),
+            serial_output: self.console.output(),
             events: GuestEvents {
                 on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(exit))),
                 on_end: Arc::new(move |end| ends.post(Message::VcpuEnd(end))),

@@ -1,0 +1,504 @@
+//! COM1's transmitter: a bounded buffer between the vCPU that writes bytes and the console's thread
+//! that sends them, so that a reader who does not read never holds a vCPU.
+//!
+//! ```text
+//! vCPU: SerialConsole::write -> push -> [ unsent, at most BUFFER_BYTES ] -> begin_write, end_write: console thread
+//!                                 |                                                     |
+//!                             observer                                    room again: THRE interrupt
+//! ```
+//!
+//! A full buffer is a transmitter that is not ready: a guest that polls waits, and can be stopped, saved
+//! and moved meanwhile. What is unsent is part of the device's state. The right to send it goes with the
+//! right to run the guest: a transmitter that is [held](Transmitter::hold) gives nothing to the console.
+//! The buffer belongs to the console and outlives the machines that are attached to it one after another.
+
+use crate::irq::IrqLine;
+use crate::log_limit::LogLimit;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Bytes that may wait to be sent.
+pub const BUFFER_BYTES: usize = 64 << 10;
+/// Bytes that a driver may write once it has seen that the transmitter is ready: a 16550's FIFO.
+pub const FIFO_BYTES: usize = 16;
+/// How long [`Transmitter::hold`] waits for a write that has begun. Only a file on a hung disk takes
+/// longer, and what was handed to that counts as sent.
+const WRITE_PATIENCE: Duration = Duration::from_millis(100);
+
+static LOST: LogLimit = LogLimit::new();
+
+/// Sees all that the guest says, as it says it. Called by the vCPU: it must not block.
+pub type Observer = Box<dyn FnMut(&[u8]) + Send>;
+
+/// The buffer, and the interrupt that says when it has room.
+pub struct Transmitter {
+    state: Mutex<State>,
+    /// A write ended, or there is room.
+    changed: Condvar,
+    /// Wakes the console's thread.
+    wake: EventFd,
+    observer: Mutex<Option<Observer>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Oldest first; the first `in_flight` of them are being written.
+    unsent: VecDeque<u8>,
+    in_flight: usize,
+    /// The console's thread waits for bytes and must be woken.
+    asleep: bool,
+    held: bool,
+    /// The reader takes nothing at the moment.
+    stuck: bool,
+    /// Nobody reads, so nothing is kept.
+    discarding: bool,
+    closed: bool,
+    lost_bytes: u64,
+    /// The guest has found the transmitter not ready, or can.
+    full: bool,
+    irq: Option<Arc<dyn IrqLine>>,
+    /// IER's THRI bit.
+    interrupt_enabled: bool,
+    /// The transmitter became ready, and the guest has not been told by IIR.
+    interrupt_pending: bool,
+}
+
+impl State {
+    fn is_ready(&self) -> bool {
+        self.unsent.len() + FIFO_BYTES <= BUFFER_BYTES
+    }
+
+    /// Drops what no write has begun for.
+    fn drop_waiting(&mut self) {
+        self.unsent.truncate(self.in_flight);
+    }
+
+    /// Notes that the transmitter is ready. The line is to be raised by the caller, without the lock.
+    fn become_ready(&mut self) -> Option<Arc<dyn IrqLine>> {
+        self.full = false;
+        let was_pending = std::mem::replace(&mut self.interrupt_pending, true);
+        if was_pending || !self.interrupt_enabled {
+            return None;
+        }
+        self.irq.clone()
+    }
+
+    /// After bytes have gone: as [`Self::become_ready`] if the transmitter was not ready before.
+    fn after_sending(&mut self) -> Option<Arc<dyn IrqLine>> {
+        if self.full && self.is_ready() { self.become_ready() } else { None }
+    }
+}
+
+impl Transmitter {
+    /// An empty one that is not attached to a device.
+    ///
+    /// # Errors
+    /// If the host gives no eventfd.
+    pub fn new(observer: Option<Observer>) -> io::Result<Self> {
+        Ok(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            observer: Mutex::new(observer),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        crate::lock(&self.state)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn raise(irq: Option<Arc<dyn IrqLine>>) {
+        if let Some(irq) = irq
+            && let Err(error) = irq.raise()
+            && let Some(suppressed) = LOST.allow()
+        {
+            log::warn!("serial interrupt: {error}{suppressed}");
+        }
+    }
+
+    fn observe(&self, bytes: &[u8]) {
+        if let Some(observer) = &mut *crate::lock(&self.observer) {
+            observer(bytes);
+        }
+    }
+
+    // The device's side.
+
+    /// Connects a device, whose bytes are held until it is [released](Self::release).
+    pub(crate) fn attach(&self, irq: Arc<dyn IrqLine>) {
+        let mut state = self.state();
+        state.irq = Some(irq);
+        state.held = true;
+        state.interrupt_enabled = false;
+        state.interrupt_pending = false;
+    }
+
+    /// Disconnects the device. What it did not send is still sent, unless it is held: then the guest is
+    /// somebody else's, and so are its bytes.
+    pub(crate) fn detach(&self) {
+        let mut state = self.state();
+        state.irq = None;
+        if state.held {
+            state.drop_waiting();
+        }
+    }
+
+    /// Whether the guest may write [`FIFO_BYTES`] now.
+    pub fn is_ready(&self) -> bool {
+        self.state().is_ready()
+    }
+
+    /// Takes a byte from the guest. One that finds no room is lost, as on hardware.
+    pub(crate) fn push(&self, byte: u8) {
+        let mut state = self.state();
+        if state.unsent.len() >= BUFFER_BYTES {
+            state.lost_bytes += 1;
+            drop(state);
+            if let Some(suppressed) = LOST.allow() {
+                log::warn!(
+                    "serial: the guest writes although the transmitter is not ready{suppressed}"
+                );
+            }
+            return;
+        }
+        if !state.discarding {
+            state.unsent.push_back(byte);
+        }
+        let wakes = self.wakes(&mut state);
+        let irq = if state.is_ready() {
+            state.become_ready()
+        } else {
+            state.full = true;
+            state.interrupt_pending = false;
+            None
+        };
+        drop(state);
+        if wakes {
+            self.wake();
+        }
+        Self::raise(irq);
+        self.observe(&[byte]);
+    }
+
+    /// Whether the console's thread has to be woken for what is there now.
+    fn wakes(&self, state: &mut State) -> bool {
+        !state.unsent.is_empty() && !state.held && std::mem::take(&mut state.asleep)
+    }
+
+    /// Sets IER's THRI bit; setting it while the transmitter is ready makes an interrupt.
+    pub(crate) fn enable_interrupt(&self, enabled: bool) {
+        let mut state = self.state();
+        state.interrupt_enabled = enabled;
+        if !enabled || !state.is_ready() {
+            return;
+        }
+        state.interrupt_pending = false;
+        let irq = state.become_ready();
+        drop(state);
+        Self::raise(irq);
+    }
+
+    /// Whether IIR has to report an empty transmitter.
+    pub(crate) fn is_interrupting(&self) -> bool {
+        let state = self.state();
+        state.interrupt_enabled && state.interrupt_pending
+    }
+
+    /// The guest has read that from IIR.
+    pub(crate) fn acknowledge_interrupt(&self) {
+        self.state().interrupt_pending = false;
+    }
+
+    /// The interrupt's state, for a record: whether it is pending, enabled or not.
+    pub(crate) fn interrupt_pending(&self) -> bool {
+        self.state().interrupt_pending
+    }
+
+    /// What is neither sent nor being written. Held, or at least stopped, it does not change.
+    pub fn unsent(&self) -> Vec<u8> {
+        let state = self.state();
+        state.unsent.iter().skip(state.in_flight).copied().collect()
+    }
+
+    /// Puts a record's bytes and interrupt here. The device must be attached and held.
+    pub(crate) fn restore(
+        &self,
+        unsent: Vec<u8>,
+        interrupt_enabled: bool,
+        interrupt_pending: bool,
+    ) -> Result<(), String> {
+        if unsent.len() > BUFFER_BYTES {
+            let len = unsent.len();
+            return Err(format!("{len} unsent bytes in a transmitter of {BUFFER_BYTES}"));
+        }
+        let mut state = self.state();
+        if state.in_flight > 0 {
+            return Err("the console still writes what another guest said".into());
+        }
+        state.unsent = unsent.into();
+        state.full = !state.is_ready();
+        state.interrupt_enabled = interrupt_enabled;
+        state.interrupt_pending = interrupt_pending;
+        Ok(())
+    }
+
+    /// Keeps what is unsent from the console: on return no write is under way that could still send some
+    /// of what [`Self::unsent`] then gives.
+    pub fn hold(&self) {
+        let deadline = Instant::now() + WRITE_PATIENCE;
+        let mut state = self.state();
+        state.held = true;
+        while state.in_flight > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                log::warn!("serial: a write takes long; what was handed to it counts as sent");
+                return;
+            }
+            state = self.wait(state, left);
+        }
+    }
+
+    /// Lets the console send what is unsent.
+    pub fn release(&self) {
+        let mut state = self.state();
+        state.held = false;
+        if state.discarding {
+            state.drop_waiting();
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Waits until all is sent, or the reader takes no more, or the limit has passed.
+    pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        // It may take some again: the console's thread tries, and says so.
+        state.stuck = false;
+        while !state.unsent.is_empty() && !state.held && !state.stuck && !state.closed {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            self.wake();
+            state = self.wait(state, left);
+        }
+    }
+
+    /// Bytes that the guest wrote although the transmitter was not ready.
+    pub fn lost_bytes(&self) -> u64 {
+        self.state().lost_bytes
+    }
+
+    /// Takes `bytes` from a producer that is no guest, waiting for room.
+    ///
+    /// # Errors
+    /// `BrokenPipe` once the console is closed.
+    pub fn write_waiting(&self, mut bytes: &[u8]) -> io::Result<()> {
+        // Only to look at `closed` now and then: whoever closes wakes this, too.
+        const LOOK: Duration = Duration::from_secs(1);
+        while !bytes.is_empty() {
+            let mut state = self.state();
+            while state.unsent.len() >= BUFFER_BYTES && !state.closed {
+                state = self.wait(state, LOOK);
+            }
+            if state.closed {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(BUFFER_BYTES - state.unsent.len()));
+            if !state.discarding {
+                state.unsent.extend(now);
+            }
+            let wakes = self.wakes(&mut state);
+            drop(state);
+            if wakes {
+                self.wake();
+            }
+            self.observe(now);
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    // The console's side.
+
+    /// Readable when the console's thread has something to look at.
+    pub fn wake_event(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// Wakes the console's thread.
+    pub fn wake(&self) {
+        // Fails only if the counter is full, and then the thread is awake anyway.
+        let _ = self.wake.write(1);
+    }
+
+    /// Whether output is dropped because nobody is there to read it. Starting to do so drops what waits.
+    pub fn set_discarding(&self, discarding: bool) {
+        let mut state = self.state();
+        state.discarding = discarding;
+        state.stuck = false;
+        // What is held may yet go elsewhere.
+        if discarding && !state.held {
+            state.drop_waiting();
+        }
+        self.tell(state);
+    }
+
+    /// Copies what waits into `bytes`, to be written now; `false` if there is nothing. Then the next byte
+    /// fires [`Self::wake_event`]. Each `true` needs its [`Self::end_write`].
+    pub fn begin_write(&self, bytes: &mut Vec<u8>) -> bool {
+        bytes.clear();
+        let mut state = self.state();
+        if state.unsent.is_empty() || state.held {
+            state.asleep = true;
+            return false;
+        }
+        let (first, second) = state.unsent.as_slices();
+        bytes.extend_from_slice(first);
+        bytes.extend_from_slice(second);
+        state.in_flight = bytes.len();
+        true
+    }
+
+    /// Ends a write that took the first `written` bytes; 0 says that the reader takes none now.
+    pub fn end_write(&self, written: usize) {
+        let mut state = self.state();
+        let gone = written.min(state.unsent.len());
+        state.unsent.drain(..gone);
+        state.in_flight = 0;
+        state.stuck = written == 0;
+        if state.discarding && !state.held {
+            state.unsent.clear();
+        }
+        self.tell(state);
+    }
+
+    /// Tells the guest, and whoever waits, that the buffer changed.
+    fn tell(&self, mut state: MutexGuard<'_, State>) {
+        let irq = state.after_sending();
+        drop(state);
+        Self::raise(irq);
+        self.changed.notify_all();
+    }
+
+    /// No console will send any more: producers get an error.
+    pub fn close(&self) {
+        self.state().closed = true;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    fn with(bytes: &[u8]) -> Arc<Transmitter> {
+        let transmitter = Arc::new(Transmitter::new(None).unwrap());
+        bytes.iter().for_each(|byte| transmitter.push(*byte));
+        transmitter
+    }
+
+    #[test]
+    fn a_thread_that_found_nothing_is_woken_by_the_next_byte_only() {
+        let transmitter = with(b"");
+        let mut bytes = Vec::new();
+        assert!(!transmitter.begin_write(&mut bytes));
+        transmitter.push(b'a');
+        assert_eq!(transmitter.wake_event().read().unwrap(), 1);
+        transmitter.push(b'b');
+        assert!(transmitter.wake_event().read().is_err(), "it is awake");
+        assert!(transmitter.begin_write(&mut bytes));
+        assert_eq!(bytes, b"ab");
+    }
+
+    #[test]
+    fn holding_waits_for_the_write_under_way_and_keeps_what_it_left() {
+        let transmitter = with(b"abc");
+        let mut bytes = Vec::new();
+        assert!(transmitter.begin_write(&mut bytes));
+        let (telling, told) = channel();
+        let holding = transmitter.clone();
+        let thread = std::thread::spawn(move || {
+            telling.send(()).unwrap();
+            holding.hold();
+            holding.unsent()
+        });
+        told.recv().unwrap();
+        transmitter.end_write(2);
+        assert_eq!(thread.join().unwrap(), b"c");
+    }
+
+    #[test]
+    fn a_write_that_hangs_does_not_hold_up_a_hold_and_its_bytes_count_as_sent() {
+        let transmitter = with(b"abc");
+        assert!(transmitter.begin_write(&mut Vec::new()));
+        transmitter.push(b'd');
+        let began = Instant::now();
+        transmitter.hold();
+        assert!(began.elapsed() >= WRITE_PATIENCE);
+        assert_eq!(transmitter.unsent(), b"d");
+        transmitter.end_write(3);
+        assert_eq!(transmitter.unsent(), b"d");
+    }
+
+    #[test]
+    fn a_flush_ends_when_the_reader_takes_no_more() {
+        let transmitter = with(b"abc");
+        let flushing = transmitter.clone();
+        let thread = std::thread::spawn(move || flushing.flush(Duration::from_secs(60)));
+        let mut bytes = Vec::new();
+        while transmitter.wake_event().read().is_err() {
+            std::thread::yield_now();
+        }
+        assert!(transmitter.begin_write(&mut bytes));
+        transmitter.end_write(0);
+        thread.join().unwrap();
+        assert_eq!(transmitter.unsent(), b"abc");
+    }
+
+    #[test]
+    fn without_a_reader_output_is_observed_and_dropped() {
+        let (telling, told) = channel();
+        let observer: Observer = Box::new(move |bytes| telling.send(bytes.to_vec()).unwrap());
+        let transmitter = Transmitter::new(Some(observer)).unwrap();
+        transmitter.push(b'a');
+        transmitter.set_discarding(true);
+        transmitter.push(b'b');
+        assert_eq!(transmitter.unsent(), b"");
+        transmitter.set_discarding(false);
+        transmitter.push(b'c');
+        assert_eq!(transmitter.unsent(), b"c");
+        assert_eq!(told.try_iter().collect::<Vec<_>>().concat(), b"abc");
+    }
+
+    #[test]
+    fn a_producer_that_is_no_guest_waits_for_room_until_the_console_closes() {
+        let transmitter = with(&[7; BUFFER_BYTES]);
+        let writing = transmitter.clone();
+        let thread = std::thread::spawn(move || {
+            writing.write_waiting(&[8; 100]).unwrap();
+            writing.write_waiting(&[9; BUFFER_BYTES]).unwrap_err().kind()
+        });
+        let mut bytes = Vec::new();
+        assert!(transmitter.begin_write(&mut bytes));
+        transmitter.end_write(100);
+        let mut state = transmitter.state();
+        while !(state.unsent.len() == BUFFER_BYTES && state.unsent.back() == Some(&8)) {
+            drop(state);
+            std::thread::yield_now();
+            state = transmitter.state();
+        }
+        drop(state);
+        transmitter.close();
+        assert_eq!(thread.join().unwrap(), io::ErrorKind::BrokenPipe);
+    }
+}

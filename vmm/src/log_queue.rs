@@ -1,0 +1,173 @@
+//! Log lines on their way to standard error: through a bounded queue and a thread of their own, so that
+//! whoever logs, a vCPU for one, never waits for a reader that hangs.
+
+use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Bytes of lines that may wait. What comes then is counted and dropped.
+const QUEUE_BYTES: usize = 256 << 10;
+
+/// The queue; clones share it.
+#[derive(Clone, Default)]
+pub struct LogQueue(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    lines: VecDeque<Vec<u8>>,
+    bytes: usize,
+    dropped_lines: u64,
+    is_writing: bool,
+    has_thread: bool,
+}
+
+impl LogQueue {
+    /// A queue that standard error is written from.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the logger writes: a line at a time.
+    pub fn writer(&self) -> impl Write + Send + 'static {
+        Writer { queue: self.clone(), open: Box::new(|| Box::new(io::stderr())) }
+    }
+
+    /// Waits until all lines have been written, at most for `limit`.
+    pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        while state.is_writing || !state.lines.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.0.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Takes a line, and starts the thread with the first one: most processes log nothing.
+    fn push(&self, line: &[u8], open: &dyn Fn() -> Box<dyn Write + Send>) {
+        let mut state = self.state();
+        if state.bytes + line.len() > QUEUE_BYTES {
+            state.dropped_lines += 1;
+            return;
+        }
+        state.bytes += line.len();
+        state.lines.push_back(line.to_vec());
+        if !std::mem::replace(&mut state.has_thread, true) {
+            let (queue, output) = (self.clone(), open());
+            let thread = std::thread::Builder::new().name("log".into()).stack_size(256 << 10);
+            // Without a thread lines are kept until the next one tries again.
+            state.has_thread = thread.spawn(move || queue.write_all_to(output)).is_ok();
+        }
+        drop(state);
+        self.0.changed.notify_all();
+    }
+
+    fn write_all_to(&self, mut output: impl Write) {
+        loop {
+            let mut state = self.state();
+            let line = loop {
+                if let Some(line) = state.lines.pop_front() {
+                    state.bytes -= line.len();
+                    break line;
+                }
+                state.is_writing = false;
+                self.0.changed.notify_all();
+                state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            };
+            state.is_writing = true;
+            drop(state);
+            // There is nobody to tell that standard error cannot be written.
+            let _ = output.write_all(&line);
+            let dropped = std::mem::take(&mut self.state().dropped_lines);
+            if dropped > 0 {
+                let _ =
+                    writeln!(output, "ferry: {dropped} log lines were dropped: nobody read them");
+            }
+        }
+    }
+}
+
+struct Writer {
+    queue: LogQueue,
+    open: Box<dyn Fn() -> Box<dyn Write + Send> + Send>,
+}
+
+impl Write for Writer {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.queue.push(line, &*self.open);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{PipeReader, Read};
+
+    fn to_pipe() -> (LogQueue, Writer, PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
+        let queue = LogQueue::new();
+        let open = move || -> Box<dyn Write + Send> { Box::new(writer.try_clone().unwrap()) };
+        (queue.clone(), Writer { queue, open: Box::new(open) }, reader)
+    }
+
+    #[test]
+    fn lines_come_out_in_order_and_a_flush_waits_for_them() {
+        let (queue, mut writer, mut reader) = to_pipe();
+        for number in 0..100 {
+            writer.write_all(format!("line {number}\n").as_bytes()).unwrap();
+        }
+        queue.flush(Duration::from_secs(60));
+        let expected: String = (0..100).map(|number| format!("line {number}\n")).collect();
+        let mut text = vec![0; expected.len()];
+        reader.read_exact(&mut text).unwrap();
+        assert_eq!(text, expected.as_bytes());
+    }
+
+    #[test]
+    fn a_reader_that_hangs_holds_nobody_and_learns_what_it_missed() {
+        let (queue, mut writer, mut reader) = to_pipe();
+        const LINES: usize = 1000;
+        for _ in 0..LINES {
+            // Would never return if it waited for the reader.
+            writer.write_all(&[&[b'x'; 1023][..], b"\n"].concat()).unwrap();
+        }
+        queue.flush(Duration::from_millis(20));
+        assert!(queue.state().bytes <= QUEUE_BYTES);
+        let (mut text, mut buffer) = (String::new(), [0; 4096]);
+        let accounted = |text: &str| {
+            let reports = text.lines().filter_map(|line| line.strip_prefix("ferry: "));
+            let dropped =
+                reports.filter_map(|line| line.split_once(" log lines")?.0.parse::<usize>().ok());
+            let written = text.matches("x\n").count();
+            (written, dropped.sum::<usize>())
+        };
+        loop {
+            let (written, dropped) = accounted(&text);
+            if written + dropped == LINES {
+                assert!(dropped > 0, "all fitted");
+                break;
+            }
+            let count = reader.read(&mut buffer).unwrap();
+            text.push_str(std::str::from_utf8(&buffer[..count]).unwrap());
+        }
+    }
+}
