@@ -1,9 +1,11 @@
 //! Migrations: at most one runs, on a thread of its own; its counters outlive it.
 
-use super::guest::GuestProxy;
+use super::guest::arriving::{ArrivingGuest, Premises};
+use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
 use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
+use devices::block::BlockNode;
 use devices::block::backend::GoOn;
 use migration::block::{SourceDisk, SourceDisks};
 use migration::cancel::CancelToken;
@@ -37,8 +39,10 @@ struct Job {
 pub struct Leaving {
     /// The machine.
     pub vm: Arc<Vm>,
-    /// What it is; what its disks stand on is found out on the way.
+    /// What it is; what its disks stand on, and how much they hold, is found out on the way.
     pub description: Description,
+    /// All its disks.
+    pub nodes: Vec<Arc<BlockNode>>,
 }
 
 /// The migration at work, and what is known of it or of the last one.
@@ -52,8 +56,6 @@ pub struct Jobs {
     pub params: SharedParams,
     /// The machine that leaves. Another one in its place, after a reset, is not it.
     leaving: Weak<Vm>,
-    /// Disks that travel with the guest that leaves, by name.
-    pub travelling: Vec<String>,
     /// The `events` capability.
     pub events_wanted: bool,
 }
@@ -96,11 +98,11 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description } = leaving;
+        let Leaving { vm, mut description, nodes } = leaving;
         self.leaving = Arc::downgrade(&vm);
-        self.travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
+        let travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
-            let mut guest = GuestProxy::new(mailbox.clone(), cancel.clone());
+            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, travelling);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
             let mut machine = || {
@@ -122,11 +124,16 @@ impl Jobs {
     }
 
     /// Starts waiting for a guest.
-    pub fn receive(&mut self, listener: Listener, mailbox: Mailbox) -> io::Result<()> {
+    pub fn receive(
+        &mut self,
+        listener: Listener,
+        premises: Premises,
+        mailbox: Mailbox,
+    ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
             counters.listening(address);
-            let mut host = GuestProxy::new(mailbox.clone(), cancel.clone());
+            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), premises);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
                 Destination { host: &mut host, counters, cancel, events: &mut events };
@@ -134,6 +141,7 @@ impl Jobs {
             // A source that wants to come back here finds the address free.
             drop(listener);
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
+            host.clean_up();
             mailbox.post(Message::IncomingEnded(id, result));
         })
     }
@@ -160,14 +168,16 @@ impl Jobs {
         }
     }
 
-    /// For a guest that runs or is paused here: joins the thread of a migration that is over but for
-    /// saying so. Who has heard of its end from elsewhere may ask for the next at once.
-    pub fn reap_settled(&mut self) {
+    /// For a guest that runs or is paused here: whether a migration is over but for saying so. Who has
+    /// heard of its end from elsewhere may ask for the next, which then waits for that.
+    pub fn is_settled(&self) -> bool {
         let ended = self.counters.snapshot().status.is_over();
-        let job = self.current.as_ref().filter(|job| job.incoming || ended);
-        if let Some(id) = job.map(|job| job.id) {
-            self.reap(id);
-        }
+        self.current.as_ref().is_some_and(|job| job.incoming || ended)
+    }
+
+    /// Whether a guest is arriving.
+    pub fn is_arriving(&self) -> bool {
+        self.current.as_ref().is_some_and(|job| job.incoming)
     }
 
     /// The process ends: wakes the migration's thread and leaves it. It cannot be waited for, since it
@@ -179,8 +189,8 @@ impl Jobs {
     }
 }
 
-/// Completes a description with what the disks stand on of which only the top travels: all of that is
-/// read, so it is for the thread that migrates.
+/// Completes a description with how much the disks hold that travel, and with what those stand on of which
+/// only the top does: the storage is asked, and all of that is read, so it is for the thread that migrates.
 fn identify(
     description: &mut Description,
     leaving: &[SourceDisk],
@@ -188,6 +198,10 @@ fn identify(
 ) -> Result<(), GuestError> {
     for described in &mut description.disks {
         let disk = leaving.iter().find(|disk| disk.node.id() == described.id);
+        if let (Some(disk), Some(travels)) = (disk, &mut described.travels) {
+            travels.data_bytes = data_bytes(disk)
+                .map_err(|error| GuestError::new(format!("disk {}: {error}", described.id)))?;
+        }
         let backing = described.travels.as_mut().and_then(|travels| travels.backing.as_mut());
         let (Some(disk), Some(backing)) = (disk, backing) else { continue };
         let (id, name) = (&described.id, &backing.name);
@@ -198,6 +212,17 @@ fn identify(
         log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
     }
     Ok(())
+}
+
+/// About how much of a disk travels.
+fn data_bytes(disk: &SourceDisk) -> io::Result<u64> {
+    let own_bytes = disk.node.allocated_bytes()?;
+    // What is packed in a file below takes more at the destination: it finds out as it writes.
+    let below = match disk.node.backing().filter(|_| !disk.only_top) {
+        Some(below) => below.allocated_bytes()?,
+        None => 0,
+    };
+    Ok(own_bytes.saturating_add(below).min(disk.node.len_bytes()))
 }
 
 /// Has the calling thread, and those that it starts, come behind the vCPUs where processors are few.
