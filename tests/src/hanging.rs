@@ -6,6 +6,8 @@
 //! `/dev/fuse` whole, and answered. While it hangs, requests are not even read, so that the kernel lets a
 //! killed process go.
 
+#![expect(clippy::host_endian_bytes, reason = "these are the kernel's own structures")]
+
 use anyhow::{Context, Result, ensure};
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};

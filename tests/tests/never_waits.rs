@@ -241,7 +241,7 @@ fn a_reset_that_cannot_be_done_leaves_the_guest_alone_and_is_an_error() {
     if skip::kvm_is_missing() {
         return;
     }
-    let source = started(&Guest::new("work=ram ws_mb=2", 64));
+    let source = started(&Guest::new("work=dirty ws_mb=2", 64));
     let mut destination = ferry::receive().unwrap();
     ferry::migrate_well(&source, &destination.address, &[]).unwrap();
     destination.vmm.wait_line("^HB ").unwrap();
@@ -266,7 +266,7 @@ fn a_reset_whose_kernel_is_gone_leaves_the_guest_alone() {
         return;
     }
     let hosts = Hosts::new();
-    let mut guest = Guest::new("work=ram ws_mb=2", 64);
+    let mut guest = Guest::new("work=dirty ws_mb=2", 64);
     let kernel = hosts.at("a", "kernel");
     std::fs::copy(&guest.kernel, &kernel).unwrap();
     guest.kernel.clone_from(&kernel);

@@ -26,6 +26,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// An image that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -361,21 +362,30 @@ impl Images {
     }
 }
 
-/// A device that cannot discard has zeroes written: a whole device may take hours, one piece takes about a
-/// second at the longest.
+/// What is made blank at first without a look whether to go on. A device that cannot discard has zeroes
+/// written: all of it may take hours, this much about a second at the longest.
 const BLANK_BYTES: u64 = 16 << 20;
+/// One that can discard is quick, so that pieces grow, up to this.
+const MOST_BLANK_BYTES: u64 = 4 << 30;
+/// A piece that took no longer than this may be twice as large.
+const QUICKLY: Duration = Duration::from_millis(100);
 
 /// Makes all of it zero, unless `go_on` says no in between.
 fn blank(device: &dyn BlockBackend, go_on: GoOn<'_>) -> io::Result<()> {
-    let mut offset_bytes = 0;
+    let (mut offset_bytes, mut piece_bytes) = (0, BLANK_BYTES);
     while offset_bytes < device.len_bytes() {
         if !go_on() {
             let text = "it was not to be made blank to its end";
             return Err(io::Error::new(io::ErrorKind::Interrupted, text));
         }
-        let len_bytes = (device.len_bytes() - offset_bytes).min(BLANK_BYTES);
+        let began = Instant::now();
+        let len_bytes = (device.len_bytes() - offset_bytes).min(piece_bytes);
         device.write_zeroes(offset_bytes, len_bytes, true)?;
         offset_bytes += len_bytes;
+        piece_bytes = match began.elapsed() <= QUICKLY {
+            true => (piece_bytes * 2).min(MOST_BLANK_BYTES),
+            false => BLANK_BYTES,
+        };
     }
     Ok(())
 }

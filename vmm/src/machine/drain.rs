@@ -59,8 +59,12 @@ pub struct Drains {
 impl Drains {
     /// Whether no request of any device is in flight any more, by `deadline` at the latest.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        // Each is asked, so that each learns how long it took.
-        self.devices.iter_mut().fold(true, |all, device| device.wait_until(deadline) && all)
+        // All are asked, so that each learns how long it took.
+        let late = self.devices.iter_mut().filter_map(|device| {
+            let ended = device.wait_until(deadline);
+            (!ended).then_some(())
+        });
+        late.count() == 0
     }
 
     /// How long each part took, the longest first; one that has not ended is the longest.

@@ -340,7 +340,7 @@ impl Clerk for Supervisor {
             }
             Message::GuestExit(_, GuestExit::DebugExit(value)) => {
                 // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
-                let [code, ..] = (value << 1 | 1).to_ne_bytes();
+                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
                 self.guest_has_ended(code, "guest-shutdown");
             }
             Message::VcpuEnd(_, VcpuEnd::TripleFault) if self.ending.is_none() => {
