@@ -187,6 +187,8 @@ fn a_migration_that_cannot_pause_the_guest_lets_it_run_and_can_be_cancelled() {
     let ended = qmp.migration_end().unwrap();
     assert_ne!(ended["status"], "completed", "{ended}");
     assert_eq!(qmp.run_state().unwrap(), "running");
+    // Clients hear of a pause when it has worked.
+    assert!(qmp.wait_event("STOP", Duration::from_millis(1)).is_err());
     image.go_on();
     assert_goes_on(&mut source);
 }

@@ -130,7 +130,12 @@ impl Supervisor {
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
             // Whether they have answered or not.
-            Done::Sized | Done::Nothing => self.on_sized(id),
+            Done::Sized => self.on_sized(id),
+            Done::Nothing => {
+                self.on_sized(id);
+                let late = PartTime::not_ended("devices", Duration::ZERO);
+                self.on_flushed(id, &[late]);
+            }
             Done::Built(Ok(machine)) => tasks::discard(machine),
             Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) => {}
         }

@@ -145,3 +145,86 @@ fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
         std::thread::sleep(RELOCK_EVERY);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::block::backend::BlockBackend;
+    use devices::block::memory::MemoryDisk;
+    use devices::block::raw::{Cache, RawFile};
+
+    fn guest(nodes: Vec<Arc<BlockNode>>, travelling: &[&str]) -> LeavingGuest {
+        let (mailbox, _) = crate::desk::mailbox_for_test();
+        let travelling = travelling.iter().map(|id| (*id).to_owned()).collect();
+        LeavingGuest::new(mailbox, CancelToken::new(), nodes, travelling)
+    }
+
+    fn in_a_moment() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    fn late() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn disks_that_stay_are_flushed_ahead_and_one_that_hangs_is_named() {
+        let disks = ["stays", "hangs", "travels"].map(|id| (id, MemoryDisk::new(512)));
+        let [stays, hangs, travels] = [0, 1, 2].map(|index| disks[index].1.script());
+        let nodes = disks.map(|(id, disk)| Arc::new(BlockNode::new(id, Box::new(disk))));
+        let mut guest = guest(nodes.to_vec(), &["travels"]);
+        hangs.hold(true);
+        let took = guest.flush_ahead(in_a_moment()).unwrap();
+        assert_eq!((took.part.as_str(), took.ended), ("disk `hangs`: flush", false));
+        assert_eq!((stays.flush_count(), travels.flush_count()), (1, 0));
+        hangs.hold(false);
+        let took = guest.flush_ahead(late()).unwrap();
+        assert!(took.ended, "{took}");
+        hangs.fail(true);
+        let error = guest.flush_ahead(late()).unwrap_err();
+        assert_eq!(error.to_string(), "disk `hangs`: flush: scripted fault");
+    }
+
+    #[test]
+    fn no_lock_is_let_go_of_before_every_flush_has_ended() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512).unwrap();
+        let open = || RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+        let slow = MemoryDisk::new(512);
+        let script = slow.script();
+        let disks: [(&str, Box<dyn BlockBackend>); 2] =
+            [("locked", Box::new(open())), ("slow", Box::new(slow))];
+        let nodes = disks.map(|(id, disk)| Arc::new(BlockNode::new(id, disk)));
+        lock_disks(&nodes).unwrap();
+        let mut guest = guest(nodes.to_vec(), &[]);
+        script.hold(true);
+        let overdue = guest.release_disks(in_a_moment()).unwrap_err();
+        assert!(matches!(&overdue, GuestError::Overdue(time) if time.part == "disk `slow`: flush"));
+        assert!(open().lock().is_err(), "the other one's lock is kept as well");
+        // Nor does the flush that was left behind let go of it.
+        script.hold(false);
+        while script.flush_count() == 0 {
+            std::thread::yield_now();
+        }
+        assert!(open().lock().is_err());
+        assert!(guest.release_disks(late()).unwrap().ended);
+        assert!(open().lock().is_ok());
+    }
+
+    #[test]
+    fn a_cancel_ends_the_wait_for_a_disk() {
+        let disk = MemoryDisk::new(512);
+        let script = disk.script();
+        let mut guest = guest(vec![Arc::new(BlockNode::new("d", Box::new(disk)))], &[]);
+        script.hold(true);
+        let cancel = guest.cancel.clone();
+        let cancels = std::thread::spawn(move || {
+            script.wait_until_held();
+            cancel.cancel();
+            script
+        });
+        let never = Instant::now() + Duration::from_secs(3600);
+        assert!(matches!(guest.release_disks(never), Err(GuestError::Overdue(_))));
+        cancels.join().unwrap().hold(false);
+    }
+}
