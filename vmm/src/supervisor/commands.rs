@@ -289,7 +289,7 @@ impl Supervisor {
             return Err(QmpError::generic("There is no machine"));
         };
         // It needs the dirty log for itself.
-        self.dirty_rate.abort();
+        let measurement = self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
             ram: vm.ram().clone(),
@@ -300,7 +300,7 @@ impl Supervisor {
         let (description, disks) = travelling(machine, selection)?;
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.desk.mailbox().clone();
-        let leaving = jobs::Leaving { vm, description, nodes };
+        let leaving = jobs::Leaving { vm, description, nodes, measurement };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

@@ -1,5 +1,6 @@
 //! Migrations: at most one runs, on a thread of its own; its counters outlive it.
 
+use super::dirty_rate::Aborted;
 use super::guest::arriving::{ArrivingGuest, Premises};
 use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
@@ -43,6 +44,8 @@ pub struct Leaving {
     pub description: Description,
     /// All its disks.
     pub nodes: Vec<Arc<BlockNode>>,
+    /// Uses the dirty log until it has ended.
+    pub measurement: Option<Aborted>,
 }
 
 /// The migration at work, and what is known of it or of the last one.
@@ -98,10 +101,13 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description, nodes } = leaving;
+        let Leaving { vm, mut description, nodes, measurement } = leaving;
         self.leaving = Arc::downgrade(&vm);
         let travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
+            if let Some(measurement) = measurement {
+                measurement.join();
+            }
             let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, travelling);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
