@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -85,21 +86,27 @@ pub struct SerialConsole {
     registers: Registers,
     input: VecDeque<u8>,
     transmitter: Arc<Transmitter>,
+    attached: AtomicBool,
     irq: Arc<dyn IrqLine>,
     room: Arc<EventFd>,
 }
 
 impl SerialConsole {
-    /// A console that raises `irq` and sends through `transmitter`, which is held until
-    /// [`Self::release_output`].
+    /// A console that raises `irq` and sends through `transmitter`, from the first
+    /// [`Self::release_output`] or restore on: until then another machine may be using it.
     ///
     /// # Errors
     /// If the host gives no eventfd.
     pub fn new(irq: Arc<dyn IrqLine>, transmitter: Arc<Transmitter>) -> io::Result<Self> {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        transmitter.attach(irq.clone());
-        let registers = Registers::default();
-        Ok(Self { registers, input: VecDeque::new(), transmitter, irq, room })
+        let (registers, attached) = (Registers::default(), AtomicBool::new(false));
+        Ok(Self { registers, input: VecDeque::new(), transmitter, attached, irq, room })
+    }
+
+    fn attach(&self) {
+        if !self.attached.swap(true, Ordering::AcqRel) {
+            self.transmitter.attach(self.irq.clone());
+        }
     }
 
     /// Signalled whenever the guest has taken input.
@@ -125,6 +132,7 @@ impl SerialConsole {
 
     /// Lets what is unsent be sent, from here: the guest is ours to run.
     pub fn release_output(&self) {
+        self.attach();
         self.transmitter.release();
     }
 
@@ -253,7 +261,7 @@ impl SerialConsole {
 
 impl Drop for SerialConsole {
     fn drop(&mut self) {
-        self.transmitter.detach();
+        self.transmitter.detach(&self.irq);
     }
 }
 
@@ -326,6 +334,7 @@ impl Persist for SerialConsole {
             return Err(format!("{len} bytes in an input FIFO of {FIFO_BYTES}"));
         }
         let ier = state.interrupt_enable & IER_VALID;
+        self.attach();
         self.transmitter.restore(
             state.unsent,
             ier & IER_TRANSMITTER_EMPTY != 0,

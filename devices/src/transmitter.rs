@@ -140,10 +140,13 @@ impl Transmitter {
         state.interrupt_pending = false;
     }
 
-    /// Disconnects the device. What it did not send is still sent, unless it is held: then the guest is
-    /// somebody else's, and so are its bytes.
-    pub(crate) fn detach(&self) {
+    /// Disconnects the device with this interrupt, unless another has taken its place. What it did not send
+    /// is still sent, unless it is held: then the guest is somebody else's, and so are its bytes.
+    pub(crate) fn detach(&self, irq: &Arc<dyn IrqLine>) {
         let mut state = self.state();
+        if !state.irq.as_ref().is_some_and(|attached| Arc::ptr_eq(attached, irq)) {
+            return;
+        }
         state.irq = None;
         if state.held {
             state.drop_waiting();

@@ -9,14 +9,16 @@
 
 use devices::ram::{GuestAddress, GuestRam, PageIndex, RamLayout};
 use devices::state::DeviceRecord;
-use migration::block::{IncomingDisk, SourceDisks};
 use migration::cancel::CancelToken;
-use migration::destination::Destination;
+use migration::destination::{Destination, DestinationHost, GoOn};
 use migration::guest::{
-    DestinationHost, DirtySource, GoOn, GuestControl, GuestError, IncomingRam, MachineDescription,
-    PartTime, RunPermit, Stopped,
+    DirtySource, GuestControl, GuestError, IncomingRam, MachineDescription, PartTime, RunPermit,
+    Stopped,
 };
 use migration::params::SharedParams;
+use migration::participant::Incoming;
+use migration::ram::incoming::RamIncoming;
+use migration::ram::outgoing::RamOutgoing;
 use migration::source::{Source, SourceOutcome, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
@@ -102,7 +104,7 @@ impl DestinationHost for Host {
         &mut self,
         description: &MachineDescription,
         _go_on: GoOn<'_>,
-    ) -> Result<IncomingRam, GuestError> {
+    ) -> Result<Vec<Box<dyn Incoming>>, GuestError> {
         let layout = RamLayout::for_size(description.ram_bytes)
             .map_err(|error| GuestError::new(error.to_string()))?;
         let ram = IncomingRam { ram: allocate(&layout), layout };
@@ -111,10 +113,7 @@ impl DestinationHost for Host {
             let ram = ram.ram.clone();
             std::thread::spawn(move || prefault(&ram));
         }
-        Ok(ram)
-    }
-    fn disks(&mut self) -> Result<Vec<IncomingDisk>, GuestError> {
-        Ok(Vec::new())
+        Ok(vec![Box::new(RamIncoming::new(ram))])
     }
     fn load_records(&mut self, _: Vec<DeviceRecord>) -> Result<(), GuestError> {
         Ok(())
@@ -204,6 +203,9 @@ fn main() {
             .and_then(|line| line.parse().ok())
             .expect("an address");
         let counters = Arc::new(Counters::new());
+        let params = SharedParams::default();
+        let source_ram =
+            SourceRam { ram: ram.clone(), layout: layout.clone(), dirty: Box::new(Quiet) };
         let started = Instant::now();
         let outcome = Source {
             guest: &mut Guest(Some(RunPermit::cold_boot())),
@@ -214,16 +216,13 @@ fn main() {
                     machine: serde_json::Value::Null,
                 })
             },
-            disks: SourceDisks::default(),
-            params: SharedParams::default(),
+            participants: vec![Box::new(RamOutgoing::new(source_ram, params.get().channels()))],
+            params,
             counters: counters.clone(),
             cancel: CancelToken::new(),
             events: &mut |_| {},
         }
-        .migrate(
-            &address,
-            SourceRam { ram: ram.clone(), layout: layout.clone(), dirty: Box::new(Quiet) },
-        );
+        .migrate(&address);
         let elapsed = started.elapsed();
         assert!(matches!(outcome, SourceOutcome::Completed), "{outcome:?}");
         let arrived = lines.next().and_then(Result::ok).and_then(|line| line.parse::<u64>().ok());

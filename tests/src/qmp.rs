@@ -112,15 +112,26 @@ impl Qmp {
         }
     }
 
-    /// Sends a command and returns its answer: the value, or the refusal as a [`Refusal`].
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    /// Sends a command without waiting for its answer, for [`Qmp::answer`].
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Result<()> {
         self.next_id += 1;
         let request = json!({"execute": command, "arguments": arguments, "id": self.next_id});
         self.stream.write_all(format!("{request}\n").as_bytes())?;
+        Ok(())
+    }
+
+    /// Sends a command and returns its answer: the value, or the refusal as a [`Refusal`].
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.ask(command, arguments)?;
+        self.answer()
+    }
+
+    /// The answer to the last command: the value, or the refusal as a [`Refusal`].
+    pub fn answer(&mut self) -> Result<Value> {
         let deadline = Instant::now() + REPLY_LIMIT;
         loop {
             let Some(mut message) = self.read_message(deadline)? else {
-                bail!("no answer to {command} within {REPLY_LIMIT:?}");
+                bail!("no answer within {REPLY_LIMIT:?}");
             };
             if message.get("event").is_some() {
                 self.events.push_back(message);

@@ -46,6 +46,19 @@ impl<M> Mailbox<M> {
     }
 }
 
+/// A mailbox, and what is posted there.
+fn mailbox<M>() -> io::Result<(Mailbox<M>, Receiver<M>)> {
+    let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    let (sender, inbox) = channel();
+    Ok((Mailbox { sender, wake }, inbox))
+}
+
+/// A mailbox without an event loop behind it.
+#[cfg(test)]
+pub fn mailbox_for_test<M>() -> (Mailbox<M>, Receiver<M>) {
+    mailbox().unwrap()
+}
+
 /// Who sits at a desk.
 pub trait Clerk {
     /// What its threads tell it.
@@ -82,15 +95,13 @@ impl<M> Desk<M> {
     /// Binds the control socket, takes the signals and starts the timeout.
     pub fn open(control: Option<&Path>, timeout: Option<Duration>) -> Result<Self, DeskError> {
         let control = control.map(ControlServer::bind).transpose()?;
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-        let (sender, inbox) = channel();
+        let (mailbox, inbox) = mailbox()?;
         let (signals, signalled) = UnixStream::pair()?;
         for signal in [SIGINT, SIGTERM] {
             signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
         }
         let timeout = timeout.map(timer).transpose()?;
         let alarm = TimerFd::new().map_err(io::Error::from)?;
-        let mailbox = Mailbox { sender, wake };
         let clients = Vec::new();
         Ok(Self { mailbox, inbox, control, signals, timeout, alarm, clients, exit: None })
     }

@@ -1,5 +1,6 @@
 //! Images of an arriving guest: where its disks lie on this host is decided here, never by the stream.
-//! Called by the supervisor when the machine's description has come.
+//! Called by the migration's thread when the machine's description has come: what is done here takes as
+//! long as storage does.
 //!
 //! A disk that travels is written into `NAME.partial`, locked from the start, and gets its name when the
 //! guest is about to run here: an image that was there before stays whole until then, and a failed or
@@ -25,6 +26,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// An image that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -199,10 +201,12 @@ fn failed(id: &str, source: impl Into<ImageError>) -> MachineError {
 }
 
 impl Images {
-    /// Opens the images of the disks that stay where they are, and makes those of the disks that travel.
+    /// Opens the images of the disks that stay where they are, and makes those of the disks that travel,
+    /// unless `go_on` says no in between.
     pub fn prepare(
         disks: &[DiskDescription],
         config: &ReceiveConfig,
+        go_on: GoOn<'_>,
     ) -> Result<Self, MachineError> {
         let mut images = Self::default();
         let mut space = Space::default();
@@ -223,7 +227,7 @@ impl Images {
                     Arc::new(BlockNode::new(id, backend).with_policy(place.errors))
                 }
                 Some(travels) => {
-                    let made = images.make(disk.len_bytes, &place, config.overwrite);
+                    let made = images.make(disk.len_bytes, &place, config.overwrite, go_on);
                     let made = made.and_then(|(backend, folder)| {
                         check_backing(id, travels, &place, backend.as_ref())?;
                         folder.map_or(Ok(()), |folder| space.take(&folder, travels.data_bytes))?;
@@ -260,6 +264,7 @@ impl Images {
         len_bytes: u64,
         place: &Place,
         overwrite: bool,
+        go_on: GoOn<'_>,
     ) -> Result<(Box<dyn BlockBackend>, Option<PathBuf>), ImageError> {
         let backing = place.backing.as_ref();
         let path = match std::fs::canonicalize(&place.path) {
@@ -282,7 +287,7 @@ impl Images {
                 if !overwrite {
                     return Err(ImageError::Exists { path });
                 }
-                return Ok((self.open_device(&path, len_bytes, place.cache)?, None));
+                return Ok((self.open_device(&path, len_bytes, place.cache, go_on)?, None));
             }
             Ok(there) if !there.is_file() => return Err(ImageError::NotAnImage { path }),
             Ok(there) if there.len() > 0 && !overwrite => return Err(ImageError::Exists { path }),
@@ -307,6 +312,7 @@ impl Images {
         path: &Path,
         len_bytes: u64,
         cache: Cache,
+        go_on: GoOn<'_>,
     ) -> Result<Box<dyn BlockBackend>, ImageError> {
         let failed = |source| ImageError::Create { path: path.to_owned(), source };
         let device = RawFile::open(path, false, cache)?;
@@ -320,7 +326,7 @@ impl Images {
         exclusive.write(true).custom_flags(libc::O_EXCL);
         let exclusive = exclusive.open(path).map_err(failed)?;
         self.devices.push(Device::new(path, exclusive));
-        device.write_zeroes(0, len_bytes, true).map_err(failed)?;
+        blank(&device, go_on).map_err(failed)?;
         Ok(Box::new(device))
     }
 
@@ -335,19 +341,53 @@ impl Images {
         Ok(())
     }
 
-    /// The guest runs: the images stay. Makes their names durable.
+    /// The guest runs: the images stay. Touches no file.
     pub fn settle(&mut self) {
-        for mut partial in std::mem::take(&mut self.partials) {
-            partial.settle();
+        self.partials.iter_mut().for_each(Partial::settle);
+        self.devices.iter_mut().for_each(Device::settle);
+    }
+
+    /// After [`Images::settle`]: removes what was replaced, and makes the images' names durable. The guest
+    /// need not wait for that.
+    pub fn clean_up(&mut self) {
+        for partial in std::mem::take(&mut self.partials) {
+            if !partial.remove_replaced() {
+                continue;
+            }
             let folder = folder_of(&partial.path);
             if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
                 log::warn!("cannot flush {}: {error}", folder.display());
             }
         }
-        std::mem::take(&mut self.devices).iter_mut().for_each(Device::settle);
-        self.arriving.clear();
-        self.backings.clear();
     }
+}
+
+/// What is made blank at first without a look whether to go on. A device that cannot discard has zeroes
+/// written: all of it may take hours, this much about a second at the longest.
+const BLANK_BYTES: u64 = 16 << 20;
+/// One that can discard is quick, so that pieces grow, up to this.
+const MOST_BLANK_BYTES: u64 = 4 << 30;
+/// A piece that took no longer than this may be twice as large.
+const QUICKLY: Duration = Duration::from_millis(100);
+
+/// Makes all of it zero, unless `go_on` says no in between.
+fn blank(device: &dyn BlockBackend, go_on: GoOn<'_>) -> io::Result<()> {
+    let (mut offset_bytes, mut piece_bytes) = (0, BLANK_BYTES);
+    while offset_bytes < device.len_bytes() {
+        if !go_on() {
+            let text = "it was not to be made blank to its end";
+            return Err(io::Error::new(io::ErrorKind::Interrupted, text));
+        }
+        let began = Instant::now();
+        let len_bytes = (device.len_bytes() - offset_bytes).min(piece_bytes);
+        device.write_zeroes(offset_bytes, len_bytes, true)?;
+        offset_bytes += len_bytes;
+        piece_bytes = match began.elapsed() <= QUICKLY {
+            true => (piece_bytes * 2).min(MOST_BLANK_BYTES),
+            false => BLANK_BYTES,
+        };
+    }
+    Ok(())
 }
 
 fn folder_of(path: &Path) -> &Path {

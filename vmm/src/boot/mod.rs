@@ -19,6 +19,7 @@ mod linux;
 mod multiboot;
 pub mod payload;
 mod pvh;
+pub mod travel;
 
 pub use acpi::Hardware;
 

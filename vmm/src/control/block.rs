@@ -3,17 +3,22 @@
 
 use devices::block::BlockNode;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+/// How much space disks take on the host, as far as that is known, by name. It is not asked here: the
+/// storage may not answer.
+pub type Sizes = BTreeMap<String, u64>;
 
 /// QEMU's `BlockDeviceInfo`.
-fn info(node: &BlockNode) -> Value {
+fn info(node: &BlockNode, sizes: &Sizes) -> Value {
     let mut image = json!({
         "filename": node.location(),
         "format": node.format(),
         "virtual-size": node.len_bytes(),
     });
-    // What cannot be asked is left out.
-    if let Ok(bytes) = node.allocated_bytes() {
-        image["actual-size"] = bytes.into();
+    // What is not known is left out.
+    if let Some(bytes) = sizes.get(node.id()) {
+        image["actual-size"] = (*bytes).into();
     }
     let (direct, backing) = (node.is_direct(), node.backing().map(|chain| chain.files()));
     let backing = backing.unwrap_or_default();
@@ -41,7 +46,7 @@ fn info(node: &BlockNode) -> Value {
 }
 
 /// As `query-block` answers.
-pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
+pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) -> Value {
     let device = |node: &BlockNode| {
         json!({
             "device": node.id(),
@@ -50,15 +55,15 @@ pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
             "removable": false,
             "locked": false,
             "io-status": if node.is_stopped() { "failed" } else { "ok" },
-            "inserted": info(node),
+            "inserted": info(node, sizes),
         })
     };
     nodes.map(device).collect()
 }
 
 /// As `query-named-block-nodes` answers.
-pub fn named_nodes<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
-    nodes.map(info).collect()
+pub fn named_nodes<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) -> Value {
+    nodes.map(|node| info(node, sizes)).collect()
 }
 
 /// As `query-blockstats` answers.
@@ -93,10 +98,13 @@ mod tests {
         let node = BlockNode::new("root", Box::new(MemoryDisk::new(4096)));
         node.write_at(&[1; 512], 0).unwrap();
         let all = || std::iter::once(&node);
-        let (devices, nodes, stats) = (devices(all()), named_nodes(all()), stats(all()));
+        let sizes = Sizes::from([("root".to_owned(), 512)]);
+        let (devices, nodes, stats) =
+            (devices(all(), &sizes), named_nodes(all(), &sizes), stats(all()));
         assert_eq!(devices[0]["device"], "root");
         assert_eq!(devices[0]["inserted"], nodes[0]);
         assert_eq!(nodes[0]["image"]["virtual-size"], 4096);
+        assert_eq!(nodes[0]["image"]["actual-size"], 512);
         assert_eq!((&nodes[0]["drv"], &nodes[0]["ro"]), (&json!("memory"), &json!(false)));
         assert_eq!(stats[0]["stats"]["wr_bytes"], 512);
         assert_eq!(stats[0]["stats"]["wr_operations"], 1);

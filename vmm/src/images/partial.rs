@@ -86,12 +86,17 @@ impl Partial {
         }
     }
 
-    /// The image stays; what had its name before does not.
+    /// The image stays.
     pub fn settle(&mut self) {
         self.settled = true;
-        if self.name == Name::Swapped {
+    }
+
+    /// Removes what had its name before; whether the image stays.
+    pub fn remove_replaced(&self) -> bool {
+        if self.settled && self.name == Name::Swapped {
             remove(&self.partial);
         }
+        self.settled
     }
 }
 

@@ -17,6 +17,10 @@ fn config(more: &[&str]) -> ReceiveConfig {
     }
 }
 
+fn prepare(disks: &[DiskDescription], config: &ReceiveConfig) -> Result<Images, MachineError> {
+    Images::prepare(disks, config, &|| true)
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
     let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
@@ -30,23 +34,24 @@ fn images_get_their_names_at_the_end_or_go() {
     let path = folder.path().to_str().unwrap();
     let disks = [disk("root", 3 << 20, 0), disk("data", 512, 0)];
     let config = config(&["--disk-dir", path]);
-    let images = Images::prepare(&disks, &config).unwrap();
+    let images = prepare(&disks, &config).unwrap();
     assert_eq!(names(folder.path()), ["data.img.partial", "root.img.partial"]);
     assert_eq!(images.arriving().len(), 2);
     // Nobody else writes there meanwhile.
-    let other = Images::prepare(&disks, &config).err().unwrap();
+    let other = prepare(&disks, &config).err().unwrap();
     assert!(crate::error::chain(&other).contains("in use by another"), "{other:?}");
     drop(images);
     assert_eq!(names(folder.path()), [""; 0]);
-    let mut images = Images::prepare(&disks, &config).unwrap();
+    let mut images = prepare(&disks, &config).unwrap();
     images.keep().unwrap();
     assert_eq!(names(folder.path()), ["data.img", "root.img"]);
     drop(images);
     assert_eq!(names(folder.path()), [""; 0], "the guest did not start after all");
-    let mut images = Images::prepare(&disks, &config).unwrap();
+    let mut images = prepare(&disks, &config).unwrap();
     images.nodes[0].fill_at(&[1; 512], 512).unwrap();
     images.keep().unwrap();
     images.settle();
+    images.clean_up();
     assert!(images.nodes[0].location().ends_with("/root.img"));
     drop(images);
     assert_eq!(names(folder.path()), ["data.img", "root.img"]);
@@ -62,26 +67,29 @@ fn an_image_that_is_there_is_replaced_only_on_request_and_only_at_the_end() {
     std::fs::write(&path, vec![7; 1024]).unwrap();
     let give = format!("root={}", path.display());
     let disks = [disk("root", 512, 0)];
-    let error = Images::prepare(&disks, &config(&["--disk", &give])).err().unwrap();
+    let error = prepare(&disks, &config(&["--disk", &give])).err().unwrap();
     assert!(crate::error::chain(&error).contains("--overwrite"), "{error:?}");
     let config = config(&["--disk", &give, "--overwrite"]);
-    drop(Images::prepare(&disks, &config).unwrap());
+    drop(prepare(&disks, &config).unwrap());
     assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1024], "it stays until then");
     // What another machine uses is not replaced.
     let used = RawFile::open(&path, false, Cache::Writeback).unwrap();
     used.lock().unwrap();
-    let error = Images::prepare(&disks, &config).err().unwrap();
+    let error = prepare(&disks, &config).err().unwrap();
     assert!(crate::error::chain(&error).contains("in use by another"), "{error:?}");
     drop(used);
-    let mut images = Images::prepare(&disks, &config).unwrap();
+    let mut images = prepare(&disks, &config).unwrap();
     images.keep().unwrap();
     images.settle();
+    // The guest runs; what was replaced goes when nobody waits for that any more.
+    assert_eq!(names(folder.path()), ["x.img", "x.img.partial"]);
+    images.clean_up();
     drop(images);
     assert_eq!(std::fs::read(&path).unwrap(), vec![0; 512]);
     assert_eq!(names(folder.path()), ["x.img"]);
     // A file without content is nobody's image.
     std::fs::write(&path, "").unwrap();
-    assert!(Images::prepare(&disks, &self::config(&["--disk", &give])).is_ok());
+    assert!(prepare(&disks, &self::config(&["--disk", &give])).is_ok());
 }
 
 #[test]
@@ -89,7 +97,7 @@ fn what_cannot_be_made_is_refused_by_name_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_str().unwrap();
     let refuse = |disks: &[DiskDescription], more: &[&str], expected: &str| {
-        let error = Images::prepare(disks, &config(more)).err().unwrap();
+        let error = prepare(disks, &config(more)).err().unwrap();
         let text = crate::error::chain(&error);
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
     };
@@ -123,21 +131,21 @@ fn what_comes_to_its_place_meanwhile_is_left_alone() {
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
     };
     // Nothing was there.
-    let mut images = Images::prepare(&disks, &config(&given)).unwrap();
+    let mut images = prepare(&disks, &config(&given)).unwrap();
     std::fs::write(&path, "mine").unwrap();
     refuse(&mut images, "give --overwrite");
     drop(images);
     assert_eq!(std::fs::read(&path).unwrap(), b"mine");
     // An empty file was there, and somebody fills it.
     std::fs::write(&path, "").unwrap();
-    let mut images = Images::prepare(&disks, &config(&given)).unwrap();
+    let mut images = prepare(&disks, &config(&given)).unwrap();
     std::fs::write(&path, "mine too").unwrap();
     refuse(&mut images, "give --overwrite");
     drop(images);
     assert_eq!(std::fs::read(&path).unwrap(), b"mine too");
     // It may be replaced, but somebody else has done so.
     let overwrite = [&given[..], &["--overwrite"]].concat();
-    let mut images = Images::prepare(&disks, &config(&overwrite)).unwrap();
+    let mut images = prepare(&disks, &config(&overwrite)).unwrap();
     let new = folder.path().join("new");
     std::fs::write(&new, "new").unwrap();
     std::fs::rename(&new, &path).unwrap();
@@ -155,7 +163,7 @@ fn an_image_that_was_to_be_replaced_comes_back_if_the_guest_does_not_start() {
     let give = format!("root={}", path.display());
     let disks = [disk("root", 512, 0)];
     let config = config(&["--disk", &give, "--overwrite"]);
-    let mut images = Images::prepare(&disks, &config).unwrap();
+    let mut images = prepare(&disks, &config).unwrap();
     images.keep().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 512);
     drop(images);
@@ -173,11 +181,11 @@ fn attempts_that_follow_each_other_closely_never_lose_their_file() {
             scope.spawn(|| {
                 let mut made = 0;
                 while made < 200 {
-                    match Images::prepare(&disks, &config) {
-                        Ok(mut images) => {
-                            made += 1;
-                            images.keep().unwrap();
-                        }
+                    let attempt = prepare(&disks, &config);
+                    made += u32::from(attempt.is_ok());
+                    // The other one may get the name between this one's look at it and its own turn.
+                    match attempt.and_then(|mut images| images.keep()) {
+                        Ok(()) => {}
                         Err(error) => {
                             let text = crate::error::chain(&error);
                             let another = ["in use by another", "holds an image already"];
@@ -199,8 +207,33 @@ fn no_disk_has_the_name_of_another_ones_unfinished_file() {
     for order in [["a", "b"], ["b", "a"]] {
         let disks = order.map(|id| disk(id, 512, 0));
         let config = config(&["--disk", &given[0], "--disk", &given[1]]);
-        let error = Images::prepare(&disks, &config).err().unwrap();
+        let error = prepare(&disks, &config).err().unwrap();
         assert!(crate::error::chain(&error).contains("given for two disks"), "{error:?}");
         assert_eq!(names(folder.path()), [""; 0]);
     }
+}
+
+#[test]
+fn a_device_is_not_made_blank_when_nobody_wants_it_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("device");
+    // More than a piece.
+    let len_bytes = BLANK_BYTES * 3;
+    std::fs::write(&path, [7; 512]).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(len_bytes).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 512], len_bytes - 512).unwrap();
+    let device = RawFile::open(&path, false, Cache::Writeback).unwrap();
+    let asked = std::sync::atomic::AtomicU64::new(0);
+    let once = || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < 1;
+    let error = blank(&device, &once).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+    let mut byte = [1; 512];
+    device.read_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [0; 512], "the first piece");
+    device.read_at(&mut byte, len_bytes - 512).unwrap();
+    assert_eq!(byte, [7; 512], "nothing after it");
+    blank(&device, &|| true).unwrap();
+    device.read_at(&mut byte, len_bytes - 512).unwrap();
+    assert_eq!(byte, [0; 512]);
 }

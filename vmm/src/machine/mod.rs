@@ -8,6 +8,7 @@ pub mod build;
 pub mod cpu_features;
 pub mod description;
 pub mod dirty;
+pub mod drain;
 mod records;
 pub mod run_state;
 pub mod throttle;
@@ -24,11 +25,13 @@ use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
 use devices::transmitter::Transmitter;
-use devices::virtio::mmio::{Drain, MmioTransport};
+use devices::virtio::mmio::MmioTransport;
+use drain::{DeviceDrain, Drains};
 use migration::guest::RunPermit;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
 
 /// Names the random number generator's record, so no disk may have this name beside it.
@@ -213,58 +216,22 @@ impl Machine {
         self.permit.is_some()
     }
 
-    /// Takes the locks of all disks; on an error none is held.
-    pub fn lock_disks(&self) -> Result<(), MachineError> {
-        for disk in &self.disks {
-            if let Err(source) = disk.node.lock() {
-                self.unlock_disks();
-                let id = disk.node.id().to_owned();
-                return Err(MachineError::Disk { id, source: source.into() });
-            }
-        }
-        Ok(())
+    /// What stores its disks, in the order of the description.
+    pub fn nodes(&self) -> Vec<Arc<BlockNode>> {
+        self.disks.iter().map(|disk| disk.node.clone()).collect()
     }
 
-    /// Lets go of the locks of all disks.
-    pub fn unlock_disks(&self) {
-        for disk in &self.disks {
-            disk.node.unlock();
-        }
-    }
-
-    /// Makes what the guest wrote to `which` of its disks durable.
-    pub fn flush_disks(&self, which: impl Fn(&str) -> bool) -> Result<(), MachineError> {
-        let wanted = |disk: &&Disk| !disk.node.read_only() && which(disk.node.id());
-        for disk in self.disks.iter().filter(wanted) {
-            disk.node.sync().map_err(|source| MachineError::Disk {
-                id: disk.node.id().to_owned(),
-                source: source.into(),
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Has what the guest wrote in the files of all its disks: what is not flushed is, after a crash of
-    /// the host only, lost to who uses them next.
-    pub fn write_back_disks(&self) -> Result<(), MachineError> {
-        for disk in self.disks.iter().filter(|disk| !disk.node.read_only()) {
-            disk.node.write_back().map_err(|source| MachineError::Disk {
-                id: disk.node.id().to_owned(),
-                source: source.into(),
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Starts or resumes the guest.
+    /// Starts or resumes the guest: all of it, or, after an error, nothing of it.
     pub fn run(&mut self) -> Result<(), MachineError> {
         if self.permit.is_none() {
             return Err(MachineError::NoPermit);
         }
-        if std::mem::replace(&mut self.running, true) {
+        if self.running {
             return Ok(());
         }
-        if let Some(clock) = self.arriving_clock.take() {
+        // Before anything is changed: a device that goes on writes guest RAM.
+        self.vcpus.check()?;
+        if let Some(clock) = &self.arriving_clock {
             clock.restore(&self.vm)?;
         }
         self.vcpus.notify_clock_paused()?;
@@ -273,22 +240,52 @@ impl Machine {
         // Devices first: a notification or interrupt that was in flight at the pause is made again.
         lock(&self.serial).resume();
         self.virtio_devices().for_each(|(_, mut device)| device.resume());
-        self.vcpus.run()?;
+        if let Err(error) = self.vcpus.run() {
+            // None runs; nor shall the devices. Whoever looks at them next drains them first.
+            drop(self.begin_drain());
+            return Err(error.into());
+        }
+        self.arriving_clock = None;
+        self.running = true;
         Ok(())
     }
 
-    /// Stops the guest: on return no vCPU executes, and no disk request is in flight.
-    pub fn pause(&mut self) -> Result<(), MachineError> {
-        if !std::mem::replace(&mut self.running, false) {
-            return Ok(());
+    /// Stops the guest: on return no vCPU executes, and no disk request is begun. Those in flight are to
+    /// be waited for, elsewhere. Of a guest that is stopped already, only that is left to do.
+    pub fn begin_pause(&mut self) -> Result<Drains, MachineError> {
+        let began = Instant::now();
+        if self.running {
+            self.vcpus.park()?;
+            self.running = false;
         }
-        self.vcpus.park()?;
-        // All are told before the first is waited for.
-        let drains: Vec<_> =
-            self.virtio_devices().map(|(_, mut device)| device.begin_drain()).collect();
+        let vcpus_took = began.elapsed();
+        Ok(Drains { vcpus_took, devices: self.begin_drain() })
+    }
+
+    /// As [`Machine::begin_pause`], for a guest that will not go on: also if a vCPU cannot be stopped,
+    /// which is then said, and means that the machine cannot be dropped either.
+    pub fn begin_end(&mut self) -> (Drains, bool) {
+        let began = Instant::now();
+        let parked = if self.running { self.vcpus.park() } else { Ok(()) };
+        if let Err(error) = &parked {
+            log::error!("while shutting down: {error}");
+        }
+        let drains = Drains { vcpus_took: began.elapsed(), devices: self.begin_drain() };
+        (drains, !matches!(parked, Err(VcpusError::Stuck { .. })))
+    }
+
+    /// Tells all devices to begin no request.
+    fn begin_drain(&self) -> Vec<DeviceDrain> {
         lock(&self.serial).pause();
-        drains.into_iter().for_each(Drain::wait);
-        Ok(())
+        let disks = self.disks.iter().map(|disk| {
+            let drain = lock(&disk.transport).begin_drain();
+            DeviceDrain::of_disk(&disk.node, drain)
+        });
+        let rng = self.rng.iter().map(|transport| {
+            let drain = lock(transport).begin_drain();
+            DeviceDrain::of_device(RNG_INSTANCE, drain)
+        });
+        disks.chain(rng).collect()
     }
 
     /// Whether the guest has asked for its end or a reset, or crashed: it is not to move any more. Tells
@@ -312,6 +309,23 @@ impl Machine {
     pub fn is_running(&self) -> bool {
         self.running
     }
+}
+
+/// Takes the locks of all disks; on an error none is held. May take long where storage does.
+pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
+    for node in nodes {
+        if let Err(source) = node.lock() {
+            unlock_disks(nodes);
+            let id = node.id().to_owned();
+            return Err(MachineError::Disk { id, source: source.into() });
+        }
+    }
+    Ok(())
+}
+
+/// Lets go of the locks of all disks.
+pub fn unlock_disks(nodes: &[Arc<BlockNode>]) {
+    nodes.iter().for_each(|node| node.unlock());
 }
 
 /// A poisoned lock means that a device panicked, which is our bug; its state is still the best we have.

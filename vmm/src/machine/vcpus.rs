@@ -20,7 +20,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// A vCPU stops within a millisecond or so, whatever the host's disks and clients do. One that has not by
+/// then never will.
+const PARK_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,6 +90,12 @@ pub enum VcpusError {
         /// Which vCPU.
         index: usize,
     },
+    /// The thread does not answer, which is a bug.
+    #[error("vCPU {index} does not stop")]
+    Stuck {
+        /// Which vCPU.
+        index: usize,
+    },
     /// KVM refused.
     #[error("vCPU {index}")]
     Kvm {
@@ -143,24 +153,62 @@ impl Vcpus {
         self.threads.iter().filter_map(|vcpu| vcpu.thread.as_ref()).for_each(kick);
     }
 
-    /// Lets every vCPU run.
-    pub fn run(&self) -> Result<(), VcpusError> {
-        self.tell_all(false, || Command::Run)
+    /// Whether every vCPU's thread is there. One that has died would leave a guest that runs in part.
+    pub fn check(&self) -> Result<(), VcpusError> {
+        let is_gone = |vcpu: &VcpuThread| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        match self.threads.iter().position(is_gone) {
+            Some(index) => Err(VcpusError::Gone { index }),
+            None => Ok(()),
+        }
     }
 
-    /// Stops every vCPU; on return none executes guest code and the last access of each is complete.
+    /// Lets every vCPU run, or, after an error, none.
+    pub fn run(&self) -> Result<(), VcpusError> {
+        self.check()?;
+        self.tell_all(|| Command::Run).inspect_err(|_| {
+            // Those before the one that has died run already.
+            if let Err(error) = self.park_living(PARK_LIMIT) {
+                log::error!("a guest that could not be started cannot be stopped: {error}");
+            }
+        })
+    }
+
+    /// Stops every vCPU; on return none executes guest code and the last access of each is complete. If
+    /// one does not stop, which is a bug, all run on. If one has died the others are stopped.
     pub fn park(&self) -> Result<(), VcpusError> {
-        let (sender, parked) = channel();
-        self.tell_all(true, || Command::Park(sender.clone()))?;
-        for index in 0..self.threads.len() {
-            parked.recv().map_err(|_| VcpusError::Gone { index })?;
+        let parked = self.park_living(PARK_LIMIT);
+        if let Err(VcpusError::Stuck { .. }) = parked {
+            // One whose thread has died meanwhile is not missed before the next attempt.
+            let _ = self.tell_all(|| Command::Run);
+        }
+        parked.and_then(|()| self.check())
+    }
+
+    /// Stops every vCPU that has a thread.
+    fn park_living(&self, limit: Duration) -> Result<(), VcpusError> {
+        let mut parked = Vec::with_capacity(self.threads.len());
+        for (index, vcpu) in self.threads.iter().enumerate() {
+            let (sender, answer) = channel();
+            if vcpu.commands.send(Command::Park(sender)).is_err() {
+                continue;
+            }
+            vcpu.thread.as_ref().inspect(|thread| kick(thread));
+            parked.push((index, answer));
+        }
+        let deadline = Instant::now() + limit;
+        for (index, answer) in parked {
+            let left = deadline.saturating_duration_since(Instant::now());
+            answer.recv_timeout(left).map_err(|error| match error {
+                RecvTimeoutError::Timeout => VcpusError::Stuck { index },
+                RecvTimeoutError::Disconnected => VcpusError::Gone { index },
+            })?;
         }
         Ok(())
     }
 
     /// Tells a parked guest's kvmclock that it was stopped on purpose.
     pub fn notify_clock_paused(&self) -> Result<(), VcpusError> {
-        self.tell_all(false, || Command::NotifyClockPaused)
+        self.tell_all(|| Command::NotifyClockPaused)
     }
 
     /// The state of every vCPU, by number. Parked only.
@@ -190,16 +238,9 @@ impl Vcpus {
         wait_all(replies).map(drop)
     }
 
-    fn tell_all(
-        &self,
-        with_kick: bool,
-        mut command: impl FnMut() -> Command,
-    ) -> Result<(), VcpusError> {
+    fn tell_all(&self, mut command: impl FnMut() -> Command) -> Result<(), VcpusError> {
         for (index, thread) in self.threads.iter().enumerate() {
             thread.commands.send(command()).map_err(|_| VcpusError::Gone { index })?;
-            if with_kick && let Some(thread) = &thread.thread {
-                kick(thread);
-            }
         }
         Ok(())
     }
@@ -369,5 +410,61 @@ impl VcpuLoop {
                 end => end,
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A thread that serves commands as a vCPU's does, and tells which it got.
+    fn living(seen: &Sender<&'static str>) -> VcpuThread {
+        crate::kvm::vcpu::install_kick_handler().unwrap();
+        let (commands, inbox) = channel();
+        let seen = seen.clone();
+        let thread = std::thread::spawn(move || {
+            while let Ok(command) = inbox.recv() {
+                let name = match command {
+                    Command::Park(done) => {
+                        done.send(()).unwrap();
+                        "park"
+                    }
+                    Command::Run => "run",
+                    _ => "other",
+                };
+                seen.send(name).unwrap();
+            }
+        });
+        VcpuThread { commands, thread: Some(thread), thread_id: 0 }
+    }
+
+    fn dead() -> VcpuThread {
+        let thread = std::thread::spawn(|| {});
+        while !thread.is_finished() {
+            std::thread::yield_now();
+        }
+        VcpuThread { commands: channel().0, thread: Some(thread), thread_id: 0 }
+    }
+
+    #[test]
+    fn a_guest_with_a_dead_vcpu_is_not_started_in_part() {
+        let (seen, commands) = channel();
+        let vcpus = Vcpus { threads: vec![living(&seen), dead()], throttle: Throttle::default() };
+        assert!(matches!(vcpus.run(), Err(VcpusError::Gone { index: 1 })));
+        drop((vcpus, seen));
+        assert_eq!(commands.iter().collect::<Vec<_>>(), [""; 0]);
+    }
+
+    #[test]
+    fn one_that_dies_as_it_is_started_stops_the_others() {
+        let (seen, commands) = channel();
+        // It has not ended yet, but hears nothing.
+        let (end, waits) = channel::<()>();
+        let thread = std::thread::spawn(move || waits.recv().unwrap_or(()));
+        let deaf = VcpuThread { commands: channel().0, thread: Some(thread), thread_id: 0 };
+        let vcpus = Vcpus { threads: vec![living(&seen), deaf], throttle: Throttle::default() };
+        assert!(matches!(vcpus.run(), Err(VcpusError::Gone { index: 1 })));
+        drop((end, vcpus, seen));
+        assert_eq!(commands.iter().collect::<Vec<_>>(), ["run", "park"]);
     }
 }

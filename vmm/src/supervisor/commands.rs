@@ -1,9 +1,11 @@
 //! Answers the control socket's commands.
 
+use super::ending::shutting_down;
 use super::{Event, RunState, Supervisor, exit_code, jobs};
 use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
+use crate::control::{Incoming, QmpResult};
 use crate::error::chain;
 use crate::machine::Machine;
 use crate::machine::description::{BackingDescription, Description, MAX_TRAVELLING_BYTES, Travels};
@@ -40,8 +42,6 @@ fn travelling(
     let mut travelling = Vec::new();
     for (disk, described) in machine.disks().iter().zip(&mut description.disks) {
         let node = disk.node.clone();
-        let failed =
-            |error: std::io::Error| QmpError::generic(format!("disk {}: {error}", node.id()));
         let mode = selection.mode_of(node.id());
         if mode == DiskMode::None {
             if node.format() == Format::Qcow2.name() && !node.read_only() {
@@ -54,10 +54,8 @@ fn travelling(
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
-        let below = node.backing();
-        let own_bytes = node.allocated_bytes().map_err(failed)?;
         // Without a backing file what lies above it is everything.
-        let backing = match (&below, mode) {
+        let backing = match (node.backing(), mode) {
             (Some(below), DiskMode::Top) => Some(BackingDescription {
                 name: below.files().first().cloned().unwrap_or_default(),
                 len_bytes: below.len_bytes(),
@@ -67,23 +65,42 @@ fn travelling(
             _ => None,
         };
         let only_top = backing.is_some();
-        // What is packed in a file below takes more at the destination: it finds out as it writes.
-        let data_bytes = match below {
-            Some(below) if !only_top => {
-                own_bytes.saturating_add(below.allocated_bytes().map_err(failed)?)
-            }
-            _ => own_bytes,
-        };
-        let data_bytes = data_bytes.min(node.len_bytes());
-        described.travels = Some(Travels { backing, data_bytes });
+        // So is how much it holds: the storage may not answer.
+        described.travels = Some(Travels { backing, data_bytes: 0 });
         travelling.push(SourceDisk { node: node.clone(), only_top });
     }
     Ok((description, travelling))
 }
 
 impl Supervisor {
-    /// Does what a client asked; returns the answer.
-    pub(super) fn execute(&mut self, command: Command) -> Result<Value, QmpError> {
+    /// Does what a client asked; returns the answer, or nothing if it comes later.
+    pub(super) fn execute(&mut self, request: &Incoming) -> Option<QmpResult> {
+        match &request.command {
+            Command::Quit => {
+                let event = Event::ending("SHUTDOWN", false, "host-qmp-quit");
+                self.end(exit_code::OK, &event);
+                Some(Ok(empty()))
+            }
+            Command::QueryBlock | Command::QueryNamedBlockNodes => self.ask_sizes(request),
+            // What changes the machine has no use any more.
+            Command::Stop
+            | Command::Cont { .. }
+            | Command::Reset
+            | Command::Migrate { .. }
+            | Command::CalcDirtyRate(_)
+            | Command::Powerdown
+                if self.ending.is_some() =>
+            {
+                Some(Err(shutting_down()))
+            }
+            Command::Stop => self.stop(request),
+            Command::Cont { force } => self.cont(*force, request),
+            Command::Reset => self.system_reset(request),
+            _ => Some(self.execute_at_once(request.command.clone())),
+        }
+    }
+
+    fn execute_at_once(&mut self, command: Command) -> QmpResult {
         match command {
             Command::QueryVersion => Ok(version()),
             Command::QueryCommands => Ok(NAMES.iter().map(|name| json!({"name": name})).collect()),
@@ -97,12 +114,13 @@ impl Supervisor {
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
             Command::QueryCpus => Ok(self.query_cpus()),
-            Command::QueryBlock => Ok(block::devices(self.nodes())),
-            Command::QueryNamedBlockNodes => Ok(block::named_nodes(self.nodes())),
             Command::QueryBlockStats => Ok(block::stats(self.nodes())),
-            Command::Stop => self.stop().map(|()| empty()).map_err(|error| failed(&error)),
-            Command::Cont { force } => self.cont(force),
-            Command::Reset => self.system_reset(),
+            Command::Quit
+            | Command::QueryBlock
+            | Command::QueryNamedBlockNodes
+            | Command::Stop
+            | Command::Cont { .. }
+            | Command::Reset => Err(QmpError::generic("this command is answered later")),
             Command::Powerdown => {
                 if let Some(machine) = &self.machine {
                     machine.press_power_button().map_err(|error| failed(&error))?;
@@ -115,10 +133,6 @@ impl Supervisor {
                 let here = matches!(self.state, RunState::Running | RunState::Paused);
                 let machine = self.machine.as_ref().filter(|_| here);
                 Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
-            }
-            Command::Quit => {
-                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
-                Ok(empty())
             }
             Command::Migrate { uri, disks, tuning } => self.migrate(&uri, &disks, tuning),
             Command::MigrateCancel => {
@@ -191,9 +205,6 @@ impl Supervisor {
     }
 
     fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
-        if matches!(self.state, RunState::Running | RunState::Paused) {
-            self.jobs.reap_settled();
-        }
         if self.jobs.busy() {
             let desc = format!("There's a migration process in progress: cannot {what} now");
             return Err(QmpError::generic(desc));
@@ -217,47 +228,45 @@ impl Supervisor {
             .collect()
     }
 
-    fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
+    pub(super) fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
         disks.iter().map(|disk| disk.node.as_ref())
     }
 
-    fn cont(&mut self, force: bool) -> Result<Value, QmpError> {
+    fn cont(&mut self, force: bool, request: &Incoming) -> Option<QmpResult> {
+        let refused = |desc: &str| Some(Err(QmpError::generic(desc)));
         match self.state {
-            RunState::Running => return Ok(empty()),
-            RunState::Paused | RunState::IoError => {}
-            RunState::Prelaunch => {}
-            RunState::Postmigrate if !force => {
-                return Err(QmpError::generic(
-                    "The guest has been handed over and may run at the destination; if you are sure \
-                     that it does not, use cont with force=true",
-                ));
-            }
+            RunState::Running => Some(Ok(empty())),
+            RunState::Paused | RunState::Prelaunch => Some(self.resume().map(|()| empty())),
+            RunState::IoError => self.lock_and_resume(request),
+            RunState::Postmigrate if !force => refused(
+                "The guest has been handed over and may run at the destination; if you are sure \
+                 that it does not, use cont with force=true",
+            ),
             RunState::Postmigrate => {
-                self.no_migration("take the guest back")?;
+                if let Err(error) = self.no_migration("take the guest back") {
+                    return Some(Err(error));
+                }
                 if let Some(machine) = &mut self.machine {
                     machine.grant(jobs::operators_permit());
                 }
+                self.lock_and_resume(request)
             }
-            RunState::Inmigrate => {
-                return Err(QmpError::generic("The guest is still arriving"));
-            }
-            state => {
-                let desc = format!("The guest is {} and cannot be resumed", state.name());
-                return Err(QmpError::generic(desc));
-            }
+            RunState::Inmigrate => refused("The guest is still arriving"),
+            state => refused(&format!("The guest is {} and cannot be resumed", state.name())),
         }
-        self.resume().map(|()| empty()).map_err(|error| failed(&error))
     }
 
-    fn system_reset(&mut self) -> Result<Value, QmpError> {
-        self.no_migration("reset the guest")?;
+    fn system_reset(&mut self, request: &Incoming) -> Option<QmpResult> {
+        if let Err(error) = self.no_migration("reset the guest") {
+            return Some(Err(error));
+        }
         if !matches!(self.state, RunState::Running | RunState::Paused) {
             let desc = format!("The guest is {} and cannot be reset", self.state.name());
-            return Err(QmpError::generic(desc));
+            return Some(Err(QmpError::generic(desc)));
         }
-        self.reset(false);
-        Ok(empty())
+        self.reset(false, Some(request.clone()));
+        None
     }
 
     fn migrate(
@@ -280,17 +289,19 @@ impl Supervisor {
             return Err(QmpError::generic("There is no machine"));
         };
         // It needs the dirty log for itself.
-        self.dirty_rate.abort();
+        let measurement = self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
             ram: vm.ram().clone(),
             layout: vm.layout().clone(),
             dirty: Box::new(VmDirtyLog::new(vm.clone())),
         };
+        let nodes = machine.nodes();
         let (description, disks) = travelling(machine, selection)?;
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.desk.mailbox().clone();
-        let leaving = jobs::Leaving { vm, description };
+        let payload = self.payload.clone();
+        let leaving = jobs::Leaving { vm, description, payload, nodes, measurement };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

@@ -69,7 +69,10 @@ impl DirtyRate {
 
     /// Starts to measure what is written to the RAM of `vm` for `calc_time`.
     pub fn start(&mut self, vm: Arc<Vm>, calc_time: Duration) -> io::Result<()> {
-        self.abort();
+        // None is at work, so this has ended but for a moment.
+        if let Some(earlier) = self.abort() {
+            earlier.join();
+        }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (status, start_time) = (Status::Measuring, since_1970.as_secs());
         self.shared = Arc::default();
@@ -99,14 +102,13 @@ impl DirtyRate {
         Ok(())
     }
 
-    /// Ends a measurement that is at work; on return the log is free.
-    pub fn abort(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
+    /// Ends a measurement that is at work. What it returns frees the log when it is joined, which may take
+    /// tens of milliseconds.
+    pub fn abort(&mut self) -> Option<Aborted> {
+        let thread = self.thread.take()?;
         self.shared.figures().stop = true;
         self.shared.stopped.notify_all();
-        if thread.join().is_err() {
-            log::error!("the thread that measures the dirty rate panicked");
-        }
+        Some(Aborted(thread))
     }
 
     /// As `query-dirty-rate` answers, with times in milliseconds or seconds.
@@ -135,6 +137,19 @@ impl DirtyRate {
 impl Drop for DirtyRate {
     fn drop(&mut self) {
         self.abort();
+    }
+}
+
+/// A measurement that has been told to end, and will soon.
+#[derive(Debug)]
+pub struct Aborted(JoinHandle<()>);
+
+impl Aborted {
+    /// Waits for its end. Nobody else may use the dirty log before.
+    pub fn join(self) {
+        if self.0.join().is_err() {
+            log::error!("the thread that measures the dirty rate panicked");
+        }
     }
 }
 

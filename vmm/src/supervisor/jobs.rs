@@ -1,15 +1,24 @@
 //! Migrations: at most one runs, on a thread of its own; its counters outlive it.
 
-use super::guest::GuestProxy;
+use super::dirty_rate::Aborted;
+use super::guest::arriving::{ArrivingGuest, Premises};
+use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
+use crate::boot::payload::BootPayload;
+use crate::boot::travel::LeavingFiles;
 use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
+use devices::block::BlockNode;
 use devices::block::backend::GoOn;
+use migration::block::outgoing::DisksOutgoing;
 use migration::block::{SourceDisk, SourceDisks};
+use migration::boot::outgoing::BootOutgoing;
 use migration::cancel::CancelToken;
 use migration::destination::{Destination, DestinationError};
 use migration::guest::{GuestError, RunPermit};
 use migration::params::SharedParams;
+use migration::participant::Outgoing;
+use migration::ram::outgoing::RamOutgoing;
 use migration::source::{Source, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
@@ -37,8 +46,14 @@ struct Job {
 pub struct Leaving {
     /// The machine.
     pub vm: Arc<Vm>,
-    /// What it is; what its disks stand on is found out on the way.
+    /// What it is; what its disks stand on, and how much they hold, is found out on the way.
     pub description: Description,
+    /// What it boots from when it is reset, if that is known.
+    pub payload: Option<Arc<BootPayload>>,
+    /// All its disks.
+    pub nodes: Vec<Arc<BlockNode>>,
+    /// Uses the dirty log until it has ended.
+    pub measurement: Option<Aborted>,
 }
 
 /// The migration at work, and what is known of it or of the last one.
@@ -52,8 +67,6 @@ pub struct Jobs {
     pub params: SharedParams,
     /// The machine that leaves. Another one in its place, after a reset, is not it.
     leaving: Weak<Vm>,
-    /// Disks that travel with the guest that leaves, by name.
-    pub travelling: Vec<String>,
     /// The `events` capability.
     pub events_wanted: bool,
 }
@@ -96,13 +109,17 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description } = leaving;
+        let Leaving { vm, mut description, payload, nodes, measurement } = leaving;
         self.leaving = Arc::downgrade(&vm);
-        self.travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
+        let travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
-            let mut guest = GuestProxy::new(mailbox.clone(), cancel.clone());
+            if let Some(measurement) = measurement {
+                measurement.join();
+            }
+            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, travelling);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
+            let participants = participants(payload, disks, ram, params.get().channels());
             let mut machine = || {
                 identify(&mut description, &leaving, &|| !token.is_cancelled())?;
                 Ok(description.to_stream())
@@ -110,23 +127,28 @@ impl Jobs {
             let source = Source {
                 guest: &mut guest,
                 machine: &mut machine,
-                disks,
+                participants,
                 params,
                 counters,
                 cancel,
                 events: &mut events,
             };
-            let outcome = source.migrate(&to, ram);
+            let outcome = source.migrate(&to);
             mailbox.post(Message::OutgoingEnded(id, outcome));
         })
     }
 
     /// Starts waiting for a guest.
-    pub fn receive(&mut self, listener: Listener, mailbox: Mailbox) -> io::Result<()> {
+    pub fn receive(
+        &mut self,
+        listener: Listener,
+        premises: Premises,
+        mailbox: Mailbox,
+    ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
             counters.listening(address);
-            let mut host = GuestProxy::new(mailbox.clone(), cancel.clone());
+            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), premises);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
                 Destination { host: &mut host, counters, cancel, events: &mut events };
@@ -134,6 +156,7 @@ impl Jobs {
             // A source that wants to come back here finds the address free.
             drop(listener);
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
+            host.clean_up();
             mailbox.post(Message::IncomingEnded(id, result));
         })
     }
@@ -160,14 +183,17 @@ impl Jobs {
         }
     }
 
-    /// For a guest that runs or is paused here: joins the thread of a migration that is over but for
-    /// saying so. Who has heard of its end from elsewhere may ask for the next at once.
-    pub fn reap_settled(&mut self) {
+    /// For a guest that runs or is paused here: whether a migration is over but for saying so. Who has
+    /// heard of its end from elsewhere may ask for the next, which then waits for that.
+    pub fn is_settled(&self) -> bool {
+        // The question is what clients may have heard, and this is what they are told.
         let ended = self.counters.snapshot().status.is_over();
-        let job = self.current.as_ref().filter(|job| job.incoming || ended);
-        if let Some(id) = job.map(|job| job.id) {
-            self.reap(id);
-        }
+        self.current.as_ref().is_some_and(|job| job.incoming || ended)
+    }
+
+    /// Whether a guest is arriving.
+    pub fn is_arriving(&self) -> bool {
+        self.current.as_ref().is_some_and(|job| job.incoming)
     }
 
     /// The process ends: wakes the migration's thread and leaves it. It cannot be waited for, since it
@@ -179,8 +205,27 @@ impl Jobs {
     }
 }
 
-/// Completes a description with what the disks stand on of which only the top travels: all of that is
-/// read, so it is for the thread that migrates.
+/// What travels besides the devices, in the order in which it is sent: what takes longest first, since RAM
+/// that was sent before would have to go again.
+fn participants(
+    payload: Option<Arc<BootPayload>>,
+    disks: SourceDisks,
+    ram: SourceRam,
+    channels: u16,
+) -> Vec<Box<dyn Outgoing>> {
+    let mut all: Vec<Box<dyn Outgoing>> = Vec::with_capacity(3);
+    if let Some(payload) = payload {
+        all.push(Box::new(BootOutgoing::new(Box::new(LeavingFiles(payload)))));
+    }
+    if !disks.disks.is_empty() {
+        all.push(Box::new(DisksOutgoing::new(disks)));
+    }
+    all.push(Box::new(RamOutgoing::new(ram, channels)));
+    all
+}
+
+/// Completes a description with how much the disks hold that travel, and with what those stand on of which
+/// only the top does: the storage is asked, and all of that is read, so it is for the thread that migrates.
 fn identify(
     description: &mut Description,
     leaving: &[SourceDisk],
@@ -188,6 +233,10 @@ fn identify(
 ) -> Result<(), GuestError> {
     for described in &mut description.disks {
         let disk = leaving.iter().find(|disk| disk.node.id() == described.id);
+        if let (Some(disk), Some(travels)) = (disk, &mut described.travels) {
+            travels.data_bytes = data_bytes(disk)
+                .map_err(|error| GuestError::new(format!("disk {}: {error}", described.id)))?;
+        }
         let backing = described.travels.as_mut().and_then(|travels| travels.backing.as_mut());
         let (Some(disk), Some(backing)) = (disk, backing) else { continue };
         let (id, name) = (&described.id, &backing.name);
@@ -198,6 +247,17 @@ fn identify(
         log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
     }
     Ok(())
+}
+
+/// About how much of a disk travels.
+fn data_bytes(disk: &SourceDisk) -> io::Result<u64> {
+    let own_bytes = disk.node.allocated_bytes()?;
+    // What is packed in a file below takes more at the destination: it finds out as it writes.
+    let below = match disk.node.backing().filter(|_| !disk.only_top) {
+        Some(below) => below.allocated_bytes()?,
+        None => 0,
+    };
+    Ok(own_bytes.saturating_add(below).min(disk.node.len_bytes()))
 }
 
 /// Has the calling thread, and those that it starts, come behind the vCPUs where processors are few.

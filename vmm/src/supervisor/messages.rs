@@ -1,7 +1,9 @@
 //! What other threads tell the supervisor.
 
+use super::MachineId;
 use super::guest::GuestRequest;
 use super::jobs::JobId;
+use super::tasks::{Done, TaskId};
 use crate::console::ConsoleEvent;
 use crate::desk;
 use crate::machine::vcpus::VcpuEnd;
@@ -15,15 +17,17 @@ pub type Mailbox = desk::Mailbox<Message>;
 /// What other threads tell the supervisor.
 pub enum Message {
     /// The guest reset, powered off or wrote the debug-exit port.
-    GuestExit(GuestExit),
+    GuestExit(MachineId, GuestExit),
     /// A vCPU cannot go on.
-    VcpuEnd(VcpuEnd),
+    VcpuEnd(MachineId, VcpuEnd),
     /// Serial output matched, or the user pressed Ctrl-A x.
     Console(ConsoleEvent),
     /// A request of the guest's to a disk has failed.
     DiskFailed(Failure),
     /// A migration thread needs the guest.
     Guest(GuestRequest),
+    /// A task has ended.
+    TaskEnded(TaskId, Done),
     /// A migration has come further.
     Migration(MigrationEvent),
     /// The outgoing migration has ended.

@@ -1,41 +1,55 @@
 //! The main thread: the one event loop that owns the machine. Run state changes here and nowhere else.
+//! It decides and never waits: what may take long is done by a task, or by the migration's own thread.
 //!
 //! Everything reaches it as a message ([`messages`]), a request on the control socket, a signal or the
 //! timeout; [`guest`] is its face to migration threads, [`moving`] what it does for them, [`commands`]
-//! answers the control socket, [`jobs`] starts and reaps migrations, [`dirty_rate`] measures how fast
-//! the guest writes.
+//! answers the control socket, [`waiting`] keeps what is answered later, [`transition`] boots, stops and
+//! resets the machine, [`ending`] ends the process, [`tasks`] are the threads that wait, [`jobs`] starts
+//! and reaps migrations, [`dirty_rate`] measures how fast the guest writes.
 
 mod commands;
 mod dirty_rate;
+mod ending;
 pub mod guest;
 mod jobs;
 pub mod messages;
 mod moving;
+mod sizes;
+mod tasks;
+mod transition;
+mod waiting;
 
 use crate::boot::payload::BootPayload;
 use crate::config::{BootFiles, HostConfig, ReceiveConfig, RunConfig};
 use crate::console::{Console, ConsoleEvent};
-use crate::control::{Event, Incoming};
+use crate::control::command::Command;
+use crate::control::message::QmpError;
+use crate::control::{Event, Incoming, QmpResult};
 use crate::desk::{self, Clerk, Desk, DeskError};
 use crate::error::chain;
-use crate::images::Images;
 use crate::kvm::Host;
-use crate::machine::build::NewMachine;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{Backends, GuestEvents, Machine, MachineError};
+use devices::block::BlockNode;
 use devices::block::failure::{Action, Failure};
 use devices::block::raw::OpenError;
-use devices::block::{BlockNode, open_image};
 use devices::reset::GuestExit;
+use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
+use ending::Ending;
+use guest::arriving::Premises;
 use jobs::Jobs;
-use messages::Message;
-use migration::guest::RunPermit;
+use messages::{Mailbox, Message};
 use migration::source::MigrationEvent;
+use moving::Pausing;
+use sizes::Sizes;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tasks::{Done, TaskId, Tasks};
+use transition::{Stopping, Transition};
+use waiting::{Behind, Waiting};
 
 /// How the process ends: `ferry run`'s exit codes.
 pub mod exit_code {
@@ -114,62 +128,84 @@ impl Mission {
     }
 }
 
+/// Names a machine; a process has several, one after another, if it is reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineId(u64);
+
+/// What a machine is connected to, but for its disks.
+pub struct BackendParts {
+    serial_output: Arc<Transmitter>,
+    events: GuestEvents,
+    mailbox: Mailbox,
+}
+
+impl BackendParts {
+    /// With the disks, whose failures are told from now on.
+    fn with(self, disks: Vec<Arc<BlockNode>>) -> Backends {
+        for disk in &disks {
+            let to_us = self.mailbox.clone();
+            disk.on_failure(move |failure| to_us.post(Message::DiskFailed(failure)));
+        }
+        Backends { disks, serial_output: self.serial_output, events: self.events }
+    }
+}
+
 /// The owner of the machine.
 pub struct Supervisor {
     mission: Mission,
-    host: Host,
+    host: Arc<Host>,
     /// Before the console and the control server: its threads use them.
-    machine: Option<Machine>,
-    /// What the guest boots from at its start and at each reset: opened once. None if it arrives and
-    /// `--kernel` is not given.
+    machine: Option<Box<Machine>>,
+    /// What the guest boots from when it is reset. None until it is opened, or has arrived.
     payload: Option<Arc<BootPayload>>,
-    /// Images, kept over a reset.
-    disks: Vec<Arc<BlockNode>>,
-    /// Images of the guest that arrives, until it has.
-    images: Images,
+    machine_id: MachineId,
+    last_machine_id: MachineId,
     state: RunState,
     /// When clients last heard of a failed request.
     disk_failure_told: Option<Instant>,
     jobs: Jobs,
     dirty_rate: DirtyRate,
+    tasks: Tasks,
+    /// What the machine is going through. What would change it waits.
+    transition: Option<(TaskId, Transition)>,
+    /// Waits for requests in flight, for whoever has asked to stop the guest.
+    stopping: Option<Stopping>,
+    /// A migration waits for requests in flight.
+    pausing: Option<Pausing>,
+    sizes: Sizes,
+    waiting: Waiting,
+    ending: Option<Ending>,
+    /// What the event loop's alarm is set to.
+    alarm: Option<Instant>,
     console: Console,
     desk: Desk<Message>,
 }
 
 /// Boots a guest and runs it to its end; returns the exit code.
 pub fn run(config: RunConfig) -> Result<u8, SetupError> {
-    let host = Host::open()?;
+    let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
-    let mut disks = Vec::new();
-    for (id, disk) in &config.disks {
-        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
-        let node = BlockNode::new(id.clone(), backend).with_policy(disk.errors);
-        disks.push(Arc::new(node));
-    }
-    let mut supervisor = Supervisor::new(Mission::Run(config), host, Some(payload), disks)?;
+    let mut supervisor = Supervisor::new(Mission::Run(config), host)?;
+    supervisor.payload = Some(payload);
     supervisor.boot()?;
-    supervisor.start()?;
-    // What reading the command line and building the machine needed and gave back, some 100 KiB, would
-    // otherwise stay with the process.
-    // SAFETY: releases pages that the allocator holds free; nothing refers to them.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0)
-    };
     Ok(desk::serve(supervisor)?)
 }
 
 /// Waits for a guest and runs it to its end; returns the exit code.
 pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
-    let host = Host::open()?;
-    let payload = config.boot.as_ref().map(open_payload).transpose()?;
+    let host = Arc::new(Host::open()?);
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
-    let mut supervisor = Supervisor::new(Mission::Receive(config), host, payload, Vec::new())?;
+    let payload = config.boot.as_ref().map(open_payload).transpose()?;
+    let mut supervisor = Supervisor::new(Mission::Receive(config.clone()), host)?;
+    supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
     eprintln!("ferry: listening on {}", listener.local_address());
     let mailbox = supervisor.desk.mailbox().clone();
-    supervisor.jobs.receive(listener, mailbox).map_err(SetupError::Thread)?;
+    let (id, parts) = supervisor.backend_parts();
+    supervisor.machine_id = id;
+    let premises = Premises { host: supervisor.host.clone(), config, parts, payload };
+    supervisor.jobs.receive(listener, premises, mailbox).map_err(SetupError::Thread)?;
     Ok(desk::serve(supervisor)?)
 }
 
@@ -179,12 +215,7 @@ fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
 }
 
 impl Supervisor {
-    fn new(
-        mission: Mission,
-        host: Host,
-        payload: Option<Arc<BootPayload>>,
-        disks: Vec<Arc<BlockNode>>,
-    ) -> Result<Self, SetupError> {
+    fn new(mission: Mission, host: Arc<Host>) -> Result<Self, SetupError> {
         let config = mission.host();
         if config.with_parent {
             let kill = rustix::process::Signal::KILL;
@@ -204,60 +235,37 @@ impl Supervisor {
             mission,
             host,
             machine: None,
-            payload,
-            disks,
-            images: Images::default(),
+            payload: None,
+            machine_id: MachineId(0),
+            last_machine_id: MachineId(0),
             state: RunState::Prelaunch,
             disk_failure_told: None,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
+            tasks: Tasks::new(desk.mailbox().clone()),
+            transition: None,
+            stopping: None,
+            pausing: None,
+            sizes: Sizes::default(),
+            waiting: Waiting::default(),
+            ending: None,
+            alarm: None,
             console,
             desk,
         })
     }
 
-    fn backends(&self) -> Backends {
-        let (exits, ends) = (self.desk.mailbox().clone(), self.desk.mailbox().clone());
-        for disk in &self.disks {
-            let to_us = self.desk.mailbox().clone();
-            disk.on_failure(move |failure| to_us.post(Message::DiskFailed(failure)));
-        }
-        Backends {
-            disks: self.disks.clone(),
-            serial_output: self.console.output(),
-            events: GuestEvents {
-                on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(exit))),
-                on_end: Arc::new(move |end| ends.post(Message::VcpuEnd(end))),
-            },
-        }
-    }
-
-    /// Builds the machine that the configuration describes, with its disks locked.
-    fn boot(&mut self) -> Result<(), MachineError> {
-        let (Mission::Run(config), Some(payload)) = (&self.mission, self.payload.clone()) else {
-            return Ok(());
+    /// What the next machine is to be connected to, and its name.
+    fn backend_parts(&mut self) -> (MachineId, BackendParts) {
+        let id = MachineId(self.last_machine_id.0 + 1);
+        self.last_machine_id = id;
+        let mailbox = self.desk.mailbox().clone();
+        let (exits, ends) = (mailbox.clone(), mailbox.clone());
+        let events = GuestEvents {
+            on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(id, exit))),
+            on_end: Arc::new(move |end| ends.post(Message::VcpuEnd(id, end))),
         };
-        let config = config.clone();
-        self.install(NewMachine {
-            name: config.name,
-            memory_bytes: config.memory_bytes,
-            cpus: config.cpus,
-            payload: &payload,
-            go_on: &|| true,
-            cmdline: config.cmdline,
-            acpi: config.acpi,
-            disk_queues: config.disks.iter().map(|(_, disk)| disk.queues).collect(),
-            rng: config.rng,
-        })
-    }
-
-    /// Runs the machine for the first time.
-    fn start(&mut self) -> Result<(), MachineError> {
-        if let Some(machine) = &mut self.machine {
-            machine.run()?;
-            self.become_state(RunState::Running);
-        }
-        Ok(())
+        (id, BackendParts { serial_output: self.console.output(), events, mailbox })
     }
 
     fn become_state(&mut self, next: RunState) {
@@ -273,93 +281,11 @@ impl Supervisor {
         self.desk.tell(event);
     }
 
-    fn end(&mut self, code: u8, event: &Event) {
-        self.desk.tell(event);
-        self.desk.end(code);
-    }
-
-    /// Stops the guest because the user asked.
-    fn stop(&mut self) -> Result<(), MachineError> {
-        if let (Some(machine), RunState::Running) = (&mut self.machine, self.state) {
-            machine.pause()?;
-            self.become_state(RunState::Paused);
-            self.tell(&Event::plain("STOP"));
-        }
-        Ok(())
-    }
-
-    /// Runs the guest; its disks must be ours.
-    fn resume(&mut self) -> Result<(), MachineError> {
-        if let Some(machine) = &mut self.machine {
-            machine.lock_disks()?;
-            machine.run()?;
-            self.become_state(RunState::Running);
-            self.tell(&Event::plain("RESUME"));
-        }
-        Ok(())
-    }
-
-    /// Builds the machine anew, as a reset does.
-    fn reset(&mut self, by_guest: bool) {
-        let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };
-        let was_running = self.state == RunState::Running || by_guest;
-        match self.rebuild() {
-            Ok(()) => {
-                self.tell(&Event::ending("RESET", by_guest, reason));
-                self.state = RunState::Prelaunch;
-                let result = if was_running { self.start() } else { Ok(()) };
-                if !was_running {
-                    self.become_state(RunState::Paused);
-                }
-                if let Err(error) = result {
-                    self.fail(&chain(&error));
-                }
-            }
-            Err(error) => self.fail(&format!("cannot reset the guest: {error}")),
-        }
-    }
-
-    fn rebuild(&mut self) -> Result<(), String> {
-        let payload = self.payload.clone().ok_or(
-            "it arrived by migration and its kernel is not here: give --kernel to ferry receive",
-        )?;
-        // Before the old machine goes.
-        payload.check_unchanged().map_err(|error| error.to_string())?;
-        self.dirty_rate.abort();
-        let machine = self.machine.take().ok_or("there is no machine")?;
-        if self.jobs.busy() && self.jobs.moves(machine.vm()) {
-            eprintln!("ferry: the guest was reset while it moved: that ends here, start it again");
-            self.jobs.cancel();
-        }
-        let description = machine.description().clone();
-        // The old machine's threads and locks go before the new one's come.
-        self.console.detach();
-        drop(machine);
-        let new = NewMachine {
-            name: description.name,
-            memory_bytes: description.memory_bytes,
-            cpus: description.cpus,
-            payload: &payload,
-            go_on: &|| true,
-            cmdline: description.cmdline,
-            acpi: description.acpi,
-            disk_queues: description.disks.iter().map(|disk| disk.queues).collect(),
-            rng: description.rng,
-        };
-        self.install(new).map_err(|error| chain(&error))
-    }
-
-    fn install(&mut self, new: NewMachine<'_>) -> Result<(), MachineError> {
-        let mut machine = Machine::boot(&self.host, new, self.backends())?;
-        machine.lock_disks()?;
-        machine.grant(RunPermit::cold_boot());
-        self.console.attach(machine.serial().clone());
-        self.machine = Some(machine);
-        Ok(())
-    }
-
     /// The guest or KVM cannot go on.
     fn fail(&mut self, why: &str) {
+        if self.ending.is_some() {
+            return log::error!("while shutting down: {why}");
+        }
         eprintln!("ferry: {why}");
         if self.state.may_become(RunState::InternalError) {
             self.become_state(RunState::InternalError);
@@ -377,14 +303,18 @@ impl Supervisor {
             self.disk_failure_told = Some(Instant::now());
             self.tell(&Event::block_io_error(failure));
         }
+        // The guest may have been stopped, or gone on, meanwhile. One that is being reset goes anyway.
+        let runs = self.state == RunState::Running && self.ending.is_none() && !self.is_swapping();
         let Some(machine) = &mut self.machine else { return };
-        // The guest may have been stopped, or gone on, meanwhile.
-        if !stops || self.state != RunState::Running || !machine.has_stopped_disk() {
+        if !stops || !runs || !machine.has_stopped_disk() {
             return;
         }
-        if let Err(error) = machine.pause() {
+        // Whoever needs the requests in flight to have ended waits for them.
+        if let Err(error) = machine.begin_pause() {
             return self.fail(&chain(&error));
         }
+        // It refuses to go on with a guest that is stopped like this.
+        self.pausing = None;
         let Failure { disk, reason, .. } = failure;
         eprintln!("ferry: disk {disk}: {reason}; the guest is stopped, `cont` tries again");
         self.become_state(RunState::IoError);
@@ -414,37 +344,28 @@ impl Clerk for Supervisor {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::GuestExit(GuestExit::Reset) if self.mission.host().no_reboot => {
-                self.become_state(RunState::Shutdown);
-                self.end(
-                    self.console.code_unless_expecting(exit_code::OK),
-                    &Event::ending("SHUTDOWN", true, "guest-reset"),
-                );
+            // What the machine before this one had to say does not matter any more.
+            Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
+            Message::GuestExit(_, GuestExit::Reset) if self.mission.host().no_reboot => {
+                self.guest_has_ended(exit_code::OK, "guest-reset");
             }
-            Message::GuestExit(GuestExit::Reset) => self.reset(true),
-            Message::GuestExit(GuestExit::PowerOff) => {
-                self.become_state(RunState::Shutdown);
-                self.end(
-                    self.console.code_unless_expecting(exit_code::OK),
-                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
-                );
+            Message::GuestExit(_, GuestExit::Reset) => self.guest_wants_reset(),
+            Message::GuestExit(_, GuestExit::PowerOff) => {
+                self.guest_has_ended(exit_code::OK, "guest-shutdown");
             }
-            Message::GuestExit(GuestExit::DebugExit(value)) => {
-                self.become_state(RunState::Shutdown);
+            Message::GuestExit(_, GuestExit::DebugExit(value)) => {
                 // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
                 let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
-                self.end(
-                    self.console.code_unless_expecting(code),
-                    &Event::ending("SHUTDOWN", true, "guest-shutdown"),
-                );
+                self.guest_has_ended(code, "guest-shutdown");
             }
-            Message::VcpuEnd(VcpuEnd::TripleFault) => {
+            Message::VcpuEnd(_, VcpuEnd::TripleFault) if self.ending.is_none() => {
                 eprintln!("ferry: the guest has crashed (triple fault)");
                 self.become_state(RunState::Shutdown);
                 let event = Event::ending("SHUTDOWN", true, "guest-panic");
                 self.end(exit_code::GUEST_FAILED, &event);
             }
-            Message::VcpuEnd(VcpuEnd::Failed(why)) => self.fail(&why),
+            Message::VcpuEnd(_, VcpuEnd::TripleFault) => {}
+            Message::VcpuEnd(_, VcpuEnd::Failed(why)) => self.fail(&why),
             Message::Console(ConsoleEvent::Expected) => {
                 self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
             }
@@ -453,6 +374,14 @@ impl Clerk for Supervisor {
             }
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
+            Message::TaskEnded(id, done) => {
+                // One that was left behind may still bring a machine, which takes time to drop.
+                if self.tasks.ended(id) {
+                    self.on_task_ended(id, done);
+                } else if let Done::Built(Ok(machine)) = done {
+                    tasks::discard(machine);
+                }
+            }
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 self.jobs.reap(id);
@@ -462,41 +391,135 @@ impl Clerk for Supervisor {
                 }
                 log::info!("migration: {outcome:?}");
             }
-            Message::IncomingEnded(id, Ok(())) => self.jobs.reap(id),
-            Message::IncomingEnded(id, Err(why)) => {
+            Message::IncomingEnded(id, result) => {
                 self.jobs.reap(id);
-                eprintln!("ferry: the guest did not arrive: {why}");
-                self.end(exit_code::GUEST_FAILED, &Event::ending("SHUTDOWN", false, "host-error"));
+                if let Some(ending) = &mut self.ending {
+                    ending.arrival_at_work = false;
+                    self.finish_ending();
+                } else if let Err(why) = result {
+                    eprintln!("ferry: the guest did not arrive: {why}");
+                    let event = Event::ending("SHUTDOWN", false, "host-error");
+                    self.end(exit_code::GUEST_FAILED, &event);
+                }
             }
         }
+        self.look_after_waiting();
     }
 
     fn on_request(&mut self, request: Incoming) {
-        let result = self.execute(request.command.clone());
-        self.desk.reply(&request, result);
+        // The end does not wait for anything.
+        if request.command == Command::Quit {
+            if let Some(result) = self.execute(&request) {
+                self.desk.reply(&request, result);
+            }
+            return self.look_after_waiting();
+        }
+        match self.waiting.behind(request) {
+            Behind::Next(request) => self.serve(request),
+            Behind::Waits => {}
+            Behind::TooMany(request) => {
+                let desc = "too many requests wait for the one before them";
+                self.desk.reply(&request, Err(QmpError::generic(desc)));
+            }
+        }
+        self.look_after_waiting();
     }
 
     fn on_timeout(&mut self) {
-        eprintln!("ferry: --timeout has passed");
+        if self.ending.is_none() {
+            eprintln!("ferry: --timeout has passed");
+        }
         let event = Event::ending("SHUTDOWN", false, "host-signal");
         self.end(exit_code::TIMEOUT, &event);
+        self.look_after_waiting();
     }
 
     fn on_signal(&mut self) {
+        if self.ending.is_some() {
+            return self.end_at_once();
+        }
         let event = Event::ending("SHUTDOWN", false, "host-signal");
         self.end(exit_code::GUEST_FAILED, &event);
+        self.look_after_waiting();
     }
 
-    /// Stops everything before the process ends, so that logs and disks are whole.
+    fn on_alarm(&mut self) {
+        self.alarm = None;
+        let now = Instant::now();
+        for id in self.tasks.take_overdue(now) {
+            self.on_task_ended(id, Done::Nothing);
+        }
+        for request in self.waiting.take_overdue(now) {
+            let desc = "what the machine is doing takes too long: try again";
+            self.answer(&request, Err(QmpError::generic(desc)));
+        }
+        if self.ending.as_ref().is_some_and(|ending| ending.deadline <= now) {
+            self.end_at_once();
+        }
+        self.look_after_waiting();
+    }
+
     fn shut_down(&mut self) {
         self.jobs.abandon();
         self.dirty_rate.abort();
         self.console.detach();
-        if let Some(machine) = &mut self.machine
-            && let Err(error) = machine.pause().and_then(|()| machine.flush_disks(|_| true))
-        {
-            log::error!("while shutting down: {}", chain(&error));
+        if let Some(machine) = self.machine.take() {
+            match &self.ending {
+                // Dropping it would wait for what hangs.
+                Some(ending) if ending.leaves_machine => std::mem::forget(machine),
+                _ => drop(machine),
+            }
         }
-        self.machine = None;
+    }
+}
+
+impl Supervisor {
+    /// Answers a request, now or later.
+    fn serve(&mut self, request: Incoming) {
+        if self.must_wait(&request.command) {
+            self.waiting.hold(request.client);
+            self.waiting.block(request);
+        } else {
+            self.waiting.hold(request.client);
+            if let Some(result) = self.execute(&request) {
+                self.answer(&request, result);
+            }
+        }
+    }
+
+    /// Answers a request whose client has waited, and serves what that has asked since.
+    fn answer(&mut self, request: &Incoming, result: QmpResult) {
+        self.desk.reply(request, result);
+        for next in self.waiting.release(request.client) {
+            self.on_request(next);
+        }
+    }
+
+    /// Begins what could not be begun before, and sets the alarm for what has a deadline.
+    fn look_after_waiting(&mut self) {
+        for blocked in self.waiting.take_blocked() {
+            if self.must_wait(&blocked.request.command) {
+                self.waiting.block_again(blocked);
+            } else if let Some(result) = self.execute(&blocked.request) {
+                self.answer(&blocked.request, result);
+            }
+        }
+        let ending = self.ending.as_ref().map(|ending| ending.deadline);
+        let deadlines = [self.tasks.deadline(), self.waiting.deadline(), ending];
+        if let Some(next) = deadlines.into_iter().flatten().min()
+            && self.alarm != Some(next)
+        {
+            self.alarm = Some(next);
+            self.desk.set_alarm(next.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    /// The guest has ended itself.
+    fn guest_has_ended(&mut self, code: u8, reason: &str) {
+        if self.ending.is_none() {
+            self.become_state(RunState::Shutdown);
+            let code = self.console.code_unless_expecting(code);
+            self.end(code, &Event::ending("SHUTDOWN", true, reason));
+        }
     }
 }

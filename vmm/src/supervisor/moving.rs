@@ -1,23 +1,39 @@
-//! What the machine does for a migration, on the main thread: it is stopped and goes on, its devices and
-//! disks are given away or taken, it is built for a guest that arrives, and run. Asked by the migration
-//! threads through [`super::guest`]; when and why is `migration`'s business.
+//! What the machine does for a migration, on the main thread: it is stopped and goes on, its records are
+//! given away or taken, a machine for a guest that arrives is taken and run. Asked by the migration threads
+//! through [`super::guest`]; when and why is `migration`'s business, and what takes long is theirs.
 
-use super::guest::{Arrival, GuestRequest};
-use super::{Mission, Supervisor};
+use super::guest::GuestRequest;
+use super::{Mission, Supervisor, tasks};
 use crate::control::Event;
 use crate::error::{chain, guest_error};
-use crate::images::Images;
-use crate::machine::description::Description;
+use crate::machine::Machine;
+use crate::machine::drain::Drains;
 use crate::machine::run_state::RunState;
-use crate::machine::{Machine, MachineError};
-use migration::guest::{GuestError, IncomingRam, RunPermit, Stopped};
+use migration::guest::{GuestError, RunPermit, Stopped};
+
+/// A guest whose vCPUs are stopped for a migration, which waits for its requests in flight. Clients are
+/// not told before that has worked.
+pub(super) struct Pausing {
+    /// Whether the user wants it to run.
+    pub was_running: bool,
+}
 
 impl Supervisor {
     pub(super) fn on_guest_request(&mut self, request: GuestRequest) {
         let no_machine = || GuestError::new("there is no machine");
-        // A migration thread that does not wait for its answer has been cancelled.
+        // A migration thread that does not wait for its answer has been cancelled. One that gets none hears
+        // that the process is about to end.
         match request {
-            GuestRequest::Pause(reply) => drop(reply.send(self.pause_for_migration())),
+            GuestRequest::Uninstall(reply) => drop(reply.send(Ok(self.uninstall()))),
+            GuestRequest::Surrendered(reply) => {
+                self.become_state(RunState::Postmigrate);
+                drop(reply.send(Ok(())));
+            }
+            GuestRequest::Install(machine, _) if self.ending.is_some() => tasks::discard(machine),
+            _ if self.ending.is_some() => {}
+            GuestRequest::BeginPause(reply) => drop(reply.send(self.begin_pause())),
+            GuestRequest::FinishPause(reply) => drop(reply.send(self.finish_pause())),
+            GuestRequest::CallOffPause(reply) => drop(reply.send(self.call_off_pause())),
             GuestRequest::SaveRecords(reply) => {
                 let machine = self.machine.as_ref().ok_or_else(no_machine);
                 let records = machine.and_then(|machine| {
@@ -25,23 +41,8 @@ impl Supervisor {
                 });
                 drop(reply.send(records));
             }
-            GuestRequest::ReleaseDisks(reply) => {
-                let machine = self.machine.as_ref().ok_or_else(no_machine);
-                let released = machine.and_then(|machine| {
-                    // What the destination has received is on its own storage.
-                    let stays = |id: &str| !self.jobs.travelling.iter().any(|other| other == id);
-                    machine
-                        .flush_disks(stays)
-                        // Nothing is written any more once the lock is gone, not even by a later flush.
-                        .and_then(|()| machine.write_back_disks())
-                        .map_err(|error| guest_error(&error))?;
-                    machine.unlock_disks();
-                    Ok(())
-                });
-                drop(reply.send(released));
-            }
-            GuestRequest::Resume(stopped, reply) => {
-                drop(reply.send(self.resume_after_migration(stopped)));
+            GuestRequest::Resume(stopped, locked, reply) => {
+                drop(reply.send(self.resume_after_migration(stopped, locked)));
             }
             GuestRequest::Throttle(percent, reply) => {
                 if let Some(machine) = &self.machine {
@@ -49,72 +50,69 @@ impl Supervisor {
                 }
                 drop(reply.send(Ok(())));
             }
-            GuestRequest::Surrendered(reply) => {
-                self.become_state(RunState::Postmigrate);
+            GuestRequest::Build(build) => {
+                // On a thread of its own, which is not nice as the migration's are: the vCPUs' threads
+                // come from it.
+                if let Err(error) = tasks::spawn("build", build) {
+                    log::error!("cannot start a thread: {error}");
+                }
+            }
+            GuestRequest::Install(machine, reply) => {
+                self.machine = Some(machine);
                 drop(reply.send(Ok(())));
             }
-            GuestRequest::Build(description, reply) => {
-                let built = Description::from_stream(&description)
-                    .map_err(MachineError::from)
-                    .map_err(|error| guest_error(&error))
-                    .and_then(|description| self.arrive(description));
-                drop(reply.send(built));
-            }
-            GuestRequest::Disks(reply) => drop(reply.send(Ok(self.images.arriving()))),
             GuestRequest::LoadRecords(records, reply) => {
                 let machine = self.machine.as_mut().ok_or_else(no_machine);
                 drop(reply.send(machine.and_then(|machine| {
                     machine.load_records(records).map_err(|error| guest_error(&error))
                 })));
             }
-            GuestRequest::LockDisks(reply) => {
-                let machine = self.machine.as_ref().ok_or_else(no_machine);
-                drop(reply.send(machine.and_then(|machine| {
-                    machine.lock_disks().map_err(|error| guest_error(&error))
-                })));
-            }
-            GuestRequest::UnlockDisks(reply) => {
-                if let Some(machine) = &self.machine {
-                    machine.unlock_disks();
+            GuestRequest::Run(permit, running, payload, reply) => {
+                let result = self.run_arrived(permit, running);
+                if result.is_ok() && payload.is_some() {
+                    self.payload = payload;
                 }
-                drop(reply.send(Ok(())));
-            }
-            GuestRequest::Run(permit, running, reply) => {
-                drop(reply.send(self.run_arrived(permit, running)));
-            }
-            GuestRequest::Abandon(reply) => {
-                // Closing the disks lets go of their locks: the source wants them back.
-                self.machine = None;
-                self.disks.clear();
-                self.images = Images::default();
-                drop(reply.send(Ok(())));
+                drop(reply.send(result));
             }
         }
     }
 
-    fn pause_for_migration(&mut self) -> Result<Stopped, GuestError> {
+    fn begin_pause(&mut self) -> Result<Drains, GuestError> {
         let refused = |text: &str| Err(GuestError::new(text));
         let was_running = match self.state {
             RunState::Running => true,
             RunState::Paused => false,
             state => return refused(&format!("the guest is {} and cannot move", state.name())),
         };
+        if self.transition.is_some() {
+            return refused("the guest is being reset");
+        }
         let Some(machine) = &mut self.machine else { return refused("there is no machine") };
         if !self.jobs.moves(machine.vm()) {
             return refused("the guest was reset while it moved, and has other RAM now");
         }
-        machine.pause().map_err(|error| guest_error(&error))?;
+        let drains = machine.begin_pause().map_err(|error| guest_error(&error))?;
         if machine.has_ended() {
             // Its message is on the way here: the guest ends, or is reset, where it is.
             return refused("the guest has just ended or asked for a reset");
         }
+        self.pausing = Some(Pausing { was_running });
+        Ok(drains)
+    }
+
+    fn finish_pause(&mut self) -> Result<Stopped, GuestError> {
+        let refused = |text: &str| Err(GuestError::new(text));
+        let pausing = self.pausing.take();
+        let Some(machine) = &mut self.machine else { return refused("there is no machine") };
+        let kept = "a request to its disk has failed: `cont` tries it again";
+        let Some(Pausing { was_running }) = pausing else { return refused(kept) };
         if machine.keeps_disk_requests() {
             // Its request is kept by this process, which cannot give it away.
             if was_running {
                 self.become_state(RunState::IoError);
                 self.tell(&Event::plain("STOP"));
             }
-            return refused("a request to its disk has failed: `cont` tries it again");
+            return refused(kept);
         }
         let Some(permit) = machine.take_permit() else {
             return refused("the right to run this guest is elsewhere");
@@ -126,40 +124,41 @@ impl Supervisor {
         Ok(Stopped { permit, was_running, drains: Vec::new() })
     }
 
-    fn resume_after_migration(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+    fn call_off_pause(&mut self) -> Result<(), GuestError> {
+        let runs = self.pausing.take().is_some_and(|pausing| pausing.was_running);
+        let Some(machine) = self.machine.as_mut().filter(|_| runs) else { return Ok(()) };
+        if let Err(error) = machine.run() {
+            let why = chain(&error);
+            self.fail(&why);
+            return Err(GuestError::new(why));
+        }
+        Ok(())
+    }
+
+    fn resume_after_migration(
+        &mut self,
+        stopped: Stopped,
+        locked: Result<(), String>,
+    ) -> Result<(), GuestError> {
         let Some(machine) = &mut self.machine else { return Ok(()) };
         machine.grant(stopped.permit);
-        if let Err(error) = relock(machine) {
+        if let Err(why) = locked {
             self.become_state(RunState::IoError);
-            return Err(GuestError::new(format!(
-                "{}; the guest stays paused, `cont` tries again",
-                chain(&error)
-            )));
+            let text = format!("{why}; the guest stays paused, `cont` tries again");
+            return Err(GuestError::new(text));
         }
         if stopped.was_running {
-            self.resume().map_err(|error| guest_error(&error))
+            self.resume().map_err(|error| GuestError::new(error.desc))
         } else {
             self.become_state(RunState::Paused);
             Ok(())
         }
     }
 
-    fn arrive(&mut self, mut description: Description) -> Result<Arrival, GuestError> {
-        let Mission::Receive(config) = &self.mission else {
-            return Err(GuestError::new("this process waits for no guest"));
-        };
-        let failed = |error: &dyn std::error::Error| guest_error(error);
-        self.images =
-            Images::prepare(&description.disks, config).map_err(|error| failed(&error))?;
-        self.disks = std::mem::take(&mut self.images.nodes);
-        // They have travelled then: when the guest leaves again, that is said anew.
-        description.disks.iter_mut().for_each(|disk| disk.travels = None);
-        let machine = Machine::arrive(&self.host, description, self.backends())
-            .map_err(|error| failed(&error))?;
-        let ram =
-            IncomingRam { ram: machine.vm().ram().clone(), layout: machine.vm().layout().clone() };
-        self.machine = Some(machine);
-        Ok(Arrival { ram, backings: std::mem::take(&mut self.images.backings) })
+    /// Gives back the machine of a guest that has not arrived.
+    fn uninstall(&mut self) -> Option<Box<Machine>> {
+        let arriving = self.state == RunState::Inmigrate;
+        self.machine.take_if(|machine| arriving && !machine.is_running())
     }
 
     fn run_arrived(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
@@ -167,7 +166,6 @@ impl Supervisor {
         let Some(machine) = &mut self.machine else {
             return Err(GuestError::new("there is no machine"));
         };
-        self.images.keep().map_err(|error| guest_error(&error))?;
         machine.grant(permit);
         let serial = machine.serial().clone();
         if running && !paused {
@@ -177,24 +175,7 @@ impl Supervisor {
         } else {
             self.become_state(RunState::Paused);
         }
-        self.images.settle();
         self.console.attach(serial);
         Ok(())
     }
-}
-
-/// Takes the disks' locks back. A destination that refused lets go of them when its connection closes,
-/// which may take a moment.
-fn relock(machine: &Machine) -> Result<(), MachineError> {
-    const TRIES: u32 = 20;
-    let mut result = machine.lock_disks();
-    for _ in 0..TRIES {
-        if result.is_ok() {
-            break;
-        }
-        // The lock's holder gives no event when it lets go, so there is nothing else to wait for.
-        std::thread::sleep(std::time::Duration::from_millis(50));
-        result = machine.lock_disks();
-    }
-    result
 }

@@ -1,0 +1,107 @@
+//! The boot payload on its way between hosts: what the migration engine asks of it at either end.
+
+use super::payload::store::PayloadStore;
+use super::payload::{BootPayload, FileIdentity, PayloadError, Role};
+use crate::error::guest_error;
+use migration::boot::{BootSink, BootSource, FileRole, Identity};
+use migration::destination::GoOn;
+use migration::guest::GuestError;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+impl From<Role> for FileRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Kernel => Self::Kernel,
+            Role::Initrd => Self::Initrd,
+            Role::Module => Self::Module,
+        }
+    }
+}
+
+impl From<FileRole> for Role {
+    fn from(role: FileRole) -> Self {
+        match role {
+            FileRole::Kernel => Self::Kernel,
+            FileRole::Initrd => Self::Initrd,
+            FileRole::Module => Self::Module,
+        }
+    }
+}
+
+fn failed(error: PayloadError) -> GuestError {
+    guest_error(&error)
+}
+
+/// At the source: the files that were opened when the process started, or that arrived.
+pub struct LeavingFiles(pub Arc<BootPayload>);
+
+impl BootSource for LeavingFiles {
+    fn identities(&mut self, go_on: GoOn<'_>) -> Result<Vec<Identity>, GuestError> {
+        let identities = self.0.identities(go_on).map_err(failed)?;
+        let identity = |FileIdentity { len_bytes, sha256, role, arguments }| Identity {
+            role: FileRole::from(role),
+            len_bytes,
+            sha256,
+            arguments,
+        };
+        Ok(identities.into_iter().map(identity).collect())
+    }
+
+    fn read_at(&self, file: usize, offset_bytes: u64, into: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(file, offset_bytes, into)
+    }
+}
+
+/// At the destination: files that are here already, and a place for the others.
+pub struct ArrivingFiles {
+    known: Option<Arc<BootPayload>>,
+    store: Option<PayloadStore>,
+    /// Where the whole payload goes.
+    arrived: Arc<Mutex<Option<BootPayload>>>,
+}
+
+impl ArrivingFiles {
+    /// Files that need not be sent if they are `known`, and that are in `arrived` when all are here.
+    pub fn new(known: Option<Arc<BootPayload>>, arrived: Arc<Mutex<Option<BootPayload>>>) -> Self {
+        Self { known, store: None, arrived }
+    }
+
+    fn store(&mut self) -> Result<&mut PayloadStore, GuestError> {
+        self.store.as_mut().ok_or_else(|| GuestError::new("boot files that were not announced"))
+    }
+}
+
+impl BootSink for ArrivingFiles {
+    fn announce(
+        &mut self,
+        identities: Vec<Identity>,
+        go_on: GoOn<'_>,
+    ) -> Result<Vec<usize>, GuestError> {
+        let identity = |Identity { role, len_bytes, sha256, arguments }| FileIdentity {
+            len_bytes,
+            sha256,
+            role: Role::from(role),
+            arguments,
+        };
+        let identities = identities.into_iter().map(identity).collect();
+        let known: Vec<&BootPayload> = self.known.iter().map(|known| &**known).collect();
+        let store = PayloadStore::new(identities, &known, go_on).map_err(failed)?;
+        let missing = store.missing();
+        self.store = Some(store);
+        Ok(missing)
+    }
+
+    fn write(&mut self, file: usize, offset_bytes: u64, bytes: &[u8]) -> Result<(), GuestError> {
+        self.store()?.write(file, offset_bytes, bytes).map_err(failed)
+    }
+
+    fn finish(&mut self) -> Result<(), GuestError> {
+        self.store()?;
+        if let Some(store) = self.store.take() {
+            let payload = store.finish().map_err(failed)?;
+            *devices::lock(&self.arrived) = Some(payload);
+        }
+        Ok(())
+    }
+}

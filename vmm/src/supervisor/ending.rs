@@ -1,0 +1,171 @@
+//! The end of the process: the guest's requests end and its disks are flushed, for a while. A disk that
+//! hangs is named and left behind.
+
+use super::tasks::{self, DiskWork, Done, TaskId, wait_in_steps};
+use super::{Supervisor, exit_code};
+use crate::control::Event;
+use crate::control::message::QmpError;
+use crate::machine::drain::{DeviceDrain, Drains};
+use migration::guest::PartTime;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// How long disks may take to come to rest and be flushed when the process ends.
+const END_LIMIT: Duration = Duration::from_millis(1500);
+/// How much later the process ends if its tasks do not even report.
+const REPORT_SLACK: Duration = Duration::from_millis(200);
+
+/// A process that is about to end.
+pub(super) struct Ending {
+    code: u8,
+    /// When it ends in any case.
+    pub deadline: Instant,
+    /// Waits for the disks.
+    task: Option<TaskId>,
+    /// A migration's thread lets go of the images that it has made.
+    pub arrival_at_work: bool,
+    /// Something of the machine hangs.
+    pub leaves_machine: bool,
+}
+
+impl Supervisor {
+    /// Ends the process with `code`, unless it is ending already: stops the guest, and lets its disks come
+    /// to rest.
+    pub(super) fn end(&mut self, code: u8, event: &Event) {
+        if self.ending.is_some() {
+            return;
+        }
+        self.tell(event);
+        let arrival_at_work = self.jobs.is_arriving();
+        self.jobs.abandon();
+        self.dirty_rate.abort();
+        self.console.detach();
+        self.pausing = None;
+        let deadline = Instant::now() + END_LIMIT;
+        let mut ending = Ending {
+            code,
+            deadline: deadline + REPORT_SLACK,
+            task: None,
+            arrival_at_work,
+            leaves_machine: false,
+        };
+        if let Some(machine) = &mut self.machine {
+            let (drains, stopped) = machine.begin_end();
+            ending.leaves_machine = !stopped;
+            let come_to_rest = move |_: &_| Done::Flushed(come_to_rest(drains, deadline));
+            match self.tasks.start("end", None, come_to_rest) {
+                Ok(id) => ending.task = Some(id),
+                Err(error) => {
+                    log::error!("cannot wait for the disks: {error}");
+                    ending.leaves_machine = true;
+                }
+            }
+        }
+        self.ending = Some(ending);
+        self.refuse_all_that_waits();
+        self.finish_ending();
+    }
+
+    /// Nothing that was asked for happens any more.
+    fn refuse_all_that_waits(&mut self) {
+        let blocked = self.waiting.take_blocked();
+        let mut requests: Vec<_> = blocked.into_iter().map(|blocked| blocked.request).collect();
+        if let Some((id, transition)) = self.transition.take() {
+            self.tasks.give_up(id);
+            requests.extend(self.give_up_transition(transition));
+        }
+        if let Some(stopping) = self.stopping.take() {
+            self.tasks.give_up(stopping.task);
+            requests.extend(stopping.requests);
+        }
+        for request in requests {
+            self.answer(&request, Err(shutting_down()));
+        }
+    }
+
+    /// The disks have come to rest, or these have not.
+    pub(super) fn on_flushed(&mut self, id: TaskId, late: &[PartTime]) {
+        let Some(ending) = self.ending.as_mut().filter(|ending| ending.task == Some(id)) else {
+            return;
+        };
+        ending.task = None;
+        if !late.is_empty() {
+            ending.leaves_machine = true;
+            let late: Vec<_> = late.iter().map(PartTime::to_string).collect();
+            eprintln!("ferry: {}: not waited for any longer", late.join(", "));
+        }
+        self.finish_ending();
+    }
+
+    /// Ends the process, if nothing is waited for any more.
+    pub(super) fn finish_ending(&mut self) {
+        if let Some(ending) = &self.ending
+            && ending.task.is_none()
+            && !ending.arrival_at_work
+        {
+            self.desk.end(ending.code);
+        }
+    }
+
+    /// Ends the process whatever it waits for.
+    pub(super) fn end_at_once(&mut self) {
+        let ending = self.ending.as_mut();
+        let code = ending.map_or(exit_code::GUEST_FAILED, |ending| {
+            ending.leaves_machine |= ending.task.is_some();
+            ending.code
+        });
+        self.desk.end(code);
+    }
+}
+
+/// Why nothing is done any more.
+pub(super) fn shutting_down() -> QmpError {
+    QmpError::generic("The virtual machine is shutting down")
+}
+
+/// Waits for each device's requests and flushes each disk when its own have ended, until `deadline`;
+/// returns what has not ended.
+fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
+    let (done, ended) = channel();
+    let mut late = Vec::new();
+    let mut at_work = 0;
+    for device in drains.devices {
+        let done = done.clone();
+        let rest = move || drop(done.send(rest(device, deadline)));
+        match tasks::spawn("end-disk", rest) {
+            Ok(()) => at_work += 1,
+            Err(error) => late.push(PartTime::not_ended(error.to_string(), Duration::ZERO)),
+        }
+    }
+    drop(done);
+    for _ in 0..at_work {
+        // Each keeps the deadline by itself, and says a moment later whether it could.
+        let left = (deadline + REPORT_SLACK).saturating_duration_since(Instant::now());
+        match ended.recv_timeout(left) {
+            Ok(None) => {}
+            Ok(Some(time)) => late.push(time),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                late.push(PartTime::not_ended("a device", left));
+            }
+        }
+    }
+    late
+}
+
+/// What of a device has not ended by `deadline`.
+fn rest(mut device: DeviceDrain, deadline: Instant) -> Option<PartTime> {
+    if !wait_in_steps(deadline, &|| true, &mut |until| device.wait_until(until)) {
+        return Some(device.time());
+    }
+    let node = device.disk.filter(|node| !node.read_only())?;
+    let mut flush = DiskWork::new("flush", vec![node]);
+    let done = flush.run(|_| true, |node| node.sync(), deadline, &|| true);
+    let done = match done {
+        Ok(done) => done.into_iter().next()?,
+        Err(error) => return Some(PartTime::not_ended(error.to_string(), Duration::ZERO)),
+    };
+    if let Some(Err(error)) = &done.result {
+        log::error!("while shutting down: {}: {error}", done.time.part);
+    }
+    (!done.time.ended).then_some(done.time)
+}

@@ -1,0 +1,230 @@
+//! A guest that leaves, on the thread `mig-out`: waits for requests in flight, flushes disks, lets go of
+//! their locks and takes them again.
+
+use super::super::messages::Mailbox;
+use super::super::tasks::{DiskWork, longest, wait_in_steps};
+use super::{GuestRequest, ask};
+use crate::error::chain;
+use crate::machine::{MachineError, lock_disks, unlock_disks};
+use devices::block::BlockNode;
+use devices::state::DeviceRecord;
+use migration::cancel::CancelToken;
+use migration::guest::{GuestControl, GuestError, PartTime, Stopped};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a drain that was too late for a pause is watched while the guest runs again, to learn how
+/// long it really takes.
+const DRAIN_AFTERMATH: Duration = Duration::from_secs(1);
+/// How long disks' locks are tried to be retaken. A destination that refused lets go of them when its
+/// connection closes, which may take a moment.
+const RELOCK_LIMIT: Duration = Duration::from_secs(1);
+/// How often.
+const RELOCK_EVERY: Duration = Duration::from_millis(50);
+
+/// Nothing had to be flushed.
+const NO_FLUSH: &str = "disks: flush";
+
+/// Serves a migration's source.
+pub struct LeavingGuest {
+    mailbox: Mailbox,
+    cancel: CancelToken,
+    nodes: Vec<Arc<BlockNode>>,
+    /// Disks that travel: what the destination has received is on its own storage.
+    travelling: Vec<String>,
+    flushes: DiskWork<io::Result<()>>,
+}
+
+impl LeavingGuest {
+    /// The guest with these disks, in a migration that `cancel` ends.
+    pub fn new(
+        mailbox: Mailbox,
+        cancel: CancelToken,
+        nodes: Vec<Arc<BlockNode>>,
+        travelling: Vec<String>,
+    ) -> Self {
+        let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
+        let flushes = DiskWork::new("flush", writable);
+        Self { mailbox, cancel, nodes, travelling, flushes }
+    }
+
+    /// Has `work` done to each writable disk that `wanted` names, until `deadline`.
+    fn flush(
+        &mut self,
+        wanted: impl Fn(&BlockNode, bool) -> bool,
+        work: impl Fn(&BlockNode, bool) -> io::Result<()> + Clone + Send + 'static,
+        deadline: Instant,
+    ) -> Result<PartTime, GuestError> {
+        let (travelling, cancel) = (self.travelling.clone(), self.cancel.clone());
+        let stays = move |node: &BlockNode| !travelling.iter().any(|id| id == node.id());
+        let stays_too = stays.clone();
+        let done = self.flushes.run(
+            |node| wanted(node, stays(node)),
+            move |node| work(node, stays_too(node)),
+            deadline,
+            &|| !cancel.is_cancelled(),
+        );
+        let done =
+            done.map_err(|error| GuestError::new(format!("cannot start a thread: {error}")))?;
+        for disk in &done {
+            if let Some(Err(error)) = &disk.result {
+                return Err(GuestError::new(format!("{}: {error}", disk.time.part)));
+            }
+        }
+        Ok(longest(&done, NO_FLUSH))
+    }
+}
+
+impl GuestControl for LeavingGuest {
+    fn flush_ahead(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
+        self.flush(|_, stays| stays, |node, _| node.sync(), deadline)
+    }
+
+    fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError> {
+        let mut drains = ask(&self.mailbox, GuestRequest::BeginPause)?;
+        let cancel = self.cancel.clone();
+        let go_on = || !cancel.is_cancelled();
+        if wait_in_steps(deadline, &go_on, &mut |until| drains.wait_until(until)) {
+            let stopped = ask(&self.mailbox, GuestRequest::FinishPause)?;
+            return Ok(Stopped { drains: drains.times(), ..stopped });
+        }
+        ask(&self.mailbox, GuestRequest::CallOffPause)?;
+        // The guest runs on. What is learnt now says what the next attempt needs.
+        let aftermath = Instant::now() + DRAIN_AFTERMATH;
+        wait_in_steps(aftermath, &go_on, &mut |until| drains.wait_until(until));
+        Err(GuestError::Overdue(drains.longest()))
+    }
+
+    fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+        ask(&self.mailbox, GuestRequest::SaveRecords)
+    }
+
+    fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
+        // Nothing is written any more once the lock is gone, not even by a later flush: so all is written
+        // back, and a thread that is late for that keeps the lock.
+        let flush = |node: &BlockNode, stays: bool| {
+            if stays {
+                node.sync()?;
+            }
+            node.write_back()
+        };
+        let took = self.flush(|_, _| true, flush, deadline)?;
+        if !took.ended {
+            return Err(GuestError::Overdue(took));
+        }
+        unlock_disks(&self.nodes);
+        Ok(took)
+    }
+
+    fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
+        let locked = relock(&self.nodes).map_err(|error| chain(&error));
+        ask(&self.mailbox, |reply| GuestRequest::Resume(stopped, locked, reply))
+    }
+
+    fn surrendered(&mut self) {
+        if let Err(error) = ask(&self.mailbox, GuestRequest::Surrendered) {
+            log::debug!("{error}");
+        }
+    }
+
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        ask(&self.mailbox, |reply| GuestRequest::Throttle(percent, reply))
+    }
+}
+
+/// Takes the disks' locks back.
+fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
+    let deadline = Instant::now() + RELOCK_LIMIT;
+    loop {
+        let result = lock_disks(nodes);
+        if result.is_ok() || Instant::now() >= deadline {
+            return result;
+        }
+        // The lock's holder gives no event when it lets go, so there is nothing else to wait for.
+        std::thread::sleep(RELOCK_EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::block::backend::BlockBackend;
+    use devices::block::memory::MemoryDisk;
+    use devices::block::raw::{Cache, RawFile};
+
+    fn guest(nodes: Vec<Arc<BlockNode>>, travelling: &[&str]) -> LeavingGuest {
+        let (mailbox, _) = crate::desk::mailbox_for_test();
+        let travelling = travelling.iter().map(|id| (*id).to_owned()).collect();
+        LeavingGuest::new(mailbox, CancelToken::new(), nodes, travelling)
+    }
+
+    fn in_a_moment() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    fn late() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    #[test]
+    fn disks_that_stay_are_flushed_ahead_and_one_that_hangs_is_named() {
+        let disks = ["stays", "hangs", "travels"].map(|id| (id, MemoryDisk::new(512)));
+        let [stays, hangs, travels] = [0, 1, 2].map(|index| disks[index].1.script());
+        let nodes = disks.map(|(id, disk)| Arc::new(BlockNode::new(id, Box::new(disk))));
+        let mut guest = guest(nodes.to_vec(), &["travels"]);
+        hangs.hold(true);
+        let took = guest.flush_ahead(in_a_moment()).unwrap();
+        assert_eq!((took.part.as_str(), took.ended), ("disk `hangs`: flush", false));
+        assert_eq!((stays.flush_count(), travels.flush_count()), (1, 0));
+        hangs.hold(false);
+        let took = guest.flush_ahead(late()).unwrap();
+        assert!(took.ended, "{took}");
+        hangs.fail(true);
+        let error = guest.flush_ahead(late()).unwrap_err();
+        assert_eq!(error.to_string(), "disk `hangs`: flush: scripted fault");
+    }
+
+    #[test]
+    fn no_lock_is_let_go_of_before_every_flush_has_ended() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512).unwrap();
+        let open = || RawFile::open(file.path(), false, Cache::Writeback).unwrap();
+        let slow = MemoryDisk::new(512);
+        let script = slow.script();
+        let disks: [(&str, Box<dyn BlockBackend>); 2] =
+            [("locked", Box::new(open())), ("slow", Box::new(slow))];
+        let nodes = disks.map(|(id, disk)| Arc::new(BlockNode::new(id, disk)));
+        lock_disks(&nodes).unwrap();
+        let mut guest = guest(nodes.to_vec(), &[]);
+        script.hold(true);
+        let overdue = guest.release_disks(in_a_moment()).unwrap_err();
+        assert!(matches!(&overdue, GuestError::Overdue(time) if time.part == "disk `slow`: flush"));
+        assert!(open().lock().is_err(), "the other one's lock is kept as well");
+        // Nor does the flush that was left behind let go of it.
+        script.hold(false);
+        while script.flush_count() == 0 {
+            std::thread::yield_now();
+        }
+        assert!(open().lock().is_err());
+        assert!(guest.release_disks(late()).unwrap().ended);
+        assert!(open().lock().is_ok());
+    }
+
+    #[test]
+    fn a_cancel_ends_the_wait_for_a_disk() {
+        let disk = MemoryDisk::new(512);
+        let script = disk.script();
+        let mut guest = guest(vec![Arc::new(BlockNode::new("d", Box::new(disk)))], &[]);
+        script.hold(true);
+        let cancel = guest.cancel.clone();
+        let cancels = std::thread::spawn(move || {
+            script.wait_until_held();
+            cancel.cancel();
+            script
+        });
+        let never = Instant::now() + Duration::from_secs(3600);
+        assert!(matches!(guest.release_disks(never), Err(GuestError::Overdue(_))));
+        cancels.join().unwrap().hold(false);
+    }
+}

@@ -1,0 +1,334 @@
+//! Where things take time: threads that wait for storage and hosts, so that the main thread need not.
+//!
+//! A [`Task`] has a deadline and a cancel, and reports with [`Message::TaskEnded`]. What it does may hang in
+//! the kernel, where nothing can end it: a task that is overdue is left behind, and what it brings later
+//! is given up. [`DiskWork`] does the same thing for several disks, each on a thread of its own, so that
+//! one that hangs does not keep the others.
+
+use super::messages::{Mailbox, Message};
+use crate::machine::Machine;
+use crate::machine::drain::longest_first;
+use devices::block::BlockNode;
+use migration::guest::PartTime;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// How often something that waits looks whether it should go on.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Names a task; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TaskId(u64);
+
+/// What a task has come to.
+pub enum Done {
+    /// A machine, or why there is none.
+    Built(Result<Box<Machine>, super::SetupError>),
+    /// The requests in flight have ended, or these have not.
+    Drained(Result<(), Vec<PartTime>>),
+    /// The disks are locked, or why not.
+    Locked(Result<(), String>),
+    /// The sizes of the images that could be asked are known.
+    Sized,
+    /// The disks are flushed, but for these.
+    Flushed(Vec<PartTime>),
+    /// It panicked, or has not ended by its deadline.
+    Nothing,
+}
+
+/// Tells a task to give up. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// It should.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether it should.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+struct Task {
+    what: &'static str,
+    deadline: Option<Instant>,
+    cancel: Cancel,
+}
+
+/// The tasks at work.
+pub struct Tasks {
+    mailbox: Mailbox,
+    last_id: u64,
+    at_work: BTreeMap<TaskId, Task>,
+}
+
+/// Reports a task's end also when it panics.
+struct Report {
+    mailbox: Mailbox,
+    id: TaskId,
+    done: Done,
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        let done = std::mem::replace(&mut self.done, Done::Nothing);
+        self.mailbox.post(Message::TaskEnded(self.id, done));
+    }
+}
+
+impl Tasks {
+    /// None yet; they report to `mailbox`.
+    pub fn new(mailbox: Mailbox) -> Self {
+        Self { mailbox, last_id: 0, at_work: BTreeMap::new() }
+    }
+
+    /// Has `work` done on a thread. After `limit` it is overdue.
+    pub fn start(
+        &mut self,
+        what: &'static str,
+        limit: Option<Duration>,
+        work: impl FnOnce(&Cancel) -> Done + Send + 'static,
+    ) -> io::Result<TaskId> {
+        let id = TaskId(self.last_id + 1);
+        self.last_id = id.0;
+        let (mailbox, cancel) = (self.mailbox.clone(), Cancel::default());
+        let token = cancel.clone();
+        spawn(what, move || {
+            let mut report = Report { mailbox, id, done: Done::Nothing };
+            report.done = work(&token);
+        })?;
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        self.at_work.insert(id, Task { what, deadline, cancel });
+        Ok(id)
+    }
+
+    /// A task has reported; whether anybody waits for that.
+    pub fn ended(&mut self, id: TaskId) -> bool {
+        self.at_work.remove(&id).is_some()
+    }
+
+    /// Nobody waits for this task any more.
+    pub fn give_up(&mut self, id: TaskId) {
+        if let Some(task) = self.at_work.remove(&id) {
+            task.cancel.cancel();
+        }
+    }
+
+    /// The next deadline.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.at_work.values().filter_map(|task| task.deadline).min()
+    }
+
+    /// Gives up the tasks whose deadline has passed, and names them.
+    pub fn take_overdue(&mut self, now: Instant) -> Vec<TaskId> {
+        let is_late = |task: &Task| task.deadline.is_some_and(|deadline| deadline <= now);
+        let late = self.at_work.iter().filter(|(_, task)| is_late(task));
+        let late: Vec<_> = late.map(|(id, task)| (*id, task.what)).collect();
+        for (id, what) in &late {
+            log::warn!("the task `{what}` has not ended in time and is left behind");
+            self.give_up(*id);
+        }
+        late.into_iter().map(|(id, _)| id).collect()
+    }
+}
+
+/// Starts a thread that nobody waits for.
+pub fn spawn(what: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let builder = std::thread::Builder::new().name(format!("task-{what}"));
+    // Opening a qcow2 image and loading a kernel take more stack than waiting does.
+    builder.stack_size(512 << 10).spawn(work).map(drop)
+}
+
+/// Drops what takes time to drop, a machine, where nobody waits for it.
+pub fn discard<T: Send + 'static>(what: T) {
+    if let Err(error) = spawn("discard", move || drop(what)) {
+        // The value went with the thread that there is not.
+        log::error!("cannot start a thread: {error}");
+    }
+}
+
+/// Something that is being done to a disk.
+struct UnderWay<T> {
+    began: Instant,
+    answer: Receiver<(T, Duration)>,
+}
+
+/// The same work on several disks, each on a thread of its own. A disk has one thread at most: while
+/// that hangs in the kernel no other is started.
+pub struct DiskWork<T> {
+    what: &'static str,
+    disks: Vec<(Arc<BlockNode>, Option<UnderWay<T>>)>,
+}
+
+/// How it went with one disk.
+pub struct DiskDone<T> {
+    /// How long it took, or has been waited for.
+    pub time: PartTime,
+    /// What it has come to, if it has ended.
+    pub result: Option<T>,
+}
+
+impl<T: Send + 'static> DiskWork<T> {
+    /// Work that is called `what`, on these disks.
+    pub fn new(what: &'static str, disks: Vec<Arc<BlockNode>>) -> Self {
+        Self { what, disks: disks.into_iter().map(|node| (node, None)).collect() }
+    }
+
+    /// Whether it is on these very disks.
+    pub fn is_about(&self, nodes: &[Arc<BlockNode>]) -> bool {
+        let same =
+            |((own, _), node): (&(Arc<BlockNode>, _), &Arc<BlockNode>)| Arc::ptr_eq(own, node);
+        self.disks.len() == nodes.len() && self.disks.iter().zip(nodes).all(same)
+    }
+
+    /// Does `work` to the disks that `wanted` names, and waits for it until `deadline`, or until `go_on`
+    /// says no. What was begun earlier and has not ended is waited for first, as `work` has to see what
+    /// the guest has done since.
+    pub fn run(
+        &mut self,
+        wanted: impl Fn(&BlockNode) -> bool,
+        work: impl Fn(&BlockNode) -> T + Clone + Send + 'static,
+        deadline: Instant,
+        go_on: &dyn Fn() -> bool,
+    ) -> io::Result<Vec<DiskDone<T>>> {
+        let what = self.what;
+        let mut chosen: Vec<_> = self.disks.iter_mut().filter(|(node, _)| wanted(node)).collect();
+        let begin = |node: &Arc<BlockNode>| {
+            let (node, work, began) = (node.clone(), work.clone(), Instant::now());
+            let (done, answer) = channel();
+            spawn(what, move || {
+                let result = work(&node);
+                // Nobody may wait for it any more.
+                let _ = done.send((result, began.elapsed()));
+            })?;
+            Ok::<_, io::Error>(UnderWay { began, answer })
+        };
+        // All are begun before the first is waited for.
+        let mut stale = Vec::with_capacity(chosen.len());
+        for (node, under_way) in &mut chosen {
+            stale.push(under_way.is_some());
+            if under_way.is_none() {
+                *under_way = Some(begin(node)?);
+            }
+        }
+        let mut all = Vec::with_capacity(chosen.len());
+        for ((node, under_way), stale) in chosen.into_iter().zip(stale) {
+            if stale && wait(under_way, deadline, go_on).is_some() {
+                *under_way = Some(begin(node)?);
+            }
+            let part = format!("disk `{}`: {what}", node.id());
+            let began = under_way.as_ref().map(|under_way| under_way.began);
+            all.push(match wait(under_way, deadline, go_on) {
+                Some((result, took)) => {
+                    DiskDone { time: PartTime::new(part, took), result: Some(result) }
+                }
+                None => {
+                    let waited = began.map(|began| began.elapsed()).unwrap_or_default();
+                    DiskDone { time: PartTime::not_ended(part, waited), result: None }
+                }
+            });
+        }
+        Ok(all)
+    }
+}
+
+/// Takes the answer when it comes; leaves what is under way if it does not in time.
+fn wait<T>(
+    under_way: &mut Option<UnderWay<T>>,
+    deadline: Instant,
+    go_on: &dyn Fn() -> bool,
+) -> Option<(T, Duration)> {
+    let pending = under_way.as_ref()?;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match pending.answer.recv_timeout(left.min(LOOK_EVERY)) {
+            Ok(answer) => {
+                *under_way = None;
+                return Some(answer);
+            }
+            // Its thread has panicked; there will be no answer, and it is as late as one that hangs.
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) if left.is_zero() || !go_on() => return None,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+/// The part that took longest, or `none` if there is none.
+pub fn longest<T>(all: &[DiskDone<T>], none: &str) -> PartTime {
+    let mut times: Vec<_> = all.iter().map(|done| done.time.clone()).collect();
+    longest_first(&mut times);
+    times.into_iter().next().unwrap_or_else(|| PartTime::new(none, Duration::ZERO))
+}
+
+/// Waits until `deadline` for `wait` to say that it has ended, in steps, and stops early if `go_on` says
+/// no.
+pub fn wait_in_steps(
+    deadline: Instant,
+    go_on: &dyn Fn() -> bool,
+    wait: &mut dyn FnMut(Instant) -> bool,
+) -> bool {
+    loop {
+        let now = Instant::now();
+        if wait(deadline.min(now + LOOK_EVERY)) {
+            return true;
+        }
+        if now >= deadline || !go_on() {
+            return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use devices::block::memory::MemoryDisk;
+
+    fn flush(node: &BlockNode) -> Result<(), String> {
+        node.sync().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_disk_that_hangs_is_named_and_the_others_are_done() {
+        let (fast, slow) = (MemoryDisk::new(512), MemoryDisk::new(512));
+        let (fast_script, script) = (fast.script(), slow.script());
+        let nodes = [("fast", fast), ("slow", slow)]
+            .map(|(id, disk)| Arc::new(BlockNode::new(id, Box::new(disk))));
+        let mut work = DiskWork::new("flush", nodes.to_vec());
+        let soon = || Instant::now() + Duration::from_millis(100);
+        script.hold(true);
+        let done = work.run(|_| true, flush, soon(), &|| true).unwrap();
+        assert_eq!(done[0].result, Some(Ok(())));
+        assert!(done[0].time.ended && !done[1].time.ended && done[1].result.is_none());
+        assert_eq!(longest(&done, "none").part, "disk `slow`: flush");
+        assert_eq!(fast_script.flush_count(), 1);
+        // Tried again, it still has one thread, whose flush is not enough.
+        drop(work.run(|_| true, flush, soon(), &|| true).unwrap());
+        assert_eq!(script.held(), 1);
+        script.hold(false);
+        let late = Instant::now() + Duration::from_secs(60);
+        let done = work.run(|node| node.id() == "slow", flush, late, &|| true).unwrap();
+        assert_eq!(done.len(), 1);
+        assert_eq!(done[0].result, Some(Ok(())));
+        assert_eq!((fast_script.flush_count(), script.flush_count()), (2, 2));
+    }
+
+    #[test]
+    fn who_is_told_to_give_up_does_not_wait_for_the_deadline() {
+        let disk = MemoryDisk::new(512);
+        let script = disk.script();
+        script.hold(true);
+        let mut work = DiskWork::new("flush", vec![Arc::new(BlockNode::new("d", Box::new(disk)))]);
+        let never = Instant::now() + Duration::from_secs(3600);
+        let done = work.run(|_| true, flush, never, &|| false).unwrap();
+        assert!(!done[0].time.ended);
+        script.hold(false);
+    }
+}

@@ -1,0 +1,484 @@
+//! What the machine goes through, one thing at a time, each waited for by a task:
+//!
+//! ```text
+//!  boot    build ─▶ run
+//!  cont    lock the disks, if they may not be ours ─▶ run
+//!  reset   build the new machine ─▶ stop the old one, wait for its requests ─▶ swap ─▶ run
+//!          (any step fails: the old one goes on, or stays as it was)
+//! ```
+//! A `stop` stops the vCPUs at once and is answered when the requests in flight have ended; `cont` need not
+//! wait for that.
+
+use super::tasks::{self, Done, TaskId, wait_in_steps};
+use super::{BackendParts, MachineId, Mission, SetupError, Supervisor, ending};
+use crate::boot::payload::BootPayload;
+use crate::config::RunConfig;
+use crate::control::command::Command;
+use crate::control::message::QmpError;
+use crate::control::{Event, Incoming, QmpResult};
+use crate::error::chain;
+use crate::kvm::Host;
+use crate::machine::build::NewMachine;
+use crate::machine::description::Description;
+use crate::machine::drain::Drains;
+use crate::machine::run_state::RunState;
+use crate::machine::vcpus::VcpusError;
+use crate::machine::{Machine, MachineError, lock_disks};
+use devices::block::backend::GoOn;
+use devices::block::{BlockNode, open_image};
+use migration::guest::{PartTime, RunPermit};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long `stop` waits for the requests in flight before it is answered with an error.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a reset waits for them.
+const RESET_DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long building a machine for a reset may take: its kernel is read once more.
+const RESET_BUILD_LIMIT: Duration = Duration::from_secs(20);
+/// How long taking the disks' locks may take.
+const LOCK_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the machine is going through.
+pub(super) enum Transition {
+    /// The first machine is being built.
+    Boot(MachineId),
+    /// The disks are being locked, so that the guest can go on.
+    Lock(Incoming),
+    /// The machine is being replaced.
+    Reset(Reset),
+}
+
+/// A reset under way.
+pub(super) struct Reset {
+    /// Who has asked for it, if it was a client.
+    request: Option<Incoming>,
+    /// The guest has asked for it: it cannot go on without.
+    by_guest: bool,
+    /// Whether the new machine is to run.
+    runs: bool,
+    new_id: MachineId,
+    /// Once it is built: the old one's requests are being waited for.
+    new: Option<Box<Machine>>,
+}
+
+/// Requests in flight are waited for, and who wants to know.
+pub(super) struct Stopping {
+    pub task: TaskId,
+    pub requests: Vec<Incoming>,
+}
+
+impl Supervisor {
+    /// Whether what this command changes is being changed already, or is held by a migration that is over
+    /// but for saying so.
+    pub(super) fn must_wait(&self, command: &Command) -> bool {
+        if self.ending.is_some() {
+            return false;
+        }
+        let in_transition = self.transition.is_some();
+        match command {
+            Command::Stop => in_transition,
+            Command::Cont { .. }
+            | Command::Reset
+            | Command::Migrate { .. }
+            | Command::CalcDirtyRate(_) => {
+                let settled = matches!(self.state, RunState::Running | RunState::Paused)
+                    && self.jobs.is_settled();
+                in_transition || settled && !matches!(command, Command::Cont { .. })
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the old machine is stopped, to be replaced.
+    pub(super) fn is_swapping(&self) -> bool {
+        matches!(&self.transition, Some((_, Transition::Reset(reset))) if reset.new.is_some())
+    }
+
+    /// Has the machine built that the configuration describes.
+    pub(super) fn boot(&mut self) -> Result<(), SetupError> {
+        let Mission::Run(config) = &self.mission else { return Ok(()) };
+        let (config, host) = (config.clone(), self.host.clone());
+        let Some(payload) = self.payload.clone() else { return Ok(()) };
+        let (id, parts) = self.backend_parts();
+        let build = move |cancel: &tasks::Cancel| {
+            Done::Built(build_first(&host, config, &payload, parts, &|| !cancel.is_cancelled()))
+        };
+        let task = self.tasks.start("boot", None, build).map_err(SetupError::Thread)?;
+        self.transition = Some((task, Transition::Boot(id)));
+        Ok(())
+    }
+
+    /// What the guest boots from when it is reset: opened at the start, or arrived with the guest.
+    fn boot_files(&self) -> Result<Arc<BootPayload>, &'static str> {
+        self.payload.clone().ok_or("its kernel is not here: give --kernel to ferry receive")
+    }
+
+    /// A task that somebody waits for has ended.
+    pub(super) fn on_task_ended(&mut self, id: TaskId, done: Done) {
+        if let Some((_, transition)) = self.transition.take_if(|(task, _)| *task == id) {
+            return self.on_step(transition, done);
+        }
+        if let Some(stopping) = self.stopping.take_if(|stopping| stopping.task == id) {
+            let result = stopped(done);
+            for request in stopping.requests {
+                self.answer(&request, result.clone());
+            }
+            return;
+        }
+        match done {
+            Done::Flushed(late) => self.on_flushed(id, &late),
+            // Whether they have answered or not.
+            Done::Sized => self.on_sized(id),
+            Done::Nothing => {
+                self.on_sized(id);
+                let late = PartTime::not_ended("devices", Duration::ZERO);
+                self.on_flushed(id, &[late]);
+            }
+            Done::Built(Ok(machine)) => tasks::discard(machine),
+            Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) => {}
+        }
+    }
+
+    fn on_step(&mut self, transition: Transition, done: Done) {
+        match transition {
+            Transition::Boot(id) => match done {
+                Done::Built(Ok(machine)) => self.on_booted(id, machine),
+                Done::Built(Err(error)) => self.cannot_boot(&chain(&error), error.exit_code()),
+                _ => {
+                    self.cannot_boot("building the machine failed", super::exit_code::GUEST_FAILED)
+                }
+            },
+            Transition::Lock(request) => {
+                let locked = match done {
+                    Done::Locked(result) => result.map_err(QmpError::generic),
+                    _ => Err(QmpError::generic("the disks cannot be locked in time")),
+                };
+                let result = locked.and_then(|()| self.resume());
+                self.answer(&request, result.map(|()| json!({})));
+            }
+            Transition::Reset(reset) => self.on_reset_step(reset, done),
+        }
+    }
+
+    fn on_booted(&mut self, id: MachineId, mut machine: Box<Machine>) {
+        machine.grant(RunPermit::cold_boot());
+        self.console.attach(machine.serial().clone());
+        self.machine_id = id;
+        self.machine = Some(machine);
+        if let Err(error) = self.start() {
+            return self.fail(&chain(&error));
+        }
+        // What reading the command line and building the machine needed and gave back, some 100 KiB, would
+        // otherwise stay with the process.
+        // SAFETY: releases pages that the allocator holds free; nothing refers to them.
+        #[cfg(target_env = "gnu")]
+        unsafe {
+            libc::malloc_trim(0)
+        };
+    }
+
+    fn cannot_boot(&mut self, why: &str, code: u8) {
+        eprintln!("ferry: {why}");
+        self.end(code, &Event::ending("SHUTDOWN", false, "host-error"));
+    }
+
+    /// Runs a new machine for the first time.
+    fn start(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.run()?;
+            self.become_state(RunState::Running);
+        }
+        Ok(())
+    }
+
+    /// Stops the guest because the user asked. The answer comes when its requests have ended.
+    pub(super) fn stop(&mut self, request: &Incoming) -> Option<QmpResult> {
+        let may_have_requests =
+            matches!(self.state, RunState::Running | RunState::Paused | RunState::IoError);
+        let machine = self.machine.as_mut().filter(|_| may_have_requests);
+        let Some(machine) = machine else { return Some(Ok(json!({}))) };
+        let drains = match machine.begin_pause() {
+            Ok(drains) => drains,
+            Err(error) => {
+                let why = chain(&error);
+                if !matches!(error, MachineError::Vcpus(VcpusError::Stuck { .. })) {
+                    self.fail(&why);
+                }
+                return Some(Err(QmpError::generic(why)));
+            }
+        };
+        if self.state == RunState::Running {
+            if let Some(pausing) = &mut self.pausing {
+                // It arrives stopped, or stays so here if its migration does not get that far.
+                pausing.was_running = false;
+            }
+            self.become_state(RunState::Paused);
+            self.tell(&Event::plain("STOP"));
+        }
+        if let Some(stopping) = &mut self.stopping {
+            stopping.requests.push(request.clone());
+            return None;
+        }
+        match self.wait_for(drains, STOP_LIMIT) {
+            Ok(task) => self.stopping = Some(Stopping { task, requests: vec![request.clone()] }),
+            Err(error) => return Some(Err(QmpError::generic(error))),
+        }
+        None
+    }
+
+    /// Has requests in flight waited for.
+    fn wait_for(&mut self, mut drains: Drains, limit: Duration) -> Result<TaskId, String> {
+        let deadline = Instant::now() + limit;
+        let wait = move |cancel: &tasks::Cancel| {
+            let go_on = || !cancel.is_cancelled();
+            let ended = wait_in_steps(deadline, &go_on, &mut |until| drains.wait_until(until));
+            Done::Drained(if ended { Ok(()) } else { Err(drains.late()) })
+        };
+        self.tasks.start("drain", None, wait).map_err(|error| format!("cannot wait: {error}"))
+    }
+
+    /// Runs the guest; its disks must be ours.
+    pub(super) fn resume(&mut self) -> Result<(), QmpError> {
+        if let Some(pausing) = self.pausing.as_mut().filter(|_| self.state == RunState::Paused) {
+            // It is stopped for a migration as well, and goes on when that lets it.
+            pausing.was_running = true;
+        } else if let Some(machine) = &mut self.machine {
+            machine.run().map_err(|error| QmpError::generic(chain(&error)))?;
+        } else {
+            return Err(QmpError::generic("There is no machine"));
+        }
+        self.become_state(RunState::Running);
+        self.tell(&Event::plain("RESUME"));
+        Ok(())
+    }
+
+    /// Runs the guest when its disks, which may have been let go of, are ours again.
+    pub(super) fn lock_and_resume(&mut self, request: &Incoming) -> Option<QmpResult> {
+        let nodes = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
+        let lock = move |_: &_| Done::Locked(lock_disks(&nodes).map_err(|error| chain(&error)));
+        match self.tasks.start("lock", Some(LOCK_LIMIT), lock) {
+            Ok(task) => self.transition = Some((task, Transition::Lock(request.clone()))),
+            Err(error) => return Some(Err(QmpError::generic(chain(&error)))),
+        }
+        None
+    }
+
+    /// The guest has asked for a reset.
+    pub(super) fn guest_wants_reset(&mut self) {
+        if self.ending.is_some() {
+            return;
+        }
+        if let Some((_, Transition::Reset(reset))) = &mut self.transition {
+            reset.by_guest = true;
+            return;
+        }
+        if let Some((task, transition)) = self.transition.take() {
+            // It has run before, so this is not its boot; and it will not go on as it is.
+            self.tasks.give_up(task);
+            for request in self.give_up_transition(transition) {
+                let desc = "the guest has asked for a reset meanwhile";
+                self.answer(&request, Err(QmpError::generic(desc)));
+            }
+        }
+        if let Some(machine) = &self.machine
+            && self.jobs.busy()
+            && self.jobs.moves(machine.vm())
+        {
+            eprintln!("ferry: the guest was reset while it moved: that ends here, start it again");
+            self.jobs.cancel();
+        }
+        self.reset(true, None);
+    }
+
+    /// Replaces the machine by one like it that boots. The answer to `request` comes when that is done.
+    pub(super) fn reset(&mut self, by_guest: bool, request: Option<Incoming>) {
+        let runs = self.state == RunState::Running || by_guest;
+        let (new_id, parts) = self.backend_parts();
+        let reset = Reset { request, by_guest, runs, new_id, new: None };
+        let Some(machine) = &self.machine else {
+            return self.cannot_reset(reset, "there is no machine");
+        };
+        let payload = match self.boot_files() {
+            Ok(payload) => payload,
+            Err(why) => return self.cannot_reset(reset, why),
+        };
+        let (description, nodes) = (machine.description().clone(), machine.nodes());
+        let host = self.host.clone();
+        let build = move |cancel: &tasks::Cancel| {
+            let go_on = || !cancel.is_cancelled();
+            Done::Built(build_again(&host, &payload, description, nodes, parts, &go_on))
+        };
+        match self.tasks.start("reset", Some(RESET_BUILD_LIMIT), build) {
+            Ok(task) => self.transition = Some((task, Transition::Reset(reset))),
+            Err(error) => self.cannot_reset(reset, &chain(&error)),
+        }
+    }
+
+    fn on_reset_step(&mut self, mut reset: Reset, done: Done) {
+        match (done, reset.new.take()) {
+            (Done::Built(Ok(new)), None) => {
+                reset.new = Some(new);
+                self.drain_for_reset(reset);
+            }
+            (Done::Built(Err(error)), None) => self.cannot_reset(reset, &chain(&error)),
+            (Done::Drained(Ok(())), Some(new)) => self.swap(reset, new),
+            (done, new) => {
+                if let Some(new) = new {
+                    tasks::discard(new);
+                }
+                let why = match done {
+                    Done::Drained(Err(late)) => in_words(&late),
+                    _ => "building the machine takes too long".to_owned(),
+                };
+                self.cannot_reset(reset, &why);
+            }
+        }
+    }
+
+    /// The new machine is there: stops the old one.
+    fn drain_for_reset(&mut self, reset: Reset) {
+        let drains = match &mut self.machine {
+            Some(machine) => machine.begin_pause().map_err(|error| chain(&error)),
+            None => Err("there is no machine".to_owned()),
+        };
+        match drains.and_then(|drains| self.wait_for(drains, RESET_DRAIN_LIMIT)) {
+            Ok(task) => self.transition = Some((task, Transition::Reset(reset))),
+            Err(why) => self.cannot_reset(reset, &why),
+        }
+    }
+
+    /// Nothing of the old machine's is in flight any more: the new one takes its place.
+    fn swap(&mut self, reset: Reset, mut new: Box<Machine>) {
+        self.dirty_rate.abort();
+        self.console.detach();
+        new.grant(RunPermit::cold_boot());
+        self.console.attach(new.serial().clone());
+        self.machine_id = reset.new_id;
+        if let Some(old) = self.machine.replace(new) {
+            tasks::discard(old);
+        }
+        let reason = if reset.by_guest { "guest-reset" } else { "host-qmp-system-reset" };
+        self.tell(&Event::ending("RESET", reset.by_guest, reason));
+        self.state = RunState::Prelaunch;
+        let started = if reset.runs {
+            self.start()
+        } else {
+            self.become_state(RunState::Paused);
+            Ok(())
+        };
+        let result = started.map_err(|error| chain(&error));
+        if let Some(request) = &reset.request {
+            self.answer(request, result.clone().map(|()| json!({})).map_err(QmpError::generic));
+        }
+        if let Err(why) = result {
+            self.fail(&why);
+        }
+    }
+
+    /// The old machine stays, and goes on unless it has asked for the reset itself.
+    fn cannot_reset(&mut self, reset: Reset, why: &str) {
+        let why = format!("cannot reset the guest: {why}");
+        if let Some(new) = reset.new {
+            tasks::discard(new);
+        }
+        let was_running = self.state == RunState::Running && !reset.by_guest;
+        let resumed = match &mut self.machine {
+            Some(machine) if was_running => machine.run().map_err(|error| chain(&error)),
+            _ => Ok(()),
+        };
+        if let Some(request) = &reset.request {
+            self.answer(request, Err(QmpError::generic(why.clone())));
+        }
+        match resumed {
+            Err(error) => self.fail(&error),
+            Ok(()) if reset.by_guest => self.fail(&why),
+            Ok(()) => {}
+        }
+    }
+
+    /// Drops what a transition holds; returns the requests that wait for it.
+    pub(super) fn give_up_transition(&mut self, transition: Transition) -> Vec<Incoming> {
+        match transition {
+            Transition::Boot(_) => Vec::new(),
+            Transition::Lock(request) => vec![request],
+            Transition::Reset(reset) => {
+                if let Some(new) = reset.new {
+                    tasks::discard(new);
+                }
+                reset.request.into_iter().collect()
+            }
+        }
+    }
+}
+
+/// The answer to `stop`.
+fn stopped(done: Done) -> QmpResult {
+    match done {
+        Done::Drained(Ok(())) => Ok(json!({})),
+        Done::Drained(Err(late)) => Err(QmpError::generic(format!(
+            "the guest is stopped, but not its disks: {}",
+            in_words(&late)
+        ))),
+        _ => Err(ending::shutting_down()),
+    }
+}
+
+fn in_words(late: &[PartTime]) -> String {
+    late.iter().map(PartTime::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Opens the disks and builds the machine that the configuration describes, with its disks locked.
+fn build_first(
+    host: &Host,
+    config: RunConfig,
+    payload: &BootPayload,
+    parts: BackendParts,
+    go_on: GoOn<'_>,
+) -> Result<Box<Machine>, SetupError> {
+    let mut nodes = Vec::with_capacity(config.disks.len());
+    for (id, disk) in &config.disks {
+        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
+        let node = BlockNode::new(id.clone(), backend).with_policy(disk.errors);
+        nodes.push(Arc::new(node));
+    }
+    let new = NewMachine {
+        name: config.name,
+        memory_bytes: config.memory_bytes,
+        cpus: config.cpus,
+        payload,
+        go_on,
+        cmdline: config.cmdline,
+        acpi: config.acpi,
+        disk_queues: config.disks.iter().map(|(_, disk)| disk.queues).collect(),
+        rng: config.rng,
+    };
+    let machine = Machine::boot(host, new, parts.with(nodes.clone()))?;
+    lock_disks(&nodes)?;
+    Ok(Box::new(machine))
+}
+
+/// Builds the machine once more, as it is described. Its disks are the old one's, and locked.
+fn build_again(
+    host: &Host,
+    payload: &BootPayload,
+    description: Description,
+    nodes: Vec<Arc<BlockNode>>,
+    parts: BackendParts,
+    go_on: GoOn<'_>,
+) -> Result<Box<Machine>, SetupError> {
+    payload.check_unchanged().map_err(|error| MachineError::Boot(error.into()))?;
+    let new = NewMachine {
+        name: description.name,
+        memory_bytes: description.memory_bytes,
+        cpus: description.cpus,
+        payload,
+        go_on,
+        cmdline: description.cmdline,
+        acpi: description.acpi,
+        disk_queues: description.disks.iter().map(|disk| disk.queues).collect(),
+        rng: description.rng,
+    };
+    Ok(Box::new(Machine::boot(host, new, parts.with(nodes))?))
+}
