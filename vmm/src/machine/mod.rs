@@ -16,7 +16,6 @@ pub mod vcpus;
 use crate::boot::BootError;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
-use crate::kvm::vm_state::ClockState;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::irq::{EventIrq, IrqLine};
@@ -138,8 +137,6 @@ pub struct Machine {
     permit: Option<RunPermit>,
     /// Set while vCPUs run.
     running: bool,
-    /// Clock to continue from at the next run; set by loading records.
-    arriving_clock: Option<ClockState>,
     vm: Arc<Vm>,
 }
 
@@ -258,9 +255,6 @@ impl Machine {
         }
         if std::mem::replace(&mut self.running, true) {
             return Ok(());
-        }
-        if let Some(clock) = self.arriving_clock.take() {
-            clock.restore(&self.vm)?;
         }
         self.vcpus.notify_clock_paused()?;
         // What has failed before is tried again.
