@@ -75,9 +75,10 @@ impl Transcript {
         &self.0
     }
 
-    /// Every heartbeat.
+    /// Every heartbeat; not one that the guest is still printing.
     pub fn heartbeats(&self) -> Vec<Heartbeat> {
-        self.0.lines().filter_map(Heartbeat::parse).collect()
+        let whole = self.0.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole.lines().filter_map(Heartbeat::parse).collect()
     }
 
     /// Whether the guest lived one life: heartbeats numbered without a gap or repetition, its time and
@@ -135,6 +136,15 @@ mod tests {
         ]);
         assert_eq!(life.judge().unwrap().len(), 2);
         assert_eq!(life.largest_gap_us(1).unwrap(), 900);
+    }
+
+    #[test]
+    fn a_heartbeat_without_its_end_does_not_count_yet() {
+        let life = transcript(&[
+            "HB n=0 t_us=10 gen=1 max_gap_us=4 mbps=1 corrupt=0 fpu=0 alive=2 kvmclock_us=10\n",
+            "HB n=1 t_us=20 gen=1 max_gap_us=4 mbps=1 corrupt=0 fpu=0 alive=2",
+        ]);
+        assert_eq!(life.judge().unwrap().len(), 1);
     }
 
     #[test]

@@ -248,13 +248,16 @@ impl Control {
     /// second, and only if a connection has broken.
     pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
         let noted = self.0.inbox.take_failure();
+        let aborted =
+            |met: &ParticipantError| matches!(met, ParticipantError::Wire(WireError::Aborted(_)));
         let met = match (met, noted) {
             (met, None) => met,
             (met, Some(noted)) if met.is_interrupted() => noted,
-            (met, Some(noted)) if met.is_broken() && !noted.is_broken() => noted,
+            // The source may have given up because of what failed here.
+            (met, Some(noted)) if (met.is_broken() || aborted(&met)) && !noted.is_broken() => noted,
             (met, Some(_)) => met,
         };
-        let ended = matches!(met, ParticipantError::Wire(WireError::Aborted(_)));
+        let ended = aborted(&met);
         if self.is_cancelled() || !met.is_broken() && !ended {
             return met;
         }

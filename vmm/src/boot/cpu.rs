@@ -5,6 +5,7 @@ use super::multiboot::BOOTLOADER_MAGIC;
 use super::{BootError, EntryPoint, write_bytes};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::set_boot_registers;
+use crate::kvm::nested;
 use crate::kvm::vcpu::Vcpu;
 use devices::ram::{GuestAddress, GuestRam};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
@@ -161,7 +162,7 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
 
 /// CPUID for vCPU `index` of `count`: `base` (what the host supports, or what the guest was told of at
 /// its source) with this vCPU's APIC id, a topology of one package with `count` cores, and the TSC
-/// frequency where hypervisors put it.
+/// frequency where hypervisors put it. Without nested virtualization, always: see [`nested`].
 pub fn cpuid(
     base: &[kvm_cpuid_entry2],
     index: u8,
@@ -188,6 +189,7 @@ const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32) {
+    nested::hide_from_cpuid(entries);
     let id_bits = count.next_power_of_two().trailing_zeros();
     let amd = entries.iter().any(|entry| entry.function == 0 && AMD_VENDORS.contains(&entry.ebx));
     for entry in entries.iter_mut() {
@@ -267,5 +269,26 @@ mod tests {
         assert_eq!((amd[1].ecx, amd[2].eax), (2 << 12 | 2, 2));
         let timing = entries.last().unwrap();
         assert_eq!((timing.function, timing.eax), (HYPERVISOR_TIMING, 2_000_000));
+    }
+    #[test]
+    fn no_guest_is_offered_nested_virtualization() {
+        let leaf = |function| kvm_cpuid_entry2 {
+            function,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        };
+        let host: Vec<_> = [0, 1, 7, AMD_FEATURES, 0x8000_000a].map(leaf).into();
+        for index in 0..2 {
+            let guest = cpuid(&host, index, 2, 2_000_000);
+            let entry = |leaf| guest.iter().find(|entry| entry.function == leaf).unwrap();
+            assert_eq!(entry(1).ecx, !(1 << 5), "VMX");
+            assert_eq!(entry(AMD_FEATURES).ecx, !(1 << 2), "SVM");
+            let svm = entry(0x8000_000a);
+            assert_eq!((svm.eax, svm.ebx, svm.ecx, svm.edx), (0, 0, 0, 0), "SVM's features");
+            assert_eq!(entry(7).ecx, u32::MAX, "nothing else is hidden");
+        }
     }
 }

@@ -7,37 +7,29 @@
 
 use super::blob::{Blob, Bytes};
 use super::ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
+use super::msrs::{self, MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE};
+use super::nested;
 use super::vcpu::Vcpu;
 use super::vm::Vm;
 use super::{Host, KvmError, ioctl};
+use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Xsave, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::Cap;
 use serde::{Deserialize, Serialize};
 use std::sync::Once;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-const MSR_IA32_TSC: u32 = 0x10;
-const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// MSRs without which the guest would compute with wrong segments, tables or pages; a host that
-/// refuses one of them cannot run the guest.
-const VITAL_MSRS: [u32; 7] = [
-    0x174,       // IA32_SYSENTER_CS
-    0xc000_0081, // STAR
-    0xc000_0082, // LSTAR
-    0xc000_0084, // SFMASK
-    0xc000_0102, // KERNEL_GS_BASE
-    MSR_IA32_TSC,
-    MSR_IA32_TSC_DEADLINE,
-];
 /// Bytes of the XSAVE image that every host has.
 const LEGACY_XSAVE_BYTES: usize = 4096;
 /// More than any CPU's XSAVE area; bounds what a stream may make us allocate.
 const MAX_XSAVE_BYTES: usize = 64 << 10;
-const MAX_MSRS: usize = 1024;
+
+/// Restoring a vCPU takes less: a TSC that is further ahead is wrong.
+const MAX_TSC_LEAD_MS: u64 = 60_000;
 
 /// Everything that KVM holds of one vCPU.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,6 +56,8 @@ pub struct VcpuState {
 pub struct CpuStateLayout {
     msr_indices: Vec<u32>,
     xsave_bytes: usize,
+    /// Whether KVM tells of nested state.
+    nested_state: bool,
 }
 
 impl CpuStateLayout {
@@ -74,29 +68,36 @@ impl CpuStateLayout {
         Ok(Self {
             msr_indices: list.as_slice().to_vec(),
             xsave_bytes: xsave_bytes.max(LEGACY_XSAVE_BYTES),
+            nested_state: vm.fd().check_extension_int(Cap::NestedState) > 0,
         })
     }
 
-    /// Forgets MSRs that KVM lists but cannot read, so that later saves read all in one call.
+    /// Adds MSRs that KVM holds but does not list, and forgets those that it cannot read, so that later
+    /// saves need few calls.
     pub fn keep_readable(&mut self, vcpu: &Vcpu) -> Result<(), KvmError> {
-        self.msr_indices = read_msrs(vcpu, &self.msr_indices)?.iter().map(|msr| msr.0).collect();
+        self.msr_indices = msrs::readable(vcpu, &self.msr_indices)?;
         Ok(())
     }
 }
 
 impl VcpuState {
     /// Reads all. The vCPU must be stopped with its last access completed.
+    ///
+    /// # Errors
+    /// A failed ioctl, or nested virtualization in use, whose state is not saved.
     pub fn save(vcpu: &Vcpu, layout: &CpuStateLayout) -> Result<Self, KvmError> {
         let fd = vcpu.fd();
         let mp_state = ioctl("KVM_GET_MP_STATE", fd.get_mp_state())?.mp_state;
         let regs = Blob(ioctl("KVM_GET_REGS", fd.get_regs())?);
         let sregs = Blob(ioctl("KVM_GET_SREGS", fd.get_sregs())?);
+        let kvm = if layout.nested_state { Some(read_nested_state(vcpu)?) } else { None };
+        nested::Use { cr4: sregs.0.cr4, efer: sregs.0.efer, kvm }.check()?;
         let xsave = read_xsave(vcpu, layout.xsave_bytes)?;
         let xcrs = Blob(ioctl("KVM_GET_XCRS", fd.get_xcrs())?);
         let debug_regs = Blob(ioctl("KVM_GET_DEBUGREGS", fd.get_debug_regs())?);
         let lapic = ioctl("KVM_GET_LAPIC", fd.get_lapic())?;
         let tsc_offset = read_tsc_offset(vcpu);
-        let mut msrs = read_msrs(vcpu, &layout.msr_indices)?;
+        let mut msrs = msrs::read(vcpu, &layout.msr_indices)?;
         refire_lost_timer(&mut msrs);
         let events = Blob(ioctl("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?);
         Ok(Self {
@@ -116,9 +117,8 @@ impl VcpuState {
     /// Checks what a stream can get wrong before KVM is asked.
     pub fn validate(&self) -> Result<(), KvmError> {
         let invalid = |reason: String| Err(KvmError::State { what: "vCPU state", reason });
-        if self.msrs.len() > MAX_MSRS {
-            return invalid(format!("{} MSRs", self.msrs.len()));
-        }
+        msrs::validate(&self.msrs)?;
+        nested::Use { cr4: self.sregs.0.cr4, efer: self.sregs.0.efer, kvm: None }.check()?;
         let bytes = self.xsave.0.len();
         if !(LEGACY_XSAVE_BYTES..=MAX_XSAVE_BYTES).contains(&bytes) || !bytes.is_multiple_of(4) {
             return invalid(format!("XSAVE image of {bytes} bytes"));
@@ -126,7 +126,32 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Writes all. `tsc_offset` replaces the saved one: see [`super::vm_state`].
+    /// Lets the guest's TSC go on `ticks` later than where it was saved.
+    pub fn advance_tsc(&mut self, ticks: u64) {
+        for msr in self.msrs.iter_mut().filter(|msr| msr.0 == MSR_IA32_TSC) {
+            msr.1 = msr.1.wrapping_add(ticks);
+        }
+    }
+
+    /// An offset is exact, but means something else where a host scales the TSC: if it puts the TSC
+    /// far from the value in this state, the value counts, and KVM finds its own offset for it.
+    fn keep_tsc_going(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
+        let value =
+            |msrs: &[(u32, u64)]| msrs.iter().find(|msr| msr.0 == MSR_IA32_TSC).map(|msr| msr.1);
+        let now = value(&msrs::read(vcpu, &[MSR_IA32_TSC])?);
+        let (Some(wanted), Some(now)) = (value(&self.msrs), now) else { return Ok(()) };
+        if goes_on(wanted, now, vcpu.tsc_khz()?) {
+            return Ok(());
+        }
+        log::debug!("the TSC offset gives {now:#x}, the guest left with {wanted:#x}");
+        msrs::write(vcpu, &[(MSR_IA32_TSC, wanted)])
+    }
+
+    /// Writes all, to a vCPU that has never run. [`Self::advance_tsc`] comes before; `tsc_offset` replaces the
+    /// saved one: see [`super::vm_state`].
+    ///
+    /// # Errors
+    /// A state that [`Self::validate`] refuses, a failed ioctl, or a register whose value the guest would lose.
     pub fn restore(
         &self,
         vcpu: &Vcpu,
@@ -143,12 +168,13 @@ impl VcpuState {
         ioctl("KVM_SET_DEBUGREGS", fd.set_debug_regs(&self.debug_regs.0))?;
         let regs = self.lapic.0.map(|byte| byte.cast_signed());
         ioctl("KVM_SET_LAPIC", fd.set_lapic(&kvm_lapic_state { regs }))?;
-        let deadline = |msr: &&(u32, u64)| msr.0 == MSR_IA32_TSC_DEADLINE;
-        write_msrs(vcpu, self.msrs.iter().filter(|msr| !deadline(msr)))?;
+        msrs::write(vcpu, &msrs::to_restore(&self.msrs))?;
         if let Some(offset) = tsc_offset {
             write_tsc_offset(vcpu, offset);
+            self.keep_tsc_going(vcpu)?;
         }
-        write_msrs(vcpu, self.msrs.iter().filter(deadline))?;
+        let deadline = self.msrs.iter().filter(|msr| msr.0 == MSR_IA32_TSC_DEADLINE);
+        msrs::write(vcpu, &deadline.copied().collect::<Vec<_>>())?;
         ioctl("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&self.events.0))
     }
 }
@@ -197,46 +223,10 @@ fn refire_lost_timer(msrs: &mut [(u32, u64)]) {
     }
 }
 
-fn msr_entries(pairs: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
-    let entries: Vec<_> =
-        pairs.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
-    Msrs::from_entries(&entries)
-        .map_err(|error| KvmError::State { what: "MSRs", reason: format!("{error:?}") })
-}
-
-/// Reads `indices`; KVM stops at the first that it cannot read, which is then left out.
-fn read_msrs(vcpu: &Vcpu, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
-    let mut values = Vec::with_capacity(indices.len());
-    let mut rest = indices;
-    while !rest.is_empty() {
-        let mut msrs = msr_entries(rest.iter().map(|index| (*index, 0)))?;
-        let read = ioctl("KVM_GET_MSRS", vcpu.fd().get_msrs(&mut msrs))?;
-        values.extend(msrs.as_slice().iter().take(read).map(|msr| (msr.index, msr.data)));
-        if let Some(unreadable) = rest.get(read) {
-            log::debug!("MSR {unreadable:#x} cannot be read and is not saved");
-        }
-        rest = rest.get(read + 1..).unwrap_or(&[]);
-    }
-    Ok(values)
-}
-
-/// Writes `msrs`; KVM stops at the first that it refuses, which is an error only if it is vital.
-fn write_msrs<'a>(vcpu: &Vcpu, msrs: impl Iterator<Item = &'a (u32, u64)>) -> Result<(), KvmError> {
-    let all: Vec<_> = msrs.copied().collect();
-    let mut rest = all.as_slice();
-    while !rest.is_empty() {
-        let written =
-            ioctl("KVM_SET_MSRS", vcpu.fd().set_msrs(&msr_entries(rest.iter().copied())?))?;
-        if let Some((index, value)) = rest.get(written) {
-            if VITAL_MSRS.contains(index) {
-                let reason = format!("this host refuses MSR {index:#x} = {value:#x}");
-                return Err(KvmError::State { what: "MSRs", reason });
-            }
-            log::debug!("this host refuses MSR {index:#x} = {value:#x}; the guest goes on without");
-        }
-        rest = rest.get(written + 1..).unwrap_or(&[]);
-    }
-    Ok(())
+fn read_nested_state(vcpu: &Vcpu) -> Result<nested::KvmView, KvmError> {
+    let mut state = KvmNestedStateBuffer::empty();
+    ioctl("KVM_GET_NESTED_STATE", vcpu.fd().nested_state(&mut state))?;
+    Ok(nested::KvmView::from(&state))
 }
 
 fn new_xsave(bytes: usize) -> Result<Xsave, KvmError> {
@@ -310,6 +300,11 @@ fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
     }
 }
 
+/// Whether a TSC that is to continue from `wanted` does so with `now`, read a moment later.
+fn goes_on(wanted: u64, now: u64, khz: u32) -> bool {
+    now.wrapping_sub(wanted) <= u64::from(khz) * MAX_TSC_LEAD_MS
+}
+
 /// Whether a guest sees by its clock that its TSC is off by `ticks` (modulo 2^64): clocks of hosts do not
 /// agree to a few milliseconds either.
 fn is_noticed(ticks: u64, khz: u32) -> bool {
@@ -326,5 +321,55 @@ mod tests {
         assert!(is_noticed(second, khz) && is_noticed(second.wrapping_neg(), khz));
         let millisecond = second / 1000;
         assert!(!is_noticed(millisecond, khz) && !is_noticed(millisecond.wrapping_neg(), khz));
+    }
+
+    #[test]
+    fn an_offset_that_puts_the_tsc_back_or_far_ahead_does_not_count() {
+        let (khz, second) = (2_000_000, 2_000_000_000_u64);
+        assert!(goes_on(second, second, khz) && goes_on(second, second + 1000, khz));
+        assert!(!goes_on(second, second - 1, khz), "never backwards");
+        assert!(!goes_on(second, 1000 * second, khz));
+        assert!(goes_on(u64::MAX - 5, 5, khz), "a TSC that wraps goes on");
+    }
+
+    fn saved_by_version_1() -> VcpuState {
+        serde_json::from_str(include_str!("testdata/vcpu-v1.json")).unwrap()
+    }
+
+    #[test]
+    fn a_state_of_today_without_mtrrs_and_machine_checks_still_loads() {
+        let state = saved_by_version_1();
+        state.validate().unwrap();
+        assert_eq!((state.msrs.len(), state.tsc_offset), (43, Some(0)));
+        assert!(state.msrs.contains(&(0x277, 0x0007_0406_0007_0406)), "PAT");
+        assert!(state.msrs.iter().all(|msr| msr.0 != 0x2ff), "MTRRs came later");
+    }
+
+    #[test]
+    fn a_state_that_uses_vmx_or_svm_is_refused() {
+        let mut state = saved_by_version_1();
+        state.sregs.0.cr4 |= 1 << 13;
+        assert!(state.validate().unwrap_err().to_string().contains("CR4.VMXE"));
+        let mut state = saved_by_version_1();
+        state.sregs.0.efer |= 1 << 12;
+        assert!(state.validate().unwrap_err().to_string().contains("EFER.SVME"));
+    }
+
+    #[test]
+    fn a_state_with_a_register_twice_or_too_many_is_refused() {
+        let mut state = saved_by_version_1();
+        state.msrs.push((0x277, 0));
+        assert!(state.validate().unwrap_err().to_string().contains("IA32_PAT"));
+        let mut state = saved_by_version_1();
+        state.msrs = (0..).take(msrs::MAX_MSRS + 1).map(|index| (index, 0)).collect();
+        assert!(state.validate().unwrap_err().to_string().contains("1024"));
+    }
+
+    #[test]
+    fn only_the_tsc_advances() {
+        let (before, mut after) = (saved_by_version_1(), saved_by_version_1());
+        after.advance_tsc(7);
+        let changed: Vec<_> = before.msrs.iter().zip(&after.msrs).filter(|(a, b)| a != b).collect();
+        assert_eq!(changed, [(&(0x10, 5_978_620_546_604), &(0x10, 5_978_620_546_611))]);
     }
 }

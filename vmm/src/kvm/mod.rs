@@ -1,13 +1,16 @@
 //! Opening KVM and asking what it can do. The whole crate's unsafe code lives in this folder.
 //!
 //! [`memory`] maps guest RAM, [`vm`] owns slots, interrupts and the dirty log, [`vcpu`] runs and
-//! kicks one vCPU, [`alarm`] does so on time, [`cpu_state`] and [`vm_state`] turn what they hold into plain data and back.
+//! kicks one vCPU, [`alarm`] does so on time, [`cpu_state`] and [`vm_state`] turn what they hold into plain data and back;
+//! [`nested`] says what a guest may not have.
 
 pub mod alarm;
 pub mod blob;
 pub mod cpu_state;
 mod ioctls;
 pub mod memory;
+mod msrs;
+pub mod nested;
 pub mod vcpu;
 pub mod vm;
 pub mod vm_state;
@@ -141,3 +144,6 @@ impl Host {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,9 @@
 //! The clock record pairs KVM's clock with the host's TSC and wall time at the save. With such a
 //! pair from both hosts the guest's TSC goes on as if it had never left: the new offset is the old
 //! one, plus the TSC ticks by which the hosts differ, plus the time that passed (Linux,
-//! `Documentation/virt/kvm/devices/vcpu.rst`).
+//! `Documentation/virt/kvm/devices/vcpu.rst`). kvmclock goes on by that same time, so that the two agree.
+//! Wall clocks of hosts may disagree: the time that passed is never negative and has an upper bound.
+//! Without a pair no time passes for either clock.
 
 use super::blob::Blob;
 use super::vm::Vm;
@@ -58,6 +60,12 @@ impl IrqchipState {
     }
 }
 
+/// What a handover may take, in nanoseconds (10 minutes). Wall clocks that differ by more are wrong, and
+/// a guest takes less harm from a clock that lags than from one that leaps.
+const MAX_ELAPSED_NS: u64 = 600_000_000_000;
+/// The longest life of a guest, in nanoseconds (146 years): clocks never wrap.
+const MAX_CLOCK_NS: u64 = u64::MAX / 4;
+
 /// KVM's clock, and host TSC and wall time read together with it where KVM offers them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -82,35 +90,73 @@ impl ClockState {
         })
     }
 
-    /// Sets the clock to go on from here; with the wall time KVM adds what passed since the save.
-    pub fn restore(&self, vm: &Vm) -> Result<(), KvmError> {
-        let mut data = kvm_clock_data { clock: self.clock_ns, ..Default::default() };
-        if let Some(realtime) = self.realtime_ns {
-            data.flags = KVM_CLOCK_REALTIME;
-            data.realtime = realtime;
-            match vm.fd().set_clock(&data) {
-                Ok(()) => return Ok(()),
-                Err(error) => log::debug!("KVM_SET_CLOCK takes no wall time here: {error}"),
-            }
-            data.flags = 0;
+    /// Checks what a stream can get wrong.
+    ///
+    /// # Errors
+    /// [`KvmError::State`] for a clock that no guest can have.
+    pub fn validate(&self) -> Result<(), KvmError> {
+        if self.clock_ns > MAX_CLOCK_NS {
+            let reason = format!("a guest that has run for {} ns", self.clock_ns);
+            return Err(KvmError::State { what: "clock", reason });
         }
-        ioctl("KVM_SET_CLOCK", vm.fd().set_clock(&data))
+        Ok(())
+    }
+
+    /// Lets the guest's kvmclock, saved as `self`, go on in `vm`, whose vCPUs exist. Returns the clock of
+    /// this host at the moment from which it goes on, for [`Self::continue_tsc`].
+    ///
+    /// # Errors
+    /// A clock that [`Self::validate`] refuses, or a failed ioctl.
+    pub fn restore(&self, vm: &Vm) -> Result<Self, KvmError> {
+        self.validate()?;
+        // KVM looks for a clock common to all vCPUs when it is set: before, it tells no pair.
+        set_clock(vm, &kvm_clock_data { clock: self.clock_ns, ..Default::default() })?;
+        let here = Self::save(vm)?;
+        let Some(realtime) = here.realtime_ns else { return Ok(here) };
+        // KVM adds what passes between here and the call.
+        let clock = self.continue_kvmclock(&here);
+        let flags = KVM_CLOCK_REALTIME;
+        set_clock(vm, &kvm_clock_data { clock, flags, realtime, ..Default::default() })?;
+        Ok(here)
+    }
+
+    /// How much time has passed for the guest since `self` was saved elsewhere, in nanoseconds, given the
+    /// pair read `here`.
+    fn elapsed_ns(&self, here: &Self) -> u64 {
+        let pairs = (self.realtime_ns, self.host_tsc, here.realtime_ns, here.host_tsc);
+        let (Some(then), Some(_), Some(now), Some(_)) = pairs else { return 0 };
+        now.saturating_sub(then).min(MAX_ELAPSED_NS)
+    }
+
+    /// How far the guest's TSC goes on in that time.
+    pub fn elapsed_ticks(&self, here: &Self, tsc_khz: u32) -> u64 {
+        // By whole milliseconds and the rest, neither of which overflows with any frequency.
+        let (ns, khz) = (self.elapsed_ns(here), u64::from(tsc_khz));
+        ns / 1_000_000 * khz + ns % 1_000_000 * khz / 1_000_000
+    }
+
+    /// The guest's kvmclock `here`, in nanoseconds.
+    fn continue_kvmclock(&self, here: &Self) -> u64 {
+        self.clock_ns.saturating_add(self.elapsed_ns(here))
     }
 
     /// The TSC offset that continues here what `offset` was when `self` was saved elsewhere, given
     /// the pair read `here`. `None` where a host has no such pair.
     pub fn continue_tsc(&self, here: &Self, offset: u64, tsc_khz: u32) -> Option<u64> {
-        let elapsed_ns = i128::from(here.realtime_ns?) - i128::from(self.realtime_ns?);
-        let elapsed_ticks = elapsed_ns * i128::from(tsc_khz) / 1_000_000;
-        let there = i128::from(offset) + i128::from(self.host_tsc?);
-        let offset = there + elapsed_ticks - i128::from(here.host_tsc?);
-        u64::try_from(offset.rem_euclid(1 << 64)).ok()
+        let guest_tsc = offset.wrapping_add(self.host_tsc?);
+        let continued = guest_tsc.wrapping_add(self.elapsed_ticks(here, tsc_khz));
+        Some(continued.wrapping_sub(here.host_tsc?))
     }
+}
+
+fn set_clock(vm: &Vm, data: &kvm_clock_data) -> Result<(), KvmError> {
+    ioctl("KVM_SET_CLOCK", vm.fd().set_clock(data))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn clock(realtime_ns: u64, host_tsc: u64) -> ClockState {
         ClockState { clock_ns: 0, realtime_ns: Some(realtime_ns), host_tsc: Some(host_tsc) }
@@ -136,5 +182,70 @@ mod tests {
     fn without_a_pair_there_is_no_offset() {
         let none = ClockState { clock_ns: 1, realtime_ns: None, host_tsc: None };
         assert_eq!(none.continue_tsc(&clock(0, 0), 1, 1), None);
+    }
+
+    #[test]
+    fn a_wall_clock_behind_the_sources_stops_time_but_does_not_turn_it_back() {
+        // The destination's clock is 1 s behind.
+        let (saved, here) = (clock(5_000_000_000, 100), clock(4_000_000_000, 40));
+        assert_eq!(saved.continue_tsc(&here, 900, 2_000_000), Some(960), "TSC 1000, as it left");
+        assert_eq!(saved.continue_kvmclock(&here), saved.clock_ns);
+    }
+
+    #[test]
+    fn a_wall_clock_far_ahead_counts_only_so_much() {
+        let (saved, here) = (clock(0, 0), clock(u64::MAX, 0));
+        assert_eq!(saved.continue_kvmclock(&here), MAX_ELAPSED_NS);
+        assert_eq!(saved.continue_tsc(&here, 0, 1_000_000), Some(MAX_ELAPSED_NS));
+    }
+
+    #[test]
+    fn a_clock_older_than_any_guest_is_refused() {
+        assert!(clock(0, 0).validate().is_ok());
+        let old = ClockState { clock_ns: u64::MAX, ..clock(0, 0) };
+        assert!(old.validate().unwrap_err().to_string().contains("18446744073709551615 ns"));
+    }
+
+    #[test]
+    fn a_clock_record_of_version_1_still_loads() {
+        let text = r#"{"clock_ns":8270768,"realtime_ns":null,"host_tsc":null}"#;
+        let state: ClockState = serde_json::from_str(text).unwrap();
+        assert_eq!((state.clock_ns, state.realtime_ns), (8_270_768, None));
+    }
+
+    prop_compose! {
+        /// Hosts with a pair, and some without.
+        fn any_clock()(
+            clock_ns in 0..=MAX_CLOCK_NS,
+            realtime_ns: Option<u64>,
+            host_tsc: Option<u64>,
+        ) -> ClockState {
+            ClockState { clock_ns, realtime_ns, host_tsc }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn neither_clock_goes_back_and_both_go_on_alike(
+            saved in any_clock(),
+            here in any_clock(),
+            offset: u64,
+            tsc_khz in 1..=10_000_000_u32,
+        ) {
+            let clock_ns = saved.continue_kvmclock(&here).checked_sub(saved.clock_ns);
+            let clock_ns = clock_ns.expect("kvmclock goes back");
+            prop_assert!(clock_ns <= MAX_ELAPSED_NS);
+            // Where there is no offset, the TSC is written with the value that it left with and this.
+            let mut ticks = saved.elapsed_ticks(&here, tsc_khz);
+            if let Some(continued) = saved.continue_tsc(&here, offset, tsc_khz) {
+                let left = offset.wrapping_add(saved.host_tsc.unwrap());
+                let arrived = continued.wrapping_add(here.host_tsc.unwrap());
+                ticks = arrived.wrapping_sub(left);
+            }
+            // Ticks of as many nanoseconds, but for the part of one: never negative, which would be huge.
+            let exact = u128::from(clock_ns) * u128::from(tsc_khz);
+            let counted = u128::from(ticks) * 1_000_000;
+            prop_assert!(counted <= exact && exact - counted < 1_000_000, "{ticks} in {clock_ns} ns");
+        }
     }
 }

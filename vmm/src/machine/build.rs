@@ -200,7 +200,6 @@ impl Parts {
             description,
             permit: None,
             running: false,
-            arriving_clock: None,
             vm,
         })
     }

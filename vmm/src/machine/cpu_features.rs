@@ -1,6 +1,7 @@
 //! Can this host's CPU run a guest that was told of another's features? Asked at the destination,
 //! before the first page travels: a guest that finds a feature gone dies much later and less clearly.
 
+use crate::kvm::nested::{CPUID_SVM, CPUID_VMX};
 use kvm_bindings::kvm_cpuid_entry2;
 
 #[derive(Clone, Copy)]
@@ -46,8 +47,9 @@ const fn word(leaf: u32, subleaf: u32, register: Register, ignored: u32) -> Feat
 
 /// Intel SDM volume 2 (CPUID), AMD APM volume 3 appendix E, Linux `Documentation/virt/kvm/x86/cpuid.rst`.
 const WORDS: [FeatureWord; 13] = [
-    // OSXSAVE follows CR4; TSC_DEADLINE and HYPERVISOR are KVM's own to give.
-    word(1, 0, Register::Ecx, 1 << 27 | 1 << 24 | 1 << 31),
+    // OSXSAVE follows CR4; TSC_DEADLINE and HYPERVISOR are KVM's own to give. VMX, and SVM below, are
+    // hidden from guests, but were not always: a guest that uses them is refused by its registers.
+    word(1, 0, Register::Ecx, 1 << 27 | 1 << 24 | 1 << 31 | CPUID_VMX),
     // HTT is topology.
     word(1, 0, Register::Edx, 1 << 28),
     word(7, 0, Register::Ebx, 0),
@@ -59,7 +61,7 @@ const WORDS: [FeatureWord; 13] = [
     word(0xd, 0, Register::Eax, 0),
     word(0xd, 1, Register::Eax, 0),
     // CMP_LEGACY is topology.
-    word(0x8000_0001, 0, Register::Ecx, 1 << 1),
+    word(0x8000_0001, 0, Register::Ecx, 1 << 1 | CPUID_SVM),
     word(0x8000_0001, 0, Register::Edx, 0),
     word(0x8000_0008, 0, Register::Ebx, 0),
     word(0x4000_0001, 0, Register::Eax, 0),
@@ -153,6 +155,13 @@ mod tests {
     #[test]
     fn bits_of_the_moment_are_no_features() {
         let guest = vec![kvm_cpuid_entry2 { function: 1, ecx: 1 << 27, ..Default::default() }];
+        assert!(missing(&guest, [&[], &[]]).is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_was_once_offered_nested_virtualization_is_taken() {
+        let leaf = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
+        let guest = vec![leaf(1, 1 << 5), leaf(0x8000_0001, 1 << 2)];
         assert!(missing(&guest, [&[], &[]]).is_empty());
     }
 }

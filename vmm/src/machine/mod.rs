@@ -17,7 +17,6 @@ pub mod vcpus;
 use crate::boot::BootError;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
-use crate::kvm::vm_state::ClockState;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::irq::{EventIrq, IrqLine};
@@ -142,8 +141,6 @@ pub struct Machine {
     permit: Option<RunPermit>,
     /// Set while vCPUs run.
     running: bool,
-    /// Clock to continue from at the next run; set by loading records.
-    arriving_clock: Option<ClockState>,
     vm: Arc<Vm>,
 }
 
@@ -231,9 +228,6 @@ impl Machine {
         }
         // Before anything is changed: a device that goes on writes guest RAM.
         self.vcpus.check()?;
-        if let Some(clock) = &self.arriving_clock {
-            clock.restore(&self.vm)?;
-        }
         self.vcpus.notify_clock_paused()?;
         // What has failed before is tried again.
         self.disks.iter().for_each(|disk| disk.node.go_on());
@@ -245,7 +239,6 @@ impl Machine {
             drop(self.begin_drain());
             return Err(error.into());
         }
-        self.arriving_clock = None;
         self.running = true;
         Ok(())
     }
@@ -271,12 +264,18 @@ impl Machine {
             log::error!("while shutting down: {error}");
         }
         let drains = Drains { vcpus_took: began.elapsed(), devices: self.begin_drain() };
+        self.flush_output();
         (drains, !matches!(parked, Err(VcpusError::Stuck { .. })))
+    }
+
+    /// Of a guest that has stopped and stays here: sends what its console's reader takes without being
+    /// waited for, so that a log is complete.
+    pub fn flush_output(&self) {
+        lock(&self.serial).pause();
     }
 
     /// Tells all devices to begin no request.
     fn begin_drain(&self) -> Vec<DeviceDrain> {
-        lock(&self.serial).pause();
         let disks = self.disks.iter().map(|disk| {
             let drain = lock(&disk.transport).begin_drain();
             DeviceDrain::of_disk(&disk.node, drain)

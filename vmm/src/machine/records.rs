@@ -2,7 +2,8 @@
 //!
 //! Saving: devices before KVM state (a completion may raise an interrupt that the irqchip must hold),
 //! vCPUs, then irqchip and PIT, then the clock. Restoring: vCPUs (all at once, each on its thread),
-//! irqchip and PIT, devices. The clock is set last, just before the first `KVM_RUN`.
+//! irqchip and PIT, devices. The clock is set first: the vCPUs' TSCs go on from the same moment, and
+//! nothing of it is left that could fail after the handover.
 
 use super::{Machine, MachineError, lock};
 use crate::kvm::cpu_state::VcpuState;
@@ -38,12 +39,14 @@ impl Machine {
     pub fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), MachineError> {
         let mut records = Records(records);
         let clock: ClockState = records.open(CLOCK, "")?;
-        let vcpu_states = (0..self.description.cpus)
+        let mut vcpu_states = (0..self.description.cpus)
             .map(|index| records.open::<VcpuState>(VCPU, &index.to_string()))
             .collect::<Result<Vec<_>, _>>()?;
         let irqchip: IrqchipState = records.open(IRQCHIP, "")?;
-        let here = ClockState::save(&self.vm)?;
+        let here = clock.restore(&self.vm)?;
         let tsc_khz = self.description.tsc_khz;
+        let elapsed_ticks = clock.elapsed_ticks(&here, tsc_khz);
+        vcpu_states.iter_mut().for_each(|state| state.advance_tsc(elapsed_ticks));
         // vCPUs that shared one TSC at the source must share one here: all follow the first.
         let first = vcpu_states.first().and_then(|state| state.tsc_offset);
         let offset = first.and_then(|offset| clock.continue_tsc(&here, offset, tsc_khz));
@@ -54,7 +57,6 @@ impl Machine {
         for (instance, mut device) in self.virtio_devices() {
             device.restore_record(records.take(MmioTransport::KIND, instance)?)?;
         }
-        self.arriving_clock = Some(clock);
         records.must_be_empty()
     }
 }

@@ -209,6 +209,7 @@ impl Supervisor {
                 return Some(Err(QmpError::generic(why)));
             }
         };
+        machine.flush_output();
         if self.state == RunState::Running {
             if let Some(pausing) = &mut self.pausing {
                 // It arrives stopped, or stays so here if its migration does not get that far.
