@@ -15,6 +15,7 @@ pub mod control;
 pub mod desk;
 pub mod doctor;
 pub mod error;
+pub mod footprint;
 pub mod images;
 pub mod kvm;
 pub mod log_queue;

@@ -12,6 +12,7 @@ use vmm::supervisor::{self, SetupError, exit_code};
 const LOG_PATIENCE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    vmm::footprint::use_one_heap();
     let cli = Cli::parse();
     let level = match cli.verbose {
         0 => log::LevelFilter::Warn,

@@ -17,6 +17,7 @@ use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
 use crate::error::chain;
+use crate::footprint;
 use crate::kvm::Host;
 use crate::machine::build::NewMachine;
 use crate::machine::description::Description;
@@ -170,13 +171,7 @@ impl Supervisor {
         if let Err(error) = self.start() {
             return self.fail(&chain(&error));
         }
-        // What reading the command line and building the machine needed and gave back, some 100 KiB, would
-        // otherwise stay with the process.
-        // SAFETY: releases pages that the allocator holds free; nothing refers to them.
-        #[cfg(target_env = "gnu")]
-        unsafe {
-            libc::malloc_trim(0)
-        };
+        footprint::return_start_memory();
     }
 
     fn cannot_boot(&mut self, why: &str, code: u8) {
