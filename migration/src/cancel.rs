@@ -88,8 +88,12 @@ impl CancelToken {
             return false;
         }
         state.disarmed = true;
-        state.wakes.clear();
         true
+    }
+
+    /// The point of no return was not passed after all: cancelling works again.
+    pub(crate) fn rearm(&self) {
+        self.state().disarmed = false;
     }
 
     /// Waits for `duration`, or until cancelled.

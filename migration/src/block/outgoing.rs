@@ -284,13 +284,10 @@ impl Outgoing for DisksOutgoing {
     /// Bits are taken as in every pass: if the migration fails now, the next one begins with everything
     /// dirty; if the stop is called off, what is written from now on is marked.
     fn complete(&mut self) -> Result<(), ParticipantError> {
-        for disk in &self.started()?.disks {
-            disk.disk.node.drain();
-        }
+        // The guest's requests have ended: its stop has waited for them.
         self.send_dirty()?;
         self.send_header(Frame::End)?;
         self.totals.ends += 1;
-        self.tell_remaining()?;
         self.started()?.link.push(SECTION, Stage::End, &self.totals.encode())?;
         Ok(())
     }

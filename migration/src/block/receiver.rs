@@ -79,6 +79,9 @@ impl Receiver {
             if let Some(totals) = state.settled.as_ref().filter(|totals| totals.ends >= number) {
                 return Ok(totals.clone());
             }
+            if self.control.is_lost() {
+                return Err(WireError::Lost(std::io::ErrorKind::BrokenPipe.into()));
+            }
             let waited = self.shared.changed.wait_timeout(state, TICK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             let now = self.channel.moved_bytes();

@@ -129,6 +129,22 @@ impl Control {
         Ok(())
     }
 
+    /// Writes what was pushed, until it is out.
+    pub fn flush_pushed(&self) -> Result<(), WireError> {
+        let number = self.0.outbox.pushed();
+        self.flush(number, None, true)
+    }
+
+    /// Pushes a frame and tries once to write it: for who must not be held up.
+    pub fn try_send(&self, kind: Kind, payload: &[u8]) -> Result<(), WireError> {
+        self.push(kind, payload)?;
+        let number = self.0.outbox.pushed();
+        match self.0.outbox.write_some(self.0.transport.as_ref(), number) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(WireError::Lost(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes until all that was pushed up to `number` is out. Nobody holds the outbox for longer than
     /// one call of the transport, so a peer that does not read holds up only who has something to say.
     fn flush(

@@ -45,6 +45,11 @@ impl Outbox {
         state.pushed
     }
 
+    /// Bytes that were ever pushed.
+    pub(super) fn pushed(&self) -> u64 {
+        self.lock().pushed
+    }
+
     /// How long nothing was sent.
     pub(super) fn quiet(&self) -> Duration {
         self.lock().last_sent.elapsed()

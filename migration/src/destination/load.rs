@@ -11,9 +11,15 @@ use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
 use crate::wire::{Frame, Kind, Role, WireError};
 use devices::state::DeviceRecord;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Names the section of the devices' records, which are no participant.
 const DEVICE: &str = "device";
+
+/// How long after a lock that cannot be had the source's word may come that it has it again.
+const LOCK_RACE: Duration = Duration::from_millis(50);
+/// Most stops of one migration: with their rests, days of them.
+const MAX_ATTEMPTS: u32 = 10_000;
 
 /// How far a participant has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,13 +196,26 @@ impl Destination<'_> {
                         return Err(arrival.unexpected(frame.describe()));
                     }
                     let eof = Eof::decode(&frame.payload)?;
+                    if eof.attempt > MAX_ATTEMPTS {
+                        let reason = format!("stop number {}", eof.attempt);
+                        return Err(
+                            WireError::Malformed { what: "end of the stream", reason }.into()
+                        );
+                    }
                     for (participant, _) in &mut arrival.participants {
                         participant.finish()?;
                     }
                     if arrival.control.is_next(Kind::CalledOff) {
                         continue;
                     }
-                    self.host.lock_disks()?;
+                    if let Err(error) = self.host.lock_disks() {
+                        // A source that has called its stop off has taken the locks back.
+                        let limit = Limit::within("word of a stop called off", LOCK_RACE);
+                        return match arrival.control.next(&limit) {
+                            Ok(frame) if frame.kind == Kind::CalledOff => Ok(Loaded::CalledOff),
+                            _ => Err(error.into()),
+                        };
+                    }
                     return Ok(Loaded::All(eof));
                 }
                 Kind::CalledOff if arrival.stopped => return Ok(Loaded::CalledOff),

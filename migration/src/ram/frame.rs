@@ -203,7 +203,7 @@ pub fn decode_table(
     runs: &mut Vec<(Run, GuestAddress)>,
 ) -> Result<(), WireError> {
     runs.clear();
-    let mut raw_left = raw_pages;
+    let (mut raw_left, mut zero_left) = (raw_pages, layout.page_count());
     for bytes in table.chunks(RUN_BYTES) {
         let mut decoder = Decoder::new(WHAT, bytes);
         let (first, page_count) = (PageIndex(decoder.u64()?), decoder.u32()?);
@@ -219,6 +219,11 @@ pub fn decode_table(
         if kind == RunKind::Raw {
             let left = raw_left.checked_sub(page_count);
             raw_left = left.ok_or_else(|| decoder.malformed("more raw pages than announced"))?;
+        }
+        if kind == RunKind::Zero {
+            // A frame of a few KiB could have all of RAM cleared hundreds of times.
+            let left = zero_left.checked_sub(page_count.into());
+            zero_left = left.ok_or_else(|| decoder.malformed("more zero pages than RAM has"))?;
         }
         runs.push((Run { first, page_count, kind }, address));
     }

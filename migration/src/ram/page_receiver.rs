@@ -110,6 +110,9 @@ impl PageReceiver {
                 }
                 RunKind::Zero => {
                     zero_pages += page_count;
+                    if channel.is_cancelled() {
+                        return Err(WireError::Interrupted);
+                    }
                     clear_written(&self.ram, &self.written, run)?;
                 }
                 RunKind::Delta => delta_pages += page_count,

@@ -92,6 +92,12 @@ impl Receivers {
             if state.ended.iter().all(|(ends, _)| *ends >= number) {
                 return Ok(state.ended.iter().map(|(_, tally)| *tally).collect());
             }
+            if self.control.is_lost() {
+                let silence = self.control.liveness().silence();
+                if silence < self.control.patience() {
+                    return Err(WireError::Lost(std::io::ErrorKind::BrokenPipe.into()));
+                }
+            }
             let waited = self.shared.changed.wait_timeout(state, TICK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             let now = moved_bytes();

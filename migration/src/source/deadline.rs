@@ -5,7 +5,10 @@
 //! driver may be blocked in a write for much longer. The right to run is in one place at any time: with
 //! the clock, with the driver who took it to hand it over, or, after a resume, with the guest.
 
+use crate::control::Control;
+use crate::error::chain;
 use crate::guest::{GuestError, PartTime, PausedGuest};
+use crate::wire::{Kind, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,10 +31,15 @@ struct State<'g> {
     part: (String, Instant),
     /// Nobody watches any more.
     done: bool,
+    /// The end of the stream is on its way: the destination may take the disks' locks.
+    ended: bool,
+    /// The destination was told that the stop is called off.
+    told: bool,
 }
 
 /// Holds the stopped guest until its deadline.
 pub(super) struct StopClock<'g> {
+    control: Control,
     state: Mutex<State<'g>>,
     changed: Condvar,
 }
@@ -46,12 +54,19 @@ pub(super) struct Overran {
 }
 
 impl<'g> StopClock<'g> {
-    pub(super) fn new(longest: Duration) -> Self {
+    pub(super) fn new(longest: Duration, control: Control) -> Self {
         let (now, part) = (Instant::now(), String::new());
         let deadline = now + longest;
-        let state =
-            State { held: Held::Running, longest, deadline, part: (part, now), done: false };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let state = State {
+            held: Held::Running,
+            longest,
+            deadline,
+            part: (part, now),
+            done: false,
+            ended: false,
+            told: false,
+        };
+        Self { control, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     /// The guest is about to be stopped; returns the deadline.
@@ -93,6 +108,25 @@ impl<'g> StopClock<'g> {
         }
     }
 
+    /// Sends the end of the stream, unless the deadline has passed. After it nothing more is sent before
+    /// `Go`, so whoever resumes the guest can tell the destination that the stop is called off.
+    pub(super) fn end_stream(&self, payload: &[u8]) -> Result<Result<(), WireError>, Overran> {
+        let mut state = self.lock();
+        if !matches!(state.held, Held::Paused(_)) {
+            return Err(state.overran());
+        }
+        // In order with what a resume pushes; written without the lock.
+        let pushed = self.control.push(Kind::Eof, payload);
+        state.ended = true;
+        drop(state);
+        Ok(pushed.and_then(|()| self.control.flush_pushed()))
+    }
+
+    /// Whether the destination was told that the stop is called off.
+    pub(super) fn has_told(&self) -> bool {
+        self.lock().told
+    }
+
     /// Takes the stopped guest out: from here on the deadline does nothing.
     pub(super) fn take(&self) -> Result<PausedGuest<'g>, Overran> {
         let mut state = self.lock();
@@ -111,7 +145,10 @@ impl<'g> StopClock<'g> {
     /// Resumes the guest now, unless that was done at the deadline; says how it went.
     pub(super) fn resume(&self) -> Result<(), GuestError> {
         match self.take() {
-            Ok(guest) => guest.resume(),
+            Ok(guest) => {
+                self.lock().call_off(&self.control);
+                guest.resume()
+            }
             Err(Overran { not_resumed: Some(error), .. }) => Err(error),
             Err(_) => Ok(()),
         }
@@ -130,6 +167,7 @@ impl<'g> StopClock<'g> {
                 Held::Paused(_) => {
                     let left = state.deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
+                        state.call_off(&self.control);
                         if let Held::Paused(guest) =
                             std::mem::replace(&mut state.held, Held::Resumed(None))
                         {
@@ -146,6 +184,17 @@ impl<'g> StopClock<'g> {
 }
 
 impl State<'_> {
+    /// Before the guest is resumed: the destination may hold the locks of its disks by now, and lets go of
+    /// them when it hears this.
+    fn call_off(&mut self, control: &Control) {
+        if !self.ended || std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        if let Err(error) = control.try_send(Kind::CalledOff, &[]) {
+            log::debug!("the destination does not hear of a stop called off: {}", chain(&error));
+        }
+    }
+
     fn overran(&mut self) -> Overran {
         let not_resumed = match &mut self.held {
             Held::Resumed(error) => error.take(),

@@ -132,9 +132,10 @@ impl Estimate {
             .then(|| PartTime::new(worst.part.clone(), worst.time))
     }
 
-    /// Whether flushing disks alone keeps a stop from fitting.
+    /// Whether a stop would fit if disks took no time to flush.
     pub(super) fn flush_blocks(&self, longest: Duration) -> bool {
-        self.obstacle(longest).is_some_and(|part| part.part == self.flush.part)
+        let total = self.total();
+        total > longest && total - self.flush.time <= longest
     }
 
     // What stops have measured.
@@ -171,6 +172,12 @@ impl Estimate {
     /// From the last byte to `Ready`, which is mostly the destination's work.
     pub(super) fn ready_in(&mut self, took: Duration) {
         self.resuming.learn(took.saturating_sub(self.round_trips / 2));
+    }
+
+    /// `Ready` did not come in so long: the next stop may take longer.
+    pub(super) fn not_ready_in(&mut self, waited: Duration) {
+        let time = self.resuming.time;
+        self.resuming.learn(waited.max(time * 2));
     }
 
     /// A stop was called off, as it would have taken `expected` instead of `predicted`.

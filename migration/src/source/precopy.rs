@@ -54,13 +54,23 @@ impl Source<'_> {
                         return Ok(());
                     }
                 }
-                Decision::Again { polishing } if rest.is_none() => {
-                    polished += u32::from(polishing);
-                    self.after_pass(session, &look, polishing);
+                Decision::Stop => {}
+                Decision::Again { polishing } => {
+                    polished += u32::from(polishing && rest.is_none());
+                    if session.estimate.flush_blocks(longest) {
+                        // It can be measured again without a stop; and it is not the guest's fault.
+                        self.flush_ahead(session, longest)?;
+                    } else if session.estimate.obstacle(longest).is_none() {
+                        self.after_pass(session, &look, polishing);
+                    }
                 }
-                _ => {}
             }
-            let obstacle = session.estimate.obstacle(longest);
+            // The first flush finds what was written for as long as nobody flushed.
+            let measured = session.flushes != 1;
+            let obstacle = session.estimate.obstacle(longest).filter(|_| measured);
+            if obstacle.is_none() && session.estimate.called_off() == 0 {
+                session.blocked_by = None;
+            }
             // A pass over a guest that hardly writes takes no time, and there is no hurry.
             let idle = rest.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
             if let Some(part) = obstacle {
@@ -68,10 +78,6 @@ impl Source<'_> {
             }
             if let Some(idle) = idle {
                 self.cancel.wait(idle.min(IDLE_PASS));
-                if session.estimate.flush_blocks(longest) {
-                    // It can be measured again without a stop.
-                    self.flush_ahead(session, longest)?;
-                }
             }
         }
     }

@@ -80,8 +80,22 @@ struct Stopped {
     took: Duration,
     /// Bytes sent before it.
     before: u64,
-    /// The destination has heard of it.
+    /// The destination has heard of it, and whether it has heard that it is called off.
     announced: bool,
+    told: bool,
+    /// Clients have heard of it.
+    shown: bool,
+    /// Where it was when it ended.
+    phase: Phase,
+}
+
+/// Where a stop is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Pausing,
+    Sending,
+    Flushing,
+    AwaitingReady,
 }
 
 impl Source<'_> {
@@ -90,8 +104,9 @@ impl Source<'_> {
         &mut self,
         session: &mut Session,
     ) -> Result<Stop, SourceError> {
-        let Stopped { result, parts, took, before, announced } = self.attempt(session);
-        match result {
+        let mut stopped = self.attempt(session);
+        let Stopped { parts, took, before, .. } = stopped;
+        match std::mem::replace(&mut stopped.result, Err(Ended::Failed(SourceError::Cancelled))) {
             Ok(handover) => {
                 self.counters.update(|stats| {
                     stats.downtime = Some(took);
@@ -101,7 +116,7 @@ impl Source<'_> {
                 Ok(Stop::HandedOver(handover))
             }
             Err(Ended::TooLong(part)) => {
-                self.call_off(session, part, took, announced)?;
+                self.call_off(session, part, &stopped)?;
                 Ok(Stop::CalledOff)
             }
             Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => {
@@ -118,7 +133,7 @@ impl Source<'_> {
         let longest = policy::longest(session.estimate.floor(), limit);
         let stop_within = policy::stop_within(longest, session.predicted);
         let before = self.counters.figures().transferred_bytes;
-        let clock = StopClock::new(stop_within);
+        let clock = StopClock::new(stop_within, session.control.clone());
         let Self { guest, counters, cancel, events, .. } = self;
         let mut step = LastStep {
             clock: &clock,
@@ -128,6 +143,8 @@ impl Source<'_> {
             watch: StopWatch::start(),
             parts: DowntimeParts::default(),
             announced: false,
+            shown: false,
+            phase: Phase::Pausing,
             before,
         };
         let result = std::thread::scope(|scope| {
@@ -155,8 +172,14 @@ impl Source<'_> {
                 Ended::Failed(error) => Ended::Failed(give_up(session, &clock, error)),
             })
         });
-        let took = step.watch.total();
-        Stopped { result, parts: step.parts, took, before, announced: step.announced }
+        let mut took = step.watch.total();
+        if matches!(result, Err(Ended::TooLong(_))) {
+            // The guest ran again then, whatever the driver was blocked by.
+            took = took.min(stop_within);
+        }
+        let LastStep { parts, announced, shown, phase, .. } = step;
+        let told = clock.has_told();
+        Stopped { result, parts, took, before, announced, told, shown, phase }
     }
 
     /// The guest runs on: so do the passes. The destination hears of it if it has heard of the stop.
@@ -164,20 +187,33 @@ impl Source<'_> {
         &mut self,
         session: &mut Session,
         part: PartTime,
-        took: Duration,
-        announced: bool,
+        stopped: &Stopped,
     ) -> Result<(), SourceError> {
+        let Stopped { took, announced, told, shown, phase, .. } = *stopped;
+        match phase {
+            Phase::Pausing => session.estimate.drained_in(&part),
+            Phase::Flushing => session.estimate.flushed_in(&part),
+            Phase::AwaitingReady => session.estimate.not_ready_in(part.took),
+            Phase::Sending => {}
+        }
         let limit = self.params.get().downtime_limit;
         log::info!("a stop was called off after {took:?}: {part}; the limit is {limit:?}");
         self.counters.update(|stats| stats.called_off += 1);
         session.estimate.was_called_off(took, session.predicted, limit);
         if announced {
             session.control.ignore_ready_up_to(session.attempt);
-            let told = session.control.send(Kind::CalledOff, &[]).map_err(SourceError::from);
+            let told = if told {
+                session.control.flush_pushed()
+            } else {
+                session.control.send(Kind::CalledOff, &[])
+            };
+            let told = told.map_err(SourceError::from);
             let told = told.and_then(|()| session.each(|one| one.called_off()));
             if let Err(error) = told {
                 return Err(session.settle(error));
             }
+        }
+        if shown {
             self.status(MigrationStatus::Active);
         }
         if session.estimate.called_off() >= CALLED_OFF_OFTEN
@@ -226,6 +262,9 @@ struct LastStep<'s, 'g> {
     parts: DowntimeParts,
     /// The destination has heard something of this stop.
     announced: bool,
+    /// Clients have.
+    shown: bool,
+    phase: Phase,
     /// Bytes sent before the pause.
     before: u64,
 }
@@ -234,6 +273,7 @@ impl<'g> LastStep<'_, 'g> {
     /// The guest has stopped: for certain now, what is left of everything, and whether that still fits.
     fn stopped(&mut self, session: &mut Session, paused: PausedGuest<'g>) -> Result<(), Ended> {
         self.parts.pause = self.watch.lap();
+        self.phase = Phase::Sending;
         session.estimate.stopped_in(self.parts.pause, paused.drains());
         self.clock.hold(paused);
         self.clock.enter("reading the dirty log");
@@ -251,6 +291,7 @@ impl<'g> LastStep<'_, 'g> {
             stats.status = MigrationStatus::Device;
             stats.precopy_bytes = before;
         });
+        self.shown = true;
         (self.events)(MigrationEvent::Status(MigrationStatus::Device));
         Ok(())
     }
@@ -273,16 +314,20 @@ impl<'g> LastStep<'_, 'g> {
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
             self.clock.enter(&format!("sending the rest of section {:?}", participant.section()));
+            // What is left out now is sent by the next attempt.
+            self.clock.with(|_| ())?;
             participant.complete()?;
         }
         self.clock.enter("flushing disks");
+        self.phase = Phase::Flushing;
         let deadline = self.clock.deadline();
         let flush = self.clock.with(|guest| guest.release_disks(deadline))??;
         session.estimate.flushed_in(&flush);
+        self.phase = Phase::Sending;
         self.clock.enter("the end of the stream");
         let running = self.clock.with(|guest| guest.was_running())?;
         let eof = Eof { running, attempt: session.attempt };
-        session.control.send(Kind::Eof, &eof.encode())?;
+        self.clock.end_stream(&eof.encode())??;
         self.parts.final_send = self.watch.lap();
         Ok(())
     }
@@ -290,6 +335,7 @@ impl<'g> LastStep<'_, 'g> {
     fn await_ready(&mut self, session: &mut Session) -> Result<(), Ended> {
         const WHAT: &str = "the destination's readiness";
         self.clock.enter(WHAT);
+        self.phase = Phase::AwaitingReady;
         let limit = Limit::until(WHAT, self.clock.deadline());
         let payload = match session.control.expect(Kind::Ready, &limit) {
             Err(WireError::Late { .. }) => {
@@ -310,18 +356,17 @@ impl<'g> LastStep<'_, 'g> {
     }
 
     fn hand_over(&mut self, session: &mut Session) -> Result<Handover, Ended> {
-        let paused = self.clock.take()?;
         // The point of no return: a cancel comes either before it or not at all.
         if !self.cancel.disarm() {
-            let resumed = paused.resume();
-            return Err(Ended::Failed(match resumed {
-                Ok(()) => SourceError::Cancelled,
-                Err(source) => {
-                    let cause = SourceError::Cancelled.to_string();
-                    SourceError::NotResumed { cause, source }
-                }
-            }));
+            return Err(Ended::Failed(SourceError::Cancelled));
         }
+        let paused = match self.clock.take() {
+            Ok(paused) => paused,
+            Err(overran) => {
+                self.cancel.rearm();
+                return Err(overran.into());
+            }
+        };
         let handover = hand_over(paused, &session.control);
         if let Handover::Completed { started_in } = handover {
             let whole = self.watch.lap();

@@ -121,6 +121,8 @@ pub struct Scenario {
     pub disks: FakeDisks,
     /// The source's machine, for who wants to look at it meanwhile or after a panic.
     pub machine: Arc<Machine>,
+    /// The destination's.
+    pub destination: Arc<Machine>,
     /// Told of every event of the source.
     pub watch: Option<Watch>,
 }
@@ -147,6 +149,7 @@ impl Default for Scenario {
             patience: Duration::from_secs(5),
             disks: FakeDisks::default(),
             machine: Arc::default(),
+            destination: Arc::default(),
             watch: None,
         }
     }
@@ -186,7 +189,7 @@ pub fn migrate_over(
     let disk = Arc::<Disk>::default();
     let ram = boot(scenario, &disk);
     let source_machine = scenario.machine.clone();
-    let destination_machine = Arc::new(Machine::default());
+    let destination_machine = scenario.destination.clone();
     let destination_counters = Arc::new(Counters::new());
     let receiver = {
         let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);

@@ -205,3 +205,36 @@ fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
     assert!(began.elapsed() >= patience);
     end.assert_back_at_source("dead link");
 }
+
+#[test]
+fn a_destination_that_is_slow_to_be_ready_has_let_go_of_shared_disks_before_the_guest_runs_on() {
+    let scenario = Scenario { params: limited(ms(60)), ..Default::default() };
+    // It holds the lock for longer than the guest may be stopped.
+    *scenario.destination.slow_locks.lock().unwrap() = (2, ms(200));
+    let end = migrate(&scenario);
+    end.assert_moved();
+    let stats = end.counters.snapshot();
+    assert!(stats.called_off >= 1, "{} stops called off", stats.called_off);
+    assert!(stats.downtime.unwrap() < ms(1500), "{:?}", stats.downtime);
+}
+
+#[test]
+fn a_destination_that_is_always_slower_than_the_limit_gets_its_guest_once_that_is_known() {
+    let scenario = Scenario { params: limited(ms(20)), ..Default::default() };
+    *scenario.destination.slow_locks.lock().unwrap() = (u32::MAX, ms(40));
+    let end = migrate(&scenario);
+    end.assert_moved();
+    let stats = end.counters.snapshot();
+    assert!((1..=12).contains(&stats.called_off), "{} stops called off", stats.called_off);
+    assert!(stats.downtime.unwrap() >= ms(40));
+}
+
+#[test]
+fn a_cancel_while_the_destination_is_getting_ready_leaves_the_guest_running_on_a_locked_disk() {
+    let scenario = Scenario { params: limited(ms(5000)), ..Default::default() };
+    *scenario.destination.slow_locks.lock().unwrap() = (1, ms(100));
+    let at = MigrationEvent::Status(MigrationStatus::Device);
+    let end = migrate(&Scenario { cancel_source_at: Some(at), ..scenario });
+    assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+    end.assert_back_at_source("cancelled before Ready");
+}

@@ -148,7 +148,10 @@ impl Supervisor {
             return Err(GuestError::new(text));
         }
         if stopped.was_running {
-            self.resume().map_err(|error| GuestError::new(error.desc))
+            self.resume().map_err(|error| {
+                self.fail(&error.desc);
+                GuestError::new(error.desc)
+            })
         } else {
             self.become_state(RunState::Paused);
             Ok(())

@@ -79,7 +79,8 @@ impl Supervisor {
         }
         let in_transition = self.transition.is_some();
         match command {
-            Command::Stop => in_transition,
+            // Its outcome decides where the guest is stopped.
+            Command::Stop => in_transition || self.state == RunState::FinishMigrate,
             Command::Cont { .. }
             | Command::Reset
             | Command::Migrate { .. }
@@ -192,6 +193,10 @@ impl Supervisor {
     pub(super) fn stop(&mut self, request: &Incoming) -> Option<QmpResult> {
         let may_have_requests =
             matches!(self.state, RunState::Running | RunState::Paused | RunState::IoError);
+        if self.state == RunState::Postmigrate {
+            let desc = "The guest has been handed over: stop it at the destination";
+            return Some(Err(QmpError::generic(desc)));
+        }
         let machine = self.machine.as_mut().filter(|_| may_have_requests);
         let Some(machine) = machine else { return Some(Ok(json!({}))) };
         let drains = match machine.begin_pause() {

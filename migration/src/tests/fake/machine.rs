@@ -63,6 +63,8 @@ pub struct Machine {
     pub overdue: AtomicU32,
     /// How often records were loaded into it.
     pub loads: AtomicU32,
+    /// How long it takes to lock its disk, for so many stops.
+    pub slow_locks: Mutex<(u32, Duration)>,
 }
 
 /// Where a scripted failure happens.
@@ -222,7 +224,14 @@ impl DestinationHost for FakeHost {
 
     fn lock_disks(&mut self) -> Result<(), GuestError> {
         step(self.fail, Fail::Lock)?;
-        self.disk.lock("destination", Duration::ZERO)
+        self.disk.lock("destination", Duration::ZERO)?;
+        let mut slow = self.machine.slow_locks.lock().unwrap();
+        if let Some(left) = slow.0.checked_sub(1) {
+            slow.0 = left;
+            // Being slow is what it is for.
+            std::thread::sleep(slow.1);
+        }
+        Ok(())
     }
 
     fn called_off(&mut self) -> Result<(), GuestError> {

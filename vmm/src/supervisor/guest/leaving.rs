@@ -6,7 +6,7 @@ use super::super::tasks::{DiskWork, longest, wait_in_steps};
 use super::{GuestRequest, ask};
 use crate::error::chain;
 use crate::machine::{MachineError, lock_disks, unlock_disks};
-use devices::block::BlockNode;
+use devices::block::{BlockNode, Format};
 use devices::state::DeviceRecord;
 use migration::cancel::CancelToken;
 use migration::guest::{GuestControl, GuestError, PartTime, Stopped};
@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 const DRAIN_AFTERMATH: Duration = Duration::from_secs(1);
 /// How long disks' locks are tried to be retaken. A destination that refused lets go of them when its
 /// connection closes, which may take a moment.
-const RELOCK_LIMIT: Duration = Duration::from_secs(1);
+/// One whose link died notices that after its patience.
+const RELOCK_LIMIT: Duration = Duration::from_secs(15);
 /// How often.
 const RELOCK_EVERY: Duration = Duration::from_millis(50);
 
@@ -34,6 +35,8 @@ pub struct LeavingGuest {
     /// Disks that travel: what the destination has received is on its own storage.
     travelling: Vec<String>,
     flushes: DiskWork<io::Result<()>>,
+    /// The locks were let go of.
+    released: bool,
 }
 
 impl LeavingGuest {
@@ -46,7 +49,7 @@ impl LeavingGuest {
     ) -> Self {
         let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
         let flushes = DiskWork::new("flush", writable);
-        Self { mailbox, cancel, nodes, travelling, flushes }
+        Self { mailbox, cancel, nodes, travelling, flushes, released: false }
     }
 
     /// Has `work` done to each writable disk that `wanted` names, until `deadline`.
@@ -109,16 +112,22 @@ impl GuestControl for LeavingGuest {
             }
             node.write_back()
         };
-        let took = self.flush(|_, _| true, flush, deadline)?;
+        // A raw file that travels has nothing to write back: the destination has it on its own storage.
+        let has_work = |node: &BlockNode, stays| stays || node.format() != Format::Raw.name();
+        let took = self.flush(has_work, flush, deadline)?;
         if !took.ended {
             return Err(GuestError::Overdue(took));
         }
+        self.released = true;
         unlock_disks(&self.nodes);
         Ok(took)
     }
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
-        let locked = relock(&self.nodes).map_err(|error| chain(&error));
+        let locked = match std::mem::take(&mut self.released) {
+            true => relock(&self.nodes).map_err(|error| chain(&error)),
+            false => Ok(()),
+        };
         ask(&self.mailbox, |reply| GuestRequest::Resume(stopped, locked, reply))
     }
 
