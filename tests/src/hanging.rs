@@ -57,12 +57,13 @@ struct State {
     /// It has stopped reading requests.
     parked: bool,
     ends: bool,
-    /// How long each write and each flush takes, one after the other.
+    /// How long a write to the beginning of a block of 4 KiB takes, and each flush.
     write_takes: Duration,
     flush_takes: Duration,
     /// The next flush alone.
     backlog: Duration,
-    /// Flushes that have been answered.
+    /// How many there have been, of those writes and of flushes.
+    writes: u32,
     flushes: u32,
 }
 
@@ -77,19 +78,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes as long as a request of this kind does.
-    fn take_time(&self, opcode: u32) {
+    /// Takes as long as a request of this kind does; `body` is what follows its header.
+    fn take_time(&self, opcode: u32, body: &[u8]) -> Result<()> {
         let mut state = self.state();
         let takes = match opcode {
-            opcode::WRITE => state.write_takes,
+            opcode::WRITE if u64_at(body, 8)?.is_multiple_of(4096) => {
+                state.writes += 1;
+                self.changed.notify_all();
+                state.write_takes
+            }
             opcode::FSYNC => {
                 state.flushes += 1;
                 state.flush_takes + std::mem::take(&mut state.backlog)
             }
-            _ => return,
+            _ => return Ok(()),
         };
         let waited = self.changed.wait_timeout_while(state, takes, |state| !state.ends);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
+        Ok(())
     }
 }
 
@@ -173,7 +179,8 @@ impl HangingImage {
         assert_eq!(poll(&mut asked, 30_000), 1, "nobody asks the file system for anything");
     }
 
-    /// From now on each write takes so long, and the next waits for it.
+    /// From now on each write to the beginning of a block of 4 KiB takes so long, and whatever comes next
+    /// waits for it: one of a batch of sectors, that is.
     pub fn writes_take(&self, time: Duration) {
         self.change(|state| state.write_takes = time);
     }
@@ -186,6 +193,20 @@ impl HangingImage {
     /// The next flush takes so much longer, as with much in a cache, and those after it do not.
     pub fn next_flush_takes(&self, time: Duration) {
         self.change(|state| state.backlog = time);
+    }
+
+    /// Waits until there have been `count` more of those writes.
+    ///
+    /// # Panics
+    /// If that takes too long.
+    pub fn wait_for_writes(&self, count: u32) {
+        let state = self.shared.state();
+        let wanted = state.writes + count;
+        let limit = Duration::from_secs(30);
+        let waited =
+            self.shared.changed.wait_timeout_while(state, limit, |state| state.writes < wanted);
+        let late = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
+        assert!(!late, "fewer than {count} writes in {limit:?}");
     }
 
     /// How many flushes there have been.
@@ -295,7 +316,7 @@ fn serve_one(mut device: &File, bytes: &mut [u8], shared: &Shared) -> Result<()>
     let request = &request[..len];
     let (opcode, unique, node) = (u32_at(request, 4)?, u64_at(request, 8)?, u64_at(request, 16)?);
     let body = request.get(IN_HEADER..).context("a short request")?;
-    shared.take_time(opcode);
+    shared.take_time(opcode, body)?;
     let answer = match opcode {
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => return Ok(()),
         opcode::INIT => Ok(init(body)?),
