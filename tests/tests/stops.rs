@@ -238,6 +238,29 @@ fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_s
     ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
 }
 
+#[test]
+fn ferry_migrate_says_which_disk_takes_too_long_and_what_helps() {
+    let hosts = Hosts::new();
+    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let mut source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
+    let destination = sharing(&image.path());
+    image.flushes_take(Duration::from_millis(300));
+    let options = ["--downtime-limit", "20ms"];
+    let mut migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
+    let said = migration.client.err.wait_for("no end in sight", SOON).unwrap().text;
+    skip::say(&said);
+    assert!(said.contains("flushing disk `root` takes "), "{said}");
+    assert!(
+        said.contains("the downtime limit is 20 ms: raise it with a --downtime-limit"),
+        "{said}"
+    );
+    migration.client.signal(libc::SIGINT).unwrap();
+    let ended = migration.end(SOON).unwrap();
+    assert_eq!(ended.code, 1, "{}", ended.summary);
+    assert_eq!(ended.errors.matches("no end in sight").count(), 1, "{}", ended.errors);
+    assert_goes_on(&mut source);
+}
+
 /// A guest whose stop takes some 100 ms, of the 300 that it may take, as its last 8 MB go over a link of
 /// 80 MB/s; the link changes in the middle of that.
 fn stopped_over(change: impl FnOnce(&Proxy)) -> (Vmm, Destination, Proxy, Qmp, u64) {

@@ -188,7 +188,9 @@ fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, Clie
 /// The same, if one part of the pause is too long however little there is to send.
 fn part_at_fault(facts: &Value) -> Option<String> {
     let (part, desc) = (facts.get("part")?, facts["desc"].as_str()?);
-    let needed_ms = facts["expected-downtime"].as_u64().filter(|_| part["ended"] == true);
+    let whole_ms = facts["expected-downtime"].as_u64();
+    let part_ms = part["time-us"].as_u64().filter(|_| part["ended"] == true).map(|us| us / 1000);
+    let needed_ms = whole_ms.zip(part_ms).map(|(whole, part)| whole.max(part));
     let at_least = needed_ms.map(|ms| format!(" of {} ms or more", ms + ms / 10));
     Some(format!(
         "ferry: no end in sight: {desc}: raise it with a --downtime-limit{}",
