@@ -99,6 +99,28 @@ fn a_guest_that_has_moved_is_reset_by_its_user_and_by_itself() {
 }
 
 #[test]
+fn an_initrd_moves_with_the_guest_and_is_there_for_its_reset() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [kernel, initrd] = ["kernel", "initrd"].map(|name| folder.path().join(name));
+    kernel_at(&kernel, 0);
+    std::fs::File::create(&initrd).unwrap();
+    fill(&initrd, 0, 3_000_001, Pattern::Random).unwrap();
+    let guest = Guest { initrd: Some(initrd.clone()), ..idle_guest(&kernel) };
+    let mut vmm = ferry::run(&guest).unwrap();
+    vmm.wait_line("^HB ").unwrap();
+    std::fs::remove_file(&kernel).unwrap();
+    std::fs::remove_file(&initrd).unwrap();
+    for by in [By::Guest, By::User] {
+        vmm = hop(&vmm, &[]);
+        assert!(deleted_files(&vmm).contains(&3_000_001), "{:?}", deleted_files(&vmm));
+        reset(&mut vmm, by);
+    }
+}
+
+#[test]
 fn a_guest_with_a_disk_is_reset_after_a_move_and_keeps_its_disk() {
     if skip::kvm_is_missing() {
         return;
