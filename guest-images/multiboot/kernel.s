@@ -44,6 +44,29 @@ module_end:
     decl %ecx
     jmp next_module
 done:
+    movl 16(%ebx), %esi                 # a command line that ends with "wait": wait for a key
+next_character:
+    lodsb
+    testb %al, %al
+    jnz next_character
+    cmpl $0x74696177, -5(%esi)
+    jne exit
+    movl $text_waiting, %esi
+    call print
+    call newline
+wait_for_key:
+    movw $0x3fd, %dx
+    inb %dx, %al
+    testb $1, %al
+    jz wait_for_key
+    movw $0x3f8, %dx
+    inb %dx, %al
+    cmpb $'r', %al
+    jne exit
+    movb $0xfe, %al                     # the i8042's reset
+    outb %al, $0x64
+    jmp halt
+exit:
     movl 20(%ebx), %eax
     outb %al, $0xf4
 fail:
@@ -81,6 +104,7 @@ not_ready:
 text_cmdline: .asciz "CMDLINE "
 text_module: .asciz "MODULE "
 text_holds: .asciz " HOLDS "
+text_waiting: .asciz "WAITING"
 
 .section .bss, "aw", @nobits
 .align 4

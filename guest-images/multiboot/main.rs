@@ -1,5 +1,5 @@
 //! A Multiboot 1 kernel: prints what the loader has told it, then exits through port 0xf4 with the
-//! number of modules.
+//! number of modules. With a command line that ends with `wait` it first waits for a key: `r` resets.
 #![no_std]
 #![no_main]
 

@@ -70,7 +70,8 @@
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
 /// Path of a Multiboot kernel as a 32-bit ELF: prints `CMDLINE …` and, for each module, `MODULE string HOLDS
-/// content`, then writes the number of modules to port 0xf4.
+/// content`, then writes the number of modules to port 0xf4. With a command line that ends with `wait` it
+/// prints `WAITING` and waits for a key on the serial line first: `r` resets.
 pub const MULTIBOOT_ELF: &str = env!("FERRY_MULTIBOOT_ELF");
 /// The same as a flat binary.
 pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");

@@ -49,7 +49,7 @@ pub enum GuestError {
 /// How long a part of a pause took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartTime {
-    /// A part of the pause, as it is named to users: "disk `root`: requests in flight".
+    /// A part of the pause, as it is named to users: "draining disk `root`".
     pub part: String,
     /// How long it took, or if it has not ended, how long it was waited for.
     pub took: Duration,
@@ -73,7 +73,7 @@ impl fmt::Display for PartTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { part, took, ended } = self;
         let least = if *ended { "" } else { "more than " };
-        write!(f, "{part}: {least}{} ms", took.as_millis())
+        write!(f, "{part} takes {least}{} ms", took.as_millis())
     }
 }
 

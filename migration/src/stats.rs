@@ -562,10 +562,7 @@ mod tests {
             downtime_limit: Duration::from_millis(300),
             throttle_percent: 0,
             called_off: 3,
-            part: Some(PartTime::new(
-                "disk `root`: requests in flight",
-                Duration::from_millis(500),
-            )),
+            part: Some(PartTime::new("draining disk `root`", Duration::from_millis(500))),
         };
         counters.update(|stats| {
             stats.status = MigrationStatus::Active;

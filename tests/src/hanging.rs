@@ -1,4 +1,4 @@
-//! A disk image whose storage can be made to hang: a file system of our own, with one file in memory, that
+//! A disk image whose storage can be made to hang, or to be slow: a file system of our own, with one file in memory, that
 //! stops answering when told to. Like a network file system whose server is gone: whoever reads, writes,
 //! flushes, opens or asks for a size waits, until it is told to go on, or is killed.
 //!
@@ -57,6 +57,14 @@ struct State {
     /// It has stopped reading requests.
     parked: bool,
     ends: bool,
+    /// How long a write to the beginning of a block of 4 KiB takes, and each flush.
+    write_takes: Duration,
+    flush_takes: Duration,
+    /// The next flush alone.
+    backlog: Duration,
+    /// How many there have been, of those writes and of flushes.
+    writes: u32,
+    flushes: u32,
 }
 
 #[derive(Default)]
@@ -68,6 +76,26 @@ struct Shared {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes as long as a request of this kind does; `body` is what follows its header.
+    fn take_time(&self, opcode: u32, body: &[u8]) -> Result<()> {
+        let mut state = self.state();
+        let takes = match opcode {
+            opcode::WRITE if u64_at(body, 8)?.is_multiple_of(4096) => {
+                state.writes += 1;
+                self.changed.notify_all();
+                state.write_takes
+            }
+            opcode::FSYNC => {
+                state.flushes += 1;
+                state.flush_takes + std::mem::take(&mut state.backlog)
+            }
+            _ => return Ok(()),
+        };
+        let waited = self.changed.wait_timeout_while(state, takes, |state| !state.ends);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        Ok(())
     }
 }
 
@@ -108,7 +136,7 @@ impl HangingImage {
         let thread = std::thread::spawn(move || {
             let mut bytes = vec![0; bytes];
             while wait_to_serve(&serves, &mut woken, &state) {
-                if let Err(error) = serve_one(&serves, &mut bytes) {
+                if let Err(error) = serve_one(&serves, &mut bytes, &state) {
                     eprintln!("the file system that can hang: {error:#}");
                     return;
                 }
@@ -149,6 +177,41 @@ impl HangingImage {
     pub fn wait_until_asked(&self) {
         let mut asked = [polled(self.device.as_raw_fd())];
         assert_eq!(poll(&mut asked, 30_000), 1, "nobody asks the file system for anything");
+    }
+
+    /// From now on each write to the beginning of a block of 4 KiB takes so long, and whatever comes next
+    /// waits for it: one of a batch of sectors, that is.
+    pub fn writes_take(&self, time: Duration) {
+        self.change(|state| state.write_takes = time);
+    }
+
+    /// From now on each flush takes so long.
+    pub fn flushes_take(&self, time: Duration) {
+        self.change(|state| state.flush_takes = time);
+    }
+
+    /// The next flush takes so much longer, as with much in a cache, and those after it do not.
+    pub fn next_flush_takes(&self, time: Duration) {
+        self.change(|state| state.backlog = time);
+    }
+
+    /// Waits until there have been `count` more of those writes.
+    ///
+    /// # Panics
+    /// If that takes too long.
+    pub fn wait_for_writes(&self, count: u32) {
+        let state = self.shared.state();
+        let wanted = state.writes + count;
+        let limit = Duration::from_secs(30);
+        let waited =
+            self.shared.changed.wait_timeout_while(state, limit, |state| state.writes < wanted);
+        let late = waited.unwrap_or_else(PoisonError::into_inner).1.timed_out();
+        assert!(!late, "fewer than {count} writes in {limit:?}");
+    }
+
+    /// How many flushes there have been.
+    pub fn flushes(&self) -> u32 {
+        self.shared.state().flushes
     }
 
     /// Everything is answered.
@@ -238,7 +301,7 @@ fn attributes(node: u64, size: usize) -> Vec<u8> {
 }
 
 /// Reads a request, if there is one, and answers it.
-fn serve_one(mut device: &File, bytes: &mut [u8]) -> Result<()> {
+fn serve_one(mut device: &File, bytes: &mut [u8], shared: &Shared) -> Result<()> {
     let mut request = vec![0; MAX_WRITE as usize + 4096];
     let len = match device.read(&mut request) {
         Ok(len) => len,
@@ -253,6 +316,7 @@ fn serve_one(mut device: &File, bytes: &mut [u8]) -> Result<()> {
     let request = &request[..len];
     let (opcode, unique, node) = (u32_at(request, 4)?, u64_at(request, 8)?, u64_at(request, 16)?);
     let body = request.get(IN_HEADER..).context("a short request")?;
+    shared.take_time(opcode, body)?;
     let answer = match opcode {
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => return Ok(()),
         opcode::INIT => Ok(init(body)?),

@@ -1,16 +1,48 @@
-//! A link that counts and can be cut: forwards every connection to a destination and notes when how
-//! many bytes came.
+//! A link that counts, can be cut and can be made slow: forwards every connection to a destination and
+//! notes when how many bytes came.
 
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 type Arrivals = Arc<Mutex<Vec<(Instant, usize)>>>;
 /// Both ends of each, in the order in which they came.
 type Connections = Arc<Mutex<Vec<[TcpStream; 2]>>>;
+
+/// How fast a connection forwards, in either direction.
+#[derive(Default)]
+struct Speed {
+    /// Bytes per second: none for as fast as can be, 0 for nothing at all.
+    limit: Mutex<Option<u64>>,
+    changed: Condvar,
+}
+
+impl Speed {
+    /// Returns when `count` bytes may pass that came just now.
+    fn wait(&self, count: usize) {
+        let came = Instant::now();
+        let mut limit = self.limit.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let waited = match *limit {
+                None => return,
+                Some(0) => self.changed.wait(limit).unwrap_or_else(PoisonError::into_inner),
+                Some(bytes_per_sec) => {
+                    let due = came + Duration::from_secs_f64(count as f64 / bytes_per_sec as f64);
+                    let left = due.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return;
+                    }
+                    let waited = self.changed.wait_timeout(limit, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+            limit = waited;
+        }
+    }
+}
 
 /// A running proxy. Its threads end with the connections; the one that accepts, with the process.
 pub struct Proxy {
@@ -19,6 +51,7 @@ pub struct Proxy {
     connections: Connections,
     /// Ends are torn off, not closed.
     torn: Arc<AtomicBool>,
+    speed: Arc<Speed>,
 }
 
 /// Starts one in front of `destination`, a `tcp:` address.
@@ -30,6 +63,8 @@ pub fn start(destination: &str) -> Result<Proxy> {
     let connections = Connections::default();
     let torn = Arc::<AtomicBool>::default();
     let (noted, kept, tears) = (arrivals.clone(), connections.clone(), torn.clone());
+    let speed = Arc::<Speed>::default();
+    let held = speed.clone();
     std::thread::spawn(move || {
         for from in listener.incoming() {
             let (Ok(from), Ok(to)) = (from, TcpStream::connect(&to)) else { return };
@@ -37,14 +72,21 @@ pub fn start(destination: &str) -> Result<Proxy> {
             let (Ok(end), Ok(other)) = (from.try_clone(), to.try_clone()) else { return };
             kept.lock().unwrap_or_else(PoisonError::into_inner).push([end, other]);
             let (noted, tears, again) = (noted.clone(), tears.clone(), tears.clone());
-            std::thread::spawn(move || forward(from, to, Some(&noted), &tears));
-            std::thread::spawn(move || forward(back_from, back_to, None, &again));
+            let (speed, back) = (held.clone(), held.clone());
+            std::thread::spawn(move || forward(from, to, Some(&noted), &tears, &speed));
+            std::thread::spawn(move || forward(back_from, back_to, None, &again, &back));
         }
     });
-    Ok(Proxy { address, arrivals, connections, torn })
+    Ok(Proxy { address, arrivals, connections, torn, speed })
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>, torn: &AtomicBool) {
+fn forward(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    noted: Option<&Arrivals>,
+    torn: &AtomicBool,
+    speed: &Speed,
+) {
     // Without it a small frame waits for the acknowledgement of the one before.
     let _ = to.set_nodelay(true);
     let mut buffer = vec![0; 128 << 10];
@@ -53,6 +95,7 @@ fn forward(mut from: TcpStream, mut to: TcpStream, noted: Option<&Arrivals>, tor
             let arrival = (Instant::now(), count);
             noted.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
         }
+        speed.wait(count);
         if to.write_all(&buffer[..count]).is_err() {
             break;
         }
@@ -69,6 +112,13 @@ impl Proxy {
     /// How many connections there were.
     pub fn connections(&self) -> usize {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// From now on each connection forwards so many bytes per second in each direction: 0 is a link that
+    /// takes no packet any more and tells nobody, none is as fast as can be.
+    pub fn limit(&self, bytes_per_sec: Option<u64>) {
+        *self.speed.limit.lock().unwrap_or_else(PoisonError::into_inner) = bytes_per_sec;
+        self.speed.changed.notify_all();
     }
 
     /// Cuts connections, counted in the order in which they came.

@@ -64,7 +64,7 @@ impl Estimate {
             stopping: Learned::new("stopping vCPUs", STOPPING, true),
             drain: Learned::new("draining disks", Duration::ZERO, false),
             flush: Learned::new("flushing disks", Duration::ZERO, false),
-            device_state: Learned::new("device state", DEVICE_STATE, true),
+            device_state: Learned::new("saving device state", DEVICE_STATE, true),
             resuming: Learned::new("resuming at the destination", RESUMING, true),
             round_trips: Duration::ZERO,
             costs: Vec::new(),
@@ -227,7 +227,7 @@ mod tests {
     fn a_slow_drain_is_learned_at_once_named_and_tried_again_after_a_rest() {
         let mut estimate = Estimate::new();
         assert_eq!(estimate.obstacle(LIMIT), None);
-        let drain = PartTime::new("disk `root`: requests in flight", ms(30));
+        let drain = PartTime::new("draining disk `root`", ms(30));
         estimate.drained_in(&drain);
         estimate.was_called_off(ms(30), ms(1), LIMIT);
         assert_eq!(estimate.obstacle(LIMIT), Some(drain));

@@ -213,7 +213,8 @@ impl Source<'_> {
             let rates = Rates { dirtied: rates_or_none.dirtied.max(Some(proved)), ..rates_or_none };
             self.say_not_converging(session, Some(rates), *expected, None);
         }
-        if !session.outlook.is_hopeless() {
+        // What is said of a part that keeps stops from fitting holds until one fits.
+        if !session.outlook.is_hopeless() && session.blocked_by.is_none() {
             self.counters.update(|stats| stats.not_converging = None);
         }
     }

@@ -297,7 +297,7 @@ impl<'g> LastStep<'_, 'g> {
     }
 
     fn send_all(&mut self, session: &mut Session) -> Result<(), Ended> {
-        self.clock.enter("device state");
+        self.clock.enter("saving device state");
         let records = self.clock.with(|guest| guest.save_records())??;
         let records = encode("device state", &records)?;
         self.announced = true;
@@ -324,7 +324,7 @@ impl<'g> LastStep<'_, 'g> {
         let flush = self.clock.with(|guest| guest.release_disks(deadline))??;
         session.estimate.flushed_in(&flush);
         self.phase = Phase::Sending;
-        self.clock.enter("the end of the stream");
+        self.clock.enter("ending the stream");
         let running = self.clock.with(|guest| guest.was_running())?;
         let eof = Eof { running, attempt: session.attempt };
         self.clock.end_stream(&eof.encode())??;
@@ -334,12 +334,13 @@ impl<'g> LastStep<'_, 'g> {
 
     fn await_ready(&mut self, session: &mut Session) -> Result<(), Ended> {
         const WHAT: &str = "the destination's readiness";
-        self.clock.enter(WHAT);
+        const WAITING: &str = "waiting for the destination";
+        self.clock.enter(WAITING);
         self.phase = Phase::AwaitingReady;
         let limit = Limit::until(WHAT, self.clock.deadline());
         let payload = match session.control.expect(Kind::Ready, &limit) {
             Err(WireError::Late { .. }) => {
-                return Err(Ended::TooLong(PartTime::not_ended(WHAT, self.watch.lap())));
+                return Err(Ended::TooLong(PartTime::not_ended(WAITING, self.watch.lap())));
             }
             result => result?,
         };

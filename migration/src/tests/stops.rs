@@ -54,7 +54,7 @@ fn a_disk_that_is_slow_to_drain_is_named_its_guest_is_left_alone_and_moves_when_
     assert!((1..=8).contains(&overdue), "{overdue} stops in {:?}", began.elapsed());
     assert!(began.elapsed() > ms(1000), "passes without a stop take their time");
     assert!(passes.load(SeqCst) >= 40);
-    assert_eq!(parts_said(&end), [format!("{SLOW_DISK}: 30 ms")]);
+    assert_eq!(parts_said(&end), [format!("{SLOW_DISK} takes 30 ms")]);
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn a_shared_disk_that_is_slow_to_flush_is_flushed_before_the_stop_and_named() {
     });
     let end = migrate(&Scenario { watch: Some(watch), ..scenario });
     end.assert_moved();
-    assert_eq!(parts_said(&end), ["disk `shared`: flush: 3000 ms"]);
+    assert_eq!(parts_said(&end), ["flushing disk `shared` takes 3000 ms"]);
     assert_eq!(end.counters.snapshot().called_off, 0, "the guest was never stopped for it");
     assert!(end.counters.snapshot().downtime.unwrap() < ms(1000));
 }

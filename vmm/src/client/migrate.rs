@@ -102,7 +102,8 @@ fn follow(
 ) -> Result<Value, ClientError> {
     let bar = (!json_lines && std::io::stderr().is_terminal()).then(progress_bar);
     let mut last_line = Value::Null;
-    let mut warned = false;
+    // What was said to be at fault: each once.
+    let mut warned: Vec<Value> = Vec::new();
     loop {
         if cancelled.swap(false, Ordering::SeqCst) {
             client.execute("migrate_cancel", json!({}))?;
@@ -116,8 +117,9 @@ fn follow(
             return Ok(info);
         }
         if let Some(facts) = info.get("x-not-converging")
-            && !std::mem::replace(&mut warned, true)
+            && !warned.contains(&facts["part"]["name"])
         {
+            warned.push(facts["part"]["name"].clone());
             let warning = no_end_in_sight(client, facts)?;
             match &bar {
                 Some(bar) => bar.suspend(|| eprintln!("{warning}")),
@@ -128,7 +130,8 @@ fn follow(
             show(bar, &info);
         } else if json_lines {
             let disk = &info["disk"]["dirty-sync-count"];
-            let line = json!([info["status"], info["ram"]["dirty-sync-count"], warned, disk]);
+            let line =
+                json!([info["status"], info["ram"]["dirty-sync-count"], !warned.is_empty(), disk]);
             if line != last_line {
                 println!("{}", without_rounds(info));
                 last_line = line;
@@ -147,8 +150,11 @@ fn without_rounds(mut info: Value) -> Value {
     info
 }
 
-/// What to tell people whose guest writes faster than it is sent, and what would help.
+/// What to tell people whose guest cannot be stopped within its limit, and what would help.
 fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
+    if let Some(sentence) = part_at_fault(facts) {
+        return Ok(sentence);
+    }
     let parameters = client.execute("query-migrate-parameters", json!({}))?;
     let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
     let is_off = |name: &str| {
@@ -176,6 +182,19 @@ fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, Clie
         HumanBytes(number(&facts["bytes-per-second"])),
         number(&facts["downtime-limit"]),
         help.join("; or ")
+    ))
+}
+
+/// The same, if one part of the pause is too long however little there is to send.
+fn part_at_fault(facts: &Value) -> Option<String> {
+    let (part, desc) = (facts.get("part")?, facts["desc"].as_str()?);
+    let whole_ms = facts["expected-downtime"].as_u64();
+    let part_ms = part["time-us"].as_u64().filter(|_| part["ended"] == true).map(|us| us / 1000);
+    let needed_ms = whole_ms.zip(part_ms).map(|(whole, part)| whole.max(part));
+    let at_least = needed_ms.map(|ms| format!(" of {} ms or more", ms + ms / 10));
+    Some(format!(
+        "ferry: no end in sight: {desc}: raise it with a --downtime-limit{}",
+        at_least.unwrap_or_default()
     ))
 }
 
@@ -278,4 +297,26 @@ fn summary(info: &Value) -> String {
         number(&ram["dirty-sync-count"]),
         sent as f64 / 1e6 / total_ms.max(1) as f64,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_takes_too_long_is_named_with_what_would_help() {
+        let mut facts = json!({
+            "desc": "draining disk `root` takes 30 ms, the downtime limit is 20 ms",
+            "part": {"name": "draining disk `root`", "time-us": 30_000, "ended": true},
+            "expected-downtime": 34,
+        });
+        assert_eq!(
+            part_at_fault(&facts).unwrap(),
+            "ferry: no end in sight: draining disk `root` takes 30 ms, the downtime limit is 20 ms: raise it \
+             with a --downtime-limit of 37 ms or more"
+        );
+        facts["part"]["ended"] = false.into();
+        assert!(part_at_fault(&facts).unwrap().ends_with("with a --downtime-limit"));
+        assert_eq!(part_at_fault(&json!({"desc": "the guest dirties"})), None);
+    }
 }

@@ -19,13 +19,13 @@ pub struct DeviceDrain {
 impl DeviceDrain {
     /// A disk that was told so just now.
     pub fn of_disk(node: &Arc<BlockNode>, drain: Drain) -> Self {
-        let part = format!("disk `{}`: requests in flight", node.id());
+        let part = format!("draining disk `{}`", node.id());
         Self::new(part, Some(node.clone()), drain)
     }
 
     /// Another device.
     pub fn of_device(name: &str, drain: Drain) -> Self {
-        Self::new(format!("device `{name}`: requests in flight"), None, drain)
+        Self::new(format!("draining device `{name}`"), None, drain)
     }
 
     fn new(part: String, disk: Option<Arc<BlockNode>>, drain: Drain) -> Self {
@@ -68,7 +68,7 @@ impl Drains {
 
     /// How long each part took, the longest first; one that has not ended is the longest.
     pub fn times(&self) -> Vec<PartTime> {
-        let vcpus = PartTime::new("vCPUs: stop", self.vcpus_took);
+        let vcpus = PartTime::new("stopping vCPUs", self.vcpus_took);
         let mut times: Vec<_> = self.devices.iter().map(DeviceDrain::time).collect();
         times.push(vcpus);
         longest_first(&mut times);
@@ -77,7 +77,7 @@ impl Drains {
 
     /// The part that took longest.
     pub fn longest(&self) -> PartTime {
-        let vcpus = PartTime::new("vCPUs: stop", self.vcpus_took);
+        let vcpus = PartTime::new("stopping vCPUs", self.vcpus_took);
         self.times().into_iter().next().unwrap_or(vcpus)
     }
 

@@ -2,7 +2,7 @@
 
 use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
-use crate::config::{BootFiles, RunConfig};
+use crate::config::RunConfig;
 use crate::console::ConsoleInput;
 use crate::desk::Mailbox;
 use crate::supervisor::exit_code;
@@ -46,7 +46,10 @@ impl Child {
     /// The process that boots the guest.
     pub fn boot(config: &RunConfig, folder: &Path, mailbox: &Mailbox<Message>) -> io::Result<Self> {
         let mut command = ferry("run")?;
-        boot_files(&mut command, &config.boot);
+        command.arg("--kernel").arg(&config.boot.kernel);
+        if let Some(initrd) = &config.boot.initrd {
+            command.arg("--initrd").arg(initrd);
+        }
         command.arg("--cmdline").arg(&config.cmdline);
         command.arg(format!("--memory={}B", config.memory_bytes));
         command.arg(format!("--cpus={}", config.cpus));
@@ -63,7 +66,8 @@ impl Child {
         Self::start(1, command, config, folder, mailbox)
     }
 
-    /// A process that waits for the guest.
+    /// A process that waits for the guest. What the guest boots from comes with it: by now the files may
+    /// be gone, or be others.
     pub fn receive(
         id: ChildId,
         config: &RunConfig,
@@ -72,7 +76,6 @@ impl Child {
     ) -> io::Result<Self> {
         let mut command = ferry("receive")?;
         command.arg(format!("unix:{}", address(folder, id).display()));
-        boot_files(&mut command, &config.boot);
         for (id, disk) in &config.disks {
             let cache = match disk.cache {
                 Cache::Writeback => "writeback",
@@ -202,13 +205,6 @@ fn ferry(verb: &str) -> io::Result<Command> {
     let mut command = Command::new("/proc/self/exe");
     command.arg(verb);
     Ok(command)
-}
-
-fn boot_files(command: &mut Command, files: &BootFiles) {
-    command.arg("--kernel").arg(&files.kernel);
-    if let Some(initrd) = &files.initrd {
-        command.arg("--initrd").arg(initrd);
-    }
 }
 
 fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {

@@ -102,11 +102,16 @@ impl DirtyRate {
         Ok(())
     }
 
-    /// Ends a measurement that is at work. What it returns frees the log when it is joined, which may take
-    /// tens of milliseconds.
+    /// Ends a measurement that is at work, which is then as if it had not been started. What this returns
+    /// frees the log when it is joined, which may take tens of milliseconds.
     pub fn abort(&mut self) -> Option<Aborted> {
         let thread = self.thread.take()?;
-        self.shared.figures().stop = true;
+        let mut figures = self.shared.figures();
+        figures.stop = true;
+        if figures.status == Status::Measuring {
+            figures.status = Status::Unstarted;
+        }
+        drop(figures);
         self.shared.stopped.notify_all();
         Some(Aborted(thread))
     }

@@ -145,7 +145,7 @@ fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
             Ok(None) => {}
             Ok(Some(time)) => late.push(time),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                late.push(PartTime::not_ended("a device", left));
+                late.push(PartTime::not_ended("draining a device", left));
             }
         }
     }
@@ -158,7 +158,7 @@ fn rest(mut device: DeviceDrain, deadline: Instant) -> Option<PartTime> {
         return Some(device.time());
     }
     let node = device.disk.filter(|node| !node.read_only())?;
-    let mut flush = DiskWork::new("flush", vec![node]);
+    let mut flush = DiskWork::new("flushing", vec![node]);
     let done = flush.run(|_| true, |node| node.sync(), deadline, &|| true);
     let done = match done {
         Ok(done) => done.into_iter().next()?,

@@ -84,7 +84,7 @@ fn ask(
         .unwrap_or_else(PoisonError::into_inner)
         .take()
         .filter(|work| work.is_about(nodes))
-        .unwrap_or_else(|| DiskWork::new("size", nodes.to_vec()));
+        .unwrap_or_else(|| DiskWork::new("sizing", nodes.to_vec()));
     let deadline = Instant::now() + SIZE_LIMIT;
     match asked.run(|_| true, |node| node.allocated_bytes().ok(), deadline, &|| true) {
         Ok(done) => {

@@ -176,7 +176,7 @@ pub struct DiskDone<T> {
 }
 
 impl<T: Send + 'static> DiskWork<T> {
-    /// Work that is called `what`, on these disks.
+    /// Work that is called `what`, as in "flushing", on these disks.
     pub fn new(what: &'static str, disks: Vec<Arc<BlockNode>>) -> Self {
         Self { what, disks: disks.into_iter().map(|node| (node, None)).collect() }
     }
@@ -223,7 +223,7 @@ impl<T: Send + 'static> DiskWork<T> {
             if stale && wait(under_way, deadline, go_on).is_some() {
                 *under_way = Some(begin(node)?);
             }
-            let part = format!("disk `{}`: {what}", node.id());
+            let part = format!("{what} disk `{}`", node.id());
             let began = under_way.as_ref().map(|under_way| under_way.began);
             all.push(match wait(under_way, deadline, go_on) {
                 Some((result, took)) => {
@@ -301,13 +301,13 @@ mod tests {
         let (fast_script, script) = (fast.script(), slow.script());
         let nodes = [("fast", fast), ("slow", slow)]
             .map(|(id, disk)| Arc::new(BlockNode::new(id, Box::new(disk))));
-        let mut work = DiskWork::new("flush", nodes.to_vec());
+        let mut work = DiskWork::new("flushing", nodes.to_vec());
         let soon = || Instant::now() + Duration::from_millis(100);
         script.hold(true);
         let done = work.run(|_| true, flush, soon(), &|| true).unwrap();
         assert_eq!(done[0].result, Some(Ok(())));
         assert!(done[0].time.ended && !done[1].time.ended && done[1].result.is_none());
-        assert_eq!(longest(&done, "none").part, "disk `slow`: flush");
+        assert_eq!(longest(&done, "none").part, "flushing disk `slow`");
         assert_eq!(fast_script.flush_count(), 1);
         // Tried again, it still has one thread, whose flush is not enough.
         drop(work.run(|_| true, flush, soon(), &|| true).unwrap());
@@ -325,7 +325,8 @@ mod tests {
         let disk = MemoryDisk::new(512);
         let script = disk.script();
         script.hold(true);
-        let mut work = DiskWork::new("flush", vec![Arc::new(BlockNode::new("d", Box::new(disk)))]);
+        let mut work =
+            DiskWork::new("flushing", vec![Arc::new(BlockNode::new("d", Box::new(disk)))]);
         let never = Instant::now() + Duration::from_secs(3600);
         let done = work.run(|_| true, flush, never, &|| false).unwrap();
         assert!(!done[0].time.ended);

@@ -135,7 +135,7 @@ impl Supervisor {
             Done::Sized => self.on_sized(id),
             Done::Nothing => {
                 self.on_sized(id);
-                let late = PartTime::not_ended("devices", Duration::ZERO);
+                let late = PartTime::not_ended("draining devices", Duration::ZERO);
                 self.on_flushed(id, &[late]);
             }
             Done::Built(Ok(machine)) => tasks::discard(machine),

@@ -86,7 +86,7 @@ pub enum Fail {
 }
 
 /// What a stop that waits for the disk is said to wait for.
-pub const SLOW_DISK: &str = "disk `root`: requests in flight";
+pub const SLOW_DISK: &str = "draining disk `root`";
 
 pub struct FakeSource {
     pub machine: Arc<Machine>,
@@ -113,7 +113,7 @@ pub fn step(fail: Fail, here: Fail) -> Result<(), GuestError> {
 impl GuestControl for FakeSource {
     fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
         let took = *self.machine.flush.lock().unwrap();
-        Ok(PartTime::new("disk `shared`: flush", took))
+        Ok(PartTime::new("flushing disk `shared`", took))
     }
 
     fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError> {
@@ -152,7 +152,7 @@ impl GuestControl for FakeSource {
 
     fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
         step(self.fail, Fail::Release)?;
-        let flush = PartTime::new("disk `shared`: flush", *self.machine.flush.lock().unwrap());
+        let flush = PartTime::new("flushing disk `shared`", *self.machine.flush.lock().unwrap());
         if Instant::now() + flush.took > deadline {
             return Err(GuestError::Overdue(flush));
         }

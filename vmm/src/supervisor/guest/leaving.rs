@@ -25,7 +25,7 @@ const RELOCK_LIMIT: Duration = Duration::from_secs(15);
 const RELOCK_EVERY: Duration = Duration::from_millis(50);
 
 /// Nothing had to be flushed.
-const NO_FLUSH: &str = "disks: flush";
+const NO_FLUSH: &str = "flushing disks";
 
 /// Serves a migration's source.
 pub struct LeavingGuest {
@@ -48,7 +48,7 @@ impl LeavingGuest {
         travelling: Vec<String>,
     ) -> Self {
         let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
-        let flushes = DiskWork::new("flush", writable);
+        let flushes = DiskWork::new("flushing", writable);
         Self { mailbox, cancel, nodes, travelling, flushes, released: false }
     }
 
@@ -184,14 +184,14 @@ mod tests {
         let mut guest = guest(nodes.to_vec(), &["travels"]);
         hangs.hold(true);
         let took = guest.flush_ahead(in_a_moment()).unwrap();
-        assert_eq!((took.part.as_str(), took.ended), ("disk `hangs`: flush", false));
+        assert_eq!((took.part.as_str(), took.ended), ("flushing disk `hangs`", false));
         assert_eq!((stays.flush_count(), travels.flush_count()), (1, 0));
         hangs.hold(false);
         let took = guest.flush_ahead(late()).unwrap();
         assert!(took.ended, "{took}");
         hangs.fail(true);
         let error = guest.flush_ahead(late()).unwrap_err();
-        assert_eq!(error.to_string(), "disk `hangs`: flush: scripted fault");
+        assert_eq!(error.to_string(), "flushing disk `hangs`: scripted fault");
     }
 
     #[test]
@@ -208,7 +208,9 @@ mod tests {
         let mut guest = guest(nodes.to_vec(), &[]);
         script.hold(true);
         let overdue = guest.release_disks(in_a_moment()).unwrap_err();
-        assert!(matches!(&overdue, GuestError::Overdue(time) if time.part == "disk `slow`: flush"));
+        assert!(
+            matches!(&overdue, GuestError::Overdue(time) if time.part == "flushing disk `slow`")
+        );
         assert!(open().lock().is_err(), "the other one's lock is kept as well");
         // Nor does the flush that was left behind let go of it.
         script.hold(false);
