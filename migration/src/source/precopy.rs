@@ -209,7 +209,9 @@ impl Source<'_> {
             !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
         if slowed || !self.cannot_slow_down(session) {
             session.outlook = Outlook::default();
-        } else if session.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {
+        } else if session.blocked_by.is_none()
+            && session.outlook.round(round.sent_bytes, round.dirtied_bytes, fits)
+        {
             let rates = Rates { dirtied: rates_or_none.dirtied.max(Some(proved)), ..rates_or_none };
             self.say_not_converging(session, Some(rates), *expected, None);
         }
