@@ -19,6 +19,7 @@
 
 pub mod block;
 pub mod boot;
+pub mod bytes;
 pub mod cancel;
 pub mod control;
 pub mod destination;
@@ -32,6 +33,7 @@ pub mod ram;
 pub mod source;
 pub mod stats;
 pub mod transport;
+pub mod units;
 pub mod wire;
 
 #[cfg(test)]

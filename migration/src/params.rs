@@ -4,7 +4,7 @@ use crate::ram::compress::Method;
 use crate::wire::section::MAX_DATA_CHANNELS;
 use devices::ram::PAGE_SIZE;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Parameters a user may set before or during a migration.
@@ -85,11 +85,11 @@ impl Default for Params {
 /// A channel keeps a processor busy on either side; half of this side's leave the guest the others.
 fn default_channels() -> u16 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    u16::try_from(processors / 2).unwrap_or(MOST_CHOSEN).clamp(1, MOST_CHOSEN)
+    u16::try_from(processors / 2).unwrap_or(MAX_DEFAULT_CHANNELS).clamp(1, MAX_DEFAULT_CHANNELS)
 }
 
 /// Most channels that are opened if nobody says how many.
-const MOST_CHOSEN: u16 = 4;
+const MAX_DEFAULT_CHANNELS: u16 = 4;
 
 /// How far a guest is slowed down. All are percent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -214,12 +214,12 @@ impl SharedParams {
 
     /// The values now.
     pub fn get(&self) -> Params {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        devices::lock(&self.0).clone()
     }
 
     /// Replaces the values; a running migration notices at its next step.
     pub fn set(&self, params: Params) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = params;
+        *devices::lock(&self.0) = params;
     }
 }
 

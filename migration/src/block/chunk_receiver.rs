@@ -55,9 +55,9 @@ struct State {
     unflushed: Vec<u64>,
     flushing: bool,
     /// All is to be flushed, not only what is much.
-    settle: bool,
+    flush_all: bool,
     error: Option<LoadError>,
-    over: bool,
+    stop: bool,
 }
 
 /// What the threads share.
@@ -68,7 +68,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
     fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
@@ -77,11 +77,11 @@ impl Shared {
 }
 
 /// Ends the threads when it is dropped.
-struct Over<'s>(&'s Shared);
+struct StopOnDrop<'s>(&'s Shared);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.lock().over = true;
+        self.0.lock().stop = true;
         self.0.changed.notify_all();
     }
 }
@@ -169,7 +169,7 @@ impl ChunkReceiver {
                 .try_for_each(|number| spawn(format!("mig-write-{number}"), write_jobs))
                 .and_then(|()| spawn("mig-flush".into(), flush_jobs));
             // On every way out, also that of a bug: the scope waits for the threads.
-            let _over = Over(&shared);
+            let _stop = StopOnDrop(&shared);
             let mut receiving =
                 Receiving { disks, shared: &shared, channel, counters, totals, ended };
             let result = started.and_then(|()| receiving.run(at_end));
@@ -202,21 +202,21 @@ impl Receiving<'_> {
             match frame {
                 Frame::Chunk(chunk) => self.chunk(chunk, payload_bytes)?,
                 Frame::Mark(number) => {
-                    let flush = self.settle(true)?;
+                    let flush = self.flush_all(true)?;
                     self.begin_pass();
-                    self.channel.write_all(&Frame::Settled(number, flush).encode(0))?;
+                    self.channel.write_all(&Frame::Flushed(number, flush).encode(0))?;
                     self.counters.update(|stats| stats.disk.get_or_insert_default().passes += 1);
                 }
                 Frame::End => {
                     self.totals.ends += 1;
                     self.ended.store(self.totals.ends, Ordering::Release);
-                    self.settle(false)?;
+                    self.flush_all(false)?;
                     self.begin_pass();
                     if at_end(self.totals).is_break() {
                         return Ok(());
                     }
                 }
-                Frame::Settled(..) | Frame::Alive => {
+                Frame::Flushed(..) | Frame::Alive => {
                     let (found, expected) = (format!("{frame:?}"), "a chunk of a disk");
                     return Err(WireError::Unexpected { found, expected }.into());
                 }
@@ -299,7 +299,7 @@ impl Receiving<'_> {
 
     /// Waits until everything is written and on stable storage; returns how long that took after the last
     /// write. Says every second that it is at work, if there is anybody to hear it.
-    fn settle(&self, say_so: bool) -> Result<Duration, LoadError> {
+    fn flush_all(&self, say_so: bool) -> Result<Duration, LoadError> {
         let mut state = self.shared.lock();
         let (mut written, mut said) = (None, Instant::now());
         loop {
@@ -309,10 +309,10 @@ impl Receiving<'_> {
             if state.busy == 0 {
                 written.get_or_insert_with(Instant::now);
                 if !state.flushing && state.unflushed.iter().all(|bytes| *bytes == 0) {
-                    state.settle = false;
+                    state.flush_all = false;
                     return Ok(written.map_or(Duration::ZERO, |since| since.elapsed()));
                 }
-                state.settle = true;
+                state.flush_all = true;
                 self.shared.changed.notify_all();
             }
             let wait = KEEP_ALIVE.saturating_sub(said.elapsed());
@@ -337,7 +337,7 @@ impl Receiving<'_> {
 fn fail(shared: &Shared, channel: &Channel, error: LoadError) {
     let mut state = shared.lock();
     state.error.get_or_insert(error);
-    state.over = true;
+    state.stop = true;
     shared.changed.notify_all();
     channel.trip();
 }
@@ -347,7 +347,7 @@ fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
     let mut state = shared.lock();
     loop {
         let Some(job) = state.jobs.pop_front() else {
-            if state.over {
+            if state.stop {
                 return;
             }
             state = shared.wait(state);
@@ -381,10 +381,10 @@ fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
 fn flush_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
     let mut state = shared.lock();
     loop {
-        if state.over {
+        if state.stop {
             return;
         }
-        let least = if state.settle { 1 } else { FLUSH_BYTES };
+        let least = if state.flush_all { 1 } else { FLUSH_BYTES };
         let Some(index) = state.unflushed.iter().position(|bytes| *bytes >= least) else {
             state = shared.wait(state);
             continue;

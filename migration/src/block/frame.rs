@@ -16,11 +16,24 @@
 //! A granule at the disk's end may be shorter; the payload is as long as its granules are.
 
 use super::{CHUNK_BYTES, GRANULE_BYTES, MAX_DISKS};
+use crate::units::micros;
 use crate::wire::{Decoder, Encoder, WireError};
 use std::time::Duration;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 32;
+
+/// Longest name of a disk: its length is one byte on the wire.
+pub const MAX_NAME_BYTES: u64 = u8::MAX as u64;
+/// [`CHUNK_BYTES`] and [`GRANULE_BYTES`], as announced.
+const SIZES: [u32; 2] = [1 << 20, 1 << 14];
+const _: () = assert!(SIZES[0] as u64 == CHUNK_BYTES && SIZES[1] as u64 == GRANULE_BYTES);
+
+fn count_of<T>(disks: &[T]) -> Result<u16, WireError> {
+    let found = disks.len() as u64;
+    let count = u16::try_from(found).ok().filter(|count| *count <= MAX_DISKS);
+    count.ok_or(WireError::TooLong { what: "list of disks", found, most: MAX_DISKS.into() })
+}
 
 /// Which granules of one chunk of one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +58,7 @@ pub enum Frame {
     /// Nothing more will come.
     End,
     /// All before mark `n` is on stable storage; flushing took so long.
-    Settled(u64, Duration),
+    Flushed(u64, Duration),
     /// At work.
     Alive,
 }
@@ -90,9 +103,7 @@ impl Frame {
             Self::Chunk(chunk) => (1, chunk.disk, chunk.index, chunk.data, chunk.zero),
             Self::Mark(number) => (2, 0, number, 0, 0),
             Self::End => (3, 0, 0, 0, 0),
-            Self::Settled(number, flush) => {
-                (4, 0, number, u64::try_from(flush.as_micros()).unwrap_or(u64::MAX), 0)
-            }
+            Self::Flushed(number, flush) => (4, 0, number, micros(flush), 0),
             Self::Alive => (5, 0, 0, 0, 0),
         };
         let mut encoder = Encoder::default();
@@ -115,7 +126,7 @@ impl Frame {
             2 if plain => Self::Mark(chunk),
             3 if plain && chunk == 0 => Self::End,
             4 if (disk, payload, zero) == (0, 0, 0) => {
-                Self::Settled(chunk, Duration::from_micros(data))
+                Self::Flushed(chunk, Duration::from_micros(data))
             }
             5 if plain && chunk == 0 => Self::Alive,
             _ => return Err(decoder.malformed(format!("header {bytes:02x?}"))),
@@ -155,15 +166,21 @@ pub struct BlockSetup {
 
 impl BlockSetup {
     /// As a section's body.
-    pub fn encode(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for too many disks, or a name of more than [`MAX_NAME_BYTES`].
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut encoder = Encoder::default();
-        let [chunk, granule] = [CHUNK_BYTES, GRANULE_BYTES].map(|n| u32::try_from(n).unwrap_or(0));
-        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
-        encoder.u32(chunk).u32(granule).u16(count);
+        let [chunk, granule] = SIZES;
+        encoder.u32(chunk).u32(granule).u16(count_of(&self.disks)?);
         for disk in &self.disks {
+            let found = disk.name.len() as u64;
+            if found > MAX_NAME_BYTES {
+                return Err(WireError::TooLong { what: "disk name", found, most: MAX_NAME_BYTES });
+            }
             encoder.str8(&disk.name).u64(disk.len_bytes).u8(disk.only_top.into());
         }
-        encoder.bytes().to_vec()
+        Ok(encoder.bytes().to_vec())
     }
 
     /// From a section's body.
@@ -213,14 +230,16 @@ pub struct BlockTotals {
 
 impl BlockTotals {
     /// As a section's body.
-    pub fn encode(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for too many disks.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut encoder = Encoder::default();
-        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
-        encoder.u32(self.ends).u64(self.frames).u16(count);
+        encoder.u32(self.ends).u64(self.frames).u16(count_of(&self.disks)?);
         for disk in &self.disks {
             encoder.u64(disk.data_bytes).u64(disk.zero_bytes);
         }
-        encoder.bytes().to_vec()
+        Ok(encoder.bytes().to_vec())
     }
 
     /// From a section's body.
@@ -252,15 +271,15 @@ mod tests {
                 (Frame::Chunk(Chunk { disk, index, data, zero }), payload % (most + 1))
             },
         );
-        let settled = any::<(u64, u32)>().prop_map(|(number, micros)| {
-            (Frame::Settled(number, Duration::from_micros(micros.into())), 0)
+        let flushed = any::<(u64, u32)>().prop_map(|(number, micros)| {
+            (Frame::Flushed(number, Duration::from_micros(micros.into())), 0)
         });
         prop_oneof![
             chunk,
             any::<u64>().prop_map(|number| (Frame::Mark(number), 0)),
             Just((Frame::End, 0)),
             Just((Frame::Alive, 0)),
-            settled
+            flushed
         ]
     }
 
@@ -294,8 +313,8 @@ mod tests {
             let one = |disk: &DiskSetup| DiskTotals { data_bytes: disk.len_bytes, zero_bytes: 7 };
             let totals = BlockTotals { ends: 1, frames, disks: disks.iter().map(one).collect() };
             let setup = BlockSetup { disks };
-            prop_assert_eq!(BlockSetup::decode(&setup.encode()).unwrap(), setup);
-            prop_assert_eq!(BlockTotals::decode(&totals.encode()).unwrap(), totals);
+            prop_assert_eq!(BlockSetup::decode(&setup.encode().unwrap()).unwrap(), setup);
+            prop_assert_eq!(BlockTotals::decode(&totals.encode().unwrap()).unwrap(), totals);
             let _ = (BlockSetup::decode(&bytes), BlockTotals::decode(&bytes));
         }
 

@@ -7,7 +7,7 @@ use super::outgoing::SECTION;
 use super::receiver::Receiver;
 use crate::block::chunk_receiver::ChunkReceiver;
 use crate::error::ParticipantError;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 
@@ -44,11 +44,11 @@ impl Incoming for DisksIncoming {
         true
     }
 
-    fn setup(&mut self, mut link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
-        let (_, channel) = link.channels.pop().ok_or_else(not_set_up)?;
+    fn setup(&mut self, mut context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
+        let (_, channel) = context.channels.pop().ok_or_else(not_set_up)?;
         let setup = BlockSetup::decode(body)?;
-        let chunks = ChunkReceiver::start(self.disks.clone(), &setup, link.counters.clone())?;
-        self.receiver = Some(Receiver::start(chunks, channel, &link.control)?);
+        let chunks = ChunkReceiver::start(self.disks.clone(), &setup, context.counters.clone())?;
+        self.receiver = Some(Receiver::start(chunks, channel, &context.control)?);
         Ok(())
     }
 

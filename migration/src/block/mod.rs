@@ -181,10 +181,3 @@ impl From<LoadError> for ParticipantError {
         }
     }
 }
-
-/// Whether there is nothing but zeroes.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (lines, rest) = bytes.as_chunks::<64>();
-    // A line at a time is compared as vectors; most data says so in the first.
-    lines.iter().all(|line| *line == [0; 64]) && rest.iter().all(|byte| *byte == 0)
-}

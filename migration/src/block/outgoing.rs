@@ -10,11 +10,12 @@ use super::scan::{Scan, TrackedDisk, Work};
 use super::stats::DiskProgress;
 use super::{
     BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks,
-    Tuning, is_zero,
+    Tuning,
 };
+use crate::bytes::is_zero;
 use crate::error::ParticipantError;
 use crate::participant::{
-    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+    Budget, Cost, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::policy;
 use crate::stats::Counters;
@@ -31,7 +32,7 @@ use std::time::{Duration, Instant};
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
 const PAYLOAD_AT: usize = 4096;
 /// So few chunks are read and sent one after the other: a thread takes longer to start.
-const FEW_CHUNKS: usize = 2;
+const INLINE_CHUNKS: usize = 2;
 /// A pass must move this much before its bandwidth says anything.
 const MEASURABLE_BYTES: u64 = 4 << 20;
 
@@ -48,7 +49,7 @@ pub const SECTION: &str = "block";
 
 /// What exists from the setup on.
 struct Started {
-    link: OutgoingLink,
+    context: OutgoingContext,
     channel: Arc<Channel>,
     disks: Vec<TrackedDisk>,
 }
@@ -105,18 +106,18 @@ impl DisksOutgoing {
 
     /// How fast a pass goes: a disk is often slower than the link, and what was measured has gone over
     /// the link.
-    fn rate(&self, link: &OutgoingLink) -> u64 {
-        match (self.bytes_per_sec, link.params.get().max_bandwidth) {
-            (None, _) => link.speed.bytes_per_sec(),
+    fn rate(&self, context: &OutgoingContext) -> u64 {
+        match (self.bytes_per_sec, context.params.get().max_bandwidth) {
+            (None, _) => context.speed.bytes_per_sec(),
             (Some(rate), 0) => rate,
             (Some(rate), cap) => rate.min(cap),
         }
     }
 
     fn tell_remaining(&self) -> Result<(), ParticipantError> {
-        let Started { disks, link, .. } = self.started()?;
+        let Started { disks, context, .. } = self.started()?;
         let remaining: Vec<_> = disks.iter().map(|disk| disk.dirty.marked_bytes()).collect();
-        link.counters.update(|stats| {
+        context.counters.update(|stats| {
             let disks = &mut stats.disk.get_or_insert_default().disks;
             disks.iter_mut().zip(remaining).for_each(|(disk, left)| disk.remaining_bytes = left);
         });
@@ -124,9 +125,9 @@ impl DisksOutgoing {
     }
 
     fn send_header(&mut self, frame: Frame) -> Result<(), ParticipantError> {
-        let Started { link, channel, .. } = self.started()?;
-        channel.write_pages(&frame.encode(0), &[], &mut link.cap.clone())?;
-        link.counters.update(|stats| {
+        let Started { context, channel, .. } = self.started()?;
+        channel.write_pages(&frame.encode(0), &[], &mut context.cap.clone())?;
+        context.counters.update(|stats| {
             stats.disk.get_or_insert_default().transferred_bytes += HEADER_BYTES as u64;
         });
         self.totals.frames += 1;
@@ -134,13 +135,13 @@ impl DisksOutgoing {
     }
 
     /// Waits for the echo of mark `number`; returns how long flushing took.
-    fn await_settled(&self, number: u64) -> Result<Duration, ParticipantError> {
+    fn await_flushed(&self, number: u64) -> Result<Duration, ParticipantError> {
         loop {
             let mut header = [0; HEADER_BYTES];
             self.started()?.channel.read_while_alive(&mut header)?;
             match Frame::decode(&header)?.0 {
                 Frame::Alive => {}
-                Frame::Settled(settled, flush) if settled == number => return Ok(flush),
+                Frame::Flushed(flushed, flush) if flushed == number => return Ok(flush),
                 other => {
                     let (found, expected) = (format!("{other:?}"), "the echo of a disks' mark");
                     return Err(WireError::Unexpected { found, expected }.into());
@@ -152,18 +153,18 @@ impl DisksOutgoing {
     /// Sends what is dirty; returns the bytes sent.
     fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
         let Self { started, tuning, spare, totals, .. } = self;
-        let Started { disks, link, channel } = started.as_ref().ok_or_else(not_set_up)?;
+        let Started { disks, context, channel } = started.as_ref().ok_or_else(not_set_up)?;
         let (disks, spare): (&[TrackedDisk], &Mutex<_>) = (disks, spare);
-        let mut throttle = link.cap.clone();
+        let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
         let mut sent = 0;
         let mut send = |filled: Filled| -> Result<(), ParticipantError> {
-            sent += send_one(&filled, channel, &link.counters, totals, &mut throttle)?;
+            sent += send_one(&filled, channel, &context.counters, totals, &mut throttle)?;
             devices::lock(spare).push(filled.buffer);
             Ok(())
         };
-        let chunks = scan.count(FEW_CHUNKS.max(tuning.reads) + 1);
-        if chunks <= FEW_CHUNKS {
+        let chunks = scan.count(INLINE_CHUNKS.max(tuning.reads) + 1);
+        if chunks <= INLINE_CHUNKS {
             while let Some(work) = scan.take() {
                 send(read(disks, work, spare)?)?;
             }
@@ -211,13 +212,14 @@ impl Outgoing for DisksOutgoing {
     }
 
     /// Starts tracking; everything that was ever written is dirty.
-    fn setup(&mut self, mut link: OutgoingLink) -> Result<(), ParticipantError> {
-        let channel = link.channels.pop().ok_or_else(not_set_up)?;
+    fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
+        let channel = context.channels.pop().ok_or_else(not_set_up)?;
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        let Started { link, disks, .. } = self.started.insert(Started { link, channel, disks });
+        let Started { context, disks, .. } =
+            self.started.insert(Started { context, channel, disks });
         for disk in disks.iter() {
-            disk.skip_unwritten(&|| !link.cancel.is_cancelled())?;
+            disk.skip_unwritten(&|| !context.cancel.is_cancelled())?;
         }
         let progress = |disk: &TrackedDisk| {
             let total_bytes = disk.dirty.marked_bytes();
@@ -226,9 +228,9 @@ impl Outgoing for DisksOutgoing {
             DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent }
         };
         let progress: Vec<_> = disks.iter().map(progress).collect();
-        link.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        let setup = self.announcement().encode();
-        self.started()?.link.send(SECTION, Stage::Setup, &setup)?;
+        context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
+        let setup = self.announcement().encode()?;
+        self.started()?.context.send(SECTION, Stage::Setup, &setup)?;
         Ok(())
     }
 
@@ -239,7 +241,7 @@ impl Outgoing for DisksOutgoing {
         if sent > 0 {
             self.passes += 1;
             self.send_header(Frame::Mark(self.passes))?;
-            let flush = self.await_settled(self.passes)?;
+            let flush = self.await_flushed(self.passes)?;
             self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
         }
         let (passes, rate) = (self.passes, policy::per_second(sent, began.elapsed()));
@@ -251,22 +253,24 @@ impl Outgoing for DisksOutgoing {
         if sent >= MEASURABLE_BYTES {
             self.bytes_per_sec = Some(rate);
         }
+        // For reports: 0 until a pass was long enough to measure.
         let measured = self.bytes_per_sec.unwrap_or(0);
-        let link = &self.started()?.link;
-        link.counters.update(|stats| {
+        let context = &self.started()?.context;
+        context.counters.update(|stats| {
             let disk = stats.disk.get_or_insert_default();
             (disk.passes, disk.bytes_per_sec) = (passes, measured);
         });
-        let send_time = policy::send_time(sent, self.rate(link));
+        let send_time = policy::send_time(sent, self.rate(context));
         Ok(Step::Done(Pass { sent_bytes: sent, send_time }))
     }
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
-        let Started { disks, link, .. } = self.started()?;
+        let Started { disks, context, .. } = self.started()?;
         let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum();
-        let send_time = policy::send_time(left, self.rate(link));
-        // Without a write there is nothing to flush either.
-        let flush = if left > 0 { self.flush.unwrap_or_default() } else { Duration::ZERO };
+        let send_time = policy::send_time(left, self.rate(context));
+        // Nothing to write means nothing to flush. Before the first pass no flush has been measured.
+        let measured = self.flush.filter(|_| left > 0);
+        let flush = measured.unwrap_or(Duration::ZERO);
         let cost = |part, time| Cost { part, time, fixed: false };
         Ok(Pending {
             must_precopy_bytes: left,
@@ -291,7 +295,7 @@ impl Outgoing for DisksOutgoing {
         self.send_header(Frame::End)?;
         self.totals.ends += 1;
         self.tell_remaining()?;
-        self.started()?.link.push(SECTION, Stage::End, &self.totals.encode())?;
+        self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
         Ok(())
     }
 
@@ -342,7 +346,7 @@ fn read(
         for granule in first..first + count {
             let size = GRANULE.min(len - at);
             let start = read + at;
-            if is_zero(payload.get(start..start + size).unwrap_or_default()) {
+            if is_zero(payload.get(start..start + size).ok_or_else(too_long)?) {
                 totals.zero_bytes += size as u64;
             } else {
                 if kept != start {

@@ -15,7 +15,7 @@ use std::time::Instant;
 #[derive(Default)]
 struct State {
     /// What had come at the last end, with all of it on stable storage.
-    settled: Option<BlockTotals>,
+    flushed: Option<BlockTotals>,
     failed: bool,
 }
 
@@ -50,7 +50,7 @@ impl Receiver {
             .stack_size(256 << 10)
             .spawn(move || {
                 let mut at_end = |totals: &BlockTotals| {
-                    devices::lock(&ours.state).settled = Some(totals.clone());
+                    devices::lock(&ours.state).flushed = Some(totals.clone());
                     ours.changed.notify_all();
                     ControlFlow::Continue(())
                 };
@@ -76,7 +76,7 @@ impl Receiver {
             if state.failed || self.control.is_cancelled() {
                 return Err(WireError::Interrupted);
             }
-            if let Some(totals) = state.settled.as_ref().filter(|totals| totals.ends >= number) {
+            if let Some(totals) = state.flushed.as_ref().filter(|totals| totals.ends >= number) {
                 return Ok(totals.clone());
             }
             let waited = self.shared.changed.wait_timeout(state, TICK);

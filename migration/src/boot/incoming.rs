@@ -3,14 +3,14 @@
 use super::frame::{Piece, decode_bytes, decode_setup, encode_bytes, encode_wanted};
 use super::{BootSink, SECTION};
 use crate::error::ParticipantError;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 
 /// The boot payload at the destination.
 pub struct BootIncoming {
     files: Box<dyn BootSink>,
-    link: Option<IncomingLink>,
+    context: Option<IncomingContext>,
     /// Bytes of the files that are wanted, and of those that have come.
     wanted_bytes: u64,
     written_bytes: u64,
@@ -26,7 +26,7 @@ fn malformed(what: &'static str, reason: String) -> ParticipantError {
 impl BootIncoming {
     /// Files that go there.
     pub fn new(files: Box<dyn BootSink>) -> Self {
-        Self { files, link: None, wanted_bytes: 0, written_bytes: 0, end: None, finished: false }
+        Self { files, context: None, wanted_bytes: 0, written_bytes: 0, end: None, finished: false }
     }
 }
 
@@ -43,11 +43,11 @@ impl Incoming for BootIncoming {
         false
     }
 
-    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
         let identities = decode_setup(body)?;
         let sizes: Vec<u64> = identities.iter().map(|identity| identity.len_bytes).collect();
-        let link = self.link.insert(link);
-        let control = link.control.clone();
+        let context = self.context.insert(context);
+        let control = context.control.clone();
         let go_on = || !control.is_lost() && !control.is_cancelled();
         let wanted = self.files.announce(identities, &go_on)?;
         let all = wanted
@@ -56,7 +56,7 @@ impl Incoming for BootIncoming {
             .try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
         let too_much = || malformed("boot setup", "more bytes than can be counted".into());
         self.wanted_bytes = all.ok_or_else(too_much)?;
-        link.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;
+        context.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;
         Ok(())
     }
 
@@ -74,9 +74,9 @@ impl Incoming for BootIncoming {
         self.files.write(piece.file.into(), piece.offset_bytes, piece.bytes)?;
         self.written_bytes += bytes;
         if self.written_bytes == self.wanted_bytes
-            && let Some(link) = &self.link
+            && let Some(context) = &self.context
         {
-            link.send(SECTION, Stage::Part, &encode_bytes(self.written_bytes))?;
+            context.send(SECTION, Stage::Part, &encode_bytes(self.written_bytes))?;
         }
         Ok(())
     }
@@ -102,6 +102,6 @@ impl Incoming for BootIncoming {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.link = None;
+        self.context = None;
     }
 }

@@ -4,7 +4,7 @@ use super::frame::{Piece, decode_bytes, decode_wanted, encode_bytes, encode_setu
 use super::{BootSource, Identity, PIECE_BYTES, SECTION};
 use crate::error::ParticipantError;
 use crate::participant::{
-    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+    Budget, Cost, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::policy;
 use crate::transport::Throttle;
@@ -35,7 +35,7 @@ struct Unsent {
 /// The boot payload at the source.
 pub struct BootOutgoing {
     files: Box<dyn BootSource>,
-    link: Option<OutgoingLink>,
+    context: Option<OutgoingContext>,
     unsent: VecDeque<Unsent>,
     sent_bytes: u64,
     /// The destination has yet to say that it has written all of it.
@@ -50,7 +50,7 @@ fn not_set_up() -> ParticipantError {
 impl BootOutgoing {
     /// These files.
     pub fn new(files: Box<dyn BootSource>) -> Self {
-        Self { files, link: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
+        Self { files, context: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
     }
 
     fn left_bytes(&self) -> u64 {
@@ -59,7 +59,7 @@ impl BootOutgoing {
 
     /// Sends the next piece, as fast as the cap lets it.
     fn send_piece(&mut self) -> Result<(), ParticipantError> {
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
         let Some(next) = self.unsent.front_mut() else { return Ok(()) };
         let left = next.len_bytes - next.offset_bytes;
         let piece_bytes = left.min(PIECE_BYTES.into());
@@ -75,17 +75,17 @@ impl BootOutgoing {
         })?;
         let number = u8::try_from(file).map_err(|_| not_set_up())?;
         let body = Piece { file: number, offset_bytes, bytes: &bytes }.encode();
-        let mut cap = link.cap.clone();
+        let mut cap = context.cap.clone();
         let mut allowed = 0;
         while allowed < body.len() {
             let now = cap.allow(body.len() - allowed)?;
             cap.sent(now);
             allowed += now;
         }
-        link.send(SECTION, Stage::Part, &body)?;
-        link.counters.update(|stats| {
+        context.send(SECTION, Stage::Part, &body)?;
+        context.counters.update(|stats| {
             stats.transferred_bytes += body.len() as u64;
-            stats.main_bytes += body.len() as u64;
+            stats.control_bytes += body.len() as u64;
         });
         next.offset_bytes += piece_bytes;
         self.sent_bytes += piece_bytes;
@@ -110,11 +110,11 @@ impl Outgoing for BootOutgoing {
         Vec::new()
     }
 
-    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
-        let link = self.link.insert(link);
-        let identities = self.files.identities(&|| !link.cancel.is_cancelled())?;
-        link.send(SECTION, Stage::Setup, &encode_setup(&identities)?)?;
-        let answer = link.answer(SECTION, Stage::Setup, "the list of wanted boot files")?;
+    fn setup(&mut self, context: OutgoingContext) -> Result<(), ParticipantError> {
+        let context = self.context.insert(context);
+        let identities = self.files.identities(&|| !context.cancel.is_cancelled())?;
+        context.send(SECTION, Stage::Setup, &encode_setup(&identities)?)?;
+        let answer = context.answer(SECTION, Stage::Setup, "the list of wanted boot files")?;
         let wanted = decode_wanted(&answer, identities.len())?;
         let unsent = |file: usize| {
             let Identity { len_bytes, .. } = identities.get(file)?;
@@ -134,8 +134,8 @@ impl Outgoing for BootOutgoing {
             }
         }
         if self.unconfirmed {
-            let link = self.link.as_ref().ok_or_else(not_set_up)?;
-            let answer = link.answer(SECTION, Stage::Part, "the end of writing boot files")?;
+            let context = self.context.as_ref().ok_or_else(not_set_up)?;
+            let answer = context.answer(SECTION, Stage::Part, "the end of writing boot files")?;
             let written = decode_bytes(&answer)?;
             if written != self.sent_bytes {
                 let found = format!("{written} bytes of boot files");
@@ -151,8 +151,8 @@ impl Outgoing for BootOutgoing {
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
         let left = self.left_bytes();
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
-        let send_time = policy::send_time(left, link.speed.bytes_per_sec());
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        let send_time = policy::send_time(left, context.speed.bytes_per_sec());
         let costs = if left == 0 {
             Vec::new()
         } else {
@@ -165,8 +165,8 @@ impl Outgoing for BootOutgoing {
     fn rate_has_changed(&mut self) {}
 
     fn complete(&mut self) -> Result<(), ParticipantError> {
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
-        link.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        context.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
         Ok(())
     }
 
@@ -175,6 +175,6 @@ impl Outgoing for BootOutgoing {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.link = None;
+        self.context = None;
     }
 }

@@ -10,9 +10,9 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Frames that wait to be looked at. Then the peer has to wait: only it can send too much.
-const MOST_FRAMES: usize = 256;
+const MAX_FRAMES: usize = 256;
 /// Their bytes: two sections of the longest kind.
-const MOST_BYTES: usize = 2 * crate::wire::MAX_SECTION_BYTES as usize;
+const MAX_BYTES: usize = 2 * crate::wire::MAX_SECTION_BYTES as usize;
 
 /// How long something may be waited for.
 #[derive(Debug, Clone, Copy)]
@@ -111,7 +111,7 @@ impl State {
     }
 
     fn is_full(&self) -> bool {
-        self.stream.len() + self.marks.len() >= MOST_FRAMES || self.bytes >= MOST_BYTES
+        self.stream.len() + self.marks.len() >= MAX_FRAMES || self.bytes >= MAX_BYTES
     }
 
     /// Why nothing that is waited for will come.
@@ -141,7 +141,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
     fn sleep<'s>(&self, state: MutexGuard<'s, State>, longest: Duration) -> MutexGuard<'s, State> {

@@ -320,7 +320,7 @@ impl Control {
     fn pulse(&self, stop: &(Mutex<bool>, Condvar)) {
         let mut wait = KEEP_ALIVE;
         loop {
-            let guard = stop.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let guard = devices::lock(&stop.0);
             let waited = stop.1.wait_timeout_while(guard, wait, |stop| !*stop);
             if *waited.unwrap_or_else(PoisonError::into_inner).0 || self.0.inbox.has_ended() {
                 return;
@@ -357,7 +357,7 @@ impl ControlThreads {
 
 impl Drop for ControlThreads {
     fn drop(&mut self) {
-        *self.stop_pulse.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *devices::lock(&self.stop_pulse.0) = true;
         self.stop_pulse.1.notify_all();
         self.control.0.transport.shutdown();
         self.control.0.inbox.close();

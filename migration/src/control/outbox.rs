@@ -4,7 +4,7 @@
 use crate::transport::Transport;
 use crate::wire::{self, Kind};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How far a write has come.
@@ -34,7 +34,7 @@ impl Default for Outbox {
 
 impl Outbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.0)
     }
 
     /// Adds whole frames; returns the number of bytes after which they are out.

@@ -5,6 +5,7 @@ use crate::control::{Control, Limit};
 use crate::error::chain;
 use crate::guest::RunPermit;
 use crate::stats::DowntimeParts;
+use crate::units::micros;
 use crate::wire::section::Eof;
 use crate::wire::{Encoder, Kind, WireError};
 use std::time::{Duration, Instant};
@@ -46,7 +47,7 @@ impl Destination<'_> {
             control.await_close();
             return Err(DestinationError::Declined(Box::new(error)));
         }
-        let started_in = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let started_in = micros(arrived.elapsed());
         self.counters.update(|stats| {
             let parts = DowntimeParts { resume: arrived.elapsed(), ..Default::default() };
             stats.downtime_parts = Some(parts);

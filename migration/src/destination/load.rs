@@ -4,7 +4,7 @@
 use super::{Destination, DestinationError};
 use crate::control::{Control, Limit};
 use crate::guest::MachineDescription;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::Channel;
 use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
@@ -97,7 +97,7 @@ impl Arrival {
                 // It is cleaned up from here on, whatever the setup says.
                 *progress = Progress::SetUp;
                 let owned = self.channels.extract_if(.., |(role, _)| participant.owns(*role));
-                let link = IncomingLink {
+                let link = IncomingContext {
                     control: self.control.clone(),
                     channels: owned.collect(),
                     counters: self.counters.clone(),

@@ -98,7 +98,7 @@ impl Destination<'_> {
     pub fn receive(mut self, listener: &Listener) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
         let mut reception = Reception::open(listener, &cancel).map_err(DestinationError::Accept)?;
-        let greeted = reception.main().map_err(|error| match error {
+        let greeted = reception.control().map_err(|error| match error {
             WireError::Interrupted => DestinationError::Cancelled,
             WireError::Lost(error) => DestinationError::Accept(error),
             error => error.into(),
@@ -106,7 +106,7 @@ impl Destination<'_> {
         let (main, hello) = greeted?;
         self.arrive(Arc::new(main), &hello, &mut |id, role| {
             Ok(Arc::new(match role {
-                Role::Main | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
+                Role::Control | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
                 Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
             }))
         })
@@ -124,14 +124,14 @@ impl Destination<'_> {
         let hello = receive_hello(&greeting, GREETING_PATIENCE).inspect_err(|error| {
             if matches!(error, WireError::Version { .. }) {
                 // It understands the start of our Hello, and can say so.
-                let ours = Hello::new(Role::Main, MigrationId([0; 16]), 0);
+                let ours = Hello::new(Role::Control, MigrationId([0; 16]), 0);
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
         self.arrive(main, &hello, &mut |id, role| {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
             let data = match role {
-                Role::Main | Role::Disks => disks.as_ref(),
+                Role::Control | Role::Disks => disks.as_ref(),
                 Role::Data { index } => data.get(usize::from(index)),
             };
             let data = data.ok_or_else(missing)?;

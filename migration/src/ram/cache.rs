@@ -7,7 +7,7 @@
 //! none would ever be found. Any page can be in any place, so that neither the way in which pages are
 //! dealt to shards nor where a guest's working set lies makes two of them fight for one.
 
-use super::xbzrle::Page;
+use super::page::Page;
 use devices::ram::PageIndex;
 use std::collections::HashMap;
 
@@ -186,7 +186,7 @@ impl<T: Copy> Cache<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::zero::PAGE_BYTES;
+    use super::super::page::PAGE_BYTES;
     use super::*;
     use proptest::prelude::*;
 

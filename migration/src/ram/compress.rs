@@ -7,13 +7,13 @@ use std::fmt;
 use zstd_safe::zstd_sys::ZSTD_ErrorCode::ZSTD_error_dstSize_tooSmall;
 use zstd_safe::{CCtx, CParameter, DCtx};
 
-use super::zero::PAGE_BYTES;
+use super::page::PAGE_BYTES;
 
 /// zstd returns its errors as negative sizes.
 const DST_TOO_SMALL: usize = (ZSTD_error_dstSize_tooSmall as usize).wrapping_neg();
 
 /// A run is sent compressed only if that saves one byte of so many; less is not worth unpacking it.
-const LEAST_SAVING: usize = 16;
+const MIN_SAVING: usize = 16;
 /// What is looked at to tell whether a run looks random: lines of a page, and of a whole run.
 const LINE_BYTES: usize = 64;
 const SAMPLE_PAGE_LINES: usize = 16;
@@ -166,7 +166,7 @@ impl Compressor {
     /// Appends `pages`, compressed, to `into`; false if that is not worth it, and `into` is as it was:
     /// send the pages as they are.
     pub fn compress(&mut self, pages: &[u8], into: &mut Vec<u8>) -> bool {
-        let limit = pages.len() - pages.len().div_ceil(LEAST_SAVING);
+        let limit = pages.len() - pages.len().div_ceil(MIN_SAVING);
         if looks_random(pages) {
             return false;
         }
@@ -273,8 +273,8 @@ impl Decompressor {
                 context.reset(true);
                 let status = context.decompress(data, into, FlushDecompress::Finish);
                 let status = status.map_err(|_| corrupt)?;
-                let read = usize::try_from(context.total_in()).unwrap_or(usize::MAX);
-                let got_bytes = usize::try_from(context.total_out()).unwrap_or(usize::MAX);
+                let read = usize::try_from(context.total_in()).map_err(|_| corrupt)?;
+                let got_bytes = usize::try_from(context.total_out()).map_err(|_| corrupt)?;
                 let left_bytes = data.len().saturating_sub(read);
                 match status {
                     Status::StreamEnd if left_bytes > 0 => {

@@ -3,8 +3,8 @@
 
 use super::compress::{Decompressor, Method};
 use super::frame::{MAX_DELTA_BYTES, Packing};
+use super::page::{Page, bytes_of};
 use super::xbzrle;
-use super::zero::PAGE_BYTES;
 use crate::transport::Channel;
 use crate::wire::{Decoder, WireError};
 
@@ -44,7 +44,7 @@ impl Decoding {
         packing: Packing,
         raw_pages: u32,
     ) -> Result<&[u8], WireError> {
-        let bytes = usize::try_from(raw_pages).unwrap_or(0) * PAGE_BYTES;
+        let bytes = bytes_of(raw_pages);
         self.part(channel, bytes, "packed pages")?;
         let (slot, method) = match packing {
             Packing::Zstd => (&mut self.zstd, Method::Zstd { level: 1 }),
@@ -77,7 +77,7 @@ pub struct Deltas<'a>(Decoder<'a>);
 
 impl Deltas<'_> {
     /// Applies the next one to `page`.
-    pub fn apply(&mut self, page: &mut xbzrle::Page) -> Result<(), WireError> {
+    pub fn apply(&mut self, page: &mut Page) -> Result<(), WireError> {
         let len = self.0.u16()?;
         let delta = self.0.raw(usize::from(len))?;
         xbzrle::decode(delta, page).map_err(|error| malformed(error.to_string()))

@@ -8,9 +8,9 @@
 //! changed line is taken for an unchanged one less often than a host's memory errs by itself.
 
 use super::cache::Cache;
-use super::xbzrle::{Encoded, Page, RunWriter};
-use super::zero::PAGE_BYTES;
-use std::io::{self, Read};
+use super::page::{PAGE_BYTES, Page};
+use super::xbzrle::{Encoded, RunWriter};
+use std::io;
 
 /// Bytes that have a digest of their own.
 const LINE_BYTES: usize = 128;
@@ -33,9 +33,7 @@ pub struct Digester {
 impl Digester {
     /// With a key that nobody can guess.
     pub fn random() -> io::Result<Self> {
-        let mut bytes = [0; LINE_BYTES];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-        Ok(Self::with_key(words(&bytes)))
+        Ok(Self::with_key(words(&crate::bytes::random()?)))
     }
 
     fn with_key(key: [u64; LINE_WORDS]) -> Self {

@@ -18,8 +18,9 @@ use super::compress::{Compressor, Method, MethodError};
 use super::digest::{DigestCache, Digester, encode_lines};
 use super::error::{RamError, WantError};
 use super::frame::{MAX_DELTA_BYTES, Packing};
-use super::xbzrle::{Encoded, Encoder as Xbzrle, Page};
-use super::zero::PAGE_BYTES;
+use super::page::{PAGE_BYTES, Page};
+use super::xbzrle::{Encoded, Encoder as Xbzrle};
+use crate::bytes::is_zero;
 use crate::stats::{CompressionStats, XbzrleStats};
 use crate::wire::Encoder;
 use devices::ram::PageIndex;
@@ -30,9 +31,9 @@ const STAGED_PAGES: usize = 128;
 /// Bytes of deltas after which they are sent.
 const DELTA_BYTES: usize = 256 << 10;
 /// A delta that is longer than this saves too little.
-const LONGEST_DELTA: usize = PAGE_BYTES - PAGE_BYTES / 8;
+const MAX_USEFUL_DELTA: usize = PAGE_BYTES - PAGE_BYTES / 8;
 
-const _: () = assert!(DELTA_BYTES + LONGEST_DELTA + 2 <= MAX_DELTA_BYTES);
+const _: () = assert!(DELTA_BYTES + MAX_USEFUL_DELTA + 2 <= MAX_DELTA_BYTES);
 
 /// What is to be tried, and with what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -279,7 +280,7 @@ impl Encoding {
                 state.zero(page, last);
                 return Ok(Fate::Zero);
             }
-            self.delta.resize(LONGEST_DELTA, 0);
+            self.delta.resize(MAX_USEFUL_DELTA, 0);
             let began = Instant::now();
             let Some(encoded) = state.encode(page, new, &mut self.delta, last) else {
                 stats.misses += 1;
@@ -291,7 +292,7 @@ impl Encoding {
             state.trial.cost += began.elapsed();
             // A page that packs to less than its delta is better packed.
             let longest = self.packer.as_ref().filter(|packer| packer.worth.worth_trying());
-            let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(LONGEST_DELTA);
+            let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(MAX_USEFUL_DELTA);
             match encoded {
                 Encoded::Unchanged => {
                     stats.unchanged += 1;
@@ -335,7 +336,7 @@ impl Encoding {
 
     /// Compresses the staged pages, if that is wanted and worth it. `way` is how many bytes per second
     /// the channel takes.
-    pub fn pack(&mut self, way: u64) -> Option<(Packing, &[u8])> {
+    pub fn pack(&mut self, link_bytes_per_sec: u64) -> Option<(Packing, &[u8])> {
         let staged = &self.staged[..self.staged_pages * PAGE_BYTES];
         let packer = self.packer.as_mut().filter(|_| !staged.is_empty())?;
         let raw_bytes = staged.len() as u64;
@@ -346,9 +347,12 @@ impl Encoding {
         packer.packed.clear();
         let began = Instant::now();
         let packed = packer.compressor.compress(staged, &mut packer.packed);
-        let sent_bytes = if packed { packer.packed.len() as u64 } else { raw_bytes };
-        packer.worth.tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, way);
-        let page_bytes = usize::try_from(sent_bytes).unwrap_or(usize::MAX) / self.staged_pages;
+        let sent = if packed { packer.packed.len() } else { staged.len() };
+        let sent_bytes = sent as u64;
+        packer
+            .worth
+            .tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, link_bytes_per_sec);
+        let page_bytes = sent / self.staged_pages;
         let before = packer.page_bytes.unwrap_or(page_bytes);
         packer.page_bytes = Some((before * 3 + page_bytes) / 4);
         if !packed {
@@ -370,9 +374,9 @@ impl Encoding {
     }
 
     /// Judges deltas by what became of them; `way` is how many bytes per second the channel takes.
-    pub fn judge_deltas(&mut self, way: u64) {
+    pub fn judge_deltas(&mut self, link_bytes_per_sec: u64) {
         let Some(deltas) = &mut self.deltas else { return };
-        deltas.worth.tried(std::mem::take(&mut deltas.trial), way);
+        deltas.worth.tried(std::mem::take(&mut deltas.trial), link_bytes_per_sec);
         if !deltas.worth.worth_trying() {
             // While it rests pages are sent without a look, and what is here would not be what the
             // destination has.
@@ -384,11 +388,6 @@ impl Encoding {
     pub fn take_stats(&mut self) -> (XbzrleStats, CompressionStats) {
         std::mem::take(&mut self.stats)
     }
-}
-
-fn is_zero(page: &Page) -> bool {
-    let (lines, _) = page.as_chunks::<64>();
-    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 #[cfg(test)]

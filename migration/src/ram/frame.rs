@@ -124,12 +124,19 @@ impl Batch {
     }
 
     /// Header and table; the raw pages follow as `packing` says.
-    pub fn encode_head(&self, packing: Packing, encoder: &mut Encoder) {
-        let run_count = u16::try_from(self.runs.len()).unwrap_or(u16::MAX);
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for more than [`MAX_RUNS`] runs.
+    pub fn encode_head(&self, packing: Packing, encoder: &mut Encoder) -> Result<(), WireError> {
+        let found = self.runs.len();
+        let run_count = u16::try_from(found).ok().filter(|_| found <= MAX_RUNS);
+        let (found, most) = (found as u64, MAX_RUNS as u64);
+        let run_count = run_count.ok_or(WireError::TooLong { what: "run table", found, most })?;
         encoder.clear().u8(1).u8(packing as u8).u16(run_count).u32(self.raw_pages);
         for run in &self.runs {
             encoder.u64(run.first.0).u32(run.page_count).u8(run.kind as u8).u8(0).u16(0);
         }
+        Ok(())
     }
 
     /// Starts anew, keeping the memory.
@@ -256,7 +263,7 @@ mod tests {
             }
             prop_assume!(!batch.is_empty());
             let mut head = Encoder::default();
-            batch.encode_head(Packing::None, &mut head);
+            batch.encode_head(Packing::None, &mut head).unwrap();
             let (header, table) = head.bytes().split_first_chunk().unwrap();
             let header = FrameHeader::decode(header).unwrap();
             let raw_pages = batch.raw_pages();

@@ -6,7 +6,7 @@ use super::page_receiver::PageReceiver;
 use super::receivers::Receivers;
 use crate::error::ParticipantError;
 use crate::guest::IncomingRam;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::{RamEnd, RamSetup, Stage};
 use crate::wire::{Role, WireError};
 
@@ -43,21 +43,23 @@ impl Incoming for RamIncoming {
         true
     }
 
-    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
         let setup = RamSetup::decode(body)?;
-        let count = link.channels.len();
+        let count = context.channels.len();
         if usize::from(setup.data_channels) != count {
             let reason = format!("{} data channels, {count} exist", setup.data_channels);
             return Err(WireError::Malformed { what: "RAM setup", reason }.into());
         }
         let total_bytes = self.ram.layout.size_bytes();
-        link.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, count > 1));
-        let channels = link.channels.into_iter().map(|(_, channel)| {
-            let pages = PageReceiver::start(self.ram.clone(), setup, link.counters.clone())?;
+        context
+            .counters
+            .update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, count > 1));
+        let channels = context.channels.into_iter().map(|(_, channel)| {
+            let pages = PageReceiver::start(self.ram.clone(), setup, context.counters.clone())?;
             Ok((pages, channel))
         });
         let channels = channels.collect::<Result<_, WireError>>()?;
-        self.receivers = Some(Receivers::start(channels, &link.control)?);
+        self.receivers = Some(Receivers::start(channels, &context.control)?);
         Ok(())
     }
 

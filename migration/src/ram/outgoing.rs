@@ -1,14 +1,16 @@
 //! RAM at the source: passes over the dirty pages, dealt to the data channels.
 
 use super::dirty::PageBitmap;
-use super::lanes::Lanes;
 use super::pace::Pace;
 use super::populated::Populated;
 use super::shard::{Common, Job, Shard, Tally};
+use super::shards::Shards;
 use crate::control::Limit;
 use crate::error::ParticipantError;
 use crate::guest::DirtySource;
-use crate::participant::{Budget, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step};
+use crate::participant::{
+    Budget, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
+};
 use crate::wire::section::{RamEnd, RamSetup, Stage};
 use crate::wire::{Role, WireError};
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
@@ -42,9 +44,9 @@ pub struct SourceRam {
 
 /// What exists from the setup on.
 struct Started {
-    link: OutgoingLink,
+    context: OutgoingContext,
     /// First of what ends: the end of tracking takes its time.
-    lanes: Lanes,
+    shards: Shards,
     pace: Pace,
 }
 
@@ -96,7 +98,7 @@ impl RamOutgoing {
         self.pending.count() * PAGE_SIZE
     }
 
-    fn lane_count(&self) -> usize {
+    fn shard_count(&self) -> usize {
         self.channels.into()
     }
 
@@ -119,11 +121,11 @@ impl RamOutgoing {
     fn end_pass(&mut self, number: u64, pass: &InPass) -> Result<Step, ParticipantError> {
         self.populated = None;
         let started = self.started.as_mut().ok_or_else(not_set_up)?;
-        started.lanes.mark(number)?;
+        started.shards.mark(number)?;
         let marked = Instant::now();
         started.await_echoes(number, self.channels)?;
-        started.link.speed.round_trip_took(marked.elapsed());
-        started.pace.end_stretch(self.pages.load(Ordering::Relaxed));
+        started.context.speed.round_trip_took(marked.elapsed());
+        started.pace.end_sample(self.pages.load(Ordering::Relaxed));
         // The last look before the decision: a pass over a clean guest ends here at once.
         let took = self.harvest()?;
         let Some(Started { pace, .. }) = &mut self.started else { return Err(not_set_up()) };
@@ -136,7 +138,7 @@ impl RamOutgoing {
     fn next_chunk(&self, start: usize) -> Option<Range<usize>> {
         let words = self.pending.words();
         let first = start + words.get(start..)?.iter().position(|word| *word != 0)?;
-        let most = CLEAR_PAGES * self.lane_count() as u64;
+        let most = CLEAR_PAGES * self.shard_count() as u64;
         let mut pages = 0;
         let mut end = first;
         while end < words.len() && end - first < CLEAR_WORDS && pages < most {
@@ -173,11 +175,12 @@ impl RamOutgoing {
 impl Started {
     /// Waits until the destination has all pages before mark `number` in place, on every channel.
     fn await_echoes(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
-        let longest = self.link.control.patience() * ECHO_PATIENCE + self.pace.time_under_way();
+        let longest = self.context.control.patience() * ECHO_PATIENCE + self.pace.time_in_flight();
         let mut missing: BTreeSet<u16> = (0..channels).collect();
         while !missing.is_empty() {
             let what = "the destination's word that it has the pages of this round";
-            let (echoed, channel) = self.link.control.next_mark(&Limit::within(what, longest))?;
+            let (echoed, channel) =
+                self.context.control.next_mark(&Limit::within(what, longest))?;
             if echoed != number || !missing.remove(&channel) {
                 let found = format!("mark {echoed} of channel {channel}");
                 return Err(WireError::Unexpected { found, expected: "the echo of a mark" }.into());
@@ -200,21 +203,20 @@ impl Outgoing for RamOutgoing {
         (0..self.channels).map(|index| Role::Data { index }).collect()
     }
 
-    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: OutgoingContext) -> Result<(), ParticipantError> {
         let common = Common {
             ram: self.ram.ram.clone(),
             layout: self.ram.layout.clone(),
-            params: link.params.clone(),
-            counters: link.counters.clone(),
+            params: context.params.clone(),
+            counters: context.counters.clone(),
             pages: self.pages.clone(),
             shards: self.channels,
         };
-        let shards = link
-            .channels
-            .iter()
-            .map(|channel| Shard::new(common.clone(), channel.clone(), Box::new(link.cap.clone())));
-        let lanes = Lanes::start(shards.collect(), &link.control)?;
-        let pace = Pace::new(link.params.clone(), link.cap.clone(), link.speed.clone());
+        let all = context.channels.iter().map(|channel| {
+            Shard::new(common.clone(), channel.clone(), Box::new(context.cap.clone()))
+        });
+        let shards = Shards::start(all.collect(), &context.control)?;
+        let pace = Pace::new(context.params.clone(), context.cap.clone(), context.speed.clone());
         let setup = RamSetup {
             page_count: self.ram.layout.page_count(),
             page_bytes: 4096,
@@ -223,15 +225,15 @@ impl Outgoing for RamOutgoing {
         self.pending.set_all();
         self.populated = Some(Populated::open());
         let total = self.pending_bytes();
-        let multifd = link.params.get().multifd;
-        link.counters.update(|stats| {
+        let multifd = context.params.get().multifd;
+        context.counters.update(|stats| {
             stats.multifd = multifd;
             stats.total_bytes = total;
             stats.remaining_bytes = total;
         });
-        let started = self.started.insert(Started { link, lanes, pace });
+        let started = self.started.insert(Started { context, shards, pace });
         self.ram.dirty.start()?;
-        started.link.send(SECTION, Stage::Setup, &setup.encode())?;
+        started.context.send(SECTION, Stage::Setup, &setup.encode())?;
         Ok(())
     }
 
@@ -244,16 +246,16 @@ impl Outgoing for RamOutgoing {
             pass.cursor = chunk.end;
             let job = self.clear(chunk)?;
             let started = self.started.as_mut().ok_or_else(not_set_up)?;
-            started.lanes.deal(job)?;
+            started.shards.dispatch(job)?;
             if started.pace.look_is_due(budget.time) {
                 let took = self.harvest()?;
-                let Some(Started { pace, link, .. }) = &mut self.started else {
+                let Some(Started { pace, context, .. }) = &mut self.started else {
                     return Err(not_set_up());
                 };
                 pace.look(&self.pending, pass.cursor, took);
-                pace.end_stretch(self.pages.load(Ordering::Relaxed));
+                pace.end_sample(self.pages.load(Ordering::Relaxed));
                 let left = pace.left_bytes();
-                link.counters.update(|stats| stats.remaining_bytes = left);
+                context.counters.update(|stats| stats.remaining_bytes = left);
                 self.pass = Some(pass);
                 return Ok(Step::More);
             }
@@ -282,22 +284,22 @@ impl Outgoing for RamOutgoing {
         self.harvest()?;
         let pending = self.pending_bytes();
         let job = self.take(0..self.pending.words().len());
-        let Started { lanes, link, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
-        link.counters.update(|stats| stats.remaining_bytes = pending);
-        lanes.deal(Job { last: true, ..job })?;
-        let tallies = lanes.end()?;
+        let Started { shards, context, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        context.counters.update(|stats| stats.remaining_bytes = pending);
+        shards.dispatch(Job { last: true, ..job })?;
+        let tallies = shards.end()?;
         self.ends += 1;
         let end = RamEnd {
             number: self.ends,
             totals: tallies.iter().map(|tally: &Tally| tally.pages).sum(),
             frames: tallies.iter().map(|tally| tally.frames).collect(),
         };
-        link.push(SECTION, Stage::End, &end.encode())?;
+        context.push(SECTION, Stage::End, &end.encode()?)?;
         Ok(())
     }
 
     fn called_off(&mut self) -> Result<(), ParticipantError> {
-        self.started.as_mut().ok_or_else(not_set_up)?.lanes.forget()
+        self.started.as_mut().ok_or_else(not_set_up)?.shards.forget()
     }
 
     fn cleanup(&mut self, _: Outcome) {

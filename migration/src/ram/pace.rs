@@ -4,18 +4,19 @@
 use super::dirty::PageBitmap;
 use super::watch::{Counts, Watch};
 use crate::pace::cap::Sent;
-use crate::pace::{Cap, LinkSpeed, Speed, Stretch};
+use crate::pace::{Cap, LinkSpeed, Sample, Speed};
 use crate::params::{Compression, SharedParams};
 use crate::participant::{Cost, Pending, Rates};
 use crate::policy::{self, Dirtying, Look};
+use crate::units::saturating_u64;
 use devices::ram::PAGE_SIZE;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// What the sockets of all channels hold at most, on both sides.
-const MOST_UNDER_WAY: u64 = 64 << 20;
+const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
 /// However slow a link is.
-const LONGEST_UNDER_WAY: Duration = Duration::from_secs(600);
+const MAX_IN_FLIGHT_TIME: Duration = Duration::from_secs(600);
 /// A look may take this part of the time between two.
 const LOOK_SHARE: u32 = 50;
 
@@ -34,8 +35,8 @@ pub(super) struct Pace {
     pass_bytes: u64,
     /// By what the last pass has left.
     seen_per_sec: u64,
-    /// When the stretch at hand began, and what had been sent then: bytes and pages.
-    stretch: (Duration, Sent, u64),
+    /// When the sample at hand began, and what had been sent then: bytes and pages.
+    sample: (Duration, Sent, u64),
     last_look: Duration,
     /// What a look in the middle of a pass takes; large guests have large logs.
     look_time: Duration,
@@ -57,7 +58,7 @@ impl Pace {
             rate_changed: false,
             pass_bytes: 0,
             seen_per_sec: 0,
-            stretch: (Duration::ZERO, Sent::default(), 0),
+            sample: (Duration::ZERO, Sent::default(), 0),
             last_look: Duration::ZERO,
             look_time: Duration::ZERO,
             harvest: Duration::ZERO,
@@ -72,7 +73,7 @@ impl Pace {
         (self.first_pass, self.pass_bytes) = (first, pending.count() * PAGE_SIZE);
         let now = self.cap.now();
         self.last_look = now;
-        self.stretch = (now, self.cap.sent_so_far(), pages);
+        self.sample = (now, self.cap.sent_so_far(), pages);
         self.dirtying.begin(now, (!first).then_some(self.pass_bytes));
     }
 
@@ -118,15 +119,14 @@ impl Pace {
     }
 
     /// Takes the measure of what was sent since the last time; `pages` have been sent so far.
-    pub(super) fn end_stretch(&mut self, pages: u64) {
+    pub(super) fn end_sample(&mut self, pages: u64) {
         let (now, sent) = (self.cap.now(), self.cap.sent_so_far());
-        let (began, before, pages_before) =
-            std::mem::replace(&mut self.stretch, (now, sent, pages));
+        let (began, before, pages_before) = std::mem::replace(&mut self.sample, (now, sent, pages));
         let held = sent.held.saturating_sub(before.held);
         let guest_bytes = pages.saturating_sub(pages_before) * PAGE_SIZE;
         self.speed.add(
             now,
-            Stretch {
+            Sample {
                 sent_bytes: sent.bytes - before.bytes,
                 busy: now.saturating_sub(began).saturating_sub(held),
                 writing: sent.writing.saturating_sub(before.writing),
@@ -152,9 +152,9 @@ impl Pace {
 
     /// How long what sockets may still hold of a pass is under way, at the least. On a slow link it is
     /// long after everything has been written.
-    pub(super) fn time_under_way(&self) -> Duration {
-        let most = self.cap.sent_so_far().bytes.min(MOST_UNDER_WAY);
-        policy::send_time(most, self.bandwidth()).min(LONGEST_UNDER_WAY)
+    pub(super) fn time_in_flight(&self) -> Duration {
+        let most = self.cap.sent_so_far().bytes.min(MAX_IN_FLIGHT_BYTES);
+        policy::send_time(most, self.bandwidth()).min(MAX_IN_FLIGHT_TIME)
     }
 
     /// Bytes of guest RAM that are sent per second: more than the link moves, if pages shrink.
@@ -162,7 +162,7 @@ impl Pace {
         const SAMPLE: u64 = 1 << 30;
         let wire = self.speed.on_the_wire(SAMPLE).max(1);
         let rate = u128::from(self.bandwidth()) * u128::from(SAMPLE) / u128::from(wire);
-        u64::try_from(rate).unwrap_or(u64::MAX)
+        saturating_u64(rate)
     }
 
     /// The guest writes faster or slower from now on.
@@ -180,7 +180,7 @@ impl Pace {
         };
         let dirtied = self.dirtying.bytes_per_sec();
         // The one is right for a long pass over few pages, the other for a guest that writes new ones.
-        let per_sec = dirtied.unwrap_or(0).max(self.seen_per_sec);
+        let per_sec = dirtied.map_or(self.seen_per_sec, |rate| rate.max(self.seen_per_sec));
         let coming = if in_pass { 0 } else { policy::written_until_stopped(per_sec) };
         let params = self.params.get();
         let shrinks = params.xbzrle || params.compression != Compression::None;

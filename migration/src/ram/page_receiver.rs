@@ -6,8 +6,8 @@ use super::dirty::PageBitmap;
 use super::frame::{
     FRAME_HEADER_BYTES, FrameHeader, Packing, RUN_BYTES, Run, RunKind, decode_table,
 };
+use super::page::{PAGE_BYTES, bytes_of};
 use super::shard::Tally;
-use super::zero::PAGE_BYTES;
 use crate::guest::IncomingRam;
 use crate::stats::Counters;
 use crate::transport::{Channel, PageSlice};
@@ -104,7 +104,7 @@ impl PageReceiver {
             let page_count = u64::from(run.page_count);
             match run.kind {
                 RunKind::Raw => {
-                    let bytes = usize::try_from(run.page_count).map_err(failed)? * PAGE_BYTES;
+                    let bytes = bytes_of(run.page_count);
                     raw.push(self.ram.ram.get_slice(*address, bytes).map_err(failed)?);
                     self.written.insert_run(run.first, page_count);
                 }

@@ -55,14 +55,18 @@ impl Populated {
                 continue;
             }
             let host_page = host as u64 / PAGE_SIZE + (from - block.first_page.0);
-            self.entries.resize(usize::try_from((to - from) * ENTRY_BYTES).unwrap_or(0), 0);
+            let len = usize::try_from((to - from) * ENTRY_BYTES);
+            let skipped = usize::try_from((from - first.0) / 64);
+            // On failure every page of the mask counts as touched.
+            let (Ok(len), Ok(skipped)) = (len, skipped) else { return };
+            self.entries.resize(len, 0);
             if let Err(error) = pagemap.read_exact_at(&mut self.entries, host_page * ENTRY_BYTES) {
                 log::debug!("every page is looked at, /proc/self/pagemap does not tell: {error}");
                 self.pagemap = None;
                 return;
             }
             // Blocks hold whole words.
-            let words = mask.iter_mut().skip(usize::try_from((from - first.0) / 64).unwrap_or(0));
+            let words = mask.iter_mut().skip(skipped);
             for (word, entries) in words.zip(self.entries.chunks(64 * 8)) {
                 let mut touched = 0;
                 for (entry, bit) in entries.as_chunks::<8>().0.iter().zip(0..64) {

@@ -3,7 +3,8 @@
 
 use super::dirty::{Runs, Words};
 use super::frame::{Batch, RunKind};
-use super::zero::{PAGE_BYTES, is_zero};
+use super::page::{PAGE_BYTES, bytes_of};
+use super::zero::is_zero;
 use crate::transport::PageSlice;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
@@ -62,18 +63,18 @@ impl<'a> Scan<'a> {
         // The next page that may hold something, and where such pages end.
         let touched = self.touched.runs_among(first, left).next();
         let (start, len) = touched.unwrap_or((PageIndex(first.0 + left), 0));
-        let in_block = self
-            .layout
-            .block_of(first)
-            .map_or(0, |block| (block.first_page.0 + block.page_count).saturating_sub(first.0));
+        let outside = || GuestMemoryError::IOError(std::io::ErrorKind::Other.into());
+        let block = self.layout.block_of(first).ok_or_else(outside)?;
+        let in_block = block.first_page.0 + block.page_count - first.0;
+        // A longer run continues in the next one.
         let short = |count: u64| u32::try_from(count.min(in_block)).unwrap_or(u32::MAX);
         if start != first {
             return Ok((short(start.0 - first.0), RunKind::Zero));
         }
         let most = short(len.min(u64::from(BATCH_RAW_PAGES - batch.raw_pages())));
-        let bytes = usize::try_from(most).unwrap_or(0) * PAGE_BYTES;
+        let bytes = bytes_of(most);
         let address = self.layout.run_address(first, most.into());
-        let address = address.ok_or(GuestMemoryError::IOError(std::io::ErrorKind::Other.into()))?;
+        let address = address.ok_or_else(outside)?;
         let slice = self.ram.get_slice(address, bytes)?;
         let zero = self.zero_at(&slice, 0)?;
         let mut page_count = 1;
@@ -84,7 +85,7 @@ impl<'a> Scan<'a> {
     }
 
     fn zero_at(&self, run: &PageSlice<'_>, index: u32) -> Result<bool, GuestMemoryError> {
-        let offset = usize::try_from(index).unwrap_or(0) * PAGE_BYTES;
+        let offset = bytes_of(index);
         let page = run.subslice(offset, PAGE_BYTES).map_err(GuestMemoryError::from)?;
         Ok(is_zero(&page))
     }

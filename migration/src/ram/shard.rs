@@ -1,13 +1,13 @@
 //! One data channel's share of the pages: finds out what they hold, puts frames together, sends them.
-//! Driven by [`super::lanes`], on a thread of its own or on the caller's. A page always takes the same
+//! Driven by [`super::shards`], on a thread of its own or on the caller's. A page always takes the same
 //! shard, so its versions never overtake each other.
 
 use super::dirty::Words;
 use super::encode::{Encoding, Fate, Wanted};
 use super::error::RamError;
 use super::frame::{Batch, Packing, RunKind, encode_end, encode_mark};
+use super::page::bytes_of;
 use super::scan::Scan;
-use super::zero::PAGE_BYTES;
 use crate::error::ParticipantError;
 use crate::params::SharedParams;
 use crate::policy;
@@ -54,7 +54,7 @@ impl Job {
 
 /// What a shard is told.
 #[derive(Debug)]
-pub enum Order {
+pub enum Command {
     /// To send pages.
     Pages(Job),
     /// To send a mark, which the destination echoes when everything before it is in place.
@@ -94,7 +94,7 @@ pub struct Common {
 /// A shard.
 pub struct Shard {
     common: Common,
-    line: Line,
+    sender: ChannelSender,
     batch: Batch,
     encoding: Encoding,
 }
@@ -107,44 +107,44 @@ impl Shard {
     /// Sends on `channel`, as fast as `throttle` lets it.
     pub fn new(common: Common, channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         let (batch, encoding) = (Batch::default(), Encoding::default());
-        Self { common, line: Line::new(channel, throttle), batch, encoding }
+        Self { common, sender: ChannelSender::new(channel, throttle), batch, encoding }
     }
 
     /// Its channel.
     pub fn channel(&self) -> &Arc<Channel> {
-        &self.line.channel
+        &self.sender.channel
     }
 
     /// What it has sent.
     pub fn tally(&self) -> Tally {
-        self.line.tally
+        self.sender.tally
     }
 
     /// Does what it is told, to its end.
-    pub fn obey(&mut self, order: &Order) -> Result<(), ParticipantError> {
-        let mut head = std::mem::take(&mut self.line.head);
-        let result = match order {
-            Order::Pages(job) => self.send_pages(job, &mut head),
-            Order::Mark(number) => {
+    pub fn execute(&mut self, command: &Command) -> Result<(), ParticipantError> {
+        let mut head = std::mem::take(&mut self.sender.head);
+        let result = match command {
+            Command::Pages(job) => self.send_pages(job, &mut head),
+            Command::Mark(number) => {
                 self.encoding.end_round();
                 encode_mark(&mut head, *number);
                 self.send_head(&head)
             }
-            Order::End => {
+            Command::End => {
                 encode_end(&mut head);
                 self.send_head(&head)
             }
-            Order::Forget => {
+            Command::Forget => {
                 self.encoding.forget();
                 Ok(())
             }
         };
-        self.line.head = head;
+        self.sender.head = head;
         result
     }
 
     fn send_head(&mut self, head: &Encoder) -> Result<(), ParticipantError> {
-        let sent = self.line.write(head.bytes(), &[])?;
+        let sent = self.sender.write(head.bytes(), &[])?;
         self.common.counters.update(|stats| stats.transferred_bytes += sent);
         Ok(())
     }
@@ -159,15 +159,15 @@ impl Shard {
         let first_round = job.touched.is_some();
         let deltas = self.encoding.tries_deltas(first_round);
         let packing = self.encoding.tries_packing();
-        let before = self.line.tally.pages.raw_pages;
+        let before = self.sender.tally.pages.raw_pages;
         if deltas || packing {
             self.send_encoded(job, deltas, head)?;
         } else {
             self.send_straight(job, head)?;
         }
-        let raw_bytes = (self.line.tally.pages.raw_pages - before) * PAGE_SIZE;
+        let raw_bytes = (self.sender.tally.pages.raw_pages - before) * PAGE_SIZE;
         match (deltas, packing) {
-            (true, _) => self.encoding.judge_deltas(self.line.bytes_per_sec()),
+            (true, _) => self.encoding.judge_deltas(self.sender.bytes_per_sec()),
             // What is compressed all the time must not keep deltas from another look.
             (false, true) => self.encoding.passed_deltas(raw_bytes, first_round),
             (false, false) => self.encoding.passed(raw_bytes, first_round),
@@ -182,9 +182,9 @@ impl Shard {
         let batch = &mut self.batch;
         batch.clear();
         while scan.fill(batch).map_err(unreadable)? {
-            batch.encode_head(Packing::None, head);
+            batch.encode_head(Packing::None, head)?;
             let slices = raw_slices(batch, ram, layout)?;
-            let sent = self.line.write_batch(batch, head, &slices)?;
+            let sent = self.sender.write_batch(batch, head, &slices)?;
             counters.update(|stats| count(stats, batch, sent));
             pages_done(pages, batch, 0);
             batch.clear();
@@ -233,13 +233,13 @@ impl Shard {
         let batch = &mut self.batch;
         let mut straight = Vec::new();
         if !batch.is_empty() {
-            match self.encoding.pack(self.line.bytes_per_sec()) {
+            match self.encoding.pack(self.sender.bytes_per_sec()) {
                 Some((packing, packed)) => {
-                    batch.encode_head(packing, head);
+                    batch.encode_head(packing, head)?;
                     head.u32(u32::try_from(packed.len()).map_err(unreadable)?).raw(packed);
                 }
                 None => {
-                    batch.encode_head(Packing::None, head);
+                    batch.encode_head(Packing::None, head)?;
                     if deltas {
                         // Later deltas refer to this very copy.
                         head.raw(self.encoding.staged());
@@ -254,7 +254,7 @@ impl Shard {
             }
         }
         let sent =
-            if batch.is_empty() { 0 } else { self.line.write_batch(batch, head, &straight)? };
+            if batch.is_empty() { 0 } else { self.sender.write_batch(batch, head, &straight)? };
         self.encoding.clear();
         let (xbzrle, compression) = self.encoding.take_stats();
         counters.update(|stats| {
@@ -292,7 +292,7 @@ fn raw_slices<'r>(
         let address = layout
             .run_address(run.first, run.page_count.into())
             .ok_or_else(|| unreadable("a run past its end"))?;
-        let bytes = usize::try_from(run.page_count).map_err(unreadable)? * PAGE_BYTES;
+        let bytes = bytes_of(run.page_count);
         ram.get_slice(address, bytes).map_err(unreadable)
     });
     slices.collect()
@@ -315,7 +315,7 @@ fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
 }
 
 /// The channel, and what it has shown of itself.
-struct Line {
+struct ChannelSender {
     channel: Arc<Channel>,
     throttle: Box<dyn Throttle + Send>,
     /// Kept for its memory.
@@ -329,7 +329,7 @@ struct Line {
 /// What was longer ago counts for less and less.
 const MEMORY: Duration = Duration::from_millis(500);
 
-impl Line {
+impl ChannelSender {
     fn new(channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         Self {
             channel,
@@ -415,8 +415,8 @@ mod tests {
         let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None, last: false };
         let mut send = || {
             let before = common.counters.snapshot();
-            shard.obey(&Order::Pages(job.clone())).unwrap();
-            shard.obey(&Order::Mark(1)).unwrap();
+            shard.execute(&Command::Pages(job.clone())).unwrap();
+            shard.execute(&Command::Mark(1)).unwrap();
             let after = common.counters.snapshot();
             let xbzrle = (before.xbzrle, after.xbzrle);
             (xbzrle.1.overflows - xbzrle.0.overflows, xbzrle.1.pages - xbzrle.0.pages)
@@ -426,7 +426,7 @@ mod tests {
         for version in 0..2 {
             for start in page_starts() {
                 let text = format!("page at {:#x} in version {version}; ", start.0);
-                let text: Vec<u8> = text.bytes().cycle().take(PAGE_BYTES).collect();
+                let text: Vec<u8> = text.bytes().cycle().take(bytes_of(1)).collect();
                 ram.write_slice(&text, start).unwrap();
             }
             send();
@@ -446,14 +446,14 @@ mod tests {
         #[test]
         fn shares_are_disjoint_and_whole(
             dirty in prop::collection::vec(any::<u64>(), 1..40),
-            first_word in 0usize..100, lanes in 1usize..17,
+            first_word in 0usize..100, shards in 1usize..17,
         ) {
             let touched = Some(dirty.iter().map(|word| word & 0xff00).collect());
             let job = Job { first_word, dirty, touched, last: false };
             let mut sum = vec![0; job.dirty.len()];
             let mut touched_sum = vec![0; job.dirty.len()];
-            for lane in 0..lanes {
-                let Some(share) = job.share(8, |stripe| stripe % lanes == lane) else { continue };
+            for shard in 0..shards {
+                let Some(share) = job.share(8, |stripe| stripe % shards == shard) else { continue };
                 prop_assert_eq!(share.first_word, first_word);
                 for (index, word) in share.dirty.iter().enumerate() {
                     prop_assert_eq!(sum[index] & word, 0);

@@ -2,8 +2,7 @@
 //! `zero` and `xbzrle`. One of the crate's exceptions from the ban on unsafe code.
 #![expect(unsafe_code, reason = "vector loads from guest RAM, stores to where a bit count says")]
 
-use super::xbzrle::Page;
-use super::zero::PAGE_BYTES;
+use super::page::{PAGE_BYTES, Page};
 use crate::transport::PageSlice;
 
 /// Bytes of a page whose bits make a word.

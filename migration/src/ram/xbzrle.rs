@@ -15,12 +15,9 @@
 //! per byte; list the offsets at which a run ends; write the runs out. Random memory latency, bits and
 //! branches each get a loop of their own.
 
+use super::page::{PAGE_BYTES, Page};
 use super::simd::{self, Changes, Kernel};
-use super::zero::PAGE_BYTES;
 use std::ops::Range;
-
-/// A private copy of a page: nobody writes it while it is compared.
-pub type Page = [u8; PAGE_BYTES];
 
 /// Longest count that takes one byte.
 const SHORT_COUNT: u16 = 0x7f;
@@ -143,9 +140,11 @@ impl<'a> RunWriter<'a> {
     /// The bytes `run` of the page have changed. Runs come in order and do not touch; false if this one
     /// does not fit.
     pub fn changed(&mut self, run: Range<usize>) -> bool {
-        // At most the bytes of a page.
-        let short = |offset| u16::try_from(offset).unwrap_or(u16::MAX);
-        let run = [short(self.offset), short(run.start), short(run.end)];
+        let [Ok(before), Ok(start), Ok(end)] = [self.offset, run.start, run.end].map(u16::try_from)
+        else {
+            return false;
+        };
+        let run = [before, start, end];
         let Some(len) = push_long(run, self.new, self.into, self.len) else { return false };
         (self.len, self.offset) = (len, usize::from(run[2]));
         true

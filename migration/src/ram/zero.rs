@@ -6,8 +6,6 @@ use crate::transport::PageSlice;
 use vm_memory::VolatileMemory;
 use vm_memory::volatile_memory::Error as VolatileMemoryError;
 
-/// Bytes in a page.
-pub const PAGE_BYTES: usize = 4096;
 const LINE_BYTES: usize = 64;
 
 /// Whether every byte of `page` is zero. The guest may write it meanwhile; see [`crate::ram`].
@@ -32,6 +30,7 @@ pub(super) fn is_zero_portable(page: &PageSlice<'_>) -> Result<bool, VolatileMem
 
 #[cfg(test)]
 mod tests {
+    use super::super::page::PAGE_BYTES;
     use super::*;
     use devices::ram::{GuestAddress, GuestRam};
     use vm_memory::{Bytes, GuestMemoryBackend};

@@ -62,7 +62,7 @@ impl<'g> StopClock<'g> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<'g>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
     /// The guest has stopped.

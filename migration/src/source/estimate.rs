@@ -13,8 +13,8 @@ const RESUMING: Duration = Duration::from_micros(400);
 /// not keep a guest from moving.
 const NEGLIGIBLE: Duration = Duration::from_millis(2);
 /// After the first stop that was called off; twice as long after each further one.
-const FIRST_REST: Duration = Duration::from_millis(100);
-const LONGEST_REST: Duration = Duration::from_secs(30);
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// A part that only a stop can measure.
 #[derive(Debug, Clone)]
@@ -55,7 +55,7 @@ pub(super) struct Estimate {
     margin: Duration,
     /// Stops that were called off in a row, and until when there is no other.
     called_off: u32,
-    rest_until: Option<Instant>,
+    backoff_until: Option<Instant>,
 }
 
 impl Estimate {
@@ -70,7 +70,7 @@ impl Estimate {
             costs: Vec::new(),
             margin: Duration::ZERO,
             called_off: 0,
-            rest_until: None,
+            backoff_until: None,
         }
     }
 
@@ -86,7 +86,7 @@ impl Estimate {
     }
 
     /// A pass has ended: what surprised the last stop counts less.
-    pub(super) fn forget_some(&mut self) {
+    pub(super) fn decay_margin(&mut self) {
         self.margin -= self.margin / 4;
     }
 
@@ -108,9 +108,11 @@ impl Estimate {
 
     /// The part that takes longest.
     pub(super) fn largest(&self) -> PartTime {
-        let learned = self.learned().into_iter().map(|one| (one.part.as_str(), one.time));
+        let [first, others @ ..] = self.learned().map(|one| (one.part.as_str(), one.time));
         let costs = self.costs.iter().map(|cost| (cost.part, cost.time));
-        let (part, time) = learned.chain(costs).max_by_key(|(_, time)| *time).unwrap_or_default();
+        let longer =
+            |one: (_, Duration), other: (_, Duration)| if other.1 < one.1 { one } else { other };
+        let (part, time) = others.into_iter().chain(costs).fold(first, longer);
         PartTime::new(part, time)
     }
 
@@ -181,19 +183,19 @@ impl Estimate {
         limit: Duration,
     ) {
         self.margin = (self.margin + expected.saturating_sub(predicted)).min(limit / 2);
-        let rest = FIRST_REST * 2u32.saturating_pow(self.called_off.min(16));
+        let rest = FIRST_BACKOFF * 2u32.saturating_pow(self.called_off.min(16));
         self.called_off = self.called_off.saturating_add(1);
-        self.rest_until = Some(Instant::now() + rest.min(LONGEST_REST));
+        self.backoff_until = Some(Instant::now() + rest.min(MAX_BACKOFF));
     }
 
     /// How long there is to be no stop. When that is over the next one is tried, although what held up
     /// the last one may still be there: only a stop can tell.
-    pub(super) fn rest(&mut self, limit: Duration) -> Option<Duration> {
-        let left = self.rest_until?.saturating_duration_since(Instant::now());
+    pub(super) fn backoff(&mut self, limit: Duration) -> Option<Duration> {
+        let left = self.backoff_until?.saturating_duration_since(Instant::now());
         if !left.is_zero() {
             return Some(left);
         }
-        self.rest_until = None;
+        self.backoff_until = None;
         for learned in [&mut self.stopping, &mut self.drain, &mut self.flush] {
             learned.time = learned.time.min(limit / 4);
         }
@@ -225,9 +227,9 @@ mod tests {
         estimate.was_called_off(ms(30), ms(1), LIMIT);
         assert_eq!(estimate.obstacle(LIMIT), Some(drain));
         assert!(estimate.total() > LIMIT && estimate.floor() < LIMIT);
-        assert!(estimate.rest(LIMIT).is_some_and(|rest| rest <= FIRST_REST));
-        estimate.rest_until = Some(Instant::now());
-        assert_eq!(estimate.rest(LIMIT), None);
+        assert!(estimate.backoff(LIMIT).is_some_and(|rest| rest <= FIRST_BACKOFF));
+        estimate.backoff_until = Some(Instant::now());
+        assert_eq!(estimate.backoff(LIMIT), None);
         assert_eq!(estimate.obstacle(LIMIT), None, "only another stop can tell");
     }
 
@@ -238,10 +240,10 @@ mod tests {
         for _ in 0..20 {
             let began = Instant::now();
             estimate.was_called_off(ms(30), ms(1), LIMIT);
-            rests.push(estimate.rest_until.unwrap() - began);
+            rests.push(estimate.backoff_until.unwrap() - began);
         }
         assert!(rests[0] < ms(200) && rests[2] >= ms(400), "{rests:?}");
-        assert!(rests.iter().all(|rest| *rest < LONGEST_REST + ms(1000)), "{rests:?}");
+        assert!(rests.iter().all(|rest| *rest < MAX_BACKOFF + ms(1000)), "{rests:?}");
     }
 
     #[test]
@@ -249,7 +251,7 @@ mod tests {
         let mut estimate = Estimate::new();
         estimate.was_called_off(ms(500), ms(1), LIMIT);
         let before = estimate.total();
-        (0..20).for_each(|_| estimate.forget_some());
+        (0..20).for_each(|_| estimate.decay_margin());
         assert!(before - estimate.total() > LIMIT / 2 - ms(1), "{:?}", estimate.margin);
     }
 

@@ -84,7 +84,7 @@ impl Source<'_> {
     ) -> SourceOutcome {
         self.migrate_by(&mut |role| {
             let transport = match role {
-                Role::Main => Some(&main),
+                Role::Control => Some(&main),
                 Role::Data { index } => data.get(usize::from(index)),
                 Role::Disks => disks.as_ref(),
             };
@@ -110,11 +110,11 @@ impl Source<'_> {
         let opened = Session::open(participants, &self.cancel, connect);
         let mut session = opened.map_err(SourceError::unexplained)?;
         if let Err(error) = session.set_up(self) {
-            return Err(session.settle(error));
+            return Err(session.abort(error));
         }
         let handover = loop {
             if let Err(error) = self.precopy(&mut session) {
-                break Err(session.settle(error));
+                break Err(session.abort(error));
             }
             match self.stop_and_hand_over(&mut session) {
                 Ok(Stop::CalledOff) => {}

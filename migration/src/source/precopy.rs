@@ -6,8 +6,9 @@ use super::session::Session;
 use super::{MigrationEvent, Source, SourceError};
 use crate::guest::PartTime;
 use crate::participant::{Budget, Pending, Precision, Rates, Step};
-use crate::policy::{self, Decision, Outlook, Round};
+use crate::policy::{self, Convergence, Decision, Round};
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
+use crate::units::{nanos, saturating_u64};
 use devices::ram::PAGE_SIZE;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ const FLUSH_AHEAD: Duration = Duration::from_secs(2);
 /// After a flush that took longer than this the guest has written too much to be stopped at once.
 const SHORT_FLUSH: Duration = Duration::from_millis(5);
 /// So often. A disk may need longer for every flush.
-const MOST_FLUSHES: u32 = 2;
+const MAX_FLUSHES: u32 = 2;
 
 /// What a pass has come to.
 pub(super) struct Look {
@@ -41,20 +42,20 @@ impl Source<'_> {
             self.begin_pass(session.pass);
             let look = self.pass(session)?;
             let limit = self.params.get().downtime_limit;
-            session.estimate.forget_some();
+            session.estimate.decay_margin();
             let floor = session.estimate.floor();
             let longest = policy::longest(floor, limit);
             let decision = policy::decide(look.round, look.expected, floor, limit, polished);
-            let rest = session.estimate.rest(limit);
+            let backoff = session.estimate.backoff(limit);
             match decision {
-                Decision::Stop if rest.is_none() => {
+                Decision::Stop if backoff.is_none() => {
                     session.predicted = look.expected;
                     if self.flush_ahead(session, longest)? {
                         session.flushes = 0;
                         return Ok(());
                     }
                 }
-                Decision::Again { polishing } if rest.is_none() => {
+                Decision::Again { polishing } if backoff.is_none() => {
                     polished += u32::from(polishing);
                     self.after_pass(session, &look, polishing);
                 }
@@ -62,9 +63,9 @@ impl Source<'_> {
             }
             let obstacle = session.estimate.obstacle(longest);
             // A pass over a guest that hardly writes takes no time, and there is no hurry.
-            let idle = rest.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
+            let idle = backoff.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
             if let Some(part) = obstacle {
-                self.say_blocked(session, &look, part);
+                self.report_blocked(session, &look, part);
             }
             if let Some(idle) = idle {
                 self.cancel.wait(idle.min(IDLE_PASS));
@@ -149,7 +150,8 @@ impl Source<'_> {
             xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
             unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: look.dirty_bytes / PAGE_SIZE,
-            dirty_pages_rate: rates.dirtied.unwrap_or(0).max(rates.seen) / PAGE_SIZE,
+            dirty_pages_rate: rates.dirtied.map_or(rates.seen, |rate| rate.max(rates.seen))
+                / PAGE_SIZE,
             bytes_per_sec: session.link.bytes_per_sec(),
             throttle_percent: session.throttle_percent,
             expected_downtime: look.expected,
@@ -174,7 +176,7 @@ impl Source<'_> {
             stats.dirty_pages_rate = dirtied / PAGE_SIZE;
             // So much at least will be left.
             stats.expected_downtime =
-                Some(expected.max(stats.expected_downtime.unwrap_or_default()));
+                Some(stats.expected_downtime.map_or(expected, |before| before.max(expected)));
         });
         let longest = policy::longest(session.estimate.floor(), self.params.get().downtime_limit);
         // While the first pass still meets pages for the first time, nobody knows which are in use; and
@@ -187,9 +189,9 @@ impl Source<'_> {
         if !rates.may_shrink
             && self.cannot_slow_down(session)
             && expected > longest
-            && session.outlook.look(dirtied, rates.sent)
+            && session.convergence.look(dirtied, rates.sent)
         {
-            self.say_not_converging(session, Some(rates), expected, None);
+            self.report_not_converging(session, Some(rates), expected, None);
         }
     }
 
@@ -202,12 +204,12 @@ impl Source<'_> {
         let slowed =
             !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
         if slowed || !self.cannot_slow_down(session) {
-            session.outlook = Outlook::default();
-        } else if session.outlook.round(round.sent_bytes, round.dirtied_bytes, fits) {
+            session.convergence = Convergence::default();
+        } else if session.convergence.round(round.sent_bytes, round.dirtied_bytes, fits) {
             let rates = Rates { dirtied: rates_or_none.dirtied.max(Some(proved)), ..rates_or_none };
-            self.say_not_converging(session, Some(rates), *expected, None);
+            self.report_not_converging(session, Some(rates), *expected, None);
         }
-        if !session.outlook.is_hopeless() {
+        if !session.convergence.is_reported() {
             self.counters.update(|stats| stats.not_converging = None);
         }
     }
@@ -248,20 +250,20 @@ impl Source<'_> {
         let flush = self.guest.flush_ahead(Instant::now() + FLUSH_AHEAD.max(longest))?;
         session.estimate.flushed_in(&flush);
         session.flushes += 1;
-        let short = flush.took <= SHORT_FLUSH || session.flushes > MOST_FLUSHES;
+        let short = flush.took <= SHORT_FLUSH || session.flushes > MAX_FLUSHES;
         Ok(flush.ended && short && session.estimate.total() <= longest.max(session.predicted))
     }
 
     /// A slow disk keeps every stop from fitting: its user is told which.
-    fn say_blocked(&mut self, session: &mut Session, look: &Look, part: PartTime) {
+    fn report_blocked(&mut self, session: &mut Session, look: &Look, part: PartTime) {
         if session.blocked_by.as_ref() == Some(&part.part) {
             return;
         }
         session.blocked_by = Some(part.part.clone());
-        self.say_not_converging(session, look.rates, look.expected, Some(part));
+        self.report_not_converging(session, look.rates, look.expected, Some(part));
     }
 
-    pub(super) fn say_not_converging(
+    pub(super) fn report_not_converging(
         &mut self,
         session: &Session,
         rates: Option<Rates>,
@@ -288,16 +290,11 @@ impl Source<'_> {
 fn proved_by(round: Round, rates: Rates) -> u64 {
     let part = u128::from(round.dirtied_bytes) * u128::from(rates.sent);
     let part = part / u128::from(round.sent_bytes.max(1));
-    let seen = u64::try_from(part).unwrap_or(u64::MAX);
+    let seen = saturating_u64(part);
     match rates.dirtied {
         // What it has dirtied before it was slowed down proves nothing any more.
         Some(dirtied) => dirtied.min(seen),
         None if rates.rate_changed => 0,
         None => seen,
     }
-}
-
-/// 584 years fit.
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -6,8 +6,8 @@ use crate::cancel::{CancelToken, Registration};
 use crate::control::{Control, ControlThreads, Limit};
 use crate::error::{ParticipantError, chain};
 use crate::pace::{Cap, LinkSpeed};
-use crate::participant::{Outcome, Outgoing, OutgoingLink};
-use crate::policy::Outlook;
+use crate::participant::{Outcome, Outgoing, OutgoingContext};
+use crate::policy::Convergence;
 use crate::stats::MigrationStatus;
 use crate::transport::channel::{receive_hello, send_hello};
 use crate::transport::{Channel, Transport};
@@ -31,7 +31,7 @@ pub(super) struct Session {
     /// How many of them were set up.
     set_up: usize,
     pub(super) estimate: Estimate,
-    pub(super) outlook: Outlook,
+    pub(super) convergence: Convergence,
     /// The pause that the last decision promised.
     pub(super) predicted: Duration,
     /// Passes begun, counted from 1.
@@ -60,7 +60,7 @@ impl Session {
         let mut roles: Vec<Role> = participants.iter().flat_map(|one| one.roles()).collect();
         // The order in which the destination waits for them.
         roles.sort_by_key(|role| match role {
-            Role::Main => (0, 0),
+            Role::Control => (0, 0),
             Role::Data { index } => (1, *index),
             Role::Disks => (2, 0),
         });
@@ -70,10 +70,10 @@ impl Session {
             found: data as u64,
             most: u64::from(u16::MAX),
         })?;
-        let transport = connect(Role::Main)?;
+        let transport = connect(Role::Control)?;
         let greeted = Instant::now();
         let wanted = participants.iter().filter_map(|participant| participant.capability());
-        let hello = wanted.fold(Hello::new(Role::Main, id, data), Hello::wanting);
+        let hello = wanted.fold(Hello::new(Role::Control, id, data), Hello::wanting);
         let answer = greet(&Channel::new(transport.clone(), cancel.clone()), &hello)?;
         let round_trip = greeted.elapsed();
         if let Some(refused) = participants
@@ -92,7 +92,7 @@ impl Session {
             participants,
             set_up: 0,
             estimate: Estimate::new(),
-            outlook: Outlook::default(),
+            convergence: Convergence::default(),
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,
@@ -109,7 +109,7 @@ impl Session {
                 .with_liveness(session.control.liveness().clone());
             let greeted = greet(&channel, &Hello::new(role, id, data));
             if let Err(error) = greeted.map_err(|error| error.on_channel(role)) {
-                return Err(session.settle(error.into()));
+                return Err(session.abort(error.into()));
             }
             session.channels.push((role, Arc::new(channel)));
         }
@@ -129,7 +129,7 @@ impl Session {
         for participant in &mut self.participants {
             let roles = participant.roles();
             let own = self.channels.iter().filter(|(role, _)| roles.contains(role));
-            let link = OutgoingLink {
+            let link = OutgoingContext {
                 control: self.control.clone(),
                 channels: own.map(|(_, channel)| channel.clone()).collect(),
                 cap: cap.clone(),
@@ -151,7 +151,7 @@ impl Session {
 
     /// Why the migration ends, of which the driver has met `error`; the destination is told. What the
     /// destination says of a broken connection explains it better than the break does.
-    pub(super) fn settle(&self, error: SourceError) -> SourceError {
+    pub(super) fn abort(&self, error: SourceError) -> SourceError {
         let cancelled = self.control.is_cancelled();
         let error = match error {
             // A cancel does not make it untrue that the guest stands still.

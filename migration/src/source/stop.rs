@@ -104,9 +104,7 @@ impl Source<'_> {
                 self.call_off(session, part, took, announced)?;
                 Ok(Stop::CalledOff)
             }
-            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => {
-                Err(session.settle(error))
-            }
+            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => Err(session.abort(error)),
             Err(Ended::Failed(error)) => Err(error),
         }
     }
@@ -176,7 +174,7 @@ impl Source<'_> {
             let told = session.control.send(Kind::CalledOff, &[]).map_err(SourceError::from);
             let told = told.and_then(|()| session.each(|one| one.called_off()));
             if let Err(error) = told {
-                return Err(session.settle(error));
+                return Err(session.abort(error));
             }
             self.status(MigrationStatus::Active);
         }
@@ -184,7 +182,7 @@ impl Source<'_> {
             && session.blocked_by.as_ref() != Some(&part.part)
         {
             session.blocked_by = Some(part.part.clone());
-            self.say_not_converging(session, None, took, Some(part));
+            self.report_not_converging(session, None, took, Some(part));
         }
         Ok(())
     }
@@ -268,7 +266,7 @@ impl<'g> LastStep<'_, 'g> {
         self.counters.update(|stats| {
             stats.rounds = number;
             stats.transferred_bytes += records.len() as u64;
-            stats.main_bytes += records.len() as u64;
+            stats.control_bytes += records.len() as u64;
         });
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
@@ -326,7 +324,7 @@ impl<'g> LastStep<'_, 'g> {
         if let Handover::Completed { started_in } = handover {
             let whole = self.watch.lap();
             // The other side's own word: it cannot have taken longer than the whole.
-            self.parts.resume = started_in.unwrap_or_default().min(whole);
+            self.parts.resume = started_in.map_or(Duration::ZERO, |time| time.min(whole));
             self.parts.handover = whole - self.parts.resume;
         }
         Ok(handover)
@@ -339,7 +337,7 @@ fn give_up(session: &Session, clock: &StopClock<'_>, error: SourceError) -> Sour
         SourceError::Wire(error) => matches!(error, WireError::Refused(_)) || error.is_lost(),
         _ => false,
     };
-    let error = session.settle(error);
+    let error = session.abort(error);
     if !told_by_peer {
         // It closes the connection once the disks are free.
         session.control.await_close();

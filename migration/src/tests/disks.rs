@@ -190,7 +190,7 @@ fn cutting_the_link_anywhere_never_runs_two_guests_nor_one_on_half_a_disk() {
 /// Greets as a source with disks does.
 fn greet(liar: &Liar, with_disks: bool) {
     let id = MigrationId([3; 16]);
-    let hello = Hello::new(Role::Main, id, 1);
+    let hello = Hello::new(Role::Control, id, 1);
     let hello = if with_disks { hello.wanting(DISKS) } else { hello };
     liar.frame(Kind::Hello, &hello.encode());
     for (transport, role) in [(&liar.data[0], Role::Data { index: 0 }), (&liar.disks, Role::Disks)]
@@ -210,7 +210,7 @@ fn announce(liar: &Liar, disks: &[(&str, u64)]) {
         only_top: false,
     };
     let setup = BlockSetup { disks: disks.iter().map(disk).collect() };
-    liar.frame(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode().unwrap()));
 }
 
 fn introduce(liar: &Liar) {
@@ -232,9 +232,9 @@ fn finish(liar: &Liar, totals: &BlockTotals) {
     encode_end(&mut end);
     write_all(&liar.data[0], end.bytes());
     write_all(&liar.disks, &Frame::End.encode(0));
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode().unwrap()));
     let ram = RamEnd { number: 1, totals: RamTotals::default(), frames: vec![1] };
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode().unwrap()));
     liar.frame(Kind::Eof, &Eof { running: true, attempt: 1 }.encode());
 }
 

@@ -104,7 +104,7 @@ impl WireError {
     pub fn on_channel(self, role: Role) -> Self {
         match role {
             Role::Data { index } => self.on_data_channel(index),
-            Role::Main | Role::Disks => self,
+            Role::Control | Role::Disks => self,
         }
     }
 

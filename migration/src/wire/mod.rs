@@ -190,6 +190,7 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Kind, u32), WireErro
 /// Shortens a reason to what a frame may carry.
 pub fn fit_reason(reason: &str) -> &str {
     let most = reason.len().min(MAX_REASON_BYTES as usize);
+    // Offset 0 is always a boundary.
     let end = (0..=most).rev().find(|at| reason.is_char_boundary(*at));
     &reason[..end.unwrap_or(0)]
 }
