@@ -31,7 +31,6 @@ pub struct Params {
     pub zstd_level: u8,
     /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
-    /// How.
     pub throttle: ThrottleParams,
 }
 
@@ -135,20 +134,13 @@ pub enum ParamsError {
     CacheTooSmall,
     /// A level that the compressor does not have.
     #[error("Parameter '{name}' expects a value between 0 and {most}")]
-    Level {
-        /// Which.
-        name: &'static str,
-        /// The highest.
-        most: u8,
-    },
+    Level { name: &'static str, most: u8 },
     /// A percentage that makes no sense.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
     Range {
-        /// Which.
         name: &'static str,
         /// The least that is allowed.
         least: u8,
-        /// The most.
         most: u8,
     },
 }

@@ -233,7 +233,6 @@ impl XbzrleStats {
 /// Raw pages that were compressed; they count as normal ones as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CompressionStats {
-    /// Pages.
     pub pages: u64,
     /// Bytes of those, compressed.
     pub bytes: u64,

@@ -1,19 +1,19 @@
-//! What travels on the connection of the disks, and the two sections about it on the main one.
+//! Frames of the disks' channel, and the two sections about it on the control connection. Pure: no I/O.
 //!
 //! ```text
 //! header   kind u8 · 0 u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
-//!  chunk   1       which disk and chunk; bit n of `data`: granule n follows, of `zero`: it is zeroes
-//!  mark    2       chunk = number: echo it when all before it is on stable storage
+//!  chunk   1       disk and chunk; bit n of `data`: granule n follows, bit n of `zero`: it is all zeroes
+//!  mark    2       chunk = number: answer when everything before it is on stable storage
 //!  end     3       nothing more will come, unless the stop is called off
-//!  settled 4       the echo; chunk = number, data = microseconds that flushing took
-//!  alive   5       the destination is at work on a mark
+//!  flushed 4       answers a mark; chunk = number, data = microseconds spent flushing
+//!  alive   5       keep-alive while the destination flushes
 //!
 //! Section "block"
 //!  Setup   chunk bytes u32 · granule bytes u32 · disks u16, each: name str8 · bytes u64 · only top u8
 //!  End     ends u32 · frames u64 · disks u16, each: data bytes u64 · zero bytes u64
 //!          more than one end if a stop was called off
 //! ```
-//! A granule at the disk's end may be shorter; the payload is as long as its granules are.
+//! The last granule of a disk may be shorter; the payload is as long as its granules together.
 
 use super::{CHUNK_BYTES, GRANULE_BYTES, MAX_DISKS};
 use crate::units::micros;
@@ -38,13 +38,13 @@ fn count_of<T>(disks: &[T]) -> Result<u16, WireError> {
 /// Which granules of one chunk of one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
-    /// Which disk, as announced.
+    /// Index of the disk in the announcement.
     pub disk: u16,
-    /// Which chunk of it.
+    /// Index of the chunk on the disk.
     pub index: u64,
-    /// Granules that follow.
+    /// Granules in the payload.
     pub data: u64,
-    /// Granules that are zeroes.
+    /// Granules that are all zeroes.
     pub zero: u64,
 }
 
@@ -53,17 +53,17 @@ pub struct Chunk {
 pub enum Frame {
     /// Part of a disk.
     Chunk(Chunk),
-    /// All before it belongs to pass `n`.
+    /// Ends pass `n`.
     Mark(u64),
     /// Nothing more will come.
     End,
-    /// All before mark `n` is on stable storage; flushing took so long.
+    /// Everything before mark `n` is on stable storage; flushing took this long.
     Flushed(u64, Duration),
-    /// At work.
+    /// Keep-alive while flushing.
     Alive,
 }
 
-/// Bytes of a disk that the granules in `mask` of chunk `index` are.
+/// Bytes covered by the granules in `mask` of chunk `index`.
 pub fn bytes_of(index: u64, mask: u64, disk_bytes: u64) -> u64 {
     let whole = u64::from(mask.count_ones()) * GRANULE_BYTES;
     let start = index * CHUNK_BYTES;
@@ -72,7 +72,7 @@ pub fn bytes_of(index: u64, mask: u64, disk_bytes: u64) -> u64 {
     if mask >> last & 1 == 1 { whole + left - (last + 1) * GRANULE_BYTES } else { whole }
 }
 
-/// The granules of chunk `index` that a disk of `disk_bytes` has.
+/// The granules of chunk `index` that lie within a disk of `disk_bytes`.
 pub fn granules_of(index: u64, disk_bytes: u64) -> u64 {
     let start = index.saturating_mul(CHUNK_BYTES);
     let left = disk_bytes.saturating_sub(start).min(CHUNK_BYTES);
@@ -113,8 +113,8 @@ impl Frame {
         bytes
     }
 
-    /// Reads a header. A chunk has granules, none of them twice, and a payload that fits them as far as
-    /// can be told without its disk.
+    /// Reads a header. Checks that a chunk has granules, none of them twice, and no more payload than they
+    /// can hold.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, u32), WireError> {
         let mut decoder = Decoder::new("disk frame", bytes);
         let (kind, zero_byte, disk) = (decoder.u8()?, decoder.u8()?, decoder.u16()?);
@@ -149,23 +149,21 @@ impl Frame {
 /// A disk, as announced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSetup {
-    /// Its name.
     pub name: String,
-    /// Its size.
     pub len_bytes: u64,
-    /// Whether only what lies above its backing file comes.
+    /// Send only the top layer, without the backing file.
     pub only_top: bool,
 }
 
 /// Announces the disks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockSetup {
-    /// In the order of their numbers.
+    /// By index.
     pub disks: Vec<DiskSetup>,
 }
 
 impl BlockSetup {
-    /// As a section's body.
+    /// Encodes the section's body.
     ///
     /// # Errors
     /// [`WireError::TooLong`] for too many disks, or a name of more than [`MAX_NAME_BYTES`].
@@ -183,7 +181,7 @@ impl BlockSetup {
         Ok(encoder.bytes().to_vec())
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("setup of the disks", body);
         let (chunk, granule, count) = (decoder.u32()?, decoder.u32()?, decoder.u16()?);
@@ -208,28 +206,27 @@ impl BlockSetup {
     }
 }
 
-/// How much of a disk travelled.
+/// Bytes sent of one disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskTotals {
-    /// Bytes sent as they are.
+    /// Bytes sent as data.
     pub data_bytes: u64,
     /// Bytes of zeroes.
     pub zero_bytes: u64,
 }
 
-/// How much travelled, counted by either side on its own.
+/// Bytes sent of all disks. Each side keeps its own count.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlockTotals {
-    /// Ends said so far.
+    /// Ends sent so far.
     pub ends: u32,
     /// Frames of any kind, the last included.
     pub frames: u64,
-    /// Per disk.
     pub disks: Vec<DiskTotals>,
 }
 
 impl BlockTotals {
-    /// As a section's body.
+    /// Encodes the section's body.
     ///
     /// # Errors
     /// [`WireError::TooLong`] for too many disks.
@@ -242,7 +239,7 @@ impl BlockTotals {
         Ok(encoder.bytes().to_vec())
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("end of the disks", body);
         let (ends, frames, count) = (decoder.u32()?, decoder.u64()?, decoder.u16()?);

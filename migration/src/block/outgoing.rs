@@ -1,7 +1,8 @@
-//! The disks at the source: passes over the dirty chunks, read by a few threads, sent in turn.
+//! The disks at the source, as a participant: passes over the dirty chunks, read by a few threads and
+//! sent in order.
 //!
-//! Called by the source's driver on the `mig-out` thread; its readers live for one pass. It leaves to
-//! the driver when a pass is made, and when the guest is stopped for the last one.
+//! Called by the source's driver on the `mig-out` thread; the reader threads live for one pass. The
+//! driver decides when to make a pass and when to stop the guest for the last one.
 
 use super::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, runs,
@@ -31,9 +32,9 @@ use std::time::{Duration, Instant};
 
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
 const PAYLOAD_AT: usize = 4096;
-/// So few chunks are read and sent one after the other: a thread takes longer to start.
+/// Up to this many chunks are read and sent on the calling thread: spawning threads would take longer.
 const INLINE_CHUNKS: usize = 2;
-/// A pass must move this much before its bandwidth says anything.
+/// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
 
 /// A chunk that has been read.
@@ -44,10 +45,10 @@ struct Filled {
     totals: DiskTotals,
 }
 
-/// Names the disks' sections.
+/// Name of the disks' sections.
 pub const SECTION: &str = "block";
 
-/// What exists from the setup on.
+/// Exists from the setup on.
 struct Started {
     context: OutgoingContext,
     channel: Arc<Channel>,
@@ -59,13 +60,13 @@ pub struct DisksOutgoing {
     leaving: Vec<SourceDisk>,
     tuning: Tuning,
     started: Option<Started>,
-    /// Buffers of earlier chunks.
+    /// Buffers to reuse.
     spare: Mutex<Vec<AlignedBuffer>>,
     totals: BlockTotals,
     passes: u64,
-    /// Of the last pass that was long enough to tell.
+    /// Of the last pass that was long enough to measure.
     bytes_per_sec: Option<u64>,
-    /// The shortest that the destination took to flush a pass.
+    /// The destination's shortest flush at the end of a pass.
     flush: Option<Duration>,
 }
 
@@ -75,7 +76,6 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl DisksOutgoing {
-    /// Disks that travel.
     pub fn new(leaving: SourceDisks) -> Self {
         let count = leaving.disks.len();
         Self {
@@ -94,7 +94,7 @@ impl DisksOutgoing {
         self.started.as_ref().ok_or_else(not_set_up)
     }
 
-    /// What the destination is told about these disks.
+    /// The announcement to the destination.
     fn announcement(&self) -> BlockSetup {
         let disk = |disk: &SourceDisk| DiskSetup {
             name: disk.node.id().to_owned(),
@@ -104,8 +104,8 @@ impl DisksOutgoing {
         BlockSetup { disks: self.leaving.iter().map(disk).collect() }
     }
 
-    /// How fast a pass goes: a disk is often slower than the link, and what was measured has gone over
-    /// the link.
+    /// Expected bandwidth of a pass. A measured pass covers both the disk, which is often the slower one,
+    /// and the link.
     fn rate(&self, context: &OutgoingContext) -> u64 {
         match (self.bytes_per_sec, context.params.get().max_bandwidth) {
             (None, _) => context.speed.bytes_per_sec(),
@@ -114,7 +114,7 @@ impl DisksOutgoing {
         }
     }
 
-    fn tell_remaining(&self) -> Result<(), ParticipantError> {
+    fn update_remaining(&self) -> Result<(), ParticipantError> {
         let Started { disks, context, .. } = self.started()?;
         let remaining: Vec<_> = disks.iter().map(|disk| disk.dirty.marked_bytes()).collect();
         context.counters.update(|stats| {
@@ -134,7 +134,7 @@ impl DisksOutgoing {
         Ok(())
     }
 
-    /// Waits for the echo of mark `number`; returns how long flushing took.
+    /// Waits for the answer to mark `number`; returns how long flushing took.
     fn await_flushed(&self, number: u64) -> Result<Duration, ParticipantError> {
         loop {
             let mut header = [0; HEADER_BYTES];
@@ -143,14 +143,15 @@ impl DisksOutgoing {
                 Frame::Alive => {}
                 Frame::Flushed(flushed, flush) if flushed == number => return Ok(flush),
                 other => {
-                    let (found, expected) = (format!("{other:?}"), "the echo of a disks' mark");
+                    let (found, expected) =
+                        (format!("{other:?}"), "the answer to a mark of the disks");
                     return Err(WireError::Unexpected { found, expected }.into());
                 }
             }
         }
     }
 
-    /// Sends what is dirty; returns the bytes sent.
+    /// Sends all dirty chunks; returns the bytes sent.
     fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
         let Self { started, tuning, spare, totals, .. } = self;
         let Started { disks, context, channel } = started.as_ref().ok_or_else(not_set_up)?;
@@ -173,7 +174,7 @@ impl DisksOutgoing {
         let scan = Mutex::new(scan);
         let take = || devices::lock(&scan).take();
         std::thread::scope(|scope| {
-            // Dropping the receiving end, on any way out, ends the readers.
+            // Dropping the receiving end, on every exit, ends the readers.
             let (to_send, filled) = sync_channel(tuning.buffers);
             for number in 0..tuning.reads.min(chunks) {
                 let (to_send, take) = (to_send.clone(), &take);
@@ -211,7 +212,7 @@ impl Outgoing for DisksOutgoing {
         vec![Role::Disks]
     }
 
-    /// Starts tracking; everything that was ever written is dirty.
+    /// Starts tracking; everything ever written is dirty.
     fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
         let channel = context.channels.pop().ok_or_else(not_set_up)?;
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
@@ -234,7 +235,7 @@ impl Outgoing for DisksOutgoing {
         Ok(())
     }
 
-    /// Sends every chunk that is dirty, once, and waits until the destination has it on stable storage.
+    /// Sends every dirty chunk once, and waits until the destination has them on stable storage.
     fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
         let began = Instant::now();
         let sent = self.send_dirty()?;
@@ -249,7 +250,7 @@ impl Outgoing for DisksOutgoing {
             "disks: pass {passes}: {sent} bytes, {rate} per second, flush {:?}",
             self.flush
         );
-        self.tell_remaining()?;
+        self.update_remaining()?;
         if sent >= MEASURABLE_BYTES {
             self.bytes_per_sec = Some(rate);
         }
@@ -285,8 +286,8 @@ impl Outgoing for DisksOutgoing {
 
     fn rate_has_changed(&mut self) {}
 
-    /// Bits are taken as in every pass: if the migration fails now, the next one begins with everything
-    /// dirty; if the stop is called off, what is written from now on is marked.
+    /// Clears bits as in every pass: if the migration fails now, the next one starts with everything
+    /// dirty; if the stop is called off, later writes are marked.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         for disk in &self.started()?.disks {
             disk.disk.node.drain();
@@ -294,7 +295,7 @@ impl Outgoing for DisksOutgoing {
         self.send_dirty()?;
         self.send_header(Frame::End)?;
         self.totals.ends += 1;
-        self.tell_remaining()?;
+        self.update_remaining()?;
         self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
         Ok(())
     }
@@ -308,7 +309,7 @@ impl Outgoing for DisksOutgoing {
     }
 }
 
-/// Reads a chunk's granules side by side, and takes those out that are zero.
+/// Reads a chunk's granules into one buffer and drops the zero ones.
 fn read(
     disks: &[TrackedDisk],
     work: Work,
@@ -320,7 +321,7 @@ fn read(
     // `work` comes from a scan over these disks.
     let Some(TrackedDisk { disk, .. }) = disks.get(work.disk) else {
         let found = format!("disk number {}", work.disk);
-        return Err(WireError::Unexpected { found, expected: "a disk that travels" }.into());
+        return Err(WireError::Unexpected { found, expected: "an announced disk" }.into());
     };
     let len_bytes = disk.node.len_bytes();
     let (mut read, mut kept) = (0, 0);
@@ -341,7 +342,7 @@ fn read(
         let (_, room) = payload.split_at_mut(read);
         let room = room.get_mut(..len).ok_or_else(too_long)?;
         disk.node.copy_at(room, offset).map_err(failed)?;
-        // What is not zero moves up to where zeroes were; most chunks have none, and nothing moves.
+        // Data moves up over zero granules. Most chunks have none, and nothing moves.
         let mut at = 0;
         for granule in first..first + count {
             let size = GRANULE.min(len - at);

@@ -1,4 +1,5 @@
-//! The boot payload at the destination.
+//! The boot payload at the destination, as a participant: asks for the missing files and passes pieces
+//! on to a [`BootSink`].
 
 use super::frame::{Piece, decode_bytes, decode_setup, encode_bytes, encode_wanted};
 use super::{BootSink, SECTION};
@@ -11,10 +12,10 @@ use crate::wire::{Role, WireError};
 pub struct BootIncoming {
     files: Box<dyn BootSink>,
     context: Option<IncomingContext>,
-    /// Bytes of the files that are wanted, and of those that have come.
+    /// Bytes of the wanted files, and how many of them have arrived.
     wanted_bytes: u64,
     written_bytes: u64,
-    /// What the source says that it has sent, once it has.
+    /// The source's byte count, once its end has come.
     end: Option<u64>,
     finished: bool,
 }
@@ -24,7 +25,7 @@ fn malformed(what: &'static str, reason: String) -> ParticipantError {
 }
 
 impl BootIncoming {
-    /// Files that go there.
+    /// Files go to `files`.
     pub fn new(files: Box<dyn BootSink>) -> Self {
         Self { files, context: None, wanted_bytes: 0, written_bytes: 0, end: None, finished: false }
     }
@@ -54,7 +55,7 @@ impl Incoming for BootIncoming {
             .iter()
             .filter_map(|file| sizes.get(*file))
             .try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
-        let too_much = || malformed("boot setup", "more bytes than can be counted".into());
+        let too_much = || malformed("boot setup", "the sizes overflow 64 bits".into());
         self.wanted_bytes = all.ok_or_else(too_much)?;
         context.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;
         Ok(())
@@ -85,7 +86,7 @@ impl Incoming for BootIncoming {
         let (theirs, ours) = (self.end.take(), self.written_bytes);
         if theirs != Some(ours) || ours != self.wanted_bytes {
             let reason = format!(
-                "the source has sent {theirs:?} bytes, {ours} have arrived, {} are wanted",
+                "the source sent {theirs:?} bytes, {ours} arrived, {} are wanted",
                 self.wanted_bytes
             );
             return Err(malformed("end of the boot files", reason));

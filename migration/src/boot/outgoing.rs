@@ -1,4 +1,4 @@
-//! The boot payload at the source.
+//! The boot payload at the source, as a participant: announces the files, then sends the wanted ones.
 
 use super::frame::{Piece, decode_bytes, decode_wanted, encode_bytes, encode_setup};
 use super::{BootSource, Identity, PIECE_BYTES, SECTION};
@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// A boot file that cannot be read at the source.
+/// Reading a boot file failed at the source.
 #[derive(Debug, thiserror::Error)]
 #[error("boot file {file} cannot be read at {offset_bytes}")]
 pub struct BootReadError {
@@ -25,7 +25,7 @@ pub struct BootReadError {
     source: io::Error,
 }
 
-/// A file that is still to be sent, from `offset_bytes` on.
+/// A file to send, from `offset_bytes` on.
 struct Unsent {
     file: usize,
     offset_bytes: u64,
@@ -38,7 +38,7 @@ pub struct BootOutgoing {
     context: Option<OutgoingContext>,
     unsent: VecDeque<Unsent>,
     sent_bytes: u64,
-    /// The destination has yet to say that it has written all of it.
+    /// The destination has not yet confirmed that everything is written.
     unconfirmed: bool,
 }
 
@@ -48,7 +48,6 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl BootOutgoing {
-    /// These files.
     pub fn new(files: Box<dyn BootSource>) -> Self {
         Self { files, context: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
     }
@@ -57,7 +56,7 @@ impl BootOutgoing {
         self.unsent.iter().map(|unsent| unsent.len_bytes - unsent.offset_bytes).sum()
     }
 
-    /// Sends the next piece, as fast as the cap lets it.
+    /// Sends the next piece within the bandwidth cap.
     fn send_piece(&mut self) -> Result<(), ParticipantError> {
         let context = self.context.as_ref().ok_or_else(not_set_up)?;
         let Some(next) = self.unsent.front_mut() else { return Ok(()) };
@@ -145,7 +144,7 @@ impl Outgoing for BootOutgoing {
             }
             self.unconfirmed = false;
         }
-        // What is sent once says nothing of the rounds to come.
+        // Sent once, so it predicts nothing about later rounds.
         Ok(Step::Done(Pass::default()))
     }
 

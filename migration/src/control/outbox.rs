@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 pub(super) enum Progress {
     /// All that was asked for is out.
     Done,
-    /// Some bytes are.
     Wrote,
 }
 

@@ -1,20 +1,20 @@
-//! Is it worth while to try an encoder on the next pages? One per shard and encoder (XBZRLE,
-//! compression). The shard asks before, and tells afterwards what the encoder made of the pages and
-//! how long it took. Pure: no clocks, no memory of guest data.
+//! Decides whether to try an encoder on the next pages. One instance per shard and encoder (XBZRLE,
+//! compression). `encode` asks before it encodes, and afterwards reports the encoded size and the time
+//! spent. Pure: no clocks, no guest data.
 //!
-//! An encoder wins if the time that it takes is shorter than the time that its savings would have
-//! taken on the way. One that loses over a window of bytes rests for a while, counted in bytes that
-//! are sent without it, then gets a short trial; each trial that it loses doubles the rest.
+//! An encoder wins if it takes less time than the link would have taken for the bytes it saves. One
+//! that loses over a window of bytes rests while a number of bytes are sent without it, then gets a
+//! short trial; each lost trial doubles the rest.
 
 use std::time::Duration;
 
-/// Bytes of pages after which an encoder is judged, and in a trial after a rest.
+/// Bytes of pages after which an encoder is judged: normally, and in a trial after a rest.
 const WINDOW_BYTES: u64 = 1 << 20;
 const TRIAL_BYTES: u64 = 256 << 10;
 /// The first rest, and the longest one: at a gigabyte a second, a trial every quarter of a second.
 const FIRST_REST_BYTES: u64 = 4 << 20;
 const MAX_REST_BYTES: u64 = 256 << 20;
-/// As long as it is not known how fast the way is, an encoder has to save one byte of so many.
+/// While the link's bandwidth is unknown, an encoder must save one byte in this many.
 const BLIND_SAVING: u64 = 8;
 
 /// What an encoder made of some pages.
@@ -22,9 +22,9 @@ const BLIND_SAVING: u64 = 8;
 pub struct Trial {
     /// Bytes of the pages.
     pub raw_bytes: u64,
-    /// Bytes that were sent for them, be it encoded or, where that did not work, raw.
+    /// Bytes sent for them, encoded or, where that failed, raw.
     pub sent_bytes: u64,
-    /// How long the encoder took, whatever came of it.
+    /// How long the encoder took, successful or not.
     pub cost: Duration,
 }
 
@@ -38,9 +38,9 @@ pub struct Adaptive {
 
 #[derive(Debug, Clone, Copy)]
 enum State {
-    /// At work, or on trial, and judged after `left_bytes` more.
+    /// In use or on trial; judged after `left_bytes` more.
     Trying { sum: Trial, left_bytes: u64 },
-    /// Left alone for `left_bytes` more.
+    /// Not used for `left_bytes` more.
     Resting { left_bytes: u64 },
 }
 
@@ -62,9 +62,9 @@ impl Adaptive {
         matches!(self.state, State::Trying { .. })
     }
 
-    /// The encoder was tried; `link_bytes_per_sec` is how fast the shard's channel takes bytes while it
-    /// is at it, cap and peer included, or 0 if that is not known yet. Pages that the encoder never
-    /// saw, such as those that a cache did not have, do not count.
+    /// Records a use of the encoder. `link_bytes_per_sec` is the measured throughput of the shard's
+    /// channel, bandwidth cap and peer included; 0 if unknown. Pages that the encoder never saw, such as
+    /// cache misses, do not count.
     pub fn tried(&mut self, trial: Trial, link_bytes_per_sec: u64) {
         let State::Trying { sum, left_bytes } = &mut self.state else { return };
         sum.raw_bytes = sum.raw_bytes.saturating_add(trial.raw_bytes);
@@ -83,7 +83,7 @@ impl Adaptive {
         }
     }
 
-    /// Pages of `raw_bytes` were sent while the encoder rests.
+    /// Records pages of `raw_bytes` sent without the encoder.
     pub fn passed(&mut self, raw_bytes: u64) {
         let State::Resting { left_bytes } = &mut self.state else { return };
         *left_bytes = left_bytes.saturating_sub(raw_bytes);

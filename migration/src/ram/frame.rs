@@ -7,7 +7,7 @@
 //! raw     the pages of all raw runs, in the order of the table            method 0
 //!         byte count u32 · the same pages, compressed as one piece        method 1 zlib, 2 zstd
 //! delta   byte count u32 · for each page of all delta runs: length u16 · XBZRLE delta
-//! mark    number u64                    echoed on the main connection once all before it is in place
+//! mark    number u64                    answered on the control connection once everything before it is in place
 //! end     nothing                       the last frame of the channel
 //! ```
 //! All integers little-endian. A run lies wholly in one block of RAM.
@@ -27,15 +27,15 @@ pub const MAX_RAW_PAGES: u32 = 1024;
 pub const MAX_DELTA_BYTES: usize = 1 << 20;
 const WHAT: &str = "page frame";
 
-/// How the pages of a run travel.
+/// How the pages of a run are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunKind {
-    /// They are zero; there is no payload.
+    /// Zero pages: no payload.
     Zero = 0,
-    /// As they are, or compressed.
+    /// Uncompressed, or packed.
     Raw = 1,
-    /// As what has changed since the destination last got them.
+    /// XBZRLE deltas against the destination's version.
     Delta = 2,
 }
 
@@ -43,26 +43,20 @@ pub enum RunKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Packing {
-    /// Not at all.
     None = 0,
-    /// With zlib.
     Zlib = 1,
-    /// With zstd.
     Zstd = 2,
 }
 
-/// Neighbouring pages that travel the same way.
+/// Consecutive pages that are sent the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// The first.
     pub first: PageIndex,
-    /// How many.
     pub page_count: u32,
-    /// Which way.
     pub kind: RunKind,
 }
 
-/// A frame that is being put together.
+/// A frame under construction.
 #[derive(Debug, Default)]
 pub struct Batch {
     runs: Vec<Run>,
@@ -73,7 +67,7 @@ pub struct Batch {
 
 impl Batch {
     /// Appends pages of one block, all of one kind, growing the last run where they continue it.
-    /// They must fit: see [`Batch::room`].
+    /// The caller checks [`Batch::has_room`] first.
     pub fn push(&mut self, first: PageIndex, page_count: u32, kind: RunKind, layout: &RamLayout) {
         match kind {
             RunKind::Zero => self.zero_pages += u64::from(page_count),
@@ -84,7 +78,7 @@ impl Batch {
             && last.kind == kind
             && last.first.0 + u64::from(last.page_count) == first.0
             && let Some(sum) = last.page_count.checked_add(page_count)
-            // A run never goes on from one block into the next.
+            // A run never spans two blocks.
             && layout.run_address(last.first, sum.into()).is_some()
         {
             last.page_count = sum;
@@ -98,12 +92,10 @@ impl Batch {
         self.runs.len() < MAX_RUNS && self.raw_pages < most_raw
     }
 
-    /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// The runs.
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }
@@ -123,7 +115,7 @@ impl Batch {
         self.delta_pages
     }
 
-    /// Header and table; the raw pages follow as `packing` says.
+    /// Encodes header and run table. The raw pages follow, packed as `packing` says.
     ///
     /// # Errors
     /// [`WireError::TooLong`] for more than [`MAX_RUNS`] runs.
@@ -139,19 +131,18 @@ impl Batch {
         Ok(())
     }
 
-    /// Starts anew, keeping the memory.
+    /// Empties it, keeping the memory.
     pub fn clear(&mut self) {
         self.runs.clear();
         (self.raw_pages, self.delta_pages, self.zero_pages) = (0, 0, 0);
     }
 }
 
-/// A mark.
 pub fn encode_mark(encoder: &mut Encoder, number: u64) {
     encoder.clear().u8(2).u8(0).u16(0).u32(0).u64(number);
 }
 
-/// The end of a channel.
+/// Encodes an end.
 pub fn encode_end(encoder: &mut Encoder) {
     encoder.clear().u8(3).u8(0).u16(0).u32(0);
 }
@@ -159,13 +150,11 @@ pub fn encode_end(encoder: &mut Encoder) {
 /// A frame's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameHeader {
-    /// Pages.
     Pages {
         /// Runs in the table; at most [`MAX_RUNS`].
         run_count: usize,
         /// Raw pages after the table; at most [`MAX_RAW_PAGES`].
         raw_pages: u32,
-        /// How they come.
         packing: Packing,
     },
     /// A mark; its number follows.
@@ -218,7 +207,7 @@ pub fn decode_table(
             (0, 0, 0) => RunKind::Zero,
             (1, 0, 0) => RunKind::Raw,
             (2, 0, 0) => RunKind::Delta,
-            (kind, ..) => return Err(decoder.malformed(format!("a run of unknown kind {kind}"))),
+            (kind, ..) => return Err(decoder.malformed(format!("run of unknown kind {kind}"))),
         };
         let address = layout.run_address(first, page_count.into()).ok_or_else(|| {
             decoder.malformed(format!("pages {}+{page_count} are outside the guest's RAM", first.0))

@@ -1,5 +1,5 @@
-//! RAM at the destination: one receiving thread per data channel, and the counts that have to agree
-//! before the guest may run.
+//! RAM at the destination, as a participant: starts a receiving thread per data channel, and compares
+//! both sides' counts before the guest may run.
 
 use super::outgoing::SECTION;
 use super::page_receiver::PageReceiver;
@@ -14,7 +14,7 @@ use crate::wire::{Role, WireError};
 pub struct RamIncoming {
     ram: IncomingRam,
     receivers: Option<Receivers>,
-    /// What the source says that it has sent, once it has.
+    /// The source's totals, once its end has come.
     end: Option<RamEnd>,
 }
 
@@ -24,7 +24,7 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl RamIncoming {
-    /// RAM that was set up for a guest to arrive.
+    /// `ram` is untouched: every page reads as zero.
     pub fn new(ram: IncomingRam) -> Self {
         Self { ram, receivers: None, end: None }
     }
@@ -82,7 +82,7 @@ impl Incoming for RamIncoming {
             frames: tallies.iter().map(|tally| tally.frames).collect(),
         };
         if ours != theirs {
-            let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
+            let reason = format!("the source sent {theirs:?}, {ours:?} arrived");
             return Err(WireError::Malformed { what: "end of the stream", reason }.into());
         }
         Ok(())

@@ -1,4 +1,6 @@
-//! RAM at the source: passes over the dirty pages, dealt to the data channels.
+//! RAM at the source, as a participant: passes over the dirty pages, distributed over the shards. Called
+//! by the source's driver on the `mig-out` thread. Encoding and sending are `shard`'s business, estimates
+//! [`Pace`]'s.
 
 use super::dirty::PageBitmap;
 use super::pace::Pace;
@@ -20,41 +22,38 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Dirty pages that are cleared in the log in one call: 16 MiB per channel. Few calls, yet not long
-/// between the clear and the copy, because what is written in between is sent twice.
+/// Dirty pages cleared in the log by one call: 16 MiB per channel. A compromise between few calls and a
+/// short time from clear to copy: a page written in between is sent twice.
 const CLEAR_PAGES: u64 = 4096;
-/// Most words of the bitmap that one clear spans: a sparse round needs few calls too.
+/// Most words of the bitmap that one clear spans.
 const CLEAR_WORDS: usize = 4096;
-/// How long a destination that lives may take to put the last pages of a pass in place, in times that
-/// it may be silent: a minute. What is still under way then comes on top.
-const ECHO_PATIENCE: u32 = 6;
+/// How long a live destination may take to answer a mark, as a multiple of its patience: a minute. The
+/// time for data still in flight is added.
+const MARK_PATIENCE: u32 = 6;
 
-/// Names RAM's sections.
+/// Name of RAM's sections.
 pub const SECTION: &str = "ram";
 
 /// A source's RAM.
 pub struct SourceRam {
-    /// The mapping.
     pub ram: GuestRam,
-    /// How it is numbered.
+    /// Maps page indices to guest addresses.
     pub layout: RamLayout,
-    /// Who wrote what.
     pub dirty: Box<dyn DirtySource>,
 }
 
-/// What exists from the setup on.
+/// Exists from the setup on.
 struct Started {
     context: OutgoingContext,
-    /// First of what ends: the end of tracking takes its time.
     shards: Shards,
     pace: Pace,
 }
 
-/// A pass under way.
+/// A pass in progress.
 struct InPass {
     began: Instant,
     sent_bytes: u64,
-    /// The word of the bitmap that comes next.
+    /// Next word of the bitmap.
     cursor: usize,
 }
 
@@ -64,12 +63,12 @@ pub struct RamOutgoing {
     channels: u16,
     started: Option<Started>,
     pending: PageBitmap,
-    /// Pages sent so far, whichever way.
+    /// Pages sent so far, in any form.
     pages: Arc<AtomicU64>,
-    /// In the first pass: tells never touched pages from the others.
+    /// In the first pass: finds pages that were never touched.
     populated: Option<Populated>,
     pass: Option<InPass>,
-    /// Ends sent: more than one if a stop was called off.
+    /// Ends sent. More than one if a stop was called off.
     ends: u32,
 }
 
@@ -79,7 +78,7 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl RamOutgoing {
-    /// RAM that travels over so many data channels.
+    /// RAM to send on `channels` data channels.
     pub fn new(ram: SourceRam, channels: u16) -> Self {
         let pending = PageBitmap::new(ram.layout.page_count());
         Self {
@@ -102,7 +101,7 @@ impl RamOutgoing {
         self.channels.into()
     }
 
-    /// Merges what was written since the last look; returns how long that took.
+    /// Merges the dirty log into the pending pages; returns how long that took.
     fn harvest(&mut self) -> Result<Duration, ParticipantError> {
         let began = Instant::now();
         self.ram.dirty.drain_into(self.pending.words_mut())?;
@@ -117,16 +116,16 @@ impl RamOutgoing {
         Ok(())
     }
 
-    /// Everything of the pass is on its way: has it put in place, and looks what was written meanwhile.
+    /// All pages of the pass were sent: waits until they are in place, then reads the dirty log.
     fn end_pass(&mut self, number: u64, pass: &InPass) -> Result<Step, ParticipantError> {
         self.populated = None;
         let started = self.started.as_mut().ok_or_else(not_set_up)?;
         started.shards.mark(number)?;
         let marked = Instant::now();
-        started.await_echoes(number, self.channels)?;
+        started.await_marks(number, self.channels)?;
         started.context.speed.round_trip_took(marked.elapsed());
         started.pace.end_sample(self.pages.load(Ordering::Relaxed));
-        // The last look before the decision: a pass over a clean guest ends here at once.
+        // The last harvest before the driver decides.
         let took = self.harvest()?;
         let Some(Started { pace, .. }) = &mut self.started else { return Err(not_set_up()) };
         pace.end_pass(&self.pending, took, pass.began.elapsed());
@@ -134,7 +133,7 @@ impl RamOutgoing {
         Ok(Step::Done(Pass { sent_bytes: pass.sent_bytes, send_time }))
     }
 
-    /// The next words, from `start` on, whose pages are cleared together.
+    /// The next words, from `start` on, to clear in one call.
     fn next_chunk(&self, start: usize) -> Option<Range<usize>> {
         let words = self.pending.words();
         let first = start + words.get(start..)?.iter().position(|word| *word != 0)?;
@@ -148,7 +147,7 @@ impl RamOutgoing {
         Some(first..end)
     }
 
-    /// Takes the pending pages of `chunk` on as a job.
+    /// Turns the pending pages of `chunk` into a job.
     fn take(&mut self, chunk: Range<usize>) -> Job {
         let first_word = chunk.start;
         let words = &mut self.pending.words_mut()[chunk];
@@ -157,12 +156,12 @@ impl RamOutgoing {
         Job { first_word, dirty, touched: None, last: false }
     }
 
-    /// Clears the log for the pending pages of `chunk`, then finds out which may hold something.
+    /// Clears the log for the pending pages of `chunk`, then looks up which were ever touched.
     fn clear(&mut self, chunk: Range<usize>) -> Result<Job, ParticipantError> {
         let first = PageIndex(chunk.start as u64 * 64);
         let mut job = self.take(chunk);
         self.ram.dirty.clear(first, &job.dirty)?;
-        // After the clear: a page that is touched only now is in the log again.
+        // After the clear: a page first touched now is in the log again.
         if let Some(populated) = &mut self.populated {
             let mut touched = job.dirty.clone();
             populated.keep_touched(&self.ram.ram, &self.ram.layout, first, &mut touched);
@@ -173,17 +172,19 @@ impl RamOutgoing {
 }
 
 impl Started {
-    /// Waits until the destination has all pages before mark `number` in place, on every channel.
-    fn await_echoes(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
-        let longest = self.context.control.patience() * ECHO_PATIENCE + self.pace.time_in_flight();
+    /// Waits until mark `number` has been answered on every channel.
+    fn await_marks(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
+        let longest = self.context.control.patience() * MARK_PATIENCE + self.pace.time_in_flight();
         let mut missing: BTreeSet<u16> = (0..channels).collect();
         while !missing.is_empty() {
-            let what = "the destination's word that it has the pages of this round";
+            let what = "the destination's answer to the marks of this round";
             let (echoed, channel) =
                 self.context.control.next_mark(&Limit::within(what, longest))?;
             if echoed != number || !missing.remove(&channel) {
                 let found = format!("mark {echoed} of channel {channel}");
-                return Err(WireError::Unexpected { found, expected: "the echo of a mark" }.into());
+                return Err(
+                    WireError::Unexpected { found, expected: "the answer to a mark" }.into()
+                );
             }
         }
         Ok(())
@@ -278,8 +279,8 @@ impl Outgoing for RamOutgoing {
         }
     }
 
-    /// The log is left as it is: what was harvested and not cleared is in it still, or what is written
-    /// from now on, if the guest goes on after all.
+    /// Does not clear the log: if the stop is called off, the harvested pages are still in it, and later
+    /// writes join them.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         self.harvest()?;
         let pending = self.pending_bytes();
@@ -303,7 +304,7 @@ impl Outgoing for RamOutgoing {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        // The channels' threads first: the end of tracking takes its time.
+        // The shards first: stopping dirty tracking may be slow.
         self.started = None;
         self.ram.dirty.stop();
     }

@@ -21,21 +21,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
 
-/// Some words of the dirty bitmap, whose pages are clear in the log and are to be sent.
+/// Pages to send: some words of the dirty bitmap, already cleared in the log.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// Where the words begin in the bitmap.
+    /// Index of the first word in the bitmap.
     pub first_word: usize,
     /// The pages to send.
     pub dirty: Vec<u64>,
-    /// Those among them that may hold something; the others were never touched. None if all may.
+    /// Pages that may have content; the others were never touched. `None` if all may.
     pub touched: Option<Vec<u64>>,
-    /// The guest is stopped: there is no later version to make a delta of.
+    /// The guest is stopped: no later version follows.
     pub last: bool,
 }
 
 impl Job {
-    /// The share of the stripes for which `is_ours`; none if it is empty. `stripe_words` long each.
+    /// The part in stripes for which `is_ours`, `stripe_words` long each. `None` if that is empty.
     pub fn share(&self, stripe_words: usize, is_ours: impl Fn(usize) -> bool) -> Option<Self> {
         let keep = |words: &[u64]| -> Vec<u64> {
             let kept = words.iter().enumerate().map(|(index, word)| {
@@ -52,46 +52,41 @@ impl Job {
     }
 }
 
-/// What a shard is told.
+/// A command to a shard.
 #[derive(Debug)]
 pub enum Command {
-    /// To send pages.
+    /// Send pages.
     Pages(Job),
-    /// To send a mark, which the destination echoes when everything before it is in place.
+    /// Send a mark; the destination answers it when everything before it is in place.
     Mark(u64),
-    /// To say that nothing more is sent with the guest stopped.
+    /// Send an end: nothing more follows while the guest is stopped.
     End,
-    /// To forget which versions of pages the destination has: the stop was called off.
+    /// Drop the destination's page versions: the stop was called off.
     Forget,
 }
 
-/// Frames and pages that a channel has carried.
+/// Frames and pages carried by a channel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Frames, with marks and the end.
+    /// All frames, marks and ends included.
     pub frames: u64,
-    /// Pages.
     pub pages: RamTotals,
 }
 
-/// What the shards of a migration have in common.
+/// Shared by the shards of a migration.
 #[derive(Clone)]
 pub struct Common {
-    /// The RAM that is read.
     pub ram: GuestRam,
-    /// How it is numbered.
     pub layout: RamLayout,
-    /// Which encoders are wanted, read anew for each job.
+    /// Selects the encoders; read for each job.
     pub params: SharedParams,
-    /// What has been done.
     pub counters: Arc<Counters>,
-    /// Pages that were sent, or found to be there in the same version: what progress is measured by.
+    /// Pages sent or found unchanged: the measure of progress.
     pub pages: Arc<AtomicU64>,
-    /// How many shards there are.
+    /// Number of shards.
     pub shards: u16,
 }
 
-/// A shard.
 pub struct Shard {
     common: Common,
     sender: ChannelSender,
@@ -104,23 +99,22 @@ fn unreadable(error: impl std::fmt::Display) -> ParticipantError {
 }
 
 impl Shard {
-    /// Sends on `channel`, as fast as `throttle` lets it.
+    /// Sends on `channel`, as fast as `throttle` allows.
     pub fn new(common: Common, channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         let (batch, encoding) = (Batch::default(), Encoding::default());
         Self { common, sender: ChannelSender::new(channel, throttle), batch, encoding }
     }
 
-    /// Its channel.
     pub fn channel(&self) -> &Arc<Channel> {
         &self.sender.channel
     }
 
-    /// What it has sent.
+    /// What it has sent so far.
     pub fn tally(&self) -> Tally {
         self.sender.tally
     }
 
-    /// Does what it is told, to its end.
+    /// Executes a command and returns when it is done.
     pub fn execute(&mut self, command: &Command) -> Result<(), ParticipantError> {
         let mut head = std::mem::take(&mut self.sender.head);
         let result = match command {
@@ -152,7 +146,7 @@ impl Shard {
     fn send_pages(&mut self, job: &Job, head: &mut Encoder) -> Result<(), ParticipantError> {
         let params = self.common.params.get();
         let share = params.xbzrle_cache_size / u64::from(self.common.shards.max(1));
-        // More than can be addressed is as much as can be.
+        // More than the address space is as good as all of it.
         let cache_bytes = params.xbzrle.then(|| usize::try_from(share).unwrap_or(usize::MAX));
         let wanted = Wanted { cache_bytes, method: params.method() };
         self.encoding.want(wanted).map_err(RamError::Encoding)?;
@@ -168,7 +162,7 @@ impl Shard {
         let raw_bytes = (self.sender.tally.pages.raw_pages - before) * PAGE_SIZE;
         match (deltas, packing) {
             (true, _) => self.encoding.judge_deltas(self.sender.bytes_per_sec()),
-            // What is compressed all the time must not keep deltas from another look.
+            // Constant compression must not keep deltas from another trial.
             (false, true) => self.encoding.passed_deltas(raw_bytes, first_round),
             (false, false) => self.encoding.passed(raw_bytes, first_round),
         }
@@ -192,7 +186,7 @@ impl Shard {
         Ok(())
     }
 
-    /// Copies pages, and sends what the encoders make of them.
+    /// Copies pages, encodes them and sends the result.
     fn send_encoded(
         &mut self,
         job: &Job,
@@ -227,7 +221,7 @@ impl Shard {
         self.flush(deltas, head)
     }
 
-    /// Sends what the encoders have.
+    /// Sends what is encoded so far.
     fn flush(&mut self, deltas: bool, head: &mut Encoder) -> Result<(), ParticipantError> {
         let Common { ram, layout, counters, pages, .. } = &self.common;
         let batch = &mut self.batch;
@@ -306,7 +300,7 @@ fn pages_done(done: &AtomicU64, batch: &Batch, unchanged: u64) {
     done.fetch_add(pages_of(batch) + unchanged, Ordering::Relaxed);
 }
 
-/// Adds what was sent of a batch.
+/// Adds a sent batch to the counters.
 fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
     stats.transferred_bytes += sent;
     stats.remaining_bytes = stats.remaining_bytes.saturating_sub(pages_of(batch) * PAGE_SIZE);
@@ -314,19 +308,19 @@ fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
     stats.zero_pages += batch.zero_pages();
 }
 
-/// The channel, and what it has shown of itself.
+/// Sends frames on the channel and measures its throughput.
 struct ChannelSender {
     channel: Arc<Channel>,
     throttle: Box<dyn Throttle + Send>,
-    /// Kept for its memory.
+    /// Reused for its memory.
     head: Encoder,
     tally: Tally,
-    /// Lately written bytes, and how long that took, cap and peer included.
+    /// Recently written bytes, and the time spent on them, bandwidth cap and peer included.
     written: u64,
     writing: Duration,
 }
 
-/// What was longer ago counts for less and less.
+/// After this much writing time the weight of earlier writes is halved.
 const MEMORY: Duration = Duration::from_millis(500);
 
 impl ChannelSender {
@@ -369,7 +363,7 @@ impl ChannelSender {
         Ok(sent)
     }
 
-    /// How fast the channel takes bytes; 0 if that is not known yet.
+    /// Throughput of the channel; 0 if unknown.
     fn bytes_per_sec(&self) -> u64 {
         if self.written == 0 { 0 } else { policy::per_second(self.written, self.writing) }
     }

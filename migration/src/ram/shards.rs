@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn a_shard_that_fails_or_panics_wakes_the_waiting_driver_and_reports_why() {
         for (panics, expected) in
-            [(false, "data channel 1"), (true, "a thread that sends pages has failed by itself")]
+            [(false, "data channel 1"), (true, "a thread that sends pages panicked")]
         {
             let (link, cancel) = (MemoryLink::new(None), CancelToken::new());
             let channel = |transport| Channel::new(Arc::new(transport), cancel.clone());

@@ -11,7 +11,6 @@ pub enum SourceError {
     /// Nobody listens there.
     #[error("cannot connect to {address}: is `ferry receive` running there?")]
     Connect {
-        /// Where.
         address: String,
         /// What the host said.
         #[source]
@@ -41,9 +40,7 @@ pub enum SourceError {
     /// Device state that cannot be encoded.
     #[error("cannot encode {what}")]
     Encode {
-        /// What.
         what: &'static str,
-        /// Why.
         #[source]
         source: serde_json::Error,
     },

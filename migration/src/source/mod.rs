@@ -47,7 +47,6 @@ pub enum MigrationEvent {
 
 /// Everything that a migration needs.
 pub struct Source<'a> {
-    /// The machine.
     pub guest: &'a mut dyn GuestControl,
     /// Asked once what it is, when the destination listens. It may take its time.
     pub machine: &'a mut dyn FnMut() -> Result<MachineDescription, GuestError>,

@@ -134,9 +134,7 @@ impl Kind {
 /// A frame of the control connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// What it is.
     pub kind: Kind,
-    /// What it carries.
     pub payload: Vec<u8>,
 }
 
