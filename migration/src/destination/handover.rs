@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const GO_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Destination<'_> {
-    /// Says that everything is ready; true if the guest then runs here, false if the source has called
+    /// Sends `Ready` and waits for `Go`. Returns true if the guest now runs here, false if the source called
     /// its stop off.
     pub(super) fn take_over(
         &mut self,
@@ -55,7 +55,7 @@ impl Destination<'_> {
         // If this is lost the source reports the outcome as unknown, and stays stopped.
         let said = control.send(Kind::Running, Encoder::default().u64(started_in).bytes());
         if let Err(error) = said {
-            log::warn!("the source does not hear that the guest runs here: {}", chain(&error));
+            log::warn!("cannot tell the source that the guest runs here: {}", chain(&error));
         }
         Ok(true)
     }

@@ -1,6 +1,6 @@
-//! One data channel's share of the pages: finds out what they hold, puts frames together, sends them.
-//! Driven by [`super::shards`], on a thread of its own or on the caller's. A page always takes the same
-//! shard, so its versions never overtake each other.
+//! One data channel's share of RAM: classifies pages, builds frames, sends them. Driven by
+//! [`super::shards`], on its own thread or on the caller's. A page always goes to the same shard, so its
+//! versions never overtake each other.
 
 use super::dirty::Words;
 use super::encode::{Encoding, Fate, Wanted};

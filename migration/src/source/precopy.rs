@@ -1,6 +1,6 @@
-//! The passes, while the guest runs: send what is dirty, wait until it is in place, look what has
-//! become dirty meanwhile, let `policy` decide. Long passes are looked at on their way, so that a guest
-//! that writes too fast is slowed down, and its user told, before they end.
+//! The passes, while the guest runs: send what is dirty, wait until it is in place, read the dirty logs,
+//! let `policy` decide. Long passes are sampled midway, so that a guest that writes too fast is throttled,
+//! and the user warned, before they end.
 
 use super::session::Session;
 use super::{MigrationEvent, Source, SourceError};
@@ -12,19 +12,19 @@ use crate::units::{nanos, saturating_u64};
 use devices::ram::PAGE_SIZE;
 use std::time::{Duration, Instant};
 
-/// Between two looks at what is dirty in the middle of a pass.
+/// Interval of dirty log samples in the middle of a pass.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// Between two passes while there is to be no stop: what is sent then is sent to stay close to the end.
+/// Interval of passes during a backoff, which keep the remainder small.
 const IDLE_PASS: Duration = Duration::from_millis(100);
-/// How long disks that stay behind may be flushed before a stop. A disk that takes longer has a long
-/// queue, or hangs; the guest runs on meanwhile.
+/// Time limit of flushing shared disks ahead of a stop. A disk that takes longer has a long queue or
+/// hangs; the guest runs meanwhile.
 const FLUSH_AHEAD: Duration = Duration::from_secs(2);
-/// After a flush that took longer than this the guest has written too much to be stopped at once.
+/// After a longer flush the guest has dirtied too much meanwhile to be stopped at once.
 const SHORT_FLUSH: Duration = Duration::from_millis(5);
-/// So often. A disk may need longer for every flush.
+/// Most repeated flushes: on some disks every flush takes longer.
 const MAX_FLUSHES: u32 = 2;
 
-/// What a pass has come to.
+/// State after a pass.
 pub(super) struct Look {
     round: Round,
     rates: Option<Rates>,
@@ -62,7 +62,7 @@ impl Source<'_> {
                 _ => {}
             }
             let obstacle = session.estimate.obstacle(longest);
-            // A pass over a guest that hardly writes takes no time, and there is no hurry.
+            // Passes over a quiet guest take no time: do not spin.
             let idle = backoff.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
             if let Some(part) = obstacle {
                 self.report_blocked(session, &look, part);
@@ -70,7 +70,7 @@ impl Source<'_> {
             if let Some(idle) = idle {
                 self.cancel.wait(idle.min(IDLE_PASS));
                 if session.estimate.flush_blocks(longest) {
-                    // It can be measured again without a stop.
+                    // Flushing can be measured without a stop.
                     self.flush_ahead(session, longest)?;
                 }
             }
@@ -111,7 +111,7 @@ impl Source<'_> {
         Ok(look)
     }
 
-    /// What is left of everything, and what the stop would cost now.
+    /// What is left to send, and the estimated downtime of a stop now.
     pub(super) fn weigh(
         &mut self,
         session: &mut Session,
@@ -123,7 +123,7 @@ impl Source<'_> {
         let pending = pending?;
         session.estimate.weigh(pending.iter(), session.link.round_trip());
         let left: Duration = pending.iter().map(|pending| pending.send_time).sum();
-        // Of participants that go at different rates only times can be added.
+        // In times, not bytes: participants have different bandwidths.
         let round = Round { sent_bytes: nanos(sent), dirtied_bytes: nanos(left) };
         Ok(Look {
             round,
@@ -174,18 +174,18 @@ impl Source<'_> {
         self.counters.update(|stats| {
             stats.bytes_per_sec = session.link.bytes_per_sec();
             stats.dirty_pages_rate = dirtied / PAGE_SIZE;
-            // So much at least will be left.
+            // A lower bound.
             stats.expected_downtime =
                 Some(stats.expected_downtime.map_or(expected, |before| before.max(expected)));
         });
         let longest = policy::longest(session.estimate.floor(), self.params.get().downtime_limit);
-        // While the first pass still meets pages for the first time, nobody knows which are in use; and
-        // a pass that only shortens an acceptable pause is no reason to slow the guest down.
+        // In the first pass the working set is unknown, and a pass that only shortens an acceptable pause
+        // is no reason to throttle.
         let matters = rates.pass_time.is_some_and(|time| time > longest);
         if matters && self.slow_down(session, dirtied, rates.sent) {
             return;
         }
-        // How far pages shrink is not known in the first pass.
+        // In the first pass it is unknown how far pages shrink.
         if !rates.may_shrink
             && self.cannot_slow_down(session)
             && expected > longest
@@ -195,8 +195,8 @@ impl Source<'_> {
         }
     }
 
-    /// After a pass whose rest does not fit the limit, or `fits` and is only to be made shorter. Whoever
-    /// decided that says it here: with two opinions a guest could be sent for ever.
+    /// After a pass whose rest exceeds the limit, or `fits` and is only being shortened. Takes the decision
+    /// from the caller: two differing decisions could go on forever.
     fn after_pass(&mut self, session: &mut Session, look: &Look, fits: bool) {
         let Look { round, rates, expected, .. } = look;
         let rates_or_none = rates.unwrap_or_default();
@@ -214,7 +214,7 @@ impl Source<'_> {
         }
     }
 
-    /// Slows the guest down if it writes too fast and that is wanted. Returns whether it did.
+    /// Throttles the guest if it writes too fast and auto-converge is on. Returns whether it did.
     fn slow_down(&mut self, session: &mut Session, dirtied: u64, sent: u64) -> bool {
         let params = self.params.get();
         let now = session.throttle_percent;
@@ -234,14 +234,14 @@ impl Source<'_> {
         next > now
     }
 
-    /// Whether nothing more will be done about a guest that writes too fast.
+    /// Whether throttling is off or at its maximum.
     fn cannot_slow_down(&self, session: &Session) -> bool {
         let params = self.params.get();
         !params.auto_converge || session.throttle_percent >= params.throttle.max
     }
 
-    /// Makes durable, with the guest running, what would have to be made so in the pause. False if it
-    /// took so long that the guest has to be looked at once more, or that no stop would keep its limit.
+    /// Flushes shared disks while the guest runs, to leave less to flush in the pause. Returns false if that
+    /// took so long that another pass is needed, or that a stop would exceed its limit.
     fn flush_ahead(
         &mut self,
         session: &mut Session,
@@ -254,7 +254,7 @@ impl Source<'_> {
         Ok(flush.ended && short && session.estimate.total() <= longest.max(session.predicted))
     }
 
-    /// A slow disk keeps every stop from fitting: its user is told which.
+    /// Reports a slow disk that makes every stop exceed the limit.
     fn report_blocked(&mut self, session: &mut Session, look: &Look, part: PartTime) {
         if session.blocked_by.as_ref() == Some(&part.part) {
             return;
@@ -286,13 +286,13 @@ impl Source<'_> {
     }
 }
 
-/// How fast the guest has proved to write in a pass that is over, in bytes per second.
+/// The dirty rate proved by a finished pass, in bytes per second.
 fn proved_by(round: Round, rates: Rates) -> u64 {
     let part = u128::from(round.dirtied_bytes) * u128::from(rates.sent);
     let part = part / u128::from(round.sent_bytes.max(1));
     let seen = saturating_u64(part);
     match rates.dirtied {
-        // What it has dirtied before it was slowed down proves nothing any more.
+        // Writes from before the throttling prove nothing.
         Some(dirtied) => dirtied.min(seen),
         None if rates.rate_changed => 0,
         None => seen,

@@ -257,13 +257,13 @@ fn hear(speak: impl FnOnce(&Liar)) -> String {
 fn lies_about_disks_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
-        ("section \"block\" travels, but has no connection", |liar| greet(liar, false)),
+        ("section \"block\" has no connection", |liar| greet(liar, false)),
         ("prepared are", |liar| (greet(liar, true), announce(liar, &[("d0", 512)])).1),
         ("prepared are", |liar| {
             (greet(liar, true), announce(liar, &[("../d0", CHUNK_BYTES + 512)])).1
         }),
         ("0 disks", |liar| (greet(liar, true), announce(liar, &[])).1),
-        ("unexpected Setup of section \"ram\" where the setup of what travels", |liar| {
+        ("unexpected Setup of section \"ram\" where the setup of the participants", |liar| {
             greet(liar, true);
             let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));

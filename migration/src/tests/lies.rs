@@ -134,7 +134,7 @@ fn lies_are_refused_by_name() {
             let setup = RamSetup { page_count: 7, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
         }),
-        ("unexpected Machine where the setup of what travels", |liar| {
+        ("unexpected Machine where the setup of the participants", |liar| {
             describe(liar);
             liar.frame(Kind::Machine, b"{}");
         }),
@@ -146,7 +146,7 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             ram_setup(liar);
         }),
-        ("unexpected Full of section \"device\" where the end of what travels", |liar| {
+        ("unexpected Full of section \"device\" where the end of the participants", |liar| {
             introduce(liar);
             devices(liar);
             devices(liar);
