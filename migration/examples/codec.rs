@@ -9,8 +9,9 @@
 
 use devices::ram::{GuestRam, RamLayout};
 use migration::ram::compress::{Compressor, Decompressor, Method};
+use migration::ram::page::Page;
 use migration::ram::simd::Kernel;
-use migration::ram::xbzrle::{self, Encoded, Encoder, Page};
+use migration::ram::xbzrle::{self, Encoded, Encoder};
 use migration::ram::zero::is_zero;
 use std::time::Duration;
 use vm_memory::{GuestMemoryBackend, VolatileMemory};

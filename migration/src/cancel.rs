@@ -42,7 +42,7 @@ impl CancelToken {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.0.state)
     }
 
     /// Cancels: blocked reads and writes of the connections fail, waits end. Without effect, and

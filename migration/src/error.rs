@@ -13,7 +13,6 @@ pub enum ParticipantError {
     /// A connection, or what came over it.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The machine.
     #[error(transparent)]
     Guest(#[from] GuestError),
     /// The host has no more threads.

@@ -125,7 +125,6 @@ pub trait GuestControl: Send {
 /// Guest RAM that a destination has set up, untouched: every page reads as zero.
 #[derive(Debug, Clone)]
 pub struct IncomingRam {
-    /// The mapping.
     pub ram: GuestRam,
     /// How it is numbered.
     pub layout: RamLayout,

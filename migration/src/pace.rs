@@ -8,8 +8,9 @@ pub mod cap;
 pub mod speed;
 
 pub use cap::Cap;
-pub use speed::{LinkSpeed, Speed, Stretch};
+pub use speed::{LinkSpeed, Sample, Speed};
 
+use crate::units::saturating_u64;
 use std::time::Duration;
 
 /// What is sent at once under a cap: at most what the cap allows in this time.
@@ -61,7 +62,7 @@ impl TokenBucket {
             return Allowance::Bytes(usize::try_from(slice).unwrap_or(wanted));
         }
         let nanos = (needed - self.tokens).div_ceil(rate);
-        Allowance::Wait(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+        Allowance::Wait(Duration::from_nanos(saturating_u64(nanos)))
     }
 
     /// So many bytes were sent.

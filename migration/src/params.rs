@@ -4,7 +4,7 @@ use crate::ram::compress::Method;
 use crate::wire::section::MAX_DATA_CHANNELS;
 use devices::ram::PAGE_SIZE;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Parameters a user may set before or during a migration.
@@ -31,7 +31,6 @@ pub struct Params {
     pub zstd_level: u8,
     /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
-    /// How.
     pub throttle: ThrottleParams,
 }
 
@@ -85,11 +84,11 @@ impl Default for Params {
 /// A channel keeps a processor busy on either side; half of this side's leave the guest the others.
 fn default_channels() -> u16 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    u16::try_from(processors / 2).unwrap_or(MOST_CHOSEN).clamp(1, MOST_CHOSEN)
+    u16::try_from(processors / 2).unwrap_or(MAX_DEFAULT_CHANNELS).clamp(1, MAX_DEFAULT_CHANNELS)
 }
 
 /// Most channels that are opened if nobody says how many.
-const MOST_CHOSEN: u16 = 4;
+const MAX_DEFAULT_CHANNELS: u16 = 4;
 
 /// How far a guest is slowed down. All are percent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,20 +134,13 @@ pub enum ParamsError {
     CacheTooSmall,
     /// A level that the compressor does not have.
     #[error("Parameter '{name}' expects a value between 0 and {most}")]
-    Level {
-        /// Which.
-        name: &'static str,
-        /// The highest.
-        most: u8,
-    },
+    Level { name: &'static str, most: u8 },
     /// A percentage that makes no sense.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
     Range {
-        /// Which.
         name: &'static str,
         /// The least that is allowed.
         least: u8,
-        /// The most.
         most: u8,
     },
 }
@@ -214,12 +206,12 @@ impl SharedParams {
 
     /// The values now.
     pub fn get(&self) -> Params {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        devices::lock(&self.0).clone()
     }
 
     /// Replaces the values; a running migration notices at its next step.
     pub fn set(&self, params: Params) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = params;
+        *devices::lock(&self.0) = params;
     }
 }
 

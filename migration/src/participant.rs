@@ -36,7 +36,7 @@ pub enum Outcome {
 }
 
 /// What a participant of the source sends through, and what it keeps to.
-pub struct OutgoingLink {
+pub struct OutgoingContext {
     /// Frames; several participants share it.
     pub control: Control,
     /// Connections of its own, in the order of [`Outgoing::roles`].
@@ -53,7 +53,7 @@ pub struct OutgoingLink {
     pub cancel: CancelToken,
 }
 
-impl OutgoingLink {
+impl OutgoingContext {
     /// Sends a section on the control connection.
     pub fn send(&self, name: &str, stage: Stage, body: &[u8]) -> Result<(), WireError> {
         self.control.send(Kind::Section, &Section::encode(stage, name, body))
@@ -165,7 +165,7 @@ pub trait Outgoing: Send {
     /// The connections that it wants for itself.
     fn roles(&self) -> Vec<Role>;
     /// Guest runs. Starts tracking; announces what will come.
-    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError>;
+    fn setup(&mut self, link: OutgoingContext) -> Result<(), ParticipantError>;
     /// Guest runs. Goes on with a pass, or begins the next: sends what is dirty, once, until that is in
     /// place or `budget` is spent.
     fn iterate(&mut self, pass: u64, budget: Budget) -> Result<Step, ParticipantError>;
@@ -182,7 +182,7 @@ pub trait Outgoing: Send {
 }
 
 /// What a participant of the destination receives from.
-pub struct IncomingLink {
+pub struct IncomingContext {
     /// Frames; several participants share it.
     pub control: Control,
     /// Its own connections, by role.
@@ -191,7 +191,7 @@ pub struct IncomingLink {
     pub counters: Arc<Counters>,
 }
 
-impl IncomingLink {
+impl IncomingContext {
     /// Sends a section back to the source.
     pub fn send(&self, name: &str, stage: Stage, body: &[u8]) -> Result<(), WireError> {
         self.control.send(Kind::Section, &Section::encode(stage, name, body))
@@ -207,7 +207,7 @@ pub trait Incoming: Send {
     /// Whether it can arrive without a connection of its own.
     fn needs_connection(&self) -> bool;
     /// The first section: checks what is announced, and starts receiving.
-    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError>;
+    fn setup(&mut self, link: IncomingContext, body: &[u8]) -> Result<(), ParticipantError>;
     /// Any further section, of stage [`Stage::Part`] or [`Stage::End`].
     fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError>;
     /// The last chance to object: everything is in place and durable on return. After `Ok`, nothing may

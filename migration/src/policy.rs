@@ -6,8 +6,9 @@ pub mod dirtying;
 pub mod throttling;
 
 pub use dirtying::{Dirtying, Look};
-pub use throttling::{Outlook, throttle};
+pub use throttling::{Convergence, throttle};
 
+use crate::units::saturating_u64;
 use std::time::Duration;
 
 /// One finished round, in bytes of guest RAM.
@@ -44,7 +45,7 @@ pub fn written_until_stopped(dirtied_per_sec: u64) -> u64 {
 /// What `bytes` in `duration` are in a second.
 pub fn per_second(bytes: u64, duration: Duration) -> u64 {
     let rate = u128::from(bytes) * 1_000_000_000 / duration.as_nanos().max(1000);
-    u64::try_from(rate).unwrap_or(u64::MAX)
+    saturating_u64(rate)
 }
 
 /// What to do after a round.

@@ -3,10 +3,11 @@
 
 use crate::block::stats::DiskStats;
 use crate::guest::PartTime;
+use crate::units::{micros, millis};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// QEMU's migration status.
@@ -232,7 +233,6 @@ impl XbzrleStats {
 /// Raw pages that were compressed; they count as normal ones as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CompressionStats {
-    /// Pages.
     pub pages: u64,
     /// Bytes of those, compressed.
     pub bytes: u64,
@@ -266,7 +266,7 @@ pub struct StatsSnapshot {
     /// Bytes sent or received, with all headers.
     pub transferred_bytes: u64,
     /// Those of them that went on the main connection.
-    pub main_bytes: u64,
+    pub control_bytes: u64,
     /// Whether there are several data channels, or may be.
     pub multifd: bool,
     /// RAM still to send in this round.
@@ -317,14 +317,6 @@ pub struct StatsSnapshot {
     pub downtime_parts: Option<DowntimeParts>,
     /// Where a destination listens.
     pub address: Option<Value>,
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn megabits(bytes_per_sec: u64) -> f64 {
@@ -391,7 +383,7 @@ impl StatsSnapshot {
         }
         let page = devices::ram::PAGE_SIZE;
         let bytes_per_sec = self.overall_bytes_per_sec();
-        let data_bytes = self.transferred_bytes.saturating_sub(self.main_bytes);
+        let data_bytes = self.transferred_bytes.saturating_sub(self.control_bytes);
         let multifd_bytes = if self.multifd { data_bytes } else { 0 };
         let mut info = json!({
             "status": self.status.name(),
@@ -418,7 +410,7 @@ impl StatsSnapshot {
         });
         let mut put = |key: &str, value: Value| info[key] = value;
         let elapsed = self.total_time.or_else(|| self.started.map(|started| started.elapsed()));
-        put("total-time", millis(elapsed.unwrap_or_default()).into());
+        put("total-time", elapsed.map_or(0, millis).into());
         if let Some(setup) = self.setup_time {
             put("setup-time", millis(setup).into());
         }
@@ -478,7 +470,7 @@ impl Counters {
     }
 
     fn lock(&self) -> MutexGuard<'_, StatsSnapshot> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.0)
     }
 
     /// Changes the counters.

@@ -1,8 +1,8 @@
-//! Chunks from the disks' connection into images, checked against what was announced before a byte is
-//! written.
+//! Receives chunks on the disks' channel and writes them into images. Checks each one against the
+//! announcement before it writes a byte.
 //!
 //! One thread receives ([`ChunkReceiver::receive_all`], run by [`super::receiver`]), a few write, and one
-//! flushes what has been written while more comes, so that little is left to flush at a mark.
+//! flushes in the background, so that little is left to flush at a mark.
 
 use super::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of,
@@ -25,17 +25,17 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const WRITERS: usize = 4;
-/// Chunks that have come and are not yet written: enough to keep the writers busy.
+/// Chunks received and not yet written: enough to keep the writers busy.
 const BUFFERS: usize = 16;
-/// Written bytes that start a flush beside the writing.
+/// A background flush starts after this many bytes were written.
 const FLUSH_BYTES: u64 = 32 << 20;
 
-/// A disk, and what has become of it.
+/// A disk and what was received of it.
 struct Arriving {
     disk: IncomingDisk,
-    /// What was ever written here: the rest is as blank as it was made.
+    /// Granules ever written here. The rest of the image is still blank.
     written: DirtyBitmap,
-    /// Chunks that have come in this pass.
+    /// Chunks received in this pass.
     seen: DirtyBitmap,
 }
 
@@ -47,20 +47,20 @@ struct Job {
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
-    /// Jobs that are queued or at work.
+    /// Jobs queued or being written.
     busy: usize,
     spare: Vec<AlignedBuffer>,
     buffers: usize,
     /// Written to each disk since its last flush began.
     unflushed: Vec<u64>,
     flushing: bool,
-    /// All is to be flushed, not only what is much.
-    settle: bool,
+    /// Flush everything now, however little it is.
+    flush_all: bool,
     error: Option<LoadError>,
-    over: bool,
+    stop: bool,
 }
 
-/// What the threads share.
+/// Shared by the threads.
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -68,7 +68,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
     fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
@@ -76,27 +76,27 @@ impl Shared {
     }
 }
 
-/// Ends the threads when it is dropped.
-struct Over<'s>(&'s Shared);
+/// Stops the threads when dropped.
+struct StopOnDrop<'s>(&'s Shared);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.lock().over = true;
+        self.0.lock().stop = true;
         self.0.changed.notify_all();
     }
 }
 
-/// The disks of a guest that arrives.
+/// The disks of an incoming guest.
 pub struct ChunkReceiver {
     disks: Vec<Arriving>,
     counters: Arc<Counters>,
     totals: BlockTotals,
-    /// How often the source has said that nothing more will come.
+    /// Ends received from the source.
     ended: Arc<AtomicU32>,
 }
 
 impl ChunkReceiver {
-    /// Checks what is announced against the disks that are here.
+    /// Checks the source's announcement against the prepared disks.
     pub fn start(
         disks: Vec<IncomingDisk>,
         setup: &BlockSetup,
@@ -111,7 +111,7 @@ impl ChunkReceiver {
             })
             .collect();
         if here != setup.disks {
-            let reason = format!("it announces {:?}, prepared are {here:?}", setup.disks);
+            let reason = format!("the source announces {:?}, prepared are {here:?}", setup.disks);
             return Err(WireError::Malformed { what: "setup of the disks", reason });
         }
         let arriving = disks.into_iter().map(|disk| {
@@ -138,13 +138,13 @@ impl ChunkReceiver {
         Ok(Self { disks, counters, totals, ended: Arc::default() })
     }
 
-    /// Counts the ends that have come: then only images are waited for.
+    /// Counts received ends. After an end, only writes and flushes are outstanding.
     pub fn ended(&self) -> Arc<AtomicU32> {
         self.ended.clone()
     }
 
-    /// Receives all that comes. At an end, with everything on stable storage, `at_end` is told what has
-    /// come so far, and says whether to go on: more comes if the source calls its stop off.
+    /// Receives frames until `at_end` breaks. At each end, with everything on stable storage, `at_end` gets
+    /// the totals so far; it continues if more may come because the source calls its stop off.
     pub fn receive_all(
         mut self,
         channel: &Channel,
@@ -168,18 +168,18 @@ impl ChunkReceiver {
             let started = (0..WRITERS)
                 .try_for_each(|number| spawn(format!("mig-write-{number}"), write_jobs))
                 .and_then(|()| spawn("mig-flush".into(), flush_jobs));
-            // On every way out, also that of a bug: the scope waits for the threads.
-            let _over = Over(&shared);
+            // On every exit, panics included: the scope joins the threads.
+            let _stop = StopOnDrop(&shared);
             let mut receiving =
                 Receiving { disks, shared: &shared, channel, counters, totals, ended };
             let result = started.and_then(|()| receiving.run(at_end));
-            // The cause, rather than what it led to.
+            // The first failure, not its consequence.
             shared.lock().error.take().map_or(result, Err)
         })
     }
 }
 
-/// The thread that receives.
+/// State of the receiving thread.
 struct Receiving<'r> {
     disks: &'r [Arriving],
     shared: &'r Shared,
@@ -202,21 +202,21 @@ impl Receiving<'_> {
             match frame {
                 Frame::Chunk(chunk) => self.chunk(chunk, payload_bytes)?,
                 Frame::Mark(number) => {
-                    let flush = self.settle(true)?;
+                    let flush = self.flush_all(true)?;
                     self.begin_pass();
-                    self.channel.write_all(&Frame::Settled(number, flush).encode(0))?;
+                    self.channel.write_all(&Frame::Flushed(number, flush).encode(0))?;
                     self.counters.update(|stats| stats.disk.get_or_insert_default().passes += 1);
                 }
                 Frame::End => {
                     self.totals.ends += 1;
                     self.ended.store(self.totals.ends, Ordering::Release);
-                    self.settle(false)?;
+                    self.flush_all(false)?;
                     self.begin_pass();
                     if at_end(self.totals).is_break() {
                         return Ok(());
                     }
                 }
-                Frame::Settled(..) | Frame::Alive => {
+                Frame::Flushed(..) | Frame::Alive => {
                     let (found, expected) = (format!("{frame:?}"), "a chunk of a disk");
                     return Err(WireError::Unexpected { found, expected }.into());
                 }
@@ -224,7 +224,7 @@ impl Receiving<'_> {
         }
     }
 
-    /// Every chunk may come once more.
+    /// Each chunk may come once per pass.
     fn begin_pass(&self) {
         for arriving in self.disks {
             let len_bytes = arriving.disk.node.len_bytes();
@@ -279,7 +279,7 @@ impl Receiving<'_> {
         Ok(())
     }
 
-    /// A buffer that nobody writes from any more.
+    /// A buffer that no writer uses. Waits for one.
     fn free_buffer(&self) -> Result<AlignedBuffer, LoadError> {
         let mut state = self.shared.lock();
         loop {
@@ -297,11 +297,11 @@ impl Receiving<'_> {
         }
     }
 
-    /// Waits until everything is written and on stable storage; returns how long that took after the last
-    /// write. Says every second that it is at work, if there is anybody to hear it.
-    fn settle(&self, say_so: bool) -> Result<Duration, LoadError> {
+    /// Waits until everything is written and on stable storage. Returns how long flushing took after the
+    /// last write. With `keep_alive` it sends a keep-alive every second meanwhile.
+    fn flush_all(&self, keep_alive: bool) -> Result<Duration, LoadError> {
         let mut state = self.shared.lock();
-        let (mut written, mut said) = (None, Instant::now());
+        let (mut written, mut last_sent) = (None, Instant::now());
         loop {
             if state.error.is_some() {
                 return Err(WireError::Interrupted.into());
@@ -309,21 +309,21 @@ impl Receiving<'_> {
             if state.busy == 0 {
                 written.get_or_insert_with(Instant::now);
                 if !state.flushing && state.unflushed.iter().all(|bytes| *bytes == 0) {
-                    state.settle = false;
+                    state.flush_all = false;
                     return Ok(written.map_or(Duration::ZERO, |since| since.elapsed()));
                 }
-                state.settle = true;
+                state.flush_all = true;
                 self.shared.changed.notify_all();
             }
-            let wait = KEEP_ALIVE.saturating_sub(said.elapsed());
+            let wait = KEEP_ALIVE.saturating_sub(last_sent.elapsed());
             let waited = self.shared.changed.wait_timeout(state, wait);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             if self.channel.is_cancelled() {
                 return Err(WireError::Interrupted.into());
             }
-            if said.elapsed() >= KEEP_ALIVE {
-                said = Instant::now();
-                if say_so {
+            if last_sent.elapsed() >= KEEP_ALIVE {
+                last_sent = Instant::now();
+                if keep_alive {
                     drop(state);
                     self.channel.write_all(&Frame::Alive.encode(0))?;
                     state = self.shared.lock();
@@ -333,21 +333,21 @@ impl Receiving<'_> {
     }
 }
 
-/// Keeps the first failure, and wakes whoever waits for the source.
+/// Records the first failure and wakes the receiving thread.
 fn fail(shared: &Shared, channel: &Channel, error: LoadError) {
     let mut state = shared.lock();
     state.error.get_or_insert(error);
-    state.over = true;
+    state.stop = true;
     shared.changed.notify_all();
     channel.trip();
 }
 
-/// A thread that writes.
+/// Body of a writing thread.
 fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
     let mut state = shared.lock();
     loop {
         let Some(job) = state.jobs.pop_front() else {
-            if state.over {
+            if state.stop {
                 return;
             }
             state = shared.wait(state);
@@ -358,7 +358,7 @@ fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
         let no_disk = || {
             LoadError::from(WireError::Unexpected {
                 found: format!("disk number {index}"),
-                expected: "a disk that arrives",
+                expected: "an announced disk",
             })
         };
         let result = disks.get(index).ok_or_else(no_disk).and_then(|arriving| arriving.write(&job));
@@ -377,14 +377,14 @@ fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
     }
 }
 
-/// The thread that flushes.
+/// Body of the flushing thread.
 fn flush_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
     let mut state = shared.lock();
     loop {
-        if state.over {
+        if state.stop {
             return;
         }
-        let least = if state.settle { 1 } else { FLUSH_BYTES };
+        let least = if state.flush_all { 1 } else { FLUSH_BYTES };
         let Some(index) = state.unflushed.iter().position(|bytes| *bytes >= least) else {
             state = shared.wait(state);
             continue;
@@ -405,7 +405,7 @@ fn flush_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
 }
 
 impl Arriving {
-    /// Writes a chunk; returns how many bytes that were.
+    /// Writes a chunk; returns the number of bytes written.
     fn write(&self, job: &Job) -> Result<u64, LoadError> {
         let Chunk { index, data, zero, .. } = job.chunk;
         let node = &self.disk.node;

@@ -1,37 +1,50 @@
-//! What travels on the connection of the disks, and the two sections about it on the main one.
+//! Frames of the disks' channel, and the two sections about it on the control connection. Pure: no I/O.
 //!
 //! ```text
 //! header   kind u8 · 0 u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
-//!  chunk   1       which disk and chunk; bit n of `data`: granule n follows, of `zero`: it is zeroes
-//!  mark    2       chunk = number: echo it when all before it is on stable storage
+//!  chunk   1       disk and chunk; bit n of `data`: granule n follows, bit n of `zero`: it is all zeroes
+//!  mark    2       chunk = number: answer when everything before it is on stable storage
 //!  end     3       nothing more will come, unless the stop is called off
-//!  settled 4       the echo; chunk = number, data = microseconds that flushing took
-//!  alive   5       the destination is at work on a mark
+//!  flushed 4       answers a mark; chunk = number, data = microseconds spent flushing
+//!  alive   5       keep-alive while the destination flushes
 //!
 //! Section "block"
 //!  Setup   chunk bytes u32 · granule bytes u32 · disks u16, each: name str8 · bytes u64 · only top u8
 //!  End     ends u32 · frames u64 · disks u16, each: data bytes u64 · zero bytes u64
 //!          more than one end if a stop was called off
 //! ```
-//! A granule at the disk's end may be shorter; the payload is as long as its granules are.
+//! The last granule of a disk may be shorter; the payload is as long as its granules together.
 
 use super::{CHUNK_BYTES, GRANULE_BYTES, MAX_DISKS};
+use crate::units::micros;
 use crate::wire::{Decoder, Encoder, WireError};
 use std::time::Duration;
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 32;
 
+/// Longest name of a disk: its length is one byte on the wire.
+pub const MAX_NAME_BYTES: u64 = u8::MAX as u64;
+/// [`CHUNK_BYTES`] and [`GRANULE_BYTES`], as announced.
+const SIZES: [u32; 2] = [1 << 20, 1 << 14];
+const _: () = assert!(SIZES[0] as u64 == CHUNK_BYTES && SIZES[1] as u64 == GRANULE_BYTES);
+
+fn count_of<T>(disks: &[T]) -> Result<u16, WireError> {
+    let found = disks.len() as u64;
+    let count = u16::try_from(found).ok().filter(|count| *count <= MAX_DISKS);
+    count.ok_or(WireError::TooLong { what: "list of disks", found, most: MAX_DISKS.into() })
+}
+
 /// Which granules of one chunk of one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
-    /// Which disk, as announced.
+    /// Index of the disk in the announcement.
     pub disk: u16,
-    /// Which chunk of it.
+    /// Index of the chunk on the disk.
     pub index: u64,
-    /// Granules that follow.
+    /// Granules in the payload.
     pub data: u64,
-    /// Granules that are zeroes.
+    /// Granules that are all zeroes.
     pub zero: u64,
 }
 
@@ -40,17 +53,17 @@ pub struct Chunk {
 pub enum Frame {
     /// Part of a disk.
     Chunk(Chunk),
-    /// All before it belongs to pass `n`.
+    /// Ends pass `n`.
     Mark(u64),
     /// Nothing more will come.
     End,
-    /// All before mark `n` is on stable storage; flushing took so long.
-    Settled(u64, Duration),
-    /// At work.
+    /// Everything before mark `n` is on stable storage; flushing took this long.
+    Flushed(u64, Duration),
+    /// Keep-alive while flushing.
     Alive,
 }
 
-/// Bytes of a disk that the granules in `mask` of chunk `index` are.
+/// Bytes covered by the granules in `mask` of chunk `index`.
 pub fn bytes_of(index: u64, mask: u64, disk_bytes: u64) -> u64 {
     let whole = u64::from(mask.count_ones()) * GRANULE_BYTES;
     let start = index * CHUNK_BYTES;
@@ -59,7 +72,7 @@ pub fn bytes_of(index: u64, mask: u64, disk_bytes: u64) -> u64 {
     if mask >> last & 1 == 1 { whole + left - (last + 1) * GRANULE_BYTES } else { whole }
 }
 
-/// The granules of chunk `index` that a disk of `disk_bytes` has.
+/// The granules of chunk `index` that lie within a disk of `disk_bytes`.
 pub fn granules_of(index: u64, disk_bytes: u64) -> u64 {
     let start = index.saturating_mul(CHUNK_BYTES);
     let left = disk_bytes.saturating_sub(start).min(CHUNK_BYTES);
@@ -90,9 +103,7 @@ impl Frame {
             Self::Chunk(chunk) => (1, chunk.disk, chunk.index, chunk.data, chunk.zero),
             Self::Mark(number) => (2, 0, number, 0, 0),
             Self::End => (3, 0, 0, 0, 0),
-            Self::Settled(number, flush) => {
-                (4, 0, number, u64::try_from(flush.as_micros()).unwrap_or(u64::MAX), 0)
-            }
+            Self::Flushed(number, flush) => (4, 0, number, micros(flush), 0),
             Self::Alive => (5, 0, 0, 0, 0),
         };
         let mut encoder = Encoder::default();
@@ -102,8 +113,8 @@ impl Frame {
         bytes
     }
 
-    /// Reads a header. A chunk has granules, none of them twice, and a payload that fits them as far as
-    /// can be told without its disk.
+    /// Reads a header. Checks that a chunk has granules, none of them twice, and no more payload than they
+    /// can hold.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, u32), WireError> {
         let mut decoder = Decoder::new("disk frame", bytes);
         let (kind, zero_byte, disk) = (decoder.u8()?, decoder.u8()?, decoder.u16()?);
@@ -115,7 +126,7 @@ impl Frame {
             2 if plain => Self::Mark(chunk),
             3 if plain && chunk == 0 => Self::End,
             4 if (disk, payload, zero) == (0, 0, 0) => {
-                Self::Settled(chunk, Duration::from_micros(data))
+                Self::Flushed(chunk, Duration::from_micros(data))
             }
             5 if plain && chunk == 0 => Self::Alive,
             _ => return Err(decoder.malformed(format!("header {bytes:02x?}"))),
@@ -138,35 +149,39 @@ impl Frame {
 /// A disk, as announced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSetup {
-    /// Its name.
     pub name: String,
-    /// Its size.
     pub len_bytes: u64,
-    /// Whether only what lies above its backing file comes.
+    /// Send only the top layer, without the backing file.
     pub only_top: bool,
 }
 
 /// Announces the disks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockSetup {
-    /// In the order of their numbers.
+    /// By index.
     pub disks: Vec<DiskSetup>,
 }
 
 impl BlockSetup {
-    /// As a section's body.
-    pub fn encode(&self) -> Vec<u8> {
+    /// Encodes the section's body.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for too many disks, or a name of more than [`MAX_NAME_BYTES`].
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut encoder = Encoder::default();
-        let [chunk, granule] = [CHUNK_BYTES, GRANULE_BYTES].map(|n| u32::try_from(n).unwrap_or(0));
-        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
-        encoder.u32(chunk).u32(granule).u16(count);
+        let [chunk, granule] = SIZES;
+        encoder.u32(chunk).u32(granule).u16(count_of(&self.disks)?);
         for disk in &self.disks {
+            let found = disk.name.len() as u64;
+            if found > MAX_NAME_BYTES {
+                return Err(WireError::TooLong { what: "disk name", found, most: MAX_NAME_BYTES });
+            }
             encoder.str8(&disk.name).u64(disk.len_bytes).u8(disk.only_top.into());
         }
-        encoder.bytes().to_vec()
+        Ok(encoder.bytes().to_vec())
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("setup of the disks", body);
         let (chunk, granule, count) = (decoder.u32()?, decoder.u32()?, decoder.u16()?);
@@ -191,39 +206,40 @@ impl BlockSetup {
     }
 }
 
-/// How much of a disk travelled.
+/// Bytes sent of one disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskTotals {
-    /// Bytes sent as they are.
+    /// Bytes sent as data.
     pub data_bytes: u64,
     /// Bytes of zeroes.
     pub zero_bytes: u64,
 }
 
-/// How much travelled, counted by either side on its own.
+/// Bytes sent of all disks. Each side keeps its own count.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BlockTotals {
-    /// Ends said so far.
+    /// Ends sent so far.
     pub ends: u32,
     /// Frames of any kind, the last included.
     pub frames: u64,
-    /// Per disk.
     pub disks: Vec<DiskTotals>,
 }
 
 impl BlockTotals {
-    /// As a section's body.
-    pub fn encode(&self) -> Vec<u8> {
+    /// Encodes the section's body.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for too many disks.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut encoder = Encoder::default();
-        let count = u16::try_from(self.disks.len()).unwrap_or(u16::MAX);
-        encoder.u32(self.ends).u64(self.frames).u16(count);
+        encoder.u32(self.ends).u64(self.frames).u16(count_of(&self.disks)?);
         for disk in &self.disks {
             encoder.u64(disk.data_bytes).u64(disk.zero_bytes);
         }
-        encoder.bytes().to_vec()
+        Ok(encoder.bytes().to_vec())
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("end of the disks", body);
         let (ends, frames, count) = (decoder.u32()?, decoder.u64()?, decoder.u16()?);
@@ -252,15 +268,15 @@ mod tests {
                 (Frame::Chunk(Chunk { disk, index, data, zero }), payload % (most + 1))
             },
         );
-        let settled = any::<(u64, u32)>().prop_map(|(number, micros)| {
-            (Frame::Settled(number, Duration::from_micros(micros.into())), 0)
+        let flushed = any::<(u64, u32)>().prop_map(|(number, micros)| {
+            (Frame::Flushed(number, Duration::from_micros(micros.into())), 0)
         });
         prop_oneof![
             chunk,
             any::<u64>().prop_map(|number| (Frame::Mark(number), 0)),
             Just((Frame::End, 0)),
             Just((Frame::Alive, 0)),
-            settled
+            flushed
         ]
     }
 
@@ -294,8 +310,8 @@ mod tests {
             let one = |disk: &DiskSetup| DiskTotals { data_bytes: disk.len_bytes, zero_bytes: 7 };
             let totals = BlockTotals { ends: 1, frames, disks: disks.iter().map(one).collect() };
             let setup = BlockSetup { disks };
-            prop_assert_eq!(BlockSetup::decode(&setup.encode()).unwrap(), setup);
-            prop_assert_eq!(BlockTotals::decode(&totals.encode()).unwrap(), totals);
+            prop_assert_eq!(BlockSetup::decode(&setup.encode().unwrap()).unwrap(), setup);
+            prop_assert_eq!(BlockTotals::decode(&totals.encode().unwrap()).unwrap(), totals);
             let _ = (BlockSetup::decode(&bytes), BlockTotals::decode(&bytes));
         }
 

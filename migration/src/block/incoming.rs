@@ -1,5 +1,5 @@
-//! The disks at the destination: their connection at work, and the counts that have to agree before the
-//! guest may run.
+//! The disks at the destination, as a participant: starts [`Receiver`] at the setup, and compares both
+//! sides' counts before the guest may run.
 
 use super::IncomingDisk;
 use super::frame::{BlockSetup, BlockTotals};
@@ -7,15 +7,15 @@ use super::outgoing::SECTION;
 use super::receiver::Receiver;
 use crate::block::chunk_receiver::ChunkReceiver;
 use crate::error::ParticipantError;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 
-/// The disks of a guest that arrives.
+/// The disks of an incoming guest.
 pub struct DisksIncoming {
     disks: Vec<IncomingDisk>,
     receiver: Option<Receiver>,
-    /// What the source says that it has sent, once it has.
+    /// The source's totals, once its end has come.
     end: Option<BlockTotals>,
 }
 
@@ -25,7 +25,7 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl DisksIncoming {
-    /// Blank images that nobody else uses, in the order of the machine's description.
+    /// `disks` are blank images in exclusive use, in the order of the machine description.
     pub fn new(disks: Vec<IncomingDisk>) -> Self {
         Self { disks, receiver: None, end: None }
     }
@@ -44,11 +44,11 @@ impl Incoming for DisksIncoming {
         true
     }
 
-    fn setup(&mut self, mut link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
-        let (_, channel) = link.channels.pop().ok_or_else(not_set_up)?;
+    fn setup(&mut self, mut context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
+        let (_, channel) = context.channels.pop().ok_or_else(not_set_up)?;
         let setup = BlockSetup::decode(body)?;
-        let chunks = ChunkReceiver::start(self.disks.clone(), &setup, link.counters.clone())?;
-        self.receiver = Some(Receiver::start(chunks, channel, &link.control)?);
+        let chunks = ChunkReceiver::start(self.disks.clone(), &setup, context.counters.clone())?;
+        self.receiver = Some(Receiver::start(chunks, channel, &context.control)?);
         Ok(())
     }
 
@@ -66,7 +66,7 @@ impl Incoming for DisksIncoming {
         let theirs = self.end.take().ok_or_else(not_set_up)?;
         let ours = self.receiver.as_ref().ok_or_else(not_set_up)?.await_end(theirs.ends)?;
         if ours != theirs {
-            let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
+            let reason = format!("the source sent {theirs:?}, {ours:?} arrived");
             return Err(WireError::Malformed { what: "end of the disks", reason }.into());
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! The way of a disk's bytes.
+//! Disks that migrate with their guest. One picture of the data path:
 //!
 //! ```text
 //! guest's write ─▶ BlockNode ─▶ DirtyBitmap ─▶ scan: chunks ─▶ outgoing: read, zero? ─▶ connection
@@ -6,22 +6,22 @@
 //! image at the destination ◀── written by several threads, flushed at every mark ◀── incoming
 //! ```
 //!
-//! **Chunks and granules.** Work is dealt in chunks of 1 MiB; a chunk is one word of the bitmap, 64
-//! granules of 16 KiB, and carries only those granules that are dirty. Small granules matter for guests
-//! that write here and there: each write costs one granule of the link.
+//! **Chunks and granules.** The unit of work is a chunk of 1 MiB: one word of the bitmap, 64 granules of
+//! 16 KiB. A chunk carries only its dirty granules. Small granules suit random writes: each write costs
+//! one granule on the link.
 //!
 //! **Clear before the read, mark after the write.** A chunk's bits are cleared, then its granules are
-//! read. What the guest writes meanwhile marks them again, and they are sent again. The last pass is made
-//! with the guest stopped and its requests settled.
+//! read. A concurrent guest write marks them again, and they are sent again. The last pass runs with the
+//! guest stopped and its requests drained.
 //!
-//! **A connection of its own.** Megabytes of disk on the main connection would hold up what has to be
-//! heard at once: that the other side lives, that it refuses, that the user cancels. RAM and disks still
-//! share one cap and one decision, because they take turns: first all of the disks once, then rounds of
-//! RAM and of what has become dirty on either, until the rest of both fits into the pause.
+//! **A channel of its own.** Megabytes of disk on the control connection would delay keep-alives,
+//! refusals and cancels. RAM and disks still share one bandwidth cap and one decision, because they take
+//! turns: first all disks once, then rounds of RAM and of dirty chunks, until the rest of both fits into
+//! the pause.
 //!
-//! **Order.** Several threads read and write, so chunks overtake each other, but never themselves: a pass
-//! holds a chunk once, and the next pass begins when the destination has echoed the mark that ends this
-//! one, with all before it in place and on stable storage. The pause then finds little to flush.
+//! **Order.** Several threads read and write, so chunks may overtake each other, but two versions of one
+//! chunk may not: a pass sends a chunk at most once, and the next pass begins when the destination has
+//! answered this pass's mark, with everything before it on stable storage. The pause finds little to flush.
 
 pub mod chunk_receiver;
 pub mod frame;
@@ -37,49 +37,47 @@ use devices::block::BlockNode;
 use std::io;
 use std::sync::Arc;
 
-/// What one thread reads, one frame carries and one thread writes, at most.
+/// Most bytes of one read, one frame and one write.
 pub const CHUNK_BYTES: u64 = CHUNK as u64;
-/// What is dirty or clean: one bit of a chunk's word.
+/// Bytes tracked by one bit of a chunk's word.
 pub const GRANULE_BYTES: u64 = GRANULE as u64;
 const CHUNK: usize = 1 << 20;
 const GRANULE: usize = CHUNK / 64;
 /// Most disks of a migration.
 pub const MAX_DISKS: u16 = 64;
 
-/// A disk that leaves with its guest.
+/// A disk of an outgoing guest.
 #[derive(Debug, Clone)]
 pub struct SourceDisk {
-    /// The disk.
     pub node: Arc<BlockNode>,
-    /// Only what lies above its backing file, which the destination has too.
+    /// Send only the top layer; the destination has the same backing file.
     pub only_top: bool,
 }
 
-/// A disk that arrives: as large as the source's, and as if never written.
+/// A disk of an incoming guest: as large as the source's, and blank.
 #[derive(Debug, Clone)]
 pub struct IncomingDisk {
-    /// The disk.
     pub node: Arc<BlockNode>,
-    /// It stands on the backing file that the source's stands on.
+    /// Only the top layer comes; the image has the same backing file as the source's.
     pub only_top: bool,
 }
 
-/// How much is under way at the source at the same time.
+/// How much the source reads ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Most reads in flight.
     pub reads: usize,
-    /// Most chunks that have been read and not been sent.
+    /// Most chunks read and not yet sent.
     pub buffers: usize,
 }
 
 impl Tuning {
-    /// Most reads in flight that may be asked for.
+    /// Upper limit of `reads`.
     pub const MAX_READS: usize = 16;
-    /// Most waiting chunks that may be asked for.
+    /// Upper limit of `buffers`.
     pub const MAX_BUFFERS: usize = 512;
 
-    /// Within its limits.
+    /// The same, within the limits.
     pub fn clamped(self) -> Self {
         Self {
             reads: self.reads.clamp(1, Self::MAX_READS),
@@ -90,47 +88,38 @@ impl Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        // Enough to keep a fast disk busy. More buffers only hold what the link has not taken yet.
+        // Enough to keep a fast disk busy. More buffers only queue up in front of the link.
         Self { reads: 8, buffers: 16 }
     }
 }
 
-/// The disks that leave, and how.
+/// The disks of an outgoing guest, and how to read them.
 #[derive(Debug, Clone, Default)]
 pub struct SourceDisks {
-    /// The disks; none if they are shared.
+    /// Empty if all disks are shared.
     pub disks: Vec<SourceDisk>,
-    /// How much is under way.
     pub tuning: Tuning,
 }
 
-/// A disk that cannot be read at the source.
+/// Reading a disk failed at the source.
 #[derive(Debug, thiserror::Error)]
 #[error("disk {disk}: reading {len_bytes} bytes at {offset_bytes} failed")]
 pub struct ReadError {
-    /// Which disk.
     pub disk: String,
-    /// Where.
     pub offset_bytes: u64,
-    /// How much.
     pub len_bytes: u64,
-    /// Why.
     #[source]
     pub source: io::Error,
 }
 
-/// What may go wrong with disks at the source, besides connections.
+/// Disk failures at the source, connections aside.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// A disk cannot be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// Writes to it cannot be told apart from what was sent.
+    /// No dirty bitmap could be attached.
     #[error("disk {disk}: its writes cannot be tracked")]
-    NotTracked {
-        /// Which disk.
-        disk: String,
-    },
+    NotTracked { disk: String },
 }
 
 impl From<BlockError> for ParticipantError {
@@ -139,36 +128,27 @@ impl From<BlockError> for ParticipantError {
     }
 }
 
-/// A disk that cannot be taken in at the destination.
+/// Disk failures at the destination.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// What came makes no sense, or nothing comes any more.
+    /// A bad frame, or a connection failure.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The image does not take it.
     #[error("disk {disk}: writing {len_bytes} bytes at {offset_bytes} failed")]
     Write {
-        /// Which disk.
         disk: String,
-        /// Where.
         offset_bytes: u64,
-        /// How much.
         len_bytes: u64,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The image cannot be made durable.
     #[error("disk {disk}: flushing failed")]
     Flush {
-        /// Which disk.
         disk: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The host has no more threads.
-    #[error("cannot start a thread")]
+    #[error("cannot spawn a thread")]
     Thread(#[source] io::Error),
 }
 
@@ -180,11 +160,4 @@ impl From<LoadError> for ParticipantError {
             error => Self::own(error),
         }
     }
-}
-
-/// Whether there is nothing but zeroes.
-fn is_zero(bytes: &[u8]) -> bool {
-    let (lines, rest) = bytes.as_chunks::<64>();
-    // A line at a time is compared as vectors; most data says so in the first.
-    lines.iter().all(|line| *line == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }

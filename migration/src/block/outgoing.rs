@@ -1,7 +1,8 @@
-//! The disks at the source: passes over the dirty chunks, read by a few threads, sent in turn.
+//! The disks at the source, as a participant: passes over the dirty chunks, read by a few threads and
+//! sent in order.
 //!
-//! Called by the source's driver on the `mig-out` thread; its readers live for one pass. It leaves to
-//! the driver when a pass is made, and when the guest is stopped for the last one.
+//! Called by the source's driver on the `mig-out` thread; the reader threads live for one pass. The
+//! driver decides when to make a pass and when to stop the guest for the last one.
 
 use super::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, runs,
@@ -10,11 +11,12 @@ use super::scan::{Scan, TrackedDisk, Work};
 use super::stats::DiskProgress;
 use super::{
     BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks,
-    Tuning, is_zero,
+    Tuning,
 };
+use crate::bytes::is_zero;
 use crate::error::ParticipantError;
 use crate::participant::{
-    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+    Budget, Cost, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::policy;
 use crate::stats::Counters;
@@ -30,9 +32,9 @@ use std::time::{Duration, Instant};
 
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
 const PAYLOAD_AT: usize = 4096;
-/// So few chunks are read and sent one after the other: a thread takes longer to start.
-const FEW_CHUNKS: usize = 2;
-/// A pass must move this much before its bandwidth says anything.
+/// Up to this many chunks are read and sent on the calling thread: spawning threads would take longer.
+const INLINE_CHUNKS: usize = 2;
+/// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
 
 /// A chunk that has been read.
@@ -43,12 +45,12 @@ struct Filled {
     totals: DiskTotals,
 }
 
-/// Names the disks' sections.
+/// Name of the disks' sections.
 pub const SECTION: &str = "block";
 
-/// What exists from the setup on.
+/// Exists from the setup on.
 struct Started {
-    link: OutgoingLink,
+    context: OutgoingContext,
     channel: Arc<Channel>,
     disks: Vec<TrackedDisk>,
 }
@@ -58,13 +60,13 @@ pub struct DisksOutgoing {
     leaving: Vec<SourceDisk>,
     tuning: Tuning,
     started: Option<Started>,
-    /// Buffers of earlier chunks.
+    /// Buffers to reuse.
     spare: Mutex<Vec<AlignedBuffer>>,
     totals: BlockTotals,
     passes: u64,
-    /// Of the last pass that was long enough to tell.
+    /// Of the last pass that was long enough to measure.
     bytes_per_sec: Option<u64>,
-    /// The shortest that the destination took to flush a pass.
+    /// The destination's shortest flush at the end of a pass.
     flush: Option<Duration>,
 }
 
@@ -74,7 +76,6 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl DisksOutgoing {
-    /// Disks that travel.
     pub fn new(leaving: SourceDisks) -> Self {
         let count = leaving.disks.len();
         Self {
@@ -93,7 +94,7 @@ impl DisksOutgoing {
         self.started.as_ref().ok_or_else(not_set_up)
     }
 
-    /// What the destination is told about these disks.
+    /// The announcement to the destination.
     fn announcement(&self) -> BlockSetup {
         let disk = |disk: &SourceDisk| DiskSetup {
             name: disk.node.id().to_owned(),
@@ -103,20 +104,20 @@ impl DisksOutgoing {
         BlockSetup { disks: self.leaving.iter().map(disk).collect() }
     }
 
-    /// How fast a pass goes: a disk is often slower than the link, and what was measured has gone over
-    /// the link.
-    fn rate(&self, link: &OutgoingLink) -> u64 {
-        match (self.bytes_per_sec, link.params.get().max_bandwidth) {
-            (None, _) => link.speed.bytes_per_sec(),
+    /// Expected bandwidth of a pass. A measured pass covers both the disk, which is often the slower one,
+    /// and the link.
+    fn rate(&self, context: &OutgoingContext) -> u64 {
+        match (self.bytes_per_sec, context.params.get().max_bandwidth) {
+            (None, _) => context.speed.bytes_per_sec(),
             (Some(rate), 0) => rate,
             (Some(rate), cap) => rate.min(cap),
         }
     }
 
-    fn tell_remaining(&self) -> Result<(), ParticipantError> {
-        let Started { disks, link, .. } = self.started()?;
+    fn update_remaining(&self) -> Result<(), ParticipantError> {
+        let Started { disks, context, .. } = self.started()?;
         let remaining: Vec<_> = disks.iter().map(|disk| disk.dirty.marked_bytes()).collect();
-        link.counters.update(|stats| {
+        context.counters.update(|stats| {
             let disks = &mut stats.disk.get_or_insert_default().disks;
             disks.iter_mut().zip(remaining).for_each(|(disk, left)| disk.remaining_bytes = left);
         });
@@ -124,46 +125,47 @@ impl DisksOutgoing {
     }
 
     fn send_header(&mut self, frame: Frame) -> Result<(), ParticipantError> {
-        let Started { link, channel, .. } = self.started()?;
-        channel.write_pages(&frame.encode(0), &[], &mut link.cap.clone())?;
-        link.counters.update(|stats| {
+        let Started { context, channel, .. } = self.started()?;
+        channel.write_pages(&frame.encode(0), &[], &mut context.cap.clone())?;
+        context.counters.update(|stats| {
             stats.disk.get_or_insert_default().transferred_bytes += HEADER_BYTES as u64;
         });
         self.totals.frames += 1;
         Ok(())
     }
 
-    /// Waits for the echo of mark `number`; returns how long flushing took.
-    fn await_settled(&self, number: u64) -> Result<Duration, ParticipantError> {
+    /// Waits for the answer to mark `number`; returns how long flushing took.
+    fn await_flushed(&self, number: u64) -> Result<Duration, ParticipantError> {
         loop {
             let mut header = [0; HEADER_BYTES];
             self.started()?.channel.read_while_alive(&mut header)?;
             match Frame::decode(&header)?.0 {
                 Frame::Alive => {}
-                Frame::Settled(settled, flush) if settled == number => return Ok(flush),
+                Frame::Flushed(flushed, flush) if flushed == number => return Ok(flush),
                 other => {
-                    let (found, expected) = (format!("{other:?}"), "the echo of a disks' mark");
+                    let (found, expected) =
+                        (format!("{other:?}"), "the answer to a mark of the disks");
                     return Err(WireError::Unexpected { found, expected }.into());
                 }
             }
         }
     }
 
-    /// Sends what is dirty; returns the bytes sent.
+    /// Sends all dirty chunks; returns the bytes sent.
     fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
         let Self { started, tuning, spare, totals, .. } = self;
-        let Started { disks, link, channel } = started.as_ref().ok_or_else(not_set_up)?;
+        let Started { disks, context, channel } = started.as_ref().ok_or_else(not_set_up)?;
         let (disks, spare): (&[TrackedDisk], &Mutex<_>) = (disks, spare);
-        let mut throttle = link.cap.clone();
+        let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
         let mut sent = 0;
         let mut send = |filled: Filled| -> Result<(), ParticipantError> {
-            sent += send_one(&filled, channel, &link.counters, totals, &mut throttle)?;
+            sent += send_one(&filled, channel, &context.counters, totals, &mut throttle)?;
             devices::lock(spare).push(filled.buffer);
             Ok(())
         };
-        let chunks = scan.count(FEW_CHUNKS.max(tuning.reads) + 1);
-        if chunks <= FEW_CHUNKS {
+        let chunks = scan.count(INLINE_CHUNKS.max(tuning.reads) + 1);
+        if chunks <= INLINE_CHUNKS {
             while let Some(work) = scan.take() {
                 send(read(disks, work, spare)?)?;
             }
@@ -172,7 +174,7 @@ impl DisksOutgoing {
         let scan = Mutex::new(scan);
         let take = || devices::lock(&scan).take();
         std::thread::scope(|scope| {
-            // Dropping the receiving end, on any way out, ends the readers.
+            // Dropping the receiving end, on every exit, ends the readers.
             let (to_send, filled) = sync_channel(tuning.buffers);
             for number in 0..tuning.reads.min(chunks) {
                 let (to_send, take) = (to_send.clone(), &take);
@@ -210,14 +212,15 @@ impl Outgoing for DisksOutgoing {
         vec![Role::Disks]
     }
 
-    /// Starts tracking; everything that was ever written is dirty.
-    fn setup(&mut self, mut link: OutgoingLink) -> Result<(), ParticipantError> {
-        let channel = link.channels.pop().ok_or_else(not_set_up)?;
+    /// Starts tracking; everything ever written is dirty.
+    fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
+        let channel = context.channels.pop().ok_or_else(not_set_up)?;
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        let Started { link, disks, .. } = self.started.insert(Started { link, channel, disks });
+        let Started { context, disks, .. } =
+            self.started.insert(Started { context, channel, disks });
         for disk in disks.iter() {
-            disk.skip_unwritten(&|| !link.cancel.is_cancelled())?;
+            disk.skip_unwritten(&|| !context.cancel.is_cancelled())?;
         }
         let progress = |disk: &TrackedDisk| {
             let total_bytes = disk.dirty.marked_bytes();
@@ -226,20 +229,20 @@ impl Outgoing for DisksOutgoing {
             DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent }
         };
         let progress: Vec<_> = disks.iter().map(progress).collect();
-        link.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        let setup = self.announcement().encode();
-        self.started()?.link.send(SECTION, Stage::Setup, &setup)?;
+        context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
+        let setup = self.announcement().encode()?;
+        self.started()?.context.send(SECTION, Stage::Setup, &setup)?;
         Ok(())
     }
 
-    /// Sends every chunk that is dirty, once, and waits until the destination has it on stable storage.
+    /// Sends every dirty chunk once, and waits until the destination has them on stable storage.
     fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
         let began = Instant::now();
         let sent = self.send_dirty()?;
         if sent > 0 {
             self.passes += 1;
             self.send_header(Frame::Mark(self.passes))?;
-            let flush = self.await_settled(self.passes)?;
+            let flush = self.await_flushed(self.passes)?;
             self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
         }
         let (passes, rate) = (self.passes, policy::per_second(sent, began.elapsed()));
@@ -247,26 +250,28 @@ impl Outgoing for DisksOutgoing {
             "disks: pass {passes}: {sent} bytes, {rate} per second, flush {:?}",
             self.flush
         );
-        self.tell_remaining()?;
+        self.update_remaining()?;
         if sent >= MEASURABLE_BYTES {
             self.bytes_per_sec = Some(rate);
         }
+        // For reports: 0 until a pass was long enough to measure.
         let measured = self.bytes_per_sec.unwrap_or(0);
-        let link = &self.started()?.link;
-        link.counters.update(|stats| {
+        let context = &self.started()?.context;
+        context.counters.update(|stats| {
             let disk = stats.disk.get_or_insert_default();
             (disk.passes, disk.bytes_per_sec) = (passes, measured);
         });
-        let send_time = policy::send_time(sent, self.rate(link));
+        let send_time = policy::send_time(sent, self.rate(context));
         Ok(Step::Done(Pass { sent_bytes: sent, send_time }))
     }
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
-        let Started { disks, link, .. } = self.started()?;
+        let Started { disks, context, .. } = self.started()?;
         let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum();
-        let send_time = policy::send_time(left, self.rate(link));
-        // Without a write there is nothing to flush either.
-        let flush = if left > 0 { self.flush.unwrap_or_default() } else { Duration::ZERO };
+        let send_time = policy::send_time(left, self.rate(context));
+        // Nothing to write means nothing to flush. Before the first pass no flush has been measured.
+        let measured = self.flush.filter(|_| left > 0);
+        let flush = measured.unwrap_or(Duration::ZERO);
         let cost = |part, time| Cost { part, time, fixed: false };
         Ok(Pending {
             must_precopy_bytes: left,
@@ -281,14 +286,14 @@ impl Outgoing for DisksOutgoing {
 
     fn rate_has_changed(&mut self) {}
 
-    /// Bits are taken as in every pass: if the migration fails now, the next one begins with everything
-    /// dirty; if the stop is called off, what is written from now on is marked.
+    /// Clears bits as in every pass: if the migration fails now, the next one starts with everything
+    /// dirty; if the stop is called off, later writes are marked.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         // The guest's requests have ended: its stop has waited for them.
         self.send_dirty()?;
         self.send_header(Frame::End)?;
         self.totals.ends += 1;
-        self.started()?.link.push(SECTION, Stage::End, &self.totals.encode())?;
+        self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
         Ok(())
     }
 
@@ -301,7 +306,7 @@ impl Outgoing for DisksOutgoing {
     }
 }
 
-/// Reads a chunk's granules side by side, and takes those out that are zero.
+/// Reads a chunk's granules into one buffer and drops the zero ones.
 fn read(
     disks: &[TrackedDisk],
     work: Work,
@@ -313,7 +318,7 @@ fn read(
     // `work` comes from a scan over these disks.
     let Some(TrackedDisk { disk, .. }) = disks.get(work.disk) else {
         let found = format!("disk number {}", work.disk);
-        return Err(WireError::Unexpected { found, expected: "a disk that travels" }.into());
+        return Err(WireError::Unexpected { found, expected: "an announced disk" }.into());
     };
     let len_bytes = disk.node.len_bytes();
     let (mut read, mut kept) = (0, 0);
@@ -334,12 +339,12 @@ fn read(
         let (_, room) = payload.split_at_mut(read);
         let room = room.get_mut(..len).ok_or_else(too_long)?;
         disk.node.copy_at(room, offset).map_err(failed)?;
-        // What is not zero moves up to where zeroes were; most chunks have none, and nothing moves.
+        // Data moves up over zero granules. Most chunks have none, and nothing moves.
         let mut at = 0;
         for granule in first..first + count {
             let size = GRANULE.min(len - at);
             let start = read + at;
-            if is_zero(payload.get(start..start + size).unwrap_or_default()) {
+            if is_zero(payload.get(start..start + size).ok_or_else(too_long)?) {
                 totals.zero_bytes += size as u64;
             } else {
                 if kept != start {

@@ -1,4 +1,5 @@
-//! The thread that receives disks, and what the main thread sees of it.
+//! The thread that receives disks (`mig-disks`), and the driver's handle to it. Owned by `incoming`; the
+//! frames are `chunk_receiver`'s business.
 
 use super::chunk_receiver::ChunkReceiver;
 use super::frame::BlockTotals;
@@ -14,8 +15,8 @@ use std::time::Instant;
 
 #[derive(Default)]
 struct State {
-    /// What had come at the last end, with all of it on stable storage.
-    settled: Option<BlockTotals>,
+    /// Totals at the last end, with everything before it on stable storage.
+    flushed: Option<BlockTotals>,
     failed: bool,
 }
 
@@ -25,18 +26,18 @@ struct Shared {
     changed: Condvar,
 }
 
-/// The disks' connection at work. Dropping it ends the connection and its threads.
+/// The running receiver. Dropping it shuts the channel down and joins its threads.
 pub(super) struct Receiver {
     shared: Arc<Shared>,
     channel: Arc<Channel>,
     control: Control,
-    /// Ends that have come: images are being written and flushed.
+    /// Ends received. What precedes them may still be being written and flushed.
     ended: Arc<AtomicU32>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Receiver {
-    /// Starts receiving from `channel`. If that fails it says so to `control`.
+    /// Starts receiving from `channel`. Failures are reported to `control`.
     pub(super) fn start(
         chunks: ChunkReceiver,
         channel: Channel,
@@ -44,21 +45,21 @@ impl Receiver {
     ) -> Result<Self, ParticipantError> {
         let (shared, channel) = (Arc::<Shared>::default(), Arc::new(channel));
         let ended = chunks.ended();
-        let (ours, from, told) = (shared.clone(), channel.clone(), control.clone());
+        let (ours, from, report) = (shared.clone(), channel.clone(), control.clone());
         let thread = std::thread::Builder::new()
             .name("mig-disks".into())
             .stack_size(256 << 10)
             .spawn(move || {
                 let mut at_end = |totals: &BlockTotals| {
-                    devices::lock(&ours.state).settled = Some(totals.clone());
+                    devices::lock(&ours.state).flushed = Some(totals.clone());
                     ours.changed.notify_all();
                     ControlFlow::Continue(())
                 };
                 if let Err(error) = chunks.receive_all(&from, &mut at_end) {
-                    told.fail(error.into());
+                    report.fail(error.into());
                     devices::lock(&ours.state).failed = true;
                     ours.changed.notify_all();
-                    // The source meets a closed connection, and looks for the reason on the control one.
+                    // The source sees a closed connection and finds the reason on the control connection.
                     from.transport().shutdown();
                 }
             })
@@ -67,8 +68,8 @@ impl Receiver {
         Ok(Self { shared, channel, control, ended, thread: Some(thread) })
     }
 
-    /// Waits until all up to end `number` has come and is on stable storage. It is a stall if something is
-    /// still to come and does not.
+    /// Waits until everything up to end `number` is on stable storage. Fails as stalled if bytes are still
+    /// missing and none arrive.
     pub(super) fn await_end(&self, number: u32) -> Result<BlockTotals, WireError> {
         let (mut moved, mut since) = (self.channel.moved_bytes(), Instant::now());
         let mut state = devices::lock(&self.shared.state);
@@ -76,7 +77,7 @@ impl Receiver {
             if state.failed || self.control.is_cancelled() {
                 return Err(WireError::Interrupted);
             }
-            if let Some(totals) = state.settled.as_ref().filter(|totals| totals.ends >= number) {
+            if let Some(totals) = state.flushed.as_ref().filter(|totals| totals.ends >= number) {
                 return Ok(totals.clone());
             }
             if self.control.is_lost() {

@@ -1,17 +1,16 @@
-//! Which chunks are sent next: walks the bitmaps of all disks, a chunk of each in turn, and clears what
-//! it deals out. Called by `outgoing`'s readers; does not read disks, but asks what was never written.
+//! Picks the chunks to send next: walks the bitmaps of all disks, one chunk of each in turn, and clears
+//! the bits it returns. Called by `outgoing`'s readers. Reads no data, only allocation status.
 
 use super::frame::granules_of;
 use super::{BlockError, CHUNK_BYTES, GRANULE_BYTES, ReadError, SourceDisk};
 use devices::block::backend::{ByteRange, Content, GoOn};
 use devices::block::{BlockNode, Tracking};
 
-/// A disk and what of it is dirty.
+/// A disk and its dirty bitmap.
 #[derive(Debug)]
 pub struct TrackedDisk {
-    /// The disk.
     pub disk: SourceDisk,
-    /// What was written, or never sent.
+    /// Granules written or never sent.
     pub dirty: Tracking,
 }
 
@@ -24,9 +23,9 @@ impl TrackedDisk {
         Ok(Self { disk, dirty })
     }
 
-    /// Cleans what the destination's disk, which was never written either, has already: what reads as
-    /// zeroes, or as what the backing file has if only the top is sent.
-    /// Ends early if `go_on` says no: a large image may have millions of holes.
+    /// Clears the bits of ranges that the destination's blank disk holds already: ranges that read as
+    /// zeroes or, if only the top layer is sent, from the backing file. Returns early once `go_on` returns
+    /// false: a large image may have millions of holes.
     pub fn skip_unwritten(&self, go_on: GoOn<'_>) -> Result<(), BlockError> {
         let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
         let node = &self.disk.node;
@@ -36,8 +35,8 @@ impl TrackedDisk {
             let end = at + extent.len_bytes;
             if extent.content == skipped {
                 self.dirty.clear_within(ByteRange { offset_bytes: at, len_bytes: end - at });
-                // A write that came before the clear is in the file by now; one that comes after it
-                // marks. So what has become data in between has to be looked for once more.
+                // A write before the clear is in the file by now, and a later one marks its granules. So
+                // look once more for data written between the query and the clear.
                 self.mark_written(ByteRange { offset_bytes: at, len_bytes: end - at }, skipped)?;
             }
             at = end;
@@ -66,19 +65,18 @@ fn extent(node: &BlockNode, at: u64) -> Result<devices::block::backend::Extent, 
         len_bytes: node.len_bytes() - at,
         source,
     })?;
-    // What a backend says is not trusted to end.
+    // Clamped, so that the loop ends whatever the backend returns.
     extent.len_bytes = extent.len_bytes.clamp(1, node.len_bytes() - at);
     Ok(extent)
 }
 
-/// A chunk to read: its dirty granules, which are clean from now on.
+/// A chunk to read. The bits of its granules are cleared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Work {
-    /// Number of the disk.
+    /// Index of the disk.
     pub disk: usize,
-    /// Number of the chunk.
+    /// Index of the chunk.
     pub index: u64,
-    /// Its granules.
     pub granules: u64,
 }
 
@@ -86,7 +84,7 @@ pub struct Work {
 #[derive(Debug)]
 pub struct Scan<'d> {
     disks: &'d [TrackedDisk],
-    /// Next chunk of each.
+    /// Next chunk of each disk.
     next: Vec<u64>,
     turn: usize,
 }
@@ -97,7 +95,7 @@ impl<'d> Scan<'d> {
         Self { disks, next: vec![0; disks.len()], turn: 0 }
     }
 
-    /// Chunks of this pass that are dirty now; no need to look further than `enough`.
+    /// Counts the dirty chunks, up to `enough`.
     pub fn count(&self, enough: usize) -> usize {
         let chunk_of =
             |run: ByteRange| run.offset_bytes / CHUNK_BYTES..=(run.end() - 1) / CHUNK_BYTES;
@@ -105,7 +103,7 @@ impl<'d> Scan<'d> {
         chunks.take(enough).count()
     }
 
-    /// Takes the next dirty chunk, a disk after the other.
+    /// Takes the next dirty chunk, from each disk in turn.
     pub fn take(&mut self) -> Option<Work> {
         for _ in 0..self.disks.len() {
             let disk = self.turn;

@@ -1,19 +1,16 @@
-//! What has become of the disks so far: `disk` of `query-migrate`, shaped like `ram`, with a part per
-//! disk. Written by `outgoing` and `incoming`, kept in [`crate::stats::StatsSnapshot`].
+//! Progress of the disks: `disk` of `query-migrate`, shaped like `ram`, with an entry per disk. Written
+//! by `outgoing` and `chunk_receiver`, kept in [`crate::stats::StatsSnapshot`]. For reports only.
 
 use super::frame::DiskTotals;
 use serde_json::{Value, json};
 
-/// One disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskProgress {
-    /// Its name.
     pub name: String,
-    /// What there is to send: once what is allocated is known, no more than that.
+    /// Bytes to send. Unallocated ranges do not count once they are known.
     pub total_bytes: u64,
-    /// What is still to send.
+    /// Bytes still to send.
     pub remaining_bytes: u64,
-    /// What was sent.
     pub sent: DiskTotals,
 }
 
@@ -24,16 +21,14 @@ impl DiskProgress {
     }
 }
 
-/// All disks.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskStats {
-    /// One by one.
     pub disks: Vec<DiskProgress>,
     /// Bytes on the wire.
     pub transferred_bytes: u64,
     /// Finished passes.
     pub passes: u64,
-    /// Bytes per second of the last pass that was long enough to tell.
+    /// Bandwidth of the last pass that was long enough to measure; 0 before there was one.
     pub bytes_per_sec: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The bodies of the sections "boot".
+//! Bodies of the sections "boot", byte by byte. Pure: no I/O.
 //!
 //! ```text
 //! Setup ─▶  files u8, each: role u8 · bytes u64 · sha256, 32 bytes · arguments: bytes u16, text
@@ -11,7 +11,7 @@
 use super::{FileRole, Identity, MAX_ARGUMENT_BYTES, MAX_FILES, PIECE_BYTES};
 use crate::wire::{Decoder, Encoder, WireError};
 
-/// Announces boot files.
+/// Encodes the announcement of boot files.
 pub fn encode_setup(identities: &[Identity]) -> Result<Vec<u8>, WireError> {
     let mut encoder = Encoder::default();
     let too_many = |found: usize, what, most: u64| {
@@ -31,7 +31,7 @@ pub fn encode_setup(identities: &[Identity]) -> Result<Vec<u8>, WireError> {
     Ok(encoder.bytes().to_vec())
 }
 
-/// Reads such an announcement.
+/// Decodes the announcement.
 pub fn decode_setup(body: &[u8]) -> Result<Vec<Identity>, WireError> {
     let mut decoder = Decoder::new("boot setup", body);
     let count = decoder.u8()?;
@@ -44,13 +44,13 @@ pub fn decode_setup(body: &[u8]) -> Result<Vec<Identity>, WireError> {
             1 => FileRole::Kernel,
             2 => FileRole::Initrd,
             3 => FileRole::Module,
-            other => return Err(decoder.malformed(format!("no role {other}"))),
+            other => return Err(decoder.malformed(format!("unknown role {other}"))),
         };
         let (len_bytes, sha256) = (decoder.u64()?, decoder.array()?);
         let len = decoder.u16()?;
         let arguments = decoder.raw(len.into())?;
         let arguments = std::str::from_utf8(arguments)
-            .map_err(|_| decoder.malformed("arguments that are no text"))?
+            .map_err(|_| decoder.malformed("arguments are not UTF-8"))?
             .to_owned();
         identities.push(Identity { role, len_bytes, sha256, arguments });
     }
@@ -58,7 +58,7 @@ pub fn decode_setup(body: &[u8]) -> Result<Vec<Identity>, WireError> {
     Ok(identities)
 }
 
-/// Says which files are wanted.
+/// Encodes the list of wanted files.
 pub fn encode_wanted(wanted: &[usize]) -> Result<Vec<u8>, WireError> {
     let mut encoder = Encoder::default();
     let numbers: Result<Vec<u8>, _> = wanted.iter().map(|file| u8::try_from(*file)).collect();
@@ -70,7 +70,7 @@ pub fn encode_wanted(wanted: &[usize]) -> Result<Vec<u8>, WireError> {
     Ok(encoder.bytes().to_vec())
 }
 
-/// Reads which of `count` files are wanted, each at most once.
+/// Decodes which of `count` files are wanted, each at most once.
 pub fn decode_wanted(body: &[u8], count: usize) -> Result<Vec<usize>, WireError> {
     let mut decoder = Decoder::new("wanted boot files", body);
     let len = decoder.u8()?;
@@ -89,23 +89,21 @@ pub fn decode_wanted(body: &[u8], count: usize) -> Result<Vec<usize>, WireError>
 /// A piece of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Piece<'a> {
-    /// Its number.
     pub file: u8,
-    /// Where the piece belongs.
+    /// Offset of the piece in the file.
     pub offset_bytes: u64,
-    /// The piece.
     pub bytes: &'a [u8],
 }
 
 impl<'a> Piece<'a> {
-    /// As a section's body.
+    /// Encodes the section's body.
     pub fn encode(&self) -> Vec<u8> {
         let mut encoder = Encoder::default();
         encoder.u8(self.file).u64(self.offset_bytes).raw(self.bytes);
         encoder.bytes().to_vec()
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &'a [u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("boot piece", body);
         let (file, offset_bytes) = (decoder.u8()?, decoder.u64()?);
@@ -118,12 +116,12 @@ impl<'a> Piece<'a> {
     }
 }
 
-/// A number of bytes: written so far, or sent in all.
+/// Encodes a byte count: written so far, or sent in all.
 pub fn encode_bytes(bytes: u64) -> Vec<u8> {
     Encoder::default().u64(bytes).bytes().to_vec()
 }
 
-/// Reads it.
+/// Decodes a byte count.
 pub fn decode_bytes(body: &[u8]) -> Result<u64, WireError> {
     let mut decoder = Decoder::new("number of boot bytes", body);
     let bytes = decoder.u64()?;

@@ -1,20 +1,21 @@
-//! The boot payload at the destination.
+//! The boot payload at the destination, as a participant: asks for the missing files and passes pieces
+//! on to a [`BootSink`].
 
 use super::frame::{Piece, decode_bytes, decode_setup, encode_bytes, encode_wanted};
 use super::{BootSink, SECTION};
 use crate::error::ParticipantError;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 
 /// The boot payload at the destination.
 pub struct BootIncoming {
     files: Box<dyn BootSink>,
-    link: Option<IncomingLink>,
-    /// Bytes of the files that are wanted, and of those that have come.
+    context: Option<IncomingContext>,
+    /// Bytes of the wanted files, and how many of them have arrived.
     wanted_bytes: u64,
     written_bytes: u64,
-    /// What the source says that it has sent, once it has.
+    /// The source's byte count, once its end has come.
     end: Option<u64>,
     finished: bool,
 }
@@ -24,9 +25,9 @@ fn malformed(what: &'static str, reason: String) -> ParticipantError {
 }
 
 impl BootIncoming {
-    /// Files that go there.
+    /// Files go to `files`.
     pub fn new(files: Box<dyn BootSink>) -> Self {
-        Self { files, link: None, wanted_bytes: 0, written_bytes: 0, end: None, finished: false }
+        Self { files, context: None, wanted_bytes: 0, written_bytes: 0, end: None, finished: false }
     }
 }
 
@@ -43,20 +44,20 @@ impl Incoming for BootIncoming {
         false
     }
 
-    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
         let identities = decode_setup(body)?;
         let sizes: Vec<u64> = identities.iter().map(|identity| identity.len_bytes).collect();
-        let link = self.link.insert(link);
-        let control = link.control.clone();
+        let context = self.context.insert(context);
+        let control = context.control.clone();
         let go_on = || !control.is_lost() && !control.is_cancelled();
         let wanted = self.files.announce(identities, &go_on)?;
         let all = wanted
             .iter()
             .filter_map(|file| sizes.get(*file))
             .try_fold(0u64, |sum, bytes| sum.checked_add(*bytes));
-        let too_much = || malformed("boot setup", "more bytes than can be counted".into());
+        let too_much = || malformed("boot setup", "the sizes overflow 64 bits".into());
         self.wanted_bytes = all.ok_or_else(too_much)?;
-        link.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;
+        context.send(SECTION, Stage::Setup, &encode_wanted(&wanted)?)?;
         Ok(())
     }
 
@@ -74,9 +75,9 @@ impl Incoming for BootIncoming {
         self.files.write(piece.file.into(), piece.offset_bytes, piece.bytes)?;
         self.written_bytes += bytes;
         if self.written_bytes == self.wanted_bytes
-            && let Some(link) = &self.link
+            && let Some(context) = &self.context
         {
-            link.send(SECTION, Stage::Part, &encode_bytes(self.written_bytes))?;
+            context.send(SECTION, Stage::Part, &encode_bytes(self.written_bytes))?;
         }
         Ok(())
     }
@@ -85,7 +86,7 @@ impl Incoming for BootIncoming {
         let (theirs, ours) = (self.end.take(), self.written_bytes);
         if theirs != Some(ours) || ours != self.wanted_bytes {
             let reason = format!(
-                "the source has sent {theirs:?} bytes, {ours} have arrived, {} are wanted",
+                "the source sent {theirs:?} bytes, {ours} arrived, {} are wanted",
                 self.wanted_bytes
             );
             return Err(malformed("end of the boot files", reason));
@@ -102,6 +103,6 @@ impl Incoming for BootIncoming {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.link = None;
+        self.context = None;
     }
 }

@@ -1,16 +1,16 @@
-//! The boot payload: kernel and initrd (or modules), which a guest needs again when it is reset.
+//! The boot payload: kernel and initrd (or modules), needed again when the guest is reset.
 //!
 //! ```text
 //! source                                     destination
 //! Setup: each file's role, size, SHA-256 ──▶ has it? (--kernel, an earlier hop)
 //!                                        ◀── Setup: which files are wanted
 //! Part: a piece of a wanted file… ─────────▶ into an unlinked file
-//!                                        ◀── Part: all of it is there
-//! End ─────────────────────────────────────▶ digests agree
+//!                                        ◀── Part: everything is written
+//! End ─────────────────────────────────────▶ digests match
 //! ```
-//! It travels on the control connection, while the guest runs, in pieces short enough for what has to be
-//! heard at once. What the files are and where they lie is the business of a [`BootSource`] and a
-//! [`BootSink`], which the VMM has. The command line is part of the machine's description.
+//! It is sent on the control connection while the guest runs, in pieces short enough not to delay other
+//! frames. The VMM implements [`BootSource`] and [`BootSink`], which know the files. The command line is
+//! part of the machine description.
 
 pub mod frame;
 pub mod incoming;
@@ -20,13 +20,13 @@ use crate::destination::GoOn;
 use crate::guest::GuestError;
 use std::io;
 
-/// Names the payload's sections.
+/// Name of the payload's sections.
 pub const SECTION: &str = "boot";
 /// Most files of a payload.
 pub const MAX_FILES: u8 = 64;
-/// Bytes of a piece.
+/// Most bytes of a piece.
 pub const PIECE_BYTES: u32 = 256 << 10;
-/// Longest argument string of a file: what Multiboot modules' strings have room for.
+/// Longest argument string of a file.
 pub const MAX_ARGUMENT_BYTES: u16 = u16::MAX;
 
 /// What a boot file is for.
@@ -41,22 +41,19 @@ pub enum FileRole {
     Module,
 }
 
-/// What a boot file is.
+/// Identity of a boot file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// What it is for.
     pub role: FileRole,
-    /// Its size.
     pub len_bytes: u64,
-    /// Of its content.
     pub sha256: [u8; 32],
-    /// What the guest is told about it. Never a path to be opened.
+    /// Arguments passed to the guest with the file. Never opened as a path.
     pub arguments: String,
 }
 
 /// A source's boot files.
 pub trait BootSource: Send {
-    /// What they are. May read all of them, unless `go_on` says no.
+    /// Their identities. May read all of them; gives up once `go_on` returns false.
     fn identities(&mut self, go_on: GoOn<'_>) -> Result<Vec<Identity>, GuestError>;
     /// Fills `into` from `offset_bytes` of file number `file` on.
     fn read_at(&self, file: usize, offset_bytes: u64, into: &mut [u8]) -> io::Result<()>;
@@ -64,15 +61,15 @@ pub trait BootSource: Send {
 
 /// Where a destination puts boot files.
 pub trait BootSink: Send {
-    /// Checks what is announced, and returns the numbers of the files that are not here. May read files
-    /// that are, unless `go_on` says no.
+    /// Checks the announcement and returns the indices of the missing files. May read the files it has;
+    /// gives up once `go_on` returns false.
     fn announce(
         &mut self,
         identities: Vec<Identity>,
         go_on: GoOn<'_>,
     ) -> Result<Vec<usize>, GuestError>;
-    /// The next piece of a file that is missing; pieces come in order.
+    /// Writes the next piece of a missing file. Pieces come in order.
     fn write(&mut self, file: usize, offset_bytes: u64, bytes: &[u8]) -> Result<(), GuestError>;
-    /// All pieces have come: checks that every file is what was announced.
+    /// All pieces were written: verifies every file's digest.
     fn finish(&mut self) -> Result<(), GuestError>;
 }

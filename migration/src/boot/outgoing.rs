@@ -1,10 +1,10 @@
-//! The boot payload at the source.
+//! The boot payload at the source, as a participant: announces the files, then sends the wanted ones.
 
 use super::frame::{Piece, decode_bytes, decode_wanted, encode_bytes, encode_setup};
 use super::{BootSource, Identity, PIECE_BYTES, SECTION};
 use crate::error::ParticipantError;
 use crate::participant::{
-    Budget, Cost, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step,
+    Budget, Cost, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::policy;
 use crate::transport::Throttle;
@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// A boot file that cannot be read at the source.
+/// Reading a boot file failed at the source.
 #[derive(Debug, thiserror::Error)]
 #[error("boot file {file} cannot be read at {offset_bytes}")]
 pub struct BootReadError {
@@ -25,7 +25,7 @@ pub struct BootReadError {
     source: io::Error,
 }
 
-/// A file that is still to be sent, from `offset_bytes` on.
+/// A file to send, from `offset_bytes` on.
 struct Unsent {
     file: usize,
     offset_bytes: u64,
@@ -35,10 +35,10 @@ struct Unsent {
 /// The boot payload at the source.
 pub struct BootOutgoing {
     files: Box<dyn BootSource>,
-    link: Option<OutgoingLink>,
+    context: Option<OutgoingContext>,
     unsent: VecDeque<Unsent>,
     sent_bytes: u64,
-    /// The destination has yet to say that it has written all of it.
+    /// The destination has not yet confirmed that everything is written.
     unconfirmed: bool,
 }
 
@@ -48,18 +48,17 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl BootOutgoing {
-    /// These files.
     pub fn new(files: Box<dyn BootSource>) -> Self {
-        Self { files, link: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
+        Self { files, context: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
     }
 
     fn left_bytes(&self) -> u64 {
         self.unsent.iter().map(|unsent| unsent.len_bytes - unsent.offset_bytes).sum()
     }
 
-    /// Sends the next piece, as fast as the cap lets it.
+    /// Sends the next piece within the bandwidth cap.
     fn send_piece(&mut self) -> Result<(), ParticipantError> {
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
         let Some(next) = self.unsent.front_mut() else { return Ok(()) };
         let left = next.len_bytes - next.offset_bytes;
         let piece_bytes = left.min(PIECE_BYTES.into());
@@ -75,17 +74,17 @@ impl BootOutgoing {
         })?;
         let number = u8::try_from(file).map_err(|_| not_set_up())?;
         let body = Piece { file: number, offset_bytes, bytes: &bytes }.encode();
-        let mut cap = link.cap.clone();
+        let mut cap = context.cap.clone();
         let mut allowed = 0;
         while allowed < body.len() {
             let now = cap.allow(body.len() - allowed)?;
             cap.sent(now);
             allowed += now;
         }
-        link.send(SECTION, Stage::Part, &body)?;
-        link.counters.update(|stats| {
+        context.send(SECTION, Stage::Part, &body)?;
+        context.counters.update(|stats| {
             stats.transferred_bytes += body.len() as u64;
-            stats.main_bytes += body.len() as u64;
+            stats.control_bytes += body.len() as u64;
         });
         next.offset_bytes += piece_bytes;
         self.sent_bytes += piece_bytes;
@@ -110,11 +109,11 @@ impl Outgoing for BootOutgoing {
         Vec::new()
     }
 
-    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
-        let link = self.link.insert(link);
-        let identities = self.files.identities(&|| !link.cancel.is_cancelled())?;
-        link.send(SECTION, Stage::Setup, &encode_setup(&identities)?)?;
-        let answer = link.answer(SECTION, Stage::Setup, "the list of wanted boot files")?;
+    fn setup(&mut self, context: OutgoingContext) -> Result<(), ParticipantError> {
+        let context = self.context.insert(context);
+        let identities = self.files.identities(&|| !context.cancel.is_cancelled())?;
+        context.send(SECTION, Stage::Setup, &encode_setup(&identities)?)?;
+        let answer = context.answer(SECTION, Stage::Setup, "the list of wanted boot files")?;
         let wanted = decode_wanted(&answer, identities.len())?;
         let unsent = |file: usize| {
             let Identity { len_bytes, .. } = identities.get(file)?;
@@ -134,8 +133,8 @@ impl Outgoing for BootOutgoing {
             }
         }
         if self.unconfirmed {
-            let link = self.link.as_ref().ok_or_else(not_set_up)?;
-            let answer = link.answer(SECTION, Stage::Part, "the end of writing boot files")?;
+            let context = self.context.as_ref().ok_or_else(not_set_up)?;
+            let answer = context.answer(SECTION, Stage::Part, "the end of writing boot files")?;
             let written = decode_bytes(&answer)?;
             if written != self.sent_bytes {
                 let found = format!("{written} bytes of boot files");
@@ -145,14 +144,14 @@ impl Outgoing for BootOutgoing {
             }
             self.unconfirmed = false;
         }
-        // What is sent once says nothing of the rounds to come.
+        // Sent once, so it predicts nothing about later rounds.
         Ok(Step::Done(Pass::default()))
     }
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
         let left = self.left_bytes();
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
-        let send_time = policy::send_time(left, link.speed.bytes_per_sec());
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        let send_time = policy::send_time(left, context.speed.bytes_per_sec());
         let costs = if left == 0 {
             Vec::new()
         } else {
@@ -165,8 +164,8 @@ impl Outgoing for BootOutgoing {
     fn rate_has_changed(&mut self) {}
 
     fn complete(&mut self) -> Result<(), ParticipantError> {
-        let link = self.link.as_ref().ok_or_else(not_set_up)?;
-        link.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
+        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        context.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
         Ok(())
     }
 
@@ -175,6 +174,6 @@ impl Outgoing for BootOutgoing {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.link = None;
+        self.context = None;
     }
 }

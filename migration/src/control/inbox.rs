@@ -1,4 +1,5 @@
-//! What has come and has not been looked at, by kind; and why nothing more will come.
+//! Received frames that nobody has taken yet, by kind, and the reason why the connection ended. Filled by
+//! the reader thread, waited on by any thread through [`super::Control`].
 
 use crate::cancel::CancelToken;
 use crate::error::ParticipantError;
@@ -9,23 +10,23 @@ use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Frames that wait to be looked at. Then the peer has to wait: only it can send too much.
-const MOST_FRAMES: usize = 256;
-/// Their bytes: two sections of the longest kind.
-const MOST_BYTES: usize = 2 * crate::wire::MAX_SECTION_BYTES as usize;
+/// Most frames held. A full inbox makes the reader, and so the peer, wait.
+const MAX_FRAMES: usize = 256;
+/// Most bytes held: two sections of maximum length.
+const MAX_BYTES: usize = 2 * crate::wire::MAX_SECTION_BYTES as usize;
 
-/// How long something may be waited for.
+/// Limits a wait.
 #[derive(Debug, Clone, Copy)]
 pub struct Limit {
-    /// What is waited for, in the words of an error.
+    /// What is waited for, for error messages.
     pub what: &'static str,
-    /// Until when, and how long that was from the start. Without it the wait goes on for as long as the
-    /// peer lives and nobody cancels.
+    /// Deadline, and its distance from the start of the wait. Without it the wait lasts as long as the peer
+    /// is alive and nothing cancels.
     until: Option<(Instant, Duration)>,
 }
 
 impl Limit {
-    /// For as long as the peer lives and nobody cancels.
+    /// No deadline: ends when the peer dies or the migration is cancelled.
     pub fn alive(what: &'static str) -> Self {
         Self { what, until: None }
     }
@@ -42,12 +43,12 @@ impl Limit {
     }
 }
 
-/// The peer's last word.
+/// The frame with which the peer ended the migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Farewell {
     /// `Refused`, `Abort` or `Declined`.
     pub kind: Kind,
-    /// In the peer's words.
+    /// The peer's error message.
     pub reason: String,
 }
 
@@ -65,19 +66,19 @@ pub(super) struct State {
     /// In the order of sending.
     stream: VecDeque<Frame>,
     bytes: usize,
-    /// Echoes of marks: number and channel, not yet read.
+    /// Answers to marks, not yet decoded: number and channel.
     marks: VecDeque<Vec<u8>>,
     malformed_mark: Option<WireError>,
     farewell: Option<Farewell>,
-    /// `Ready` of attempts up to this one is of no interest any more.
+    /// Drop `Ready` of attempts up to this one.
     stale_ready: u32,
-    /// The connection has ended; the reason until somebody has taken it.
+    /// The connection has ended, and the reason until it is taken.
     ended: bool,
     end: Option<WireError>,
-    /// A thread of this side has failed; the reason until the driver has taken it.
+    /// A thread of this side has failed, and the reason until the driver takes it.
     failed: bool,
     failure: Option<ParticipantError>,
-    /// This side is done.
+    /// This side has closed the inbox.
     closed: bool,
 }
 
@@ -99,7 +100,7 @@ impl State {
 
     pub(super) fn next_mark(&mut self) -> Option<(u64, u16)> {
         let payload = self.marks.pop_front()?;
-        let mut decoder = Decoder::new("the echo of a mark", &payload);
+        let mut decoder = Decoder::new("the answer to a mark", &payload);
         let mark = (|| Ok::<_, WireError>((decoder.u64()?, decoder.u16()?)))();
         match mark.and_then(|mark| decoder.finish().map(|()| mark)) {
             Ok(mark) => Some(mark),
@@ -111,10 +112,10 @@ impl State {
     }
 
     fn is_full(&self) -> bool {
-        self.stream.len() + self.marks.len() >= MOST_FRAMES || self.bytes >= MOST_BYTES
+        self.stream.len() + self.marks.len() >= MAX_FRAMES || self.bytes >= MAX_BYTES
     }
 
-    /// Why nothing that is waited for will come.
+    /// Why no more frames will come, if so.
     fn reason(&mut self) -> Option<WireError> {
         if let Some(error) = self.malformed_mark.take() {
             return Some(error);
@@ -141,7 +142,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
     fn sleep<'s>(&self, state: MutexGuard<'s, State>, longest: Duration) -> MutexGuard<'s, State> {
@@ -149,14 +150,14 @@ impl Inbox {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Has everybody who waits look again.
+    /// Wakes all waiters to re-check their conditions.
     pub(super) fn wake(&self) {
         drop(self.lock());
         self.changed.notify_all();
     }
 
-    /// Adds a frame, once there is room; `waiting` is told that this side is the one that is slow.
-    /// False if nobody will look at it.
+    /// Adds a frame, waiting for room; calls `waiting` repeatedly meanwhile, as this side is the slow one.
+    /// Returns false once the inbox is closed.
     pub(super) fn deliver(&self, frame: Frame, waiting: impl Fn()) -> bool {
         let mut state = self.lock();
         while state.is_full() && !state.closed {
@@ -181,14 +182,14 @@ impl Inbox {
         true
     }
 
-    /// The connection has ended.
+    /// Records that the connection has ended.
     pub(super) fn end(&self, error: WireError) {
         let mut state = self.lock();
         (state.ended, state.end) = (true, Some(error));
         self.changed.notify_all();
     }
 
-    /// Nobody looks any more.
+    /// Closes the inbox: frames are no longer wanted.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
@@ -254,8 +255,8 @@ impl Inbox {
         }
     }
 
-    /// Waits for what `pick` finds. What is there is taken also if the limit has just passed; a cancel
-    /// comes first.
+    /// Waits until `pick` returns something. A cancel wins over a frame; a frame wins over a deadline that
+    /// has just passed.
     pub(super) fn wait<T>(
         &self,
         limit: &Limit,

@@ -1,17 +1,17 @@
 //! The control connection: frames both ways, one reader, one place that knows why a migration ends.
 //!
 //! ```text
-//! transport ─▶ mig-control (reads, always) ─▶ Inbox: stream | marks | farewell ─▶ whoever waits
-//! transport ◀─ Outbox ◀─ any thread; mig-pulse: a keep-alive when there was nothing to say
+//! transport ─▶ mig-control (the only reader) ─▶ Inbox: stream | marks | farewell ─▶ waiting threads
+//! transport ◀─ Outbox ◀─ any thread; mig-pulse: keep-alives while nothing else is sent
 //! ```
-//! **Every wait is an inbox, a limit and the cancel token**, looked at whether or not bytes arrive: a
-//! peer that sends keep-alives, or a byte now and then, puts no deadline off.
+//! **Every wait is an inbox, a limit and the cancel token**, checked whether or not bytes arrive: a peer
+//! that sends keep-alives, or a byte now and then, cannot extend a deadline.
 //!
-//! **Proof of life counts for all connections.** Whatever is heard here says that the peer lives; the data
-//! connections ask [`Liveness`] before they call a peer that takes its time a dead one.
+//! **Proof of life counts for all connections.** Any byte received here proves that the peer is alive; data
+//! channels check [`Liveness`] before they report a slow peer as dead.
 //!
-//! **One place for the cause.** A thread of a participant that fails says so with [`Control::fail`],
-//! which ends every wait; [`Control::cause_of`] then tells the driver the reason, whoever met it first.
+//! **One place for the cause.** A participant's thread reports a failure with [`Control::fail`], which ends
+//! every wait; [`Control::cause_of`] then gives the driver the root cause, whichever thread met it first.
 
 mod inbox;
 mod outbox;
@@ -29,9 +29,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// A side that has had nothing to say for this long says that it is alive.
+/// A side that has sent nothing for this long sends a keep-alive.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(1);
-/// How long a side that ends the migration tries to tell the other why, and to hear it.
+/// How long a side that ends the migration tries to send the reason, and to receive the peer's.
 const FAREWELL: Duration = Duration::from_millis(500);
 
 struct Shared {
@@ -55,8 +55,8 @@ pub struct ControlThreads {
 }
 
 impl Control {
-    /// Starts reading from `transport`, on which both sides have said Hello, and saying that this side
-    /// lives. `cancel` ends every wait.
+    /// Starts the reader and the keep-alives on `transport`, after Hello in both directions. `cancel` ends
+    /// every wait.
     pub fn start(
         transport: Arc<dyn Transport>,
         cancel: CancelToken,
@@ -83,7 +83,7 @@ impl Control {
         Ok((control, threads))
     }
 
-    /// What is known of the peer's life.
+    /// When the peer was last heard.
     pub fn liveness(&self) -> &Arc<Liveness> {
         &self.0.liveness
     }
@@ -98,15 +98,15 @@ impl Control {
         self.0.cancel.is_cancelled()
     }
 
-    /// Whether the connection has broken, the peer has ended the migration, or is silent for too long:
-    /// for who is busy with something long, such as building a machine.
+    /// Whether the connection broke, the peer ended the migration, or was silent for too long. For callers
+    /// in long work that does not wait here, such as building a machine.
     pub fn is_lost(&self) -> bool {
         self.0.inbox.has_ended() || self.0.liveness.silence() >= self.patience()
     }
 
     // Sending.
 
-    /// Sends frames, in one write if the connection takes them.
+    /// Sends frames, in one write if possible.
     pub fn send_all(&self, frames: &[(Kind, &[u8])]) -> Result<(), WireError> {
         let mut bytes = Vec::new();
         for (kind, payload) in frames {
@@ -121,7 +121,7 @@ impl Control {
         self.send_all(&[(kind, payload)])
     }
 
-    /// Has a frame go out before the next that is sent, in the same write.
+    /// Queues a frame to go out with the next frame that is sent.
     pub fn push(&self, kind: Kind, payload: &[u8]) -> Result<(), WireError> {
         let mut bytes = Vec::new();
         wire::append_frame(&mut bytes, kind, payload)?;
@@ -145,8 +145,8 @@ impl Control {
         }
     }
 
-    /// Writes until all that was pushed up to `number` is out. Nobody holds the outbox for longer than
-    /// one call of the transport, so a peer that does not read holds up only who has something to say.
+    /// Writes until everything pushed up to `number` is out. The outbox is locked for one transport call at
+    /// a time, so a peer that does not read blocks only the senders.
     fn flush(
         &self,
         number: u64,
@@ -173,7 +173,7 @@ impl Control {
         }
     }
 
-    /// Tells the peer why this ends. It may be gone already; a cancel does not prevent it.
+    /// Sends the reason why the migration ends. Best effort: the peer may be gone. Not cancellable.
     pub fn say_farewell(&self, kind: Kind, reason: &str) {
         let mut bytes = Vec::new();
         let sent = wire::append_frame(&mut bytes, kind, wire::fit_reason(reason).as_bytes());
@@ -182,7 +182,7 @@ impl Control {
             self.flush(number, Some(Instant::now() + FAREWELL), false)
         });
         if let Err(error) = sent {
-            log::debug!("the other side does not hear why the migration ends: {error}");
+            log::debug!("cannot tell the other side why the migration ends: {error}");
         }
     }
 
@@ -197,7 +197,7 @@ impl Control {
         inbox.wait(limit, cancel, liveness, self.patience(), pick)
     }
 
-    /// The next frame in the order of sending. The echo of a mark is out of place meanwhile.
+    /// The next frame in order. The answer to a mark is an error meanwhile.
     pub fn next(&self, limit: &Limit) -> Result<Frame, WireError> {
         self.wait(limit, |state| {
             if let Some(frame) = state.next_frame() {
@@ -209,7 +209,7 @@ impl Control {
         })
     }
 
-    /// The payload of the next frame, which has to be of `kind`.
+    /// The payload of the next frame, which must be of `kind`.
     pub fn expect(&self, kind: Kind, limit: &Limit) -> Result<Vec<u8>, WireError> {
         let frame = self.next(limit)?;
         if frame.kind == kind {
@@ -218,50 +218,48 @@ impl Control {
         Err(WireError::Unexpected { found: frame.describe(), expected: limit.what })
     }
 
-    /// The next echo of a mark: its number and its channel. Any other frame is out of place meanwhile.
+    /// The next answer to a mark: number and channel. Any other frame is an error meanwhile.
     pub fn next_mark(&self, limit: &Limit) -> Result<(u64, u16), WireError> {
         self.wait(limit, |state| {
             if let Some(mark) = state.next_mark() {
                 return Some(Ok(mark));
             }
             let found = state.next_frame()?.describe();
-            Some(Err(WireError::Unexpected { found, expected: "the echo of a mark" }))
+            Some(Err(WireError::Unexpected { found, expected: "the answer to a mark" }))
         })
     }
 
-    /// Waits until the peer says why it ends, closes, or half a second is over. A cancel does not end
-    /// this wait: what the peer says explains a failure better than the failure does.
+    /// Waits up to half a second for the peer's reason or its close. Not cancellable: the peer's reason
+    /// explains a failure better than the failure itself.
     pub fn hear_farewell(&self) -> Option<Farewell> {
         self.0.inbox.farewell_within(FAREWELL)
     }
 
-    /// From now on the destination's `Ready` of attempts up to this one, which may be under way, counts for
-    /// nothing.
+    /// Drops `Ready` of attempts up to this one, which may still be in flight.
     pub fn ignore_ready_up_to(&self, attempt: u32) {
         self.0.inbox.ignore_ready_up_to(attempt);
     }
 
-    /// Whether the next frame in order is one of `kind`, and has come already.
+    /// Whether the next frame in order has arrived and is of `kind`.
     pub fn is_next(&self, kind: Kind) -> bool {
         self.0.inbox.is_next(kind)
     }
 
-    /// Waits until the peer closes, or half a second is over: it has let go of what it held then.
+    /// Waits up to half a second for the peer to close, which it does after releasing its disks.
     pub fn await_close(&self) {
         self.0.inbox.await_end(FAREWELL);
     }
 
     // Why it ends.
 
-    /// A thread of this migration has failed: ends every wait. The first reason is kept, but a broken
-    /// connection gives way to any other, which it may be a consequence of.
+    /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that any other
+    /// replaces a broken connection, which is likely its consequence.
     pub fn fail(&self, error: ParticipantError) {
         self.0.inbox.fail(error);
     }
 
-    /// Why the migration ends, of which the caller has met `met`: what another thread has failed of, or
-    /// what the peer says, if `met` is only the consequence. Waits for the peer's word at most half a
-    /// second, and only if a connection has broken.
+    /// The root cause of the caller's error `met`: another thread's failure or the peer's reason, if `met`
+    /// is only a consequence. Waits up to half a second for the peer, and only if a connection broke.
     pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
         let noted = self.0.inbox.take_failure();
         let aborted =
@@ -292,7 +290,7 @@ impl Control {
             match self.read_frame() {
                 Ok(Frame { kind: Kind::KeepAlive, .. }) => {}
                 Ok(frame) => {
-                    // A peer that sends more than is looked at waits; that is no silence of its.
+                    // While the inbox is full the peer cannot send: that is not silence.
                     if !inbox.deliver(frame, || liveness.heard()) {
                         return;
                     }
@@ -331,12 +329,12 @@ impl Control {
         Ok(())
     }
 
-    /// Says every second that this side is alive. A peer that does not read for a while has that in its
-    /// buffers: nothing is added to what is still unsent, and no silence of its ends this thread.
+    /// Sends a keep-alive after each second without other frames. If the peer does not read, nothing is
+    /// added to the unsent bytes, and the thread carries on.
     fn pulse(&self, stop: &(Mutex<bool>, Condvar)) {
         let mut wait = KEEP_ALIVE;
         loop {
-            let guard = stop.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let guard = devices::lock(&stop.0);
             let waited = stop.1.wait_timeout_while(guard, wait, |stop| !*stop);
             if *waited.unwrap_or_else(PoisonError::into_inner).0 || self.0.inbox.has_ended() {
                 return;
@@ -373,7 +371,7 @@ impl ControlThreads {
 
 impl Drop for ControlThreads {
     fn drop(&mut self) {
-        *self.stop_pulse.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *devices::lock(&self.stop_pulse.0) = true;
         self.stop_pulse.1.notify_all();
         self.control.0.transport.shutdown();
         self.control.0.inbox.close();

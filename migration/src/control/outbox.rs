@@ -1,25 +1,24 @@
-//! The sending half of the control connection: bytes that wait to be written, shared by all who have
-//! something to say. A frame that was begun is finished by whoever writes next.
+//! The sending half of the control connection: a buffer of unsent bytes, shared by all sending threads. A
+//! partly written frame is completed by the next writer.
 
 use crate::transport::Transport;
 use crate::wire::{self, Kind};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// How far a write has come.
+/// Result of a write.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// All that was asked for is out.
+    /// Everything up to the requested byte is out.
     Done,
-    /// Some bytes are.
     Wrote,
 }
 
 struct State {
-    /// Whole frames, the first of which may have been written in part.
+    /// Whole frames, except that the first may be partly written.
     unsent: Vec<u8>,
-    /// Bytes that were ever pushed; those of them that are unsent come last.
+    /// Bytes ever pushed, the unsent ones included.
     pushed: u64,
     last_sent: Instant,
 }
@@ -34,10 +33,10 @@ impl Default for Outbox {
 
 impl Outbox {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.0)
     }
 
-    /// Adds whole frames; returns the number of bytes after which they are out.
+    /// Adds whole frames; returns the total number of bytes after which they are out.
     pub(super) fn push(&self, bytes: &[u8]) -> u64 {
         let mut state = self.lock();
         state.unsent.extend_from_slice(bytes);
@@ -50,12 +49,12 @@ impl Outbox {
         self.lock().pushed
     }
 
-    /// How long nothing was sent.
+    /// Time since the last write.
     pub(super) fn quiet(&self) -> Duration {
         self.lock().last_sent.elapsed()
     }
 
-    /// One call of the transport, unless all up to `number` is out already.
+    /// Makes one call of the transport, unless everything up to `number` is out.
     pub(super) fn write_some(
         &self,
         transport: &dyn Transport,
@@ -74,7 +73,7 @@ impl Outbox {
         Ok(if sent >= number { Progress::Done } else { Progress::Wrote })
     }
 
-    /// Sends a keep-alive, or some of what is still unsent, which says the same.
+    /// Sends a keep-alive, or some unsent bytes, which serve as one.
     pub(super) fn keep_alive(&self, transport: &dyn Transport) -> io::Result<()> {
         let number = {
             let mut state = self.lock();

@@ -185,7 +185,7 @@ fn marks_and_frames_come_in_their_own_order_and_a_stale_ready_is_passed_over() {
     assert_eq!(control.next_mark(&Limit::alive("a mark")).unwrap(), (7, 1));
     say(&peer, Kind::Ready, Encoder::default().u32(3).bytes());
     let error = control.next_mark(&Limit::alive("a mark")).unwrap_err();
-    assert_eq!(error.to_string(), "unexpected Ready where the echo of a mark belongs");
+    assert_eq!(error.to_string(), "unexpected Ready where the answer to a mark belongs");
 }
 
 #[test]

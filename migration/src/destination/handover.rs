@@ -5,6 +5,7 @@ use crate::control::{Control, Limit};
 use crate::error::chain;
 use crate::guest::RunPermit;
 use crate::stats::DowntimeParts;
+use crate::units::micros;
 use crate::wire::section::Eof;
 use crate::wire::{Encoder, Kind, WireError};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 const GO_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Destination<'_> {
-    /// Says that everything is ready; true if the guest then runs here, false if the source has called
+    /// Sends `Ready` and waits for `Go`. Returns true if the guest now runs here, false if the source called
     /// its stop off.
     pub(super) fn take_over(
         &mut self,
@@ -46,7 +47,7 @@ impl Destination<'_> {
             control.await_close();
             return Err(DestinationError::Declined(Box::new(error)));
         }
-        let started_in = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let started_in = micros(arrived.elapsed());
         self.counters.update(|stats| {
             let parts = DowntimeParts { resume: arrived.elapsed(), ..Default::default() };
             stats.downtime_parts = Some(parts);
@@ -54,7 +55,7 @@ impl Destination<'_> {
         // If this is lost the source reports the outcome as unknown, and stays stopped.
         let said = control.send(Kind::Running, Encoder::default().u64(started_in).bytes());
         if let Err(error) = said {
-            log::warn!("the source does not hear that the guest runs here: {}", chain(&error));
+            log::warn!("cannot tell the source that the guest runs here: {}", chain(&error));
         }
         Ok(true)
     }

@@ -1,10 +1,10 @@
-//! From the machine description to the last page: what has to come, in which order, and to whom it goes.
-//! What is out of order is refused by name.
+//! From the machine description to the last page: checks the order of frames and dispatches sections to
+//! participants. A frame out of order is refused by name.
 
 use super::{Destination, DestinationError};
 use crate::control::{Control, Limit};
 use crate::guest::MachineDescription;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::Channel;
 use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
@@ -13,7 +13,7 @@ use devices::state::DeviceRecord;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Names the section of the devices' records, which are no participant.
+/// Name of the section with the device records, which belong to no participant.
 const DEVICE: &str = "device";
 
 /// How long after a lock that cannot be had the source's word may come that it has it again.
@@ -21,27 +21,27 @@ const LOCK_RACE: Duration = Duration::from_millis(50);
 /// Most stops of one migration: with their rests, days of them.
 const MAX_ATTEMPTS: u32 = 10_000;
 
-/// How far a participant has come.
+/// State of a participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     New,
     SetUp,
-    /// Its end has come, of this attempt.
+    /// Its end of this attempt was received.
     Ended,
 }
 
-/// A guest on its way in. Dropping it cleans up.
+/// An incoming guest. Dropping it cleans up.
 pub(super) struct Arrival {
     pub(super) control: Control,
-    /// Until their participants have them.
+    /// Not yet taken by their participants.
     channels: Vec<(Role, Channel)>,
     counters: Arc<Counters>,
     participants: Vec<(Box<dyn Incoming>, Progress)>,
-    /// The devices' records have come, of this attempt.
+    /// The device records of this attempt were received.
     stopped: bool,
 }
 
-/// What the last section leads to.
+/// How loading ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Loaded {
     /// Everything is in place.
@@ -74,13 +74,13 @@ impl Arrival {
         }
     }
 
-    /// What has to come next, in the words of an error.
+    /// What is expected next, for error messages.
     fn expected(&self) -> &'static str {
         let missing = |progress| self.participants.iter().any(|(_, has)| *has == progress);
         match (missing(Progress::New), self.stopped, missing(Progress::SetUp)) {
-            (true, ..) => "the setup of what travels",
+            (true, ..) => "the setup of the participants",
             (_, false, _) => "the state of the devices",
-            (.., true) => "the end of what travels",
+            (.., true) => "the end of the participants",
             _ => "the end of the stream",
         }
     }
@@ -89,21 +89,21 @@ impl Arrival {
         WireError::Unexpected { found, expected: self.expected() }.into()
     }
 
-    /// Gives a section to its participant.
+    /// Dispatches a section to its participant.
     fn dispatch(&mut self, section: &Section<'_>) -> Result<(), DestinationError> {
         let named = |one: &(Box<dyn Incoming>, Progress)| one.0.section() == section.name;
         let Some(index) = self.participants.iter().position(named) else {
             return Err(self.unexpected(format!("unknown section {:?}", section.name)));
         };
-        // They are set up in their order: a later one may rely on an earlier.
+        // In order: a later participant may depend on an earlier one.
         let in_turn = self.participants[..index].iter().all(|(_, has)| *has != Progress::New);
         let (participant, progress) = &mut self.participants[index];
         match (section.stage, *progress, self.stopped) {
             (Stage::Setup, Progress::New, false) if in_turn => {
-                // It is cleaned up from here on, whatever the setup says.
+                // From here on it is cleaned up, whether or not the setup succeeds.
                 *progress = Progress::SetUp;
                 let owned = self.channels.extract_if(.., |(role, _)| participant.owns(*role));
-                let link = IncomingLink {
+                let link = IncomingContext {
                     control: self.control.clone(),
                     channels: owned.collect(),
                     counters: self.counters.clone(),
@@ -120,7 +120,7 @@ impl Arrival {
         Ok(())
     }
 
-    /// The source runs its guest on, and will stop it again.
+    /// The source called its stop off. Another attempt follows.
     pub(super) fn called_off(&mut self) -> Result<(), DestinationError> {
         self.stopped = false;
         for (participant, progress) in &mut self.participants {
@@ -151,7 +151,7 @@ impl Destination<'_> {
             if taken {
                 return Ok(());
             }
-            log::info!("the source has called its stop off, its guest runs on");
+            log::info!("the source called its stop off; its guest runs on");
             self.host.called_off()?;
             arrival.called_off()?;
             self.status(MigrationStatus::Active);
@@ -164,7 +164,7 @@ impl Destination<'_> {
         let limit = Limit::alive("the machine description");
         let machine = control.expect(Kind::Machine, &limit)?;
         let machine: MachineDescription = from_json("machine description", &machine)?;
-        // The source may go while the machine is built, which takes long if files have to be compared.
+        // The source may go away meanwhile: comparing files takes long.
         let built = self.host.build(&machine, &|| !control.is_lost());
         let participants = built.map_err(|error| match control.is_lost() {
             true => WireError::Lost(std::io::ErrorKind::BrokenPipe.into()).into(),
@@ -173,7 +173,7 @@ impl Destination<'_> {
         for participant in participants.iter().filter(|one| one.needs_connection()) {
             if !arrival.channels.iter().any(|(role, _)| participant.owns(*role)) {
                 let name = participant.section();
-                let reason = format!("section {name:?} travels, but has no connection");
+                let reason = format!("section {name:?} has no connection");
                 return Err(WireError::Malformed { what: "machine description", reason }.into());
             }
         }
@@ -183,7 +183,7 @@ impl Destination<'_> {
         Ok(())
     }
 
-    /// Everything on the control connection until the end of the stream, while other threads receive.
+    /// Handles the control connection until the end of the stream, while other threads receive.
     fn load(&mut self, arrival: &mut Arrival) -> Result<Loaded, DestinationError> {
         loop {
             let frame = arrival.control.next(&Limit::alive(arrival.expected()))?;

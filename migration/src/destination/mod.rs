@@ -2,14 +2,14 @@
 //! VMM on the `mig-in` thread.
 //!
 //! ```text
-//! mod        greet                     who is not Ferry is dropped, and the wait goes on
+//! mod        greet                     other clients are dropped, and the wait goes on
 //! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
 //! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined;
 //!                                      CalledOff: back to load
-//! host       what is needed of the machine
+//! host       the machine's interface
 //! ```
-//! What arrives is a list of [`Incoming`](crate::participant::Incoming) participants; nothing here knows
-//! RAM or disks.
+//! The incoming guest is a list of [`Incoming`](crate::participant::Incoming) participants; the driver
+//! does not know RAM or disks.
 
 mod handover;
 mod host;
@@ -33,13 +33,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a source may take to greet, and to open its data connection.
+/// How long a source may take for its Hello, and to open its data channels.
 const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why a guest did not arrive.
+/// Why an incoming migration failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
-    /// Nobody can connect.
     #[error("cannot accept a connection")]
     Accept(#[source] io::Error),
     /// The connection or the source.
@@ -54,14 +53,13 @@ pub enum DestinationError {
     /// Cancelled on this side.
     #[error("cancelled at the destination")]
     Cancelled,
-    /// The host has no more threads.
-    #[error("cannot start a thread")]
+    #[error("cannot spawn a thread")]
     Thread(#[source] io::Error),
-    /// The right to run has arrived, but the machine does not start. The source has it back, if the
-    /// connection still stands.
+    /// `Go` has arrived, but the machine does not start. The source gets the right to run back if the
+    /// connection still works.
     #[error("the guest was handed over and cannot be started here: {0}")]
     Run(GuestError),
-    /// The same as the source was told.
+    /// The source was already told this.
     #[error(transparent)]
     Declined(Box<DestinationError>),
 }
@@ -77,28 +75,28 @@ impl From<ParticipantError> for DestinationError {
     }
 }
 
-/// Everything that an arrival needs.
+/// What an incoming migration needs.
 pub struct Destination<'a> {
-    /// The machine to be.
+    /// The machine.
     pub host: &'a mut dyn DestinationHost,
-    /// What has been done, for reports.
+    /// For reports only.
     pub counters: Arc<Counters>,
-    /// Ends it early, until `Go` has arrived.
+    /// Ends the migration early, until `Go` arrives.
     pub cancel: CancelToken,
-    /// Told of every step, on the thread that receives.
+    /// Called for each step, on the `mig-in` thread.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-/// Waits for the connection of a migration that has this role.
+/// Waits for a migration's connection with this role.
 type Open<'d> = &'d mut dyn FnMut(MigrationId, Role) -> Result<Arc<dyn Transport>, WireError>;
 
 impl Destination<'_> {
-    /// Waits for a source and takes its guest over. A connection that does not speak our protocol is
-    /// dropped and the wait goes on; once a source has introduced itself, its failure is final.
+    /// Waits for a source and takes its guest over. Connections that do not speak our protocol are dropped
+    /// and the wait goes on; once a source has sent Hello, any failure is final.
     pub fn receive(mut self, listener: &Listener) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
         let mut reception = Reception::open(listener, &cancel).map_err(DestinationError::Accept)?;
-        let greeted = reception.main().map_err(|error| match error {
+        let greeted = reception.control().map_err(|error| match error {
             WireError::Interrupted => DestinationError::Cancelled,
             WireError::Lost(error) => DestinationError::Accept(error),
             error => error.into(),
@@ -106,7 +104,7 @@ impl Destination<'_> {
         let (main, hello) = greeted?;
         self.arrive(Arc::new(main), &hello, &mut |id, role| {
             Ok(Arc::new(match role {
-                Role::Main | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
+                Role::Control | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
                 Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
             }))
         })
@@ -123,15 +121,15 @@ impl Destination<'_> {
         let greeting = Channel::new(main.clone(), cancel.clone());
         let hello = receive_hello(&greeting, GREETING_PATIENCE).inspect_err(|error| {
             if matches!(error, WireError::Version { .. }) {
-                // It understands the start of our Hello, and can say so.
-                let ours = Hello::new(Role::Main, MigrationId([0; 16]), 0);
+                // Another version can read the start of our Hello and report the mismatch.
+                let ours = Hello::new(Role::Control, MigrationId([0; 16]), 0);
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
         self.arrive(main, &hello, &mut |id, role| {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
             let data = match role {
-                Role::Main | Role::Disks => disks.as_ref(),
+                Role::Control | Role::Disks => disks.as_ref(),
                 Role::Data { index } => data.get(usize::from(index)),
             };
             let data = data.ok_or_else(missing)?;
@@ -150,7 +148,7 @@ impl Destination<'_> {
         (self.events)(MigrationEvent::Status(status));
     }
 
-    /// A source has introduced itself.
+    /// Runs the migration, after the source's Hello, and reports its status.
     fn arrive(
         &mut self,
         main: Arc<dyn Transport>,
@@ -198,7 +196,7 @@ impl Destination<'_> {
             result
         });
         let result = result.map_err(|error| self.refuse(&control, error));
-        // Everything that could be said has been said.
+        // All frames are out by now.
         drop(threads);
         result
     }
@@ -223,8 +221,8 @@ impl Destination<'_> {
         Ok(channels.collect::<Result<_, _>>()?)
     }
 
-    /// Lets go of the machine and its disks, then says why. Both are harmless if there is no machine
-    /// yet, or nobody to hear it; nothing is said again of what was declined.
+    /// Abandons the machine and its disks, then sends the reason. Both are harmless without a machine or a
+    /// peer. After `Declined` the source knows already.
     fn refuse(&mut self, control: &Control, error: DestinationError) -> DestinationError {
         if let DestinationError::Declined(told) = error {
             return *told;

@@ -6,11 +6,11 @@ use crate::cancel::CancelToken;
 use crate::params::SharedParams;
 use crate::transport::Throttle;
 use crate::wire::WireError;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Longest wait for tokens at once, so that a raised cap is noticed.
-const LONGEST_WAIT: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_millis(100);
 
 /// What has been sent so far, and how long the cap held it up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -69,7 +69,7 @@ impl Cap {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.shared.state)
     }
 
     /// What all senders have sent so far.
@@ -108,7 +108,7 @@ impl Throttle for Cap {
                     return Ok(bytes);
                 }
                 Allowance::Wait(duration) => {
-                    self.shared.cancel.wait(duration.min(LONGEST_WAIT));
+                    self.shared.cancel.wait(duration.min(MAX_WAIT));
                     let until = self.now();
                     self.state().held(now, until);
                 }

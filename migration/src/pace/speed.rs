@@ -1,5 +1,6 @@
 //! How fast a migration gets on, measured over its last seconds. Pure: the caller brings the figures.
 
+use crate::units::micros;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,11 +14,11 @@ const MEASURABLE_TIME: Duration = Duration::from_secs(1);
 /// Until something was measured: a guess that any link of today keeps.
 const ASSUMED_BYTES_PER_SEC: u64 = 100 << 20;
 /// A page of guest RAM costs no less than this on the wire: a part in so many.
-const MOST_SHRUNK: u64 = 50;
+const MAX_SHRINK: u64 = 50;
 
 /// What happened between two looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stretch {
+pub struct Sample {
     /// Bytes on the wire.
     pub sent_bytes: u64,
     /// How long it took, without the time for which the cap held it up.
@@ -60,8 +61,7 @@ impl LinkSpeed {
 
     /// A round trip took so long, at most: the first may have been long because a thread had to start.
     pub fn round_trip_took(&self, duration: Duration) {
-        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        self.round_trip_us.fetch_min(us, Ordering::Relaxed);
+        self.round_trip_us.fetch_min(micros(duration), Ordering::Relaxed);
     }
 
     /// The shortest round trip.
@@ -73,35 +73,35 @@ impl LinkSpeed {
 /// The last seconds.
 #[derive(Debug, Default)]
 pub struct Speed {
-    stretches: VecDeque<(Duration, Stretch)>,
+    samples: VecDeque<(Duration, Sample)>,
     measured: Option<u64>,
 }
 
 impl Speed {
     /// Adds what has happened until `now`.
-    pub fn add(&mut self, now: Duration, stretch: Stretch) {
-        self.stretches.push_back((now, stretch));
-        while let Some((at, oldest)) = self.stretches.front()
+    pub fn add(&mut self, now: Duration, sample: Sample) {
+        self.samples.push_back((now, sample));
+        while let Some((at, oldest)) = self.samples.front()
             && now.saturating_sub(*at) > WINDOW
             && self.sent_bytes() - oldest.sent_bytes >= MEASURABLE_BYTES
         {
-            self.stretches.pop_front();
+            self.samples.pop_front();
         }
-        let busy: Duration = self.stretches.iter().map(|(_, stretch)| stretch.busy).sum();
+        let busy: Duration = self.samples.iter().map(|(_, sample)| sample.busy).sum();
         // A long search for something to send says nothing about the link.
-        let writing: Duration = self.stretches.iter().map(|(_, stretch)| stretch.writing).sum();
+        let writing: Duration = self.samples.iter().map(|(_, sample)| sample.writing).sum();
         let sent = self.sent_bytes();
         if sent >= MEASURABLE_BYTES || writing >= MEASURABLE_TIME {
             self.measured = Some(crate::policy::per_second(sent, busy));
         }
         // Rounds of a few pages each would pile up for as long as they are too few to measure.
-        if self.stretches.len() > 256 {
-            self.stretches.pop_front();
+        if self.samples.len() > 256 {
+            self.samples.pop_front();
         }
     }
 
     fn sent_bytes(&self) -> u64 {
-        self.stretches.iter().map(|(_, stretch)| stretch.sent_bytes).sum()
+        self.samples.iter().map(|(_, sample)| sample.sent_bytes).sum()
     }
 
     /// What the link moves, in bytes per second.
@@ -112,18 +112,18 @@ impl Speed {
     /// What `guest_bytes` of dirty RAM are likely to be on the wire: less, if pages have lately been
     /// zero or shrunk.
     pub fn on_the_wire(&self, guest_bytes: u64) -> u64 {
-        let counted = |stretch: &Stretch| stretch.guest_bytes.filter(|bytes| *bytes > 0);
+        let counted = |sample: &Sample| sample.guest_bytes.filter(|bytes| *bytes > 0);
         let (mut sent, mut guest) = (0u64, 0u64);
-        for (_, stretch) in &self.stretches {
-            if let Some(bytes) = counted(stretch) {
-                (sent, guest) = (sent + stretch.sent_bytes, guest + bytes);
+        for (_, sample) in &self.samples {
+            if let Some(bytes) = counted(sample) {
+                (sent, guest) = (sent + sample.sent_bytes, guest + bytes);
             }
         }
         // Few pages may be all zero by chance.
         if guest < MEASURABLE_BYTES {
             return guest_bytes;
         }
-        let sent = sent.clamp(guest / MOST_SHRUNK, guest);
+        let sent = sent.clamp(guest / MAX_SHRINK, guest);
         let bytes = u128::from(guest_bytes) * u128::from(sent) / u128::from(guest);
         u64::try_from(bytes).unwrap_or(guest_bytes)
     }
@@ -134,14 +134,14 @@ mod tests {
     use super::*;
 
     const MB: u64 = 1_000_000;
-    const NOTHING: Stretch =
-        Stretch { sent_bytes: 0, busy: Duration::ZERO, writing: Duration::ZERO, guest_bytes: None };
+    const NOTHING: Sample =
+        Sample { sent_bytes: 0, busy: Duration::ZERO, writing: Duration::ZERO, guest_bytes: None };
 
     fn add(speed: &mut Speed, second: u64, mb: u64, guest_mb: Option<u64>) {
         let guest_bytes = guest_mb.map(|mb| mb * MB);
         let (busy, writing) = (Duration::from_secs(1), Duration::from_secs(1));
-        let stretch = Stretch { sent_bytes: mb * MB, busy, writing, guest_bytes };
-        speed.add(Duration::from_secs(second), stretch);
+        let sample = Sample { sent_bytes: mb * MB, busy, writing, guest_bytes };
+        speed.add(Duration::from_secs(second), sample);
     }
 
     #[test]
@@ -161,7 +161,7 @@ mod tests {
     fn a_slow_link_is_measured_too_and_a_quiet_guest_tells_nothing() {
         let mut speed = Speed::default();
         assert_eq!(speed.bytes_per_sec(), ASSUMED_BYTES_PER_SEC);
-        let quiet = Stretch { sent_bytes: 100, busy: Duration::from_secs(2), ..NOTHING };
+        let quiet = Sample { sent_bytes: 100, busy: Duration::from_secs(2), ..NOTHING };
         speed.add(Duration::from_secs(2), quiet);
         assert_eq!(speed.bytes_per_sec(), ASSUMED_BYTES_PER_SEC);
         add(&mut speed, 3, 1, None);
@@ -188,9 +188,9 @@ mod tests {
     fn endless_small_rounds_take_no_memory() {
         let mut speed = Speed::default();
         for number in 0..10_000 {
-            let stretch = Stretch { sent_bytes: 1, guest_bytes: Some(1), ..NOTHING };
-            speed.add(Duration::from_micros(number), stretch);
+            let sample = Sample { sent_bytes: 1, guest_bytes: Some(1), ..NOTHING };
+            speed.add(Duration::from_micros(number), sample);
         }
-        assert!(speed.stretches.len() <= 256);
+        assert!(speed.samples.len() <= 256);
     }
 }

@@ -5,6 +5,7 @@
 //! are far below the rate at which the guest would dirty clean pages, and throttling by that figure takes
 //! round after round. What is compared instead is what has become dirty with what was clean meanwhile.
 
+use crate::units::saturating_u64;
 use std::time::Duration;
 
 /// What a look at the dirty log has found; all since the round began.
@@ -21,12 +22,12 @@ pub struct Look {
 }
 
 /// The estimate relies on what was clean; if that is less than this part of all, on this part.
-const LEAST_CLEAN: u64 = 8;
+const MIN_CLEAN: u64 = 8;
 /// Looks that are closer together than this are taken as one.
 const CLOSE: Duration = Duration::from_millis(20);
 /// Fewer looks are no base for an estimate: a guest that writes page after page either meets what has
 /// just been sent or does not.
-const ENOUGH_LOOKS: u32 = 2;
+const MIN_LOOKS: u32 = 2;
 
 /// What the looks of one round say.
 #[derive(Debug, Default)]
@@ -81,15 +82,15 @@ impl Dirtying {
     /// enough looks.
     pub fn bytes_per_sec(&self) -> Option<u64> {
         let Since { looks, elapsed, again_bytes, fresh_bytes, clean } = &self.since;
-        if *looks < ENOUGH_LOOKS {
+        if *looks < MIN_LOOKS {
             return None;
         }
         let set = self.set_bytes.unwrap_or(self.last.sent_bytes).max(self.last.again_bytes);
-        let clean_bytes = u64::try_from(clean / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX);
-        let clean_bytes = clean_bytes.max(set / LEAST_CLEAN).max(1);
+        let clean_bytes = saturating_u64(clean / elapsed.as_nanos().max(1));
+        let clean_bytes = clean_bytes.max(set / MIN_CLEAN).max(1);
         // u128: bytes times bytes.
         let of_the_set = u128::from(*again_bytes) * u128::from(set) / u128::from(clean_bytes);
-        let bytes = u64::try_from(of_the_set).unwrap_or(u64::MAX).saturating_add(*fresh_bytes);
+        let bytes = saturating_u64(of_the_set).saturating_add(*fresh_bytes);
         Some(super::per_second(bytes, *elapsed))
     }
 }

@@ -1,9 +1,10 @@
 //! How much a guest has to be slowed down so that it can be moved, and when to say that it cannot.
 
 use crate::params::ThrottleParams;
+use crate::units::saturating_u64;
 
 /// Steps that one decision may take: its figures are an estimate, and the next look corrects them.
-const MOST_STEPS: u64 = 4;
+const MAX_STEPS: u64 = 4;
 
 /// How far the guest is to be slowed down, in percent, if it is by `now` and dirties `dirtied` bytes per
 /// second while `sent` are sent. Only ever more than `now`: less would let it fall back.
@@ -20,13 +21,13 @@ pub fn throttle(now: u8, dirtied: u64, sent: u64, params: &ThrottleParams) -> u8
     }
     // What the guest may run then, in percent, rounded down: it is `wanted / 100` by `dirtied` of now.
     let may_run = u128::from(100 - now) * wanted / (dirtied * 100);
-    let needed = 100 - u64::try_from(may_run).unwrap_or(0);
+    let needed = 100 - saturating_u64(may_run.min(100));
     let (initial, increment) = (u64::from(params.initial), u64::from(params.increment));
     let first = if now < initial { initial } else { now + increment };
     if params.tailslow {
         return percent(first.min(needed.max(now + 1)).min(most));
     }
-    let more_steps = needed.saturating_sub(first).div_ceil(increment.max(1)).min(MOST_STEPS - 1);
+    let more_steps = needed.saturating_sub(first).div_ceil(increment.max(1)).min(MAX_STEPS - 1);
     let enough = (needed + (100 - needed) / 4).max(now + 1).max(initial);
     percent((first + more_steps * increment).min(enough).min(most))
 }
@@ -40,12 +41,12 @@ const LOOKS: u32 = 2;
 
 /// Whether a migration gets anywhere.
 #[derive(Debug, Default)]
-pub struct Outlook {
+pub struct Convergence {
     bad_looks: u32,
     hopeless: bool,
 }
 
-impl Outlook {
+impl Convergence {
     /// After a look at a round under way. Returns true when it has to be said that there is no end in
     /// sight: once, until there is.
     pub fn look(&mut self, dirtied_per_sec: u64, sent_per_sec: u64) -> bool {
@@ -54,7 +55,7 @@ impl Outlook {
     }
 
     /// After a round of `sent` bytes of guest RAM that left `dirtied` to send, more than fits the limit
-    /// if not `fits`. Returns true as [`Outlook::look`] does.
+    /// if not `fits`. Returns true as [`Convergence::look`] does.
     pub fn round(&mut self, sent: u64, dirtied: u64, fits: bool) -> bool {
         if fits || dirtied < sent / 10 * 7 {
             *self = Self::default();
@@ -64,7 +65,7 @@ impl Outlook {
     }
 
     /// Whether there was no end in sight when last asked.
-    pub fn is_hopeless(&self) -> bool {
+    pub fn is_reported(&self) -> bool {
         self.hopeless
     }
 }
@@ -154,13 +155,13 @@ mod tests {
 
     #[test]
     fn a_hopeless_migration_says_so_once_until_there_is_hope() {
-        let mut outlook = Outlook::default();
-        assert!(!outlook.look(200, 100), "one look may be wrong");
-        assert!(outlook.look(200, 100));
-        assert!(!outlook.look(200, 100) && outlook.is_hopeless(), "said already");
-        assert!(!outlook.round(1000, 950, false), "said already");
-        assert!(!outlook.round(1000, 500, false) && !outlook.is_hopeless(), "it shrinks");
-        assert!(outlook.round(1000, 950, false), "and again");
-        assert!(!outlook.round(1000, 950, true), "what fits the limit need not shrink");
+        let mut convergence = Convergence::default();
+        assert!(!convergence.look(200, 100), "one look may be wrong");
+        assert!(convergence.look(200, 100));
+        assert!(!convergence.look(200, 100) && convergence.is_reported(), "said already");
+        assert!(!convergence.round(1000, 950, false), "said already");
+        assert!(!convergence.round(1000, 500, false) && !convergence.is_reported(), "it shrinks");
+        assert!(convergence.round(1000, 950, false), "and again");
+        assert!(!convergence.round(1000, 950, true), "what fits the limit need not shrink");
     }
 }

@@ -1,20 +1,20 @@
-//! Is it worth while to try an encoder on the next pages? One per shard and encoder (XBZRLE,
-//! compression). The shard asks before, and tells afterwards what the encoder made of the pages and
-//! how long it took. Pure: no clocks, no memory of guest data.
+//! Decides whether to try an encoder on the next pages. One instance per shard and encoder (XBZRLE,
+//! compression). `encode` asks before it encodes, and afterwards reports the encoded size and the time
+//! spent. Pure: no clocks, no guest data.
 //!
-//! An encoder wins if the time that it takes is shorter than the time that its savings would have
-//! taken on the way. One that loses over a window of bytes rests for a while, counted in bytes that
-//! are sent without it, then gets a short trial; each trial that it loses doubles the rest.
+//! An encoder wins if it takes less time than the link would have taken for the bytes it saves. One
+//! that loses over a window of bytes rests while a number of bytes are sent without it, then gets a
+//! short trial; each lost trial doubles the rest.
 
 use std::time::Duration;
 
-/// Bytes of pages after which an encoder is judged, and in a trial after a rest.
+/// Bytes of pages after which an encoder is judged: normally, and in a trial after a rest.
 const WINDOW_BYTES: u64 = 1 << 20;
 const TRIAL_BYTES: u64 = 256 << 10;
 /// The first rest, and the longest one: at a gigabyte a second, a trial every quarter of a second.
 const FIRST_REST_BYTES: u64 = 4 << 20;
-const LONGEST_REST_BYTES: u64 = 256 << 20;
-/// As long as it is not known how fast the way is, an encoder has to save one byte of so many.
+const MAX_REST_BYTES: u64 = 256 << 20;
+/// While the link's bandwidth is unknown, an encoder must save one byte in this many.
 const BLIND_SAVING: u64 = 8;
 
 /// What an encoder made of some pages.
@@ -22,9 +22,9 @@ const BLIND_SAVING: u64 = 8;
 pub struct Trial {
     /// Bytes of the pages.
     pub raw_bytes: u64,
-    /// Bytes that were sent for them, be it encoded or, where that did not work, raw.
+    /// Bytes sent for them, encoded or, where that failed, raw.
     pub sent_bytes: u64,
-    /// How long the encoder took, whatever came of it.
+    /// How long the encoder took, successful or not.
     pub cost: Duration,
 }
 
@@ -38,9 +38,9 @@ pub struct Adaptive {
 
 #[derive(Debug, Clone, Copy)]
 enum State {
-    /// At work, or on trial, and judged after `left_bytes` more.
+    /// In use or on trial; judged after `left_bytes` more.
     Trying { sum: Trial, left_bytes: u64 },
-    /// Left alone for `left_bytes` more.
+    /// Not used for `left_bytes` more.
     Resting { left_bytes: u64 },
 }
 
@@ -62,10 +62,10 @@ impl Adaptive {
         matches!(self.state, State::Trying { .. })
     }
 
-    /// The encoder was tried; `way_bytes_per_sec` is how fast the shard's channel takes bytes while it
-    /// is at it, cap and peer included, or 0 if that is not known yet. Pages that the encoder never
-    /// saw, such as those that a cache did not have, do not count.
-    pub fn tried(&mut self, trial: Trial, way_bytes_per_sec: u64) {
+    /// Records a use of the encoder. `link_bytes_per_sec` is the measured throughput of the shard's
+    /// channel, bandwidth cap and peer included; 0 if unknown. Pages that the encoder never saw, such as
+    /// cache misses, do not count.
+    pub fn tried(&mut self, trial: Trial, link_bytes_per_sec: u64) {
         let State::Trying { sum, left_bytes } = &mut self.state else { return };
         sum.raw_bytes = sum.raw_bytes.saturating_add(trial.raw_bytes);
         sum.sent_bytes = sum.sent_bytes.saturating_add(trial.sent_bytes);
@@ -74,16 +74,16 @@ impl Adaptive {
         if *left_bytes > 0 {
             return;
         }
-        if wins(sum, way_bytes_per_sec) {
+        if wins(sum, link_bytes_per_sec) {
             self.rest_bytes = FIRST_REST_BYTES;
             self.state = State::trying(WINDOW_BYTES);
         } else {
             self.state = State::Resting { left_bytes: self.rest_bytes };
-            self.rest_bytes = (self.rest_bytes * 2).min(LONGEST_REST_BYTES);
+            self.rest_bytes = (self.rest_bytes * 2).min(MAX_REST_BYTES);
         }
     }
 
-    /// Pages of `raw_bytes` were sent while the encoder rests.
+    /// Records pages of `raw_bytes` sent without the encoder.
     pub fn passed(&mut self, raw_bytes: u64) {
         let State::Resting { left_bytes } = &mut self.state else { return };
         *left_bytes = left_bytes.saturating_sub(raw_bytes);
@@ -93,13 +93,13 @@ impl Adaptive {
     }
 }
 
-fn wins(sum: &Trial, way_bytes_per_sec: u64) -> bool {
+fn wins(sum: &Trial, link_bytes_per_sec: u64) -> bool {
     let saved_bytes = sum.raw_bytes.saturating_sub(sum.sent_bytes);
-    if way_bytes_per_sec == 0 {
+    if link_bytes_per_sec == 0 {
         return saved_bytes >= sum.raw_bytes / BLIND_SAVING;
     }
     // u128: bytes times nanoseconds overflow 64 bits.
-    let saved_nanos = u128::from(saved_bytes) * 1_000_000_000 / u128::from(way_bytes_per_sec);
+    let saved_nanos = u128::from(saved_bytes) * 1_000_000_000 / u128::from(link_bytes_per_sec);
     saved_nanos > sum.cost.as_nanos()
 }
 
@@ -127,10 +127,10 @@ mod tests {
         bytes
     }
 
-    fn work(adaptive: &mut Adaptive, trial: Trial, way: u64) -> u64 {
+    fn work(adaptive: &mut Adaptive, trial: Trial, link: u64) -> u64 {
         let mut bytes = 0;
         while adaptive.worth_trying() && bytes < 100 * WINDOW_BYTES {
-            adaptive.tried(trial, way);
+            adaptive.tried(trial, link);
             bytes += RUN;
         }
         bytes
@@ -145,16 +145,16 @@ mod tests {
     }
 
     #[test]
-    fn an_encoder_that_is_slower_than_the_way_rests() {
+    fn an_encoder_that_is_slower_than_the_link_rests() {
         // The same compression before a memory-fast socket, and one that saves nothing at all.
-        for (trial, way) in [
+        for (trial, link) in [
             (trial(33, 250_000_000), 2_000_000_000),
             (trial(100, 4_000_000_000), GIGABIT),
             (trial(110, 4_000_000_000), GIGABIT),
             (trial(95, 4_000_000_000), 0),
         ] {
             let mut adaptive = Adaptive::default();
-            assert_eq!(work(&mut adaptive, trial, way), WINDOW_BYTES);
+            assert_eq!(work(&mut adaptive, trial, link), WINDOW_BYTES);
             assert_eq!(rest(&mut adaptive), FIRST_REST_BYTES);
         }
     }
@@ -168,9 +168,9 @@ mod tests {
         for _ in 0..10 {
             assert_eq!(rest(&mut adaptive), expected);
             assert_eq!(work(&mut adaptive, loser, GIGABIT), TRIAL_BYTES);
-            expected = (expected * 2).min(LONGEST_REST_BYTES);
+            expected = (expected * 2).min(MAX_REST_BYTES);
         }
-        assert_eq!(rest(&mut adaptive), LONGEST_REST_BYTES);
+        assert_eq!(rest(&mut adaptive), MAX_REST_BYTES);
         adaptive.tried(winner, GIGABIT);
         assert_eq!(work(&mut adaptive, loser, GIGABIT), WINDOW_BYTES);
         assert_eq!(rest(&mut adaptive), FIRST_REST_BYTES);
@@ -193,11 +193,11 @@ mod tests {
             steps in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>()), 0..50),
         ) {
             let mut adaptive = Adaptive::default();
-            for (raw_bytes, sent_bytes, nanos, way) in steps {
-                adaptive.tried(Trial { raw_bytes, sent_bytes, cost: Duration::from_nanos(nanos) }, way);
+            for (raw_bytes, sent_bytes, nanos, link) in steps {
+                adaptive.tried(Trial { raw_bytes, sent_bytes, cost: Duration::from_nanos(nanos) }, link);
                 adaptive.passed(raw_bytes);
             }
-            prop_assert!(rest(&mut adaptive) <= LONGEST_REST_BYTES);
+            prop_assert!(rest(&mut adaptive) <= MAX_REST_BYTES);
         }
     }
 }

@@ -1,19 +1,19 @@
-//! What the peer last got of some pages, to tell what has changed since: whole pages, or their digests.
-//! One of each per shard, which alone uses it: it looks a page up before it is sent, and keeps here what
-//! it sent. Holds values and ages; deltas are `xbzrle`'s business.
+//! Remembers the versions of pages that the destination has: whole pages, or their digests. One of each
+//! per shard, used by `encode`, which looks a page up before sending it and stores what it sent. Holds
+//! values and ages; deltas are `xbzrle`'s business.
 //!
-//! A page that was used in this generation or the last one stays: with more pages to send in a round
-//! than there is room for, each would otherwise push out the next one before it comes round again, and
-//! none would ever be found. Any page can be in any place, so that neither the way in which pages are
-//! dealt to shards nor where a guest's working set lies makes two of them fight for one.
+//! A page used in this generation or the last one is never evicted: with a working set larger than the
+//! cache, each page would otherwise evict the next one needed, and no lookup would ever hit. The cache is
+//! fully associative, so neither the distribution over shards nor the layout of the working set causes
+//! conflicts.
 
-use super::xbzrle::Page;
+use super::page::Page;
 use devices::ram::PageIndex;
 use std::collections::HashMap;
 
-/// Memory is taken in pieces for this many pages, when the first one of them is needed.
+/// Memory is allocated on demand, in pieces of this many pages.
 const PIECE_PAGES: usize = 256;
-/// Generations for which a page that was used is safe.
+/// Generations during which a used page cannot be evicted.
 const PROTECTED_GENERATIONS: u64 = 2;
 
 /// Copies of pages, with ages.
@@ -24,24 +24,24 @@ pub type PageCache = Cache<Page>;
 pub struct Cache<T> {
     /// Most pages to hold.
     capacity: usize,
-    /// Which entry, and which place in the pieces, a page has.
+    /// Index of each page's entry, and of its value in the pieces.
     places: HashMap<PageIndex, usize>,
     entries: Vec<Entry>,
-    /// Places of pages that were forgotten.
+    /// Places without a page.
     free: Vec<usize>,
     pieces: Vec<Box<[T]>>,
     generation: u64,
-    /// The next entry to consider for eviction.
+    /// Clock hand: the next entry to consider for eviction.
     hand: usize,
-    /// Entries that may be old enough to go: pages do not get older within a generation, so that
-    /// each needs to be looked at only once in it.
+    /// Entries not yet considered in this generation. Pages do not age within one, so each is considered
+    /// only once.
     unseen: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     page: PageIndex,
-    /// When it was last used.
+    /// Generation of the last use.
     generation: u64,
 }
 
@@ -52,10 +52,10 @@ impl<T: Copy> Default for Cache<T> {
 }
 
 impl<T: Copy> Cache<T> {
-    /// Bytes that a page takes.
+    /// Bytes per page.
     pub const VALUE_BYTES: usize = size_of::<T>();
 
-    /// A cache of at most `bytes` of values. Takes none of it yet.
+    /// A cache of at most `bytes` of values, allocated on demand.
     pub fn new(bytes: usize) -> Self {
         Self {
             capacity: bytes / Self::VALUE_BYTES,
@@ -69,37 +69,37 @@ impl<T: Copy> Cache<T> {
         }
     }
 
-    /// Most bytes of values that it may hold.
+    /// Most bytes of values.
     pub fn capacity_bytes(&self) -> usize {
         self.capacity * Self::VALUE_BYTES
     }
 
-    /// How many pages it holds.
+    /// Pages held.
     pub fn page_count(&self) -> usize {
         self.places.len()
     }
 
-    /// Bytes of memory taken for values.
+    /// Bytes allocated for values.
     pub fn memory_bytes(&self) -> usize {
         self.pieces.len() * PIECE_PAGES * Self::VALUE_BYTES
     }
 
-    /// A new round begins: all pages get older.
+    /// Starts a new generation: all pages age.
     pub fn advance(&mut self) {
         self.generation += 1;
         self.unseen = self.entries.len();
     }
 
-    /// What the peer has of `page`, if that is known; the page counts as used. Whoever sends a newer
-    /// version writes it here.
+    /// The destination's version of `page`, if known. Counts as a use. A caller that sends a newer version
+    /// stores it here.
     pub fn lookup(&mut self, page: PageIndex) -> Option<&mut T> {
         let place = *self.places.get(&page)?;
         self.entries[place].generation = self.generation;
         Some(self.at(place))
     }
 
-    /// Keeps that the peer has `value` for `page`. False if `page` is not here and there is no room:
-    /// all others were used lately.
+    /// Records that the destination has `value` for `page`. Returns false if `page` is not cached and no
+    /// entry may be evicted.
     pub fn insert(&mut self, page: PageIndex, value: &T) -> bool {
         if let Some(known) = self.lookup(page) {
             *known = *value;
@@ -125,13 +125,12 @@ impl<T: Copy> Cache<T> {
         true
     }
 
-    /// Keeps that it is not known any more what the peer has of `page`: it was sent without a look.
+    /// Drops `page`: the destination's version is no longer known.
     pub fn forget(&mut self, page: PageIndex) {
         self.free.extend(self.places.remove(&page));
     }
 
-    /// Changes the size. If that makes it too small, the pages used last stay, and what memory the
-    /// others alone took is given back.
+    /// Changes the size. When shrinking, the most recently used pages stay, and unused memory is freed.
     pub fn resize(&mut self, bytes: usize) {
         self.capacity = bytes / Self::VALUE_BYTES;
         self.hand = 0;
@@ -145,12 +144,12 @@ impl<T: Copy> Cache<T> {
         for place in by_age.drain(by_age.len().min(end)..) {
             self.places.remove(&self.entries[place].page);
         }
-        // Those that stay but lie behind the new end move to where nobody stays.
+        // Pages past the new end move into free places before it.
         let mut holes = vec![true; end];
         by_age.iter().filter(|place| **place < end).for_each(|place| holes[*place] = false);
         self.free = (0..end).filter(|place| holes[*place]).collect();
         for from in by_age.into_iter().filter(|place| *place >= end) {
-            // There are no more of them than places before the end.
+            // There are at most as many as free places.
             let Some(to) = self.free.pop() else { break };
             let (entry, value) = (self.entries[from], *self.at(from));
             self.entries[to] = entry;
@@ -164,7 +163,7 @@ impl<T: Copy> Cache<T> {
         self.unseen = self.entries.len();
     }
 
-    /// Frees the place of a page that was not used lately. Called when none is free.
+    /// Evicts a page that was not used lately and returns its place.
     fn evict(&mut self) -> Option<usize> {
         while self.unseen > 0 {
             self.unseen -= 1;
@@ -186,7 +185,7 @@ impl<T: Copy> Cache<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::zero::PAGE_BYTES;
+    use super::super::page::PAGE_BYTES;
     use super::*;
     use proptest::prelude::*;
 

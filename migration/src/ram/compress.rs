@@ -1,26 +1,25 @@
-//! Compression of whole runs of pages: zlib or zstd, one run at a time, each independent of the
-//! others. Called by the shard that sends a run, on its private copy, and by the destination. Keeps
-//! its contexts from run to run; whether compression pays at all is `adaptive`'s business.
+//! Compresses runs of pages with zlib or zstd, each run independent of the others. Called by `encode` at
+//! the source, on private copies of pages, and by `decode` at the destination. Reuses its contexts from run to
+//! run; whether compression pays is `adaptive`'s business.
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use std::fmt;
 use zstd_safe::zstd_sys::ZSTD_ErrorCode::ZSTD_error_dstSize_tooSmall;
 use zstd_safe::{CCtx, CParameter, DCtx};
 
-use super::zero::PAGE_BYTES;
+use super::page::PAGE_BYTES;
 
 /// zstd returns its errors as negative sizes.
 const DST_TOO_SMALL: usize = (ZSTD_error_dstSize_tooSmall as usize).wrapping_neg();
 
-/// A run is sent compressed only if that saves one byte of so many; less is not worth unpacking it.
-const LEAST_SAVING: usize = 16;
-/// What is looked at to tell whether a run looks random: lines of a page, and of a whole run.
+/// A run is sent compressed only if that saves one byte in this many; less does not pay for unpacking.
+const MIN_SAVING: usize = 16;
+/// Samples for the randomness test: most lines per page, and per run.
 const LINE_BYTES: usize = 64;
 const SAMPLE_PAGE_LINES: usize = 16;
 const SAMPLE_LINES: usize = 64;
 
-/// How runs are compressed. The levels are those of QEMU's `multifd-zlib-level` and
-/// `multifd-zstd-level`.
+/// A compression method. Levels are those of QEMU's `multifd-zlib-level` and `multifd-zstd-level`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// zlib with its header and checksum, level 0 (none) to 9.
@@ -58,42 +57,35 @@ impl fmt::Display for Method {
     }
 }
 
-/// Why there is no compressor or decompressor.
+/// Creating a compressor or decompressor failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MethodError {
-    /// A level that the method has not.
-    #[error("{method} has no level {level}, only 0 to {max}")]
+    /// A level that the method does not support.
+    #[error("{method} does not support level {level}, only 0 to {max}")]
     Level {
         /// The method with that level.
         method: Method,
-        /// The level.
         level: u8,
-        /// The highest one.
         max: u8,
     },
-    /// The library could not get memory for a context.
+    /// Allocating a context failed.
     #[error("no memory for {method}")]
-    NoMemory {
-        /// The method.
-        method: Method,
-    },
+    NoMemory { method: Method },
 }
 
-/// Why a compressed run cannot be unpacked.
+/// Unpacking a run failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DecompressError {
-    /// What came is not what the method makes.
+    /// Not valid output of the method.
     #[error("run of {len_bytes} bytes is not valid {method}")]
     Corrupt {
-        /// The method.
         method: Method,
-        /// Bytes that came.
+        /// Bytes received.
         len_bytes: usize,
     },
     /// The run is longer than announced.
     #[error("{method} run unpacks to more than its {expected_bytes} bytes")]
     TooLong {
-        /// The method.
         method: Method,
         /// Bytes announced.
         expected_bytes: usize,
@@ -101,17 +93,15 @@ pub enum DecompressError {
     /// The run is shorter than announced, or cut off.
     #[error("{method} run unpacks to {got_bytes} of its {expected_bytes} bytes")]
     TooShort {
-        /// The method.
         method: Method,
-        /// Bytes that there were.
+        /// Bytes unpacked.
         got_bytes: usize,
         /// Bytes announced.
         expected_bytes: usize,
     },
-    /// There is more after the end.
-    #[error("{method} run is followed by {left_bytes} bytes that do not belong to it")]
+    /// Bytes follow the end of the compressed data.
+    #[error("{method} run is followed by {left_bytes} stray bytes")]
     Trailing {
-        /// The method.
         method: Method,
         /// Bytes after the end.
         left_bytes: usize,
@@ -122,7 +112,7 @@ pub enum DecompressError {
 #[derive(Debug)]
 pub struct Compressor {
     context: Context,
-    /// Where a run is compressed to, as large as the largest one so far.
+    /// Output buffer, as large as the largest run so far.
     scratch: Vec<u8>,
 }
 
@@ -163,10 +153,10 @@ impl Compressor {
         Ok(Self { context, scratch: Vec::new() })
     }
 
-    /// Appends `pages`, compressed, to `into`; false if that is not worth it, and `into` is as it was:
-    /// send the pages as they are.
+    /// Appends `pages`, compressed, to `into`. Returns false, with `into` unchanged, if that saves too
+    /// little: send the pages uncompressed.
     pub fn compress(&mut self, pages: &[u8], into: &mut Vec<u8>) -> bool {
-        let limit = pages.len() - pages.len().div_ceil(LEAST_SAVING);
+        let limit = pages.len() - pages.len().div_ceil(MIN_SAVING);
         if looks_random(pages) {
             return false;
         }
@@ -191,9 +181,8 @@ impl Compressor {
     }
 }
 
-/// Whether the bytes of `pages` seem to be spread as evenly as chance would have it, as they are when
-/// they are compressed or encrypted already. Looks at some lines of some pages. A run that is of two
-/// minds, or that repeats itself from page to page, does not look random.
+/// Whether the bytes of `pages` are distributed like random ones, as in compressed or encrypted data. Looks
+/// at samples only. Mixed runs, and runs that repeat from page to page, do not look random.
 fn looks_random(pages: &[u8]) -> bool {
     let page_count = pages.len().div_ceil(PAGE_BYTES).max(1);
     let page_lines = (SAMPLE_LINES / page_count).clamp(1, SAMPLE_PAGE_LINES);
@@ -208,7 +197,7 @@ fn looks_random(pages: &[u8]) -> bool {
         before = page.first_chunk::<16>();
         let lines = page.as_chunks::<LINE_BYTES>().0;
         for sample in 0..page_lines {
-            // Other lines in every page: what is alike in all pages should not decide alone.
+            // Different lines in each page, so that a common page layout does not decide alone.
             let Some(line) = lines.get((index * 5 + sample * 37) % lines.len().max(1)) else {
                 continue;
             };
@@ -262,8 +251,8 @@ impl Decompressor {
         Ok(Self { method, context })
     }
 
-    /// Unpacks `data`, which has to be exactly `into.len()` bytes long then. Allocates nothing, as it
-    /// never needs more of what it unpacked than is in `into`. After an error `into` holds anything.
+    /// Unpacks `data` into exactly `into.len()` bytes. Allocates nothing: `into` is the only window it
+    /// needs. After an error the content of `into` is unspecified.
     pub fn decompress(&mut self, data: &[u8], into: &mut [u8]) -> Result<(), DecompressError> {
         let (method, expected_bytes) = (self.method, into.len());
         let corrupt = DecompressError::Corrupt { method, len_bytes: data.len() };
@@ -273,8 +262,8 @@ impl Decompressor {
                 context.reset(true);
                 let status = context.decompress(data, into, FlushDecompress::Finish);
                 let status = status.map_err(|_| corrupt)?;
-                let read = usize::try_from(context.total_in()).unwrap_or(usize::MAX);
-                let got_bytes = usize::try_from(context.total_out()).unwrap_or(usize::MAX);
+                let read = usize::try_from(context.total_in()).map_err(|_| corrupt)?;
+                let got_bytes = usize::try_from(context.total_out()).map_err(|_| corrupt)?;
                 let left_bytes = data.len().saturating_sub(read);
                 match status {
                     Status::StreamEnd if left_bytes > 0 => {
@@ -293,7 +282,7 @@ impl Decompressor {
                     }
                 }
             }
-            // To a whole output at once: no window has to be allocated, whatever the frame asks for.
+            // In one call: no window is allocated, whatever the frame asks for.
             Unpacker::Zstd(context) => {
                 let result = context.decompress(into, data);
                 result.map_err(|code| if code == DST_TOO_SMALL { too_long } else { corrupt })?
@@ -434,7 +423,7 @@ mod tests {
     fn levels_out_of_range_are_refused() {
         for method in [Method::Zlib { level: 10 }, Method::Zstd { level: 21 }] {
             let error = Compressor::new(method).unwrap_err();
-            assert!(error.to_string().contains("has no level"), "{error}");
+            assert!(error.to_string().contains("does not support level"), "{error}");
         }
     }
 

@@ -1,16 +1,16 @@
-//! What came smaller than it is, made whole again. Called by `incoming`, one per data channel; nothing
-//! that arrives is trusted.
+//! Unpacks compressed pages and applies deltas. Called by `page_receiver`, one instance per data channel.
+//! Trusts nothing that arrives.
 
 use super::compress::{Decompressor, Method};
 use super::frame::{MAX_DELTA_BYTES, Packing};
+use super::page::{Page, bytes_of};
 use super::xbzrle;
-use super::zero::PAGE_BYTES;
 use crate::transport::Channel;
 use crate::wire::{Decoder, WireError};
 
 const WHAT: &str = "page frame";
 
-/// A channel's decoders, and the memory that they need.
+/// A channel's decoders and their buffers.
 #[derive(Debug, Default)]
 pub struct Decoding {
     zlib: Option<Decompressor>,
@@ -24,14 +24,15 @@ fn malformed(reason: String) -> WireError {
 }
 
 impl Decoding {
-    /// Receives a byte count, which is at most `most`, and as many bytes.
+    /// Receives a byte count of at most `most`, then that many bytes.
     fn part(&mut self, channel: &Channel, most: usize, name: &str) -> Result<&[u8], WireError> {
         let mut count = [0; 4];
         channel.read_exact(&mut count)?;
         let bytes = Decoder::new(WHAT, &count).u32()?;
         let len = usize::try_from(bytes).ok().filter(|len| *len <= most);
-        let len =
-            len.ok_or_else(|| malformed(format!("{bytes} bytes of {name}, possible are {most}")))?;
+        let len = len.ok_or_else(|| {
+            malformed(format!("{bytes} bytes of {name}, at most {most} are possible"))
+        })?;
         self.arrived.resize(len, 0);
         channel.read_exact(&mut self.arrived)?;
         Ok(&self.arrived)
@@ -44,7 +45,7 @@ impl Decoding {
         packing: Packing,
         raw_pages: u32,
     ) -> Result<&[u8], WireError> {
-        let bytes = usize::try_from(raw_pages).unwrap_or(0) * PAGE_BYTES;
+        let bytes = bytes_of(raw_pages);
         self.part(channel, bytes, "packed pages")?;
         let (slot, method) = match packing {
             Packing::Zstd => (&mut self.zstd, Method::Zstd { level: 1 }),
@@ -77,13 +78,13 @@ pub struct Deltas<'a>(Decoder<'a>);
 
 impl Deltas<'_> {
     /// Applies the next one to `page`.
-    pub fn apply(&mut self, page: &mut xbzrle::Page) -> Result<(), WireError> {
+    pub fn apply(&mut self, page: &mut Page) -> Result<(), WireError> {
         let len = self.0.u16()?;
         let delta = self.0.raw(usize::from(len))?;
         xbzrle::decode(delta, page).map_err(|error| malformed(error.to_string()))
     }
 
-    /// There has to be none left.
+    /// Checks that none is left.
     pub fn finish(self) -> Result<(), WireError> {
         self.0.finish()
     }

@@ -1,18 +1,18 @@
-//! What the peer last got of a page, in an eighth of its size: enough to tell which lines of it have
-//! changed since. So XBZRLE reaches a working set of eight times its cache, if only by lines. Called by
+//! Digests of pages by line, an eighth of the size of a copy: enough to tell which lines have changed.
+//! With them XBZRLE covers a working set of eight times its cache, at the granularity of lines. Called by
 //! `encode` for pages that have no place in the cache of copies. Pure.
 //!
 //! The digest of a line is NH, the universal hash of UMAC (RFC 4418, section 5.2), over words of 64
-//! bits: whatever two different lines a guest writes, they have the same digest under at most one key in
-//! 2⁶⁴. The key is random, new for each migration and never sent, so nobody can look for such lines. A
-//! changed line is taken for an unchanged one less often than a host's memory errs by itself.
+//! bits: any two different lines have the same digest under at most one key in 2⁶⁴. The key is random,
+//! new for each migration and never sent, so a guest cannot search for collisions. An undetected change is
+//! less likely than a memory error of the host.
 
 use super::cache::Cache;
-use super::xbzrle::{Encoded, Page, RunWriter};
-use super::zero::PAGE_BYTES;
-use std::io::{self, Read};
+use super::page::{PAGE_BYTES, Page};
+use super::xbzrle::{Encoded, RunWriter};
+use std::io;
 
-/// Bytes that have a digest of their own.
+/// Bytes per digest.
 const LINE_BYTES: usize = 128;
 const LINES: usize = PAGE_BYTES / LINE_BYTES;
 const LINE_WORDS: usize = LINE_BYTES / 8;
@@ -26,16 +26,14 @@ pub type DigestCache = Cache<Digest>;
 #[derive(Debug, Clone)]
 pub struct Digester {
     key: [u64; LINE_WORDS],
-    /// Of a page of zeroes.
+    /// Digest of a zero page.
     zero: Digest,
 }
 
 impl Digester {
-    /// With a key that nobody can guess.
+    /// Draws a random key.
     pub fn random() -> io::Result<Self> {
-        let mut bytes = [0; LINE_BYTES];
-        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-        Ok(Self::with_key(words(&bytes)))
+        Ok(Self::with_key(words(&crate::bytes::random()?)))
     }
 
     fn with_key(key: [u64; LINE_WORDS]) -> Self {
@@ -72,8 +70,8 @@ fn words(line: &[u8; LINE_BYTES]) -> [u64; LINE_WORDS] {
     words
 }
 
-/// Writes the lines of `page` whose digest has changed from `old` to `new` as an XBZRLE delta to the
-/// start of `into`.
+/// Writes the lines of `page` whose digests differ between `old` and `new` to the start of `into`, as an
+/// XBZRLE delta.
 pub fn encode_lines(old: &Digest, new: &Digest, page: &Page, into: &mut [u8]) -> Encoded {
     let mut writer = RunWriter::new(page, into);
     let mut line = 0;

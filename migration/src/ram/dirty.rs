@@ -1,11 +1,10 @@
-//! One bit per page of RAM, walked by words and runs. Called by `outgoing` (what is to be sent) and
-//! `incoming` (what has arrived). Where the bits come from is the business of
-//! [`DirtySource`](crate::guest::DirtySource).
+//! A bitmap with one bit per page of RAM, walked by words and runs. Used by `outgoing` (pages to send) and
+//! `page_receiver` (pages received). Dirty bits come from [`DirtySource`](crate::guest::DirtySource).
 
 use devices::ram::PageIndex;
 use std::ops::Range;
 
-/// Which pages have to be sent, or have arrived.
+/// One bit per page of RAM.
 #[derive(Debug, Clone)]
 pub struct PageBitmap {
     words: Vec<u64>,
@@ -84,7 +83,7 @@ impl PageBitmap {
 /// Some words of such a bitmap.
 #[derive(Debug, Clone, Copy)]
 pub struct Words<'a> {
-    /// Where they begin in it.
+    /// Index of the first word in the bitmap.
     pub first_word: usize,
     /// The words, 64 pages each.
     pub words: &'a [u64],
@@ -111,7 +110,7 @@ impl<'a> Words<'a> {
         Runs { bits: self, at, end }
     }
 
-    /// The word with the bit of page `page`; no page is set outside.
+    /// The word with the bit of page `page`; 0 outside of these words.
     fn word_of(self, page: u64) -> u64 {
         let word = usize::try_from(page / 64).ok().and_then(|at| at.checked_sub(self.first_word));
         word.and_then(|at| self.words.get(at)).copied().unwrap_or(0)

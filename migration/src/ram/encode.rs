@@ -1,6 +1,6 @@
-//! Makes pages smaller: a shard's copies of pages become deltas, compressed runs, or stay as they are.
-//! Called by `shard` when it has something to try; else pages go straight from guest RAM. Knows the
-//! cache, the compressor, and whether either is worth its time; sends nothing.
+//! A shard's encoders: turns copies of pages into deltas, compressed runs or raw pages. Called by `shard`
+//! while an encoder is worth trying; otherwise pages go straight from guest RAM. Owns the caches, the
+//! compressor, and the decision whether to use them; sends nothing.
 //!
 //! ```text
 //! guest RAM ─copy▶ page ─▶ zero? ─▶ known by copy or digest? changed in few places? ─▶ delta
@@ -8,9 +8,9 @@
 //!                                                                 └─▶ raw
 //! ```
 //!
-//! **Copies and digests share XBZRLE's memory.** A working set that fits is kept as copies, whose deltas
-//! are exact to the byte. Once a page finds no room among them, digests get a growing part of the
-//! memory, up to three quarters: a digest knows a page by lines only, in an eighth of the space.
+//! **Copies and digests share XBZRLE's memory.** A working set that fits is kept as copies, with deltas
+//! exact to the byte. Once copies run out of room, digests get a growing share of the memory, up to three
+//! quarters: a digest takes an eighth of the space, but only resolves lines.
 
 use super::adaptive::{Adaptive, Trial};
 use super::cache::PageCache;
@@ -18,56 +18,55 @@ use super::compress::{Compressor, Method, MethodError};
 use super::digest::{DigestCache, Digester, encode_lines};
 use super::error::{RamError, WantError};
 use super::frame::{MAX_DELTA_BYTES, Packing};
-use super::xbzrle::{Encoded, Encoder as Xbzrle, Page};
-use super::zero::PAGE_BYTES;
+use super::page::{PAGE_BYTES, Page};
+use super::xbzrle::{Encoded, Encoder as Xbzrle};
+use crate::bytes::is_zero;
 use crate::stats::{CompressionStats, XbzrleStats};
 use crate::wire::Encoder;
 use devices::ram::PageIndex;
 use std::time::Instant;
 
-/// Staged pages after which they are sent: what is compressed at once, and still in a processor's cache.
+/// Staged pages are sent once there are this many: compressed in one piece, and still in the CPU cache.
 const STAGED_PAGES: usize = 128;
-/// Bytes of deltas after which they are sent.
+/// Deltas are sent once there are this many bytes.
 const DELTA_BYTES: usize = 256 << 10;
-/// A delta that is longer than this saves too little.
-const LONGEST_DELTA: usize = PAGE_BYTES - PAGE_BYTES / 8;
+/// A longer delta saves too little.
+const MAX_USEFUL_DELTA: usize = PAGE_BYTES - PAGE_BYTES / 8;
 
-const _: () = assert!(DELTA_BYTES + LONGEST_DELTA + 2 <= MAX_DELTA_BYTES);
+const _: () = assert!(DELTA_BYTES + MAX_USEFUL_DELTA + 2 <= MAX_DELTA_BYTES);
 
-/// What is to be tried, and with what.
+/// Which encoders to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
-    /// Bytes of this shard's cache for XBZRLE; none if that is off.
+    /// Bytes of this shard's XBZRLE cache; `None` if XBZRLE is off.
     pub cache_bytes: Option<usize>,
-    /// The compressor.
     pub method: Option<Method>,
 }
 
-/// How a page is to travel.
+/// What became of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It is zero.
     Zero,
-    /// As a delta, which is among [`Encoding::deltas`].
+    /// Its delta is in [`Encoding::deltas`].
     Delta,
-    /// It is staged.
+    /// It is in [`Encoding::staged`].
     Staged,
-    /// Not at all: the destination has it.
+    /// The destination has this version: send nothing.
     Unchanged,
 }
 
-/// Digests get memory in steps of this; less than a step is left to the copies.
+/// Digests get memory in steps of this size.
 const DIGEST_STEP_BYTES: usize = 1 << 20;
 
 struct Deltas {
     copies: PageCache,
     digests: DigestCache,
-    /// Of both together.
+    /// Copies and digests together.
     cache_bytes: usize,
     digester: Digester,
     encoder: Xbzrle,
     worth: Adaptive,
-    /// Since the last judgement.
+    /// Since the encoder was last judged.
     trial: Trial,
 }
 
@@ -100,19 +99,18 @@ impl Deltas {
         self.copies.resize(self.cache_bytes - digest_bytes);
     }
 
-    /// Forgets all versions, which are not the destination's any more.
+    /// Drops all versions: they are no longer the destination's.
     fn forget_all(&mut self) {
         self.copies = PageCache::new(self.cache_bytes);
         self.digests = DigestCache::new(0);
     }
 
-    /// A round is over.
     fn advance(&mut self) {
         self.copies.advance();
         self.digests.advance();
     }
 
-    /// Zeroes were sent.
+    /// Records that `page` was sent as zero.
     fn zero(&mut self, page: PageIndex, last: bool) {
         if last {
             return;
@@ -124,9 +122,9 @@ impl Deltas {
         }
     }
 
-    /// What `new` is, compared to the version that the destination has. None if that is not known; from
-    /// now on it is, if there is room, unless this is the `last` version that is sent: then nothing is
-    /// copied, and if more is sent after all, all has to be forgotten first.
+    /// Encodes `new` against the destination's version, or returns `None` if that is unknown. Then `new` is
+    /// remembered, if there is room. With `last`, the guest being stopped, nothing is remembered; if the
+    /// stop is called off, [`Deltas::forget_all`] has to follow.
     fn encode(
         &mut self,
         page: PageIndex,
@@ -171,7 +169,7 @@ struct Packer {
     compressor: Compressor,
     worth: Adaptive,
     packed: Vec<u8>,
-    /// What a page has lately come to, once there was one.
+    /// Moving average of a page's packed size.
     page_bytes: Option<usize>,
 }
 
@@ -180,18 +178,18 @@ struct Packer {
 pub struct Encoding {
     deltas: Option<Deltas>,
     packer: Option<Packer>,
-    /// Whole pages that stay as they are, one after the other; room for one more behind them.
+    /// Pages without a delta, one after the other, with room for one more.
     staged: Vec<u8>,
     staged_pages: usize,
-    /// Lengths and deltas, as they travel.
+    /// Lengths and deltas, as sent.
     delta_part: Encoder,
     delta: Vec<u8>,
-    /// What was done since the last [`Encoding::take_stats`].
+    /// Since the last [`Encoding::take_stats`].
     stats: (XbzrleStats, CompressionStats),
 }
 
 impl Encoding {
-    /// Changes what is tried. Cheap if nothing has changed.
+    /// Changes which encoders to use. Cheap if nothing changes.
     pub fn want(&mut self, wanted: Wanted) -> Result<(), WantError> {
         match wanted.cache_bytes {
             None => self.deltas = None,
@@ -214,7 +212,7 @@ impl Encoding {
         Ok(())
     }
 
-    /// Whether deltas are worth trying: not in the first round, which has no older versions.
+    /// Whether deltas are worth trying. Not in the first round, which has no older versions.
     pub fn tries_deltas(&self, first_round: bool) -> bool {
         !first_round && self.deltas.as_ref().is_some_and(|deltas| deltas.worth.worth_trying())
     }
@@ -224,7 +222,7 @@ impl Encoding {
         self.packer.as_ref().is_some_and(|packer| packer.worth.worth_trying())
     }
 
-    /// So many bytes of pages were sent straight from guest RAM.
+    /// Records `bytes` of pages sent straight from guest RAM.
     pub fn passed(&mut self, bytes: u64, first_round: bool) {
         if let Some(packer) = &mut self.packer {
             packer.worth.passed(bytes);
@@ -232,28 +230,28 @@ impl Encoding {
         self.passed_deltas(bytes, first_round);
     }
 
-    /// So many bytes of pages were sent without a look at older versions.
+    /// Records `bytes` of pages sent without a delta.
     pub fn passed_deltas(&mut self, bytes: u64, first_round: bool) {
         if let (Some(deltas), false) = (&mut self.deltas, first_round) {
             deltas.worth.passed(bytes);
         }
     }
 
-    /// Forgets which versions the destination has: what was sent last was not remembered.
+    /// Drops the destination's versions: what was sent last was not remembered.
     pub fn forget(&mut self) {
         if let Some(deltas) = &mut self.deltas {
             deltas.forget_all();
         }
     }
 
-    /// A round is over: what is in the cache gets older.
+    /// Ends a round: cached pages age.
     pub fn end_round(&mut self) {
         if let Some(deltas) = &mut self.deltas {
             deltas.advance();
         }
     }
 
-    /// Where to copy the next page to.
+    /// The buffer for a copy of the next page.
     pub fn next_page(&mut self) -> &mut Page {
         let start = self.staged_pages * PAGE_BYTES;
         if self.staged.len() < start + PAGE_BYTES {
@@ -262,8 +260,8 @@ impl Encoding {
         self.staged[start..].first_chunk_mut().expect("room was made for a page")
     }
 
-    /// Decides on the page that was copied to [`Encoding::next_page`]. With `deltas` older versions are
-    /// looked at, and this one is remembered unless it is the `last`.
+    /// Encodes the page copied to [`Encoding::next_page`]. With `deltas` it is compared with the
+    /// destination's version, and remembered unless it is the `last` one.
     ///
     /// # Errors
     /// If no page was copied.
@@ -279,19 +277,19 @@ impl Encoding {
                 state.zero(page, last);
                 return Ok(Fate::Zero);
             }
-            self.delta.resize(LONGEST_DELTA, 0);
+            self.delta.resize(MAX_USEFUL_DELTA, 0);
             let began = Instant::now();
             let Some(encoded) = state.encode(page, new, &mut self.delta, last) else {
                 stats.misses += 1;
                 self.staged_pages += 1;
                 return Ok(Fate::Staged);
             };
-            // Misses do not count: a round of them only prepares for the next.
+            // Misses do not count: they fill the cache for the next round.
             state.trial.raw_bytes += PAGE_BYTES as u64;
             state.trial.cost += began.elapsed();
-            // A page that packs to less than its delta is better packed.
+            // Prefer compression if pages pack to less than this delta.
             let longest = self.packer.as_ref().filter(|packer| packer.worth.worth_trying());
-            let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(LONGEST_DELTA);
+            let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(MAX_USEFUL_DELTA);
             match encoded {
                 Encoded::Unchanged => {
                     stats.unchanged += 1;
@@ -318,12 +316,11 @@ impl Encoding {
         Ok(Fate::Staged)
     }
 
-    /// Whether what was taken should be sent now.
+    /// Whether to send what was encoded so far.
     pub fn is_full(&self) -> bool {
         self.staged_pages >= STAGED_PAGES || self.delta_part.bytes().len() >= DELTA_BYTES
     }
 
-    /// The staged pages.
     pub fn staged(&self) -> &[u8] {
         &self.staged[..self.staged_pages * PAGE_BYTES]
     }
@@ -333,9 +330,8 @@ impl Encoding {
         self.delta_part.bytes()
     }
 
-    /// Compresses the staged pages, if that is wanted and worth it. `way` is how many bytes per second
-    /// the channel takes.
-    pub fn pack(&mut self, way: u64) -> Option<(Packing, &[u8])> {
+    /// Compresses the staged pages, if a compressor is in use and worth trying.
+    pub fn pack(&mut self, link_bytes_per_sec: u64) -> Option<(Packing, &[u8])> {
         let staged = &self.staged[..self.staged_pages * PAGE_BYTES];
         let packer = self.packer.as_mut().filter(|_| !staged.is_empty())?;
         let raw_bytes = staged.len() as u64;
@@ -346,9 +342,12 @@ impl Encoding {
         packer.packed.clear();
         let began = Instant::now();
         let packed = packer.compressor.compress(staged, &mut packer.packed);
-        let sent_bytes = if packed { packer.packed.len() as u64 } else { raw_bytes };
-        packer.worth.tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, way);
-        let page_bytes = usize::try_from(sent_bytes).unwrap_or(usize::MAX) / self.staged_pages;
+        let sent = if packed { packer.packed.len() } else { staged.len() };
+        let sent_bytes = sent as u64;
+        packer
+            .worth
+            .tried(Trial { raw_bytes, sent_bytes, cost: began.elapsed() }, link_bytes_per_sec);
+        let page_bytes = sent / self.staged_pages;
         let before = packer.page_bytes.unwrap_or(page_bytes);
         packer.page_bytes = Some((before * 3 + page_bytes) / 4);
         if !packed {
@@ -363,32 +362,26 @@ impl Encoding {
         Some((packing, &packer.packed))
     }
 
-    /// What was taken has been sent.
+    /// Drops what has been sent.
     pub fn clear(&mut self) {
         self.staged_pages = 0;
         self.delta_part.clear();
     }
 
-    /// Judges deltas by what became of them; `way` is how many bytes per second the channel takes.
-    pub fn judge_deltas(&mut self, way: u64) {
+    /// Judges whether deltas pay at the channel's throughput.
+    pub fn judge_deltas(&mut self, link_bytes_per_sec: u64) {
         let Some(deltas) = &mut self.deltas else { return };
-        deltas.worth.tried(std::mem::take(&mut deltas.trial), way);
+        deltas.worth.tried(std::mem::take(&mut deltas.trial), link_bytes_per_sec);
         if !deltas.worth.worth_trying() {
-            // While it rests pages are sent without a look, and what is here would not be what the
-            // destination has.
+            // While deltas rest, pages are sent without updating the cache, which would go stale.
             deltas.forget_all();
         }
     }
 
-    /// What was done since the last time, for the counters.
+    /// Statistics since the last call, for the counters.
     pub fn take_stats(&mut self) -> (XbzrleStats, CompressionStats) {
         std::mem::take(&mut self.stats)
     }
-}
-
-fn is_zero(page: &Page) -> bool {
-    let (lines, _) = page.as_chunks::<64>();
-    lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 #[cfg(test)]

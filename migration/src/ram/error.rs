@@ -1,13 +1,12 @@
-//! What may go wrong with RAM at the source, besides connections and the machine.
+//! Failures of RAM at the source, connections and the machine aside.
 
 use super::compress::MethodError;
 use crate::error::ParticipantError;
 use std::io;
 
-/// Why an encoder cannot be had.
+/// Creating an encoder failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WantError {
-    /// A compressor.
     #[error(transparent)]
     Method(#[from] MethodError),
     /// XBZRLE's digests need a secret key.
@@ -15,17 +14,15 @@ pub enum WantError {
     NoRandomness(#[source] io::Error),
 }
 
-/// Why RAM cannot be sent.
+/// Sending RAM failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
-    /// Guest RAM cannot be read.
     #[error("guest RAM: {0}")]
     Unreadable(String),
-    /// Pages cannot be made smaller as wanted.
     #[error(transparent)]
     Encoding(#[from] WantError),
-    /// A thread has panicked.
-    #[error("a thread that sends pages has failed by itself, which is a mistake in this program")]
+    /// A sending thread panicked.
+    #[error("a thread that sends pages panicked, which is a bug in Ferry")]
     SenderEnded,
 }
 

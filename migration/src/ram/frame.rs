@@ -7,7 +7,7 @@
 //! raw     the pages of all raw runs, in the order of the table            method 0
 //!         byte count u32 · the same pages, compressed as one piece        method 1 zlib, 2 zstd
 //! delta   byte count u32 · for each page of all delta runs: length u16 · XBZRLE delta
-//! mark    number u64                    echoed on the main connection once all before it is in place
+//! mark    number u64                    answered on the control connection once everything before it is in place
 //! end     nothing                       the last frame of the channel
 //! ```
 //! All integers little-endian. A run lies wholly in one block of RAM.
@@ -27,15 +27,15 @@ pub const MAX_RAW_PAGES: u32 = 1024;
 pub const MAX_DELTA_BYTES: usize = 1 << 20;
 const WHAT: &str = "page frame";
 
-/// How the pages of a run travel.
+/// How the pages of a run are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RunKind {
-    /// They are zero; there is no payload.
+    /// Zero pages: no payload.
     Zero = 0,
-    /// As they are, or compressed.
+    /// Uncompressed, or packed.
     Raw = 1,
-    /// As what has changed since the destination last got them.
+    /// XBZRLE deltas against the destination's version.
     Delta = 2,
 }
 
@@ -43,26 +43,20 @@ pub enum RunKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Packing {
-    /// Not at all.
     None = 0,
-    /// With zlib.
     Zlib = 1,
-    /// With zstd.
     Zstd = 2,
 }
 
-/// Neighbouring pages that travel the same way.
+/// Consecutive pages that are sent the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// The first.
     pub first: PageIndex,
-    /// How many.
     pub page_count: u32,
-    /// Which way.
     pub kind: RunKind,
 }
 
-/// A frame that is being put together.
+/// A frame under construction.
 #[derive(Debug, Default)]
 pub struct Batch {
     runs: Vec<Run>,
@@ -73,7 +67,7 @@ pub struct Batch {
 
 impl Batch {
     /// Appends pages of one block, all of one kind, growing the last run where they continue it.
-    /// They must fit: see [`Batch::room`].
+    /// The caller checks [`Batch::has_room`] first.
     pub fn push(&mut self, first: PageIndex, page_count: u32, kind: RunKind, layout: &RamLayout) {
         match kind {
             RunKind::Zero => self.zero_pages += u64::from(page_count),
@@ -84,7 +78,7 @@ impl Batch {
             && last.kind == kind
             && last.first.0 + u64::from(last.page_count) == first.0
             && let Some(sum) = last.page_count.checked_add(page_count)
-            // A run never goes on from one block into the next.
+            // A run never spans two blocks.
             && layout.run_address(last.first, sum.into()).is_some()
         {
             last.page_count = sum;
@@ -98,12 +92,10 @@ impl Batch {
         self.runs.len() < MAX_RUNS && self.raw_pages < most_raw
     }
 
-    /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }
 
-    /// The runs.
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }
@@ -123,28 +115,34 @@ impl Batch {
         self.delta_pages
     }
 
-    /// Header and table; the raw pages follow as `packing` says.
-    pub fn encode_head(&self, packing: Packing, encoder: &mut Encoder) {
-        let run_count = u16::try_from(self.runs.len()).unwrap_or(u16::MAX);
+    /// Encodes header and run table. The raw pages follow, packed as `packing` says.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for more than [`MAX_RUNS`] runs.
+    pub fn encode_head(&self, packing: Packing, encoder: &mut Encoder) -> Result<(), WireError> {
+        let found = self.runs.len();
+        let run_count = u16::try_from(found).ok().filter(|_| found <= MAX_RUNS);
+        let (found, most) = (found as u64, MAX_RUNS as u64);
+        let run_count = run_count.ok_or(WireError::TooLong { what: "run table", found, most })?;
         encoder.clear().u8(1).u8(packing as u8).u16(run_count).u32(self.raw_pages);
         for run in &self.runs {
             encoder.u64(run.first.0).u32(run.page_count).u8(run.kind as u8).u8(0).u16(0);
         }
+        Ok(())
     }
 
-    /// Starts anew, keeping the memory.
+    /// Empties it, keeping the memory.
     pub fn clear(&mut self) {
         self.runs.clear();
         (self.raw_pages, self.delta_pages, self.zero_pages) = (0, 0, 0);
     }
 }
 
-/// A mark.
 pub fn encode_mark(encoder: &mut Encoder, number: u64) {
     encoder.clear().u8(2).u8(0).u16(0).u32(0).u64(number);
 }
 
-/// The end of a channel.
+/// Encodes an end.
 pub fn encode_end(encoder: &mut Encoder) {
     encoder.clear().u8(3).u8(0).u16(0).u32(0);
 }
@@ -152,13 +150,11 @@ pub fn encode_end(encoder: &mut Encoder) {
 /// A frame's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FrameHeader {
-    /// Pages.
     Pages {
         /// Runs in the table; at most [`MAX_RUNS`].
         run_count: usize,
         /// Raw pages after the table; at most [`MAX_RAW_PAGES`].
         raw_pages: u32,
-        /// How they come.
         packing: Packing,
     },
     /// A mark; its number follows.
@@ -211,7 +207,7 @@ pub fn decode_table(
             (0, 0, 0) => RunKind::Zero,
             (1, 0, 0) => RunKind::Raw,
             (2, 0, 0) => RunKind::Delta,
-            (kind, ..) => return Err(decoder.malformed(format!("a run of unknown kind {kind}"))),
+            (kind, ..) => return Err(decoder.malformed(format!("run of unknown kind {kind}"))),
         };
         let address = layout.run_address(first, page_count.into()).ok_or_else(|| {
             decoder.malformed(format!("pages {}+{page_count} are outside the guest's RAM", first.0))
@@ -261,7 +257,7 @@ mod tests {
             }
             prop_assume!(!batch.is_empty());
             let mut head = Encoder::default();
-            batch.encode_head(Packing::None, &mut head);
+            batch.encode_head(Packing::None, &mut head).unwrap();
             let (header, table) = head.bytes().split_first_chunk().unwrap();
             let header = FrameHeader::decode(header).unwrap();
             let raw_pages = batch.raw_pages();

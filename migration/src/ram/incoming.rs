@@ -1,12 +1,12 @@
-//! RAM at the destination: one receiving thread per data channel, and the counts that have to agree
-//! before the guest may run.
+//! RAM at the destination, as a participant: starts a receiving thread per data channel, and compares
+//! both sides' counts before the guest may run.
 
 use super::outgoing::SECTION;
 use super::page_receiver::PageReceiver;
 use super::receivers::Receivers;
 use crate::error::ParticipantError;
 use crate::guest::IncomingRam;
-use crate::participant::{Incoming, IncomingLink, Outcome};
+use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::wire::section::{RamEnd, RamSetup, Stage};
 use crate::wire::{Role, WireError};
 
@@ -14,7 +14,7 @@ use crate::wire::{Role, WireError};
 pub struct RamIncoming {
     ram: IncomingRam,
     receivers: Option<Receivers>,
-    /// What the source says that it has sent, once it has.
+    /// The source's totals, once its end has come.
     end: Option<RamEnd>,
 }
 
@@ -24,7 +24,7 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl RamIncoming {
-    /// RAM that was set up for a guest to arrive.
+    /// `ram` is untouched: every page reads as zero.
     pub fn new(ram: IncomingRam) -> Self {
         Self { ram, receivers: None, end: None }
     }
@@ -43,21 +43,23 @@ impl Incoming for RamIncoming {
         true
     }
 
-    fn setup(&mut self, link: IncomingLink, body: &[u8]) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
         let setup = RamSetup::decode(body)?;
-        let count = link.channels.len();
+        let count = context.channels.len();
         if usize::from(setup.data_channels) != count {
             let reason = format!("{} data channels, {count} exist", setup.data_channels);
             return Err(WireError::Malformed { what: "RAM setup", reason }.into());
         }
         let total_bytes = self.ram.layout.size_bytes();
-        link.counters.update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, count > 1));
-        let channels = link.channels.into_iter().map(|(_, channel)| {
-            let pages = PageReceiver::start(self.ram.clone(), setup, link.counters.clone())?;
+        context
+            .counters
+            .update(|stats| (stats.total_bytes, stats.multifd) = (total_bytes, count > 1));
+        let channels = context.channels.into_iter().map(|(_, channel)| {
+            let pages = PageReceiver::start(self.ram.clone(), setup, context.counters.clone())?;
             Ok((pages, channel))
         });
         let channels = channels.collect::<Result<_, WireError>>()?;
-        self.receivers = Some(Receivers::start(channels, &link.control)?);
+        self.receivers = Some(Receivers::start(channels, &context.control)?);
         Ok(())
     }
 
@@ -80,7 +82,7 @@ impl Incoming for RamIncoming {
             frames: tallies.iter().map(|tally| tally.frames).collect(),
         };
         if ours != theirs {
-            let reason = format!("the source has sent {theirs:?}, {ours:?} have arrived");
+            let reason = format!("the source sent {theirs:?}, {ours:?} arrived");
             return Err(WireError::Malformed { what: "end of the stream", reason }.into());
         }
         Ok(())

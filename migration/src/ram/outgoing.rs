@@ -1,14 +1,18 @@
-//! RAM at the source: passes over the dirty pages, dealt to the data channels.
+//! RAM at the source, as a participant: passes over the dirty pages, distributed over the shards. Called
+//! by the source's driver on the `mig-out` thread. Encoding and sending are `shard`'s business, estimates
+//! [`Pace`]'s.
 
 use super::dirty::PageBitmap;
-use super::lanes::Lanes;
 use super::pace::Pace;
 use super::populated::Populated;
 use super::shard::{Common, Job, Shard, Tally};
+use super::shards::Shards;
 use crate::control::Limit;
 use crate::error::ParticipantError;
 use crate::guest::DirtySource;
-use crate::participant::{Budget, Outcome, Outgoing, OutgoingLink, Pass, Pending, Precision, Step};
+use crate::participant::{
+    Budget, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
+};
 use crate::wire::section::{RamEnd, RamSetup, Stage};
 use crate::wire::{Role, WireError};
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
@@ -18,41 +22,38 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Dirty pages that are cleared in the log in one call: 16 MiB per channel. Few calls, yet not long
-/// between the clear and the copy, because what is written in between is sent twice.
+/// Dirty pages cleared in the log by one call: 16 MiB per channel. A compromise between few calls and a
+/// short time from clear to copy: a page written in between is sent twice.
 const CLEAR_PAGES: u64 = 4096;
-/// Most words of the bitmap that one clear spans: a sparse round needs few calls too.
+/// Most words of the bitmap that one clear spans.
 const CLEAR_WORDS: usize = 4096;
-/// How long a destination that lives may take to put the last pages of a pass in place, in times that
-/// it may be silent: a minute. What is still under way then comes on top.
-const ECHO_PATIENCE: u32 = 6;
+/// How long a live destination may take to answer a mark, as a multiple of its patience: a minute. The
+/// time for data still in flight is added.
+const MARK_PATIENCE: u32 = 6;
 
-/// Names RAM's sections.
+/// Name of RAM's sections.
 pub const SECTION: &str = "ram";
 
 /// A source's RAM.
 pub struct SourceRam {
-    /// The mapping.
     pub ram: GuestRam,
-    /// How it is numbered.
+    /// Maps page indices to guest addresses.
     pub layout: RamLayout,
-    /// Who wrote what.
     pub dirty: Box<dyn DirtySource>,
 }
 
-/// What exists from the setup on.
+/// Exists from the setup on.
 struct Started {
-    link: OutgoingLink,
-    /// First of what ends: the end of tracking takes its time.
-    lanes: Lanes,
+    context: OutgoingContext,
+    shards: Shards,
     pace: Pace,
 }
 
-/// A pass under way.
+/// A pass in progress.
 struct InPass {
     began: Instant,
     sent_bytes: u64,
-    /// The word of the bitmap that comes next.
+    /// Next word of the bitmap.
     cursor: usize,
 }
 
@@ -62,12 +63,12 @@ pub struct RamOutgoing {
     channels: u16,
     started: Option<Started>,
     pending: PageBitmap,
-    /// Pages sent so far, whichever way.
+    /// Pages sent so far, in any form.
     pages: Arc<AtomicU64>,
-    /// In the first pass: tells never touched pages from the others.
+    /// In the first pass: finds pages that were never touched.
     populated: Option<Populated>,
     pass: Option<InPass>,
-    /// Ends sent: more than one if a stop was called off.
+    /// Ends sent. More than one if a stop was called off.
     ends: u32,
 }
 
@@ -77,7 +78,7 @@ fn not_set_up() -> ParticipantError {
 }
 
 impl RamOutgoing {
-    /// RAM that travels over so many data channels.
+    /// RAM to send on `channels` data channels.
     pub fn new(ram: SourceRam, channels: u16) -> Self {
         let pending = PageBitmap::new(ram.layout.page_count());
         Self {
@@ -96,11 +97,11 @@ impl RamOutgoing {
         self.pending.count() * PAGE_SIZE
     }
 
-    fn lane_count(&self) -> usize {
+    fn shard_count(&self) -> usize {
         self.channels.into()
     }
 
-    /// Merges what was written since the last look; returns how long that took.
+    /// Merges the dirty log into the pending pages; returns how long that took.
     fn harvest(&mut self) -> Result<Duration, ParticipantError> {
         let began = Instant::now();
         self.ram.dirty.drain_into(self.pending.words_mut())?;
@@ -115,16 +116,16 @@ impl RamOutgoing {
         Ok(())
     }
 
-    /// Everything of the pass is on its way: has it put in place, and looks what was written meanwhile.
+    /// All pages of the pass were sent: waits until they are in place, then reads the dirty log.
     fn end_pass(&mut self, number: u64, pass: &InPass) -> Result<Step, ParticipantError> {
         self.populated = None;
         let started = self.started.as_mut().ok_or_else(not_set_up)?;
-        started.lanes.mark(number)?;
+        started.shards.mark(number)?;
         let marked = Instant::now();
-        started.await_echoes(number, self.channels)?;
-        started.link.speed.round_trip_took(marked.elapsed());
-        started.pace.end_stretch(self.pages.load(Ordering::Relaxed));
-        // The last look before the decision: a pass over a clean guest ends here at once.
+        started.await_marks(number, self.channels)?;
+        started.context.speed.round_trip_took(marked.elapsed());
+        started.pace.end_sample(self.pages.load(Ordering::Relaxed));
+        // The last harvest before the driver decides.
         let took = self.harvest()?;
         let Some(Started { pace, .. }) = &mut self.started else { return Err(not_set_up()) };
         pace.end_pass(&self.pending, took, pass.began.elapsed());
@@ -132,11 +133,11 @@ impl RamOutgoing {
         Ok(Step::Done(Pass { sent_bytes: pass.sent_bytes, send_time }))
     }
 
-    /// The next words, from `start` on, whose pages are cleared together.
+    /// The next words, from `start` on, to clear in one call.
     fn next_chunk(&self, start: usize) -> Option<Range<usize>> {
         let words = self.pending.words();
         let first = start + words.get(start..)?.iter().position(|word| *word != 0)?;
-        let most = CLEAR_PAGES * self.lane_count() as u64;
+        let most = CLEAR_PAGES * self.shard_count() as u64;
         let mut pages = 0;
         let mut end = first;
         while end < words.len() && end - first < CLEAR_WORDS && pages < most {
@@ -146,7 +147,7 @@ impl RamOutgoing {
         Some(first..end)
     }
 
-    /// Takes the pending pages of `chunk` on as a job.
+    /// Turns the pending pages of `chunk` into a job.
     fn take(&mut self, chunk: Range<usize>) -> Job {
         let first_word = chunk.start;
         let words = &mut self.pending.words_mut()[chunk];
@@ -155,12 +156,12 @@ impl RamOutgoing {
         Job { first_word, dirty, touched: None, last: false }
     }
 
-    /// Clears the log for the pending pages of `chunk`, then finds out which may hold something.
+    /// Clears the log for the pending pages of `chunk`, then looks up which were ever touched.
     fn clear(&mut self, chunk: Range<usize>) -> Result<Job, ParticipantError> {
         let first = PageIndex(chunk.start as u64 * 64);
         let mut job = self.take(chunk);
         self.ram.dirty.clear(first, &job.dirty)?;
-        // After the clear: a page that is touched only now is in the log again.
+        // After the clear: a page first touched now is in the log again.
         if let Some(populated) = &mut self.populated {
             let mut touched = job.dirty.clone();
             populated.keep_touched(&self.ram.ram, &self.ram.layout, first, &mut touched);
@@ -171,16 +172,19 @@ impl RamOutgoing {
 }
 
 impl Started {
-    /// Waits until the destination has all pages before mark `number` in place, on every channel.
-    fn await_echoes(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
-        let longest = self.link.control.patience() * ECHO_PATIENCE + self.pace.time_under_way();
+    /// Waits until mark `number` has been answered on every channel.
+    fn await_marks(&self, number: u64, channels: u16) -> Result<(), ParticipantError> {
+        let longest = self.context.control.patience() * MARK_PATIENCE + self.pace.time_in_flight();
         let mut missing: BTreeSet<u16> = (0..channels).collect();
         while !missing.is_empty() {
-            let what = "the destination's word that it has the pages of this round";
-            let (echoed, channel) = self.link.control.next_mark(&Limit::within(what, longest))?;
+            let what = "the destination's answer to the marks of this round";
+            let (echoed, channel) =
+                self.context.control.next_mark(&Limit::within(what, longest))?;
             if echoed != number || !missing.remove(&channel) {
                 let found = format!("mark {echoed} of channel {channel}");
-                return Err(WireError::Unexpected { found, expected: "the echo of a mark" }.into());
+                return Err(
+                    WireError::Unexpected { found, expected: "the answer to a mark" }.into()
+                );
             }
         }
         Ok(())
@@ -200,21 +204,20 @@ impl Outgoing for RamOutgoing {
         (0..self.channels).map(|index| Role::Data { index }).collect()
     }
 
-    fn setup(&mut self, link: OutgoingLink) -> Result<(), ParticipantError> {
+    fn setup(&mut self, context: OutgoingContext) -> Result<(), ParticipantError> {
         let common = Common {
             ram: self.ram.ram.clone(),
             layout: self.ram.layout.clone(),
-            params: link.params.clone(),
-            counters: link.counters.clone(),
+            params: context.params.clone(),
+            counters: context.counters.clone(),
             pages: self.pages.clone(),
             shards: self.channels,
         };
-        let shards = link
-            .channels
-            .iter()
-            .map(|channel| Shard::new(common.clone(), channel.clone(), Box::new(link.cap.clone())));
-        let lanes = Lanes::start(shards.collect(), &link.control)?;
-        let pace = Pace::new(link.params.clone(), link.cap.clone(), link.speed.clone());
+        let all = context.channels.iter().map(|channel| {
+            Shard::new(common.clone(), channel.clone(), Box::new(context.cap.clone()))
+        });
+        let shards = Shards::start(all.collect(), &context.control)?;
+        let pace = Pace::new(context.params.clone(), context.cap.clone(), context.speed.clone());
         let setup = RamSetup {
             page_count: self.ram.layout.page_count(),
             page_bytes: 4096,
@@ -223,15 +226,15 @@ impl Outgoing for RamOutgoing {
         self.pending.set_all();
         self.populated = Some(Populated::open());
         let total = self.pending_bytes();
-        let multifd = link.params.get().multifd;
-        link.counters.update(|stats| {
+        let multifd = context.params.get().multifd;
+        context.counters.update(|stats| {
             stats.multifd = multifd;
             stats.total_bytes = total;
             stats.remaining_bytes = total;
         });
-        let started = self.started.insert(Started { link, lanes, pace });
+        let started = self.started.insert(Started { context, shards, pace });
         self.ram.dirty.start()?;
-        started.link.send(SECTION, Stage::Setup, &setup.encode())?;
+        started.context.send(SECTION, Stage::Setup, &setup.encode())?;
         Ok(())
     }
 
@@ -244,16 +247,16 @@ impl Outgoing for RamOutgoing {
             pass.cursor = chunk.end;
             let job = self.clear(chunk)?;
             let started = self.started.as_mut().ok_or_else(not_set_up)?;
-            started.lanes.deal(job)?;
+            started.shards.dispatch(job)?;
             if started.pace.look_is_due(budget.time) {
                 let took = self.harvest()?;
-                let Some(Started { pace, link, .. }) = &mut self.started else {
+                let Some(Started { pace, context, .. }) = &mut self.started else {
                     return Err(not_set_up());
                 };
                 pace.look(&self.pending, pass.cursor, took);
-                pace.end_stretch(self.pages.load(Ordering::Relaxed));
+                pace.end_sample(self.pages.load(Ordering::Relaxed));
                 let left = pace.left_bytes();
-                link.counters.update(|stats| stats.remaining_bytes = left);
+                context.counters.update(|stats| stats.remaining_bytes = left);
                 self.pass = Some(pass);
                 return Ok(Step::More);
             }
@@ -276,32 +279,32 @@ impl Outgoing for RamOutgoing {
         }
     }
 
-    /// The log is left as it is: what was harvested and not cleared is in it still, or what is written
-    /// from now on, if the guest goes on after all.
+    /// Does not clear the log: if the stop is called off, the harvested pages are still in it, and later
+    /// writes join them.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         self.harvest()?;
         let pending = self.pending_bytes();
         let job = self.take(0..self.pending.words().len());
-        let Started { lanes, link, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
-        link.counters.update(|stats| stats.remaining_bytes = pending);
-        lanes.deal(Job { last: true, ..job })?;
-        let tallies = lanes.end()?;
+        let Started { shards, context, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        context.counters.update(|stats| stats.remaining_bytes = pending);
+        shards.dispatch(Job { last: true, ..job })?;
+        let tallies = shards.end()?;
         self.ends += 1;
         let end = RamEnd {
             number: self.ends,
             totals: tallies.iter().map(|tally: &Tally| tally.pages).sum(),
             frames: tallies.iter().map(|tally| tally.frames).collect(),
         };
-        link.push(SECTION, Stage::End, &end.encode())?;
+        context.push(SECTION, Stage::End, &end.encode()?)?;
         Ok(())
     }
 
     fn called_off(&mut self) -> Result<(), ParticipantError> {
-        self.started.as_mut().ok_or_else(not_set_up)?.lanes.forget()
+        self.started.as_mut().ok_or_else(not_set_up)?.shards.forget()
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        // The channels' threads first: the end of tracking takes its time.
+        // The shards first: stopping dirty tracking may be slow.
         self.started = None;
         self.ram.dirty.stop();
     }

@@ -1,22 +1,23 @@
-//! What the source knows of RAM's progress: how much is sent per second, how fast the guest writes, how
-//! long the rest would take. Fed by `outgoing` as it sends; the driver decides with it.
+//! Measures RAM's progress: bandwidth, the guest's dirty rate, and the time to send the rest. Fed by
+//! `outgoing` as it sends; the driver decides by it.
 
 use super::dirty::PageBitmap;
 use super::watch::{Counts, Watch};
 use crate::pace::cap::Sent;
-use crate::pace::{Cap, LinkSpeed, Speed, Stretch};
+use crate::pace::{Cap, LinkSpeed, Sample, Speed};
 use crate::params::{Compression, SharedParams};
 use crate::participant::{Cost, Pending, Rates};
 use crate::policy::{self, Dirtying, Look};
+use crate::units::saturating_u64;
 use devices::ram::PAGE_SIZE;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What the sockets of all channels hold at most, on both sides.
-const MOST_UNDER_WAY: u64 = 64 << 20;
-/// However slow a link is.
-const LONGEST_UNDER_WAY: Duration = Duration::from_secs(600);
-/// A look may take this part of the time between two.
+/// Most bytes in the socket buffers of all channels, on both sides.
+const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
+/// Upper bound of the time to drain them, however slow the link.
+const MAX_IN_FLIGHT_TIME: Duration = Duration::from_secs(600);
+/// Looks at the dirty log may take one part in this many of the time.
 const LOOK_SHARE: u32 = 50;
 
 /// The progress of RAM in one migration.
@@ -29,17 +30,17 @@ pub(super) struct Pace {
     watch: Watch,
     counts: Counts,
     first_pass: bool,
-    /// In this pass the guest was slowed down.
+    /// The guest was throttled in this pass.
     rate_changed: bool,
     pass_bytes: u64,
-    /// By what the last pass has left.
+    /// Dirty rate over the whole last pass.
     seen_per_sec: u64,
-    /// When the stretch at hand began, and what had been sent then: bytes and pages.
-    stretch: (Duration, Sent, u64),
+    /// Start of the current sample, and the bytes and pages sent by then.
+    sample: (Duration, Sent, u64),
     last_look: Duration,
-    /// What a look in the middle of a pass takes; large guests have large logs.
+    /// Duration of the last look; large guests have large logs.
     look_time: Duration,
-    /// What a look takes as a rule.
+    /// Typical duration of a harvest.
     harvest: Duration,
 }
 
@@ -57,14 +58,14 @@ impl Pace {
             rate_changed: false,
             pass_bytes: 0,
             seen_per_sec: 0,
-            stretch: (Duration::ZERO, Sent::default(), 0),
+            sample: (Duration::ZERO, Sent::default(), 0),
             last_look: Duration::ZERO,
             look_time: Duration::ZERO,
             harvest: Duration::ZERO,
         }
     }
 
-    /// A pass begins that will send `pending`; `pages` have been sent so far.
+    /// Starts a pass over `pending`; `pages` have been sent so far.
     pub(super) fn begin_pass(&mut self, pending: &PageBitmap, first: bool, pages: u64) {
         self.watch.begin(pending);
         self.counts = Counts::default();
@@ -72,25 +73,25 @@ impl Pace {
         (self.first_pass, self.pass_bytes) = (first, pending.count() * PAGE_SIZE);
         let now = self.cap.now();
         self.last_look = now;
-        self.stretch = (now, self.cap.sent_so_far(), pages);
+        self.sample = (now, self.cap.sent_so_far(), pages);
         self.dirtying.begin(now, (!first).then_some(self.pass_bytes));
     }
 
-    /// Whether it is time for a look, if there is to be one every `interval`.
+    /// Whether a look is due, given one every `interval`.
     pub(super) fn look_is_due(&self, interval: Duration) -> bool {
         let interval = interval.max(self.look_time * LOOK_SHARE);
         self.cap.now().saturating_sub(self.last_look) >= interval
     }
 
-    /// The dirty log was harvested into `pending`, which took `duration`, when the words before `cursor`
-    /// had been sent: in the middle of a pass.
+    /// Records a harvest in the middle of a pass: `pending` holds the dirty pages, the words before `cursor`
+    /// were sent, harvesting took `duration`.
     pub(super) fn look(&mut self, pending: &PageBitmap, cursor: usize, duration: Duration) {
         self.look_time = duration;
         self.count(pending, cursor);
     }
 
-    /// The same at the end of a pass that began `took` ago. The host may have been busy elsewhere, so a
-    /// longer look counts little.
+    /// Records the harvest at the end of a pass that began `took` ago. A harvest longer than usual counts
+    /// little: the host may have been busy.
     pub(super) fn end_pass(&mut self, pending: &PageBitmap, duration: Duration, took: Duration) {
         self.harvest = match self.harvest {
             Duration::ZERO => duration,
@@ -112,21 +113,20 @@ impl Pace {
         });
     }
 
-    /// Bytes that this pass has still to send, as of the last look.
+    /// Bytes of this pass still to send, as of the last look.
     pub(super) fn left_bytes(&self) -> u64 {
         self.counts.left * PAGE_SIZE
     }
 
-    /// Takes the measure of what was sent since the last time; `pages` have been sent so far.
-    pub(super) fn end_stretch(&mut self, pages: u64) {
+    /// Ends a bandwidth sample and starts the next; `pages` have been sent so far.
+    pub(super) fn end_sample(&mut self, pages: u64) {
         let (now, sent) = (self.cap.now(), self.cap.sent_so_far());
-        let (began, before, pages_before) =
-            std::mem::replace(&mut self.stretch, (now, sent, pages));
+        let (began, before, pages_before) = std::mem::replace(&mut self.sample, (now, sent, pages));
         let held = sent.held.saturating_sub(before.held);
         let guest_bytes = pages.saturating_sub(pages_before) * PAGE_SIZE;
         self.speed.add(
             now,
-            Stretch {
+            Sample {
                 sent_bytes: sent.bytes - before.bytes,
                 busy: now.saturating_sub(began).saturating_sub(held),
                 writing: sent.writing.saturating_sub(before.writing),
@@ -136,7 +136,7 @@ impl Pace {
         self.link.set(self.bandwidth());
     }
 
-    /// What the link moves; under a cap never more than the cap.
+    /// Bandwidth of the link, limited by the cap.
     pub(super) fn bandwidth(&self) -> u64 {
         let measured = self.speed.bytes_per_sec();
         match self.params.get().max_bandwidth {
@@ -150,37 +150,36 @@ impl Pace {
         policy::send_time(self.speed.on_the_wire(bytes), self.bandwidth())
     }
 
-    /// How long what sockets may still hold of a pass is under way, at the least. On a slow link it is
-    /// long after everything has been written.
-    pub(super) fn time_under_way(&self) -> Duration {
-        let most = self.cap.sent_so_far().bytes.min(MOST_UNDER_WAY);
-        policy::send_time(most, self.bandwidth()).min(LONGEST_UNDER_WAY)
+    /// How long data in socket buffers may still be in flight. On a slow link that is long after the last
+    /// write.
+    pub(super) fn time_in_flight(&self) -> Duration {
+        let most = self.cap.sent_so_far().bytes.min(MAX_IN_FLIGHT_BYTES);
+        policy::send_time(most, self.bandwidth()).min(MAX_IN_FLIGHT_TIME)
     }
 
-    /// Bytes of guest RAM that are sent per second: more than the link moves, if pages shrink.
+    /// Bytes of guest RAM sent per second: more than the bandwidth if pages shrink.
     fn guest_bytes_per_sec(&self) -> u64 {
         const SAMPLE: u64 = 1 << 30;
         let wire = self.speed.on_the_wire(SAMPLE).max(1);
         let rate = u128::from(self.bandwidth()) * u128::from(SAMPLE) / u128::from(wire);
-        u64::try_from(rate).unwrap_or(u64::MAX)
+        saturating_u64(rate)
     }
 
-    /// The guest writes faster or slower from now on.
+    /// The guest's throttle was changed.
     pub(super) fn rate_has_changed(&mut self) {
         self.rate_changed = true;
         self.dirtying.forget_rate();
     }
 
-    /// With so many bytes known to be dirty: in the middle of a pass those that the next one has to
-    /// send, else all.
+    /// Estimates what is left to send. In the middle of a pass that is what the next one has to send.
     pub(super) fn pending(&self, pending_bytes: u64, in_pass: bool) -> Pending {
         let must_precopy_bytes = match in_pass {
             true => (self.counts.again + self.counts.fresh) * PAGE_SIZE,
             false => pending_bytes,
         };
         let dirtied = self.dirtying.bytes_per_sec();
-        // The one is right for a long pass over few pages, the other for a guest that writes new ones.
-        let per_sec = dirtied.unwrap_or(0).max(self.seen_per_sec);
+        // The first is right for a long pass over few pages, the second for writes to new pages.
+        let per_sec = dirtied.map_or(self.seen_per_sec, |rate| rate.max(self.seen_per_sec));
         let coming = if in_pass { 0 } else { policy::written_until_stopped(per_sec) };
         let params = self.params.get();
         let shrinks = params.xbzrle || params.compression != Compression::None;
@@ -190,7 +189,7 @@ impl Pace {
             send_time: self.send_time(must_precopy_bytes),
             costs: vec![
                 cost("sending RAM", self.send_time(must_precopy_bytes + coming), false),
-                // The log is looked at twice in the pause.
+                // The log is read twice in the pause.
                 cost("reading the dirty log", self.harvest * 2, true),
             ],
             rates: Some(Rates {

@@ -1,13 +1,13 @@
-//! Receives pages of one data channel straight into guest RAM. Runs on that channel's own thread; what arrives is
-//! checked against the machine's layout before a byte of guest RAM is touched.
+//! Receives the pages of one data channel straight into guest RAM. Runs on the channel's thread
+//! (`receivers`). Checks each frame against the machine's layout before it writes a byte of guest RAM.
 
 use super::decode::Decoding;
 use super::dirty::PageBitmap;
 use super::frame::{
     FRAME_HEADER_BYTES, FrameHeader, Packing, RUN_BYTES, Run, RunKind, decode_table,
 };
+use super::page::{PAGE_BYTES, bytes_of};
 use super::shard::Tally;
-use super::zero::PAGE_BYTES;
 use crate::guest::IncomingRam;
 use crate::stats::Counters;
 use crate::transport::{Channel, PageSlice};
@@ -20,23 +20,23 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
-/// What a data channel has said.
+/// A received frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrived {
-    /// Pages, which are in place now.
+    /// Pages, now in place.
     Pages,
-    /// A mark, to be echoed.
+    /// A mark, to be answered.
     Mark(u64),
-    /// Nothing more will come, unless the source calls its stop off.
+    /// The last frame, unless the source calls its stop off.
     End,
 }
 
 /// RAM at the destination, for one data channel.
 pub struct PageReceiver {
     ram: IncomingRam,
-    /// Pages that were ever written here: the others are zero already.
+    /// Pages ever written here. The others are still zero.
     written: PageBitmap,
-    /// Pages that have come in any form: a delta needs something to refer to.
+    /// Pages received in any form: a delta needs a base.
     known: PageBitmap,
     decoding: Decoding,
     tally: Tally,
@@ -104,7 +104,7 @@ impl PageReceiver {
             let page_count = u64::from(run.page_count);
             match run.kind {
                 RunKind::Raw => {
-                    let bytes = usize::try_from(run.page_count).map_err(failed)? * PAGE_BYTES;
+                    let bytes = bytes_of(run.page_count);
                     raw.push(self.ram.ram.get_slice(*address, bytes).map_err(failed)?);
                     self.written.insert_run(run.first, page_count);
                 }
@@ -147,14 +147,14 @@ impl PageReceiver {
         Ok(())
     }
 
-    /// Receives deltas and applies them to the pages that they are for.
+    /// Receives deltas and applies them to their pages.
     fn apply_deltas(&mut self, channel: &Channel) -> Result<(), WireError> {
         let mut deltas = self.decoding.deltas(channel)?;
         let mut page = [0; PAGE_BYTES];
         for (run, _) in self.runs.iter().filter(|(run, _)| run.kind == RunKind::Delta) {
             for index in (run.first.0..run.first.0 + u64::from(run.page_count)).map(PageIndex) {
                 if !self.known.contains(index) {
-                    let reason = format!("a delta for page {}, which has never come", index.0);
+                    let reason = format!("a delta for page {}, which was never received", index.0);
                     return Err(WireError::Malformed { what: "page frame", reason });
                 }
                 let at = self.ram.layout.address_of(index).ok_or_else(|| outside(index))?;
@@ -167,7 +167,7 @@ impl PageReceiver {
         deltas.finish()
     }
 
-    /// Frames and pages that have come.
+    /// Frames and pages received.
     pub fn tally(&self) -> Tally {
         self.tally
     }
@@ -182,7 +182,7 @@ fn outside(page: PageIndex) -> WireError {
     WireError::Malformed { what: "page frame", reason }
 }
 
-/// Makes the pages of `run` zero that are not already.
+/// Zeroes the pages of `run` that were ever written.
 fn clear_written(ram: &IncomingRam, written: &PageBitmap, run: &Run) -> Result<(), WireError> {
     for (first, count) in written.runs_among(run.first, run.page_count.into()) {
         for page in (first.0..first.0 + count).map(PageIndex) {

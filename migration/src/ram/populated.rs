@@ -1,5 +1,5 @@
-//! Which pages of RAM were ever touched. A guest's RAM is anonymous memory: a page that is neither in
-//! memory nor swapped out reads as zero, and reading it to find out would make it exist.
+//! Finds the pages of RAM that were never touched. Called by `outgoing` in the first pass. Guest RAM is
+//! anonymous memory: a page neither present nor swapped out reads as zero, and reading it would allocate it.
 
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use std::fs::File;
@@ -19,17 +19,17 @@ pub struct Populated {
 }
 
 impl Populated {
-    /// Where the kernel does not tell, every page counts as touched.
+    /// If the kernel does not allow it, every page counts as touched.
     pub fn open() -> Self {
         let pagemap = File::open("/proc/self/pagemap");
         if let Err(error) = &pagemap {
-            log::debug!("every page is looked at, /proc/self/pagemap does not open: {error}");
+            log::debug!("cannot open /proc/self/pagemap, every page counts as touched: {error}");
         }
         Self { pagemap: pagemap.ok(), entries: Vec::new() }
     }
 
-    /// Removes from `mask`, which is for pages `first` on, those that were never touched until now.
-    /// `first` is a multiple of 64, and bits past the end of RAM are clear.
+    /// Clears the bits of never touched pages in `mask`, whose bit 0 is page `first`, a multiple of 64. Bits
+    /// past the end of RAM are clear already.
     pub fn keep_touched(
         &mut self,
         ram: &GuestRam,
@@ -45,7 +45,7 @@ impl Populated {
             if from >= to {
                 continue;
             }
-            // In memory that others share, a page may hold something and yet not be mapped here.
+            // In shared memory a page may have content without being mapped here.
             let private = ram.find_region(block.base).is_some_and(|region| {
                 let mapping = region.get_mmap();
                 mapping.file_offset().is_none() && mapping.flags() & libc::MAP_SHARED == 0
@@ -55,14 +55,20 @@ impl Populated {
                 continue;
             }
             let host_page = host as u64 / PAGE_SIZE + (from - block.first_page.0);
-            self.entries.resize(usize::try_from((to - from) * ENTRY_BYTES).unwrap_or(0), 0);
+            let len = usize::try_from((to - from) * ENTRY_BYTES);
+            let skipped = usize::try_from((from - first.0) / 64);
+            // On failure every page of the mask counts as touched.
+            let (Ok(len), Ok(skipped)) = (len, skipped) else { return };
+            self.entries.resize(len, 0);
             if let Err(error) = pagemap.read_exact_at(&mut self.entries, host_page * ENTRY_BYTES) {
-                log::debug!("every page is looked at, /proc/self/pagemap does not tell: {error}");
+                log::debug!(
+                    "cannot read /proc/self/pagemap, every page counts as touched: {error}"
+                );
                 self.pagemap = None;
                 return;
             }
             // Blocks hold whole words.
-            let words = mask.iter_mut().skip(usize::try_from((from - first.0) / 64).unwrap_or(0));
+            let words = mask.iter_mut().skip(skipped);
             for (word, entries) in words.zip(self.entries.chunks(64 * 8)) {
                 let mut touched = 0;
                 for (entry, bit) in entries.as_chunks::<8>().0.iter().zip(0..64) {

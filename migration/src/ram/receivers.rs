@@ -1,4 +1,5 @@
-//! The threads that receive pages, one per data channel, and what the main thread sees of them.
+//! The threads that receive pages (`mig-recv-N`), one per data channel, and the driver's handle to them.
+//! Owned by `incoming`; a frame is `page_receiver`'s business.
 
 use super::page_receiver::{Arrived, PageReceiver};
 use super::shard::Tally;
@@ -12,7 +13,7 @@ use std::time::Instant;
 
 #[derive(Default)]
 struct State {
-    /// How often each channel has said that this is the end, and what it had carried then.
+    /// Ends received on each channel, and its tally at the last one.
     ended: Vec<(u32, Tally)>,
     failed: bool,
 }
@@ -24,7 +25,7 @@ struct Shared {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 }
 
@@ -33,7 +34,7 @@ struct Receiver {
     thread: Option<JoinHandle<()>>,
 }
 
-/// The data channels at work. Dropping it ends them and their threads.
+/// The running receivers. Dropping it shuts the channels down and joins the threads.
 pub(super) struct Receivers {
     shared: Arc<Shared>,
     control: Control,
@@ -41,7 +42,7 @@ pub(super) struct Receivers {
 }
 
 impl Receivers {
-    /// Starts receiving from all channels. One that fails says so to `control`.
+    /// Starts receiving from all channels. Failures are reported to `control`.
     pub(super) fn start(
         channels: Vec<(PageReceiver, Channel)>,
         control: &Control,
@@ -73,14 +74,14 @@ impl Receivers {
                 control.fail(error.on_data_channel(index).into());
                 shared.state().failed = true;
                 shared.changed.notify_all();
-                // The source meets a closed channel, and looks for the reason on the control connection.
+                // The source sees a closed channel and finds the reason on the control connection.
                 data.transport().shutdown();
             })
             .map_err(ParticipantError::Thread)
     }
 
-    /// Waits for end `number` of every channel; it is a stall if no byte comes while the source is silent, or
-    /// lives but sends nothing more for long.
+    /// Waits for end `number` of every channel. Fails as stalled if no byte arrives while the source is
+    /// silent, or alive without progress for too long.
     pub(super) fn await_end(&self, number: u32) -> Result<Vec<Tally>, WireError> {
         let moved_bytes = || self.receivers.iter().map(|one| one.data.moved_bytes()).sum::<u64>();
         let (mut moved, mut since) = (moved_bytes(), Instant::now());

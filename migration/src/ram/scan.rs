@@ -1,30 +1,30 @@
-//! Deals dirty pages to frames: bits → runs → zero or raw, a batch at a time. Called by `shard`.
-//! Reads guest RAM, but sends nothing.
+//! Turns dirty bits into batches: bits → runs → zero or raw. Called by `shard`. Reads guest RAM, sends
+//! nothing.
 
 use super::dirty::{Runs, Words};
 use super::frame::{Batch, RunKind};
-use super::zero::{PAGE_BYTES, is_zero};
+use super::page::{PAGE_BYTES, bytes_of};
+use super::zero::is_zero;
 use crate::transport::PageSlice;
 use devices::ram::{GuestRam, PageIndex, RamLayout};
 use vm_memory::{GuestMemoryBackend, GuestMemoryError};
 
-/// Raw pages after which a batch is full: 1 MiB, so that what the zero test and the last system call
-/// left in the processor's cache is still there.
+/// Raw pages of a full batch: 1 MiB, small enough that pages are still in the CPU cache when they are sent.
 const BATCH_RAW_PAGES: u32 = 256;
 
-/// A walk over the dirty pages of some words of a bitmap.
+/// Iterates over the dirty pages of some words of a bitmap.
 pub struct Scan<'a> {
     ram: &'a GuestRam,
     layout: &'a RamLayout,
-    /// Pages that may hold something; the others read as zero.
+    /// Pages that may have content. The others read as zero.
     touched: Words<'a>,
     runs: Runs<'a>,
-    /// What is left of the run at hand.
+    /// Rest of the current run.
     rest: (PageIndex, u64),
 }
 
 impl<'a> Scan<'a> {
-    /// Walks over the pages that are set in `dirty`; those among them that are not in `touched` are zero.
+    /// Iterates over the pages in `dirty`. Those not in `touched` are zero.
     pub fn new(
         ram: &'a GuestRam,
         layout: &'a RamLayout,
@@ -34,7 +34,7 @@ impl<'a> Scan<'a> {
         Self { ram, layout, touched, runs: dirty.runs(), rest: (PageIndex(0), 0) }
     }
 
-    /// Fills `batch`, which is empty; false if there was nothing left.
+    /// Fills the empty `batch`. Returns false once nothing is left.
     pub fn fill(&mut self, batch: &mut Batch) -> Result<bool, GuestMemoryError> {
         while batch.has_room(BATCH_RAW_PAGES) {
             let (first, left) = self.rest;
@@ -52,28 +52,28 @@ impl<'a> Scan<'a> {
         Ok(!batch.is_empty())
     }
 
-    /// How many pages from `first` on, at most `left`, are of the same kind, and which.
+    /// The number of pages from `first` on, at most `left`, that are of one kind, and the kind.
     fn classify(
         &self,
         first: PageIndex,
         left: u64,
         batch: &Batch,
     ) -> Result<(u32, RunKind), GuestMemoryError> {
-        // The next page that may hold something, and where such pages end.
+        // The next run of pages that may have content.
         let touched = self.touched.runs_among(first, left).next();
         let (start, len) = touched.unwrap_or((PageIndex(first.0 + left), 0));
-        let in_block = self
-            .layout
-            .block_of(first)
-            .map_or(0, |block| (block.first_page.0 + block.page_count).saturating_sub(first.0));
+        let outside = || GuestMemoryError::IOError(std::io::ErrorKind::Other.into());
+        let block = self.layout.block_of(first).ok_or_else(outside)?;
+        let in_block = block.first_page.0 + block.page_count - first.0;
+        // A longer run continues in the next one.
         let short = |count: u64| u32::try_from(count.min(in_block)).unwrap_or(u32::MAX);
         if start != first {
             return Ok((short(start.0 - first.0), RunKind::Zero));
         }
         let most = short(len.min(u64::from(BATCH_RAW_PAGES - batch.raw_pages())));
-        let bytes = usize::try_from(most).unwrap_or(0) * PAGE_BYTES;
+        let bytes = bytes_of(most);
         let address = self.layout.run_address(first, most.into());
-        let address = address.ok_or(GuestMemoryError::IOError(std::io::ErrorKind::Other.into()))?;
+        let address = address.ok_or_else(outside)?;
         let slice = self.ram.get_slice(address, bytes)?;
         let zero = self.zero_at(&slice, 0)?;
         let mut page_count = 1;
@@ -84,7 +84,7 @@ impl<'a> Scan<'a> {
     }
 
     fn zero_at(&self, run: &PageSlice<'_>, index: u32) -> Result<bool, GuestMemoryError> {
-        let offset = usize::try_from(index).unwrap_or(0) * PAGE_BYTES;
+        let offset = bytes_of(index);
         let page = run.subslice(offset, PAGE_BYTES).map_err(GuestMemoryError::from)?;
         Ok(is_zero(&page))
     }

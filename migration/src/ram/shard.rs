@@ -1,13 +1,13 @@
-//! One data channel's share of the pages: finds out what they hold, puts frames together, sends them.
-//! Driven by [`super::lanes`], on a thread of its own or on the caller's. A page always takes the same
-//! shard, so its versions never overtake each other.
+//! One data channel's share of RAM: classifies pages, builds frames, sends them. Driven by
+//! [`super::shards`], on its own thread or on the caller's. A page always goes to the same shard, so its
+//! versions never overtake each other.
 
 use super::dirty::Words;
 use super::encode::{Encoding, Fate, Wanted};
 use super::error::RamError;
 use super::frame::{Batch, Packing, RunKind, encode_end, encode_mark};
+use super::page::bytes_of;
 use super::scan::Scan;
-use super::zero::PAGE_BYTES;
 use crate::error::ParticipantError;
 use crate::params::SharedParams;
 use crate::policy;
@@ -21,21 +21,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestMemoryBackend};
 
-/// Some words of the dirty bitmap, whose pages are clear in the log and are to be sent.
+/// Pages to send: some words of the dirty bitmap, already cleared in the log.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// Where the words begin in the bitmap.
+    /// Index of the first word in the bitmap.
     pub first_word: usize,
     /// The pages to send.
     pub dirty: Vec<u64>,
-    /// Those among them that may hold something; the others were never touched. None if all may.
+    /// Pages that may have content; the others were never touched. `None` if all may.
     pub touched: Option<Vec<u64>>,
-    /// The guest is stopped: there is no later version to make a delta of.
+    /// The guest is stopped: no later version follows.
     pub last: bool,
 }
 
 impl Job {
-    /// The share of the stripes for which `is_ours`; none if it is empty. `stripe_words` long each.
+    /// The part in stripes for which `is_ours`, `stripe_words` long each. `None` if that is empty.
     pub fn share(&self, stripe_words: usize, is_ours: impl Fn(usize) -> bool) -> Option<Self> {
         let keep = |words: &[u64]| -> Vec<u64> {
             let kept = words.iter().enumerate().map(|(index, word)| {
@@ -52,49 +52,44 @@ impl Job {
     }
 }
 
-/// What a shard is told.
+/// A command to a shard.
 #[derive(Debug)]
-pub enum Order {
-    /// To send pages.
+pub enum Command {
+    /// Send pages.
     Pages(Job),
-    /// To send a mark, which the destination echoes when everything before it is in place.
+    /// Send a mark; the destination answers it when everything before it is in place.
     Mark(u64),
-    /// To say that nothing more is sent with the guest stopped.
+    /// Send an end: nothing more follows while the guest is stopped.
     End,
-    /// To forget which versions of pages the destination has: the stop was called off.
+    /// Drop the destination's page versions: the stop was called off.
     Forget,
 }
 
-/// Frames and pages that a channel has carried.
+/// Frames and pages carried by a channel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Frames, with marks and the end.
+    /// All frames, marks and ends included.
     pub frames: u64,
-    /// Pages.
     pub pages: RamTotals,
 }
 
-/// What the shards of a migration have in common.
+/// Shared by the shards of a migration.
 #[derive(Clone)]
 pub struct Common {
-    /// The RAM that is read.
     pub ram: GuestRam,
-    /// How it is numbered.
     pub layout: RamLayout,
-    /// Which encoders are wanted, read anew for each job.
+    /// Selects the encoders; read for each job.
     pub params: SharedParams,
-    /// What has been done.
     pub counters: Arc<Counters>,
-    /// Pages that were sent, or found to be there in the same version: what progress is measured by.
+    /// Pages sent or found unchanged: the measure of progress.
     pub pages: Arc<AtomicU64>,
-    /// How many shards there are.
+    /// Number of shards.
     pub shards: u16,
 }
 
-/// A shard.
 pub struct Shard {
     common: Common,
-    line: Line,
+    sender: ChannelSender,
     batch: Batch,
     encoding: Encoding,
 }
@@ -104,47 +99,46 @@ fn unreadable(error: impl std::fmt::Display) -> ParticipantError {
 }
 
 impl Shard {
-    /// Sends on `channel`, as fast as `throttle` lets it.
+    /// Sends on `channel`, as fast as `throttle` allows.
     pub fn new(common: Common, channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         let (batch, encoding) = (Batch::default(), Encoding::default());
-        Self { common, line: Line::new(channel, throttle), batch, encoding }
+        Self { common, sender: ChannelSender::new(channel, throttle), batch, encoding }
     }
 
-    /// Its channel.
     pub fn channel(&self) -> &Arc<Channel> {
-        &self.line.channel
+        &self.sender.channel
     }
 
-    /// What it has sent.
+    /// What it has sent so far.
     pub fn tally(&self) -> Tally {
-        self.line.tally
+        self.sender.tally
     }
 
-    /// Does what it is told, to its end.
-    pub fn obey(&mut self, order: &Order) -> Result<(), ParticipantError> {
-        let mut head = std::mem::take(&mut self.line.head);
-        let result = match order {
-            Order::Pages(job) => self.send_pages(job, &mut head),
-            Order::Mark(number) => {
+    /// Executes a command and returns when it is done.
+    pub fn execute(&mut self, command: &Command) -> Result<(), ParticipantError> {
+        let mut head = std::mem::take(&mut self.sender.head);
+        let result = match command {
+            Command::Pages(job) => self.send_pages(job, &mut head),
+            Command::Mark(number) => {
                 self.encoding.end_round();
                 encode_mark(&mut head, *number);
                 self.send_head(&head)
             }
-            Order::End => {
+            Command::End => {
                 encode_end(&mut head);
                 self.send_head(&head)
             }
-            Order::Forget => {
+            Command::Forget => {
                 self.encoding.forget();
                 Ok(())
             }
         };
-        self.line.head = head;
+        self.sender.head = head;
         result
     }
 
     fn send_head(&mut self, head: &Encoder) -> Result<(), ParticipantError> {
-        let sent = self.line.write(head.bytes(), &[])?;
+        let sent = self.sender.write(head.bytes(), &[])?;
         self.common.counters.update(|stats| stats.transferred_bytes += sent);
         Ok(())
     }
@@ -152,23 +146,23 @@ impl Shard {
     fn send_pages(&mut self, job: &Job, head: &mut Encoder) -> Result<(), ParticipantError> {
         let params = self.common.params.get();
         let share = params.xbzrle_cache_size / u64::from(self.common.shards.max(1));
-        // More than can be addressed is as much as can be.
+        // More than the address space is as good as all of it.
         let cache_bytes = params.xbzrle.then(|| usize::try_from(share).unwrap_or(usize::MAX));
         let wanted = Wanted { cache_bytes, method: params.method() };
         self.encoding.want(wanted).map_err(RamError::Encoding)?;
         let first_round = job.touched.is_some();
         let deltas = self.encoding.tries_deltas(first_round);
         let packing = self.encoding.tries_packing();
-        let before = self.line.tally.pages.raw_pages;
+        let before = self.sender.tally.pages.raw_pages;
         if deltas || packing {
             self.send_encoded(job, deltas, head)?;
         } else {
             self.send_straight(job, head)?;
         }
-        let raw_bytes = (self.line.tally.pages.raw_pages - before) * PAGE_SIZE;
+        let raw_bytes = (self.sender.tally.pages.raw_pages - before) * PAGE_SIZE;
         match (deltas, packing) {
-            (true, _) => self.encoding.judge_deltas(self.line.bytes_per_sec()),
-            // What is compressed all the time must not keep deltas from another look.
+            (true, _) => self.encoding.judge_deltas(self.sender.bytes_per_sec()),
+            // Constant compression must not keep deltas from another trial.
             (false, true) => self.encoding.passed_deltas(raw_bytes, first_round),
             (false, false) => self.encoding.passed(raw_bytes, first_round),
         }
@@ -182,9 +176,9 @@ impl Shard {
         let batch = &mut self.batch;
         batch.clear();
         while scan.fill(batch).map_err(unreadable)? {
-            batch.encode_head(Packing::None, head);
+            batch.encode_head(Packing::None, head)?;
             let slices = raw_slices(batch, ram, layout)?;
-            let sent = self.line.write_batch(batch, head, &slices)?;
+            let sent = self.sender.write_batch(batch, head, &slices)?;
             counters.update(|stats| count(stats, batch, sent));
             pages_done(pages, batch, 0);
             batch.clear();
@@ -192,7 +186,7 @@ impl Shard {
         Ok(())
     }
 
-    /// Copies pages, and sends what the encoders make of them.
+    /// Copies pages, encodes them and sends the result.
     fn send_encoded(
         &mut self,
         job: &Job,
@@ -227,19 +221,19 @@ impl Shard {
         self.flush(deltas, head)
     }
 
-    /// Sends what the encoders have.
+    /// Sends what is encoded so far.
     fn flush(&mut self, deltas: bool, head: &mut Encoder) -> Result<(), ParticipantError> {
         let Common { ram, layout, counters, pages, .. } = &self.common;
         let batch = &mut self.batch;
         let mut straight = Vec::new();
         if !batch.is_empty() {
-            match self.encoding.pack(self.line.bytes_per_sec()) {
+            match self.encoding.pack(self.sender.bytes_per_sec()) {
                 Some((packing, packed)) => {
-                    batch.encode_head(packing, head);
+                    batch.encode_head(packing, head)?;
                     head.u32(u32::try_from(packed.len()).map_err(unreadable)?).raw(packed);
                 }
                 None => {
-                    batch.encode_head(Packing::None, head);
+                    batch.encode_head(Packing::None, head)?;
                     if deltas {
                         // Later deltas refer to this very copy.
                         head.raw(self.encoding.staged());
@@ -254,7 +248,7 @@ impl Shard {
             }
         }
         let sent =
-            if batch.is_empty() { 0 } else { self.line.write_batch(batch, head, &straight)? };
+            if batch.is_empty() { 0 } else { self.sender.write_batch(batch, head, &straight)? };
         self.encoding.clear();
         let (xbzrle, compression) = self.encoding.take_stats();
         counters.update(|stats| {
@@ -292,7 +286,7 @@ fn raw_slices<'r>(
         let address = layout
             .run_address(run.first, run.page_count.into())
             .ok_or_else(|| unreadable("a run past its end"))?;
-        let bytes = usize::try_from(run.page_count).map_err(unreadable)? * PAGE_BYTES;
+        let bytes = bytes_of(run.page_count);
         ram.get_slice(address, bytes).map_err(unreadable)
     });
     slices.collect()
@@ -306,7 +300,7 @@ fn pages_done(done: &AtomicU64, batch: &Batch, unchanged: u64) {
     done.fetch_add(pages_of(batch) + unchanged, Ordering::Relaxed);
 }
 
-/// Adds what was sent of a batch.
+/// Adds a sent batch to the counters.
 fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
     stats.transferred_bytes += sent;
     stats.remaining_bytes = stats.remaining_bytes.saturating_sub(pages_of(batch) * PAGE_SIZE);
@@ -314,22 +308,22 @@ fn count(stats: &mut StatsSnapshot, batch: &Batch, sent: u64) {
     stats.zero_pages += batch.zero_pages();
 }
 
-/// The channel, and what it has shown of itself.
-struct Line {
+/// Sends frames on the channel and measures its throughput.
+struct ChannelSender {
     channel: Arc<Channel>,
     throttle: Box<dyn Throttle + Send>,
-    /// Kept for its memory.
+    /// Reused for its memory.
     head: Encoder,
     tally: Tally,
-    /// Lately written bytes, and how long that took, cap and peer included.
+    /// Recently written bytes, and the time spent on them, bandwidth cap and peer included.
     written: u64,
     writing: Duration,
 }
 
-/// What was longer ago counts for less and less.
+/// After this much writing time the weight of earlier writes is halved.
 const MEMORY: Duration = Duration::from_millis(500);
 
-impl Line {
+impl ChannelSender {
     fn new(channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         Self {
             channel,
@@ -369,7 +363,7 @@ impl Line {
         Ok(sent)
     }
 
-    /// How fast the channel takes bytes; 0 if that is not known yet.
+    /// Throughput of the channel; 0 if unknown.
     fn bytes_per_sec(&self) -> u64 {
         if self.written == 0 { 0 } else { policy::per_second(self.written, self.writing) }
     }
@@ -415,8 +409,8 @@ mod tests {
         let job = Job { first_word: 0, dirty: vec![u64::MAX; words], touched: None, last: false };
         let mut send = || {
             let before = common.counters.snapshot();
-            shard.obey(&Order::Pages(job.clone())).unwrap();
-            shard.obey(&Order::Mark(1)).unwrap();
+            shard.execute(&Command::Pages(job.clone())).unwrap();
+            shard.execute(&Command::Mark(1)).unwrap();
             let after = common.counters.snapshot();
             let xbzrle = (before.xbzrle, after.xbzrle);
             (xbzrle.1.overflows - xbzrle.0.overflows, xbzrle.1.pages - xbzrle.0.pages)
@@ -426,7 +420,7 @@ mod tests {
         for version in 0..2 {
             for start in page_starts() {
                 let text = format!("page at {:#x} in version {version}; ", start.0);
-                let text: Vec<u8> = text.bytes().cycle().take(PAGE_BYTES).collect();
+                let text: Vec<u8> = text.bytes().cycle().take(bytes_of(1)).collect();
                 ram.write_slice(&text, start).unwrap();
             }
             send();
@@ -446,14 +440,14 @@ mod tests {
         #[test]
         fn shares_are_disjoint_and_whole(
             dirty in prop::collection::vec(any::<u64>(), 1..40),
-            first_word in 0usize..100, lanes in 1usize..17,
+            first_word in 0usize..100, shards in 1usize..17,
         ) {
             let touched = Some(dirty.iter().map(|word| word & 0xff00).collect());
             let job = Job { first_word, dirty, touched, last: false };
             let mut sum = vec![0; job.dirty.len()];
             let mut touched_sum = vec![0; job.dirty.len()];
-            for lane in 0..lanes {
-                let Some(share) = job.share(8, |stripe| stripe % lanes == lane) else { continue };
+            for shard in 0..shards {
+                let Some(share) = job.share(8, |stripe| stripe % shards == shard) else { continue };
                 prop_assert_eq!(share.first_word, first_word);
                 for (index, word) in share.dirty.iter().enumerate() {
                     prop_assert_eq!(sum[index] & word, 0);

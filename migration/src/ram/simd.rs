@@ -2,8 +2,7 @@
 //! `zero` and `xbzrle`. One of the crate's exceptions from the ban on unsafe code.
 #![expect(unsafe_code, reason = "vector loads from guest RAM, stores to where a bit count says")]
 
-use super::xbzrle::Page;
-use super::zero::PAGE_BYTES;
+use super::page::{PAGE_BYTES, Page};
 use crate::transport::PageSlice;
 
 /// Bytes of a page whose bits make a word.
@@ -17,7 +16,7 @@ const EDGE_SLACK: usize = 32;
 const PAIRS_AT_ONCE: usize = 8;
 const SHORT_RUN: i32 = 5;
 
-/// The vector instructions to use; there is no other way to one than that the processor has them.
+/// The vector instructions to use. A value exists only if the processor has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernel(Level);
 
@@ -74,7 +73,7 @@ impl Kernel {
     }
 }
 
-/// Where two pages differ. Kept by whoever compares pages, so that no page costs an allocation.
+/// Where two pages differ. Reused from page to page, so that no comparison allocates.
 #[derive(Debug)]
 pub struct Changes {
     /// A zero word, for the one before the first; then a bit per byte: first whether it differs, then
@@ -396,8 +395,8 @@ fn non_zero_bytes(word: u64) -> u64 {
     (tops >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
-/// Leaves the bits that differ from the one before them, and tells which words have any: whoever
-/// walks over those words can foresee their number, but not which ones they are.
+/// Keeps the bits that differ from the bit before them, and returns the set of words that have any, so
+/// that the caller's loop count is known in advance.
 fn turns(bits: &mut [u64; 1 + PAGE_WORDS]) -> u64 {
     let mut words = 0;
     for word in (0..PAGE_WORDS).rev() {
@@ -430,7 +429,7 @@ pub fn is_zero(page: &PageSlice<'_>) -> Option<bool> {
     None
 }
 
-/// What each kernel that this processor has says of `page`, a whole page.
+/// The verdict of every available kernel on `page`, a whole page.
 #[cfg(test)]
 pub(super) fn all_kernels(page: &PageSlice<'_>) -> impl Iterator<Item = bool> {
     assert_eq!(page.len(), PAGE_BYTES);

@@ -1,5 +1,5 @@
-//! Counts, in the middle of a round, which of its pages are dirty again. Called by the source's round
-//! loop with what `outgoing` holds; what the counts mean is the business of [`crate::policy`].
+//! Counts, in the middle of a round, how many of its pages are dirty again. Called by `pace`; the counts
+//! are interpreted by [`crate::policy`].
 
 use super::dirty::PageBitmap;
 
@@ -8,29 +8,28 @@ use super::dirty::PageBitmap;
 pub struct Counts {
     /// Sent.
     pub sent: u64,
-    /// Sent, and dirty again.
+    /// Sent and dirty again.
     pub again: u64,
-    /// Dirty, and not of this round.
+    /// Dirty, but not part of this round.
     pub fresh: u64,
-    /// Of this round and not sent yet.
+    /// Part of this round and not sent yet.
     pub left: u64,
 }
 
-/// Remembers which pages a round is about.
+/// Remembers the pages of a round.
 #[derive(Debug, Default)]
 pub struct Watch {
     in_round: Vec<u64>,
 }
 
 impl Watch {
-    /// A round begins that will send `pending`.
+    /// Starts a round over `pending`.
     pub fn begin(&mut self, pending: &PageBitmap) {
         self.in_round.clear();
         self.in_round.extend_from_slice(pending.words());
     }
 
-    /// Counts, when the pages of the words before `cursor` have been sent and `pending` holds what is
-    /// dirty now.
+    /// Counts pages. The words before `cursor` were sent; `pending` holds the pages dirty now.
     pub fn count(&self, pending: &PageBitmap, cursor: usize) -> Counts {
         let mut counts = Counts::default();
         let ones = |word: u64| u64::from(word.count_ones());

@@ -1,6 +1,6 @@
-//! XBZRLE: what of a page has changed since the peer last saw it, in QEMU's format. Called by the
-//! shard that sends a page, with the copy from its cache, and by the destination, with the page in
-//! place. Pure; which page is where is `cache`'s business. The vector kernels are in `simd`.
+//! XBZRLE: encodes the difference between two versions of a page, in QEMU's format. Called by `encode`
+//! with the cached version, and by `decode` with the page in guest RAM. Pure: versions are `cache`'s
+//! business, vector kernels `simd`'s.
 //!
 //! ```text
 //! delta = (unchanged changed)+
@@ -8,32 +8,28 @@
 //! changed   = count, new bytes      at least one
 //! count     = 7 bits, or 0x80 | low 7 bits, then high 7 bits
 //! ```
-//! Runs are maximal, and unchanged bytes at the end of the page are not mentioned. Despite the
-//! format's name the new bytes are literal, so applying a delta twice does no harm.
+//! Runs are maximal, and unchanged bytes at the end of the page are omitted. Despite the format's name
+//! the new bytes are literal, so applying a delta twice is harmless.
 //!
-//! Three steps, so that none of them has to guess what comes next: compare the pages and keep one bit
-//! per byte; list the offsets at which a run ends; write the runs out. Random memory latency, bits and
-//! branches each get a loop of their own.
+//! Three loops, each free of unpredictable branches: compare the pages into one bit per byte; list the
+//! offsets at which runs end; write the runs.
 
+use super::page::{PAGE_BYTES, Page};
 use super::simd::{self, Changes, Kernel};
-use super::zero::PAGE_BYTES;
 use std::ops::Range;
-
-/// A private copy of a page: nobody writes it while it is compared.
-pub type Page = [u8; PAGE_BYTES];
 
 /// Longest count that takes one byte.
 const SHORT_COUNT: u16 = 0x7f;
-/// Bytes that are copied for a short run, whatever its length: one move instead of a loop.
+/// A short run copies this many bytes, whatever its length: one move instead of a loop.
 const SHORT_RUN: usize = 16;
 
-/// Runs that are encoded one by one before the vector kernel is asked again.
+/// Runs encoded one by one before the vector kernel is tried again.
 const RUNS_BY_HAND: usize = 8;
 
-/// What came of an attempt to encode a page.
+/// Result of encoding a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoded {
-    /// Nothing to send: the peer has this page.
+    /// The peer has this version: send nothing.
     Unchanged,
     /// The delta does not fit: send the page itself.
     Overflow,
@@ -41,10 +37,9 @@ pub enum Encoded {
     Bytes(usize),
 }
 
-/// Why a delta is none.
+/// An invalid delta.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum XbzrleError {
-    /// The delta says nothing.
     #[error("XBZRLE delta is empty")]
     Empty,
     /// A count or its bytes are cut off.
@@ -59,7 +54,6 @@ pub enum XbzrleError {
         /// Where in the delta the count begins.
         at: usize,
     },
-    /// A run of no bytes.
     #[error("XBZRLE run at byte {at} is empty")]
     EmptyRun {
         /// Where in the delta the run begins.
@@ -81,7 +75,7 @@ pub enum XbzrleError {
     },
 }
 
-/// Encodes pages; keeps what it needs between them, so that no page costs an allocation.
+/// Encodes pages. Keeps its buffers, so that no page allocates.
 #[derive(Debug)]
 pub struct Encoder {
     kernel: Kernel,
@@ -100,8 +94,8 @@ impl Encoder {
         Self { kernel, changes: Changes::default() }
     }
 
-    /// Writes what turns `old` into `new` to the start of `into`, which is at most a page long if a
-    /// delta is to be shorter than the page. Bytes of `into` after the delta may change as well.
+    /// Writes the delta from `old` to `new` to the start of `into`, whose length is the longest acceptable
+    /// delta. Bytes of `into` after the delta may change as well.
     pub fn encode(&mut self, old: &Page, new: &Page, into: &mut [u8]) -> Encoded {
         simd::find_changes(self.kernel, old, new, &mut self.changes);
         let runs = self.changes.runs();
@@ -111,7 +105,7 @@ impl Encoder {
         let (mut run, mut len) = (0, 0);
         while run < runs {
             (run, len) = simd::short_runs(self.kernel, &self.changes, run, new, into, len);
-            // What the kernel could not do, or all if there is none.
+            // Runs that the kernel could not encode, or all without one.
             let end = runs.min(run + RUNS_BY_HAND);
             for run in run..end {
                 match push(self.changes.run(run), new, into, len) {
@@ -125,7 +119,7 @@ impl Encoder {
     }
 }
 
-/// Writes a delta run by run, for those who know what has changed without comparing bytes.
+/// Writes a delta run by run, for callers that know the changed ranges.
 pub struct RunWriter<'a> {
     new: &'a Page,
     into: &'a mut [u8],
@@ -135,36 +129,36 @@ pub struct RunWriter<'a> {
 }
 
 impl<'a> RunWriter<'a> {
-    /// Of `new`, to the start of `into`.
+    /// Writes a delta to `new` to the start of `into`.
     pub fn new(new: &'a Page, into: &'a mut [u8]) -> Self {
         Self { new, into, len: 0, offset: 0 }
     }
 
-    /// The bytes `run` of the page have changed. Runs come in order and do not touch; false if this one
-    /// does not fit.
+    /// Appends the changed bytes `run` of the page. Runs come in order and are not adjacent. Returns false
+    /// if this one does not fit.
     pub fn changed(&mut self, run: Range<usize>) -> bool {
-        // At most the bytes of a page.
-        let short = |offset| u16::try_from(offset).unwrap_or(u16::MAX);
-        let run = [short(self.offset), short(run.start), short(run.end)];
+        let [Ok(before), Ok(start), Ok(end)] = [self.offset, run.start, run.end].map(u16::try_from)
+        else {
+            return false;
+        };
+        let run = [before, start, end];
         let Some(len) = push_long(run, self.new, self.into, self.len) else { return false };
         (self.len, self.offset) = (len, usize::from(run[2]));
         true
     }
 
-    /// What came of it.
     pub fn finish(self) -> Encoded {
         if self.len == 0 { Encoded::Unchanged } else { Encoded::Bytes(self.len) }
     }
 }
 
-/// A count; the second byte means nothing if the first one says all.
+/// Encodes a count. The second byte is unused if the first suffices.
 fn two_bytes(count: u16) -> [u8; 2] {
     let more = u8::from(count > SHORT_COUNT) << 7;
     [(count & SHORT_COUNT) as u8 | more, ((count >> 7) & SHORT_COUNT) as u8]
 }
 
-/// Writes one pair at byte `len` of `into`; returns where the next one goes, or nothing if this one
-/// does not fit.
+/// Writes one pair at byte `len` of `into`; returns the offset after it, or `None` if it does not fit.
 #[inline(always)]
 fn push([before, start, end]: [u16; 3], new: &Page, into: &mut [u8], len: usize) -> Option<usize> {
     let (unchanged, changed) = (start - before, end - start);
@@ -173,7 +167,7 @@ fn push([before, start, end]: [u16; 3], new: &Page, into: &mut [u8], len: usize)
     if let (Some(room), Some(bytes)) = (room, new.get(from..from + SHORT_RUN))
         && usize::from(changed) <= SHORT_RUN
     {
-        // The second byte is overwritten if there is none: cheaper than a guess that fails.
+        // An unused second byte is overwritten: cheaper than a mispredicted branch.
         let long = usize::from(unchanged > SHORT_COUNT);
         room[..2].copy_from_slice(&two_bytes(unchanged));
         let room = &mut room[1 + long..];
@@ -184,7 +178,7 @@ fn push([before, start, end]: [u16; 3], new: &Page, into: &mut [u8], len: usize)
     push_long([before, start, end], new, into, len)
 }
 
-/// The same for long runs, and near the ends of the page and the output.
+/// As [`push`], for long runs and near the ends of the page and the output.
 fn push_long(
     [before, start, end]: [u16; 3],
     new: &Page,
@@ -205,8 +199,8 @@ fn append(bytes: &[u8], into: &mut [u8], len: usize) -> Option<usize> {
     Some(len + bytes.len())
 }
 
-/// Applies `delta` to `page`, which is what the peer had when it made the delta. After an error the
-/// page holds some of both.
+/// Applies `delta` to `page`, the version that it was made against. After an error the page is a mixture
+/// of both versions.
 pub fn decode(delta: &[u8], page: &mut Page) -> Result<(), XbzrleError> {
     if delta.is_empty() {
         return Err(XbzrleError::Empty);

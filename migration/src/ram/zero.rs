@@ -1,18 +1,16 @@
-//! Is this page zero? At memory speed for pages that are, after one cache line for most that are not.
-//! Called by `scan` for every page that is sent. The vector kernels are in `simd`.
+//! The zero test for pages of guest RAM: memory speed for zero pages, one cache line for most others.
+//! Called by `scan` for every page to send. The vector kernels are in `simd`.
 
 use super::simd;
 use crate::transport::PageSlice;
 use vm_memory::VolatileMemory;
 use vm_memory::volatile_memory::Error as VolatileMemoryError;
 
-/// Bytes in a page.
-pub const PAGE_BYTES: usize = 4096;
 const LINE_BYTES: usize = 64;
 
-/// Whether every byte of `page` is zero. The guest may write it meanwhile; see [`crate::ram`].
+/// Whether every byte of `page` is zero. The guest may write it concurrently; see [`crate::ram`].
 pub fn is_zero(page: &PageSlice<'_>) -> bool {
-    // Most pages that are not zero say so in their first line.
+    // Most non-zero pages differ in their first line.
     let head = page.get_ref::<[u64; 8]>(0).map(|head| head.load());
     if head.is_ok_and(|head| head != [0; 8]) {
         return false;
@@ -20,7 +18,7 @@ pub fn is_zero(page: &PageSlice<'_>) -> bool {
     simd::is_zero(page).unwrap_or_else(|| is_zero_portable(page).unwrap_or(false))
 }
 
-/// For processors without vector kernels. Also what the others are tested against.
+/// For processors without vector kernels, and the reference for tests.
 pub(super) fn is_zero_portable(page: &PageSlice<'_>) -> Result<bool, VolatileMemoryError> {
     for offset in (0..page.len()).step_by(LINE_BYTES) {
         if page.get_ref::<[u64; 8]>(offset)?.load() != [0; 8] {
@@ -32,6 +30,7 @@ pub(super) fn is_zero_portable(page: &PageSlice<'_>) -> Result<bool, VolatileMem
 
 #[cfg(test)]
 mod tests {
+    use super::super::page::PAGE_BYTES;
     use super::*;
     use devices::ram::{GuestAddress, GuestRam};
     use vm_memory::{Bytes, GuestMemoryBackend};

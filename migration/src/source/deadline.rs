@@ -1,9 +1,9 @@
-//! One deadline for the pause: whoever is blocked when it passes, the guest runs on.
+//! One deadline for the pause: when it passes, the guest runs on, whatever the driver is blocked in.
 //!
-//! While the rest is sent the stopped guest lies in a [`StopClock`]. The driver borrows it for what is
-//! short and bounded; a thread that was started before the pause resumes it at the deadline, although the
-//! driver may be blocked in a write for much longer. The right to run is in one place at any time: with
-//! the clock, with the driver who took it to hand it over, or, after a resume, with the guest.
+//! During the pause a [`StopClock`] owns the stopped guest. The driver borrows it for short, bounded work; a
+//! thread spawned before the pause resumes it at the deadline, even if the driver is blocked in a write. The
+//! right to run is in one place at any time: the clock, the driver that took it for the handover, or,
+//! after a resume, the guest.
 
 use crate::control::Control;
 use crate::error::chain;
@@ -16,20 +16,20 @@ enum Held<'g> {
     /// Not stopped yet.
     Running,
     Paused(PausedGuest<'g>),
-    /// At the deadline; how that went until somebody has asked.
+    /// Resumed at the deadline; the error, if any, until it is taken.
     Resumed(Option<GuestError>),
-    /// The driver has it, or is done with it.
+    /// Taken by the driver.
     Taken,
 }
 
 struct State<'g> {
     held: Held<'g>,
-    /// How long the guest may be stopped, and from its stop on until when.
+    /// How long the guest may be stopped, and, once it is, until when.
     longest: Duration,
     deadline: Instant,
-    /// What the driver is at, and since when.
+    /// The current part of the pause, and its start.
     part: (String, Instant),
-    /// Nobody watches any more.
+    /// Ends the watching thread.
     done: bool,
     /// The end of the stream is on its way: the destination may take the disks' locks.
     ended: bool,
@@ -47,7 +47,7 @@ pub(super) struct StopClock<'g> {
 /// The deadline has passed, and the guest was resumed.
 #[derive(Debug)]
 pub(super) struct Overran {
-    /// The part of the pause that was under way.
+    /// The part of the pause that was in progress.
     pub(super) part: PartTime,
     /// Why the guest does not run, if it does not.
     pub(super) not_resumed: Option<GuestError>,
@@ -69,7 +69,7 @@ impl<'g> StopClock<'g> {
         Self { control, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// The guest is about to be stopped; returns the deadline.
+    /// Starts the clock, just before the pause; returns the deadline.
     pub(super) fn start(&self) -> Instant {
         let mut state = self.lock();
         state.deadline = Instant::now() + state.longest;
@@ -77,26 +77,26 @@ impl<'g> StopClock<'g> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<'g>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.state)
     }
 
-    /// The guest has stopped.
+    /// Takes the stopped guest.
     pub(super) fn hold(&self, guest: PausedGuest<'g>) {
         self.lock().held = Held::Paused(guest);
         self.changed.notify_all();
     }
 
-    /// When the guest has to run again, here or there.
+    /// When the guest has to run again, on either side.
     pub(super) fn deadline(&self) -> Instant {
         self.lock().deadline
     }
 
-    /// The next part of the pause begins.
+    /// Starts the next part of the pause.
     pub(super) fn enter(&self, part: &str) {
         self.lock().part = (part.to_owned(), Instant::now());
     }
 
-    /// Does something with the stopped guest that is short, or keeps to the deadline itself.
+    /// Runs `work` on the stopped guest. `work` is short or observes the deadline itself.
     pub(super) fn with<T>(
         &self,
         work: impl FnOnce(&mut PausedGuest<'g>) -> T,
@@ -127,7 +127,7 @@ impl<'g> StopClock<'g> {
         self.lock().told
     }
 
-    /// Takes the stopped guest out: from here on the deadline does nothing.
+    /// Takes the stopped guest out. The deadline no longer applies.
     pub(super) fn take(&self) -> Result<PausedGuest<'g>, Overran> {
         let mut state = self.lock();
         match std::mem::replace(&mut state.held, Held::Taken) {
@@ -142,7 +142,7 @@ impl<'g> StopClock<'g> {
         }
     }
 
-    /// Resumes the guest now, unless that was done at the deadline; says how it went.
+    /// Resumes the guest, unless the deadline did; returns the result either way.
     pub(super) fn resume(&self) -> Result<(), GuestError> {
         match self.take() {
             Ok(guest) => {
@@ -154,7 +154,7 @@ impl<'g> StopClock<'g> {
         }
     }
 
-    /// Runs on a thread of its own until the guest is taken or the deadline has passed.
+    /// Body of the watching thread: returns when the guest is taken or the deadline has passed.
     pub(super) fn watch(&self) {
         let mut state = self.lock();
         while !state.done {
@@ -206,8 +206,8 @@ impl State<'_> {
     }
 }
 
-/// Ends the watching thread, on every way out. After a panic the clock is dropped next, and a stopped guest
-/// that is dropped runs on.
+/// Ends the watching thread when dropped. After a panic the clock is dropped next, which resumes a stopped
+/// guest.
 pub(super) struct EndWatch<'c, 'g>(pub(super) &'c StopClock<'g>);
 
 impl Drop for EndWatch<'_, '_> {

@@ -8,19 +8,16 @@ use std::io;
 /// Why a migration failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// Nobody listens there.
     #[error("cannot connect to {address}: is `ferry receive` running there?")]
     Connect {
-        /// Where.
         address: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
     /// The connection or the other side.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// A connection broke, and nobody says why.
+    /// A connection broke without a reason from the peer.
     #[error("the destination has gone away, or the link to it is cut")]
     Gone(#[source] WireError),
     /// This side's machine.
@@ -29,8 +26,8 @@ pub enum SourceError {
     /// A participant's own reason.
     #[error(transparent)]
     Participant(Box<dyn std::error::Error + Send + Sync>),
-    /// The destination is too old for what travels.
-    #[error("the destination's ferry cannot take {section:?} in: use the same on both sides")]
+    /// The destination does not support a participant.
+    #[error("the destination does not support {section:?}: use the same Ferry on both sides")]
     Unsupported {
         /// The participant's section.
         section: &'static str,
@@ -41,19 +38,16 @@ pub enum SourceError {
     /// Device state that cannot be encoded.
     #[error("cannot encode {what}")]
     Encode {
-        /// What.
         what: &'static str,
-        /// Why.
         #[source]
         source: serde_json::Error,
     },
-    /// The host has no more threads.
-    #[error("cannot start a thread")]
+    #[error("cannot spawn a thread")]
     Thread(#[source] io::Error),
-    /// The destination got the right to run, could not, and gave it back.
+    /// The destination could not start the guest and gave the right to run back.
     #[error("the destination could not start the guest, which goes on here: {reason}")]
     Declined {
-        /// In the destination's words.
+        /// The destination's error message.
         reason: String,
     },
     /// The migration failed, and then the guest could not go on here either.
@@ -79,7 +73,7 @@ impl From<ParticipantError> for SourceError {
 }
 
 impl SourceError {
-    /// What a connection that broke means if the other side has left no word about it.
+    /// Turns a broken connection without a reason from the peer into [`SourceError::Gone`].
     pub(super) fn unexplained(self) -> Self {
         match self {
             Self::Wire(broken) if broken.is_lost() => Self::Gone(broken),

@@ -1,27 +1,26 @@
-//! How long the guest would be stopped, part by part. Each part is learned from measurement: of passes,
-//! and of stops, also of those that were called off. The driver decides by it; nothing else does.
+//! Estimates the downtime of a stop, part by part, from measured passes and stops, called-off stops
+//! included. Used only by the driver, to decide when to stop the guest.
 
 use crate::guest::PartTime;
 use crate::participant::{Cost, Pending};
 use std::time::{Duration, Instant};
 
-/// Until a stop was measured.
+/// Initial values, until a stop was measured.
 const STOPPING: Duration = Duration::from_micros(200);
 const DEVICE_STATE: Duration = Duration::from_micros(400);
 const RESUMING: Duration = Duration::from_micros(400);
-/// Draining and flushing are counted to what cannot be had shorter up to this: a limit below it must
-/// not keep a guest from moving.
+/// Draining and flushing count as fixed cost up to this: a lower limit must not prevent a migration.
 const NEGLIGIBLE: Duration = Duration::from_millis(2);
-/// After the first stop that was called off; twice as long after each further one.
-const FIRST_REST: Duration = Duration::from_millis(100);
-const LONGEST_REST: Duration = Duration::from_secs(30);
+/// Backoff after a called-off stop; doubled after each further one in a row.
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// A part that only a stop can measure.
+/// A part that is measured only by stops.
 #[derive(Debug, Clone)]
 struct Learned {
     part: String,
     time: Duration,
-    /// It takes as long however little is left.
+    /// Independent of how much is left to send.
     fixed: bool,
 }
 
@@ -30,8 +29,7 @@ impl Learned {
         Self { part: part.to_owned(), time, fixed }
     }
 
-    /// A longer time counts at once, a shorter one little by little: the next stop has to keep its
-    /// promise.
+    /// A longer time counts at once, a shorter one gradually: underestimates are expensive.
     fn learn(&mut self, took: Duration) {
         self.time = match self.time.checked_sub(took) {
             None => took,
@@ -49,13 +47,13 @@ pub(super) struct Estimate {
     device_state: Learned,
     resuming: Learned,
     round_trips: Duration,
-    /// Of the participants, as of the last look.
+    /// Of the participants, as of the last pass.
     costs: Vec<Cost>,
-    /// How much more was left at a stop than was predicted; less with every pass that follows.
+    /// By how much stops exceeded their prediction; decays with every pass.
     margin: Duration,
-    /// Stops that were called off in a row, and until when there is no other.
+    /// Called-off stops in a row, and the end of the backoff.
     called_off: u32,
-    rest_until: Option<Instant>,
+    backoff_until: Option<Instant>,
 }
 
 impl Estimate {
@@ -70,11 +68,11 @@ impl Estimate {
             costs: Vec::new(),
             margin: Duration::ZERO,
             called_off: 0,
-            rest_until: None,
+            backoff_until: None,
         }
     }
 
-    /// A pass has ended: what is left now of each participant, and the shortest round trip so far.
+    /// Updates the costs after a pass.
     pub(super) fn weigh<'p>(
         &mut self,
         pending: impl Iterator<Item = &'p Pending>,
@@ -85,8 +83,8 @@ impl Estimate {
         self.round_trips = round_trip * 2;
     }
 
-    /// A pass has ended: what surprised the last stop counts less.
-    pub(super) fn forget_some(&mut self) {
+    /// Decays the margin after a pass.
+    pub(super) fn decay_margin(&mut self) {
         self.margin -= self.margin / 4;
     }
 
@@ -94,27 +92,29 @@ impl Estimate {
         [&self.stopping, &self.drain, &self.flush, &self.device_state, &self.resuming]
     }
 
-    /// All of it.
+    /// The estimated downtime.
     pub(super) fn total(&self) -> Duration {
         let learned: Duration = self.learned().iter().map(|learned| learned.time).sum();
         let costs: Duration = self.costs.iter().map(|cost| cost.time).sum();
         learned + costs + self.round_trips + self.margin
     }
 
-    /// What is still to come of a pause, once vCPUs have stopped and the dirty log was read.
+    /// The rest of a pause, once vCPUs have stopped and the dirty log was read.
     pub(super) fn left_after_stop(&self) -> Duration {
         self.total().saturating_sub(self.stopping.time + self.drain.time + self.margin)
     }
 
     /// The part that takes longest.
     pub(super) fn largest(&self) -> PartTime {
-        let learned = self.learned().into_iter().map(|one| (one.part.as_str(), one.time));
+        let [first, others @ ..] = self.learned().map(|one| (one.part.as_str(), one.time));
         let costs = self.costs.iter().map(|cost| (cost.part, cost.time));
-        let (part, time) = learned.chain(costs).max_by_key(|(_, time)| *time).unwrap_or_default();
+        let longer =
+            |one: (_, Duration), other: (_, Duration)| if other.1 < one.1 { one } else { other };
+        let (part, time) = others.into_iter().chain(costs).fold(first, longer);
         PartTime::new(part, time)
     }
 
-    /// What the pause costs however little there is to send.
+    /// The fixed part of the pause, independent of what is left to send.
     pub(super) fn floor(&self) -> Duration {
         let part = |time: Duration, fixed| if fixed { time } else { time.min(NEGLIGIBLE) };
         let learned = self.learned().iter().map(|learned| part(learned.time, learned.fixed)).sum();
@@ -122,8 +122,8 @@ impl Estimate {
         fixed.sum::<Duration>() + self.round_trips + learned
     }
 
-    /// The part that keeps a stop from fitting into `longest` though it has nothing to do with how much
-    /// there is to send: a disk that is slow to drain or to flush.
+    /// The part that makes a stop exceed `longest` however little is left to send: a disk that is slow to
+    /// drain or to flush.
     pub(super) fn obstacle(&self, longest: Duration) -> Option<PartTime> {
         let learned = [&self.drain, &self.flush].into_iter();
         let worst = learned.max_by_key(|learned| learned.time)?;
@@ -140,7 +140,7 @@ impl Estimate {
 
     // What stops have measured.
 
-    /// vCPUs have stopped and disks have drained, in so long; the longest first.
+    /// Records the time to stop vCPUs and drain disks; `drains` has the longest first.
     pub(super) fn stopped_in(&mut self, whole: Duration, drains: &[PartTime]) {
         let longest = drains.first();
         self.stopping.learn(whole.saturating_sub(longest.map_or(Duration::ZERO, |one| one.took)));
@@ -149,7 +149,7 @@ impl Estimate {
         }
     }
 
-    /// A disk has drained in so long, or has not.
+    /// Records how long a disk took to drain, or was waited for.
     pub(super) fn drained_in(&mut self, drain: &PartTime) {
         if drain.took >= self.drain.time {
             self.drain.part.clone_from(&drain.part);
@@ -157,19 +157,19 @@ impl Estimate {
         self.drain.learn(drain.took);
     }
 
-    /// Disks that stay have been flushed. The flush ahead of a stop leaves the next one as little to do as
-    /// the last left it, so the last one counts.
+    /// Records a flush of shared disks. The last one counts: the flush ahead of a stop leaves equally little
+    /// to do each time.
     pub(super) fn flushed_in(&mut self, flush: &PartTime) {
         self.flush.part.clone_from(&flush.part);
         self.flush.time = flush.took;
     }
 
-    /// Device state was saved and sent.
+    /// Records the time to save and send device state.
     pub(super) fn saved_in(&mut self, took: Duration) {
         self.device_state.learn(took);
     }
 
-    /// From the last byte to `Ready`, which is mostly the destination's work.
+    /// Records the time from the last byte to `Ready`, mostly spent by the destination.
     pub(super) fn ready_in(&mut self, took: Duration) {
         self.resuming.learn(took.saturating_sub(self.round_trips / 2));
     }
@@ -180,7 +180,7 @@ impl Estimate {
         self.resuming.learn(waited.max(time * 2));
     }
 
-    /// A stop was called off, as it would have taken `expected` instead of `predicted`.
+    /// Records a stop called off because it would have taken `expected` instead of `predicted`.
     pub(super) fn was_called_off(
         &mut self,
         expected: Duration,
@@ -188,19 +188,19 @@ impl Estimate {
         limit: Duration,
     ) {
         self.margin = (self.margin + expected.saturating_sub(predicted)).min(limit / 2);
-        let rest = FIRST_REST * 2u32.saturating_pow(self.called_off.min(16));
+        let rest = FIRST_BACKOFF * 2u32.saturating_pow(self.called_off.min(16));
         self.called_off = self.called_off.saturating_add(1);
-        self.rest_until = Some(Instant::now() + rest.min(LONGEST_REST));
+        self.backoff_until = Some(Instant::now() + rest.min(MAX_BACKOFF));
     }
 
-    /// How long there is to be no stop. When that is over the next one is tried, although what held up
-    /// the last one may still be there: only a stop can tell.
-    pub(super) fn rest(&mut self, limit: Duration) -> Option<Duration> {
-        let left = self.rest_until?.saturating_duration_since(Instant::now());
+    /// Time left until the next stop may be tried. Then the parts measured only by stops are capped, so
+    /// that one is tried although the obstacle may persist: only a stop can tell.
+    pub(super) fn backoff(&mut self, limit: Duration) -> Option<Duration> {
+        let left = self.backoff_until?.saturating_duration_since(Instant::now());
         if !left.is_zero() {
             return Some(left);
         }
-        self.rest_until = None;
+        self.backoff_until = None;
         for learned in [&mut self.stopping, &mut self.drain, &mut self.flush] {
             learned.time = learned.time.min(limit / 4);
         }
@@ -232,9 +232,9 @@ mod tests {
         estimate.was_called_off(ms(30), ms(1), LIMIT);
         assert_eq!(estimate.obstacle(LIMIT), Some(drain));
         assert!(estimate.total() > LIMIT && estimate.floor() < LIMIT);
-        assert!(estimate.rest(LIMIT).is_some_and(|rest| rest <= FIRST_REST));
-        estimate.rest_until = Some(Instant::now());
-        assert_eq!(estimate.rest(LIMIT), None);
+        assert!(estimate.backoff(LIMIT).is_some_and(|rest| rest <= FIRST_BACKOFF));
+        estimate.backoff_until = Some(Instant::now());
+        assert_eq!(estimate.backoff(LIMIT), None);
         assert_eq!(estimate.obstacle(LIMIT), None, "only another stop can tell");
     }
 
@@ -245,10 +245,10 @@ mod tests {
         for _ in 0..20 {
             let began = Instant::now();
             estimate.was_called_off(ms(30), ms(1), LIMIT);
-            rests.push(estimate.rest_until.unwrap() - began);
+            rests.push(estimate.backoff_until.unwrap() - began);
         }
         assert!(rests[0] < ms(200) && rests[2] >= ms(400), "{rests:?}");
-        assert!(rests.iter().all(|rest| *rest < LONGEST_REST + ms(1000)), "{rests:?}");
+        assert!(rests.iter().all(|rest| *rest < MAX_BACKOFF + ms(1000)), "{rests:?}");
     }
 
     #[test]
@@ -256,7 +256,7 @@ mod tests {
         let mut estimate = Estimate::new();
         estimate.was_called_off(ms(500), ms(1), LIMIT);
         let before = estimate.total();
-        (0..20).for_each(|_| estimate.forget_some());
+        (0..20).for_each(|_| estimate.decay_margin());
         assert!(before - estimate.total() > LIMIT / 2 - ms(1), "{:?}", estimate.margin);
     }
 

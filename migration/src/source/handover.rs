@@ -14,7 +14,7 @@ const VERDICT_PATIENCE: Duration = Duration::from_secs(30);
 pub(super) enum Handover {
     /// The destination runs the guest.
     Completed {
-        /// How long it took to start it there, as it says.
+        /// How long starting it took, as reported by the destination.
         started_in: Option<Duration>,
     },
     /// The destination has not run the guest and never will; it has been resumed here, or the error
@@ -35,7 +35,7 @@ pub(super) fn hand_over(paused: PausedGuest<'_>, control: &Control) -> Handover 
         Ok(frame) if frame.kind == Kind::Running => {
             return Handover::Completed { started_in: started_in(&frame.payload) };
         }
-        // It has declined, or gave up while `Go` was under way. Having said so, it ignores `Go`.
+        // It declined, or gave up while `Go` was in flight. After a refusal it ignores `Go`.
         Err(WireError::Refused(reason)) => return declined(surrendered, reason),
         Ok(frame) => {
             let found = frame.describe();
@@ -49,8 +49,7 @@ pub(super) fn hand_over(paused: PausedGuest<'_>, control: &Control) -> Handover 
     Handover::Unknown(lost.into())
 }
 
-/// What `Running` says besides that the guest runs. It may say nothing, and it is too late to object to
-/// nonsense.
+/// The start time in `Running`. `None` if absent or malformed: the guest runs either way.
 fn started_in(payload: &[u8]) -> Option<Duration> {
     Decoder::new("the time of the start", payload).u64().ok().map(Duration::from_micros)
 }

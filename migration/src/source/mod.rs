@@ -7,7 +7,7 @@
 //!           (deadline, estimate)                   the passes go on, if it takes too long
 //! handover  spend the permit, Go, verdict          Completed, Declined (resumed), or Unknown
 //! ```
-//! What travels is a list of [`Outgoing`] participants; nothing here knows RAM or disks.
+//! The guest is sent as a list of [`Outgoing`] participants; the driver does not know RAM or disks.
 
 mod deadline;
 mod error;
@@ -34,32 +34,31 @@ use std::sync::Arc;
 use std::time::Instant;
 use stop::Stop;
 
-/// A step of a migration, told while it runs.
+/// Reports a step of a migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MigrationEvent {
     /// The status has changed.
     Status(MigrationStatus),
     /// Round `n` begins, counted from 1.
     Pass(u64),
-    /// As things are the guest cannot be moved.
+    /// The migration does not converge.
     NotConverging(NotConverging),
 }
 
-/// Everything that a migration needs.
+/// What an outgoing migration needs.
 pub struct Source<'a> {
-    /// The machine.
     pub guest: &'a mut dyn GuestControl,
-    /// Asked once what it is, when the destination listens. It may take its time.
+    /// Describes the machine. Called once, when the destination is connected; may be slow.
     pub machine: &'a mut dyn FnMut() -> Result<MachineDescription, GuestError>,
-    /// What travels, in the order in which it is set up and sent.
+    /// In the order of setup and sending.
     pub participants: Vec<Box<dyn Outgoing>>,
-    /// Limits, read anew at every step.
+    /// Read at every step, so that changes apply at once.
     pub params: SharedParams,
-    /// What has been done, for reports.
+    /// For reports only.
     pub counters: Arc<Counters>,
-    /// Ends it early.
+    /// Ends the migration early.
     pub cancel: CancelToken,
-    /// Told of every step, on the thread that migrates.
+    /// Called for each step, on the `mig-out` thread.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
@@ -84,7 +83,7 @@ impl Source<'_> {
     ) -> SourceOutcome {
         self.migrate_by(&mut |role| {
             let transport = match role {
-                Role::Main => Some(&main),
+                Role::Control => Some(&main),
                 Role::Data { index } => data.get(usize::from(index)),
                 Role::Disks => disks.as_ref(),
             };
@@ -110,11 +109,11 @@ impl Source<'_> {
         let opened = Session::open(participants, &self.cancel, connect);
         let mut session = opened.map_err(SourceError::unexplained)?;
         if let Err(error) = session.set_up(self) {
-            return Err(session.settle(error));
+            return Err(session.abort(error));
         }
         let handover = loop {
             if let Err(error) = self.precopy(&mut session) {
-                break Err(session.settle(error));
+                break Err(session.abort(error));
             }
             match self.stop_and_hand_over(&mut session) {
                 Ok(Stop::CalledOff) => {}
@@ -127,7 +126,7 @@ impl Source<'_> {
         handover
     }
 
-    /// Slows the guest down by `percent`. That it cannot be is no reason to fail.
+    /// Throttles the guest by `percent`. Failure is logged and not fatal.
     fn set_throttle(&mut self, percent: u8) {
         self.counters.update(|stats| stats.throttle_percent = percent);
         if let Err(error) = self.guest.throttle(percent) {
@@ -136,7 +135,7 @@ impl Source<'_> {
     }
 
     fn finish(mut self, result: Result<Handover, SourceError>) -> SourceOutcome {
-        // Before the end is told: the next migration may begin at once.
+        // Before the end is reported: the next migration may begin at once.
         self.release_throttle();
         let outcome = match result {
             Ok(Handover::Completed { .. }) => SourceOutcome::Completed,
@@ -168,7 +167,7 @@ impl Source<'_> {
         outcome
     }
 
-    /// Lets the guest run freely if it does not.
+    /// Ends throttling.
     fn release_throttle(&mut self) {
         if self.counters.throttle_percent() > 0 {
             self.set_throttle(0);

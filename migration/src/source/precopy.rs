@@ -1,29 +1,30 @@
-//! The passes, while the guest runs: send what is dirty, wait until it is in place, look what has
-//! become dirty meanwhile, let `policy` decide. Long passes are looked at on their way, so that a guest
-//! that writes too fast is slowed down, and its user told, before they end.
+//! The passes, while the guest runs: send what is dirty, wait until it is in place, read the dirty logs,
+//! let `policy` decide. Long passes are sampled midway, so that a guest that writes too fast is throttled,
+//! and the user warned, before they end.
 
 use super::session::Session;
 use super::{MigrationEvent, Source, SourceError};
 use crate::guest::PartTime;
 use crate::participant::{Budget, Pending, Precision, Rates, Step};
-use crate::policy::{self, Decision, Outlook, Round};
+use crate::policy::{self, Convergence, Decision, Round};
 use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
+use crate::units::{nanos, saturating_u64};
 use devices::ram::PAGE_SIZE;
 use std::time::{Duration, Instant};
 
-/// Between two looks at what is dirty in the middle of a pass.
+/// Interval of dirty log samples in the middle of a pass.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// Between two passes while there is to be no stop: what is sent then is sent to stay close to the end.
+/// Interval of passes during a backoff, which keep the remainder small.
 const IDLE_PASS: Duration = Duration::from_millis(100);
-/// How long disks that stay behind may be flushed before a stop. A disk that takes longer has a long
-/// queue, or hangs; the guest runs on meanwhile.
+/// Time limit of flushing shared disks ahead of a stop. A disk that takes longer has a long queue or
+/// hangs; the guest runs meanwhile.
 const FLUSH_AHEAD: Duration = Duration::from_secs(2);
-/// After a flush that took longer than this the guest has written too much to be stopped at once.
+/// After a longer flush the guest has dirtied too much meanwhile to be stopped at once.
 const SHORT_FLUSH: Duration = Duration::from_millis(5);
-/// So often. A disk may need longer for every flush.
-const MOST_FLUSHES: u32 = 2;
+/// Most repeated flushes: on some disks every flush takes longer.
+const MAX_FLUSHES: u32 = 2;
 
-/// What a pass has come to.
+/// State after a pass.
 pub(super) struct Look {
     round: Round,
     rates: Option<Rates>,
@@ -41,13 +42,13 @@ impl Source<'_> {
             self.begin_pass(session.pass);
             let look = self.pass(session)?;
             let limit = self.params.get().downtime_limit;
-            session.estimate.forget_some();
+            session.estimate.decay_margin();
             let floor = session.estimate.floor();
             let longest = policy::longest(floor, limit);
             let decision = policy::decide(look.round, look.expected, floor, limit, polished);
-            let rest = session.estimate.rest(limit);
+            let backoff = session.estimate.backoff(limit);
             match decision {
-                Decision::Stop if rest.is_none() => {
+                Decision::Stop if backoff.is_none() => {
                     session.predicted = look.expected;
                     if self.flush_ahead(session, longest)? {
                         session.flushes = 0;
@@ -56,7 +57,7 @@ impl Source<'_> {
                 }
                 Decision::Stop => {}
                 Decision::Again { polishing } => {
-                    polished += u32::from(polishing && rest.is_none());
+                    polished += u32::from(polishing && backoff.is_none());
                     if session.estimate.flush_blocks(longest) {
                         // It can be measured again without a stop; and it is not the guest's fault.
                         self.flush_ahead(session, longest)?;
@@ -71,10 +72,10 @@ impl Source<'_> {
             if obstacle.is_none() && session.estimate.called_off() == 0 {
                 session.blocked_by = None;
             }
-            // A pass over a guest that hardly writes takes no time, and there is no hurry.
-            let idle = rest.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
+            // Passes over a quiet guest take no time: do not spin.
+            let idle = backoff.or_else(|| obstacle.as_ref().map(|_| IDLE_PASS));
             if let Some(part) = obstacle {
-                self.say_blocked(session, &look, part);
+                self.report_blocked(session, &look, part);
             }
             if let Some(idle) = idle {
                 self.cancel.wait(idle.min(IDLE_PASS));
@@ -116,7 +117,7 @@ impl Source<'_> {
         Ok(look)
     }
 
-    /// What is left of everything, and what the stop would cost now.
+    /// What is left to send, and the estimated downtime of a stop now.
     pub(super) fn weigh(
         &mut self,
         session: &mut Session,
@@ -128,7 +129,7 @@ impl Source<'_> {
         let pending = pending?;
         session.estimate.weigh(pending.iter(), session.link.round_trip());
         let left: Duration = pending.iter().map(|pending| pending.send_time).sum();
-        // Of participants that go at different rates only times can be added.
+        // In times, not bytes: participants have different bandwidths.
         let round = Round { sent_bytes: nanos(sent), dirtied_bytes: nanos(left) };
         Ok(Look {
             round,
@@ -155,7 +156,8 @@ impl Source<'_> {
             xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
             unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: look.dirty_bytes / PAGE_SIZE,
-            dirty_pages_rate: rates.dirtied.unwrap_or(0).max(rates.seen) / PAGE_SIZE,
+            dirty_pages_rate: rates.dirtied.map_or(rates.seen, |rate| rate.max(rates.seen))
+                / PAGE_SIZE,
             bytes_per_sec: session.link.bytes_per_sec(),
             throttle_percent: session.throttle_percent,
             expected_downtime: look.expected,
@@ -178,29 +180,29 @@ impl Source<'_> {
         self.counters.update(|stats| {
             stats.bytes_per_sec = session.link.bytes_per_sec();
             stats.dirty_pages_rate = dirtied / PAGE_SIZE;
-            // So much at least will be left.
+            // A lower bound.
             stats.expected_downtime =
-                Some(expected.max(stats.expected_downtime.unwrap_or_default()));
+                Some(stats.expected_downtime.map_or(expected, |before| before.max(expected)));
         });
         let longest = policy::longest(session.estimate.floor(), self.params.get().downtime_limit);
-        // While the first pass still meets pages for the first time, nobody knows which are in use; and
-        // a pass that only shortens an acceptable pause is no reason to slow the guest down.
+        // In the first pass the working set is unknown, and a pass that only shortens an acceptable pause
+        // is no reason to throttle.
         let matters = rates.pass_time.is_some_and(|time| time > longest);
         if matters && self.slow_down(session, dirtied, rates.sent) {
             return;
         }
-        // How far pages shrink is not known in the first pass.
+        // In the first pass it is unknown how far pages shrink.
         if !rates.may_shrink
             && self.cannot_slow_down(session)
             && expected > longest
-            && session.outlook.look(dirtied, rates.sent)
+            && session.convergence.look(dirtied, rates.sent)
         {
-            self.say_not_converging(session, Some(rates), expected, None);
+            self.report_not_converging(session, Some(rates), expected, None);
         }
     }
 
-    /// After a pass whose rest does not fit the limit, or `fits` and is only to be made shorter. Whoever
-    /// decided that says it here: with two opinions a guest could be sent for ever.
+    /// After a pass whose rest exceeds the limit, or `fits` and is only being shortened. Takes the decision
+    /// from the caller: two differing decisions could go on forever.
     fn after_pass(&mut self, session: &mut Session, look: &Look, fits: bool) {
         let Look { round, rates, expected, .. } = look;
         let rates_or_none = rates.unwrap_or_default();
@@ -208,20 +210,20 @@ impl Source<'_> {
         let slowed =
             !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
         if slowed || !self.cannot_slow_down(session) {
-            session.outlook = Outlook::default();
+            session.convergence = Convergence::default();
         } else if session.blocked_by.is_none()
-            && session.outlook.round(round.sent_bytes, round.dirtied_bytes, fits)
+            && session.convergence.round(round.sent_bytes, round.dirtied_bytes, fits)
         {
             let rates = Rates { dirtied: rates_or_none.dirtied.max(Some(proved)), ..rates_or_none };
-            self.say_not_converging(session, Some(rates), *expected, None);
+            self.report_not_converging(session, Some(rates), *expected, None);
         }
-        // What is said of a part that keeps stops from fitting holds until one fits.
-        if !session.outlook.is_hopeless() && session.blocked_by.is_none() {
+        // A report of a part that keeps stops from fitting stands until one fits.
+        if !session.convergence.is_reported() && session.blocked_by.is_none() {
             self.counters.update(|stats| stats.not_converging = None);
         }
     }
 
-    /// Slows the guest down if it writes too fast and that is wanted. Returns whether it did.
+    /// Throttles the guest if it writes too fast and auto-converge is on. Returns whether it did.
     fn slow_down(&mut self, session: &mut Session, dirtied: u64, sent: u64) -> bool {
         let params = self.params.get();
         let now = session.throttle_percent;
@@ -241,14 +243,14 @@ impl Source<'_> {
         next > now
     }
 
-    /// Whether nothing more will be done about a guest that writes too fast.
+    /// Whether throttling is off or at its maximum.
     fn cannot_slow_down(&self, session: &Session) -> bool {
         let params = self.params.get();
         !params.auto_converge || session.throttle_percent >= params.throttle.max
     }
 
-    /// Makes durable, with the guest running, what would have to be made so in the pause. False if it
-    /// took so long that the guest has to be looked at once more, or that no stop would keep its limit.
+    /// Flushes shared disks while the guest runs, to leave less to flush in the pause. Returns false if that
+    /// took so long that another pass is needed, or that a stop would exceed its limit.
     fn flush_ahead(
         &mut self,
         session: &mut Session,
@@ -257,20 +259,20 @@ impl Source<'_> {
         let flush = self.guest.flush_ahead(Instant::now() + FLUSH_AHEAD.max(longest))?;
         session.estimate.flushed_in(&flush);
         session.flushes += 1;
-        let short = flush.took <= SHORT_FLUSH || session.flushes > MOST_FLUSHES;
+        let short = flush.took <= SHORT_FLUSH || session.flushes > MAX_FLUSHES;
         Ok(flush.ended && short && session.estimate.total() <= longest.max(session.predicted))
     }
 
-    /// A slow disk keeps every stop from fitting: its user is told which.
-    fn say_blocked(&mut self, session: &mut Session, look: &Look, part: PartTime) {
+    /// Reports a slow disk that makes every stop exceed the limit.
+    fn report_blocked(&mut self, session: &mut Session, look: &Look, part: PartTime) {
         if session.blocked_by.as_ref() == Some(&part.part) {
             return;
         }
         session.blocked_by = Some(part.part.clone());
-        self.say_not_converging(session, look.rates, look.expected, Some(part));
+        self.report_not_converging(session, look.rates, look.expected, Some(part));
     }
 
-    pub(super) fn say_not_converging(
+    pub(super) fn report_not_converging(
         &mut self,
         session: &Session,
         rates: Option<Rates>,
@@ -293,20 +295,15 @@ impl Source<'_> {
     }
 }
 
-/// How fast the guest has proved to write in a pass that is over, in bytes per second.
+/// The dirty rate proved by a finished pass, in bytes per second.
 fn proved_by(round: Round, rates: Rates) -> u64 {
     let part = u128::from(round.dirtied_bytes) * u128::from(rates.sent);
     let part = part / u128::from(round.sent_bytes.max(1));
-    let seen = u64::try_from(part).unwrap_or(u64::MAX);
+    let seen = saturating_u64(part);
     match rates.dirtied {
-        // What it has dirtied before it was slowed down proves nothing any more.
+        // Writes from before the throttling prove nothing.
         Some(dirtied) => dirtied.min(seen),
         None if rates.rate_changed => 0,
         None => seen,
     }
-}
-
-/// 584 years fit.
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! The connections of one migration and what travels over them, from the greeting to the end.
+//! The state of one outgoing migration: its connections and participants, from Hello to the end.
 
 use super::estimate::Estimate;
 use super::{Source, SourceError, encode};
@@ -6,8 +6,8 @@ use crate::cancel::{CancelToken, Registration};
 use crate::control::{Control, ControlThreads, Limit};
 use crate::error::{ParticipantError, chain};
 use crate::pace::{Cap, LinkSpeed};
-use crate::participant::{Outcome, Outgoing, OutgoingLink};
-use crate::policy::Outlook;
+use crate::participant::{Outcome, Outgoing, OutgoingContext};
+use crate::policy::Convergence;
 use crate::stats::MigrationStatus;
 use crate::transport::channel::{receive_hello, send_hello};
 use crate::transport::{Channel, Transport};
@@ -21,7 +21,7 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 /// Opens the connection of a role.
 pub(super) type Connect<'c> = &'c mut dyn FnMut(Role) -> Result<Arc<dyn Transport>, SourceError>;
 
-/// One migration under way. Dropping it ends its connections.
+/// A running migration. Dropping it ends its connections.
 pub(super) struct Session {
     pub(super) control: Control,
     _threads: ControlThreads,
@@ -31,26 +31,27 @@ pub(super) struct Session {
     /// How many of them were set up.
     set_up: usize,
     pub(super) estimate: Estimate,
-    pub(super) outlook: Outlook,
-    /// The pause that the last decision promised.
+    pub(super) convergence: Convergence,
+    /// Predicted downtime of the last decision to stop.
     pub(super) predicted: Duration,
     /// Passes begun, counted from 1.
     pub(super) pass: u64,
     /// Stops begun.
     pub(super) attempt: u32,
-    /// How far the guest is slowed down, in percent.
+    /// Current throttling of the guest.
     pub(super) throttle_percent: u8,
-    /// Flushes ahead of the stop that is to come.
+    /// Flushes ahead of the next stop.
     pub(super) flushes: u32,
-    /// The part of the pause that its user was told is too long.
+    /// The part of the pause last reported as too long.
     pub(super) blocked_by: Option<String>,
-    /// A cancel wakes who writes pages or disks; the control connection stays usable, to say why.
+    /// A cancel shuts down data and disk channels, which wakes their writers; the control connection stays
+    /// usable for the reason.
     _wake: Vec<Registration>,
 }
 
 impl Session {
-    /// Greets the destination: the control connection first, as the destination then knows the migration
-    /// that the others belong to.
+    /// Opens all connections, the control connection first: its Hello introduces the migration to the
+    /// destination.
     pub(super) fn open(
         participants: Vec<Box<dyn Outgoing>>,
         cancel: &CancelToken,
@@ -58,9 +59,9 @@ impl Session {
     ) -> Result<Self, SourceError> {
         let id = MigrationId::random()?;
         let mut roles: Vec<Role> = participants.iter().flat_map(|one| one.roles()).collect();
-        // The order in which the destination waits for them.
+        // The destination accepts them in this order.
         roles.sort_by_key(|role| match role {
-            Role::Main => (0, 0),
+            Role::Control => (0, 0),
             Role::Data { index } => (1, *index),
             Role::Disks => (2, 0),
         });
@@ -70,10 +71,10 @@ impl Session {
             found: data as u64,
             most: u64::from(u16::MAX),
         })?;
-        let transport = connect(Role::Main)?;
+        let transport = connect(Role::Control)?;
         let greeted = Instant::now();
         let wanted = participants.iter().filter_map(|participant| participant.capability());
-        let hello = wanted.fold(Hello::new(Role::Main, id, data), Hello::wanting);
+        let hello = wanted.fold(Hello::new(Role::Control, id, data), Hello::wanting);
         let answer = greet(&Channel::new(transport.clone(), cancel.clone()), &hello)?;
         let round_trip = greeted.elapsed();
         if let Some(refused) = participants
@@ -92,7 +93,7 @@ impl Session {
             participants,
             set_up: 0,
             estimate: Estimate::new(),
-            outlook: Outlook::default(),
+            convergence: Convergence::default(),
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,
@@ -109,27 +110,27 @@ impl Session {
                 .with_liveness(session.control.liveness().clone());
             let greeted = greet(&channel, &Hello::new(role, id, data));
             if let Err(error) = greeted.map_err(|error| error.on_channel(role)) {
-                return Err(session.settle(error.into()));
+                return Err(session.abort(error.into()));
             }
             session.channels.push((role, Arc::new(channel)));
         }
         Ok(session)
     }
 
-    /// Describes the machine and sets up what travels: what comes before the first page.
+    /// Sends the machine description and sets up the participants.
     pub(super) fn set_up(&mut self, source: &mut Source<'_>) -> Result<(), SourceError> {
         let machine = (source.machine)().map_err(SourceError::Guest)?;
         let machine = encode("machine description", &machine)?;
         self.control.send(Kind::Machine, &machine)?;
-        // However long it takes while the other side is alive: it may have terabytes of a base to read.
-        // Nothing is under way and the guest runs; the user may cancel.
+        // No deadline while the peer is alive: it may have to read terabytes of a base image. The guest
+        // runs, and the user may cancel.
         let limit = Limit::alive("the answer to the machine description");
         self.control.expect(Kind::Accepted, &limit)?;
         let cap = Cap::new(source.params.clone(), source.cancel.clone());
         for participant in &mut self.participants {
             let roles = participant.roles();
             let own = self.channels.iter().filter(|(role, _)| roles.contains(role));
-            let link = OutgoingLink {
+            let link = OutgoingContext {
                 control: self.control.clone(),
                 channels: own.map(|(_, channel)| channel.clone()).collect(),
                 cap: cap.clone(),
@@ -138,7 +139,7 @@ impl Session {
                 counters: source.counters.clone(),
                 cancel: source.cancel.clone(),
             };
-            // Cleaned up from here on, whatever the setup says.
+            // From here on it is cleaned up, whether or not the setup succeeds.
             self.set_up += 1;
             participant.setup(link)?;
         }
@@ -149,17 +150,17 @@ impl Session {
         Ok(())
     }
 
-    /// Why the migration ends, of which the driver has met `error`; the destination is told. What the
-    /// destination says of a broken connection explains it better than the break does.
-    pub(super) fn settle(&self, error: SourceError) -> SourceError {
+    /// Ends the migration because of `error`: finds the root cause, sends it to the destination and shuts
+    /// the channels down. Returns the root cause.
+    pub(super) fn abort(&self, error: SourceError) -> SourceError {
         let cancelled = self.control.is_cancelled();
         let error = match error {
-            // A cancel does not make it untrue that the guest stands still.
+            // More important than a cancel: the guest is stopped.
             error @ SourceError::NotResumed { .. } => error,
             _ if cancelled => SourceError::Cancelled,
             SourceError::Wire(met) => {
                 if met.is_broken() {
-                    // If it was only a data channel, the destination may not even know.
+                    // If only a data channel broke, the destination may not know.
                     self.control.say_farewell(Kind::Abort, &chain(&met));
                 }
                 SourceError::from(self.control.cause_of(met.into())).unexplained()
@@ -180,8 +181,8 @@ impl Session {
         self.channels.iter().for_each(|(_, channel)| channel.transport().shutdown());
     }
 
-    /// The migration is over: ends the connections, then cleans up what was set up, the last first. The
-    /// guest runs by now, there or here, so the dirty log may take its time to stop.
+    /// Ends the connections, then cleans participants up in reverse order. The guest runs on one side by
+    /// now, so stopping the dirty log may be slow.
     pub(super) fn close(mut self, outcome: Outcome) {
         self.clean_up(outcome);
     }
@@ -192,7 +193,7 @@ impl Session {
         self.participants.iter_mut().take(count).rev().for_each(|one| one.cleanup(outcome));
     }
 
-    /// Does something with every participant in their order, and says why if one fails.
+    /// Runs `work` on every participant, in order, until one fails.
     pub(super) fn each(
         &mut self,
         work: impl FnMut(&mut Box<dyn Outgoing>) -> Result<(), ParticipantError>,
@@ -211,7 +212,7 @@ fn greet(channel: &Channel, hello: &Hello) -> Result<Hello, WireError> {
     send_hello(channel, hello)?;
     let answer = receive_hello(channel, GREETING_PATIENCE)?;
     if (answer.role, answer.id) != (hello.role, hello.id) {
-        let reason = "it is for another connection".to_owned();
+        let reason = "the answer is for another connection".to_owned();
         return Err(WireError::Malformed { what: "hello", reason });
     }
     Ok(answer)

@@ -1,6 +1,6 @@
 //! The pause: device records, the rest of everything, the end of the stream, and the destination's `Ready`.
-//! The order and its reasons are in [`crate::wire`]. Whatever fails here, the guest is resumed; if it only
-//! takes too long the guest is resumed too, and the passes go on.
+//! The order is explained in [`crate::wire`]. After any failure the guest is resumed; after a stop that
+//! takes too long it is resumed and the passes go on.
 
 use super::deadline::{EndWatch, Overran, StopClock};
 use super::handover::{Handover, hand_over};
@@ -17,20 +17,20 @@ use crate::wire::section::{Eof, Section, Stage};
 use crate::wire::{Decoder, Kind, WireError};
 use std::time::{Duration, Instant};
 
-/// How a stop has ended.
+/// How a stop ended.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// With the right to run spent.
+    /// The right to run is spent.
     HandedOver(Handover),
-    /// Called off: it would have taken, or took, too long. The guest runs.
+    /// It took or would have taken too long. The guest runs.
     CalledOff,
 }
 
-/// Why a stop does not end with a handover.
+/// Why a stop did not reach the handover.
 enum Ended {
-    /// It takes too long, because of this part.
+    /// This part takes too long.
     TooLong(PartTime),
-    /// The guest was resumed at the deadline, and this side or the other one has failed besides.
+    /// Either side failed.
     Failed(SourceError),
 }
 
@@ -73,14 +73,14 @@ impl From<ParticipantError> for Ended {
     }
 }
 
-/// A stop that is over.
+/// A finished stop.
 struct Stopped {
     result: Result<Handover, Ended>,
     parts: DowntimeParts,
     took: Duration,
     /// Bytes sent before it.
     before: u64,
-    /// The destination has heard of it, and whether it has heard that it is called off.
+    /// The destination knows of it.
     announced: bool,
     told: bool,
     /// Clients have heard of it.
@@ -99,7 +99,7 @@ enum Phase {
 }
 
 impl Source<'_> {
-    /// Stops the guest and, unless that turns out to take too long, hands it over.
+    /// Stops the guest and hands it over, unless that takes too long.
     pub(super) fn stop_and_hand_over(
         &mut self,
         session: &mut Session,
@@ -119,14 +119,12 @@ impl Source<'_> {
                 self.call_off(session, part, &stopped)?;
                 Ok(Stop::CalledOff)
             }
-            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => {
-                Err(session.settle(error))
-            }
+            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => Err(session.abort(error)),
             Err(Ended::Failed(error)) => Err(error),
         }
     }
 
-    /// One stop, from the pause to the handover, or to the guest's running on.
+    /// One stop, from the pause to the handover or the resume.
     fn attempt(&mut self, session: &mut Session) -> Stopped {
         session.attempt += 1;
         let limit = self.params.get().downtime_limit;
@@ -148,7 +146,7 @@ impl Source<'_> {
             before,
         };
         let result = std::thread::scope(|scope| {
-            // Before the guest is stopped: a thread takes its time to start.
+            // Before the pause: spawning takes time.
             let watcher = std::thread::Builder::new()
                 .name("mig-deadline".into())
                 .stack_size(64 << 10)
@@ -163,7 +161,7 @@ impl Source<'_> {
                 step.await_ready(session)?;
                 step.hand_over(session)
             });
-            // Still watched: telling the destination may take longer than the guest may be stopped.
+            // The deadline still applies: telling the destination may take longer.
             stopped.map_err(|ended| match ended {
                 Ended::TooLong(part) => match clock.resume() {
                     Ok(()) => Ended::TooLong(part),
@@ -182,7 +180,7 @@ impl Source<'_> {
         Stopped { result, parts, took, before, announced, told, shown, phase }
     }
 
-    /// The guest runs on: so do the passes. The destination hears of it if it has heard of the stop.
+    /// Records a called-off stop, and tells the destination if it knows of the stop.
     fn call_off(
         &mut self,
         session: &mut Session,
@@ -210,7 +208,7 @@ impl Source<'_> {
             let told = told.map_err(SourceError::from);
             let told = told.and_then(|()| session.each(|one| one.called_off()));
             if let Err(error) = told {
-                return Err(session.settle(error));
+                return Err(session.abort(error));
             }
         }
         if shown {
@@ -220,16 +218,16 @@ impl Source<'_> {
             && session.blocked_by.as_ref() != Some(&part.part)
         {
             session.blocked_by = Some(part.part.clone());
-            self.say_not_converging(session, None, took, Some(part));
+            self.report_not_converging(session, None, took, Some(part));
         }
         Ok(())
     }
 }
 
-/// Stops that are called off in a row before that is said: one may be an accident.
+/// Called-off stops in a row before the user is told: one may be an accident.
 const CALLED_OFF_OFTEN: u32 = 2;
 
-/// Tells what the time with the guest stopped is spent on.
+/// Measures the parts of the pause.
 struct StopWatch {
     started: Instant,
     lap: Instant,
@@ -260,7 +258,7 @@ struct LastStep<'s, 'g> {
     events: &'s mut dyn FnMut(MigrationEvent),
     watch: StopWatch,
     parts: DowntimeParts,
-    /// The destination has heard something of this stop.
+    /// The destination knows of this stop.
     announced: bool,
     /// Clients have.
     shown: bool,
@@ -270,7 +268,7 @@ struct LastStep<'s, 'g> {
 }
 
 impl<'g> LastStep<'_, 'g> {
-    /// The guest has stopped: for certain now, what is left of everything, and whether that still fits.
+    /// The guest has stopped: computes exactly what is left, and checks whether that fits.
     fn stopped(&mut self, session: &mut Session, paused: PausedGuest<'g>) -> Result<(), Ended> {
         self.parts.pause = self.watch.lap();
         self.phase = Phase::Sending;
@@ -309,7 +307,7 @@ impl<'g> LastStep<'_, 'g> {
         self.counters.update(|stats| {
             stats.rounds = number;
             stats.transferred_bytes += records.len() as u64;
-            stats.main_bytes += records.len() as u64;
+            stats.control_bytes += records.len() as u64;
         });
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
@@ -371,21 +369,21 @@ impl<'g> LastStep<'_, 'g> {
         let handover = hand_over(paused, &session.control);
         if let Handover::Completed { started_in } = handover {
             let whole = self.watch.lap();
-            // The other side's own word: it cannot have taken longer than the whole.
-            self.parts.resume = started_in.unwrap_or_default().min(whole);
+            // Reported by the peer; bounded by the whole.
+            self.parts.resume = started_in.map_or(Duration::ZERO, |time| time.min(whole));
             self.parts.handover = whole - self.parts.resume;
         }
         Ok(handover)
     }
 }
 
-/// First the destination is told, so that it lets go of the disks; then the guest is resumed.
+/// Tells the destination first, so that it releases the disks; then resumes the guest.
 fn give_up(session: &Session, clock: &StopClock<'_>, error: SourceError) -> SourceError {
     let told_by_peer = match &error {
         SourceError::Wire(error) => matches!(error, WireError::Refused(_)) || error.is_lost(),
         _ => false,
     };
-    let error = session.settle(error);
+    let error = session.abort(error);
     if !told_by_peer {
         // It closes the connection once the disks are free.
         session.control.await_close();

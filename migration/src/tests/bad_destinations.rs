@@ -104,15 +104,15 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
             mark(liar, 1, 0);
             mark(liar, 1, 0);
         }),
-        ("malformed the echo of a mark", |liar| {
+        ("malformed the answer to a mark", |liar| {
             accept(liar);
             liar.frame(Kind::Mark, &[1, 2, 3]);
         }),
-        ("unexpected Ready where the echo of a mark belongs", |liar| {
+        ("unexpected Ready where the answer to a mark belongs", |liar| {
             accept(liar);
             liar.frame(Kind::Ready, Encoder::default().u32(1).bytes());
         }),
-        ("unexpected Go where the echo of a mark belongs", |liar| {
+        ("unexpected Go where the answer to a mark belongs", |liar| {
             accept(liar);
             liar.frame(Kind::Go, &[]);
         }),

@@ -137,7 +137,7 @@ fn bytes_of_step(model: &mut Model, step: &Step, fill: u8) -> (Vec<u8>, Option<b
         }
         Step::End => (header(Frame::End), Some(false)),
         Step::Ours(alive) => {
-            let settled = Frame::Settled(1, Duration::ZERO);
+            let settled = Frame::Flushed(1, Duration::ZERO);
             (header(if *alive { Frame::Alive } else { settled }), Some(false))
         }
         Step::Noise(bytes) => (bytes.clone(), None),
@@ -223,22 +223,22 @@ fn the_format_of_disks_is_what_it_was() {
     let id = MigrationId(*b"0123456789abcdef");
     let mut stream = Vec::new();
     let mut add = |kind, payload: &[u8]| wire::append_frame(&mut stream, kind, payload).unwrap();
-    add(Kind::Hello, &Hello::new(Role::Main, id, 1).wanting(DISKS).encode());
+    add(Kind::Hello, &Hello::new(Role::Control, id, 1).wanting(DISKS).encode());
     add(Kind::Hello, &Hello::new(Role::Disks, id, 1).encode());
     let disk =
         |name: &str, len_bytes, only_top| DiskSetup { name: name.into(), len_bytes, only_top };
     let setup = BlockSetup { disks: vec![disk("root", 3 << 20, false), disk("data", 512, true)] };
-    add(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode()));
+    add(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode().unwrap()));
     let totals = |data_bytes, zero_bytes| DiskTotals { data_bytes, zero_bytes };
     let totals =
         BlockTotals { ends: 1, frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
-    add(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
+    add(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode().unwrap()));
     let frames = [
         (Frame::Chunk(Chunk { disk: 0, index: 2, data: 0b101, zero: 0b1000 }), 32768),
         (Frame::Chunk(Chunk { disk: 1, index: 0, data: 1, zero: 0 }), 512),
         (Frame::Mark(7), 0),
         (Frame::Alive, 0),
-        (Frame::Settled(7, Duration::from_micros(1500)), 0),
+        (Frame::Flushed(7, Duration::from_micros(1500)), 0),
         (Frame::End, 0),
     ];
     let headers = frames.iter().map(|(frame, payload)| frame.encode(*payload));

@@ -190,7 +190,7 @@ fn cutting_the_link_anywhere_never_runs_two_guests_nor_one_on_half_a_disk() {
 /// Greets as a source with disks does.
 fn greet(liar: &Liar, with_disks: bool) {
     let id = MigrationId([3; 16]);
-    let hello = Hello::new(Role::Main, id, 1);
+    let hello = Hello::new(Role::Control, id, 1);
     let hello = if with_disks { hello.wanting(DISKS) } else { hello };
     liar.frame(Kind::Hello, &hello.encode());
     for (transport, role) in [(&liar.data[0], Role::Data { index: 0 }), (&liar.disks, Role::Disks)]
@@ -210,7 +210,7 @@ fn announce(liar: &Liar, disks: &[(&str, u64)]) {
         only_top: false,
     };
     let setup = BlockSetup { disks: disks.iter().map(disk).collect() };
-    liar.frame(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode().unwrap()));
 }
 
 fn introduce(liar: &Liar) {
@@ -232,9 +232,9 @@ fn finish(liar: &Liar, totals: &BlockTotals) {
     encode_end(&mut end);
     write_all(&liar.data[0], end.bytes());
     write_all(&liar.disks, &Frame::End.encode(0));
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode().unwrap()));
     let ram = RamEnd { number: 1, totals: RamTotals::default(), frames: vec![1] };
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode().unwrap()));
     liar.frame(Kind::Eof, &Eof { running: true, attempt: 1 }.encode());
 }
 
@@ -257,13 +257,13 @@ fn hear(speak: impl FnOnce(&Liar)) -> String {
 fn lies_about_disks_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
-        ("section \"block\" travels, but has no connection", |liar| greet(liar, false)),
+        ("section \"block\" has no connection", |liar| greet(liar, false)),
         ("prepared are", |liar| (greet(liar, true), announce(liar, &[("d0", 512)])).1),
         ("prepared are", |liar| {
             (greet(liar, true), announce(liar, &[("../d0", CHUNK_BYTES + 512)])).1
         }),
         ("0 disks", |liar| (greet(liar, true), announce(liar, &[])).1),
-        ("unexpected Setup of section \"ram\" where the setup of what travels", |liar| {
+        ("unexpected Setup of section \"ram\" where the setup of the participants", |liar| {
             greet(liar, true);
             let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));

@@ -14,7 +14,7 @@ pub const PATIENCE: Duration = Duration::from_secs(2);
 
 pub fn greet(liar: &Liar) {
     let id = MigrationId([3; 16]);
-    liar.frame(Kind::Hello, &Hello::new(Role::Main, id, liar.count()).encode());
+    liar.frame(Kind::Hello, &Hello::new(Role::Control, id, liar.count()).encode());
     greet_data(liar, id, &Vec::from_iter(0..liar.count()));
 }
 
@@ -41,7 +41,7 @@ pub fn devices(liar: &Liar) {
 
 fn ram_end(liar: &Liar, totals: RamTotals, frames: Vec<u64>) {
     let end = RamEnd { number: 1, totals, frames };
-    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode()));
+    liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode().unwrap()));
 }
 
 fn eof(liar: &Liar) {
@@ -104,7 +104,7 @@ fn lies_are_refused_by_name() {
             liar.frame(Kind::Hello, hello.bytes());
         }),
         ("no such migration", |liar| {
-            liar.frame(Kind::Hello, &Hello::new(Role::Main, MigrationId([3; 16]), 1).encode());
+            liar.frame(Kind::Hello, &Hello::new(Role::Control, MigrationId([3; 16]), 1).encode());
             let mut bytes = Vec::new();
             let other = Hello::new(Role::Data { index: 0 }, MigrationId([4; 16]), 1);
             wire::append_frame(&mut bytes, Kind::Hello, &other.encode()).unwrap();
@@ -134,7 +134,7 @@ fn lies_are_refused_by_name() {
             let setup = RamSetup { page_count: 7, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
         }),
-        ("unexpected Machine where the setup of what travels", |liar| {
+        ("unexpected Machine where the setup of the participants", |liar| {
             describe(liar);
             liar.frame(Kind::Machine, b"{}");
         }),
@@ -146,7 +146,7 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             ram_setup(liar);
         }),
-        ("unexpected Full of section \"device\" where the end of what travels", |liar| {
+        ("unexpected Full of section \"device\" where the end of the participants", |liar| {
             introduce(liar);
             devices(liar);
             devices(liar);
@@ -215,27 +215,27 @@ fn channels_that_are_not_as_announced_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
         ("0 data channels, possible are 1 to 16", |liar| {
-            let hello = Hello::new(Role::Main, MigrationId([3; 16]), 0);
+            let hello = Hello::new(Role::Control, MigrationId([3; 16]), 0);
             liar.frame(Kind::Hello, &hello.encode());
         }),
         ("17 data channels, possible are 1 to 16", |liar| {
-            let hello = Hello::new(Role::Main, MigrationId([3; 16]), 17);
+            let hello = Hello::new(Role::Control, MigrationId([3; 16]), 17);
             liar.frame(Kind::Hello, &hello.encode());
         }),
         ("data channel 3: connection lost", |liar| {
             // A fourth one never comes.
             let id = MigrationId([3; 16]);
-            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 4).encode());
+            liar.frame(Kind::Hello, &Hello::new(Role::Control, id, 4).encode());
             greet_data(liar, id, &[0, 1, 2]);
         }),
         ("data channel 0: malformed hello: no such migration or channel", |liar| {
             let id = MigrationId([3; 16]);
-            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 3).encode());
+            liar.frame(Kind::Hello, &Hello::new(Role::Control, id, 3).encode());
             greet_data(liar, id, &[1, 0, 2]);
         }),
         ("data channel 1: malformed hello: no such migration or channel", |liar| {
             let id = MigrationId([3; 16]);
-            liar.frame(Kind::Hello, &Hello::new(Role::Main, id, 3).encode());
+            liar.frame(Kind::Hello, &Hello::new(Role::Control, id, 3).encode());
             greet_data(liar, id, &[0, 0, 2]);
         }),
         ("malformed RAM setup: 2 data channels, 3 exist", |liar| {
@@ -378,7 +378,7 @@ fn a_stream_of_version_3_looks_as_it_always_did() {
     let totals = RamTotals { raw_pages: 2, zero_pages: 509, delta_pages: 1 };
     let end = RamEnd { number: 1, totals, frames: vec![4, 1, 1] };
     add(Kind::Section, &Section::encode(Stage::Part, "boot", b"a piece"));
-    add(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode()));
+    add(Kind::Section, &Section::encode(Stage::End, "ram", &end.encode().unwrap()));
     add(Kind::Eof, &Eof { running: true, attempt: 2 }.encode());
     for kind in [Kind::Go, Kind::KeepAlive, Kind::Accepted, Kind::CalledOff] {
         add(kind, &[]);
@@ -396,7 +396,7 @@ fn a_stream_of_version_3_looks_as_it_always_did() {
     batch.push(PageIndex(9), 1, RunKind::Delta, &layout);
     let mut head = Encoder::default();
     for packing in [Packing::None, Packing::Zlib, Packing::Zstd] {
-        batch.encode_head(packing, &mut head);
+        batch.encode_head(packing, &mut head).unwrap();
         stream.extend_from_slice(head.bytes());
     }
     crate::ram::frame::encode_mark(&mut head, 7);

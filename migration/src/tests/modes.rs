@@ -104,7 +104,8 @@ impl End {
             (there.normal_pages, there.zero_pages, there.xbzrle.pages),
             "{case}"
         );
-        let on_data_channels = |stats: &StatsSnapshot| stats.transferred_bytes - stats.main_bytes;
+        let on_data_channels =
+            |stats: &StatsSnapshot| stats.transferred_bytes - stats.control_bytes;
         assert_eq!(on_data_channels(&here), on_data_channels(&there), "{case}");
     }
 }

@@ -74,10 +74,10 @@ fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_l
     let [first, second] = [0, 1].map(|index| Role::Data { index });
     let error = listen_while(|at| {
         assert!(refused(at, first, OURS).contains("no such migration"));
-        let main = knock(at, Role::Main, OURS).unwrap();
+        let main = knock(at, Role::Control, OURS).unwrap();
         assert!(refused(at, second, OURS).contains("data channel 1 where 0 is awaited"));
         assert!(refused(at, first, OTHER).contains("no such migration"));
-        assert!(refused(at, Role::Main, OTHER).contains("another migration is arriving here"));
+        assert!(refused(at, Role::Control, OTHER).contains("another migration is arriving here"));
         let _first = knock(at, first, OURS).unwrap();
         assert!(refused(at, first, OURS).contains("data channel 0 where 1 is awaited"));
         assert!(refused(at, Role::Data { index: 9 }, OURS).contains("where 1 is awaited"));
@@ -91,7 +91,7 @@ fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_l
 #[test]
 fn a_channel_that_never_comes_is_named() {
     let error = listen_while(|at| {
-        let main = knock(at, Role::Main, OURS).unwrap();
+        let main = knock(at, Role::Control, OURS).unwrap();
         let _first = knock(at, Role::Data { index: 0 }, OURS).unwrap();
         // Until the destination has had enough.
         let (control, _threads) = control(&main);

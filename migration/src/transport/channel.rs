@@ -213,6 +213,7 @@ impl Channel {
         let mut done = 0;
         while done < total {
             let most = throttle.allow(total - done)?;
+            // Nothing once all of the head is out.
             let head_left = head.get(done..).unwrap_or_default();
             let head_now = &head_left[..head_left.len().min(most)];
             let result = if done == 0 && most == total {

@@ -1,5 +1,6 @@
 //! What is known of the peer's life: when something was last heard on the control connection.
 
+use crate::units::micros;
 use crate::wire::WireError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -25,9 +26,7 @@ impl Default for Liveness {
 impl Liveness {
     /// Something came from the peer.
     pub fn heard(&self) {
-        // 580 thousand years fit.
-        let now = u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.heard_us.store(now, Ordering::Relaxed);
+        self.heard_us.store(micros(self.origin.elapsed()), Ordering::Relaxed);
     }
 
     /// How long nothing has come.

@@ -70,7 +70,7 @@ impl MemoryLink {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.shared.0)
     }
 }
 
@@ -103,6 +103,7 @@ impl Transport for MemoryTransport {
 
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut state = self.link.state();
+        // A fuse longer than any slice lets all of it pass.
         let upto = |fuse: Option<u64>| {
             fuse.map_or(bytes.len(), |left| usize::try_from(left).unwrap_or(usize::MAX))
         };

@@ -89,9 +89,9 @@ impl<'a> Reception<'a> {
     }
 
     /// Waits for the main connection of a migration.
-    pub fn main(&mut self) -> Result<(SocketTransport, Hello), WireError> {
+    pub fn control(&mut self) -> Result<(SocketTransport, Hello), WireError> {
         self.next(None, "a source", |hello| match hello.role {
-            Role::Main => hello.check_channels(),
+            Role::Control => hello.check_channels(),
             Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         })
     }
@@ -103,7 +103,7 @@ impl<'a> Reception<'a> {
         longest: Duration,
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
-            Role::Main => Err("another migration is arriving here".to_owned()),
+            Role::Control => Err("another migration is arriving here".to_owned()),
             Role::Disks if hello.id == id => Ok(()),
             Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         };
@@ -119,7 +119,7 @@ impl<'a> Reception<'a> {
         longest: Duration,
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
-            Role::Main => Err("another migration is arriving here".to_owned()),
+            Role::Control => Err("another migration is arriving here".to_owned()),
             Role::Data { .. } | Role::Disks if hello.id != id => {
                 Err("no such migration".to_owned())
             }
@@ -233,7 +233,7 @@ impl<'a> Reception<'a> {
                     if let (WireError::Version { .. }, Ok(transport)) =
                         (error, SocketTransport::new(socket))
                     {
-                        let ours = Hello::new(Role::Main, MigrationId([0; 16]), 0);
+                        let ours = Hello::new(Role::Control, MigrationId([0; 16]), 0);
                         answer(&transport, Kind::Hello, &ours.encode());
                     }
                 }

@@ -21,14 +21,10 @@ const MODE: u32 = 0o600;
 pub enum ListenError {
     /// Another process listens there.
     #[error("{path} is in use by another process: choose another path")]
-    InUse {
-        /// The path.
-        path: PathBuf,
-    },
+    InUse { path: PathBuf },
     /// Something else is there.
     #[error("{path} exists and is {found}, not a socket: choose another path, or remove it")]
     NotASocket {
-        /// The path.
         path: PathBuf,
         /// What it is, with its article.
         found: &'static str,
@@ -36,9 +32,7 @@ pub enum ListenError {
     /// The host refuses.
     #[error("cannot listen on {path}")]
     Host {
-        /// The path.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },

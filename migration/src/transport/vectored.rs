@@ -48,7 +48,7 @@ pub(super) fn send(
 /// Reads into `pages`, as far as there is something to read.
 pub(super) fn receive(socket: BorrowedFd<'_>, pages: &[PageSlice<'_>]) -> io::Result<usize> {
     let iovecs = iovecs(&[], pages);
-    let count = libc::c_int::try_from(iovecs.len()).unwrap_or(0);
+    let count = libc::c_int::try_from(iovecs.len()).map_err(io::Error::other)?;
     // SAFETY: each entry is a piece of mapped guest RAM, borrowed until the call returns; Rust holds
     // no reference into guest RAM, so the kernel may write there.
     result(unsafe { libc::readv(socket.as_raw_fd(), iovecs.as_ptr(), count) })

@@ -28,7 +28,8 @@ impl Encoder {
         self.raw(&value.to_le_bytes())
     }
 
-    /// One byte of length, then the text, cut after 255 bytes: names of ours are shorter.
+    /// One byte of length, then the text, cut after 255 bytes. For names of ours and for those whose length
+    /// the caller has checked.
     pub fn str8(&mut self, text: &str) -> &mut Self {
         let bytes = text.as_bytes();
         let len = u8::try_from(bytes.len()).unwrap_or(u8::MAX);

@@ -9,16 +9,12 @@ use std::time::Duration;
 pub enum WireError {
     /// The peer sent no byte, or took none, for too long.
     #[error("peer stalled for {seconds} s")]
-    Stalled {
-        /// How long.
-        seconds: u64,
-    },
+    Stalled { seconds: u64 },
     /// The peer is alive but makes no progress.
     #[error("{what} did not come within {}", in_words(*within))]
     Late {
         /// What was waited for.
         what: &'static str,
-        /// How long.
         within: Duration,
     },
     /// Woken by a cancel, or by a failure on another channel of this migration.
@@ -30,9 +26,7 @@ pub enum WireError {
     /// One of several connections has failed.
     #[error("data channel {index}")]
     Data {
-        /// Which.
         index: u16,
-        /// Of what.
         #[source]
         source: Box<WireError>,
     },
@@ -44,16 +38,11 @@ pub enum WireError {
         "the other side speaks stream version {theirs}, this one {VERSION}: use the same Ferry on \
          both"
     )]
-    Version {
-        /// Its version.
-        theirs: u16,
-    },
+    Version { theirs: u16 },
     /// A length past its maximum.
     #[error("{what} of {found} bytes, at most {most} are possible")]
     TooLong {
-        /// Which part.
         what: &'static str,
-        /// Its length.
         found: u64,
         /// What is possible.
         most: u64,
@@ -61,19 +50,13 @@ pub enum WireError {
     /// A frame that does not belong here.
     #[error("unexpected {found} where {expected} belongs")]
     Unexpected {
-        /// What came.
         found: String,
         /// What should have come.
         expected: &'static str,
     },
     /// A payload that makes no sense.
     #[error("malformed {what}: {reason}")]
-    Malformed {
-        /// Which part.
-        what: &'static str,
-        /// What is wrong.
-        reason: String,
-    },
+    Malformed { what: &'static str, reason: String },
     /// The destination refuses.
     #[error("the destination refuses: {0}")]
     Refused(String),
@@ -104,7 +87,7 @@ impl WireError {
     pub fn on_channel(self, role: Role) -> Self {
         match role {
             Role::Data { index } => self.on_data_channel(index),
-            Role::Main | Role::Disks => self,
+            Role::Control | Role::Disks => self,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Hello   magic "FERRYMIG" · version u16                 the same in every version
-//!         role u8 (0 main, 1 data, 2 disks) · data channel u16   which data channel this connection is
+//!         role u8 (0 control, 1 data, 2 disks) · data channel u16   which data channel this connection is
 //!         migration id, 16 bytes                         random: finds the migration, and is its key
 //!         data channels u16                              how many the source will open
 //!         capability count u8 · capability str8 …        what the source wants, what both can do
@@ -13,7 +13,6 @@
 
 use super::section::MAX_DATA_CHANNELS;
 use super::{Decoder, Encoder, WireError};
-use std::io::Read;
 
 /// First bytes of either side.
 pub const MAGIC: &[u8; 8] = b"FERRYMIG";
@@ -36,7 +35,7 @@ pub const CAPABILITIES: &[&str] = &[DISKS, BOOT];
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Control: sections one way, replies the other.
-    Main,
+    Control,
     /// Page frames, one way.
     Data {
         /// Which of the data channels, from 0.
@@ -53,11 +52,7 @@ pub struct MigrationId(pub [u8; 16]);
 impl MigrationId {
     /// One that nobody can guess.
     pub fn random() -> Result<Self, WireError> {
-        let mut id = [0; 16];
-        std::fs::File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut id))
-            .map_err(WireError::Lost)?;
-        Ok(Self(id))
+        crate::bytes::random().map(Self).map_err(WireError::Lost)
     }
 }
 
@@ -111,7 +106,7 @@ impl Hello {
     pub fn encode(&self) -> Vec<u8> {
         let mut encoder = Encoder::default();
         let (role, index) = match self.role {
-            Role::Main => (0, 0),
+            Role::Control => (0, 0),
             Role::Data { index } => (1, index),
             Role::Disks => (2, 0),
         };
@@ -137,7 +132,7 @@ impl Hello {
             return Err(WireError::Version { theirs });
         }
         let role = match (decoder.u8()?, decoder.u16()?) {
-            (0, 0) => Role::Main,
+            (0, 0) => Role::Control,
             (1, index) => Role::Data { index },
             (2, 0) => Role::Disks,
             (role, index) => {
@@ -171,7 +166,7 @@ mod tests {
     fn hello() -> impl Strategy<Value = Hello> {
         let names = prop::collection::vec("[a-z-]{0,64}", 0..=32);
         let role = prop_oneof![
-            Just(Role::Main),
+            Just(Role::Control),
             Just(Role::Disks),
             any::<u16>().prop_map(|index| Role::Data { index })
         ];
@@ -205,7 +200,7 @@ mod tests {
 
     #[test]
     fn another_version_and_another_program_are_told_apart() {
-        let mut payload = Hello::new(Role::Main, MigrationId([7; 16]), 1).encode();
+        let mut payload = Hello::new(Role::Control, MigrationId([7; 16]), 1).encode();
         payload[8] = 9;
         assert!(matches!(Hello::decode(&payload), Err(WireError::Version { theirs: 9 })));
         payload[0] = b'f';
@@ -214,7 +209,7 @@ mod tests {
 
     #[test]
     fn an_answer_names_only_what_both_can_do() {
-        let mut hello = Hello::new(Role::Main, MigrationId([7; 16]), 1);
+        let mut hello = Hello::new(Role::Control, MigrationId([7; 16]), 1);
         assert!(!hello.has(DISKS));
         hello = hello.wanting("from-the-future").wanting(DISKS);
         assert_eq!(hello.answer().capabilities, [DISKS]);

@@ -134,9 +134,7 @@ impl Kind {
 /// A frame of the control connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// What it is.
     pub kind: Kind,
-    /// What it carries.
     pub payload: Vec<u8>,
 }
 
@@ -190,6 +188,7 @@ pub fn decode_header(bytes: &[u8; HEADER_BYTES]) -> Result<(Kind, u32), WireErro
 /// Shortens a reason to what a frame may carry.
 pub fn fit_reason(reason: &str) -> &str {
     let most = reason.len().min(MAX_REASON_BYTES as usize);
+    // Offset 0 is always a boundary.
     let end = (0..=most).rev().find(|at| reason.is_char_boundary(*at));
     &reason[..end.unwrap_or(0)]
 }

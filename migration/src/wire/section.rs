@@ -140,16 +140,22 @@ pub struct RamEnd {
 
 impl RamEnd {
     /// As a section's body.
-    pub fn encode(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for more than [`MAX_DATA_CHANNELS`] channels.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+        let found = self.frames.len() as u64;
+        let (what, most) = ("list of data channels", MAX_DATA_CHANNELS);
+        let channels = u16::try_from(found).ok().filter(|channels| *channels <= most);
+        let channels = channels.ok_or(WireError::TooLong { what, found, most: most.into() })?;
         let mut encoder = Encoder::default();
         let RamTotals { raw_pages, zero_pages, delta_pages } = self.totals;
         encoder.u32(self.number).u64(raw_pages).u64(zero_pages).u64(delta_pages);
-        let channels = u16::try_from(self.frames.len()).unwrap_or(u16::MAX);
         encoder.u16(channels);
         for frames in &self.frames {
             encoder.u64(*frames);
         }
-        encoder.bytes().to_vec()
+        Ok(encoder.bytes().to_vec())
     }
 
     /// From a section's body.
@@ -226,7 +232,7 @@ mod tests {
             prop_assert_eq!(RamSetup::decode(&setup.encode()).unwrap(), setup);
             let totals = RamTotals { raw_pages: page_count, zero_pages: 3, delta_pages: 4 };
             let end = RamEnd { number: 2, totals, frames };
-            prop_assert_eq!(RamEnd::decode(&end.encode()).unwrap(), end);
+            prop_assert_eq!(RamEnd::decode(&end.encode().unwrap()).unwrap(), end);
             let eof = Eof { running: page_bytes & 1 == 1, attempt: page_bytes };
             prop_assert_eq!(Eof::decode(&eof.encode()).unwrap(), eof);
         }

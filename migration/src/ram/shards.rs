@@ -1,10 +1,10 @@
-//! Deals pages to the shards, one per data channel. A single shard works on the caller's thread: a
-//! hand-over to another would cost it time in the pause, and gain nothing. Several have threads of
-//! their own, each with a short queue, so that little time passes between clearing a page in the log
-//! and reading it.
+//! The shards of a source, one per data channel: passes pages and marks on to them. Called by
+//! `outgoing`. A single shard works on the caller's thread: passing its pages to another thread would
+//! lengthen the pause and gain nothing. Several shards have a thread each, with a short queue, so that
+//! little time passes between clearing a page in the dirty log and reading it.
 
 use super::error::RamError;
-use super::shard::{Job, Order, Shard, Tally};
+use super::shard::{Command, Job, Shard, Tally};
 use crate::control::Control;
 use crate::error::ParticipantError;
 use crate::transport::Channel;
@@ -14,121 +14,115 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
-/// Words of the dirty bitmap that take the same shard: 2 MiB of RAM, a huge page.
+/// Words of the dirty bitmap that go to the same shard: 2 MiB of RAM, a huge page.
 const STRIPE_WORDS: usize = 8;
-/// Orders that wait for a busy shard.
+/// Commands queued for a busy shard.
 const QUEUE: usize = 1;
 
-enum Lane {
-    Here(Box<Shard>),
+enum Handle {
+    Inline(Box<Shard>),
     Thread(Worker),
 }
 
 struct Worker {
     channel: Arc<Channel>,
-    /// None once it has been told to end.
-    orders: Option<SyncSender<Order>>,
-    /// What it has carried, at each end.
+    /// `None` once the thread is being ended.
+    commands: Option<SyncSender<Command>>,
+    /// What the channel has carried, sent at each end.
     tallies: Receiver<Tally>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// The shards of a source. Dropping them ends their channels.
-pub struct Lanes {
-    lanes: Vec<Lane>,
+pub struct Shards {
+    shards: Vec<Handle>,
 }
 
-impl Lanes {
-    /// One lane per shard. A shard that fails on its own thread says so to `control`, which ends every
-    /// wait.
+impl Shards {
+    /// Starts the shards. One that fails on its own thread reports to `control`, which ends every wait.
     pub fn start(mut shards: Vec<Shard>, control: &Control) -> Result<Self, ParticipantError> {
         if shards.len() == 1 {
-            let lanes = shards.drain(..).map(|shard| Lane::Here(Box::new(shard))).collect();
-            return Ok(Self { lanes });
+            let shards = shards.drain(..).map(|shard| Handle::Inline(Box::new(shard))).collect();
+            return Ok(Self { shards });
         }
-        let mut all = Self { lanes: Vec::with_capacity(shards.len()) };
+        let mut all = Self { shards: Vec::with_capacity(shards.len()) };
         for (index, mut shard) in (0u16..).zip(shards) {
-            let (orders, inbox) = sync_channel(QUEUE);
-            let (tell, tallies) = channel();
+            let (commands, queue) = sync_channel(QUEUE);
+            let (report, tallies) = channel();
             let (channel, control) = (shard.channel().clone(), control.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("mig-send-{index}"))
                 .stack_size(256 << 10)
                 .spawn(move || {
-                    let work = AssertUnwindSafe(|| obey_all(&mut shard, &inbox, &tell));
-                    // A panic is told like an error: nobody is to wait for what does not come.
+                    let work = AssertUnwindSafe(|| run(&mut shard, &queue, &report));
+                    // A panic is reported like an error, so that no thread waits for this one.
                     let panicked = |_| Err(ParticipantError::own(RamError::SenderEnded));
                     if let Err(error) = catch_unwind(work).unwrap_or_else(panicked) {
-                        // Before anybody meets the closed queue.
+                        // Before the queue is closed, which is only the consequence.
                         control.fail(on_channel(index, error));
                     }
-                    drop(inbox);
+                    drop(queue);
                 })
                 .map_err(ParticipantError::Thread)?;
-            let (orders, thread) = (Some(orders), Some(thread));
-            all.lanes.push(Lane::Thread(Worker { channel, orders, tallies, thread }));
+            let (commands, thread) = (Some(commands), Some(thread));
+            all.shards.push(Handle::Thread(Worker { channel, commands, tallies, thread }));
         }
         Ok(all)
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.lanes.len()
-    }
-
-    /// Has every page of `job` sent by the shard that it belongs to.
-    pub fn deal(&mut self, job: Job) -> Result<(), ParticipantError> {
-        let count = self.lanes.len();
-        if let [lane] = &mut self.lanes[..] {
-            return lane.order(Order::Pages(job));
+    /// Sends every page of `job` through the shard that it belongs to.
+    pub fn dispatch(&mut self, job: Job) -> Result<(), ParticipantError> {
+        let count = self.shards.len();
+        if let [shard] = &mut self.shards[..] {
+            return shard.command(Command::Pages(job));
         }
-        for (index, lane) in self.lanes.iter_mut().enumerate() {
+        for (index, shard) in self.shards.iter_mut().enumerate() {
             if let Some(share) = job.share(STRIPE_WORDS, |stripe| stripe % count == index) {
-                lane.order(Order::Pages(share))?;
+                shard.command(Command::Pages(share))?;
             }
         }
         Ok(())
     }
 
-    /// Has a mark sent on every channel.
+    /// Sends a mark on every channel.
     pub fn mark(&mut self, number: u64) -> Result<(), ParticipantError> {
-        self.lanes.iter_mut().try_for_each(|lane| lane.order(Order::Mark(number)))
+        self.shards.iter_mut().try_for_each(|shard| shard.command(Command::Mark(number)))
     }
 
-    /// Has every shard forget which versions of pages the destination has.
+    /// Drops what every shard knows of the page versions at the destination.
     pub fn forget(&mut self) -> Result<(), ParticipantError> {
-        self.lanes.iter_mut().try_for_each(|lane| lane.order(Order::Forget))
+        self.shards.iter_mut().try_for_each(|shard| shard.command(Command::Forget))
     }
 
-    /// Says on every channel that nothing more is sent with the guest stopped, and what each has carried
-    /// so far.
+    /// Sends an end on every channel: nothing more follows while the guest is stopped. Returns what each
+    /// channel has carried so far.
     pub fn end(&mut self) -> Result<Vec<Tally>, ParticipantError> {
-        self.lanes.iter_mut().try_for_each(|lane| lane.order(Order::End))?;
-        self.lanes.iter_mut().map(Lane::tally).collect()
+        self.shards.iter_mut().try_for_each(|shard| shard.command(Command::End))?;
+        self.shards.iter_mut().map(Handle::tally).collect()
     }
 }
 
-fn obey_all(
+fn run(
     shard: &mut Shard,
-    inbox: &Receiver<Order>,
-    tell: &Sender<Tally>,
+    queue: &Receiver<Command>,
+    report: &Sender<Tally>,
 ) -> Result<(), ParticipantError> {
-    // Without a next order the migration is over, for a reason that others know.
-    while let Ok(order) = inbox.recv() {
-        shard.obey(&order)?;
-        if matches!(order, Order::End) && tell.send(shard.tally()).is_err() {
+    // The queue closes when the migration ends, for a reason that is recorded elsewhere.
+    while let Ok(command) = queue.recv() {
+        shard.execute(&command)?;
+        if matches!(command, Command::End) && report.send(shard.tally()).is_err() {
             break;
         }
     }
     Ok(())
 }
 
-impl Lane {
-    fn order(&mut self, order: Order) -> Result<(), ParticipantError> {
+impl Handle {
+    fn command(&mut self, command: Command) -> Result<(), ParticipantError> {
         match self {
-            Self::Here(shard) => shard.obey(&order).map_err(|error| on_channel(0, error)),
-            Self::Thread(Worker { orders: Some(orders), .. }) => {
-                orders.send(order).map_err(|_| WireError::Interrupted.into())
+            Self::Inline(shard) => shard.execute(&command).map_err(|error| on_channel(0, error)),
+            Self::Thread(Worker { commands: Some(commands), .. }) => {
+                commands.send(command).map_err(|_| WireError::Interrupted.into())
             }
             Self::Thread(_) => Err(WireError::Interrupted.into()),
         }
@@ -136,7 +130,7 @@ impl Lane {
 
     fn tally(&mut self) -> Result<Tally, ParticipantError> {
         match self {
-            Self::Here(shard) => Ok(shard.tally()),
+            Self::Inline(shard) => Ok(shard.tally()),
             Self::Thread(worker) => {
                 worker.tallies.recv().map_err(|_| WireError::Interrupted.into())
             }
@@ -154,7 +148,7 @@ fn on_channel(index: u16, error: ParticipantError) -> ParticipantError {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.channel.transport().shutdown();
-        self.orders = None;
+        self.commands = None;
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -175,7 +169,7 @@ mod tests {
     use devices::ram::{GuestRam, RamLayout};
     use std::sync::mpsc::Sender;
 
-    /// Lets nothing through: it fails, or panics.
+    /// Fails or panics instead of allowing a write.
     struct Refusing {
         panics: bool,
         asked: Sender<()>,
@@ -192,9 +186,9 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_fails_or_panics_wakes_who_waits_and_has_left_word() {
+    fn a_shard_that_fails_or_panics_wakes_the_waiting_driver_and_reports_why() {
         for (panics, expected) in
-            [(false, "data channel 1"), (true, "a thread that sends pages has failed by itself")]
+            [(false, "data channel 1"), (true, "a thread that sends pages panicked")]
         {
             let (link, cancel) = (MemoryLink::new(None), CancelToken::new());
             let channel = |transport| Channel::new(Arc::new(transport), cancel.clone());
@@ -213,8 +207,8 @@ mod tests {
             };
             let cap = crate::pace::Cap::new(SharedParams::default(), cancel.clone());
             let shards = vec![shard(Box::new(cap)), shard(Box::new(Refusing { panics, asked }))];
-            let mut lanes = Lanes::start(shards, &control).unwrap();
-            lanes.mark(1).unwrap();
+            let mut shards = Shards::start(shards, &control).unwrap();
+            shards.mark(1).unwrap();
             was_asked.recv().unwrap();
             let woken = control.next(&Limit::alive("anything")).unwrap_err();
             assert!(matches!(woken, WireError::Interrupted), "{woken}");
