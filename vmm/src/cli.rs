@@ -4,7 +4,7 @@ use crate::config::{
     BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
     parse_duration, parse_rate,
 };
-use crate::travel::DiskSelection;
+use crate::disk_selection::DiskSelection;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;

@@ -19,7 +19,7 @@ mod linux;
 mod multiboot;
 pub mod payload;
 mod pvh;
-pub mod travel;
+pub mod transfer;
 
 pub use acpi::Hardware;
 

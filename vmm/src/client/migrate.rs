@@ -2,8 +2,8 @@
 
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
+use crate::disk_selection::DiskMode;
 use crate::error::chain;
-use crate::travel::DiskMode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;

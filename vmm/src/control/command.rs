@@ -1,7 +1,7 @@
 //! Every command and its arguments.
 
 use super::message::{QmpError, Request};
-use crate::travel::{DiskMode, DiskSelection};
+use crate::disk_selection::{DiskMode, DiskSelection};
 use migration::block::Tuning;
 use migration::params::{Compression, Params};
 use serde_json::{Map, Value, json};

@@ -4,7 +4,7 @@ use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
 use crate::config::{BootFiles, RunConfig};
 use crate::console::ConsoleInput;
-use crate::desk::Mailbox;
+use crate::event_loop::Mailbox;
 use crate::supervisor::exit_code;
 use devices::block::raw::Cache;
 use devices::transmitter::Transmitter;

@@ -3,7 +3,7 @@
 use super::child::Child;
 use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
-use crate::desk::Mailbox;
+use crate::event_loop::Mailbox;
 use serde_json::{Value, json};
 use std::io;
 use std::time::{Duration, Instant};

@@ -17,8 +17,8 @@ use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
-use crate::desk::{self, Clerk, Desk};
 use crate::error::chain;
+use crate::event_loop::{self, EventLoop, Handler};
 use crate::supervisor::{SetupError, exit_code};
 use child::{Child, Connection, Pump};
 use hop::HopError;
@@ -71,32 +71,33 @@ struct Shuttle {
     moves: u32,
     failures: u32,
     worst: Duration,
-    desk: Desk<Message>,
+    event_loop: EventLoop<Message>,
 }
 
 /// Boots a guest and moves it every `every`, to its end; returns the exit code.
 pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
-    let mut desk = Desk::open(control, config.host.timeout)?;
+    let mut event_loop = EventLoop::open(control, config.host.timeout)?;
     let expect = config.host.expect.as_deref().map(regex_lite::Regex::new).transpose();
-    let to_us = desk.mailbox().clone();
+    let to_us = event_loop.mailbox().clone();
     let console = Console::open(
         &config.host.serial,
         expect.map_err(SetupError::Expect)?,
         Arc::new(move |event| to_us.post(Message::Console(event))),
     )?;
     let folder = tempfile::Builder::new().prefix("ferry-").tempdir().map_err(SetupError::Thread)?;
-    let pump = Pump::start(console.output(), desk.mailbox().clone()).map_err(SetupError::Thread)?;
+    let pump =
+        Pump::start(console.output(), event_loop.mailbox().clone()).map_err(SetupError::Thread)?;
     let mut current =
-        Child::boot(&config, folder.path(), desk.mailbox()).map_err(SetupError::Thread)?;
+        Child::boot(&config, folder.path(), event_loop.mailbox()).map_err(SetupError::Thread)?;
     pump.follow(current.id(), current.take_output());
     // A child that cannot be asked has ended: the event loop hears of it, and of all it has said.
-    let connection = current.connect(desk.mailbox()).ok();
+    let connection = current.connect(event_loop.mailbox()).ok();
     if let Some(connection) = &connection {
         console.attach(connection.input.clone());
-        desk.set_alarm(every);
+        event_loop.set_alarm(every);
     }
-    desk::serve(Shuttle {
+    event_loop::serve(Shuttle {
         config,
         every,
         folder,
@@ -111,7 +112,7 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
         moves: 0,
         failures: 0,
         worst: Duration::ZERO,
-        desk,
+        event_loop,
     })
     .map_err(SetupError::from)
 }
@@ -124,7 +125,7 @@ impl Shuttle {
     fn start_move(&mut self) {
         let id = self.last_id + 1;
         self.last_id = id;
-        let started = Child::receive(id, &self.config, self.folder(), self.desk.mailbox());
+        let started = Child::receive(id, &self.config, self.folder(), self.event_loop.mailbox());
         let mut to = match started {
             Ok(to) => to,
             Err(error) => return self.move_failed(&HopError::Start(error)),
@@ -132,7 +133,7 @@ impl Shuttle {
         self.pump.follow(id, to.take_output());
         // What is typed meanwhile waits for the guest at its destination.
         self.console.detach();
-        hop::start(id, &self.current, &mut to, self.desk.mailbox().clone());
+        hop::start(id, &self.current, &mut to, self.event_loop.mailbox().clone());
         self.moving = Some(Move { to, waiting: Vec::new() });
     }
 
@@ -157,7 +158,7 @@ impl Shuttle {
                 self.worst = self.worst.max(downtime);
                 log::info!("move {}: downtime {downtime:.2?}", self.moves);
                 // As after booting: a child that cannot be asked has ended, and its code is the guest's.
-                self.connection = to.connect(self.desk.mailbox()).ok();
+                self.connection = to.connect(self.event_loop.mailbox()).ok();
                 self.current = to;
             }
             Err(error) => {
@@ -175,7 +176,7 @@ impl Shuttle {
             self.ask(&request);
         }
         if !self.end_if_over() {
-            self.desk.set_alarm(self.every);
+            self.event_loop.set_alarm(self.every);
         }
     }
 
@@ -195,7 +196,7 @@ impl Shuttle {
         };
         // A child that quits may be gone before it has answered.
         let quits = request.command == Command::Quit;
-        self.desk.reply(request, if quits { Ok(json!({})) } else { result });
+        self.event_loop.reply(request, if quits { Ok(json!({})) } else { result });
     }
 
     /// Ends with the current child, once all that the guest has said is passed on.
@@ -210,15 +211,15 @@ impl Shuttle {
     }
 
     fn finish(&mut self, code: u8) {
-        self.desk.end(code);
+        self.event_loop.end(code);
     }
 }
 
-impl Clerk for Shuttle {
+impl Handler for Shuttle {
     type Message = Message;
 
-    fn desk(&mut self) -> &mut Desk<Message> {
-        &mut self.desk
+    fn event_loop(&mut self) -> &mut EventLoop<Message> {
+        &mut self.event_loop
     }
 
     fn on_message(&mut self, message: Message) {
@@ -231,7 +232,7 @@ impl Clerk for Shuttle {
                 let name = event["event"].as_str().unwrap_or_default();
                 let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
                 if id == self.current.id() && !by_move {
-                    self.desk.tell(&Event::forwarded(name, event.get("data").cloned()));
+                    self.event_loop.tell(&Event::forwarded(name, event.get("data").cloned()));
                 }
             }
             Message::Ended(id, code) => {
@@ -253,7 +254,7 @@ impl Clerk for Shuttle {
     fn on_request(&mut self, request: Incoming) {
         match &mut self.moving {
             Some(_) if request.command == Command::Quit => {
-                self.desk.reply(&request, Ok(json!({})));
+                self.event_loop.reply(&request, Ok(json!({})));
                 self.finish(exit_code::OK);
             }
             Some(moving) => moving.waiting.push(request),

@@ -103,7 +103,7 @@ impl Supervisor {
             && ending.task.is_none()
             && !ending.arrival_at_work
         {
-            self.desk.end(ending.code);
+            self.event_loop.end(ending.code);
         }
     }
 
@@ -114,7 +114,7 @@ impl Supervisor {
             ending.leaves_machine |= ending.task.is_some();
             ending.code
         });
-        self.desk.end(code);
+        self.event_loop.end(code);
     }
 }
 
@@ -128,17 +128,17 @@ pub(super) fn shutting_down() -> QmpError {
 fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
     let (done, ended) = channel();
     let mut late = Vec::new();
-    let mut at_work = 0;
+    let mut subscriber = 0;
     for device in drains.devices {
         let done = done.clone();
         let rest = move || drop(done.send(rest(device, deadline)));
         match tasks::spawn("end-disk", rest) {
-            Ok(()) => at_work += 1,
+            Ok(()) => subscriber += 1,
             Err(error) => late.push(PartTime::not_ended(error.to_string(), Duration::ZERO)),
         }
     }
     drop(done);
-    for _ in 0..at_work {
+    for _ in 0..subscriber {
         // Each keeps the deadline by itself, and says a moment later whether it could.
         let left = (deadline + REPORT_SLACK).saturating_duration_since(Instant::now());
         match ended.recv_timeout(left) {

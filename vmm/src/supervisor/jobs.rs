@@ -5,7 +5,7 @@ use super::guest::arriving::{ArrivingGuest, Premises};
 use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
 use crate::boot::payload::BootPayload;
-use crate::boot::travel::LeavingFiles;
+use crate::boot::transfer::LeavingFiles;
 use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;

@@ -5,14 +5,14 @@ use super::guest::GuestRequest;
 use super::jobs::JobId;
 use super::tasks::{Done, TaskId};
 use crate::console::ConsoleEvent;
-use crate::desk;
+use crate::event_loop;
 use crate::machine::vcpus::VcpuEnd;
 use devices::block::failure::Failure;
 use devices::reset::GuestExit;
 use migration::source::{MigrationEvent, SourceOutcome};
 
 /// Where they post it.
-pub type Mailbox = desk::Mailbox<Message>;
+pub type Mailbox = event_loop::Mailbox<Message>;
 
 /// What other threads tell the supervisor.
 pub enum Message {

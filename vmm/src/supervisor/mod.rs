@@ -25,8 +25,8 @@ use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
-use crate::desk::{self, Clerk, Desk, DeskError};
 use crate::error::chain;
+use crate::event_loop::{self, EventLoop, EventLoopError, Handler};
 use crate::kvm::Host;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
@@ -73,7 +73,7 @@ pub enum SetupError {
     Machine(#[from] MachineError),
     /// The control socket or the event loop.
     #[error(transparent)]
-    Desk(#[from] DeskError),
+    EventLoop(#[from] EventLoopError),
     /// COM1.
     #[error(transparent)]
     Console(#[from] crate::console::ConsoleError),
@@ -107,19 +107,19 @@ impl SetupError {
             Self::Kvm(_)
             | Self::Machine(MachineError::Kvm(_))
             | Self::Thread(_)
-            | Self::Desk(DeskError::EventLoop(_)) => exit_code::HOST,
+            | Self::EventLoop(EventLoopError::Start(_)) => exit_code::HOST,
             _ => exit_code::GUEST_FAILED,
         }
     }
 }
 
 /// What this process is for.
-enum Mission {
+enum Mode {
     Run(RunConfig),
     Receive(ReceiveConfig),
 }
 
-impl Mission {
+impl Mode {
     fn host(&self) -> &HostConfig {
         match self {
             Self::Run(config) => &config.host,
@@ -152,7 +152,7 @@ impl BackendParts {
 
 /// The owner of the machine.
 pub struct Supervisor {
-    mission: Mission,
+    mode: Mode,
     host: Arc<Host>,
     /// Before the console and the control server: its threads use them.
     machine: Option<Box<Machine>>,
@@ -178,17 +178,17 @@ pub struct Supervisor {
     /// What the event loop's alarm is set to.
     alarm: Option<Instant>,
     console: Console,
-    desk: Desk<Message>,
+    event_loop: EventLoop<Message>,
 }
 
 /// Boots a guest and runs it to its end; returns the exit code.
 pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
-    let mut supervisor = Supervisor::new(Mission::Run(config), host)?;
+    let mut supervisor = Supervisor::new(Mode::Run(config), host)?;
     supervisor.payload = Some(payload);
     supervisor.boot()?;
-    Ok(desk::serve(supervisor)?)
+    Ok(event_loop::serve(supervisor)?)
 }
 
 /// Waits for a guest and runs it to its end; returns the exit code.
@@ -197,16 +197,16 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
     let payload = config.boot.as_ref().map(open_payload).transpose()?;
-    let mut supervisor = Supervisor::new(Mission::Receive(config.clone()), host)?;
+    let mut supervisor = Supervisor::new(Mode::Receive(config.clone()), host)?;
     supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
     eprintln!("ferry: listening on {}", listener.local_address());
-    let mailbox = supervisor.desk.mailbox().clone();
+    let mailbox = supervisor.event_loop.mailbox().clone();
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
     let premises = Premises { host: supervisor.host.clone(), config, parts, payload };
     supervisor.jobs.receive(listener, premises, mailbox).map_err(SetupError::Thread)?;
-    Ok(desk::serve(supervisor)?)
+    Ok(event_loop::serve(supervisor)?)
 }
 
 fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
@@ -215,24 +215,24 @@ fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
 }
 
 impl Supervisor {
-    fn new(mission: Mission, host: Arc<Host>) -> Result<Self, SetupError> {
-        let config = mission.host();
+    fn new(mode: Mode, host: Arc<Host>) -> Result<Self, SetupError> {
+        let config = mode.host();
         if config.with_parent {
             let kill = rustix::process::Signal::KILL;
             let set = rustix::process::set_parent_process_death_signal(Some(kill));
             set.map_err(|error| SetupError::Thread(error.into()))?;
         }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
-        let desk = Desk::open(control, config.timeout)?;
+        let event_loop = EventLoop::open(control, config.timeout)?;
         let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
-        let to_us = desk.mailbox().clone();
+        let to_us = event_loop.mailbox().clone();
         let console = Console::open(
             &config.serial,
             expect.map_err(SetupError::Expect)?,
             Arc::new(move |event| to_us.post(Message::Console(event))),
         )?;
         Ok(Self {
-            mission,
+            mode,
             host,
             machine: None,
             payload: None,
@@ -242,7 +242,7 @@ impl Supervisor {
             disk_failure_told: None,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
-            tasks: Tasks::new(desk.mailbox().clone()),
+            tasks: Tasks::new(event_loop.mailbox().clone()),
             transition: None,
             stopping: None,
             pausing: None,
@@ -251,7 +251,7 @@ impl Supervisor {
             ending: None,
             alarm: None,
             console,
-            desk,
+            event_loop,
         })
     }
 
@@ -259,7 +259,7 @@ impl Supervisor {
     fn backend_parts(&mut self) -> (MachineId, BackendParts) {
         let id = MachineId(self.last_machine_id.0 + 1);
         self.last_machine_id = id;
-        let mailbox = self.desk.mailbox().clone();
+        let mailbox = self.event_loop.mailbox().clone();
         let (exits, ends) = (mailbox.clone(), mailbox.clone());
         let events = GuestEvents {
             on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(id, exit))),
@@ -278,7 +278,7 @@ impl Supervisor {
     }
 
     fn tell(&mut self, event: &Event) {
-        self.desk.tell(event);
+        self.event_loop.tell(event);
     }
 
     /// The guest or KVM cannot go on.
@@ -335,18 +335,18 @@ impl Supervisor {
     }
 }
 
-impl Clerk for Supervisor {
+impl Handler for Supervisor {
     type Message = Message;
 
-    fn desk(&mut self) -> &mut Desk<Message> {
-        &mut self.desk
+    fn event_loop(&mut self) -> &mut EventLoop<Message> {
+        &mut self.event_loop
     }
 
     fn on_message(&mut self, message: Message) {
         match message {
             // What the machine before this one had to say does not matter any more.
             Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
-            Message::GuestExit(_, GuestExit::Reset) if self.mission.host().no_reboot => {
+            Message::GuestExit(_, GuestExit::Reset) if self.mode.host().no_reboot => {
                 self.guest_has_ended(exit_code::OK, "guest-reset");
             }
             Message::GuestExit(_, GuestExit::Reset) => self.guest_wants_reset(),
@@ -410,7 +410,7 @@ impl Clerk for Supervisor {
         // The end does not wait for anything.
         if request.command == Command::Quit {
             if let Some(result) = self.execute(&request) {
-                self.desk.reply(&request, result);
+                self.event_loop.reply(&request, result);
             }
             return self.look_after_waiting();
         }
@@ -419,7 +419,7 @@ impl Clerk for Supervisor {
             Behind::Waits => {}
             Behind::TooMany(request) => {
                 let desc = "too many requests wait for the one before them";
-                self.desk.reply(&request, Err(QmpError::generic(desc)));
+                self.event_loop.reply(&request, Err(QmpError::generic(desc)));
             }
         }
         self.look_after_waiting();
@@ -489,7 +489,7 @@ impl Supervisor {
 
     /// Answers a request whose client has waited, and serves what that has asked since.
     fn answer(&mut self, request: &Incoming, result: QmpResult) {
-        self.desk.reply(request, result);
+        self.event_loop.reply(request, result);
         for next in self.waiting.release(request.client) {
             self.on_request(next);
         }
@@ -510,7 +510,7 @@ impl Supervisor {
             && self.alarm != Some(next)
         {
             self.alarm = Some(next);
-            self.desk.set_alarm(next.saturating_duration_since(Instant::now()));
+            self.event_loop.set_alarm(next.saturating_duration_since(Instant::now()));
         }
     }
 

@@ -3,7 +3,7 @@
 //! through [`super::guest`]; when and why is `migration`'s business, and what takes long is theirs.
 
 use super::guest::GuestRequest;
-use super::{Mission, Supervisor, tasks};
+use super::{Mode, Supervisor, tasks};
 use crate::control::Event;
 use crate::error::{chain, guest_error};
 use crate::machine::Machine;
@@ -162,7 +162,7 @@ impl Supervisor {
     }
 
     fn run_arrived(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
-        let paused = matches!(&self.mission, Mission::Receive(config) if config.paused);
+        let paused = matches!(&self.mode, Mode::Receive(config) if config.paused);
         let Some(machine) = &mut self.machine else {
             return Err(GuestError::new("there is no machine"));
         };

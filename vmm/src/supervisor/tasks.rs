@@ -66,7 +66,7 @@ struct Task {
 pub struct Tasks {
     mailbox: Mailbox,
     last_id: u64,
-    at_work: BTreeMap<TaskId, Task>,
+    subscriber: BTreeMap<TaskId, Task>,
 }
 
 /// Reports a task's end also when it panics.
@@ -86,7 +86,7 @@ impl Drop for Report {
 impl Tasks {
     /// None yet; they report to `mailbox`.
     pub fn new(mailbox: Mailbox) -> Self {
-        Self { mailbox, last_id: 0, at_work: BTreeMap::new() }
+        Self { mailbox, last_id: 0, subscriber: BTreeMap::new() }
     }
 
     /// Has `work` done on a thread. After `limit` it is overdue.
@@ -105,31 +105,31 @@ impl Tasks {
             report.done = work(&token);
         })?;
         let deadline = limit.map(|limit| Instant::now() + limit);
-        self.at_work.insert(id, Task { what, deadline, cancel });
+        self.subscriber.insert(id, Task { what, deadline, cancel });
         Ok(id)
     }
 
     /// A task has reported; whether anybody waits for that.
     pub fn ended(&mut self, id: TaskId) -> bool {
-        self.at_work.remove(&id).is_some()
+        self.subscriber.remove(&id).is_some()
     }
 
     /// Nobody waits for this task any more.
     pub fn give_up(&mut self, id: TaskId) {
-        if let Some(task) = self.at_work.remove(&id) {
+        if let Some(task) = self.subscriber.remove(&id) {
             task.cancel.cancel();
         }
     }
 
     /// The next deadline.
     pub fn deadline(&self) -> Option<Instant> {
-        self.at_work.values().filter_map(|task| task.deadline).min()
+        self.subscriber.values().filter_map(|task| task.deadline).min()
     }
 
     /// Gives up the tasks whose deadline has passed, and names them.
     pub fn take_overdue(&mut self, now: Instant) -> Vec<TaskId> {
         let is_late = |task: &Task| task.deadline.is_some_and(|deadline| deadline <= now);
-        let late = self.at_work.iter().filter(|(_, task)| is_late(task));
+        let late = self.subscriber.iter().filter(|(_, task)| is_late(task));
         let late: Vec<_> = late.map(|(id, task)| (*id, task.what)).collect();
         for (id, what) in &late {
             log::warn!("the task `{what}` has not ended in time and is left behind");

@@ -10,7 +10,7 @@
 //! wait for that.
 
 use super::tasks::{self, Done, TaskId, wait_in_steps};
-use super::{BackendParts, MachineId, Mission, SetupError, Supervisor, ending};
+use super::{BackendParts, MachineId, Mode, SetupError, Supervisor, ending};
 use crate::boot::payload::BootPayload;
 use crate::config::RunConfig;
 use crate::control::command::Command;
@@ -98,7 +98,7 @@ impl Supervisor {
 
     /// Has the machine built that the configuration describes.
     pub(super) fn boot(&mut self) -> Result<(), SetupError> {
-        let Mission::Run(config) = &self.mission else { return Ok(()) };
+        let Mode::Run(config) = &self.mode else { return Ok(()) };
         let (config, host) = (config.clone(), self.host.clone());
         let Some(payload) = self.payload.clone() else { return Ok(()) };
         let (id, parts) = self.backend_parts();

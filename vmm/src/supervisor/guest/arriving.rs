@@ -5,7 +5,7 @@ use super::super::BackendParts;
 use super::super::messages::{Mailbox, Message};
 use super::{GuestRequest, ask, shutting_down};
 use crate::boot::payload::BootPayload;
-use crate::boot::travel::ArrivingFiles;
+use crate::boot::transfer::ArrivingFiles;
 use crate::config::ReceiveConfig;
 use crate::error::guest_error;
 use crate::images::Images;

@@ -154,7 +154,7 @@ mod tests {
     use devices::block::raw::{Cache, RawFile};
 
     fn guest(nodes: Vec<Arc<BlockNode>>, travelling: &[&str]) -> LeavingGuest {
-        let (mailbox, _) = crate::desk::mailbox_for_test();
+        let (mailbox, _) = crate::event_loop::mailbox_for_test();
         let travelling = travelling.iter().map(|id| (*id).to_owned()).collect();
         LeavingGuest::new(mailbox, CancelToken::new(), nodes, travelling)
     }
