@@ -18,17 +18,13 @@ pub enum BusError {
     /// Empty, or past the end of the address space.
     #[error("bus range {base:#x}+{len:#x} is empty or wraps around")]
     Range {
-        /// First address.
         base: u64,
-        /// Length.
         len: u64,
     },
     /// Another device is there.
     #[error("bus range {base:#x}+{len:#x} overlaps another device")]
     Overlap {
-        /// First address.
         base: u64,
-        /// Length.
         len: u64,
     },
 }

@@ -54,13 +54,11 @@ pub enum RamLayoutError {
     /// Zero, or beyond [`MAX_RAM`].
     #[error("memory size of {size_bytes} bytes is out of range (1 byte to {MAX_RAM})")]
     OutOfRange {
-        /// What was asked for.
         size_bytes: u64,
     },
     /// Not a multiple of [`RAM_ALIGNMENT`].
     #[error("memory size of {size_bytes} bytes is not a multiple of 2 MiB")]
     Unaligned {
-        /// What was asked for.
         size_bytes: u64,
     },
 }

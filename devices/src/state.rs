@@ -26,7 +26,6 @@ pub enum RestoreError {
     /// The record is for another device.
     #[error("record is for {found:?}, expected {expected:?}")]
     WrongKind {
-        /// Kind in the record.
         found: String,
         /// Kind of the device that should load it.
         expected: &'static str,
@@ -36,11 +35,8 @@ pub enum RestoreError {
         "{kind} {instance:?}: state version {found} is newer than {newest}, the newest known here"
     )]
     NewerVersion {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
-        /// Version in the record.
         found: u16,
         /// Newest version this build loads.
         newest: u16,
@@ -48,9 +44,7 @@ pub enum RestoreError {
     /// The state is not what this version of the layout says.
     #[error("{kind} {instance:?}: malformed state")]
     Malformed {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
         /// Where the JSON disagrees.
         #[source]
@@ -59,9 +53,7 @@ pub enum RestoreError {
     /// The state is well-formed but impossible for this device.
     #[error("{kind} {instance:?}: {reason}")]
     Invalid {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
         /// What is wrong, in words for the user.
         reason: String,

@@ -31,21 +31,15 @@ const ESCAPE: u8 = 1; // Ctrl-A
 /// A console that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    /// The log file cannot be written.
     #[error("cannot write serial log {path}")]
     File {
-        /// The file.
         path: PathBuf,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The socket cannot be listened on.
     #[error("cannot listen on serial socket {path}")]
     Socket {
-        /// The socket.
         path: PathBuf,
-        /// Why not.
         #[source]
         source: ListenError,
     },

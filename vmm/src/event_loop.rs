@@ -112,7 +112,7 @@ impl<M> EventLoop<M> {
     }
 
     /// Tells every client.
-    pub fn tell(&mut self, event: &Event) {
+    pub fn broadcast(&mut self, event: &Event) {
         if let Some(control) = &mut self.control {
             control.broadcast(event);
         }
@@ -193,7 +193,6 @@ impl<M> EventLoop<M> {
 /// A event_loop that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum EventLoopError {
-    /// The control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The host has no more descriptors or threads.

@@ -31,128 +31,88 @@ use std::time::{Duration, Instant};
 /// An image that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// A name that could be a path.
     #[error("the stream names a disk {id:?}: a name may have letters, digits, _ - .")]
     BadName {
-        /// The name.
         id: String,
     },
-    /// There is one.
     #[error("{path} holds an image already: give --overwrite to replace it")]
     Exists {
-        /// The file.
         path: PathBuf,
     },
     /// It was to be replaced, but it is another one now.
     #[error("{path} is not the file any more that was there when the guest began to arrive")]
     Changed {
-        /// The file.
         path: PathBuf,
     },
-    /// What is there cannot be an image.
     #[error("{path} is neither a file nor a block device")]
     NotAnImage {
-        /// The file.
         path: PathBuf,
     },
-    /// A block device has its own size.
     #[error("the guest knows this disk with {len_bytes} bytes, {path} has {found}")]
     WrongSize {
-        /// The device.
         path: PathBuf,
-        /// The disk's size.
         len_bytes: u64,
-        /// The device's.
         found: u64,
     },
-    /// Half of it is missing.
     #[error(
         "only what lies above its backing file {name:?} travels: give that too, with --disk \
          {id}=PATH,format=qcow2,backing=BASE,backing-format=raw|qcow2, or move it with --disks full"
     )]
     BackingNotGiven {
-        /// The disk.
         id: String,
-        /// What the source calls it.
         name: String,
     },
-    /// Another one.
     #[error(
         "its backing file differs: {theirs:?} at the source has {their_len} bytes, {path} here has \
          {len}"
     )]
     BackingSizeDiffers {
-        /// The source's name for it.
         theirs: String,
-        /// Its size.
         their_len: u64,
-        /// The file here.
         path: String,
-        /// Its size.
         len: u64,
     },
-    /// Another one, of the same size.
     #[error(
         "its backing file differs: the content of {theirs:?} at the source has SHA-256 {their_sum}, \
          of {path} here {sum}"
     )]
     BackingDiffers {
-        /// The source's name for it.
         theirs: String,
-        /// Its digest.
         their_sum: String,
-        /// The file here.
         path: String,
-        /// Its digest.
         sum: String,
     },
-    /// It cannot be told whether it is the same.
     #[error("cannot read backing file {path}")]
     BackingUnreadable {
-        /// The file here.
         path: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// It would show other bytes.
     #[error("all of this disk travels: it cannot stand on backing file {path} here")]
     BackingUnwanted {
-        /// The file.
         path: PathBuf,
     },
-    /// No room.
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
     NoSpace {
-        /// The folder.
         path: PathBuf,
-        /// What there is.
         free: u64,
-        /// What they take.
         needed: u64,
     },
     /// Its metadata would be read while the source still writes it.
     #[error("a qcow2 image cannot be shared: move it with --disks full or top")]
     Shared,
-    /// Two disks in one file.
     #[error("{path} is given for two disks")]
     Twice {
-        /// The file.
         path: PathBuf,
     },
-    /// The host refuses.
     #[error("cannot create disk image {path}")]
     Create {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// The image refuses.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// Somebody uses it.
     #[error(transparent)]
     Lock(#[from] LockError),
 }
@@ -183,7 +143,7 @@ impl BackingCheck {
     }
 }
 
-/// All disks of an arriving guest. Dropping it before [`Images::settle`] removes those that were made.
+/// All disks of an arriving guest. Dropping it before [`Images::commit`] removes those that were made.
 #[derive(Default)]
 pub struct Images {
     // First: a file that is removed is still locked then, so that nobody takes over one that goes.
@@ -331,10 +291,10 @@ impl Images {
     }
 
     /// Gives the images their names: the guest is about to run here. If that fails none has one.
-    pub fn keep(&mut self) -> Result<(), MachineError> {
+    pub fn rename_into_place(&mut self) -> Result<(), MachineError> {
         for index in 0..self.partials.len() {
-            if let Some(Err(error)) = self.partials.get_mut(index).map(Partial::give_name) {
-                self.partials.iter_mut().for_each(Partial::take_name);
+            if let Some(Err(error)) = self.partials.get_mut(index).map(Partial::rename_into_place) {
+                self.partials.iter_mut().for_each(Partial::rename_back);
                 return Err(failed("images", error));
             }
         }
@@ -342,12 +302,12 @@ impl Images {
     }
 
     /// The guest runs: the images stay. Touches no file.
-    pub fn settle(&mut self) {
-        self.partials.iter_mut().for_each(Partial::settle);
-        self.devices.iter_mut().for_each(Device::settle);
+    pub fn commit(&mut self) {
+        self.partials.iter_mut().for_each(Partial::commit);
+        self.devices.iter_mut().for_each(Device::commit);
     }
 
-    /// After [`Images::settle`]: removes what was replaced, and makes the images' names durable. The guest
+    /// After [`Images::commit`]: removes what was replaced, and makes the images' names durable. The guest
     /// need not wait for that.
     pub fn clean_up(&mut self) {
         for partial in std::mem::take(&mut self.partials) {

@@ -47,18 +47,13 @@ pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 /// A lock that cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process holds it.
     #[error("{location} is in use by another virtual machine: stop that one first")]
     Held {
-        /// The file.
         location: String,
     },
-    /// The host refuses.
     #[error("cannot lock {location}")]
     Refused {
-        /// The file.
         location: String,
-        /// Why.
         #[source]
         source: io::Error,
     },

@@ -105,12 +105,12 @@ impl Drop for Kept {
 }
 
 impl Failures {
-    pub fn keep(&self) -> Kept {
+    pub fn keep_failed(&self) -> Kept {
         self.kept.fetch_add(1, Ordering::SeqCst);
         Kept(self.kept.clone())
     }
 
-    pub fn keeps_requests(&self) -> bool {
+    pub fn has_kept_requests(&self) -> bool {
         self.is_stopped() || self.kept.load(Ordering::SeqCst) > 0
     }
 
@@ -122,7 +122,7 @@ impl Failures {
         self.stopped.load(Ordering::SeqCst)
     }
 
-    pub fn go_on(&self) {
+    pub fn retry_failed(&self) {
         self.stopped.store(false, Ordering::SeqCst);
     }
 
@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(failures.decide("d", false, &full), Action::Stop);
         let failure = told.recv().unwrap();
         assert!(failures.is_stopped() && failure.no_space && !failure.is_read);
-        failures.go_on();
+        failures.retry_failed();
         assert!(!failures.is_stopped());
         assert!("stop".parse::<OnError>().is_ok() && "retry".parse::<OnError>().is_err());
     }

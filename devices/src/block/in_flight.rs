@@ -1,6 +1,6 @@
-//! Accesses in motion: who writes, and what has to be marked when it is done.
+//! Accesses in flight: who writes, and what has to be marked when it is done.
 //!
-//! Owned by a [`super::BlockNode`]. A [`Motion`] is alive for as long as an access is: its end marks
+//! Owned by a [`super::BlockNode`]. A [`InFlightGuard`] is alive for as long as an access is: its end marks
 //! every bitmap that there is *then*. So a copy that starts while a write is under way sees either the
 //! write's bytes or, a moment later, its mark.
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-/// A node's accesses in motion, and the bitmaps that hear of its writes.
+/// A node's accesses in flight, and the bitmaps that hear of its writes.
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
     count: AtomicU64,
@@ -23,9 +23,9 @@ pub(super) struct InFlight {
 
 impl InFlight {
     /// An access begins; `written` is what it will have changed, whether or not it succeeds.
-    pub fn begin(self: &Arc<Self>, written: Option<ByteRange>) -> Motion {
+    pub fn begin(self: &Arc<Self>, written: Option<ByteRange>) -> InFlightGuard {
         self.count.fetch_add(1, Ordering::SeqCst);
-        Motion { node: self.clone(), written }
+        InFlightGuard { node: self.clone(), written }
     }
 
     /// From now on `bitmap` hears of every write that ends.
@@ -39,12 +39,12 @@ impl InFlight {
         bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap));
     }
 
-    /// Waits until nothing is in motion. The caller makes sure that nothing new begins.
+    /// Waits until nothing is in flight. The caller makes sure that nothing new begins.
     pub fn drain(&self) {
         self.drain_or_give_up(|| None);
     }
 
-    /// As [`InFlight::drain`], at most until `deadline`. False if something is in motion then.
+    /// As [`InFlight::drain`], at most until `deadline`. False if something is in flight then.
     pub fn drain_until(&self, deadline: Instant) -> bool {
         self.drain_or_give_up(|| Some(deadline.saturating_duration_since(Instant::now())))
     }
@@ -69,14 +69,14 @@ impl InFlight {
     }
 }
 
-/// An access in motion. Dropping it is its end.
+/// An access in flight. Dropping it is its end.
 #[derive(Debug)]
-pub(super) struct Motion {
+pub(super) struct InFlightGuard {
     node: Arc<InFlight>,
     written: Option<ByteRange>,
 }
 
-impl Drop for Motion {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         if let Some(range) = self.written {
             let bitmaps = self.node.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
@@ -126,13 +126,13 @@ mod tests {
             waiting.drain();
             sender.send(()).unwrap();
         });
-        for motion in motions {
+        for motion in flights {
             assert!(drained.try_recv().is_err());
             assert!(!node.drain_until(Instant::now() + Duration::from_millis(1)));
             drop(motion);
         }
         drained.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
         thread.join().unwrap();
-        assert!(node.drain_until(Instant::now()), "nothing is in motion, however late it is");
+        assert!(node.drain_until(Instant::now()), "nothing is in flight, however late it is");
     }
 }

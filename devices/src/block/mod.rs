@@ -21,7 +21,7 @@ pub mod uring;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
-use in_flight::{InFlight, Motion};
+use in_flight::{InFlight, InFlightGuard};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
@@ -85,14 +85,14 @@ pub struct Access {
     /// Of the memory that the file's data may come from and go to.
     alignment: usize,
     /// Marks what was written when it ends; none in tests without a node.
-    _motion: Option<Motion>,
+    _guard: Option<InFlightGuard>,
 }
 
 #[cfg(test)]
 impl Access {
     /// An access that no node has admitted.
     fn to(file: Arc<File>, alignment: usize) -> Self {
-        Self { file, alignment, _motion: None }
+        Self { file, alignment, _guard: None }
     }
 }
 
@@ -221,25 +221,25 @@ impl BlockNode {
         self.failures.decide(&self.id, is_read, error)
     }
 
-    /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::go_on`].
+    /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::retry_failed`].
     pub fn is_stopped(&self) -> bool {
         self.failures.is_stopped()
     }
 
     /// Whether failed requests are kept, to be tried again: also by a guest that has gone on, until they
     /// have been.
-    pub fn keeps_requests(&self) -> bool {
-        self.failures.keeps_requests()
+    pub fn has_kept_requests(&self) -> bool {
+        self.failures.has_kept_requests()
     }
 
     /// A failed request is kept, for as long as what this returns.
-    pub fn keep(&self) -> Kept {
-        self.failures.keep()
+    pub fn keep_failed(&self) -> Kept {
+        self.failures.keep_failed()
     }
 
     /// The guest goes on: what has failed is tried again.
-    pub fn go_on(&self) {
-        self.failures.go_on();
+    pub fn retry_failed(&self) {
+        self.failures.retry_failed();
     }
 
     /// The disk's name.
@@ -285,12 +285,12 @@ impl BlockNode {
         Some(Tracking { bitmap, in_flight: self.in_flight.clone() })
     }
 
-    /// Waits until no access is in motion. New ones are kept away by whoever stopped the guest.
+    /// Waits until no access is in flight. New ones are kept away by whoever stopped the guest.
     pub fn drain(&self) {
         self.in_flight.drain();
     }
 
-    /// As [`BlockNode::drain`], at most until `deadline`. False if an access is in motion then.
+    /// As [`BlockNode::drain`], at most until `deadline`. False if an access is in flight then.
     pub fn drain_until(&self, deadline: Instant) -> bool {
         self.in_flight.drain_until(deadline)
     }
@@ -348,14 +348,14 @@ impl BlockNode {
                 None
             }
         };
-        Ok(Some(Access { file, alignment, _motion: Some(self.in_flight.begin(written)) }))
+        Ok(Some(Access { file, alignment, _guard: Some(self.in_flight.begin(written)) }))
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.counters.reads.add(buffer.len() as u64);
-        let _motion = self.in_flight.begin(None);
+        let _guard = self.in_flight.begin(None);
         self.backend.read_at(buffer, offset_bytes)
     }
 
@@ -370,7 +370,7 @@ impl BlockNode {
         let len_bytes = buffer.len() as u64;
         self.check_write(offset_bytes, len_bytes)?;
         self.counters.writes.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_at(buffer, offset_bytes)
     }
 
@@ -408,7 +408,7 @@ impl BlockNode {
             return Ok(());
         }
         self.counters.discards.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.discard(offset_bytes, len_bytes)
     }
 
@@ -424,14 +424,14 @@ impl BlockNode {
             return Ok(());
         }
         self.counters.writes.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
     }
 
     /// Makes every acknowledged write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.counters.flushes.add(0);
-        let _motion = self.in_flight.begin(None);
+        let _guard = self.in_flight.begin(None);
         self.backend.flush()
     }
 

@@ -19,61 +19,43 @@ use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 /// An image that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The host refuses.
     #[error("cannot open disk image {path}")]
     Open {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// Not a file or block device.
     #[error("disk image {path} is neither a file nor a block device")]
     NotAFile {
-        /// The file.
         path: PathBuf,
     },
-    /// Not whole sectors.
     #[error(
         "disk image {path} has {len_bytes} bytes, not a multiple of {SECTOR_BYTES}: \
          enlarge it with `truncate -s %{SECTOR_BYTES}`"
     )]
     OddSize {
-        /// The file.
         path: PathBuf,
-        /// Its size.
         len_bytes: u64,
     },
-    /// No direct I/O.
     #[error("disk image {path} cannot bypass the host's page cache ({why}): use cache=writeback")]
     NoDirectIo {
-        /// The file.
         path: PathBuf,
-        /// What stands in the way.
         why: &'static str,
-        /// What the host says.
         #[source]
         source: io::Error,
     },
     /// No room for it, or no right to make it.
     #[error("cannot create disk image {path} of {len_bytes} bytes")]
     Create {
-        /// The file.
         path: PathBuf,
-        /// Its size.
         len_bytes: u64,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// Another machine uses it.
     #[error(transparent)]
     Locked(#[from] LockError),
-    /// Nothing in it.
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
     Empty {
-        /// The file.
         path: PathBuf,
     },
 }

@@ -162,7 +162,7 @@ impl QueueProcessor for Processor {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
         loop {
-            self.take_back(ram, queue, host, Long::GoOn)?;
+            self.take_back(ram, queue, host, Long::Continue)?;
             if !self.takes_more() {
                 return Ok(());
             }
@@ -182,7 +182,7 @@ impl QueueProcessor for Processor {
             })?;
             let full = !self.has_room() || self.next_bytes > 0;
             self.submit()?;
-            self.take_back(ram, queue, host, Long::GoOn)?;
+            self.take_back(ram, queue, host, Long::Continue)?;
             // What did not fit may wait in the ring, unannounced.
             if !full || host.must_yield() || self.node.is_stopped() {
                 return Ok(());
@@ -190,7 +190,7 @@ impl QueueProcessor for Processor {
         }
     }
 
-    fn settle(
+    fn drain(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
@@ -220,13 +220,13 @@ impl QueueProcessor for Processor {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Long {
     /// The next piece follows, unless the host must yield.
-    GoOn,
+    Continue,
     /// It is put back.
     Stop,
 }
 
 /// Between two pieces of a request: whether to go on.
-fn go_on(host: &dyn QueueHost) -> Result<(), Failed> {
+fn check_yield(host: &dyn QueueHost) -> Result<(), Failed> {
     if host.must_yield() { Err(Failed::Interrupted) } else { Ok(()) }
 }
 
@@ -315,7 +315,7 @@ impl Processor {
     fn hold(&mut self, mut held: Held) {
         let (Held::Transfer(ticket, _) | Held::Request(Request { ticket, .. })) = &mut held;
         ticket.was_kept = true;
-        self.held.push((held, self.node.keep()));
+        self.held.push((held, self.node.keep_failed()));
     }
 
     /// The guest goes on: so do requests that had failed.
@@ -485,19 +485,19 @@ impl Processor {
             T_DISCARD if self.accepted(F_DISCARD) => {
                 let ranges = self.ranges(ram, request, blk::DISCARD_LIMITS)?;
                 for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
-                    go_on(host)?;
+                    check_yield(host)?;
                     self.node.discard(offset_bytes, len_bytes)?;
                 }
-                self.settle_write()
+                self.finish_write()
             }
             T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
                 for range in self.ranges(ram, request, blk::WRITE_ZEROES_LIMITS)? {
                     for (offset_bytes, len_bytes) in pieces(&range) {
-                        go_on(host)?;
+                        check_yield(host)?;
                         self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
                     }
                 }
-                self.settle_write()
+                self.finish_write()
             }
             _ => Err(Failed::Unsupported("of a type that was not offered")),
         }
@@ -571,7 +571,7 @@ impl Processor {
         let mut offset = self.check_read(request)?;
         let room = &mut request.to_guest;
         while !room.is_empty() {
-            go_on(host)?;
+            check_yield(host)?;
             let len = room.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             self.node.read_at(piece, offset)?;
@@ -602,14 +602,14 @@ impl Processor {
         let mut offset = self.check_write(request)?;
         let data = &mut request.from_guest;
         while !data.is_empty() {
-            go_on(host)?;
+            check_yield(host)?;
             let len = data.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
             self.node.write_at(piece, offset)?;
             offset += len as u64;
         }
-        self.settle_write()
+        self.finish_write()
     }
 
     fn check_writable(&self) -> Result<(), Failed> {
@@ -620,7 +620,7 @@ impl Processor {
     }
 
     /// A driver that cannot ask for a flush takes every completed write for durable (5.2.6.2).
-    fn settle_write(&self) -> Result<(), Failed> {
+    fn finish_write(&self) -> Result<(), Failed> {
         if !self.accepted(F_FLUSH) {
             self.node.flush()?;
         }

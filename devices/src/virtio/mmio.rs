@@ -14,7 +14,7 @@
 //! that did not wait fails to set its queues up and says so, instead of sharing its memory with a read
 //! that is still under way.
 
-use super::moment::Moment;
+use super::latch::Latch;
 use super::worker::{Position, QueueSignals, Worker};
 use super::{BrokenQueue, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
@@ -172,7 +172,7 @@ struct Resetting {
     /// What the driver reads until it is complete.
     status: u32,
     /// Reached when workers with requests in flight have ended.
-    busy: Vec<Arc<Moment>>,
+    busy: Vec<Arc<Latch>>,
 }
 
 /// One virtio-mmio device.
@@ -438,7 +438,7 @@ impl MmioTransport {
 
     /// Has all workers end. Returns what is reached when those that have requests in flight, of
     /// earlier lives included, have ended; the others use neither RAM nor notifications any more.
-    fn retire_workers(&mut self) -> Vec<Arc<Moment>> {
+    fn retire_workers(&mut self) -> Vec<Arc<Latch>> {
         let mut busy: Vec<_> = self.workers().filter_map(Worker::retire).collect();
         for slot in &mut self.queues {
             slot.worker = None;
@@ -458,7 +458,7 @@ impl MmioTransport {
         self.driver_features_select = 0;
         self.device_features_select = 0;
         self.queue_select = 0;
-        if !all_reached(&busy, Instant::now() + RESET_PATIENCE) {
+        if !all_set(&busy, Instant::now() + RESET_PATIENCE) {
             self.resetting = Some(Resetting { status, busy });
         }
     }
@@ -468,7 +468,7 @@ impl Drop for MmioTransport {
     fn drop(&mut self) {
         let mut workers: Vec<_> = self.workers().map(Worker::ended).collect();
         workers.extend(self.retire_workers());
-        if !all_reached(&workers, Instant::now() + END_PATIENCE) {
+        if !all_set(&workers, Instant::now() + END_PATIENCE) {
             let name = self.device.thread_name(0);
             log::warn!("{name}: requests are in flight and do not end, they are left behind");
         }
@@ -476,22 +476,22 @@ impl Drop for MmioTransport {
 }
 
 /// Whether all have been reached by `deadline`.
-fn all_reached(moments: &[Arc<Moment>], deadline: Instant) -> bool {
-    moments.iter().all(|moment| moment.wait_until(deadline).is_some())
+fn all_set(latches: &[Arc<Latch>], deadline: Instant) -> bool {
+    latches.iter().all(|moment| moment.wait_until(deadline).is_some())
 }
 
 /// Workers that have been told to park. Dropping this changes nothing for them.
 #[must_use = "requests are in flight until it has been waited for"]
 pub struct Drain {
     began: Instant,
-    awaited: Vec<Arc<Moment>>,
+    awaited: Vec<Arc<Latch>>,
 }
 
 impl Drain {
     /// Waits until no request is in flight, at most until `deadline`. False if some are then; may be
     /// called again.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        all_reached(&self.awaited, deadline)
+        all_set(&self.awaited, deadline)
     }
 
     /// Waits until no request is in flight, however long that takes.
@@ -683,7 +683,7 @@ impl Persist for MmioTransport {
         let queues = state.queues.into_iter().map(|saved| saved.check(max_size));
         let queues = queues.collect::<Result<Vec<_>, _>>()?;
         // Those of an earlier record that was restored are parked, and so end at once.
-        if !all_reached(&self.retire_workers(), Instant::now() + END_PATIENCE) {
+        if !all_set(&self.retire_workers(), Instant::now() + END_PATIENCE) {
             return Err("its earlier requests do not end".into());
         }
         for (slot, queue) in self.queues.iter_mut().zip(queues) {

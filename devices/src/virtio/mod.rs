@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
 //! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the source of
-//! random bytes. `chains` is what their workers have in common, `moment` how their ends are waited for.
+//! random bytes. `chains` is what their workers have in common, `latch` how their ends are waited for.
 
 pub mod blk;
 mod blk_worker;
@@ -8,7 +8,7 @@ mod chains;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod mmio;
-mod moment;
+mod latch;
 pub mod rng;
 pub mod worker;
 
@@ -78,7 +78,7 @@ pub trait QueueProcessor: Send {
     ) -> Result<(), BrokenQueue>;
     /// Waits until no request is in flight. Those that have ended are answered; one that is served in
     /// pieces may be put back into the ring instead, to be served again from its start. Takes no new ones.
-    fn settle(
+    fn drain(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,

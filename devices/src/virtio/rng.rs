@@ -103,7 +103,7 @@ impl QueueProcessor for Processor {
         })
     }
 
-    fn settle(
+    fn drain(
         &mut self,
         _ram: &GuestRam,
         _queue: &mut Queue,

@@ -14,7 +14,7 @@
 //! waiting for its thread to be scheduled: it never touches RAM or the notifications again. One that
 //! has a request in flight ends when the disk lets it, which may be never.
 
-use super::moment::{Moment, ReachedOnDrop};
+use super::latch::{Latch, SetOnDrop};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::ram::GuestRam;
 use std::io;
@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 enum Command {
     /// Answered by dropping it.
-    Park(ReachedOnDrop),
+    Park(SetOnDrop),
     Resume,
 }
 
@@ -101,7 +101,7 @@ pub(super) struct Worker {
     commands: Option<Sender<Command>>,
     wake: Arc<EventFd>,
     common: Arc<Common>,
-    ended: Arc<Moment>,
+    ended: Arc<Latch>,
 }
 
 impl Worker {
@@ -131,8 +131,8 @@ impl Worker {
             let interest = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, interest)?;
         }
-        let ended = Arc::<Moment>::default();
-        let at_end = ReachedOnDrop(ended.clone());
+        let ended = Arc::<Latch>::default();
+        let at_end = SetOnDrop(ended.clone());
         let serving = Serving {
             ram,
             queue,
@@ -168,10 +168,10 @@ impl Worker {
 
     /// Tells the thread to start no request until [`Worker::resume`]; does not wait for those in
     /// flight. What is returned is reached when there are none, or when the thread has ended.
-    pub fn park(&self) -> Arc<Moment> {
-        let parked = Arc::<Moment>::default();
+    pub fn park(&self) -> Arc<Latch> {
+        let parked = Arc::<Latch>::default();
         self.common.yielding.store(true, Ordering::SeqCst);
-        self.send(Command::Park(ReachedOnDrop(parked.clone())));
+        self.send(Command::Park(SetOnDrop(parked.clone())));
         parked
     }
 
@@ -192,7 +192,7 @@ impl Worker {
 
     /// Tells the thread to end; it starts no request and answers none. `None` if it uses neither RAM
     /// nor the notifications any more; otherwise what is reached when that is so.
-    pub fn retire(&self) -> Option<Arc<Moment>> {
+    pub fn retire(&self) -> Option<Arc<Latch>> {
         self.common.ending.store(true, Ordering::SeqCst);
         self.common.yielding.store(true, Ordering::SeqCst);
         let (duty, order) = (&self.common.duty, Ordering::SeqCst);
@@ -201,7 +201,7 @@ impl Worker {
     }
 
     /// Reached when the thread has let go of everything.
-    pub fn ended(&self) -> Arc<Moment> {
+    pub fn ended(&self) -> Arc<Latch> {
         self.ended.clone()
     }
 }
@@ -258,14 +258,14 @@ impl Serving {
             }
         }
         if !self.signals.is_live() {
-            self.settle();
+            self.drain();
         }
     }
 
     /// Waits until no request is in flight.
-    fn settle(&mut self) {
+    fn drain(&mut self) {
         let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
-        if let Err(reason) = self.processor.settle(&self.ram, &mut self.queue, &mut host) {
+        if let Err(reason) = self.processor.drain(&self.ram, &mut self.queue, &mut host) {
             self.broken(&reason);
         }
     }
@@ -297,7 +297,7 @@ impl Serving {
             match self.inbox.try_recv() {
                 Ok(Command::Resume) => {}
                 Ok(Command::Park(parked)) => {
-                    self.settle();
+                    self.drain();
                     self.common.rest(&self.queue);
                     drop(parked);
                     self.parked()?;

@@ -33,24 +33,18 @@ use vm_memory::Bytes;
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file cannot be read.
     #[error(transparent)]
     Payload(#[from] PayloadError),
-    /// Not a format that we boot.
     #[error(
         "{file} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
          or a Multiboot kernel"
     )]
     NotAKernel {
-        /// The file.
         file: String,
     },
-    /// The file ends before its headers say so.
     #[error("{file} is truncated: {what} reaches past the end of the file")]
     Truncated {
-        /// The file.
         file: String,
-        /// Which part.
         what: String,
     },
     /// A segment lies outside RAM.
@@ -59,13 +53,9 @@ pub enum BootError {
          raise --memory ({ram_bytes} bytes now)"
     )]
     DoesNotFit {
-        /// The file.
         file: String,
-        /// First byte needed.
         start: u64,
-        /// End of what is needed.
         end: u64,
-        /// RAM size.
         ram_bytes: u64,
     },
     /// The ramdisk does not fit beside the kernel.
@@ -74,27 +64,20 @@ pub enum BootError {
          {room_bytes}; raise --memory ({ram_bytes} bytes now)"
     )]
     InitrdDoesNotFit {
-        /// The file.
         file: String,
-        /// Its size.
         len_bytes: u64,
-        /// What would fit.
         room_bytes: u64,
-        /// RAM size.
         ram_bytes: u64,
     },
     /// The segments would overwrite what the VMM puts below 1 MiB, or nothing can be entered.
     #[error("{file} cannot be loaded: {reason}")]
     Unloadable {
-        /// The file.
         file: String,
-        /// Why not.
         reason: String,
     },
     /// The command line is too long or holds a NUL.
     #[error("--cmdline {reason}")]
     Cmdline {
-        /// What is wrong with it.
         reason: String,
     },
     /// Writing boot structures into RAM failed.

@@ -31,47 +31,34 @@ pub const MAX_ARGUMENTS_BYTES: u64 = MULTIBOOT_END - MULTIBOOT_INFO;
 /// Why a boot file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PayloadError {
-    /// It cannot be opened.
     #[error("cannot open {file}")]
     Open {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
     /// It is a FIFO, a folder or a device.
     #[error("{file} is not {expected}: it is {kind}, not a regular file")]
     NotRegular {
-        /// Which file.
         file: String,
-        /// What it should be.
         expected: &'static str,
-        /// What it is.
         kind: &'static str,
     },
     /// It is larger than any that can be booted.
     #[error("{file} has {len_bytes} bytes: at most {max_bytes} are possible")]
     TooLarge {
-        /// Which file, or which files together.
         file: String,
-        /// Length.
         len_bytes: u64,
-        /// Longest possible.
         max_bytes: u64,
     },
     /// A list of files that no loader could have made.
     #[error("boot files: {reason}")]
     List {
-        /// What is wrong with it.
         reason: String,
     },
-    /// It cannot be read.
     #[error("cannot read {file}")]
     Read {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
@@ -80,46 +67,33 @@ pub enum PayloadError {
         "{file} has changed on disk since it was opened: replace such a file by renaming another over it"
     )]
     Changed {
-        /// Which file.
         file: String,
     },
-    /// No place for a copy.
     #[error("cannot keep a copy of the boot files in {folder}")]
     Create {
-        /// Where.
         folder: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
-    /// Too little space for a copy.
     #[error(
         "cannot keep a copy of the boot files in {folder}: they have {needed_bytes} bytes, \
          {free_bytes} are free"
     )]
     NoSpace {
-        /// Where.
         folder: String,
-        /// What the copies need.
         needed_bytes: u64,
-        /// What is free.
         free_bytes: u64,
     },
-    /// A copy cannot be written.
     #[error("cannot write the copy of {file}")]
     Write {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
     /// What arrives is not what was announced.
     #[error("{file}: {reason}")]
     Arrived {
-        /// Which file.
         file: String,
-        /// How it differs.
         reason: String,
     },
     /// `go_on` said no.

@@ -118,7 +118,7 @@ fn follow(
         if let Some(facts) = info.get("x-not-converging")
             && !std::mem::replace(&mut warned, true)
         {
-            let warning = no_end_in_sight(client, facts)?;
+            let warning = not_converging(client, facts)?;
             match &bar {
                 Some(bar) => bar.suspend(|| eprintln!("{warning}")),
                 None => eprintln!("{warning}"),
@@ -148,7 +148,7 @@ fn without_rounds(mut info: Value) -> Value {
 }
 
 /// What to tell people whose guest writes faster than it is sent, and what would help.
-fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
+fn not_converging(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
     let parameters = client.execute("query-migrate-parameters", json!({}))?;
     let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
     let is_off = |name: &str| {

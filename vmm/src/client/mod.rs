@@ -14,19 +14,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A control socket that cannot be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
     #[error("cannot connect to control socket {path}: is a ferry running with --qmp unix:{path}?")]
     Connect {
-        /// The socket.
         path: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The connection broke.
     #[error("the control socket was closed")]
     Lost(#[source] io::Error),
-    /// Not QMP.
     #[error("the control socket does not speak QMP: {0:?}")]
     NotQmp(String),
     /// The command failed; QMP's words.

@@ -20,13 +20,13 @@ enum Name {
     Swapped,
 }
 
-/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
+/// An image whose guest does not run yet. Removed when dropped, unless it was committed.
 #[derive(Debug)]
 pub(super) struct Partial {
     pub partial: PathBuf,
     pub path: PathBuf,
     name: Name,
-    settled: bool,
+    committed: bool,
     overwrite: bool,
     /// What it will replace: nobody else shall begin to use that.
     replaced: Option<HeldFile>,
@@ -40,12 +40,12 @@ impl Partial {
         overwrite: bool,
         replaced: Option<HeldFile>,
     ) -> Self {
-        Self { partial, path, name: Name::Partial, settled: false, overwrite, replaced }
+        Self { partial, path, name: Name::Partial, committed: false, overwrite, replaced }
     }
 
     /// What was there stays under the other name until the guest runs. What has come there meanwhile is
     /// left alone.
-    pub fn give_name(&mut self) -> Result<(), ImageError> {
+    pub fn rename_into_place(&mut self) -> Result<(), ImageError> {
         let path = || self.path.clone();
         let failed = |source: io::Error| ImageError::Create { path: path(), source };
         let (flags, name) = match &self.replaced {
@@ -74,7 +74,7 @@ impl Partial {
         Ok(())
     }
 
-    pub fn take_name(&mut self) {
+    pub fn rename_back(&mut self) {
         let flags = match self.name {
             Name::Partial => return,
             Name::Own => RenameFlags::NOREPLACE,
@@ -87,27 +87,27 @@ impl Partial {
     }
 
     /// The image stays.
-    pub fn settle(&mut self) {
-        self.settled = true;
+    pub fn commit(&mut self) {
+        self.committed = true;
     }
 
     /// Removes what had its name before; whether the image stays.
     pub fn remove_replaced(&self) -> bool {
-        if self.settled && self.name == Name::Swapped {
+        if self.committed && self.name == Name::Swapped {
             remove(&self.partial);
         }
-        self.settled
+        self.committed
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
         match self.name {
-            _ if self.settled => {}
+            _ if self.committed => {}
             // Somebody else may use the other name by now.
             Name::Own => remove(&self.path),
             Name::Partial | Name::Swapped => {
-                self.take_name();
+                self.rename_back();
                 // Else the other name is that of what was there before.
                 if self.name == Name::Partial {
                     remove(&self.partial);
@@ -127,7 +127,7 @@ fn remove(path: &Path) {
 #[derive(Debug)]
 pub(super) struct Device {
     path: PathBuf,
-    settled: bool,
+    committed: bool,
     /// Nobody mounts it meanwhile.
     _exclusive: File,
 }
@@ -135,18 +135,18 @@ pub(super) struct Device {
 impl Device {
     /// Nobody else mounts it while `exclusive` is open.
     pub fn new(path: &Path, exclusive: File) -> Self {
-        Self { path: path.to_owned(), settled: false, _exclusive: exclusive }
+        Self { path: path.to_owned(), committed: false, _exclusive: exclusive }
     }
 
     /// The guest runs on it.
-    pub fn settle(&mut self) {
-        self.settled = true;
+    pub fn commit(&mut self) {
+        self.committed = true;
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if !self.settled {
+        if !self.committed {
             let path = self.path.display();
             eprintln!("ferry: {path} was being overwritten and holds no whole disk");
         }

@@ -21,7 +21,6 @@ use kvm_ioctls::{Cap, Kvm};
 /// What KVM refused, in terms of what we asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// `/dev/kvm` does not exist.
     #[error(
         "/dev/kvm does not exist: load kvm_intel or kvm_amd (or enable nested virtualisation), \
          then try `ferry doctor`"
@@ -30,7 +29,6 @@ pub enum KvmError {
     /// `/dev/kvm` exists but we may not open it.
     #[error("no permission to open /dev/kvm: add yourself to group kvm, then log in again")]
     Permission,
-    /// `/dev/kvm` could not be opened for another reason.
     #[error("cannot open /dev/kvm")]
     Open(#[source] std::io::Error),
     /// Not the API that every KVM since 2007 has.
@@ -42,35 +40,26 @@ pub enum KvmError {
     /// More vCPUs than this KVM allows.
     #[error("{wanted} vCPUs asked for, this KVM allows {most}")]
     TooManyCpus {
-        /// What the user asked for.
         wanted: usize,
-        /// What KVM allows.
         most: usize,
     },
-    /// An ioctl failed.
     #[error("{what} failed")]
     Ioctl {
         /// The ioctl, by its KVM name.
         what: &'static str,
-        /// Its errno.
         #[source]
         source: std::io::Error,
     },
-    /// Mapping guest RAM failed.
     #[error("cannot map {bytes} bytes of guest memory: lower --memory or free memory on the host")]
     Map {
-        /// RAM size.
         bytes: u64,
-        /// What the kernel said.
         #[source]
         source: std::io::Error,
     },
     /// A saved state that this KVM or machine cannot take.
     #[error("{what}: {reason}")]
     State {
-        /// Which record.
         what: &'static str,
-        /// What is wrong with it.
         reason: String,
     },
 }

@@ -18,7 +18,7 @@ pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
 /// Largest disk that arrives with its guest: what is known of it takes memory, and a file system may
 /// hold a sparse file of any size.
-pub const MAX_TRAVELLING_BYTES: u64 = 16 << 40;
+pub const MAX_MIGRATED_DISK_BYTES: u64 = 16 << 40;
 
 /// One guest's hardware.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,16 +94,13 @@ fn one() -> u16 {
 /// A description that no machine can be built from.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptionError {
-    /// Written by a newer Ferry.
     #[error("machine description version {found} is newer than {VERSION}, the newest known here")]
     NewerVersion {
-        /// Version in the stream.
         found: u16,
     },
     /// Not the layout that its version promises.
     #[error("malformed machine description")]
     Malformed(#[source] serde_json::Error),
-    /// A value out of range.
     #[error("machine description: {0}")]
     Invalid(String),
 }
@@ -154,8 +151,8 @@ impl Description {
             if disk.len_bytes == 0 || !disk.len_bytes.is_multiple_of(SECTOR_BYTES) {
                 return invalid(format!("disk {:?} of {} bytes", disk.id, disk.len_bytes));
             }
-            if disk.travels.is_some() && disk.len_bytes > MAX_TRAVELLING_BYTES {
-                let (id, len, most) = (&disk.id, disk.len_bytes, MAX_TRAVELLING_BYTES);
+            if disk.travels.is_some() && disk.len_bytes > MAX_MIGRATED_DISK_BYTES {
+                let (id, len, most) = (&disk.id, disk.len_bytes, MAX_MIGRATED_DISK_BYTES);
                 return invalid(format!("disk {id:?} of {len} bytes travels, at most {most} may"));
             }
             if !(1..=MAX_QUEUES).contains(&disk.queues) {

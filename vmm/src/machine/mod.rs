@@ -39,47 +39,35 @@ pub const RNG_INSTANCE: &str = "rng";
 /// Why a machine cannot be built, started, stopped or moved.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The kernel cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A vCPU thread failed.
     #[error(transparent)]
     Vcpus(#[from] VcpusError),
-    /// The description makes no sense.
     #[error(transparent)]
     Description(#[from] DescriptionError),
     /// The CPU lacks what the guest was told of.
     #[error("this host's CPU lacks features that the guest uses: {}", .0.join(", "))]
     CpuFeatures(Vec<String>),
-    /// A disk failed.
     #[error("disk {id}")]
     Disk {
-        /// Which disk.
         id: String,
-        /// What failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A disk of the description that this side was not given.
     #[error("the guest has a disk {id:?} ({len_bytes} bytes): give its path with --disk {id}=PATH")]
     DiskNotGiven {
-        /// Which disk.
         id: String,
-        /// Its size.
         len_bytes: u64,
     },
     /// A disk that is not the one that the guest uses.
     #[error("disk {id}: {reason}")]
     DiskMismatch {
-        /// Which disk.
         id: String,
-        /// How it differs.
         reason: String,
     },
-    /// A device record that cannot be loaded.
     #[error(transparent)]
     Restore(#[from] RestoreError),
     /// The set of records does not fit the machine.
@@ -88,9 +76,7 @@ pub enum MachineError {
     /// An eventfd or bus range could not be set up.
     #[error("cannot set up {what}")]
     Setup {
-        /// What.
         what: &'static str,
-        /// Why not.
         #[source]
         source: io::Error,
     },
@@ -230,7 +216,7 @@ impl Machine {
         self.vcpus.check()?;
         self.vcpus.notify_clock_paused()?;
         // What has failed before is tried again.
-        self.disks.iter().for_each(|disk| disk.node.go_on());
+        self.disks.iter().for_each(|disk| disk.node.retry_failed());
         // Devices first: a notification or interrupt that was in flight at the pause is made again.
         lock(&self.serial).resume();
         self.virtio_devices().for_each(|(_, mut device)| device.resume());
@@ -301,7 +287,7 @@ impl Machine {
     /// Whether a disk keeps requests that have failed and were not tried again: of a guest that has gone
     /// on and was stopped at once, too. Tells the truth once the machine is stopped.
     pub fn keeps_disk_requests(&self) -> bool {
-        self.disks.iter().any(|disk| disk.node.keeps_requests())
+        self.disks.iter().any(|disk| disk.node.has_kept_requests())
     }
 
     /// Whether vCPUs run.

@@ -75,42 +75,32 @@ pub struct Vcpus {
 /// A vCPU thread that cannot be had or has died.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpusError {
-    /// The host gives no thread.
     #[error("cannot start the thread of vCPU {index}")]
     Spawn {
-        /// Which vCPU.
         index: u8,
-        /// What the host said.
         #[source]
         source: std::io::Error,
     },
     /// The thread has ended, which is a bug or a kill.
     #[error("the thread of vCPU {index} has died")]
     Gone {
-        /// Which vCPU.
         index: usize,
     },
     /// The thread does not answer, which is a bug.
     #[error("vCPU {index} does not stop")]
     Stuck {
-        /// Which vCPU.
         index: usize,
     },
-    /// KVM refused.
     #[error("vCPU {index}")]
     Kvm {
-        /// Which vCPU.
         index: usize,
-        /// What KVM refused.
         #[source]
         source: KvmError,
     },
     /// A stream holds records for another number of vCPUs.
     #[error("{found} vCPU states for {expected} vCPUs")]
     Count {
-        /// Records found.
         found: usize,
-        /// vCPUs of the machine.
         expected: usize,
     },
 }

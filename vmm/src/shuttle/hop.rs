@@ -16,16 +16,12 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// Why a move has failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HopError {
-    /// The destination does not start.
     #[error("cannot start a process")]
     Start(#[source] io::Error),
-    /// A control socket.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// In the source's words.
     #[error("{0}")]
     Failed(String),
-    /// In the source's words.
     #[error("the guest may run in either process: {0}")]
     Unknown(String),
 }

@@ -232,7 +232,7 @@ impl Handler for Shuttle {
                 let name = event["event"].as_str().unwrap_or_default();
                 let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
                 if id == self.current.id() && !by_move {
-                    self.event_loop.tell(&Event::forwarded(name, event.get("data").cloned()));
+                    self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));
                 }
             }
             Message::Ended(id, code) => {

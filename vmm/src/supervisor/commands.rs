@@ -9,7 +9,7 @@ use crate::control::{Incoming, QmpResult};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::machine::description::{BackingDescription, Description, MAX_TRAVELLING_BYTES, Travels};
+use crate::machine::description::{BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels};
 use crate::machine::dirty::VmDirtyLog;
 use devices::block::{BlockNode, Format};
 use migration::block::{SourceDisk, SourceDisks, Tuning};
@@ -26,7 +26,7 @@ fn failed(error: &dyn std::error::Error) -> QmpError {
 }
 
 /// The description of a machine whose disks travel as `selection` says, and these disks.
-fn travelling(
+fn migrated(
     machine: &Machine,
     selection: &DiskSelection,
 ) -> Result<(Description, Vec<SourceDisk>), QmpError> {
@@ -39,7 +39,7 @@ fn travelling(
         return Err(QmpError::generic(format!("The guest has no disk {unknown:?}, {has}")));
     }
     let mut description = machine.description().clone();
-    let mut travelling = Vec::new();
+    let mut migrated = Vec::new();
     for (disk, described) in machine.disks().iter().zip(&mut description.disks) {
         let node = disk.node.clone();
         let mode = selection.mode_of(node.id());
@@ -50,7 +50,7 @@ fn travelling(
             }
             continue;
         }
-        if node.len_bytes() > MAX_TRAVELLING_BYTES {
+        if node.len_bytes() > MAX_MIGRATED_DISK_BYTES {
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
@@ -67,9 +67,9 @@ fn travelling(
         let only_top = backing.is_some();
         // So is how much it holds: the storage may not answer.
         described.travels = Some(Travels { backing, data_bytes: 0 });
-        travelling.push(SourceDisk { node: node.clone(), only_top });
+        migrated.push(SourceDisk { node: node.clone(), only_top });
     }
-    Ok((description, travelling))
+    Ok((description, migrated))
 }
 
 impl Supervisor {
@@ -297,7 +297,7 @@ impl Supervisor {
             dirty: Box::new(VmDirtyLog::new(vm.clone())),
         };
         let nodes = machine.nodes();
-        let (description, disks) = travelling(machine, selection)?;
+        let (description, disks) = migrated(machine, selection)?;
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();

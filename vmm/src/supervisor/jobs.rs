@@ -1,7 +1,7 @@
 //! Migrations: at most one runs, on a thread of its own; its counters outlive it.
 
 use super::dirty_rate::Aborted;
-use super::guest::arriving::{ArrivingGuest, Premises};
+use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
 use crate::boot::payload::BootPayload;
@@ -111,12 +111,12 @@ impl Jobs {
     ) -> io::Result<()> {
         let Leaving { vm, mut description, payload, nodes, measurement } = leaving;
         self.leaving = Arc::downgrade(&vm);
-        let travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
+        let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
-            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, travelling);
+            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
             let participants = participants(payload, disks, ram, params.get().channels());
@@ -142,13 +142,13 @@ impl Jobs {
     pub fn receive(
         &mut self,
         listener: Listener,
-        premises: Premises,
+        context: BuildContext,
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
             counters.listening(address);
-            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), premises);
+            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
                 Destination { host: &mut host, counters, cancel, events: &mut events };
@@ -185,7 +185,7 @@ impl Jobs {
 
     /// For a guest that runs or is paused here: whether a migration is over but for saying so. Who has
     /// heard of its end from elsewhere may ask for the next, which then waits for that.
-    pub fn is_settled(&self) -> bool {
+    pub fn has_unreported_end(&self) -> bool {
         // The question is what clients may have heard, and this is what they are told.
         let ended = self.counters.snapshot().status.is_over();
         self.current.as_ref().is_some_and(|job| job.incoming || ended)

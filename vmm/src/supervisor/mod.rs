@@ -38,7 +38,7 @@ use devices::reset::GuestExit;
 use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
 use ending::Ending;
-use guest::arriving::Premises;
+use guest::arriving::BuildContext;
 use jobs::Jobs;
 use messages::{Mailbox, Message};
 use migration::source::MigrationEvent;
@@ -68,34 +68,25 @@ pub mod exit_code {
 /// Why a guest could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The control socket or the event loop.
     #[error(transparent)]
     EventLoop(#[from] EventLoopError),
-    /// COM1.
     #[error(transparent)]
     Console(#[from] crate::console::ConsoleError),
-    /// A disk image.
     #[error(transparent)]
     Disk(#[from] OpenError),
-    /// KVM.
     #[error(transparent)]
     Kvm(#[from] crate::kvm::KvmError),
     /// The address of an arriving guest.
     #[error("cannot listen on {address}")]
     Listen {
-        /// Where.
         address: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The host has no more threads.
     #[error("cannot start a migration's thread")]
     Thread(#[source] io::Error),
-    /// `--expect`.
     #[error("--expect")]
     Expect(#[source] regex_lite::Error),
 }
@@ -204,8 +195,8 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let mailbox = supervisor.event_loop.mailbox().clone();
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
-    let premises = Premises { host: supervisor.host.clone(), config, parts, payload };
-    supervisor.jobs.receive(listener, premises, mailbox).map_err(SetupError::Thread)?;
+    let context = BuildContext { host: supervisor.host.clone(), config, parts, payload };
+    supervisor.jobs.receive(listener, context, mailbox).map_err(SetupError::Thread)?;
     Ok(event_loop::serve(supervisor)?)
 }
 
@@ -278,7 +269,7 @@ impl Supervisor {
     }
 
     fn tell(&mut self, event: &Event) {
-        self.event_loop.tell(event);
+        self.event_loop.broadcast(event);
     }
 
     /// The guest or KVM cannot go on.

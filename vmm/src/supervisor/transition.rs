@@ -83,9 +83,9 @@ impl Supervisor {
             | Command::Reset
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_) => {
-                let settled = matches!(self.state, RunState::Running | RunState::Paused)
-                    && self.jobs.is_settled();
-                in_transition || settled && !matches!(command, Command::Cont { .. })
+                let in_ended_migration = matches!(self.state, RunState::Running | RunState::Paused)
+                    && self.jobs.has_unreported_end();
+                in_transition || in_ended_migration && !matches!(command, Command::Cont { .. })
             }
             _ => false,
         }

@@ -162,18 +162,18 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     driver.transport.drain();
     script.fail(false);
     script.hold(true);
-    driver.node.go_on();
+    driver.node.retry_failed();
     driver.transport.resume();
     script.wait_until_held();
     let mut drain = driver.transport.begin_drain();
     script.hold(false);
     assert!(drain.wait_until(soon()));
     assert_eq!(script.accesses().len(), 1);
-    assert!(driver.node.keeps_requests(), "it is this process's alone");
+    assert!(driver.node.has_kept_requests(), "it is this process's alone");
     driver.transport.resume();
     driver.wait_for_used(1);
     driver.transport.drain();
-    assert!(!driver.node.keeps_requests());
+    assert!(!driver.node.has_kept_requests());
     assert_eq!(driver.long_status(0), 0);
 }
 

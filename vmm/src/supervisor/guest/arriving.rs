@@ -33,7 +33,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a machine for a guest that arrives is made of here.
-pub struct Premises {
+pub struct BuildContext {
     /// KVM.
     pub host: Arc<Host>,
     /// Which disks may be used.
@@ -50,7 +50,7 @@ struct Built {
     images: Images,
 }
 
-impl Premises {
+impl BuildContext {
     /// Opens and makes the images, builds the machine, compares what its disks stand on. Takes as long
     /// as storage does.
     fn build(
@@ -74,17 +74,17 @@ pub struct ArrivingGuest {
     mailbox: Mailbox,
     cancel: CancelToken,
     /// Until something has been built of it.
-    premises: Option<Premises>,
+    context: Option<BuildContext>,
     images: Images,
     /// What has arrived to boot from.
     arrived: Arc<Mutex<Option<BootPayload>>>,
 }
 
 impl ArrivingGuest {
-    /// A guest that is built on `premises`, in a migration that `cancel` ends.
-    pub fn new(mailbox: Mailbox, cancel: CancelToken, premises: Premises) -> Self {
+    /// A guest that is built on `context`, in a migration that `cancel` ends.
+    pub fn new(mailbox: Mailbox, cancel: CancelToken, context: BuildContext) -> Self {
         let (images, arrived) = (Images::default(), Arc::default());
-        Self { mailbox, cancel, premises: Some(premises), images, arrived }
+        Self { mailbox, cancel, context: Some(context), images, arrived }
     }
 
     fn nodes(&self) -> &[Arc<BlockNode>] {
@@ -105,14 +105,14 @@ impl DestinationHost for ArrivingGuest {
         go_on: GoOn<'_>,
     ) -> Result<Vec<Box<dyn Incoming>>, GuestError> {
         let again = || GuestError::new("a machine has been built for this guest already");
-        let premises = self.premises.take().ok_or_else(again)?;
-        let known = premises.payload.clone();
+        let context = self.context.take().ok_or_else(again)?;
+        let known = context.payload.clone();
         let wanted = Arc::new(AtomicBool::new(true));
         let (description, still_wanted) = (description.clone(), wanted.clone());
         let (done, built) = channel();
         let build = move || {
             let go_on = || still_wanted.load(Ordering::Acquire);
-            let result = premises.build(&description, &go_on);
+            let result = context.build(&description, &go_on);
             // If nobody wants it any more it is dropped here.
             let _ = done.send(result.map_err(|error| guest_error(&error)));
         };
@@ -171,11 +171,11 @@ impl DestinationHost for ArrivingGuest {
     }
 
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
-        self.images.keep().map_err(|error| guest_error(&error))?;
+        self.images.rename_into_place().map_err(|error| guest_error(&error))?;
         let payload = devices::lock(&self.arrived).take().map(Arc::new);
         ask(&self.mailbox, |reply| GuestRequest::Run(permit, running, payload, reply))?;
         // From now on they are the guest's, whatever becomes of this thread.
-        self.images.settle();
+        self.images.commit();
         Ok(())
     }
 

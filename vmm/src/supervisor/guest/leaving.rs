@@ -32,7 +32,7 @@ pub struct LeavingGuest {
     cancel: CancelToken,
     nodes: Vec<Arc<BlockNode>>,
     /// Disks that travel: what the destination has received is on its own storage.
-    travelling: Vec<String>,
+    migrated: Vec<String>,
     flushes: DiskWork<io::Result<()>>,
 }
 
@@ -42,11 +42,11 @@ impl LeavingGuest {
         mailbox: Mailbox,
         cancel: CancelToken,
         nodes: Vec<Arc<BlockNode>>,
-        travelling: Vec<String>,
+        migrated: Vec<String>,
     ) -> Self {
         let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
         let flushes = DiskWork::new("flush", writable);
-        Self { mailbox, cancel, nodes, travelling, flushes }
+        Self { mailbox, cancel, nodes, migrated, flushes }
     }
 
     /// Has `work` done to each writable disk that `wanted` names, until `deadline`.
@@ -56,8 +56,8 @@ impl LeavingGuest {
         work: impl Fn(&BlockNode, bool) -> io::Result<()> + Clone + Send + 'static,
         deadline: Instant,
     ) -> Result<PartTime, GuestError> {
-        let (travelling, cancel) = (self.travelling.clone(), self.cancel.clone());
-        let stays = move |node: &BlockNode| !travelling.iter().any(|id| id == node.id());
+        let (migrated, cancel) = (self.migrated.clone(), self.cancel.clone());
+        let stays = move |node: &BlockNode| !migrated.iter().any(|id| id == node.id());
         let stays_too = stays.clone();
         let done = self.flushes.run(
             |node| wanted(node, stays(node)),
@@ -153,10 +153,10 @@ mod tests {
     use devices::block::memory::MemoryDisk;
     use devices::block::raw::{Cache, RawFile};
 
-    fn guest(nodes: Vec<Arc<BlockNode>>, travelling: &[&str]) -> LeavingGuest {
+    fn guest(nodes: Vec<Arc<BlockNode>>, migrated: &[&str]) -> LeavingGuest {
         let (mailbox, _) = crate::event_loop::mailbox_for_test();
-        let travelling = travelling.iter().map(|id| (*id).to_owned()).collect();
-        LeavingGuest::new(mailbox, CancelToken::new(), nodes, travelling)
+        let migrated = migrated.iter().map(|id| (*id).to_owned()).collect();
+        LeavingGuest::new(mailbox, CancelToken::new(), nodes, migrated)
     }
 
     fn in_a_moment() -> Instant {
