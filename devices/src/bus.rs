@@ -17,16 +17,10 @@ pub trait BusDevice: Send {
 pub enum BusError {
     /// Empty, or past the end of the address space.
     #[error("bus range {base:#x}+{len:#x} is empty or wraps around")]
-    Range {
-        base: u64,
-        len: u64,
-    },
+    Range { base: u64, len: u64 },
     /// Another device is there.
     #[error("bus range {base:#x}+{len:#x} overlaps another device")]
-    Overlap {
-        base: u64,
-        len: u64,
-    },
+    Overlap { base: u64, len: u64 },
 }
 
 struct Slot {

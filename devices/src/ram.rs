@@ -53,14 +53,10 @@ impl RamBlock {
 pub enum RamLayoutError {
     /// Zero, or beyond [`MAX_RAM`].
     #[error("memory size of {size_bytes} bytes is out of range (1 byte to {MAX_RAM})")]
-    OutOfRange {
-        size_bytes: u64,
-    },
+    OutOfRange { size_bytes: u64 },
     /// Not a multiple of [`RAM_ALIGNMENT`].
     #[error("memory size of {size_bytes} bytes is not a multiple of 2 MiB")]
-    Unaligned {
-        size_bytes: u64,
-    },
+    Unaligned { size_bytes: u64 },
 }
 
 /// Where RAM lies: up to 3 GiB below the hole, the rest from 4 GiB on. A pure function of the size.

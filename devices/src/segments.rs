@@ -81,7 +81,7 @@ impl Segments {
     pub fn read(&mut self, ram: &GuestRam, buffer: &mut [u8]) -> Option<()> {
         self.walk(buffer.len(), |piece, at| {
             let end = at + piece.len;
-            ram.read_slice(buffer.get_mut(at..end).unwrap_or_default(), piece.address)
+            ram.read_slice(&mut buffer[at..end], piece.address)
         })
     }
 
@@ -89,7 +89,7 @@ impl Segments {
     pub fn write(&mut self, ram: &GuestRam, data: &[u8]) -> Option<()> {
         self.walk(data.len(), |piece, at| {
             let end = at + piece.len;
-            ram.write_slice(data.get(at..end).unwrap_or_default(), piece.address)
+            ram.write_slice(&data[at..end], piece.address)
         })
     }
 

@@ -147,7 +147,7 @@ impl SerialConsole {
 
     /// Gives the guest input; returns how many bytes fitted.
     pub fn enqueue_input(&mut self, bytes: &[u8]) -> usize {
-        let bytes = bytes.get(..self.input_room().min(bytes.len())).unwrap_or_default();
+        let bytes = &bytes[..self.input_room().min(bytes.len())];
         self.receive(bytes);
         bytes.len()
     }
@@ -192,7 +192,8 @@ impl SerialConsole {
             DATA => {
                 let byte = self.input.pop_front();
                 self.say_room();
-                byte.unwrap_or_default()
+                // An empty receive buffer reads as 0.
+                byte.unwrap_or(0)
             }
             IER => self.registers.ier,
             IIR => {
@@ -232,10 +233,9 @@ impl SerialConsole {
         match offset {
             DATA if dlab => self.registers.divisor[0] = value,
             IER if dlab => self.registers.divisor[1] = value,
-            DATA if self.loops() => {
-                let room = FIFO_BYTES - self.input.len();
-                self.receive([value].get(..room.min(1)).unwrap_or_default());
-            }
+            // A byte that does not fit is lost, as on hardware.
+            DATA if self.loops() && self.input.len() >= FIFO_BYTES => {}
+            DATA if self.loops() => self.receive(&[value]),
             DATA => self.transmitter.push(value),
             IER => {
                 self.registers.ier = value & IER_VALID;

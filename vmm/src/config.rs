@@ -295,6 +295,7 @@ impl RunOptions {
                 boot: BootFiles { kernel, initrd: self.initrd },
                 acpi: self.acpi.unwrap_or(Switch(true)).0,
                 rng: self.rng,
+                // Documented default: an empty command line.
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
@@ -316,6 +317,7 @@ impl HostOptions {
             problems.push(format!("--expect: {error}"));
         }
         HostConfig {
+            // Documented default: stdio.
             serial: self.serial.unwrap_or_default(),
             qmp: self.qmp,
             timeout,

@@ -9,6 +9,7 @@ mod output;
 
 use crate::config::SerialConfig;
 use crate::supervisor::exit_code;
+use devices::lock;
 use devices::serial::SerialConsole;
 use devices::transmitter::{Observer, Transmitter};
 use expect::Expect;
@@ -20,7 +21,7 @@ use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -96,10 +97,6 @@ struct Attached {
     /// The attachment changed, or the console closes.
     changed: EventFd,
     closing: std::sync::atomic::AtomicBool,
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 enum Input {
@@ -262,8 +259,8 @@ impl Reader {
             let source = self.source();
             let epoll = Epoll::new()?;
             let watch = |fd: RawFd| {
-                let event = EpollEvent::new(EventSet::IN, u64::try_from(fd).unwrap_or(0));
-                epoll.ctl(ControlOperation::Add, fd, event)
+                let data = u64::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
             };
             watch(self.attached.changed.as_raw_fd())?;
             if let Some(room) = &room {

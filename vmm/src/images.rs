@@ -32,56 +32,31 @@ use std::time::{Duration, Instant};
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     #[error("the stream names a disk {id:?}: a name may have letters, digits, _ - .")]
-    BadName {
-        id: String,
-    },
+    BadName { id: String },
     #[error("{path} holds an image already: give --overwrite to replace it")]
-    Exists {
-        path: PathBuf,
-    },
+    Exists { path: PathBuf },
     /// It was to be replaced, but it is another one now.
     #[error("{path} is not the file any more that was there when the guest began to arrive")]
-    Changed {
-        path: PathBuf,
-    },
+    Changed { path: PathBuf },
     #[error("{path} is neither a file nor a block device")]
-    NotAnImage {
-        path: PathBuf,
-    },
+    NotAnImage { path: PathBuf },
     #[error("the guest knows this disk with {len_bytes} bytes, {path} has {found}")]
-    WrongSize {
-        path: PathBuf,
-        len_bytes: u64,
-        found: u64,
-    },
+    WrongSize { path: PathBuf, len_bytes: u64, found: u64 },
     #[error(
         "only what lies above its backing file {name:?} travels: give that too, with --disk \
          {id}=PATH,format=qcow2,backing=BASE,backing-format=raw|qcow2, or move it with --disks full"
     )]
-    BackingNotGiven {
-        id: String,
-        name: String,
-    },
+    BackingNotGiven { id: String, name: String },
     #[error(
         "its backing file differs: {theirs:?} at the source has {their_len} bytes, {path} here has \
          {len}"
     )]
-    BackingSizeDiffers {
-        theirs: String,
-        their_len: u64,
-        path: String,
-        len: u64,
-    },
+    BackingSizeDiffers { theirs: String, their_len: u64, path: String, len: u64 },
     #[error(
         "its backing file differs: the content of {theirs:?} at the source has SHA-256 {their_sum}, \
          of {path} here {sum}"
     )]
-    BackingDiffers {
-        theirs: String,
-        their_sum: String,
-        path: String,
-        sum: String,
-    },
+    BackingDiffers { theirs: String, their_sum: String, path: String, sum: String },
     #[error("cannot read backing file {path}")]
     BackingUnreadable {
         path: String,
@@ -89,22 +64,14 @@ pub enum ImageError {
         source: io::Error,
     },
     #[error("all of this disk travels: it cannot stand on backing file {path} here")]
-    BackingUnwanted {
-        path: PathBuf,
-    },
+    BackingUnwanted { path: PathBuf },
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
-    NoSpace {
-        path: PathBuf,
-        free: u64,
-        needed: u64,
-    },
+    NoSpace { path: PathBuf, free: u64, needed: u64 },
     /// Its metadata would be read while the source still writes it.
     #[error("a qcow2 image cannot be shared: move it with --disks full or top")]
     Shared,
     #[error("{path} is given for two disks")]
-    Twice {
-        path: PathBuf,
-    },
+    Twice { path: PathBuf },
     #[error("cannot create disk image {path}")]
     Create {
         path: PathBuf,
@@ -129,7 +96,10 @@ impl BackingCheck {
     pub fn check(&self, go_on: GoOn<'_>) -> Result<(), MachineError> {
         let id = self.node.id();
         let Some(chain) = self.node.backing() else { return Ok(()) };
-        let path = chain.files().first().cloned().unwrap_or_default();
+        let Some(path) = chain.files().into_iter().next() else {
+            let (path, source) = (self.theirs.name.clone(), io::ErrorKind::NotFound.into());
+            return Err(failed(id, ImageError::BackingUnreadable { path, source }));
+        };
         let sum = match chain.digest(go_on) {
             Ok(sum) => sum,
             Err(source) => return Err(failed(id, ImageError::BackingUnreadable { path, source })),
@@ -232,7 +202,9 @@ impl Images {
             Err(error) if error.kind() == io::ErrorKind::NotFound => place.path.clone(),
             Err(source) => return Err(ImageError::Create { path: place.path.clone(), source }),
         };
-        let mut name = path.file_name().map(OsString::from).unwrap_or_default();
+        // `/` or a path that ends in `..`.
+        let Some(name) = path.file_name() else { return Err(ImageError::NotAnImage { path }) };
+        let mut name = OsString::from(name);
         name.push(".partial");
         let partial = path.with_file_name(name);
         let one_of = |other: &Partial| {

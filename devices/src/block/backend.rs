@@ -48,9 +48,7 @@ pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     #[error("{location} is in use by another virtual machine: stop that one first")]
-    Held {
-        location: String,
-    },
+    Held { location: String },
     #[error("cannot lock {location}")]
     Refused {
         location: String,

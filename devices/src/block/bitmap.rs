@@ -24,7 +24,7 @@ pub struct DirtyBitmap {
 }
 
 fn index(word: u64) -> usize {
-    usize::try_from(word).unwrap_or(usize::MAX)
+    usize::try_from(word).expect("64-bit host")
 }
 
 /// The bits of word `word` that belong to granules `first..end`.

@@ -26,17 +26,12 @@ pub enum OpenError {
         source: io::Error,
     },
     #[error("disk image {path} is neither a file nor a block device")]
-    NotAFile {
-        path: PathBuf,
-    },
+    NotAFile { path: PathBuf },
     #[error(
         "disk image {path} has {len_bytes} bytes, not a multiple of {SECTOR_BYTES}: \
          enlarge it with `truncate -s %{SECTOR_BYTES}`"
     )]
-    OddSize {
-        path: PathBuf,
-        len_bytes: u64,
-    },
+    OddSize { path: PathBuf, len_bytes: u64 },
     #[error("disk image {path} cannot bypass the host's page cache ({why}): use cache=writeback")]
     NoDirectIo {
         path: PathBuf,
@@ -55,9 +50,7 @@ pub enum OpenError {
     #[error(transparent)]
     Locked(#[from] LockError),
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
-    Empty {
-        path: PathBuf,
-    },
+    Empty { path: PathBuf },
 }
 
 /// Whether the host's page cache stands between the guest and the image.

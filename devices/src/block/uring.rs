@@ -63,9 +63,12 @@ pub struct Transfer {
     pub offset_bytes: u64,
 }
 
-/// Addresses for the kernel.
+/// The kernel's view of a transfer's memory: `count` vectors, at most [`MOST_PIECES`].
 #[derive(Debug, Default)]
-struct Pieces(Vec<libc::iovec>);
+struct Pieces {
+    vectors: Vec<libc::iovec>,
+    count: u32,
+}
 
 // SAFETY: the addresses point into guest RAM, which is mapped for the whole process; `Ring` keeps it.
 unsafe impl Send for Pieces {}
@@ -167,8 +170,10 @@ impl<T> Ring<T> {
     /// it, or if the kernel would not take its pieces of RAM as they are.
     pub fn push(&mut self, transfer: Transfer, token: T) -> Result<(), (Transfer, T)> {
         let bytes = transfer.operation.bytes_left();
-        let pieces = self.has_room_for(bytes).then(|| self.pieces_of(&transfer)).flatten();
-        let Some(pieces) = pieces else { return Err((transfer, token)) };
+        if !self.has_room_for(bytes) {
+            return Err((transfer, token));
+        }
+        let Some(pieces) = self.pieces_of(&transfer) else { return Err((transfer, token)) };
         let slot = Some(Slot { transfer, pieces, bytes, token });
         let index = match self.free.pop() {
             Some(index) => index,
@@ -217,7 +222,8 @@ impl<T> Ring<T> {
             left -= piece.iov_len;
         }
         pieces.retain(|piece| piece.iov_len > 0);
-        Some(Pieces(pieces))
+        let count = u32::try_from(pieces.len()).ok()?;
+        Some(Pieces { vectors: pieces, count })
     }
 
     /// Queues what is left of a slot's transfer. There is an entry for each slot, so that there is
@@ -225,8 +231,8 @@ impl<T> Ring<T> {
     fn enqueue(&mut self, index: usize) {
         let Some(Some(slot)) = self.slots.get(index) else { return };
         let fd = Fd(slot.transfer.access.file.as_raw_fd());
-        let (pieces, offset) = (&slot.pieces.0, slot.transfer.offset_bytes);
-        let count = u32::try_from(pieces.len()).unwrap_or(0);
+        let Pieces { vectors: pieces, count } = &slot.pieces;
+        let (count, offset) = (*count, slot.transfer.offset_bytes);
         let entry: squeue::Entry = match &slot.transfer.operation {
             Operation::Read(_) => {
                 opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).build()
@@ -327,9 +333,11 @@ impl<T> Ring<T> {
             Ok(done) => done,
             Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::Continue,
             Err(_) => {
-                // Some of it may have been written all the same.
-                self.mark_rest(transfer);
-                return Progress::Failed(io::Error::from_raw_os_error(-result));
+                // The kernel may have written some of it nevertheless.
+                return match self.mark_rest(transfer) {
+                    Ok(()) => Progress::Failed(io::Error::from_raw_os_error(-result)),
+                    Err(error) => Progress::Failed(error),
+                };
             }
         };
         let (segments, reading) = match &mut transfer.operation {
@@ -340,31 +348,36 @@ impl<T> Ring<T> {
         let mut left = done;
         while let Some(piece) = segments.take_front(left) {
             left -= piece.len;
-            if reading {
-                self.mark(piece);
+            if reading && let Err(error) = self.mark(piece) {
+                return Progress::Failed(error);
             }
         }
         transfer.offset_bytes += (done - left) as u64;
         match (segments.is_empty(), done) {
             (true, _) => Progress::Done,
-            (false, 0) => {
-                self.mark_rest(transfer);
-                Progress::Failed(io::ErrorKind::UnexpectedEof.into())
-            }
+            (false, 0) => match self.mark_rest(transfer) {
+                Ok(()) => Progress::Failed(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) => Progress::Failed(error),
+            },
             (false, _) => Progress::Continue,
         }
     }
 
-    fn mark_rest(&self, transfer: &Transfer) {
-        if let Operation::Read(segments) = &transfer.operation {
-            segments.pieces().for_each(|piece| self.mark(piece));
+    fn mark_rest(&self, transfer: &Transfer) -> io::Result<()> {
+        match &transfer.operation {
+            Operation::Read(segments) => segments.pieces().try_for_each(|piece| self.mark(piece)),
+            Operation::Write { .. } | Operation::Flush => Ok(()),
         }
     }
 
-    fn mark(&self, piece: Segment) {
-        for slice in self.ram.get_slices(piece.address, piece.len).flatten() {
+    /// Marks RAM dirty. A segment lies in RAM, so an error is a bug: the guest must not take data for
+    /// read whose page would not be migrated.
+    fn mark(&self, piece: Segment) -> io::Result<()> {
+        for slice in self.ram.get_slices(piece.address, piece.len) {
+            let slice = slice.map_err(io::Error::other)?;
             slice.bitmap().mark_dirty(0, slice.len());
         }
+        Ok(())
     }
 }
 

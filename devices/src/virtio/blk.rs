@@ -95,6 +95,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
+        // An offset that does not fit is past the end, where the space reads as zero.
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
             *byte = *value;

@@ -103,7 +103,7 @@ impl Request {
         let (mut from_guest, mut to_guest) = (Segments::default(), Segments::default());
         for descriptor in chain {
             let side = if descriptor.is_write_only() { &mut to_guest } else { &mut from_guest };
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            let len = descriptor.len() as usize;
             if !side.push(ram, descriptor.addr(), len) {
                 return Err(broken("with a buffer outside RAM"));
             }
@@ -479,7 +479,7 @@ impl Processor {
                 let mut id = [0u8; ID_BYTES];
                 id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
                 let len = request.to_guest.len().min(ID_BYTES);
-                let id = id.get(..len).unwrap_or_default();
+                let id = &id[..len];
                 request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
             }
             T_DISCARD if self.accepted(F_DISCARD) => {
@@ -641,7 +641,7 @@ impl Processor {
         self.check_writable()?;
         let len = request.from_guest.len();
         let count = len / RANGE_BYTES;
-        let most = usize::try_from(limits.ranges).unwrap_or(usize::MAX);
+        let most = limits.ranges as usize;
         if count == 0 || count > most || !len.is_multiple_of(RANGE_BYTES) {
             return Err(Failed::Guest("no ranges, too many, or not whole ones"));
         }

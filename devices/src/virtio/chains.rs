@@ -58,6 +58,7 @@ pub(super) fn give_back(
     head: u16,
     len: usize,
 ) -> Result<(), BrokenQueue> {
+    // The used ring's length has 32 bits. Overlapping buffers can add up to more: it saturates.
     queue.add_used(ram, head, u32::try_from(len).unwrap_or(u32::MAX))?;
     if queue.needs_notification(ram)? {
         host.interrupt();

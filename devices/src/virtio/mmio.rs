@@ -531,13 +531,13 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "one half at a time")]
 fn half(features: u64, select: u32) -> u32 {
-    let bits = match select {
-        0 => features & 0xffff_ffff,
-        1 => features >> 32,
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
         _ => 0,
-    };
-    u32::try_from(bits).unwrap_or(0)
+    }
 }
 
 impl BusDevice for MmioTransport {

@@ -7,8 +7,8 @@ mod blk_worker;
 mod chains;
 #[cfg(test)]
 pub(crate) mod driver;
-pub mod mmio;
 mod latch;
+pub mod mmio;
 pub mod rng;
 pub mod worker;
 

@@ -131,7 +131,7 @@ impl Processor {
     ) -> Result<usize, BrokenQueue> {
         let mut room = Segments::default();
         for descriptor in chain.writable() {
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            let len = descriptor.len() as usize;
             if !room.push(ram, descriptor.addr(), len) {
                 return Err(BrokenQueue("request with a buffer outside RAM".into()));
             }

@@ -126,8 +126,8 @@ impl Worker {
         common.publish(Position::of(&queue));
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
-        let events = [Some(notify.as_raw_fd()), Some(wake.as_raw_fd()), processor.completions()];
-        for fd in events.into_iter().flatten() {
+        let events = [notify.as_raw_fd(), wake.as_raw_fd()];
+        for fd in events.into_iter().chain(processor.completions()) {
             let interest = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, interest)?;
         }

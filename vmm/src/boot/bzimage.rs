@@ -67,8 +67,8 @@ pub(super) fn load(
     })?;
     let header = loaded.setup_header.ok_or_else(|| corrupt("it has no setup header".into()))?;
     check(file, &header, file_len, cmdline)?;
-    let unpacked_end = { header.pref_address }.checked_add({ header.init_size }.into());
-    let end = unpacked_end.unwrap_or(u64::MAX).max(loaded.kernel_end);
+    let unpacked_end = { header.pref_address }.saturating_add({ header.init_size }.into());
+    let end = unpacked_end.max(loaded.kernel_end);
     if end > low_end {
         return Err(does_not_fit(end));
     }

@@ -58,7 +58,7 @@ pub fn virtio_slot(index: usize) -> Option<MmioSlot> {
 }
 
 /// COM1.
-pub const COM1_PORT: u64 = 0x3f8;
+pub const COM1_PORT: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
 /// Keyboard controller, for its reset line.

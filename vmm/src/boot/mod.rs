@@ -39,47 +39,27 @@ pub enum BootError {
         "{file} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
          or a Multiboot kernel"
     )]
-    NotAKernel {
-        file: String,
-    },
+    NotAKernel { file: String },
     #[error("{file} is truncated: {what} reaches past the end of the file")]
-    Truncated {
-        file: String,
-        what: String,
-    },
+    Truncated { file: String, what: String },
     /// A segment lies outside RAM.
     #[error(
         "{file} does not fit: it needs guest memory {start:#x} to {end:#x}, \
          raise --memory ({ram_bytes} bytes now)"
     )]
-    DoesNotFit {
-        file: String,
-        start: u64,
-        end: u64,
-        ram_bytes: u64,
-    },
+    DoesNotFit { file: String, start: u64, end: u64, ram_bytes: u64 },
     /// The ramdisk does not fit beside the kernel.
     #[error(
         "{file} does not fit: it has {len_bytes} bytes, beside the kernel there is room for \
          {room_bytes}; raise --memory ({ram_bytes} bytes now)"
     )]
-    InitrdDoesNotFit {
-        file: String,
-        len_bytes: u64,
-        room_bytes: u64,
-        ram_bytes: u64,
-    },
+    InitrdDoesNotFit { file: String, len_bytes: u64, room_bytes: u64, ram_bytes: u64 },
     /// The segments would overwrite what the VMM puts below 1 MiB, or nothing can be entered.
     #[error("{file} cannot be loaded: {reason}")]
-    Unloadable {
-        file: String,
-        reason: String,
-    },
+    Unloadable { file: String, reason: String },
     /// The command line is too long or holds a NUL.
     #[error("--cmdline {reason}")]
-    Cmdline {
-        reason: String,
-    },
+    Cmdline { reason: String },
     /// Writing boot structures into RAM failed.
     #[error("cannot write boot data into guest memory: {0}")]
     Ram(String),

@@ -39,23 +39,13 @@ pub enum PayloadError {
     },
     /// It is a FIFO, a folder or a device.
     #[error("{file} is not {expected}: it is {kind}, not a regular file")]
-    NotRegular {
-        file: String,
-        expected: &'static str,
-        kind: &'static str,
-    },
+    NotRegular { file: String, expected: &'static str, kind: &'static str },
     /// It is larger than any that can be booted.
     #[error("{file} has {len_bytes} bytes: at most {max_bytes} are possible")]
-    TooLarge {
-        file: String,
-        len_bytes: u64,
-        max_bytes: u64,
-    },
+    TooLarge { file: String, len_bytes: u64, max_bytes: u64 },
     /// A list of files that no loader could have made.
     #[error("boot files: {reason}")]
-    List {
-        reason: String,
-    },
+    List { reason: String },
     #[error("cannot read {file}")]
     Read {
         file: String,
@@ -66,9 +56,7 @@ pub enum PayloadError {
     #[error(
         "{file} has changed on disk since it was opened: replace such a file by renaming another over it"
     )]
-    Changed {
-        file: String,
-    },
+    Changed { file: String },
     #[error("cannot keep a copy of the boot files in {folder}")]
     Create {
         folder: String,
@@ -79,11 +67,7 @@ pub enum PayloadError {
         "cannot keep a copy of the boot files in {folder}: they have {needed_bytes} bytes, \
          {free_bytes} are free"
     )]
-    NoSpace {
-        folder: String,
-        needed_bytes: u64,
-        free_bytes: u64,
-    },
+    NoSpace { folder: String, needed_bytes: u64, free_bytes: u64 },
     #[error("cannot write the copy of {file}")]
     Write {
         file: String,
@@ -92,10 +76,7 @@ pub enum PayloadError {
     },
     /// What arrives is not what was announced.
     #[error("{file}: {reason}")]
-    Arrived {
-        file: String,
-        reason: String,
-    },
+    Arrived { file: String, reason: String },
     /// `go_on` said no.
     #[error("cancelled")]
     Cancelled,
@@ -237,7 +218,7 @@ impl BootPayload {
                     return Err(PayloadError::List { reason });
                 }
                 for arguments in modules {
-                    let path = arguments.split(' ').next().unwrap_or_default();
+                    let path = arguments.split_once(' ').map_or(&*arguments, |(path, _)| path);
                     let file = Arc::new(BootFile::open(Role::Module, Path::new(path))?);
                     files.push(PayloadFile { role: Role::Module, arguments, file });
                 }
@@ -274,7 +255,7 @@ impl BootPayload {
 
     /// What follows the kernel: an initrd, or modules.
     pub fn beside_kernel(&self) -> &[PayloadFile] {
-        self.files.get(1..).unwrap_or_default()
+        self.files.split_first().map_or(&[], |(_, beside)| beside)
     }
 
     /// How another process would recognise these files, in their order; hashes what was not hashed yet.

@@ -50,6 +50,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
 fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> {
     let mut parameters = json!({});
     if let Some(limit) = args.downtime_limit {
+        // Saturates: the source refuses far smaller limits.
         parameters["downtime-limit"] = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).into();
     }
     if let Some(rate) = args.max_bandwidth {
@@ -147,15 +148,19 @@ fn without_rounds(mut info: Value) -> Value {
     info
 }
 
-/// What to tell people whose guest writes faster than it is sent, and what would help.
+/// A figure of an answer. QMP leaves out what does not apply yet or at all, which counts as 0.
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+/// Why the migration does not converge, and which options would help.
 fn not_converging(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
     let parameters = client.execute("query-migrate-parameters", json!({}))?;
     let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
     let is_off = |name: &str| {
-        let entries = capabilities.as_array().map(Vec::as_slice).unwrap_or_default();
-        entries.iter().any(|entry| entry["capability"] == name && entry["state"] == false)
+        let mut entries = capabilities.as_array().into_iter().flatten();
+        entries.any(|entry| entry["capability"] == name && entry["state"] == false)
     };
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let mut help = Vec::new();
     if is_off("auto-converge") {
         help.push("--auto-converge, which slows the guest down".to_owned());
@@ -165,13 +170,13 @@ fn not_converging(client: &mut QmpClient, facts: &Value) -> Result<String, Clien
     }
     let cap = number(&parameters["max-bandwidth"]);
     if cap > 0 {
-        help.push(format!("a --max-bandwidth above the {}/s of now", HumanBytes(cap)));
+        help.push(format!("a --max-bandwidth above the current {}/s", HumanBytes(cap)));
     }
     let expected = number(&facts["expected-downtime"]);
     help.push(format!("a --downtime-limit of {} ms or more", expected + expected / 10));
     Ok(format!(
-        "ferry: no end in sight: the guest writes {}/s, {}/s are sent, and its pause would be {expected} ms, \
-         above the limit of {} ms. What would help: {}",
+        "ferry: the migration does not converge: the guest writes {}/s, {}/s are sent; the expected \
+         downtime is {expected} ms, above the limit of {} ms. What would help: {}",
         HumanBytes(number(&facts["dirty-bytes-per-second"])),
         HumanBytes(number(&facts["bytes-per-second"])),
         number(&facts["downtime-limit"]),
@@ -187,7 +192,6 @@ fn progress_bar() -> ProgressBar {
 
 fn show(bar: &ProgressBar, info: &Value) {
     let (ram, disk) = (&info["ram"], &info["disk"]);
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let both = |key: &str| number(&ram[key]) + number(&disk[key]);
     let (total, remaining) = (both("total"), both("remaining"));
     bar.set_length(total.max(1));
@@ -268,7 +272,6 @@ fn what_holds(client: &mut QmpClient) -> String {
 
 /// One line for people.
 fn summary(info: &Value) -> String {
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
     let sent = number(&ram["transferred"]) + number(&info["disk"]["transferred"]);
     format!(

@@ -166,7 +166,7 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        *super::lock(&self.shared.closing) = Some(Instant::now() + CLOSE_PATIENCE);
+        *devices::lock(&self.shared.closing) = Some(Instant::now() + CLOSE_PATIENCE);
         self.shared.transmitter.wake();
         if let Some((thread, ended)) = self.thread.take() {
             // Nothing is ever sent: it ends by the thread's end, or does not.
@@ -187,13 +187,13 @@ pub(super) struct Clients(Arc<Shared>);
 impl Clients {
     /// From now on output goes to `client`.
     pub fn set(&self, client: UnixStream) {
-        *super::lock(&self.0.sink) = Some(Arc::new(Sink::Client(client)));
+        *devices::lock(&self.0.sink) = Some(Arc::new(Sink::Client(client)));
         self.0.transmitter.set_discarding(false);
     }
 
     /// The client has gone, and what waited for it goes with it.
     pub fn clear(&self) {
-        *super::lock(&self.0.sink) = None;
+        *devices::lock(&self.0.sink) = None;
         self.0.transmitter.set_discarding(true);
         self.0.transmitter.wake();
     }
@@ -206,8 +206,8 @@ impl Shared {
         epoll.ctl(ControlOperation::Add, wake, EpollEvent::new(EventSet::IN, 0))?;
         let mut bytes = Vec::new();
         loop {
-            let deadline = *super::lock(&self.closing);
-            let sink = super::lock(&self.sink).clone();
+            let deadline = *devices::lock(&self.closing);
+            let sink = devices::lock(&self.sink).clone();
             if !self.transmitter.begin_write(&mut bytes) {
                 if deadline.is_some() {
                     return Ok(());
@@ -278,7 +278,7 @@ impl Shared {
         if let Sink::Client(client) = &**sink {
             // Its reading side is told by that, too.
             let _ = client.shutdown(std::net::Shutdown::Both);
-            let mut current = super::lock(&self.sink);
+            let mut current = devices::lock(&self.sink);
             if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, sink)) {
                 *current = None;
                 self.transmitter.set_discarding(true);

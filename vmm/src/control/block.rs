@@ -20,8 +20,8 @@ fn info(node: &BlockNode, sizes: &Sizes) -> Value {
     if let Some(bytes) = sizes.get(node.id()) {
         image["actual-size"] = (*bytes).into();
     }
-    let (direct, backing) = (node.is_direct(), node.backing().map(|chain| chain.files()));
-    let backing = backing.unwrap_or_default();
+    let direct = node.is_direct();
+    let backing = node.backing().map_or_else(Vec::new, |chain| chain.files());
     if let Some(name) = backing.first() {
         image["backing-filename"] = name.as_str().into();
     }

@@ -141,6 +141,7 @@ impl ParameterChange {
         Ok(Self {
             max_bandwidth: arguments.number("max-bandwidth")?,
             downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
+            // Saturates: `Params::validate` refuses far smaller numbers.
             multifd_channels: arguments
                 .number("multifd-channels")?
                 .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
@@ -188,6 +189,7 @@ impl ParameterChange {
 
 /// As `query-migrate-parameters` answers.
 pub fn parameters(params: &Params) -> Value {
+    // Milliseconds: `u64` holds 580 million years.
     json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),

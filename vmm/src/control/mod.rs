@@ -79,6 +79,7 @@ impl Event {
     }
 
     fn to_json(&self) -> Value {
+        // A wall clock before 1970 is shown as 1970.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut event = json!({
             "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},

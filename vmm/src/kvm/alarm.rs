@@ -62,5 +62,5 @@ impl Drop for Alarm {
 /// CPU time that the calling thread has used, in the guest and for it.
 pub fn thread_cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::try_from(time).expect("a thread's CPU time is not negative")
 }

@@ -64,6 +64,7 @@ impl CpuStateLayout {
     /// Asks KVM which MSRs it saves and how large an XSAVE image is.
     pub fn probe(host: &Host, vm: &Vm) -> Result<Self, KvmError> {
         let list = ioctl("KVM_GET_MSR_INDEX_LIST", host.kvm().get_msr_index_list())?;
+        // 0 or negative: this KVM has no `KVM_GET_XSAVE2`.
         let xsave_bytes = usize::try_from(vm.fd().check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             msr_indices: list.as_slice().to_vec(),
@@ -289,8 +290,9 @@ fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
     let Some(now) = read_tsc_offset(vcpu).filter(|now| *now != offset) else { return };
     // A software KVM reports success and goes on showing the host's own TSC, which is just as continuous
     // for a guest that stays on this host.
-    let khz = vcpu.tsc_khz().unwrap_or(0);
-    if is_noticed(now.wrapping_sub(offset), khz) {
+    // With an unknown frequency any difference counts.
+    let is_noticed = |khz| is_noticed(now.wrapping_sub(offset), khz);
+    if vcpu.tsc_khz().map_or(true, is_noticed) {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
             log::warn!(

@@ -39,10 +39,7 @@ pub enum KvmError {
     Capability(Cap),
     /// More vCPUs than this KVM allows.
     #[error("{wanted} vCPUs asked for, this KVM allows {most}")]
-    TooManyCpus {
-        wanted: usize,
-        most: usize,
-    },
+    TooManyCpus { wanted: usize, most: usize },
     #[error("{what} failed")]
     Ioctl {
         /// The ioctl, by its KVM name.
@@ -58,10 +55,7 @@ pub enum KvmError {
     },
     /// A saved state that this KVM or machine cannot take.
     #[error("{what}: {reason}")]
-    State {
-        what: &'static str,
-        reason: String,
-    },
+    State { what: &'static str, reason: String },
 }
 
 /// Names the ioctl in an error.

@@ -112,6 +112,7 @@ pub(super) fn readable(vcpu: &Vcpu, listed: &[u32]) -> Result<Vec<u32>, KvmError
 
 /// Registers to save, each once, in the order of restoring.
 fn to_save(listed: &[u32], bank_count: u64) -> Vec<u32> {
+    // Saturates: the maximum is far below.
     let bank_count = u32::try_from(bank_count).unwrap_or(u32::MAX).min(MAX_MCE_BANKS);
     let variable = MTRR_PHYS_BASE_0..MTRR_PHYS_BASE_0 + 2 * MTRR_VARIABLE;
     let banks = MC0_CTL..MC0_CTL + MSRS_PER_BANK * bank_count;

@@ -135,8 +135,8 @@ impl Vcpu {
         let run = ptr::from_mut(self.fd.get_kvm_run());
         // SAFETY: the exit reason was KVM_EXIT_IO, which selects this union member.
         let io = unsafe { (*run).__bindgen_anon_1.io };
-        let (size, count) = (usize::from(io.size).max(1), usize::try_from(io.count).unwrap_or(0));
-        let offset = usize::try_from(io.data_offset).unwrap_or(0);
+        let (size, count) = (usize::from(io.size).max(1), io.count as usize);
+        let offset = usize::try_from(io.data_offset).expect("64-bit host");
         // SAFETY: KVM keeps `count * size` bytes at this offset within the mapping that starts at
         // `run`, and they stay there while the vCPU, borrowed by the result, does not run.
         let data =
@@ -148,7 +148,7 @@ impl Vcpu {
     pub fn mmio_data(&mut self) -> &mut [u8] {
         // SAFETY: the exit reason was KVM_EXIT_MMIO, which selects this union member.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
-        let len = usize::try_from(mmio.len).unwrap_or(0).min(mmio.data.len());
+        let len = (mmio.len as usize).min(mmio.data.len());
         &mut mmio.data[..len]
     }
 

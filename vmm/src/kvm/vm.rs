@@ -173,7 +173,8 @@ impl Vm {
             if mask.is_empty() || first >= end {
                 continue;
             }
-            let words = usize::try_from((end - first) / 64).unwrap_or(usize::MAX).min(mask.len());
+            let left_in_block = usize::try_from((end - first) / 64).expect("64-bit host");
+            let words = left_in_block.min(mask.len());
             let (now, rest) = mask.split_at(words);
             let page_count = words as u64 * 64;
             let mut log = kvm_clear_dirty_log {
@@ -221,6 +222,7 @@ fn check(what: &'static str, result: i32) -> Result<(), KvmError> {
 /// Turns on the best way of clearing the dirty log that this KVM has.
 fn enable_manual_dirty_log(fd: &VmFd) -> DirtyLogMode {
     let cap = std::ffi::c_ulong::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+    // Negative or absent: no mode is offered.
     let offered = u32::try_from(fd.check_extension_raw(cap)).unwrap_or(0);
     let manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     let both = manual | KVM_DIRTY_LOG_INITIALLY_SET;

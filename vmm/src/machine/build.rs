@@ -127,7 +127,8 @@ impl Parts {
     }
 
     fn configure_cpus(&self, base: &[kvm_cpuid_entry2], tsc_khz: u32) -> Result<(), MachineError> {
-        let count = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        let too_many = |_| MachineError::Records("more vCPUs than APIC ids".into());
+        let count = u8::try_from(self.vcpus.len()).map_err(too_many)?;
         for vcpu in &self.vcpus {
             set_tsc_khz(vcpu, tsc_khz)?;
             set_cpuid(vcpu, &cpu::cpuid(base, vcpu.index(), count, tsc_khz))?;
@@ -158,7 +159,7 @@ impl Parts {
         let serial = SerialConsole::new(irq, backends.serial_output).map_err(setup("COM1"))?;
         let serial = Arc::new(Mutex::new(serial));
         let mut pio = Bus::new();
-        insert(&mut pio, layout::COM1_PORT, 8, serial.clone())?;
+        insert(&mut pio, layout::COM1_PORT.into(), 8, serial.clone())?;
         insert(&mut pio, layout::I8042_PORT, 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
         let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
         insert(&mut pio, layout::DEBUG_EXIT_PORT, 4, debug_exit)?;

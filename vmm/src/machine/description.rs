@@ -95,9 +95,7 @@ fn one() -> u16 {
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptionError {
     #[error("machine description version {found} is newer than {VERSION}, the newest known here")]
-    NewerVersion {
-        found: u16,
-    },
+    NewerVersion { found: u16 },
     /// Not the layout that its version promises.
     #[error("malformed machine description")]
     Malformed(#[source] serde_json::Error),

@@ -20,6 +20,7 @@ use crate::kvm::vm::Vm;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::irq::{EventIrq, IrqLine};
+use devices::lock;
 use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
@@ -29,7 +30,7 @@ use drain::{DeviceDrain, Drains};
 use migration::guest::RunPermit;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
 
@@ -58,16 +59,10 @@ pub enum MachineError {
     },
     /// A disk of the description that this side was not given.
     #[error("the guest has a disk {id:?} ({len_bytes} bytes): give its path with --disk {id}=PATH")]
-    DiskNotGiven {
-        id: String,
-        len_bytes: u64,
-    },
+    DiskNotGiven { id: String, len_bytes: u64 },
     /// A disk that is not the one that the guest uses.
     #[error("disk {id}: {reason}")]
-    DiskMismatch {
-        id: String,
-        reason: String,
-    },
+    DiskMismatch { id: String, reason: String },
     #[error(transparent)]
     Restore(#[from] RestoreError),
     /// The set of records does not fit the machine.
@@ -311,9 +306,4 @@ pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
 /// Lets go of the locks of all disks.
 pub fn unlock_disks(nodes: &[Arc<BlockNode>]) {
     nodes.iter().for_each(|node| node.unlock());
-}
-
-/// A poisoned lock means that a device panicked, which is our bug; its state is still the best we have.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

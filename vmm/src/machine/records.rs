@@ -5,9 +5,10 @@
 //! irqchip and PIT, devices. The clock is set first: the vCPUs' TSCs go on from the same moment, and
 //! nothing of it is left that could fail after the handover.
 
-use super::{Machine, MachineError, lock};
+use super::{Machine, MachineError};
 use crate::kvm::cpu_state::VcpuState;
 use crate::kvm::vm_state::{ClockState, IrqchipState};
+use devices::lock;
 use devices::serial::SerialConsole;
 use devices::state::{DeviceRecord, Persist, RestoreError};
 use devices::virtio::mmio::MmioTransport;

@@ -83,14 +83,10 @@ pub enum VcpusError {
     },
     /// The thread has ended, which is a bug or a kill.
     #[error("the thread of vCPU {index} has died")]
-    Gone {
-        index: usize,
-    },
+    Gone { index: usize },
     /// The thread does not answer, which is a bug.
     #[error("vCPU {index} does not stop")]
-    Stuck {
-        index: usize,
-    },
+    Stuck { index: usize },
     #[error("vCPU {index}")]
     Kvm {
         index: usize,
@@ -99,10 +95,7 @@ pub enum VcpusError {
     },
     /// A stream holds records for another number of vCPUs.
     #[error("{found} vCPU states for {expected} vCPUs")]
-    Count {
-        found: usize,
-        expected: usize,
-    },
+    Count { found: usize, expected: usize },
 }
 
 impl Vcpus {

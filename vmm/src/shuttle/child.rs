@@ -250,8 +250,12 @@ impl ConsoleInput for Input {
         let Ok(answer) = self.client.execute("x-console-input", json!({"data": data})) else {
             return 0;
         };
-        let taken = answer["taken"].as_u64().and_then(|taken| usize::try_from(taken).ok());
-        let taken = taken.unwrap_or(0).min(bytes.len());
+        let Some(taken) = answer["taken"].as_u64() else {
+            log::error!("x-console-input: the answer lacks `taken`: {answer}");
+            return 0;
+        };
+        // Saturates: at most all bytes were taken.
+        let taken = usize::try_from(taken).map_or(bytes.len(), |taken| taken.min(bytes.len()));
         if taken < bytes.len() {
             let room = self.room.clone();
             // Room in the port is no event of the control socket's.

@@ -41,7 +41,8 @@ pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<
     }
 }
 
-fn hop(control: &str, uri: &str) -> Result<Duration, HopError> {
+/// Migrates; returns how long the guest was stopped, if the source reported it.
+fn hop(control: &str, uri: &str) -> Result<Option<Duration>, HopError> {
     let mut source = QmpClient::connect(control)?;
     source.execute("migrate", json!({"uri": uri}))?;
     let began = Instant::now();
@@ -62,7 +63,7 @@ fn hop(control: &str, uri: &str) -> Result<Duration, HopError> {
         Some("completed") => {
             // It may be gone before it has answered.
             let _: Result<Value, ClientError> = source.execute("quit", json!({}));
-            Ok(Duration::from_micros(info["x-downtime-us"].as_u64().unwrap_or(0)))
+            Ok(info["x-downtime-us"].as_u64().map(Duration::from_micros))
         }
         Some("cancelled") => {
             let seconds = PATIENCE.as_secs();

@@ -39,7 +39,7 @@ enum Message {
     /// A child's output has been passed on to its end.
     Drained(ChildId),
     /// A move has ended; how long the guest was stopped.
-    Hopped(ChildId, Result<Duration, HopError>),
+    Hopped(ChildId, Result<Option<Duration>, HopError>),
 }
 
 /// How soon a child's end is known after its control socket has closed.
@@ -150,13 +150,18 @@ impl Shuttle {
         }
     }
 
-    fn finish_move(&mut self, result: Result<Duration, HopError>) {
+    fn finish_move(&mut self, result: Result<Option<Duration>, HopError>) {
         let Some(Move { to, waiting }) = self.moving.take() else { return };
         match result {
             Ok(downtime) => {
                 self.moves += 1;
-                self.worst = self.worst.max(downtime);
-                log::info!("move {}: downtime {downtime:.2?}", self.moves);
+                match downtime {
+                    Some(downtime) => {
+                        self.worst = self.worst.max(downtime);
+                        log::info!("move {}: downtime {downtime:.2?}", self.moves);
+                    }
+                    None => log::warn!("move {}: its downtime was not reported", self.moves),
+                }
                 // As after booting: a child that cannot be asked has ended, and its code is the guest's.
                 self.connection = to.connect(self.event_loop.mailbox()).ok();
                 self.current = to;
@@ -229,7 +234,7 @@ impl Handler for Shuttle {
             }
             Message::Event(id, event) => {
                 // The stop and start of a move are nobody's business.
-                let name = event["event"].as_str().unwrap_or_default();
+                let Some(name) = event["event"].as_str() else { return };
                 let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
                 if id == self.current.id() && !by_move {
                     self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));

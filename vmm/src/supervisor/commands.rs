@@ -9,7 +9,9 @@ use crate::control::{Incoming, QmpResult};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::machine::description::{BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels};
+use crate::machine::description::{
+    BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels,
+};
 use crate::machine::dirty::VmDirtyLog;
 use devices::block::{BlockNode, Format};
 use migration::block::{SourceDisk, SourceDisks, Tuning};
@@ -56,12 +58,15 @@ fn migrated(
         }
         // Without a backing file what lies above it is everything.
         let backing = match (node.backing(), mode) {
-            (Some(below), DiskMode::Top) => Some(BackingDescription {
-                name: below.files().first().cloned().unwrap_or_default(),
-                len_bytes: below.len_bytes(),
-                // Found out on the way: all of it has to be read.
-                sha256: String::new(),
-            }),
+            (Some(below), DiskMode::Top) => {
+                let Some(name) = below.files().into_iter().next() else {
+                    let desc = format!("disk {}: its backing chain is empty", node.id());
+                    return Err(QmpError::generic(desc));
+                };
+                // The migration thread computes the digest: it has to read the whole file.
+                let sha256 = String::new();
+                Some(BackingDescription { name, len_bytes: below.len_bytes(), sha256 })
+            }
             _ => None,
         };
         let only_top = backing.is_some();
@@ -213,6 +218,7 @@ impl Supervisor {
     }
 
     fn query_cpus(&self) -> Value {
+        // Without a machine there are no vCPUs.
         let ids = self.machine.as_ref().map(|machine| machine.thread_ids()).unwrap_or_default();
         ids.iter()
             .enumerate()
@@ -229,6 +235,7 @@ impl Supervisor {
     }
 
     pub(super) fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
+        // Without a machine there are no disks.
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
         disks.iter().map(|disk| disk.node.as_ref())
     }

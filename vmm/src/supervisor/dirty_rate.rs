@@ -50,7 +50,7 @@ struct Shared {
 
 impl Shared {
     fn figures(&self) -> MutexGuard<'_, Figures> {
-        self.figures.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.figures)
     }
 }
 
@@ -73,6 +73,7 @@ impl DirtyRate {
         if let Some(earlier) = self.abort() {
             earlier.join();
         }
+        // A wall clock before 1970 is reported as 1970.
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (status, start_time) = (Status::Measuring, since_1970.as_secs());
         self.shared = Arc::default();
@@ -118,6 +119,7 @@ impl DirtyRate {
             true => ("millisecond", figures.calc_time.as_millis()),
             false => ("second", figures.calc_time.as_secs().into()),
         };
+        // Saturates: `calc-time` is at most a minute.
         let mut answer = json!({
             "status": figures.status.name(),
             "start-time": figures.start_time,
@@ -156,7 +158,7 @@ impl Aborted {
 /// Bytes of pages that were written, per second; `None` if it was ended early.
 fn measure(vm: Arc<Vm>, calc_time: Duration, shared: &Shared) -> Result<Option<u64>, GuestError> {
     let page_count = vm.layout().page_count();
-    let words = usize::try_from(page_count.div_ceil(64)).unwrap_or(usize::MAX);
+    let words = usize::try_from(page_count.div_ceil(64)).expect("64-bit host");
     let mut bitmap = vec![0u64; words];
     let mut log = VmDirtyLog::new(vm);
     log.start()?;

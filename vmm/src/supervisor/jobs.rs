@@ -240,10 +240,11 @@ fn identify(
         let backing = described.travels.as_mut().and_then(|travels| travels.backing.as_mut());
         let (Some(disk), Some(backing)) = (disk, backing) else { continue };
         let (id, name) = (&described.id, &backing.name);
-        let digest = disk.node.backing().map(|chain| chain.digest(go_on)).transpose();
-        backing.sha256 = digest.map(Option::unwrap_or_default).map_err(|error| {
+        let failed = |error: io::Error| {
             GuestError::new(format!("disk {id}: cannot read backing file {name}: {error}"))
-        })?;
+        };
+        let chain = disk.node.backing().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        backing.sha256 = chain.digest(go_on).map_err(failed)?;
         log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
     }
     Ok(())

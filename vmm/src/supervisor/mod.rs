@@ -345,8 +345,9 @@ impl Handler for Supervisor {
                 self.guest_has_ended(exit_code::OK, "guest-shutdown");
             }
             Message::GuestExit(_, GuestExit::DebugExit(value)) => {
-                // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
-                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
+                // QEMU's exit() keeps the low 8 bits, too.
+                #[expect(clippy::cast_possible_truncation, reason = "an exit code has 8 bits")]
+                let code = (value << 1 | 1) as u8;
                 self.guest_has_ended(code, "guest-shutdown");
             }
             Message::VcpuEnd(_, VcpuEnd::TripleFault) if self.ending.is_none() => {

@@ -8,7 +8,7 @@ use crate::control::message::QmpError;
 use crate::control::{Incoming, block};
 use crate::error::chain;
 use devices::block::BlockNode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long `query-block` waits for the storage.
@@ -34,6 +34,7 @@ impl Supervisor {
             requests.push(request.clone());
             return None;
         }
+        // Without a machine there are no disks.
         let nodes = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
         if nodes.is_empty() || self.ending.is_some() {
             return Some(Ok(self.describe_disks(&request.command)));
@@ -64,7 +65,7 @@ impl Supervisor {
     }
 
     fn describe_disks(&self, command: &Command) -> serde_json::Value {
-        let known = self.sizes.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = devices::lock(&self.sizes.known);
         match command {
             Command::QueryNamedBlockNodes => block::named_nodes(self.nodes(), &known),
             _ => block::devices(self.nodes(), &known),
@@ -79,16 +80,14 @@ fn ask(
     work: &Mutex<Option<DiskWork<Option<u64>>>>,
 ) {
     // Of the machine before, if it was built anew, nothing is asked any more.
-    let mut asked = work
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
+    let mut asked = devices::lock(work)
         .take()
         .filter(|work| work.is_about(nodes))
         .unwrap_or_else(|| DiskWork::new("size", nodes.to_vec()));
     let deadline = Instant::now() + SIZE_LIMIT;
     match asked.run(|_| true, |node| node.allocated_bytes().ok(), deadline, &|| true) {
         Ok(done) => {
-            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut known = devices::lock(known);
             for (node, done) in nodes.iter().zip(done) {
                 match done.result {
                     Some(Some(bytes)) => drop(known.insert(node.id().to_owned(), bytes)),
@@ -100,5 +99,5 @@ fn ask(
         }
         Err(error) => log::warn!("cannot ask disks for their sizes: {error}"),
     }
-    *work.lock().unwrap_or_else(PoisonError::into_inner) = Some(asked);
+    *devices::lock(work) = Some(asked);
 }

@@ -224,15 +224,15 @@ impl<T: Send + 'static> DiskWork<T> {
                 *under_way = Some(begin(node)?);
             }
             let part = format!("disk `{}`: {what}", node.id());
-            let began = under_way.as_ref().map(|under_way| under_way.began);
+            // Every chosen disk was begun above.
+            let Some(began) = under_way.as_ref().map(|under_way| under_way.began) else {
+                return Err(io::Error::other(format!("{part} was not begun")));
+            };
             all.push(match wait(under_way, deadline, go_on) {
                 Some((result, took)) => {
                     DiskDone { time: PartTime::new(part, took), result: Some(result) }
                 }
-                None => {
-                    let waited = began.map(|began| began.elapsed()).unwrap_or_default();
-                    DiskDone { time: PartTime::not_ended(part, waited), result: None }
-                }
+                None => DiskDone { time: PartTime::not_ended(part, began.elapsed()), result: None },
             });
         }
         Ok(all)

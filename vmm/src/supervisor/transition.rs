@@ -257,6 +257,7 @@ impl Supervisor {
 
     /// Runs the guest when its disks, which may have been let go of, are ours again.
     pub(super) fn lock_and_resume(&mut self, request: &Incoming) -> Option<QmpResult> {
+        // Without a machine there are no disks.
         let nodes = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
         let lock = move |_: &_| Done::Locked(lock_disks(&nodes).map_err(|error| chain(&error)));
         match self.tasks.start("lock", Some(LOCK_LIMIT), lock) {

@@ -48,6 +48,7 @@ impl Waiting {
 
     /// It has come; returns what the client has asked meanwhile.
     pub fn release(&mut self, client: ClientId) -> VecDeque<Incoming> {
+        // A client that left has asked nothing more.
         self.behind.remove(&client).unwrap_or_default()
     }
 

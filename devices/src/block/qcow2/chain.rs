@@ -151,7 +151,7 @@ impl BackingChain for Chain {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let left = usize::try_from(self.reader.size() - at).unwrap_or(PIECE_BYTES);
-            let piece = piece.get_mut(..left.min(PIECE_BYTES)).unwrap_or_default();
+            let piece = &mut piece[..left.min(PIECE_BYTES)];
             self.reader.read(&mut *piece, at)?;
             sum.update(&*piece);
             at += piece.len() as u64;
