@@ -1,4 +1,4 @@
-//! The one memory vocabulary: pages, blocks, and where they lie in guest-physical space.
+//! Pages and blocks of guest RAM, and their guest-physical layout.
 //!
 //! RAM is numbered twice. A [`GuestAddress`] is where the guest finds a byte; a [`PageIndex`] counts
 //! RAM pages one block after another, without the hole below 4 GiB, and is what bitmaps, the stream
@@ -30,10 +30,10 @@ pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
 #[serde(transparent)]
 pub struct PageIndex(pub u64);
 
-/// A contiguous piece of RAM: one KVM memory slot, one mapping.
+/// A contiguous block of RAM: one KVM memory slot, one mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamBlock {
-    /// Where the guest sees the first byte.
+    /// Guest address of the first byte.
     pub base: GuestAddress,
     /// Number of the first page.
     pub first_page: PageIndex,

@@ -1,22 +1,22 @@
 //! How a device's state is saved, carried and checked: [`Persist`] and [`DeviceRecord`].
 //!
-//! State is plain data and travels as JSON. Whatever arrives is untrusted until `restore` has looked
-//! at it; a record of the wrong kind or a newer version is refused by name.
+//! State is plain data, encoded as JSON. Incoming state is untrusted until `restore` has checked it; a
+//! record of the wrong kind or a newer version is refused.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// One device's saved state, as it travels in the `device` section.
+/// One device's saved state, as sent in the `device` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceRecord {
     /// What the device is: [`Persist::KIND`].
     pub kind: String,
-    /// Which one of that kind: a disk's id, a vCPU's number, or empty where there is only one.
+    /// Instance of that kind: a disk's id, a vCPU's number, or empty if there is only one.
     pub instance: String,
     /// Version of the layout of `state`.
     pub version: u16,
-    /// The state itself, in the layout of that version.
+    /// The state in that layout.
     pub state: serde_json::Value,
 }
 
@@ -41,12 +41,12 @@ pub enum RestoreError {
         /// Newest version this build loads.
         newest: u16,
     },
-    /// The state is not what this version of the layout says.
+    /// The state does not match its version's layout.
     #[error("{kind} {instance:?}: malformed state")]
     Malformed {
         kind: &'static str,
         instance: String,
-        /// Where the JSON disagrees.
+        /// The JSON error.
         #[source]
         source: serde_json::Error,
     },
@@ -55,7 +55,7 @@ pub enum RestoreError {
     Invalid {
         kind: &'static str,
         instance: String,
-        /// What is wrong, in words for the user.
+        /// The reason, for the user.
         reason: String,
     },
 }
@@ -69,11 +69,11 @@ pub trait Persist {
     /// Plain data; serialised as JSON.
     type State: Serialize + DeserializeOwned;
 
-    /// The state now. Pure; called only while the guest is paused.
+    /// Returns the current state. Pure; called only while the guest is paused.
     fn save(&self) -> Self::State;
 
-    /// Checks `state` and takes it over. On an error the device is unchanged or unusable, and the
-    /// guest must not run. The reason is for the user.
+    /// Checks `state` and loads it. On an error the device is unchanged or unusable, and the guest must not
+    /// run. The reason is for the user.
     fn restore(&mut self, state: Self::State) -> Result<(), String>;
 
     /// Wraps [`Persist::save`] as a record.

@@ -259,7 +259,8 @@ impl Reader {
             let source = self.source();
             let epoll = Epoll::new()?;
             let watch = |fd: RawFd| {
-                let data = u64::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+                let data =
+                    u64::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
                 epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
             };
             watch(self.attached.changed.as_raw_fd())?;

@@ -1,19 +1,19 @@
 //! A buffer that direct I/O accepts.
 
-/// Alignment that every device accepts: a page.
+/// A page: an alignment that every device accepts.
 const ALIGNMENT: usize = 4096;
 
 /// Bytes that start at a page boundary.
 #[derive(Debug)]
 pub struct AlignedBuffer {
-    /// More than needed; never grows, so that the aligned part stays where it is.
+    /// Over-allocated so that an aligned part fits; never reallocated.
     bytes: Vec<u8>,
     start: usize,
     len: usize,
 }
 
 impl AlignedBuffer {
-    /// Zeroes.
+    /// A zeroed buffer of `len` bytes.
     pub fn new(len: usize) -> Self {
         let bytes = vec![0; len + ALIGNMENT];
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);

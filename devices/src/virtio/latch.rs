@@ -1,10 +1,11 @@
-//! A latch that one thread reaches and others wait for, each with a deadline of its own.
+//! A latch: set once by one thread; others wait for it, each with its own deadline. Used by `worker` and
+//! `mmio` for the end of a worker or its requests.
 
 use crate::lock;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-/// When something happened, once it has.
+/// The time at which it was set, if it was.
 #[derive(Debug, Default)]
 pub(super) struct Latch {
     at: Mutex<Option<Instant>>,
@@ -12,13 +13,13 @@ pub(super) struct Latch {
 }
 
 impl Latch {
-    /// When it was set; `None` if it has not been.
+    /// When it was set, if it was.
     pub fn get(&self) -> Option<Instant> {
         *lock(&self.at)
     }
 
-    /// Waits until it is set, at most until `deadline`. Returns when it was set, or `None` if
-    /// it was not in time.
+    /// Waits until it is set, at most until `deadline`. Returns the time at which it was set, or `None` on
+    /// timeout.
     pub fn wait_until(&self, deadline: Instant) -> Option<Instant> {
         let mut at = lock(&self.at);
         loop {
