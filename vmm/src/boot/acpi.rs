@@ -5,7 +5,7 @@
 //! RSDP -> XSDT -> FADT (sleep and reset registers) -> DSDT (COM1, virtio-mmio, power button)
 //!              -> MADT (local APICs, IOAPIC)
 //! ```
-//! They lie where a BIOS would put them, in memory that no guest takes for free RAM.
+//! They lie where a BIOS would put them, in memory that no guest uses as free RAM.
 
 use super::layout::{
     ACPI_END, ACPI_RSDP, COM1_GSI, COM1_PORT, I8042_COMMAND_PORT, MmioSlot, POWER_BUTTON_GSI,
@@ -38,10 +38,10 @@ const SDT_HEADER_BYTES: u32 = 36;
 /// `IAPC_BOOT_ARCH` (5.2.9.3): there is neither VGA nor a CMOS clock.
 const NO_VGA_NO_CMOS: u16 = 1 << 2 | 1 << 5;
 
-/// What a kernel is told of, in ACPI tables or on its command line.
+/// Hardware described to the kernel, in ACPI tables or on its command line.
 #[derive(Debug, Clone)]
 pub struct Hardware {
-    /// Whether there are tables at all.
+    /// Whether the guest gets ACPI tables.
     pub acpi: bool,
     /// vCPUs; APIC ids are 0 to `cpus - 1`.
     pub cpus: u8,
@@ -131,7 +131,7 @@ fn dsdt(hardware: &Hardware) -> Result<Vec<u8>, BootError> {
         let device = Virtio { index, base, len_bytes, gsi: slot.gsi };
         append(&Scope::new("_SB_".into(), vec![&device]));
     }
-    // The value that the sleep control register wants for S5 (7.4.2).
+    // The value to write to the sleep control register for S5 (7.4.2).
     let s5 = Package::new(vec![&SleepControl::SLP_TYP_S5]);
     append(&Name::new("_S5_".into(), &s5));
     dsdt.update_checksum();

@@ -12,7 +12,7 @@ const BOOT_FLAG: [u8; 2] = [0x55, 0xaa];
 const MAGIC: &[u8; 4] = b"HdrS";
 const BOOT_FLAG_AT: usize = 0x1fe;
 const MAGIC_AT: usize = 0x202;
-/// 2.12 brought `xloadflags`, which tells of the 64-bit entry.
+/// Version 2.12 introduced `xloadflags`, which announces the 64-bit entry.
 const OLDEST_PROTOCOL: u16 = 0x020c;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;

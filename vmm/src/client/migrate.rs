@@ -1,4 +1,4 @@
-//! `ferry migrate`: starts a migration behind a control socket and shows how it goes.
+//! `ferry migrate`: starts a migration over a control socket and shows its progress.
 
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
@@ -15,7 +15,7 @@ use std::time::Duration;
 const MOVED: u8 = 0;
 const FAILED: u8 = 1;
 const UNKNOWN: u8 = 4;
-/// Between two looks at the migration.
+/// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Moves the guest; returns the exit code.
@@ -38,7 +38,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
     let end = follow(&mut client, args.json, &cancelled);
     let code = report(&mut client, &end, args.json);
     if code == MOVED && !args.keep_source {
-        // The source may be gone before its answer is read.
+        // The source may be gone before its reply is read.
         match client.execute("quit", json!({})) {
             Ok(_) | Err(ClientError::Lost(_)) => {}
             Err(error) => eprintln!("ferry: the source does not quit: {}", chain(&error)),
@@ -95,7 +95,7 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
     client.execute("migrate", migrate).map(drop)
 }
 
-/// Looks until the migration has ended; an error is a lost control socket.
+/// Polls until the migration has ended; an error means that the control socket was lost.
 fn follow(
     client: &mut QmpClient,
     json_lines: bool,
@@ -135,12 +135,12 @@ fn follow(
                 last_line = line;
             }
         }
-        // QMP has no command that waits; events would need a second connection to be told apart.
+        // QMP has no blocking query; events would need a second connection.
         std::thread::sleep(INTERVAL);
     }
 }
 
-/// A step: the rounds come with the summary.
+/// One step without the rounds, which only the summary has.
 fn without_rounds(mut info: Value) -> Value {
     if let Some(info) = info.as_object_mut() {
         info.remove("x-rounds");
@@ -209,7 +209,7 @@ fn show(bar: &ProgressBar, info: &Value) {
     ) + &disk_percents(disk));
 }
 
-/// How far each disk is.
+/// Progress of each disk.
 fn disk_percents(disk: &Value) -> String {
     let one = |disk: &Value| {
         format!(" · {} {}%", disk["device"].as_str().unwrap_or("?"), disk["percent"])
@@ -258,7 +258,7 @@ fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: 
     }
 }
 
-/// How the guest is after a migration that has not moved it.
+/// State of the guest after a failed migration.
 fn what_holds(client: &mut QmpClient) -> String {
     match client.execute("query-status", json!({})) {
         Ok(status) if status["status"] == "running" => "the guest runs on at the source".to_owned(),
@@ -270,7 +270,7 @@ fn what_holds(client: &mut QmpClient) -> String {
     }
 }
 
-/// One line for people.
+/// The summary for people, one line.
 fn summary(info: &Value) -> String {
     let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
     let sent = number(&ram["transferred"]) + number(&info["disk"]["transferred"]);
