@@ -1,4 +1,4 @@
-//! `ferry doctor`: what this host's KVM offers, one line each, with what to do about it.
+//! `ferry doctor`: checks this host's KVM, one line per check, with advice.
 
 use crate::error::chain;
 use crate::kvm::{Host, REQUIRED};
@@ -7,7 +7,7 @@ use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::Cap;
 use std::path::Path;
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Fine,

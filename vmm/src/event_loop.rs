@@ -1,6 +1,5 @@
-//! What every process that answers for a guest answers to: its threads' messages, the control socket,
-//! signals and `--timeout`, on one event loop. The supervisor owns a machine behind it, the shuttle a
-//! process that does.
+//! The main thread's event loop: messages from other threads, the control socket, signals and `--timeout`.
+//! Its [`Handler`] is the supervisor, which owns a machine, or the shuttle, which owns child processes.
 
 use crate::control::{ClientId, ControlError, ControlServer, Event, Incoming, QmpResult};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -37,49 +36,49 @@ impl<M> Clone for Mailbox<M> {
 }
 
 impl<M> Mailbox<M> {
-    /// Posts a message. An event loop that has ended needs none.
+    /// Posts a message; ignored if the event loop has ended.
     pub fn post(&self, message: M) {
         if self.sender.send(message).is_ok() {
-            // Fails only when the counter is full, and then the loop is awake anyway.
+            // Fails only if the counter is full, and then the loop is awake.
             let _ = self.wake.write(1);
         }
     }
 }
 
-/// A mailbox, and what is posted there.
+/// A mailbox and its receiving end.
 fn mailbox<M>() -> io::Result<(Mailbox<M>, Receiver<M>)> {
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
     let (sender, inbox) = channel();
     Ok((Mailbox { sender, wake }, inbox))
 }
 
-/// A mailbox without an event loop behind it.
+/// A mailbox without an event loop.
 #[cfg(test)]
 pub fn mailbox_for_test<M>() -> (Mailbox<M>, Receiver<M>) {
     mailbox().unwrap()
 }
 
-/// Who sits at a event_loop.
+/// Handles the events of an [`EventLoop`].
 pub trait Handler {
-    /// What its threads tell it.
+    /// Messages from other threads.
     type Message;
-    /// Its event_loop.
+    /// The event loop, owned by the handler.
     fn event_loop(&mut self) -> &mut EventLoop<Self::Message>;
-    /// A thread has something to say.
+    /// A thread has posted a message.
     fn on_message(&mut self, message: Self::Message);
-    /// A client asks; the answer goes through [`EventLoop::reply`], now or later.
+    /// A client has sent a request; reply through [`EventLoop::reply`], now or later.
     fn on_request(&mut self, request: Incoming);
-    /// SIGINT or SIGTERM.
+    /// SIGINT or SIGTERM has arrived.
     fn on_signal(&mut self);
     /// `--timeout` has passed.
     fn on_timeout(&mut self);
-    /// The time set with [`EventLoop::set_alarm`] has come.
+    /// The time set with [`EventLoop::set_alarm`] has passed.
     fn on_alarm(&mut self) {}
     /// The process is about to end.
     fn shut_down(&mut self);
 }
 
-/// The event loop's side of it.
+/// The state of an event loop.
 pub struct EventLoop<M> {
     mailbox: Mailbox<M>,
     inbox: Receiver<M>,
@@ -92,7 +91,7 @@ pub struct EventLoop<M> {
 }
 
 impl<M> EventLoop<M> {
-    /// Binds the control socket, takes the signals and starts the timeout.
+    /// Binds the control socket, installs the signal handlers and starts the timeout.
     pub fn open(control: Option<&Path>, timeout: Option<Duration>) -> Result<Self, EventLoopError> {
         let control = control.map(ControlServer::bind).transpose()?;
         let (mailbox, inbox) = mailbox()?;
@@ -106,26 +105,26 @@ impl<M> EventLoop<M> {
         Ok(Self { mailbox, inbox, control, signals, timeout, alarm, clients, exit: None })
     }
 
-    /// Where threads post their messages.
+    /// The mailbox for other threads.
     pub fn mailbox(&self) -> &Mailbox<M> {
         &self.mailbox
     }
 
-    /// Tells every client.
+    /// Sends an event to every client.
     pub fn broadcast(&mut self, event: &Event) {
         if let Some(control) = &mut self.control {
             control.broadcast(event);
         }
     }
 
-    /// Answers a request.
+    /// Replies to a request.
     pub fn reply(&mut self, request: &Incoming, result: QmpResult) {
         if let Some(control) = &mut self.control {
             control.reply(request.client, request.id.clone(), result);
         }
     }
 
-    /// Has [`Handler::on_alarm`] called after `duration`, once.
+    /// Calls [`Handler::on_alarm`] once, after `duration`.
     pub fn set_alarm(&mut self, duration: Duration) {
         // Zero would disarm it.
         let duration = duration.max(Duration::from_nanos(1));
@@ -169,12 +168,12 @@ impl<M> EventLoop<M> {
         Vec::new()
     }
 
-    /// Brings the event loop's interests up to date with the clients there are.
+    /// Updates the watched descriptors to match the connected clients.
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
         let Some(control) = &mut self.control else { return };
         self.clients.retain_mut(|(id, fd, writing)| {
             if control.client_fd(*id) != Some(*fd) {
-                // It may not have been added, if the host has no more watches to give.
+                // Adding it may have failed.
                 let _ = ops.remove(Events::empty_raw(*fd));
                 return false;
             }
@@ -190,12 +189,12 @@ impl<M> EventLoop<M> {
     }
 }
 
-/// A event_loop that cannot be opened.
+/// An event loop that cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub enum EventLoopError {
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The host has no more descriptors or threads.
+    /// A descriptor could not be created.
     #[error("cannot start the event loop")]
     Start(#[from] io::Error),
 }
@@ -248,20 +247,20 @@ impl<C: Handler> MutEventSubscriber for Subscriber<C> {
         let handler = &mut self.0;
         match events.data() {
             TOKEN_MAILBOX => {
-                // Read first: what is posted later wakes again.
+                // Read first: a later message wakes the loop again.
                 let _ = handler.event_loop().mailbox.wake.read();
                 while let Some(message) = handler.event_loop().read_mail() {
                     handler.on_message(message);
                 }
             }
             TOKEN_SIGNAL => {
-                // One byte per signal; that there is one is all that counts.
+                // One byte per signal; how many does not matter.
                 let _ = (&handler.event_loop().signals).read(&mut [0; 16]);
                 handler.on_signal();
             }
             TOKEN_TIMEOUT => handler.on_timeout(),
             TOKEN_ALARM => {
-                // Read until the next is set.
+                // Clears the expiry, so that the timer is not readable any more.
                 let _ = handler.event_loop().alarm.wait();
                 handler.on_alarm();
             }

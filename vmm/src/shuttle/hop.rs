@@ -1,4 +1,4 @@
-//! One move, on a thread of its own: a client of the two children's control sockets.
+//! One move, on its own thread: migrates the guest through the children's control sockets.
 
 use super::child::Child;
 use super::{ChildId, Message};
@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// A move that takes longer is cancelled: the guest writes faster than it can be moved.
+/// A move that takes longer is cancelled: it does not converge.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks.
+/// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why a move has failed.
@@ -61,7 +61,7 @@ fn hop(control: &str, uri: &str) -> Result<Option<Duration>, HopError> {
     let reason = info["error-desc"].as_str().unwrap_or("no reason given").to_owned();
     match info["status"].as_str() {
         Some("completed") => {
-            // It may be gone before it has answered.
+            // It may be gone before its reply.
             let _: Result<Value, ClientError> = source.execute("quit", json!({}));
             Ok(info["x-downtime-us"].as_u64().map(Duration::from_micros))
         }

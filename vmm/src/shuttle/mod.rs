@@ -1,6 +1,6 @@
-//! `ferry run --migrate-every`: the guest lives in a child process and is moved to a fresh one again and
-//! again, while this process keeps what its user holds on to: console, control socket, timeout, exit
-//! code. Children are ordinary `ferry run` and `ferry receive`.
+//! `ferry run --migrate-every`: the guest runs in a child process and is migrated to a new one again and
+//! again, while this process keeps the console, control socket, timeout and exit code. Children are
+//! ordinary `ferry run` and `ferry receive` processes.
 //!
 //! ```text
 //! user ── console ─┬─ input ───────────▶ child n   (the guest)
@@ -28,30 +28,30 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What the shuttle's threads tell it.
+/// Messages from the shuttle's threads.
 enum Message {
-    /// The console's user or pattern.
+    /// An event of the console.
     Console(ConsoleEvent),
-    /// A child told its clients something.
+    /// A QMP event of a child.
     Event(ChildId, Value),
     /// A child has ended, with this exit code.
     Ended(ChildId, u8),
-    /// A child's output has been passed on to its end.
+    /// All output of a child has been forwarded.
     Drained(ChildId),
-    /// A move has ended; how long the guest was stopped.
+    /// A move has ended; its downtime, if reported.
     Hopped(ChildId, Result<Option<Duration>, HopError>),
 }
 
-/// How soon a child's end is known after its control socket has closed.
+/// How long to wait for a child's end after its control socket has closed.
 const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Counts children.
+/// Identifies a child.
 type ChildId = u32;
 
-/// A move under way.
+/// A move in progress.
 struct Move {
     to: Child,
-    /// To be asked when it is over.
+    /// Requests to forward when it is over.
     waiting: Vec<Incoming>,
 }
 
@@ -62,7 +62,7 @@ struct Shuttle {
     console: Console,
     pump: Pump,
     current: Child,
-    /// With the current child; none if it ended before it could be asked.
+    /// To the current child; `None` if that ended before it accepted.
     connection: Option<Connection>,
     last_id: ChildId,
     moving: Option<Move>,
@@ -74,7 +74,7 @@ struct Shuttle {
     event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest and moves it every `every`, to its end; returns the exit code.
+/// Boots a guest, moves it at the interval `every` until it ends, and returns the exit code.
 pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
     let mut event_loop = EventLoop::open(control, config.host.timeout)?;
@@ -91,7 +91,7 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let mut current =
         Child::boot(&config, folder.path(), event_loop.mailbox()).map_err(SetupError::Thread)?;
     pump.follow(current.id(), current.take_output());
-    // A child that cannot be asked has ended: the event loop hears of it, and of all it has said.
+    // A child that refuses connections has ended: the event loop gets its exit code and its output.
     let connection = current.connect(event_loop.mailbox()).ok();
     if let Some(connection) = &connection {
         console.attach(connection.input.clone());
@@ -131,7 +131,7 @@ impl Shuttle {
             Err(error) => return self.move_failed(&HopError::Start(error)),
         };
         self.pump.follow(id, to.take_output());
-        // What is typed meanwhile waits for the guest at its destination.
+        // Input is kept for the guest at its destination.
         self.console.detach();
         hop::start(id, &self.current, &mut to, self.event_loop.mailbox().clone());
         self.moving = Some(Move { to, waiting: Vec::new() });
@@ -141,7 +141,7 @@ impl Shuttle {
         if matches!(error, HopError::Client(_))
             && let Some(code) = self.current.ended_within(ENDING_PATIENCE)
         {
-            // The guest has ended, not the move failed; the message that says so is on its way.
+            // The guest has ended, so the move did not fail; the message about its end follows.
             self.ended.insert(self.current.id(), code);
         }
         if !self.ended.contains_key(&self.current.id()) {
@@ -162,14 +162,15 @@ impl Shuttle {
                     }
                     None => log::warn!("move {}: its downtime was not reported", self.moves),
                 }
-                // As after booting: a child that cannot be asked has ended, and its code is the guest's.
+                // As after booting: a child that refuses connections has ended, and its exit code is the
+                // guest's.
                 self.connection = to.connect(self.event_loop.mailbox()).ok();
                 self.current = to;
             }
             Err(error) => {
                 self.move_failed(&error);
                 if matches!(error, HopError::Unknown(_)) {
-                    // Nobody can say which of the two has the guest: run neither.
+                    // Either child may have the guest: run neither.
                     self.finish(exit_code::GUEST_FAILED);
                 }
             }
@@ -199,12 +200,12 @@ impl Shuttle {
                     .map_err(|error| QmpError::generic(chain(&error))),
             },
         };
-        // A child that quits may be gone before it has answered.
+        // A child that quits may be gone before its reply.
         let quits = request.command == Command::Quit;
         self.event_loop.reply(request, if quits { Ok(json!({})) } else { result });
     }
 
-    /// Ends with the current child, once all that the guest has said is passed on.
+    /// Ends with the current child, once all its output is forwarded.
     fn end_if_over(&mut self) -> bool {
         let Some(code) = self.ended.get(&self.current.id()).copied() else { return false };
         if self.moving.is_some() || self.drained < Some(self.current.id()) {
@@ -233,7 +234,7 @@ impl Handler for Shuttle {
                 self.finish(exit_code::OK);
             }
             Message::Event(id, event) => {
-                // The stop and start of a move are nobody's business.
+                // Hide the stop and resume of a move.
                 let Some(name) = event["event"].as_str() else { return };
                 let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
                 if id == self.current.id() && !by_move {
@@ -285,7 +286,7 @@ impl Handler for Shuttle {
     fn shut_down(&mut self) {
         self.console.detach();
         if let (None, Some(connection)) = (&self.moving, &mut self.connection) {
-            // Lets it flush its disks. An error means that it has just ended.
+            // Lets it flush its disks. Fails if it has just ended.
             let _ = connection.client.execute("quit", json!({}));
         }
         let failed = match self.failures {
