@@ -75,7 +75,7 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
-    /// Running without a permit, or the like.
+    /// The machine has no right to run.
     #[error(
         "the guest has been handed over and may run elsewhere; if you are sure that it does not, \
          resume it here with `ferry ctl SOCKET cont --force`"

@@ -1,4 +1,4 @@
-//! Answers the control socket's commands.
+//! Executes the control socket's commands.
 
 use super::ending::shutting_down;
 use super::{Event, RunState, Supervisor, exit_code, jobs};
@@ -27,7 +27,7 @@ fn failed(error: &dyn std::error::Error) -> QmpError {
     QmpError::generic(chain(error))
 }
 
-/// The description of a machine whose disks travel as `selection` says, and these disks.
+/// The description of a machine with its disks marked for migration by `selection`, and these disks.
 fn migrated(
     machine: &Machine,
     selection: &DiskSelection,
@@ -56,7 +56,7 @@ fn migrated(
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
-        // Without a backing file what lies above it is everything.
+        // Without a backing file, `top` is everything.
         let backing = match (node.backing(), mode) {
             (Some(below), DiskMode::Top) => {
                 let Some(name) = below.files().into_iter().next() else {
@@ -70,7 +70,7 @@ fn migrated(
             _ => None,
         };
         let only_top = backing.is_some();
-        // So is how much it holds: the storage may not answer.
+        // The migration thread fills this in, too: the storage may hang.
         described.travels = Some(Travels { backing, data_bytes: 0 });
         migrated.push(SourceDisk { node: node.clone(), only_top });
     }
@@ -78,7 +78,7 @@ fn migrated(
 }
 
 impl Supervisor {
-    /// Does what a client asked; returns the answer, or nothing if it comes later.
+    /// Executes a command; returns the reply, or `None` if it comes later.
     pub(super) fn execute(&mut self, request: &Incoming) -> Option<QmpResult> {
         match &request.command {
             Command::Quit => {
@@ -87,7 +87,7 @@ impl Supervisor {
                 Some(Ok(empty()))
             }
             Command::QueryBlock | Command::QueryNamedBlockNodes => self.ask_sizes(request),
-            // What changes the machine has no use any more.
+            // The machine cannot be changed any more.
             Command::Stop
             | Command::Cont { .. }
             | Command::Reset
@@ -134,7 +134,7 @@ impl Supervisor {
                 Ok(empty())
             }
             Command::ConsoleInput(bytes) => {
-                // What the FIFO takes while the guest is here moves with it; later it would be lost.
+                // Only while the guest is here: its FIFO moves with it, later input would be lost.
                 let here = matches!(self.state, RunState::Running | RunState::Paused);
                 let machine = self.machine.as_ref().filter(|_| here);
                 Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
@@ -186,7 +186,7 @@ impl Supervisor {
         }
     }
 
-    /// There are no more older versions to keep than there are pages.
+    /// A cache larger than guest RAM would be useless.
     fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
         let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
         match memory.filter(|memory| bytes > *memory) {
@@ -295,7 +295,7 @@ impl Supervisor {
         let Some(machine) = &self.machine else {
             return Err(QmpError::generic("There is no machine"));
         };
-        // It needs the dirty log for itself.
+        // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {

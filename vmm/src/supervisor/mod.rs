@@ -1,11 +1,11 @@
-//! The main thread: the one event loop that owns the machine. Run state changes here and nowhere else.
-//! It decides and never waits: what may take long is done by a task, or by the migration's own thread.
+//! The supervisor owns the machine and runs on the main thread's event loop. The run state changes only
+//! here. It never blocks: slow work is done by a task or by the migration's thread.
 //!
-//! Everything reaches it as a message ([`messages`]), a request on the control socket, a signal or the
-//! timeout; [`guest`] is its face to migration threads, [`moving`] what it does for them, [`commands`]
-//! answers the control socket, [`waiting`] keeps what is answered later, [`transition`] boots, stops and
-//! resets the machine, [`ending`] ends the process, [`tasks`] are the threads that wait, [`jobs`] starts
-//! and reaps migrations, [`dirty_rate`] measures how fast the guest writes.
+//! Its input is messages ([`messages`]), requests on the control socket, signals and the timeout. [`guest`]
+//! is the interface for migration threads and [`moving`] executes their requests; [`commands`] executes QMP
+//! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
+//! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
+//! migrations, [`dirty_rate`] measures the dirty rate.
 
 mod commands;
 mod dirty_rate;
@@ -51,21 +51,21 @@ use tasks::{Done, TaskId, Tasks};
 use transition::{Stopping, Transition};
 use waiting::{Behind, Waiting};
 
-/// How the process ends: `ferry run`'s exit codes.
+/// Exit codes of `ferry run`.
 pub mod exit_code {
     /// The guest powered off, or `--expect` matched.
     pub const OK: u8 = 0;
     /// The guest failed.
     pub const GUEST_FAILED: u8 = 1;
-    /// The command line makes no sense.
+    /// Usage error.
     pub const USAGE: u8 = 2;
-    /// This host cannot run it.
+    /// This host cannot run guests.
     pub const HOST: u8 = 3;
     /// `--timeout`.
     pub const TIMEOUT: u8 = 124;
 }
 
-/// Why a guest could not be set up.
+/// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     #[error(transparent)]
@@ -78,7 +78,7 @@ pub enum SetupError {
     Disk(#[from] OpenError),
     #[error(transparent)]
     Kvm(#[from] crate::kvm::KvmError),
-    /// The address of an arriving guest.
+    /// The migration address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
         address: String,
@@ -104,7 +104,7 @@ impl SetupError {
     }
 }
 
-/// What this process is for.
+/// The process's mode.
 enum Mode {
     Run(RunConfig),
     Receive(ReceiveConfig),
@@ -119,11 +119,11 @@ impl Mode {
     }
 }
 
-/// Names a machine; a process has several, one after another, if it is reset.
+/// Identifies a machine; each reset creates a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachineId(u64);
 
-/// What a machine is connected to, but for its disks.
+/// A machine's backends without its disks.
 pub struct BackendParts {
     serial_output: Arc<Transmitter>,
     events: GuestEvents,
@@ -131,7 +131,7 @@ pub struct BackendParts {
 }
 
 impl BackendParts {
-    /// With the disks, whose failures are told from now on.
+    /// Adds the disks and subscribes to their failures.
     fn with(self, disks: Vec<Arc<BlockNode>>) -> Backends {
         for disk in &disks {
             let to_us = self.mailbox.clone();
@@ -145,34 +145,34 @@ impl BackendParts {
 pub struct Supervisor {
     mode: Mode,
     host: Arc<Host>,
-    /// Before the console and the control server: its threads use them.
+    /// Declared before the console and the control server, which its threads use.
     machine: Option<Box<Machine>>,
-    /// What the guest boots from when it is reset. None until it is opened, or has arrived.
+    /// The boot payload for resets. `None` until it is opened or received.
     payload: Option<Arc<BootPayload>>,
     machine_id: MachineId,
     last_machine_id: MachineId,
     state: RunState,
-    /// When clients last heard of a failed request.
+    /// Time of the last `BLOCK_IO_ERROR`.
     disk_failure_told: Option<Instant>,
     jobs: Jobs,
     dirty_rate: DirtyRate,
     tasks: Tasks,
-    /// What the machine is going through. What would change it waits.
+    /// The transition in progress. Commands that would change the machine wait.
     transition: Option<(TaskId, Transition)>,
-    /// Waits for requests in flight, for whoever has asked to stop the guest.
+    /// A `stop` that waits for requests in flight.
     stopping: Option<Stopping>,
     /// A migration waits for requests in flight.
     pausing: Option<Pausing>,
     sizes: Sizes,
     waiting: Waiting,
     ending: Option<Ending>,
-    /// What the event loop's alarm is set to.
+    /// When the event loop's alarm fires.
     alarm: Option<Instant>,
     console: Console,
     event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest and runs it to its end; returns the exit code.
+/// Boots a guest and runs it until it ends; returns the exit code.
 pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
@@ -182,7 +182,7 @@ pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     Ok(event_loop::serve(supervisor)?)
 }
 
-/// Waits for a guest and runs it to its end; returns the exit code.
+/// Receives a guest and runs it until it ends; returns the exit code.
 pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let host = Arc::new(Host::open()?);
     let listener = migration::transport::Listener::bind(&config.address)
@@ -246,7 +246,7 @@ impl Supervisor {
         })
     }
 
-    /// What the next machine is to be connected to, and its name.
+    /// The backends of the next machine, and its id.
     fn backend_parts(&mut self) -> (MachineId, BackendParts) {
         let id = MachineId(self.last_machine_id.0 + 1);
         self.last_machine_id = id;
@@ -272,7 +272,7 @@ impl Supervisor {
         self.event_loop.broadcast(event);
     }
 
-    /// The guest or KVM cannot go on.
+    /// The guest or KVM cannot continue: reports that and ends the process.
     fn fail(&mut self, why: &str) {
         if self.ending.is_some() {
             return log::error!("while shutting down: {why}");
@@ -285,26 +285,27 @@ impl Supervisor {
         self.end(exit_code::GUEST_FAILED, &event);
     }
 
-    /// Tells of a failed request, and stops the guest if that is what was decided.
+    /// Reports a failed request and stops the guest if the policy says so.
     fn on_disk_failed(&mut self, failure: &Failure) {
         let stops = failure.action == Action::Stop;
-        // A dying disk fails every request: clients hear of it once a second, of a stop always.
+        // A dying disk fails every request: at most one event per second, except for stops.
         let told = self.disk_failure_told.filter(|told| told.elapsed() < Duration::from_secs(1));
         if stops || told.is_none() {
             self.disk_failure_told = Some(Instant::now());
             self.tell(&Event::block_io_error(failure));
         }
-        // The guest may have been stopped, or gone on, meanwhile. One that is being reset goes anyway.
+        // The guest may have been stopped or resumed meanwhile. A guest that is being reset is replaced
+        // anyway.
         let runs = self.state == RunState::Running && self.ending.is_none() && !self.is_swapping();
         let Some(machine) = &mut self.machine else { return };
         if !stops || !runs || !machine.has_stopped_disk() {
             return;
         }
-        // Whoever needs the requests in flight to have ended waits for them.
+        // Callers that need the requests in flight to have ended wait for them.
         if let Err(error) = machine.begin_pause() {
             return self.fail(&chain(&error));
         }
-        // It refuses to go on with a guest that is stopped like this.
+        // The migration fails on a guest that was stopped by an error.
         self.pausing = None;
         let Failure { disk, reason, .. } = failure;
         eprintln!("ferry: disk {disk}: {reason}; the guest is stopped, `cont` tries again");
@@ -335,7 +336,7 @@ impl Handler for Supervisor {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            // What the machine before this one had to say does not matter any more.
+            // Ignore messages of an earlier machine.
             Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
             Message::GuestExit(_, GuestExit::Reset) if self.mode.host().no_reboot => {
                 self.guest_has_ended(exit_code::OK, "guest-reset");
@@ -367,7 +368,7 @@ impl Handler for Supervisor {
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
-                // One that was left behind may still bring a machine, which takes time to drop.
+                // An overdue task may still return a machine, which takes time to drop.
                 if self.tasks.ended(id) {
                     self.on_task_ended(id, done);
                 } else if let Done::Built(Ok(machine)) = done {
@@ -377,7 +378,7 @@ impl Handler for Supervisor {
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 self.jobs.reap(id);
-                // It has done so itself, unless its thread died before it could.
+                // The migration has done so itself, unless its thread died.
                 if let Some(machine) = &self.machine {
                     machine.throttle(0);
                 }
@@ -399,7 +400,7 @@ impl Handler for Supervisor {
     }
 
     fn on_request(&mut self, request: Incoming) {
-        // The end does not wait for anything.
+        // The end of the process must not wait.
         if request.command == Command::Quit {
             if let Some(result) = self.execute(&request) {
                 self.event_loop.reply(&request, result);
@@ -457,7 +458,7 @@ impl Handler for Supervisor {
         self.console.detach();
         if let Some(machine) = self.machine.take() {
             match &self.ending {
-                // Dropping it would wait for what hangs.
+                // Dropping it would block on the hanging part.
                 Some(ending) if ending.leaves_machine => std::mem::forget(machine),
                 _ => drop(machine),
             }
@@ -466,7 +467,7 @@ impl Handler for Supervisor {
 }
 
 impl Supervisor {
-    /// Answers a request, now or later.
+    /// Executes a request; replies now or later.
     fn serve(&mut self, request: Incoming) {
         if self.must_wait(&request.command) {
             self.waiting.hold(request.client);
@@ -479,7 +480,7 @@ impl Supervisor {
         }
     }
 
-    /// Answers a request whose client has waited, and serves what that has asked since.
+    /// Replies to a waiting client and serves its queued requests.
     fn answer(&mut self, request: &Incoming, result: QmpResult) {
         self.event_loop.reply(request, result);
         for next in self.waiting.release(request.client) {
@@ -487,7 +488,7 @@ impl Supervisor {
         }
     }
 
-    /// Begins what could not be begun before, and sets the alarm for what has a deadline.
+    /// Starts blocked requests that can run now, and sets the alarm for the next deadline.
     fn look_after_waiting(&mut self) {
         for blocked in self.waiting.take_blocked() {
             if self.must_wait(&blocked.request.command) {
@@ -506,7 +507,7 @@ impl Supervisor {
         }
     }
 
-    /// The guest has ended itself.
+    /// The guest has ended.
     fn guest_has_ended(&mut self, code: u8, reason: &str) {
         if self.ending.is_none() {
             self.become_state(RunState::Shutdown);

@@ -1,5 +1,5 @@
-//! How much space disks take on the host, for `query-block`: only the storage knows, and may not answer.
-//! It is asked on threads, for a moment; a disk that does not answer shows what it said last, or nothing.
+//! Allocated sizes of disks for `query-block`. The storage may hang, so the sizes are queried on threads,
+//! with a short timeout; a disk that does not respond shows its last known size, or none.
 
 use super::Supervisor;
 use super::tasks::{DiskWork, Done, TaskId};
@@ -14,18 +14,18 @@ use std::time::{Duration, Instant};
 /// How long `query-block` waits for the storage.
 const SIZE_LIMIT: Duration = Duration::from_millis(20);
 
-/// What has been learnt, and who waits for more.
+/// Known sizes, and the requests that wait for new ones.
 #[derive(Default)]
 pub(super) struct Sizes {
     known: Arc<Mutex<block::Sizes>>,
-    /// Goes to the task and comes back with what it has learnt, so that a disk that hangs has one thread.
+    /// Handed to the task and back, so that a hanging disk has only one thread.
     work: Arc<Mutex<Option<DiskWork<Option<u64>>>>>,
     asking: Option<(TaskId, Vec<Incoming>)>,
 }
 
 impl Supervisor {
-    /// Asks the disks for their sizes; the answer to `request` comes when they have been asked. With
-    /// nothing to ask, or nobody to do it, it is what is known.
+    /// Queries the sizes; the reply to `request` comes afterwards. Without disks, or if a query is not
+    /// possible, replies with the known sizes.
     pub(super) fn ask_sizes(
         &mut self,
         request: &Incoming,
@@ -53,7 +53,7 @@ impl Supervisor {
         }
     }
 
-    /// The disks have been asked.
+    /// The sizes have been queried.
     pub(super) fn on_sized(&mut self, id: TaskId) {
         let Some((_, requests)) = self.sizes.asking.take_if(|(asking, _)| *asking == id) else {
             return;
@@ -73,13 +73,13 @@ impl Supervisor {
     }
 }
 
-/// Asks each disk on a thread of its own, until [`SIZE_LIMIT`] has passed.
+/// Queries each disk on its own thread, until [`SIZE_LIMIT`] has passed.
 fn ask(
     nodes: &[Arc<BlockNode>],
     known: &Mutex<block::Sizes>,
     work: &Mutex<Option<DiskWork<Option<u64>>>>,
 ) {
-    // Of the machine before, if it was built anew, nothing is asked any more.
+    // Drop the queries of an earlier machine.
     let mut asked = devices::lock(work)
         .take()
         .filter(|work| work.is_about(nodes))
@@ -91,7 +91,7 @@ fn ask(
             for (node, done) in nodes.iter().zip(done) {
                 match done.result {
                     Some(Some(bytes)) => drop(known.insert(node.id().to_owned(), bytes)),
-                    // What cannot be asked is left out.
+                    // Omit a size that cannot be queried.
                     Some(None) => drop(known.remove(node.id())),
                     None => {}
                 }

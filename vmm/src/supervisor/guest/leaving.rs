@@ -1,5 +1,5 @@
-//! A guest that leaves, on the thread `mig-out`: waits for requests in flight, flushes disks, lets go of
-//! their locks and takes them again.
+//! An outgoing guest, served on the thread `mig-out`: waits for requests in flight, flushes disks, releases
+//! their locks and retakes them after a failure.
 
 use super::super::messages::Mailbox;
 use super::super::tasks::{DiskWork, longest, wait_in_steps};
@@ -14,16 +14,16 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a drain that was too late for a pause is watched while the guest runs again, to learn how
-/// long it really takes.
+/// How long a drain that missed its deadline is observed after the guest has resumed, to measure its real
+/// duration.
 const DRAIN_AFTERMATH: Duration = Duration::from_secs(1);
-/// How long disks' locks are tried to be retaken. A destination that refused lets go of them when its
-/// connection closes, which may take a moment.
+/// How long to retry locking the disks. A destination that failed releases them when its connection closes,
+/// which may take a moment.
 const RELOCK_LIMIT: Duration = Duration::from_secs(1);
-/// How often.
+/// Interval of the retries.
 const RELOCK_EVERY: Duration = Duration::from_millis(50);
 
-/// Nothing had to be flushed.
+/// Reported if there was nothing to flush.
 const NO_FLUSH: &str = "disks: flush";
 
 /// Serves a migration's source.
@@ -31,13 +31,13 @@ pub struct LeavingGuest {
     mailbox: Mailbox,
     cancel: CancelToken,
     nodes: Vec<Arc<BlockNode>>,
-    /// Disks that travel: what the destination has received is on its own storage.
+    /// Ids of migrated disks, which need no flush: the destination has its own copy.
     migrated: Vec<String>,
     flushes: DiskWork<io::Result<()>>,
 }
 
 impl LeavingGuest {
-    /// The guest with these disks, in a migration that `cancel` ends.
+    /// A guest with these disks, in a migration that `cancel` cancels.
     pub fn new(
         mailbox: Mailbox,
         cancel: CancelToken,
@@ -49,7 +49,7 @@ impl LeavingGuest {
         Self { mailbox, cancel, nodes, migrated, flushes }
     }
 
-    /// Has `work` done to each writable disk that `wanted` names, until `deadline`.
+    /// Runs `work` on each writable disk that `wanted` selects, until `deadline`.
     fn flush(
         &mut self,
         wanted: impl Fn(&BlockNode, bool) -> bool,
@@ -90,7 +90,7 @@ impl GuestControl for LeavingGuest {
             return Ok(Stopped { drains: drains.times(), ..stopped });
         }
         ask(&self.mailbox, GuestRequest::CallOffPause)?;
-        // The guest runs on. What is learnt now says what the next attempt needs.
+        // The guest has resumed. The measured time tells what the next attempt needs.
         let aftermath = Instant::now() + DRAIN_AFTERMATH;
         wait_in_steps(aftermath, &go_on, &mut |until| drains.wait_until(until));
         Err(GuestError::Overdue(drains.longest()))
@@ -101,8 +101,8 @@ impl GuestControl for LeavingGuest {
     }
 
     fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
-        // Nothing is written any more once the lock is gone, not even by a later flush: so all is written
-        // back, and a thread that is late for that keeps the lock.
+        // Nothing may be written after unlocking, not even by a late flush: write everything back first; a
+        // thread that is late keeps the lock.
         let flush = |node: &BlockNode, stays: bool| {
             if stays {
                 node.sync()?;
@@ -133,7 +133,7 @@ impl GuestControl for LeavingGuest {
     }
 }
 
-/// Takes the disks' locks back.
+/// Locks the disks again.
 fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     let deadline = Instant::now() + RELOCK_LIMIT;
     loop {
@@ -141,7 +141,7 @@ fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
         if result.is_ok() || Instant::now() >= deadline {
             return result;
         }
-        // The lock's holder gives no event when it lets go, so there is nothing else to wait for.
+        // Releasing a lock signals no event: poll.
         std::thread::sleep(RELOCK_EVERY);
     }
 }
@@ -201,7 +201,7 @@ mod tests {
         let overdue = guest.release_disks(in_a_moment()).unwrap_err();
         assert!(matches!(&overdue, GuestError::Overdue(time) if time.part == "disk `slow`: flush"));
         assert!(open().lock().is_err(), "the other one's lock is kept as well");
-        // Nor does the flush that was left behind let go of it.
+        // The late flush does not release it either.
         script.hold(false);
         while script.flush_count() == 0 {
             std::thread::yield_now();
