@@ -308,7 +308,7 @@ fn blank(device: &dyn BlockBackend, go_on: GoOn<'_>) -> io::Result<()> {
     let (mut offset_bytes, mut piece_bytes) = (0, BLANK_BYTES);
     while offset_bytes < device.len_bytes() {
         if !go_on() {
-            let text = "it was not to be made blank to its end";
+            let text = "zeroing was cancelled";
             return Err(io::Error::new(io::ErrorKind::Interrupted, text));
         }
         let began = Instant::now();

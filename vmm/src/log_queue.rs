@@ -94,8 +94,10 @@ impl LogQueue {
             let _ = output.write_all(&line);
             let dropped = std::mem::take(&mut self.state().dropped_lines);
             if dropped > 0 {
-                let _ =
-                    writeln!(output, "ferry: {dropped} log lines were dropped: nobody read them");
+                let _ = writeln!(
+                    output,
+                    "ferry: {dropped} log lines were dropped: standard error was not read"
+                );
             }
         }
     }

@@ -266,7 +266,7 @@ fn what_holds(client: &mut QmpClient) -> String {
             let state = status["status"].as_str().unwrap_or("in an unknown state");
             format!("the guest is at the source and does not run: it is {state}")
         }
-        Err(error) => format!("how the guest is cannot be asked: {}", chain(&error)),
+        Err(error) => format!("the state of the guest is unknown: {}", chain(&error)),
     }
 }
 

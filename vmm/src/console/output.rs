@@ -172,7 +172,7 @@ impl Drop for Output {
             // Nothing is ever sent: the channel closes with the thread.
             if ended.recv_timeout(JOIN_PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
             {
-                log::warn!("serial output: a write hangs; what the guest said last is lost");
+                log::warn!("serial output: a write hangs; the guest's last output is lost");
             } else if thread.join().is_err() {
                 log::error!("the console-out thread panicked");
             }

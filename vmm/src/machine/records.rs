@@ -102,7 +102,7 @@ impl Records {
         match self.0.first() {
             None => Ok(()),
             Some(extra) => Err(MachineError::Records(format!(
-                "the stream has one for {} {:?}, which this machine has not, or has it twice",
+                "the stream has one for {} {:?}, which this machine does not have, or it is there twice",
                 extra.kind, extra.instance
             ))),
         }

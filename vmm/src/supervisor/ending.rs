@@ -127,17 +127,17 @@ pub(super) fn shutting_down() -> QmpError {
 fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
     let (done, ended) = channel();
     let mut late = Vec::new();
-    let mut subscriber = 0;
+    let mut started = 0;
     for device in drains.devices {
         let done = done.clone();
         let rest = move || drop(done.send(rest(device, deadline)));
         match tasks::spawn("end-disk", rest) {
-            Ok(()) => subscriber += 1,
+            Ok(()) => started += 1,
             Err(error) => late.push(PartTime::not_ended(error.to_string(), Duration::ZERO)),
         }
     }
     drop(done);
-    for _ in 0..subscriber {
+    for _ in 0..started {
         // Each thread keeps the deadline and reports a moment later.
         let left = (deadline + REPORT_SLACK).saturating_duration_since(Instant::now());
         match ended.recv_timeout(left) {

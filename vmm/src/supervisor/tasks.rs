@@ -66,7 +66,7 @@ struct Task {
 pub struct Tasks {
     mailbox: Mailbox,
     last_id: u64,
-    subscriber: BTreeMap<TaskId, Task>,
+    running: BTreeMap<TaskId, Task>,
 }
 
 /// Reports a task's end, even if it panics.
@@ -86,7 +86,7 @@ impl Drop for Report {
 impl Tasks {
     /// No tasks yet; they report to `mailbox`.
     pub fn new(mailbox: Mailbox) -> Self {
-        Self { mailbox, last_id: 0, subscriber: BTreeMap::new() }
+        Self { mailbox, last_id: 0, running: BTreeMap::new() }
     }
 
     /// Runs `work` on a thread. After `limit` it is overdue.
@@ -105,34 +105,34 @@ impl Tasks {
             report.done = work(&token);
         })?;
         let deadline = limit.map(|limit| Instant::now() + limit);
-        self.subscriber.insert(id, Task { what, deadline, cancel });
+        self.running.insert(id, Task { what, deadline, cancel });
         Ok(id)
     }
 
     /// A task has reported; returns whether it was still wanted.
     pub fn ended(&mut self, id: TaskId) -> bool {
-        self.subscriber.remove(&id).is_some()
+        self.running.remove(&id).is_some()
     }
 
     /// Forgets a task.
     pub fn give_up(&mut self, id: TaskId) {
-        if let Some(task) = self.subscriber.remove(&id) {
+        if let Some(task) = self.running.remove(&id) {
             task.cancel.cancel();
         }
     }
 
     /// The next deadline.
     pub fn deadline(&self) -> Option<Instant> {
-        self.subscriber.values().filter_map(|task| task.deadline).min()
+        self.running.values().filter_map(|task| task.deadline).min()
     }
 
     /// Abandons overdue tasks and returns their ids.
     pub fn take_overdue(&mut self, now: Instant) -> Vec<TaskId> {
         let is_late = |task: &Task| task.deadline.is_some_and(|deadline| deadline <= now);
-        let late = self.subscriber.iter().filter(|(_, task)| is_late(task));
+        let late = self.running.iter().filter(|(_, task)| is_late(task));
         let late: Vec<_> = late.map(|(id, task)| (*id, task.what)).collect();
         for (id, what) in &late {
-            log::warn!("the task `{what}` has not ended in time and is left behind");
+            log::warn!("the task `{what}` is overdue and abandoned");
             self.give_up(*id);
         }
         late.into_iter().map(|(id, _)| id).collect()

@@ -131,7 +131,7 @@ impl DestinationHost for ArrivingGuest {
                 }
                 Some(since) if since.elapsed() < GIVE_UP_PATIENCE => {}
                 Some(_) => {
-                    let desc = "the machine is not built in time: a disk image does not answer";
+                    let desc = "the machine was not built in time: a disk image does not respond";
                     return Err(GuestError::new(desc));
                 }
             }
