@@ -1,5 +1,5 @@
-//! Finds the device behind an address. One bus for port I/O, one for MMIO; filled when the machine is
-//! built and never changed while it runs, so that vCPUs look up without a lock.
+//! Dispatches an access to the device at its address. There is one bus for port I/O and one for MMIO; they
+//! are filled when the machine is built and immutable while it runs, so that vCPUs look up without a lock.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -12,25 +12,15 @@ pub trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// A range that cannot be given to a device.
+/// A range that cannot be registered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// Empty, or past the end of the address space.
     #[error("bus range {base:#x}+{len:#x} is empty or wraps around")]
-    Range {
-        /// First address.
-        base: u64,
-        /// Length.
-        len: u64,
-    },
+    Range { base: u64, len: u64 },
     /// Another device is there.
     #[error("bus range {base:#x}+{len:#x} overlaps another device")]
-    Overlap {
-        /// First address.
-        base: u64,
-        /// Length.
-        len: u64,
-    },
+    Overlap { base: u64, len: u64 },
 }
 
 struct Slot {
@@ -45,7 +35,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// A bus with nobody on it.
+    /// An empty bus.
     pub fn new() -> Self {
         Self::default()
     }
@@ -73,7 +63,7 @@ impl Bus {
         (end <= slot.len).then_some((offset, slot))
     }
 
-    /// Reads; false, and all ones, where nobody is.
+    /// Reads; returns false and all ones if no device is there.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         let Some((offset, slot)) = self.find(address, data.len()) else {
             data.fill(0xff);
@@ -83,7 +73,7 @@ impl Bus {
         true
     }
 
-    /// Writes; false where nobody is.
+    /// Writes; returns false if no device is there.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         let Some((offset, slot)) = self.find(address, data.len()) else { return false };
         crate::lock(&slot.device).write(offset, data);

@@ -1,5 +1,4 @@
-//! Device state as an adversary would send it, for tests: arbitrary JSON, and good state with a few of
-//! its values replaced. Compiled for tests only.
+//! Hostile device state for tests: arbitrary JSON, and valid state with a few values replaced.
 
 use proptest::prelude::*;
 use serde_json::Value;
@@ -16,7 +15,7 @@ fn any_scalar() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Any JSON, small.
+/// Small arbitrary JSON.
 pub(crate) fn any_json() -> impl Strategy<Value = Value> {
     any_scalar().prop_recursive(3, 32, 6, |inner| {
         prop_oneof![
@@ -27,13 +26,13 @@ pub(crate) fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Replacements for some of a state's values: which leaf, and by what.
+/// Replacements of a state's values: leaf index and new value.
 pub(crate) fn any_changes() -> impl Strategy<Value = Vec<(usize, Value)>> {
     let value = prop_oneof![4 => any_scalar(), 1 => any_json()];
     prop::collection::vec((any::<usize>(), value), 1..5)
 }
 
-/// Makes the changes.
+/// Applies the replacements.
 pub(crate) fn change(state: &mut Value, changes: &[(usize, Value)]) {
     for (which, value) in changes {
         let mut leaves = Vec::new();

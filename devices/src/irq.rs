@@ -1,4 +1,4 @@
-//! A device's interrupt line: an eventfd that KVM watches, or a counter in tests.
+//! A device's interrupt line: an irqfd, or a counter in tests.
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ pub trait IrqLine: Send + Sync {
     fn raise(&self) -> io::Result<()>;
 }
 
-/// A line whose other end is an irqfd.
+/// An interrupt line backed by an irqfd.
 #[derive(Debug)]
 pub struct EventIrq(EventFd);
 
@@ -20,7 +20,7 @@ impl EventIrq {
         EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Self)
     }
 
-    /// The end to give to KVM.
+    /// The eventfd to register with KVM.
     pub fn event(&self) -> &EventFd {
         &self.0
     }
@@ -32,7 +32,7 @@ impl IrqLine for EventIrq {
     }
 }
 
-/// A line that counts, for tests.
+/// A line that counts its interrupts, for tests.
 #[derive(Debug, Default)]
 pub struct CountingIrq(AtomicUsize);
 

@@ -22,7 +22,8 @@ pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A poisoned lock means that a device panicked, which is our bug; its data is the best there is.
+/// Locks `mutex`, also a poisoned one: a device panicked, which is a bug, but its state is the best that we
+/// have.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

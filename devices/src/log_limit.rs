@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// Lines that one cause may log in an [`INTERVAL`].
 pub const LINES: u32 = 5;
-/// How long it then has to be silent, counted from the first of them.
+/// The interval, from the first of these lines.
 pub const INTERVAL: Duration = Duration::from_secs(10);
 
 /// How many lines were suppressed since the last one. Displays as nothing or as a note to append to
@@ -47,12 +47,12 @@ struct Window {
 }
 
 impl LogLimit {
-    /// A limit that nothing counts against yet.
+    /// A limit that has not counted anything yet.
     pub const fn new() -> Self {
         Self(Mutex::new(Window { began: None, lines: 0, suppressed: 0 }))
     }
 
-    /// Counts one line: what to append to it if it may be logged, `None` if it is suppressed.
+    /// Counts one line: the note to append if it may be logged, `None` if it is suppressed.
     pub fn allow(&self) -> Option<Suppressed> {
         self.allow_at(Instant::now())
     }

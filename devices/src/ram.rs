@@ -1,4 +1,4 @@
-//! The one memory vocabulary: pages, blocks, and where they lie in guest-physical space.
+//! Pages and blocks of guest RAM, and their guest-physical layout.
 //!
 //! RAM is numbered twice. A [`GuestAddress`] is where the guest finds a byte; a [`PageIndex`] counts
 //! RAM pages one block after another, without the hole below 4 GiB, and is what bitmaps, the stream
@@ -30,10 +30,10 @@ pub type GuestRam = GuestMemoryMmap<AtomicBitmap>;
 #[serde(transparent)]
 pub struct PageIndex(pub u64);
 
-/// A contiguous piece of RAM: one KVM memory slot, one mapping.
+/// A contiguous block of RAM: one KVM memory slot, one mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamBlock {
-    /// Where the guest sees the first byte.
+    /// Guest address of the first byte.
     pub base: GuestAddress,
     /// Number of the first page.
     pub first_page: PageIndex,
@@ -53,16 +53,10 @@ impl RamBlock {
 pub enum RamLayoutError {
     /// Zero, or beyond [`MAX_RAM`].
     #[error("memory size of {size_bytes} bytes is out of range (1 byte to {MAX_RAM})")]
-    OutOfRange {
-        /// What was asked for.
-        size_bytes: u64,
-    },
+    OutOfRange { size_bytes: u64 },
     /// Not a multiple of [`RAM_ALIGNMENT`].
     #[error("memory size of {size_bytes} bytes is not a multiple of 2 MiB")]
-    Unaligned {
-        /// What was asked for.
-        size_bytes: u64,
-    },
+    Unaligned { size_bytes: u64 },
 }
 
 /// Where RAM lies: up to 3 GiB below the hole, the rest from 4 GiB on. A pure function of the size.

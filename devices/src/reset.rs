@@ -3,7 +3,7 @@
 
 use crate::bus::BusDevice;
 
-/// What the guest asked for.
+/// How the guest asked to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestExit {
     /// Restart.
@@ -14,7 +14,7 @@ pub enum GuestExit {
     DebugExit(u32),
 }
 
-/// Hears of the guest's wish; called on the vCPU's thread.
+/// Called on the vCPU's thread when the guest asks to end.
 pub type ExitSink = Box<dyn Fn(GuestExit) + Send>;
 
 /// Keyboard controller at ports 0x60 to 0x64; of its commands only the CPU reset.

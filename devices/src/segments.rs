@@ -1,5 +1,5 @@
-//! Pieces of guest RAM that one request reads or writes, in order. Made from a descriptor chain, and
-//! wholly inside RAM from then on: RAM never shrinks.
+//! Scatter-gather list: the pieces of guest RAM that one request reads or writes, in order. Built from a
+//! descriptor chain and checked once to lie in RAM, which never shrinks.
 
 use crate::ram::{GuestAddress, GuestRam};
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ pub struct Segment {
     pub len: usize,
 }
 
-/// All pieces of one direction.
+/// The pieces of one direction.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Segments {
     pieces: VecDeque<Segment>,
@@ -22,7 +22,7 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// Adds a piece, unless it lies outside RAM. An empty one is nothing, wherever it lies.
+    /// Adds a piece; returns false if it lies outside RAM. An empty one is ignored wherever it lies.
     #[must_use = "a piece outside RAM is not added"]
     pub fn push(&mut self, ram: &GuestRam, address: GuestAddress, len: usize) -> bool {
         if len == 0 {
@@ -77,19 +77,19 @@ impl Segments {
         Some(address)
     }
 
-    /// Fills `buffer` from the front and takes that away. `None` if there is less than that.
+    /// Fills `buffer` from the front and consumes that much. `None` if there is less.
     pub fn read(&mut self, ram: &GuestRam, buffer: &mut [u8]) -> Option<()> {
         self.walk(buffer.len(), |piece, at| {
             let end = at + piece.len;
-            ram.read_slice(buffer.get_mut(at..end).unwrap_or_default(), piece.address)
+            ram.read_slice(&mut buffer[at..end], piece.address)
         })
     }
 
-    /// Writes `data` to the front and takes that away. `None` if there is less room.
+    /// Writes `data` to the front and consumes that much. `None` if there is less room.
     pub fn write(&mut self, ram: &GuestRam, data: &[u8]) -> Option<()> {
         self.walk(data.len(), |piece, at| {
             let end = at + piece.len;
-            ram.write_slice(data.get(at..end).unwrap_or_default(), piece.address)
+            ram.write_slice(&data[at..end], piece.address)
         })
     }
 

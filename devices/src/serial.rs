@@ -1,10 +1,10 @@
 //! COM1: a 16550, with an eventfd that says when its input FIFO has room again.
 //!
-//! The registers are served on the vCPU's thread; input is brought by whoever reads the console, output
-//! goes through a [`Transmitter`]. Opening and serving the console's other end is the caller's.
+//! Register accesses run on the vCPU's thread; the console's reader supplies input, output goes through a
+//! [`Transmitter`]. Opening and serving the host side of the console is the caller's job.
 //!
-//! It is our own because vm-superio's writes each byte on the vCPU's thread and is always ready for the
-//! next; its interrupt state, which would have to tell of a transmitter that is not, is private.
+//! vm-superio's model does not fit: it writes each byte on the vCPU's thread, is always ready for the next,
+//! and keeps its interrupt state private.
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// Bytes that the input FIFO holds.
 const FIFO_BYTES: usize = 64;
 
-/// How long a guest that is being stopped waits for the console's thread to pass on what it has said.
+/// How long a pause waits for the console's thread to write pending output.
 const PAUSE_PATIENCE: Duration = Duration::from_millis(50);
 
 /// Receiver buffer when read, transmitter holding register when written; low divisor byte under DLAB.
@@ -63,7 +63,7 @@ const DEFAULT_DIVISOR: [u8; 2] = [12, 0];
 
 static IRQ_FAILED: LogLimit = LogLimit::new();
 
-/// What has no owner but the device.
+/// Registers that only the device changes.
 struct Registers {
     divisor: [u8; 2],
     ier: u8,
@@ -92,11 +92,11 @@ pub struct SerialConsole {
 }
 
 impl SerialConsole {
-    /// A console that raises `irq` and sends through `transmitter`, from the first
-    /// [`Self::release_output`] or restore on: until then another machine may be using it.
+    /// A console that raises `irq` and sends through `transmitter`. Output is held until
+    /// [`Self::release_output`]: another machine may be using the transmitter until then.
     ///
     /// # Errors
-    /// If the host gives no eventfd.
+    /// If an eventfd cannot be created.
     pub fn new(irq: Arc<dyn IrqLine>, transmitter: Arc<Transmitter>) -> io::Result<Self> {
         let room = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let (registers, attached) = (Registers::default(), AtomicBool::new(false));
@@ -114,23 +114,23 @@ impl SerialConsole {
         &self.room
     }
 
-    /// Where output waits.
+    /// The output buffer.
     pub fn transmitter(&self) -> &Arc<Transmitter> {
         &self.transmitter
     }
 
-    /// Once the guest is stopped: sends what the reader takes without being waited for, so that a log is
-    /// complete. What it does not take is sent later, or becomes part of the record.
+    /// Sends what the reader takes without blocking, so that a log is complete; call when the guest is
+    /// stopped. The rest is sent later or becomes part of the record.
     pub fn pause(&self) {
         self.transmitter.flush(PAUSE_PATIENCE);
     }
 
-    /// Keeps what is unsent here, to be saved: another machine will send it.
+    /// Holds unsent output, which will be saved and sent by another machine.
     pub fn hold_output(&self) {
         self.transmitter.hold();
     }
 
-    /// Lets what is unsent be sent, from here: the guest is ours to run.
+    /// Releases unsent output: this process runs the guest.
     pub fn release_output(&self) {
         self.attach();
         self.transmitter.release();
@@ -145,9 +145,9 @@ impl SerialConsole {
         if self.loops() { 0 } else { FIFO_BYTES - self.input.len() }
     }
 
-    /// Gives the guest input; returns how many bytes fitted.
+    /// Queues input for the guest; returns how many bytes fitted.
     pub fn enqueue_input(&mut self, bytes: &[u8]) -> usize {
-        let bytes = bytes.get(..self.input_room().min(bytes.len())).unwrap_or_default();
+        let bytes = &bytes[..self.input_room().min(bytes.len())];
         self.receive(bytes);
         bytes.len()
     }
@@ -171,16 +171,16 @@ impl SerialConsole {
         self.registers.ier & IER_RECEIVED != 0 && !self.input.is_empty()
     }
 
-    /// Raises the interrupt again after a pause or restore: one in flight may have been lost, and one
-    /// too many does no harm.
+    /// Raises a pending interrupt again after a pause or restore: one in flight may have been lost, and a
+    /// spurious one does no harm.
     pub fn resume(&mut self) {
         if self.has_received_interrupt() || self.transmitter.is_interrupting() {
             self.raise();
         }
     }
 
-    fn say_room(&self) {
-        // Fails only if the counter is full: then the reader has yet to look.
+    fn signal_room(&self) {
+        // Fails only if the counter is full: then the reader is being woken already.
         let _ = self.room.write(1);
     }
 
@@ -191,8 +191,9 @@ impl SerialConsole {
             IER if dlab => self.registers.divisor[1],
             DATA => {
                 let byte = self.input.pop_front();
-                self.say_room();
-                byte.unwrap_or_default()
+                self.signal_room();
+                // An empty receive buffer reads as 0.
+                byte.unwrap_or(0)
             }
             IER => self.registers.ier,
             IIR => {
@@ -200,7 +201,7 @@ impl SerialConsole {
                     return IIR_FIFO | IIR_RECEIVED;
                 }
                 if self.transmitter.is_interrupting() {
-                    // Reading is the acknowledgement, of this one only.
+                    // Reading IIR acknowledges this interrupt only.
                     self.transmitter.acknowledge_interrupt();
                     return IIR_FIFO | IIR_TRANSMITTER_EMPTY;
                 }
@@ -232,15 +233,14 @@ impl SerialConsole {
         match offset {
             DATA if dlab => self.registers.divisor[0] = value,
             IER if dlab => self.registers.divisor[1] = value,
-            DATA if self.loops() => {
-                let room = FIFO_BYTES - self.input.len();
-                self.receive([value].get(..room.min(1)).unwrap_or_default());
-            }
+            // A byte that does not fit is lost, as on hardware.
+            DATA if self.loops() && self.input.len() >= FIFO_BYTES => {}
+            DATA if self.loops() => self.receive(&[value]),
             DATA => self.transmitter.push(value),
             IER => {
                 self.registers.ier = value & IER_VALID;
                 self.transmitter.enable_interrupt(value & IER_TRANSMITTER_EMPTY != 0);
-                // What came while the interrupt was off is told of now.
+                // Input may have arrived while the interrupt was disabled.
                 if self.has_received_interrupt() {
                     self.raise();
                 }
@@ -249,8 +249,8 @@ impl SerialConsole {
             MCR => {
                 self.registers.mcr = value;
                 if value & MCR_LOOP == 0 {
-                    // Input that was turned away in loopback mode may come again; nothing else says so.
-                    self.say_room();
+                    // Input was refused in loopback mode: signal that there is room.
+                    self.signal_room();
                 }
             }
             SCR => self.registers.scratch = value,
@@ -280,7 +280,7 @@ impl BusDevice for SerialConsole {
     }
 }
 
-/// All registers, the input FIFO, and what is not sent yet.
+/// All registers, the input FIFO and unsent output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SerialState {
@@ -290,14 +290,14 @@ pub struct SerialState {
     /// Pending interrupts, enabled or not: bit 1 transmitter empty, bit 2 data received; 1 if none.
     interrupt_identification: u8,
     line_control: u8,
-    /// Follows from the other fields.
+    /// Derived from the other fields; kept for older versions.
     line_status: u8,
     modem_control: u8,
     modem_status: u8,
     scratch: u8,
     input_fifo: Vec<u8>,
-    /// Later than version 1 began; without it all had been sent. Left out when empty, so that an older
-    /// Ferry takes the guest as well.
+    /// Added within version 1; absent means that everything was sent. Omitted when empty, so that older
+    /// builds accept the record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     unsent: Vec<u8>,
 }
@@ -361,7 +361,7 @@ mod tests {
     use crate::transmitter::{BUFFER_BYTES, FIFO_BYTES as TRANSMITTER_BYTES};
     use proptest::prelude::*;
 
-    /// A console that nobody sends for, and may send.
+    /// A console whose output is released, without a console thread.
     fn console() -> (SerialConsole, Arc<CountingIrq>) {
         let irq = Arc::new(CountingIrq::default());
         let transmitter = Arc::new(Transmitter::new(None).unwrap());
@@ -382,7 +382,7 @@ mod tests {
         status != 0
     }
 
-    /// Writes as a driver does, until the transmitter is no longer ready; returns how much.
+    /// Writes like a driver until the transmitter is not ready; returns the byte count.
     fn fill(console: &mut SerialConsole) -> usize {
         let mut written = 0;
         while is_ready(console) {
@@ -394,7 +394,7 @@ mod tests {
         written
     }
 
-    /// Sends what waits, at most `most` bytes of it, as the console's thread does.
+    /// Sends up to `most` pending bytes, like the console's thread.
     fn send(console: &SerialConsole, most: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
         if console.transmitter().begin_write(&mut bytes) {
@@ -449,7 +449,7 @@ mod tests {
         let written = fill(&mut console);
         assert!(written > BUFFER_BYTES - TRANSMITTER_BYTES, "{written}");
         assert_eq!(console.transmitter().lost_bytes(), 0);
-        // A guest that does not look loses what does not fit.
+        // A guest that ignores LSR loses what does not fit.
         for _ in 0..TRANSMITTER_BYTES + 3 {
             console.write(DATA, b"y");
         }
@@ -477,10 +477,10 @@ mod tests {
         send(&console, BUFFER_BYTES);
         assert_eq!(irq.count(), before + 1);
         assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_TRANSMITTER_EMPTY);
-        // A byte that is taken at once leaves the transmitter ready again.
+        // A byte that is sent at once leaves the transmitter ready again.
         console.write(DATA, b"x");
         assert_eq!(irq.count(), before + 2);
-        // Data received comes first and does not hide that.
+        // Received data has priority, and the transmitter interrupt stays pending.
         console.write(IER, &[IER_TRANSMITTER_EMPTY | IER_RECEIVED]);
         console.enqueue_input(b"i");
         assert_eq!(read(&mut console, IIR), IIR_FIFO | IIR_RECEIVED);
@@ -504,7 +504,7 @@ mod tests {
         assert_eq!(send(&destination, 100), b"", "not its guest yet");
         destination.release_output();
         assert_eq!(send(&destination, 100), b"unsent");
-        // The migration failed after all.
+        // The migration failed.
         source.release_output();
         assert_eq!(send(&source, 100), b"unsent");
     }
@@ -587,7 +587,7 @@ mod tests {
             for (kind, size) in steps {
                 match kind {
                     0 => {
-                        // As many FIFOs as the guest finds the transmitter ready for.
+                        // Writes one FIFO each time the transmitter is ready.
                         for number in 0..size {
                             let byte = u8::try_from(number % 251).unwrap();
                             if number % TRANSMITTER_BYTES == 0 && !is_ready(&mut here) {
@@ -598,7 +598,7 @@ mod tests {
                         }
                     }
                     1 => heard.extend(send(&here, size)),
-                    // A move, and one that fails.
+                    // A migration that completes, and one that fails.
                     2 => {
                         here.hold_output();
                         let (mut there, _) = console();

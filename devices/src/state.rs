@@ -1,22 +1,22 @@
 //! How a device's state is saved, carried and checked: [`Persist`] and [`DeviceRecord`].
 //!
-//! State is plain data and travels as JSON. Whatever arrives is untrusted until `restore` has looked
-//! at it; a record of the wrong kind or a newer version is refused by name.
+//! State is plain data, encoded as JSON. Incoming state is untrusted until `restore` has checked it; a
+//! record of the wrong kind or a newer version is refused.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// One device's saved state, as it travels in the `device` section.
+/// One device's saved state, as sent in the `device` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceRecord {
     /// What the device is: [`Persist::KIND`].
     pub kind: String,
-    /// Which one of that kind: a disk's id, a vCPU's number, or empty where there is only one.
+    /// Instance of that kind: a disk's id, a vCPU's number, or empty if there is only one.
     pub instance: String,
     /// Version of the layout of `state`.
     pub version: u16,
-    /// The state itself, in the layout of that version.
+    /// The state in that layout.
     pub state: serde_json::Value,
 }
 
@@ -26,7 +26,6 @@ pub enum RestoreError {
     /// The record is for another device.
     #[error("record is for {found:?}, expected {expected:?}")]
     WrongKind {
-        /// Kind in the record.
         found: String,
         /// Kind of the device that should load it.
         expected: &'static str,
@@ -36,34 +35,27 @@ pub enum RestoreError {
         "{kind} {instance:?}: state version {found} is newer than {newest}, the newest known here"
     )]
     NewerVersion {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
-        /// Version in the record.
         found: u16,
         /// Newest version this build loads.
         newest: u16,
     },
-    /// The state is not what this version of the layout says.
+    /// The state does not match its version's layout.
     #[error("{kind} {instance:?}: malformed state")]
     Malformed {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
-        /// Where the JSON disagrees.
+        /// The JSON error.
         #[source]
         source: serde_json::Error,
     },
     /// The state is well-formed but impossible for this device.
     #[error("{kind} {instance:?}: {reason}")]
     Invalid {
-        /// Device kind.
         kind: &'static str,
-        /// Device instance.
         instance: String,
-        /// What is wrong, in words for the user.
+        /// The reason, for the user.
         reason: String,
     },
 }
@@ -77,11 +69,11 @@ pub trait Persist {
     /// Plain data; serialised as JSON.
     type State: Serialize + DeserializeOwned;
 
-    /// The state now. Pure; called only while the guest is paused.
+    /// Returns the current state. Pure; called only while the guest is paused.
     fn save(&self) -> Self::State;
 
-    /// Checks `state` and takes it over. On an error the device is unchanged or unusable, and the
-    /// guest must not run. The reason is for the user.
+    /// Checks `state` and loads it. On an error the device is unchanged or unusable, and the guest must not
+    /// run. The reason is for the user.
     fn restore(&mut self, state: Self::State) -> Result<(), String>;
 
     /// Wraps [`Persist::save`] as a record.

@@ -1,5 +1,5 @@
-//! COM1's transmitter: a bounded buffer between the vCPU that writes bytes and the console's thread
-//! that sends them, so that a reader who does not read never holds a vCPU.
+//! COM1's transmitter: a bounded buffer between the vCPU that writes bytes and the console's thread that
+//! sends them, so that a stalled reader never blocks a vCPU.
 //!
 //! ```text
 //! vCPU: SerialConsole::write -> push -> [ unsent, at most BUFFER_BYTES ] -> begin_write, end_write: console thread
@@ -7,10 +7,10 @@
 //!                             observer                                    room again: THRE interrupt
 //! ```
 //!
-//! A full buffer is a transmitter that is not ready: a guest that polls waits, and can be stopped, saved
-//! and moved meanwhile. What is unsent is part of the device's state. The right to send it goes with the
-//! right to run the guest: a transmitter that is [held](Transmitter::hold) gives nothing to the console.
-//! The buffer belongs to the console and outlives the machines that are attached to it one after another.
+//! When the buffer is full, the transmitter is not ready: a polling guest waits, and can be stopped, saved
+//! and migrated meanwhile. Unsent bytes are part of the device's state. The right to send them moves with
+//! the right to run the guest: a [held](Transmitter::hold) transmitter passes nothing to the console. The
+//! buffer belongs to the console and outlives the machines that are attached to it in turn.
 
 use crate::irq::IrqLine;
 use crate::log_limit::LogLimit;
@@ -20,23 +20,23 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Bytes that may wait to be sent.
+/// Capacity of the buffer.
 pub const BUFFER_BYTES: usize = 64 << 10;
-/// Bytes that a driver may write once it has seen that the transmitter is ready: a 16550's FIFO.
+/// Bytes that a driver may write once THRE is set: a 16550's FIFO.
 pub const FIFO_BYTES: usize = 16;
-/// How long [`Transmitter::hold`] waits for a write that has begun. Only a file on a hung disk takes
-/// longer, and what was handed to that counts as sent.
+/// How long [`Transmitter::hold`] waits for a write in progress. Only a file on a hung disk takes longer,
+/// and bytes passed to it count as sent.
 const WRITE_PATIENCE: Duration = Duration::from_millis(100);
 
 static LOST: LogLimit = LogLimit::new();
 
-/// Sees all that the guest says, as it says it. Called by the vCPU: it must not block.
+/// Called on the vCPU's thread with all output as it is written; must not block.
 pub type Observer = Box<dyn FnMut(&[u8]) + Send>;
 
-/// The buffer, and the interrupt that says when it has room.
+/// The output buffer and the interrupt that signals room.
 pub struct Transmitter {
     state: Mutex<State>,
-    /// A write ended, or there is room.
+    /// Signalled when a write ends or there is room.
     changed: Condvar,
     /// Wakes the console's thread.
     wake: EventFd,
@@ -48,21 +48,21 @@ struct State {
     /// Oldest first; the first `in_flight` of them are being written.
     unsent: VecDeque<u8>,
     in_flight: usize,
-    /// The console's thread waits for bytes and must be woken.
+    /// The console's thread is asleep and must be woken for the next byte.
     asleep: bool,
     held: bool,
-    /// The reader takes nothing at the moment.
+    /// The reader currently accepts nothing.
     stuck: bool,
-    /// Nobody reads, so nothing is kept.
+    /// There is no reader: output is dropped.
     discarding: bool,
     closed: bool,
     lost_bytes: u64,
-    /// The guest has found the transmitter not ready, or can.
+    /// The guest may have seen the transmitter not ready.
     full: bool,
     irq: Option<Arc<dyn IrqLine>>,
     /// IER's THRI bit.
     interrupt_enabled: bool,
-    /// The transmitter became ready, and the guest has not been told by IIR.
+    /// The transmitter became ready, and the guest has not read that from IIR yet.
     interrupt_pending: bool,
 }
 
@@ -71,12 +71,12 @@ impl State {
         self.unsent.len() + FIFO_BYTES <= BUFFER_BYTES
     }
 
-    /// Drops what no write has begun for.
+    /// Drops the bytes that are not being written.
     fn drop_waiting(&mut self) {
         self.unsent.truncate(self.in_flight);
     }
 
-    /// Notes that the transmitter is ready. The line is to be raised by the caller, without the lock.
+    /// Marks the transmitter ready; returns the interrupt to raise after unlocking.
     fn become_ready(&mut self) -> Option<Arc<dyn IrqLine>> {
         self.full = false;
         let was_pending = std::mem::replace(&mut self.interrupt_pending, true);
@@ -86,17 +86,17 @@ impl State {
         self.irq.clone()
     }
 
-    /// After bytes have gone: as [`Self::become_ready`] if the transmitter was not ready before.
+    /// After bytes were removed: like [`Self::become_ready`] if the transmitter was not ready before.
     fn after_sending(&mut self) -> Option<Arc<dyn IrqLine>> {
         if self.full && self.is_ready() { self.become_ready() } else { None }
     }
 }
 
 impl Transmitter {
-    /// An empty one that is not attached to a device.
+    /// An empty transmitter without a device.
     ///
     /// # Errors
-    /// If the host gives no eventfd.
+    /// If an eventfd cannot be created.
     pub fn new(observer: Option<Observer>) -> io::Result<Self> {
         Ok(Self {
             state: Mutex::default(),
@@ -131,7 +131,7 @@ impl Transmitter {
 
     // The device's side.
 
-    /// Connects a device, whose bytes are held until it is [released](Self::release).
+    /// Attaches a device; its output is held until [`Self::release`].
     pub(crate) fn attach(&self, irq: Arc<dyn IrqLine>) {
         let mut state = self.state();
         state.irq = Some(irq);
@@ -140,8 +140,8 @@ impl Transmitter {
         state.interrupt_pending = false;
     }
 
-    /// Disconnects the device with this interrupt, unless another has taken its place. What it did not send
-    /// is still sent, unless it is held: then the guest is somebody else's, and so are its bytes.
+    /// Detaches the device with this interrupt, unless another has replaced it. Unsent output is still
+    /// sent, unless it is held: then it belongs to the machine that got the guest.
     pub(crate) fn detach(&self, irq: &Arc<dyn IrqLine>) {
         let mut state = self.state();
         if !state.irq.as_ref().is_some_and(|attached| Arc::ptr_eq(attached, irq)) {
@@ -158,7 +158,7 @@ impl Transmitter {
         self.state().is_ready()
     }
 
-    /// Takes a byte from the guest. One that finds no room is lost, as on hardware.
+    /// Accepts a byte from the guest. Without room it is lost, as on hardware.
     pub(crate) fn push(&self, byte: u8) {
         let mut state = self.state();
         if state.unsent.len() >= BUFFER_BYTES {
@@ -166,7 +166,7 @@ impl Transmitter {
             drop(state);
             if let Some(suppressed) = LOST.allow() {
                 log::warn!(
-                    "serial: the guest writes although the transmitter is not ready{suppressed}"
+                    "serial: the guest writes while the transmitter is not ready{suppressed}"
                 );
             }
             return;
@@ -190,12 +190,12 @@ impl Transmitter {
         self.observe(&[byte]);
     }
 
-    /// Whether the console's thread has to be woken for what is there now.
+    /// Whether the console's thread must be woken.
     fn wakes(&self, state: &mut State) -> bool {
         !state.unsent.is_empty() && !state.held && std::mem::take(&mut state.asleep)
     }
 
-    /// Sets IER's THRI bit; setting it while the transmitter is ready makes an interrupt.
+    /// Sets IER's THRI bit; setting it while the transmitter is ready raises an interrupt.
     pub(crate) fn enable_interrupt(&self, enabled: bool) {
         let mut state = self.state();
         state.interrupt_enabled = enabled;
@@ -214,23 +214,23 @@ impl Transmitter {
         state.interrupt_enabled && state.interrupt_pending
     }
 
-    /// The guest has read that from IIR.
+    /// The guest has read the interrupt from IIR, which clears it.
     pub(crate) fn acknowledge_interrupt(&self) {
         self.state().interrupt_pending = false;
     }
 
-    /// The interrupt's state, for a record: whether it is pending, enabled or not.
+    /// Whether the interrupt is pending, enabled or not; for the record.
     pub(crate) fn interrupt_pending(&self) -> bool {
         self.state().interrupt_pending
     }
 
-    /// What is neither sent nor being written. Held, or at least stopped, it does not change.
+    /// Bytes that are neither sent nor being written. Stable while the transmitter is held.
     pub fn unsent(&self) -> Vec<u8> {
         let state = self.state();
         state.unsent.iter().skip(state.in_flight).copied().collect()
     }
 
-    /// Puts a record's bytes and interrupt here. The device must be attached and held.
+    /// Restores a record's bytes and interrupt. The device must be attached and held.
     pub(crate) fn restore(
         &self,
         unsent: Vec<u8>,
@@ -243,7 +243,7 @@ impl Transmitter {
         }
         let mut state = self.state();
         if state.in_flight > 0 {
-            return Err("the console still writes what another guest said".into());
+            return Err("the console is still writing another guest's output".into());
         }
         state.unsent = unsent.into();
         state.full = !state.is_ready();
@@ -252,8 +252,8 @@ impl Transmitter {
         Ok(())
     }
 
-    /// Keeps what is unsent from the console: on return no write is under way that could still send some
-    /// of what [`Self::unsent`] then gives.
+    /// Holds unsent output: on return no write is in progress that could still send part of what
+    /// [`Self::unsent`] returns.
     pub fn hold(&self) {
         let deadline = Instant::now() + WRITE_PATIENCE;
         let mut state = self.state();
@@ -261,14 +261,14 @@ impl Transmitter {
         while state.in_flight > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                log::warn!("serial: a write takes long; what was handed to it counts as sent");
+                log::warn!("serial: a write is slow; its bytes count as sent");
                 return;
             }
             state = self.wait(state, left);
         }
     }
 
-    /// Lets the console send what is unsent.
+    /// Releases unsent output to the console.
     pub fn release(&self) {
         let mut state = self.state();
         state.held = false;
@@ -279,11 +279,11 @@ impl Transmitter {
         self.wake();
     }
 
-    /// Waits until all is sent, or the reader takes no more, or the limit has passed.
+    /// Waits until everything is sent, the reader stalls, or `limit` has passed.
     pub fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut state = self.state();
-        // It may take some again: the console's thread tries, and says so.
+        // The reader may accept more now: have the console's thread try again.
         state.stuck = false;
         while !state.unsent.is_empty() && !state.held && !state.stuck && !state.closed {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -295,17 +295,17 @@ impl Transmitter {
         }
     }
 
-    /// Bytes that the guest wrote although the transmitter was not ready.
+    /// Bytes that the guest wrote while the transmitter was not ready.
     pub fn lost_bytes(&self) -> u64 {
         self.state().lost_bytes
     }
 
-    /// Takes `bytes` from a producer that is no guest, waiting for room.
+    /// Appends `bytes` from a producer other than a guest; blocks until there is room.
     ///
     /// # Errors
     /// `BrokenPipe` once the console is closed.
     pub fn write_waiting(&self, mut bytes: &[u8]) -> io::Result<()> {
-        // Only to look at `closed` now and then: whoever closes wakes this, too.
+        // The timeout is a safety net: closing wakes this wait.
         const LOOK: Duration = Duration::from_secs(1);
         while !bytes.is_empty() {
             let mut state = self.state();
@@ -332,7 +332,7 @@ impl Transmitter {
 
     // The console's side.
 
-    /// Readable when the console's thread has something to look at.
+    /// Readable when the console's thread has something to do.
     pub fn wake_event(&self) -> &EventFd {
         &self.wake
     }
@@ -343,20 +343,20 @@ impl Transmitter {
         let _ = self.wake.write(1);
     }
 
-    /// Whether output is dropped because nobody is there to read it. Starting to do so drops what waits.
+    /// Sets whether output is dropped for lack of a reader. Starting to drop discards pending output.
     pub fn set_discarding(&self, discarding: bool) {
         let mut state = self.state();
         state.discarding = discarding;
         state.stuck = false;
-        // What is held may yet go elsewhere.
+        // Held output belongs to the machine that gets the guest.
         if discarding && !state.held {
             state.drop_waiting();
         }
         self.tell(state);
     }
 
-    /// Copies what waits into `bytes`, to be written now; `false` if there is nothing. Then the next byte
-    /// fires [`Self::wake_event`]. Each `true` needs its [`Self::end_write`].
+    /// Copies pending output into `bytes` for a write; `false` if there is none, and then the next byte
+    /// signals [`Self::wake_event`]. Each `true` must be followed by [`Self::end_write`].
     pub fn begin_write(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
         let mut state = self.state();
@@ -371,7 +371,7 @@ impl Transmitter {
         true
     }
 
-    /// Ends a write that took the first `written` bytes; 0 says that the reader takes none now.
+    /// Ends a write of the first `written` bytes; 0 means that the reader accepts none now.
     pub fn end_write(&self, written: usize) {
         let mut state = self.state();
         let gone = written.min(state.unsent.len());
@@ -384,7 +384,7 @@ impl Transmitter {
         self.tell(state);
     }
 
-    /// Tells the guest, and whoever waits, that the buffer changed.
+    /// Signals the guest and all waiters that the buffer changed.
     fn tell(&self, mut state: MutexGuard<'_, State>) {
         let irq = state.after_sending();
         drop(state);
@@ -392,7 +392,7 @@ impl Transmitter {
         self.changed.notify_all();
     }
 
-    /// No console will send any more: producers get an error.
+    /// Closes the console's side: producers get an error.
     pub fn close(&self) {
         self.state().closed = true;
         self.changed.notify_all();

@@ -121,7 +121,7 @@ pub fn kvmclock_us() -> u64 {
     if !KVMCLOCK_RUNS.load(Relaxed) {
         return 0;
     }
-    read_kvmclock().unwrap_or(0) / 1000
+    read_kvmclock().map_or(0, |ns| ns / 1000)
 }
 
 /// Counts TSC ticks while the LAPIC's timer counts 10 ms down.

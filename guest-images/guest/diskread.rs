@@ -17,6 +17,7 @@ pub fn run(machine: &Machine) -> ! {
         machine::debug_exit(0x77)
     });
     let block_sectors = block_bytes as u64 / SECTOR_BYTES;
+    // A block smaller than a sector is refused below, too.
     let blocks = disk.capacity().checked_div(block_sectors).unwrap_or(0);
     if blocks == 0 {
         println!("ERROR the disk holds no block of that size");

@@ -141,7 +141,7 @@ impl Heartbeat {
             "HB n={} t_us={} gen={generations} max_gap_us={} ws_mbps={} corrupt={} fpu={} alive={} kvmclock_us={}{more}",
             self.number,
             clock::now_us(),
-            us(gaps.max().unwrap_or(0)),
+            us(gaps.fold(0, u64::max)),
             bytes.wrapping_sub(self.last_bytes) / elapsed_us,
             corrupt(),
             fpu::CORRUPT.load(Relaxed),

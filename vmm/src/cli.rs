@@ -4,7 +4,7 @@ use crate::config::{
     BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
     parse_duration, parse_rate,
 };
-use crate::travel::DiskSelection;
+use crate::disk_selection::DiskSelection;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;
@@ -15,15 +15,15 @@ use std::time::Duration;
 #[derive(Debug, Parser)]
 #[command(name = "ferry", version)]
 pub struct Cli {
-    /// Say more; twice says everything
+    /// Log more; twice logs everything
     #[arg(short, long, action = clap::ArgAction::Count, global = true)]
     pub verbose: u8,
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The subcommand.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Boot a guest in the foreground
@@ -32,9 +32,9 @@ pub enum Command {
     Receive(Box<ReceiveArgs>),
     /// Move the guest behind a control socket to another ferry
     Migrate(MigrateArgs),
-    /// Ask the VMM behind a control socket
+    /// Send a command to a control socket
     Ctl(CtlArgs),
-    /// Say what this host's KVM offers, and how to mend what will not work
+    /// Check this host's KVM and suggest fixes
     Doctor,
 }
 
@@ -50,7 +50,7 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// Reads the file, if there is one, and checks all.
+    /// Merges the file, if given, and validates everything.
     pub fn into_config(self) -> Result<RunConfig, Vec<String>> {
         let file = match &self.config {
             None => RunOptions::default(),
@@ -70,22 +70,23 @@ impl RunArgs {
 pub struct ReceiveArgs {
     /// Where to listen: tcp:HOST:PORT or unix:PATH
     pub address: Address,
-    /// Where a disk of the guest lies on this host, or goes to: ID=PATH[,format=raw|qcow2][,backing=BASE,backing-format=raw|qcow2][,cache=writeback|none]
+    /// Image of a guest's disk on this host:
+    /// ID=PATH[,format=raw|qcow2][,backing=BASE,backing-format=raw|qcow2][,cache=writeback|none]
     #[arg(long = "disk", value_name = "ID=PATH,…")]
     pub disks: Vec<ReceiveDisk>,
-    /// Where disks that travel go, each into a file ID.img
+    /// Folder for migrated disks, each in a file ID.img
     #[arg(long, value_name = "PATH")]
     pub disk_dir: Option<PathBuf>,
-    /// Let disks that travel replace images that are there
+    /// Let migrated disks replace existing images
     #[arg(long)]
     pub overwrite: bool,
-    /// Do not run the guest when it has arrived
+    /// Leave the guest paused after its migration
     #[arg(long)]
     pub paused: bool,
     /// Kernel to boot if the guest resets itself here
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
-    /// The ramdisk to boot it with
+    /// Initial ramdisk for that kernel
     #[arg(long, value_name = "PATH", requires = "kernel")]
     pub initrd: Option<PathBuf>,
     /// Options for this process.
@@ -94,7 +95,7 @@ pub struct ReceiveArgs {
 }
 
 impl ReceiveArgs {
-    /// Checks all.
+    /// Validates everything.
     pub fn into_config(self) -> Result<ReceiveConfig, Vec<String>> {
         let mut problems = Vec::new();
         for (index, disk) in self.disks.iter().enumerate() {
@@ -125,41 +126,41 @@ pub struct MigrateArgs {
     pub socket: String,
     /// The destination: tcp:HOST:PORT or unix:PATH
     pub address: Address,
-    /// Longest pause to aim for, e.g. 20ms
+    /// Downtime limit, e.g. 20ms
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub downtime_limit: Option<Duration>,
-    /// Cap in bytes per second, e.g. 1G; 0 for none
+    /// Bandwidth limit in bytes per second, e.g. 1G; 0 for none
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub max_bandwidth: Option<u64>,
-    /// Disks that travel with the guest: full, top (what lies above a shared backing file) or none, for all
-    /// or one by one, e.g. none,root=full [default: none]
+    /// Disks to migrate: full, top (only the data above a shared backing file) or none, for all or per
+    /// disk, e.g. none,root=full [default: none]
     #[arg(long, value_name = "full|top|none,…")]
     pub disks: Option<DiskSelection>,
-    /// Most reads of disks in flight, 1 to 16
+    /// Maximum disk reads in flight, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=16))]
     pub disk_reads: Option<u64>,
-    /// Most chunks of disks that have been read and not sent, 1 to 512
+    /// Maximum disk chunks read but not sent, 1 to 512
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=512))]
     pub disk_buffers: Option<u64>,
     /// Data connections, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     pub channels: Option<u16>,
-    /// Send what has changed of a page instead of the page
+    /// Send deltas of changed pages (XBZRLE)
     #[arg(long)]
     pub xbzrle: bool,
-    /// Memory for that, e.g. 256M
+    /// Memory for the XBZRLE cache, e.g. 256M
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub xbzrle_cache_size: Option<u64>,
     /// Compress memory: none, zlib[:0-9] or zstd[:0-20]
     #[arg(long, value_name = "METHOD[:LEVEL]", value_parser = parse_compression)]
     pub compress: Option<(Compression, Option<u8>)>,
-    /// Slow the guest down if it writes faster than it can be sent
+    /// Throttle the guest if the migration does not converge
     #[arg(long)]
     pub auto_converge: bool,
-    /// Leave the source process, stopped, after success
+    /// Keep the source process, with the guest stopped, after success
     #[arg(long)]
     pub keep_source: bool,
-    /// One JSON line per step; the last is the summary
+    /// Print one JSON line per step; the last is the summary
     #[arg(long)]
     pub json: bool,
 }

@@ -1,4 +1,4 @@
-//! What a user can ask for, from the command line, a TOML file or both; checked in one place.
+//! The configuration from the command line, a TOML file or both; validated in one place.
 
 mod disk;
 mod units;
@@ -14,19 +14,19 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Least RAM of a guest: its kernel starts at 1 MiB.
+/// Minimum RAM: kernels are loaded at 1 MiB.
 const MIN_MEMORY: u64 = 4 << 20;
-/// Where COM1 goes.
+/// Backend of COM1.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum SerialConfig {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// Nowhere.
+    /// Discards output.
     Null,
     /// Output to a file.
     File(PathBuf),
-    /// A Unix socket that a client may connect to.
+    /// A Unix socket for one client.
     Socket(PathBuf),
 }
 
@@ -59,24 +59,24 @@ impl FromStr for SocketPath {
     }
 }
 
-/// What `ferry run` and `ferry receive` have in common.
+/// Options common to `ferry run` and `ferry receive`.
 #[derive(Debug, Clone, Default)]
 pub struct HostConfig {
-    /// Where COM1 goes.
+    /// Backend of COM1.
     pub serial: SerialConfig,
     /// The control socket.
     pub qmp: Option<SocketPath>,
-    /// End after this long.
+    /// Exit after this long.
     pub timeout: Option<Duration>,
-    /// End well when serial output matches.
+    /// Exit with success when serial output matches.
     pub expect: Option<String>,
-    /// End when the guest asks for a reset.
+    /// Exit when the guest requests a reset.
     pub no_reboot: bool,
-    /// End when the parent process does.
+    /// Exit with the parent process.
     pub with_parent: bool,
 }
 
-/// What a guest boots from, at its start and after each reset.
+/// The files that a guest boots from, at its start and after each reset.
 #[derive(Debug, Clone)]
 pub struct BootFiles {
     /// The kernel.
@@ -92,7 +92,7 @@ pub struct RunConfig {
     pub boot: BootFiles,
     /// The kernel's command line.
     pub cmdline: String,
-    /// Whether the guest finds ACPI tables.
+    /// Whether the guest has ACPI tables.
     pub acpi: bool,
     /// Whether the guest has a virtio-rng.
     pub rng: bool,
@@ -104,28 +104,28 @@ pub struct RunConfig {
     pub disks: Vec<(String, DiskConfig)>,
     /// The guest's name.
     pub name: Option<String>,
-    /// Move it to a fresh process this often.
+    /// Migrate it to a new process at this interval.
     pub migrate_every: Option<Duration>,
-    /// This process.
+    /// Options of this process.
     pub host: HostConfig,
 }
 
-/// A guest to wait for.
+/// An incoming guest.
 #[derive(Debug, Clone)]
 pub struct ReceiveConfig {
     /// Where to listen.
     pub address: Address,
-    /// Images of its disks.
+    /// Images for its disks.
     pub disks: Vec<ReceiveDisk>,
-    /// Where disks that travel go, if nothing else is said of them.
+    /// Folder for migrated disks without a `--disk` option.
     pub disk_dir: Option<PathBuf>,
-    /// Whether disks that travel may replace images.
+    /// Whether migrated disks may replace existing images.
     pub overwrite: bool,
-    /// Do not run it when it has arrived.
+    /// Leave it paused after its migration.
     pub paused: bool,
-    /// What to boot if the guest asks for a reset.
+    /// What to boot if the guest requests a reset.
     pub boot: Option<BootFiles>,
-    /// This process.
+    /// Options of this process.
     pub host: HostConfig,
 }
 
@@ -143,7 +143,7 @@ fn disks_from_text<'de, D: Deserializer<'de>>(
     texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
 }
 
-/// Options of `ferry run` as they were given, on the command line or in a file, under the same names.
+/// Options of `ferry run` as given on the command line or in a file, under the same names.
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunOptions {
@@ -169,11 +169,11 @@ pub struct RunOptions {
     /// The guest's name
     #[arg(long)]
     pub name: Option<String>,
-    /// Whether the guest finds ACPI tables [default: on]
+    /// Whether the guest has ACPI tables [default: on]
     #[arg(long, value_name = "on|off")]
     #[serde(deserialize_with = "from_text")]
     pub acpi: Option<Switch>,
-    /// Move the guest to a fresh process this often, e.g. 2s, while it runs
+    /// Migrate the running guest to a new process at this interval, e.g. 2s
     #[arg(long, value_name = "DURATION")]
     pub migrate_every: Option<String>,
     /// Give the guest a source of random bytes (virtio-rng)
@@ -189,7 +189,7 @@ pub struct RunOptions {
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
 #[serde(default)]
 pub struct HostOptions {
-    /// Where COM1 goes: stdio, null, file=PATH or socket=PATH [default: stdio]
+    /// Backend of COM1: stdio, null, file=PATH or socket=PATH [default: stdio]
     #[arg(long, value_name = "WHERE")]
     #[serde(deserialize_with = "from_text")]
     pub serial: Option<SerialConfig>,
@@ -197,23 +197,23 @@ pub struct HostOptions {
     #[arg(long, value_name = "unix:PATH")]
     #[serde(deserialize_with = "from_text")]
     pub qmp: Option<SocketPath>,
-    /// End with exit code 124 after this long, e.g. 30s
+    /// Exit with code 124 after this long, e.g. 30s
     #[arg(long, value_name = "DURATION")]
     pub timeout: Option<String>,
-    /// End with exit code 0 as soon as serial output matches
+    /// Exit with code 0 as soon as serial output matches
     #[arg(long, value_name = "REGEX")]
     pub expect: Option<String>,
-    /// End, with exit code 0, when the guest asks for a reset
+    /// Exit with code 0 when the guest requests a reset
     #[arg(long)]
     pub no_reboot: bool,
-    /// End when the process that started this one does: for `--migrate-every`
+    /// Exit with the parent process; used by `--migrate-every`
     #[arg(long, hide = true)]
     #[serde(skip)]
     pub with_parent: bool,
 }
 
 impl RunOptions {
-    /// These options, and `file`'s where these are silent.
+    /// These options, with defaults from `file`.
     pub fn over(self, file: Self) -> Self {
         let disk = if self.disk.is_empty() { file.disk } else { self.disk };
         Self {
@@ -238,7 +238,7 @@ impl RunOptions {
         }
     }
 
-    /// Checks all; every problem is reported, by option name.
+    /// Validates everything; reports every problem, by option name.
     pub fn validate(self) -> Result<RunConfig, Vec<String>> {
         let mut problems = Vec::new();
         let memory_bytes = match parse_memory(self.memory.as_deref().unwrap_or("128M")) {
@@ -295,6 +295,7 @@ impl RunOptions {
                 boot: BootFiles { kernel, initrd: self.initrd },
                 acpi: self.acpi.unwrap_or(Switch(true)).0,
                 rng: self.rng,
+                // Documented default: an empty command line.
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
@@ -309,13 +310,14 @@ impl RunOptions {
 }
 
 impl HostOptions {
-    /// Checks all; adds every problem to `problems`.
+    /// Validates everything; adds every problem to `problems`.
     pub fn validate(self, problems: &mut Vec<String>) -> HostConfig {
         let timeout = duration("--timeout", self.timeout, problems);
         if let Some(Err(error)) = self.expect.as_deref().map(regex_lite::Regex::new) {
             problems.push(format!("--expect: {error}"));
         }
         HostConfig {
+            // Documented default: stdio.
             serial: self.serial.unwrap_or_default(),
             qmp: self.qmp,
             timeout,

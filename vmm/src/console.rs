@@ -1,14 +1,16 @@
-//! COM1's other end: where the guest's output goes, and where its input comes from.
+//! The host side of COM1: output to a file, socket or terminal, and input from there. Opened by the
+//! supervisor.
 //!
-//! Output waits in a bounded [`Transmitter`] for the `console-out` thread ([`output`]); [`expect`] sees it
-//! when it is said. Input is read by the `io` thread, which stops reading while the guest's FIFO is full.
-//! On a terminal, Ctrl-A x ends the VMM, as in QEMU; raw mode is undone when the console is dropped.
+//! Output is buffered in a bounded [`Transmitter`] for the `console-out` thread ([`output`]); [`expect`]
+//! sees it as the guest writes it. The `io` thread reads input and pauses while the guest's FIFO is full.
+//! On a terminal, Ctrl-A x ends the VMM, as in QEMU; dropping the console restores the terminal's mode.
 
 mod expect;
 mod output;
 
 use crate::config::SerialConfig;
 use crate::supervisor::exit_code;
+use devices::lock;
 use devices::serial::SerialConsole;
 use devices::transmitter::{Observer, Transmitter};
 use expect::Expect;
@@ -20,7 +22,7 @@ use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -31,30 +33,24 @@ const ESCAPE: u8 = 1; // Ctrl-A
 /// A console that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    /// The log file cannot be written.
     #[error("cannot write serial log {path}")]
     File {
-        /// The file.
         path: PathBuf,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The socket cannot be listened on.
     #[error("cannot listen on serial socket {path}")]
     Socket {
-        /// The socket.
         path: PathBuf,
-        /// Why not.
         #[source]
         source: ListenError,
     },
-    /// The host has no more threads or descriptors.
+    /// No thread or descriptor could be created.
     #[error("cannot start the serial console")]
     Start(#[source] io::Error),
 }
 
-/// What the console tells its owner.
+/// Events for the console's owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConsoleEvent {
     /// The output matched `--expect`.
@@ -66,22 +62,22 @@ pub enum ConsoleEvent {
 /// Called from the vCPU or `io` thread.
 pub type ConsoleSink = Arc<dyn Fn(ConsoleEvent) + Send + Sync>;
 
-/// An open console. It outlives the machines that are attached to it one after another.
+/// An open console. It outlives the machines that are attached to it in turn.
 pub struct Console {
     transmitter: Arc<Transmitter>,
     expect: Option<Arc<Mutex<Expect>>>,
-    /// Closed by being dropped, before input is: a client that leaves meanwhile need not be waited for.
+    /// Dropped, and so closed, before input: no need to wait for a client that is leaving.
     output: Option<Output>,
     attached: Arc<Attached>,
     thread: Option<JoinHandle<()>>,
     raw_terminal: bool,
-    /// Removed with the console.
+    /// Removed when the console is dropped.
     _socket: Option<SocketFile>,
 }
 
-/// Takes what is typed.
+/// The consumer of console input.
 pub trait ConsoleInput: Send {
-    /// Takes as much of `bytes` as there is room for; returns how much.
+    /// Accepts as much of `bytes` as fits; returns how much.
     fn enqueue(&mut self, bytes: &[u8]) -> usize;
     /// Readable when there is room again.
     fn room_event(&self) -> &EventFd;
@@ -104,14 +100,10 @@ struct Attached {
     closing: std::sync::atomic::AtomicBool,
 }
 
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 enum Input {
     None,
-    /// A duplicate of standard input, read without the standard library's buffer: what that holds
-    /// would not be seen by epoll.
+    /// A duplicate of standard input, without the standard library's buffer, whose content epoll would not
+    /// see.
     Stdin(File),
     Listener(UnixListener),
 }
@@ -196,26 +188,25 @@ impl Console {
         Ok(console)
     }
 
-    /// Takes a guest's output.
+    /// The transmitter for a guest's output.
     pub fn output(&self) -> Arc<Transmitter> {
         self.transmitter.clone()
     }
 
-    /// Sends input to `input` from now on.
+    /// Attaches `input` as the consumer.
     pub fn attach(&self, input: Arc<Mutex<dyn ConsoleInput>>) {
         *lock(&self.attached.input) = Some(input);
-        // An eventfd fails to count only when it is already readable.
+        // Fails only if the eventfd is readable already.
         let _ = self.attached.changed.write(1);
     }
 
-    /// Keeps input until something is attached again.
+    /// Detaches the consumer; input is kept until another is attached.
     pub fn detach(&self) {
         *lock(&self.attached.input) = None;
         let _ = self.attached.changed.write(1);
     }
 
-    /// The exit code of a guest that has ended with `code`: if it never said what `--expect` wants, it has
-    /// failed.
+    /// The exit code for a guest that ended with `code`: a failure if `--expect` never matched.
     pub fn code_unless_expecting(&self, code: u8) -> u8 {
         if self.expect.as_ref().is_none_or(|expect| lock(expect).has_matched()) {
             return code;
@@ -249,7 +240,7 @@ struct Reader {
     pending: Vec<u8>,
     clients: Clients,
     attached: Arc<Attached>,
-    /// On a terminal: whether the last byte was Ctrl-A.
+    /// Whether the last byte was Ctrl-A, on a terminal.
     escape: Option<bool>,
     tell: ConsoleSink,
     input_ended: bool,
@@ -268,8 +259,9 @@ impl Reader {
             let source = self.source();
             let epoll = Epoll::new()?;
             let watch = |fd: RawFd| {
-                let event = EpollEvent::new(EventSet::IN, u64::try_from(fd).unwrap_or(0));
-                epoll.ctl(ControlOperation::Add, fd, event)
+                let data =
+                    u64::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
             };
             watch(self.attached.changed.as_raw_fd())?;
             if let Some(room) = &room {
@@ -303,7 +295,7 @@ impl Reader {
         }
     }
 
-    /// What to wait for: nothing while the guest has yet to take what was read.
+    /// The descriptor to poll for input; none while the guest has not taken the last input.
     fn source(&self) -> Option<RawFd> {
         if !self.pending.is_empty() {
             return None;
@@ -360,7 +352,7 @@ impl Reader {
         }
     }
 
-    /// Gives the guest what fits into its FIFO.
+    /// Passes on what fits into the guest's FIFO.
     fn deliver(&mut self) {
         if self.pending.is_empty() {
             return;

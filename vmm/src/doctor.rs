@@ -1,4 +1,4 @@
-//! `ferry doctor`: what this host's KVM offers, one line each, with what to do about it.
+//! `ferry doctor`: checks this host's KVM, one line per check, with advice.
 
 use crate::error::chain;
 use crate::kvm::{Host, REQUIRED};
@@ -7,7 +7,7 @@ use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::Cap;
 use std::path::Path;
 
-/// What a check found.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Fine,
@@ -77,6 +77,7 @@ fn dirty_log_line(offered: i32) -> String {
 
 fn kind_of_kvm() -> String {
     let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
+    // Unreadable: no flag is known.
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let has = |flag: &str| cpuinfo.split_whitespace().any(|word| word == flag);
     let what = "kind of KVM";
@@ -96,6 +97,7 @@ fn kind_of_kvm() -> String {
 
 fn huge_pages() -> String {
     let path = "/sys/kernel/mm/transparent_hugepage/enabled";
+    // Unreadable: reported as unknown.
     let setting = std::fs::read_to_string(path).unwrap_or_default();
     let chosen = setting.split(['[', ']']).nth(1).unwrap_or("unknown");
     match chosen {

@@ -1,11 +1,11 @@
-//! Errors in words: one line with every cause, as users read them on the terminal and in replies.
+//! Error texts: one line with all causes, as printed on the terminal and sent in replies.
 
 use migration::guest::GuestError;
 use std::error::Error;
 
 pub use migration::error::chain;
 
-/// A machine-side failure as the migration engine reports it.
+/// Wraps an error of the machine for the migration engine.
 pub fn guest_error(error: &dyn Error) -> GuestError {
     GuestError::new(chain(error))
 }

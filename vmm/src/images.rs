@@ -1,11 +1,9 @@
-//! Images of an arriving guest: where its disks lie on this host is decided here, never by the stream.
-//! Called by the migration's thread when the machine's description has come: what is done here takes as
-//! long as storage does.
+//! Images of an incoming guest. Paths are chosen here and by the user, never by the stream. Called by the
+//! migration's thread when it has received the machine description; may block on storage.
 //!
-//! A disk that travels is written into `NAME.partial`, locked from the start, and gets its name when the
-//! guest is about to run here: an image that was there before stays whole until then, and a failed or
-//! cancelled migration leaves nothing. A process that is killed leaves a file whose name says what it is,
-//! which the next attempt takes over.
+//! A migrated disk is written to `NAME.partial`, locked from the start, and renamed when the guest is about
+//! to run here: an existing image stays intact until then, and a failed or cancelled migration leaves
+//! nothing behind. A killed process leaves the partial file, which the next attempt takes over.
 
 mod partial;
 
@@ -28,148 +26,78 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// An image that cannot be made.
+/// An image that cannot be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// A name that could be a path.
     #[error("the stream names a disk {id:?}: a name may have letters, digits, _ - .")]
-    BadName {
-        /// The name.
-        id: String,
-    },
-    /// There is one.
+    BadName { id: String },
     #[error("{path} holds an image already: give --overwrite to replace it")]
-    Exists {
-        /// The file.
-        path: PathBuf,
-    },
-    /// It was to be replaced, but it is another one now.
+    Exists { path: PathBuf },
+    /// The image to replace is not the same file any more.
     #[error("{path} is not the file any more that was there when the guest began to arrive")]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
-    /// What is there cannot be an image.
+    Changed { path: PathBuf },
     #[error("{path} is neither a file nor a block device")]
-    NotAnImage {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A block device has its own size.
+    NotAnImage { path: PathBuf },
     #[error("the guest knows this disk with {len_bytes} bytes, {path} has {found}")]
-    WrongSize {
-        /// The device.
-        path: PathBuf,
-        /// The disk's size.
-        len_bytes: u64,
-        /// The device's.
-        found: u64,
-    },
-    /// Half of it is missing.
+    WrongSize { path: PathBuf, len_bytes: u64, found: u64 },
     #[error(
         "only what lies above its backing file {name:?} travels: give that too, with --disk \
          {id}=PATH,format=qcow2,backing=BASE,backing-format=raw|qcow2, or move it with --disks full"
     )]
-    BackingNotGiven {
-        /// The disk.
-        id: String,
-        /// What the source calls it.
-        name: String,
-    },
-    /// Another one.
+    BackingNotGiven { id: String, name: String },
     #[error(
         "its backing file differs: {theirs:?} at the source has {their_len} bytes, {path} here has \
          {len}"
     )]
-    BackingSizeDiffers {
-        /// The source's name for it.
-        theirs: String,
-        /// Its size.
-        their_len: u64,
-        /// The file here.
-        path: String,
-        /// Its size.
-        len: u64,
-    },
-    /// Another one, of the same size.
+    BackingSizeDiffers { theirs: String, their_len: u64, path: String, len: u64 },
     #[error(
         "its backing file differs: the content of {theirs:?} at the source has SHA-256 {their_sum}, \
          of {path} here {sum}"
     )]
-    BackingDiffers {
-        /// The source's name for it.
-        theirs: String,
-        /// Its digest.
-        their_sum: String,
-        /// The file here.
-        path: String,
-        /// Its digest.
-        sum: String,
-    },
-    /// It cannot be told whether it is the same.
+    BackingDiffers { theirs: String, their_sum: String, path: String, sum: String },
     #[error("cannot read backing file {path}")]
     BackingUnreadable {
-        /// The file here.
         path: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// It would show other bytes.
     #[error("all of this disk travels: it cannot stand on backing file {path} here")]
-    BackingUnwanted {
-        /// The file.
-        path: PathBuf,
-    },
-    /// No room.
+    BackingUnwanted { path: PathBuf },
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
-    NoSpace {
-        /// The folder.
-        path: PathBuf,
-        /// What there is.
-        free: u64,
-        /// What they take.
-        needed: u64,
-    },
-    /// Its metadata would be read while the source still writes it.
+    NoSpace { path: PathBuf, free: u64, needed: u64 },
+    /// Its metadata would be read here while the source still changes it.
     #[error("a qcow2 image cannot be shared: move it with --disks full or top")]
     Shared,
-    /// Two disks in one file.
     #[error("{path} is given for two disks")]
-    Twice {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The host refuses.
+    Twice { path: PathBuf },
     #[error("cannot create disk image {path}")]
     Create {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// The image refuses.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// Somebody uses it.
     #[error(transparent)]
     Lock(#[from] LockError),
 }
 
-/// A backing file that has to be the source's.
+/// A backing file to compare with the source's.
 pub struct BackingCheck {
     node: Arc<BlockNode>,
     theirs: BackingDescription,
 }
 
 impl BackingCheck {
-    /// Compares all of it, by its digest. A sample would let a file pass that differs elsewhere, and the
-    /// guest would run on a disk that it has never seen. Reads all of it, unless `go_on` says no.
+    /// Compares the digest of the whole file: samples could miss a difference, and the guest would run on a
+    /// corrupt disk. Reads all of it unless `go_on` returns false.
     pub fn check(&self, go_on: GoOn<'_>) -> Result<(), MachineError> {
         let id = self.node.id();
         let Some(chain) = self.node.backing() else { return Ok(()) };
-        let path = chain.files().first().cloned().unwrap_or_default();
+        let Some(path) = chain.files().into_iter().next() else {
+            let (path, source) = (self.theirs.name.clone(), io::ErrorKind::NotFound.into());
+            return Err(failed(id, ImageError::BackingUnreadable { path, source }));
+        };
         let sum = match chain.digest(go_on) {
             Ok(sum) => sum,
             Err(source) => return Err(failed(id, ImageError::BackingUnreadable { path, source })),
@@ -183,16 +111,18 @@ impl BackingCheck {
     }
 }
 
-/// All disks of an arriving guest. Dropping it before [`Images::settle`] removes those that were made.
+/// All disks of an incoming guest. Dropping it before [`Images::commit`] removes the images that it
+/// created.
 #[derive(Default)]
 pub struct Images {
-    // First: a file that is removed is still locked then, so that nobody takes over one that goes.
+    // First: files must be removed before `nodes` releases their locks, so that nobody takes over a file
+    // that is about to go.
     partials: Vec<Partial>,
     devices: Vec<Device>,
     /// In the order of the description.
     pub nodes: Vec<Arc<BlockNode>>,
     arriving: Vec<IncomingDisk>,
-    /// What they stand on, which is yet to be compared.
+    /// Backing files that are still to be compared.
     pub backings: Vec<BackingCheck>,
 }
 
@@ -201,8 +131,8 @@ fn failed(id: &str, source: impl Into<ImageError>) -> MachineError {
 }
 
 impl Images {
-    /// Opens the images of the disks that stay where they are, and makes those of the disks that travel,
-    /// unless `go_on` says no in between.
+    /// Opens the images of shared disks and creates those of migrated disks. Polls `go_on`, which cancels
+    /// with false.
     pub fn prepare(
         disks: &[DiskDescription],
         config: &ReceiveConfig,
@@ -253,12 +183,13 @@ impl Images {
         Ok(images)
     }
 
-    /// Those that travel.
+    /// The migrated disks.
     pub fn arriving(&self) -> Vec<IncomingDisk> {
         self.arriving.clone()
     }
 
-    /// A blank image of this size, locked with what it stands on, and the folder whose space it takes.
+    /// Creates a blank image, locked with its backing chain; returns it with the folder whose space it
+    /// uses.
     fn make(
         &mut self,
         len_bytes: u64,
@@ -272,7 +203,9 @@ impl Images {
             Err(error) if error.kind() == io::ErrorKind::NotFound => place.path.clone(),
             Err(source) => return Err(ImageError::Create { path: place.path.clone(), source }),
         };
-        let mut name = path.file_name().map(OsString::from).unwrap_or_default();
+        // `/` or a path that ends in `..`.
+        let Some(name) = path.file_name() else { return Err(ImageError::NotAnImage { path }) };
+        let mut name = OsString::from(name);
         name.push(".partial");
         let partial = path.with_file_name(name);
         let one_of = |other: &Partial| {
@@ -301,12 +234,12 @@ impl Images {
             }
         };
         self.partials.push(Partial::new(partial, path, overwrite, replaced));
-        // From now on nobody writes what it stands on either.
+        // Also locks the backing chain.
         backend.lock()?;
         Ok((backend, folder))
     }
 
-    /// Opens a block device of just this size and makes it blank.
+    /// Opens a block device of exactly this size and zeroes it.
     fn open_device(
         &mut self,
         path: &Path,
@@ -321,7 +254,7 @@ impl Images {
         if found != len_bytes {
             return Err(ImageError::WrongSize { path: path.to_owned(), len_bytes, found });
         }
-        // Refused if it is mounted.
+        // Fails if it is mounted.
         let mut exclusive = OpenOptions::new();
         exclusive.write(true).custom_flags(libc::O_EXCL);
         let exclusive = exclusive.open(path).map_err(failed)?;
@@ -330,25 +263,25 @@ impl Images {
         Ok(Box::new(device))
     }
 
-    /// Gives the images their names: the guest is about to run here. If that fails none has one.
-    pub fn keep(&mut self) -> Result<(), MachineError> {
+    /// Renames all images to their final names, or none: the guest is about to run here.
+    pub fn rename_into_place(&mut self) -> Result<(), MachineError> {
         for index in 0..self.partials.len() {
-            if let Some(Err(error)) = self.partials.get_mut(index).map(Partial::give_name) {
-                self.partials.iter_mut().for_each(Partial::take_name);
+            if let Some(Err(error)) = self.partials.get_mut(index).map(Partial::rename_into_place) {
+                self.partials.iter_mut().for_each(Partial::rename_back);
                 return Err(failed("images", error));
             }
         }
         Ok(())
     }
 
-    /// The guest runs: the images stay. Touches no file.
-    pub fn settle(&mut self) {
-        self.partials.iter_mut().for_each(Partial::settle);
-        self.devices.iter_mut().for_each(Device::settle);
+    /// Keeps the images: the guest runs. Does no I/O.
+    pub fn commit(&mut self) {
+        self.partials.iter_mut().for_each(Partial::commit);
+        self.devices.iter_mut().for_each(Device::commit);
     }
 
-    /// After [`Images::settle`]: removes what was replaced, and makes the images' names durable. The guest
-    /// need not wait for that.
+    /// After [`Images::commit`]: removes replaced images and makes the renames durable. The guest does not
+    /// wait for this.
     pub fn clean_up(&mut self) {
         for partial in std::mem::take(&mut self.partials) {
             if !partial.remove_replaced() {
@@ -362,20 +295,20 @@ impl Images {
     }
 }
 
-/// What is made blank at first without a look whether to go on. A device that cannot discard has zeroes
-/// written: all of it may take hours, this much about a second at the longest.
+/// First piece to zero between two polls of `go_on`. A device without discard gets zeroes written: the
+/// whole device may take hours, this piece at most about a second.
 const BLANK_BYTES: u64 = 16 << 20;
-/// One that can discard is quick, so that pieces grow, up to this.
+/// Devices with discard are fast, so pieces grow up to this size.
 const MOST_BLANK_BYTES: u64 = 4 << 30;
-/// A piece that took no longer than this may be twice as large.
+/// The piece size doubles if a piece took at most this long.
 const QUICKLY: Duration = Duration::from_millis(100);
 
-/// Makes all of it zero, unless `go_on` says no in between.
+/// Zeroes the whole device unless `go_on` returns false.
 fn blank(device: &dyn BlockBackend, go_on: GoOn<'_>) -> io::Result<()> {
     let (mut offset_bytes, mut piece_bytes) = (0, BLANK_BYTES);
     while offset_bytes < device.len_bytes() {
         if !go_on() {
-            let text = "it was not to be made blank to its end";
+            let text = "zeroing was cancelled";
             return Err(io::Error::new(io::ErrorKind::Interrupted, text));
         }
         let began = Instant::now();
@@ -394,7 +327,7 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Where a disk goes.
+/// Image options of one disk.
 struct Place {
     path: PathBuf,
     cache: Cache,
@@ -403,7 +336,7 @@ struct Place {
     errors: ErrorPolicy,
 }
 
-/// Whether an image may stand on what the source's stands on, as far as sizes tell.
+/// Checks presence and size of a backing file against the source's.
 fn check_backing(
     id: &str,
     travels: &Travels,
@@ -448,7 +381,7 @@ fn place_of(disk: &DiskDescription, config: &ReceiveConfig) -> Result<Place, Mac
     }
 }
 
-/// What the images of each file system will take.
+/// Space needed so far, by file system.
 #[derive(Default)]
 struct Space(HashMap<u64, u64>);
 

@@ -1,10 +1,10 @@
-//! The program: KVM, boot, threads, control socket.
+//! The virtual machine monitor: KVM, boot, threads, control socket.
 //!
-//! [`cli`] and [`config`] say what is asked for; the [`supervisor`] on the main thread owns the one
-//! [`machine`] of a process, which is built on [`kvm`] and entered as [`boot`] says; [`console`] and
-//! [`control`] are its ways in and out, which meet at a [`desk`]. The [`shuttle`] moves a guest between
-//! processes of its own again and again. [`client`] talks to another process's control socket, and
-//! [`doctor`] looks at the host.
+//! [`cli`] and [`config`] parse the options. The [`supervisor`] runs on the main thread's [`event_loop`]
+//! and owns the one [`machine`] of a process, which is built on [`kvm`] and loaded by [`boot`]; [`console`]
+//! and [`control`] connect it to the user. [`images`] prepares the disks of an incoming guest. The
+//! [`shuttle`] migrates a guest between child processes again and again. [`client`] talks to another
+//! process's control socket, and [`doctor`] checks the host.
 
 pub mod boot;
 pub mod cli;
@@ -12,9 +12,10 @@ pub mod client;
 pub mod config;
 pub mod console;
 pub mod control;
-pub mod desk;
+pub mod disk_selection;
 pub mod doctor;
 pub mod error;
+pub mod event_loop;
 pub mod footprint;
 pub mod images;
 pub mod kvm;
@@ -22,4 +23,3 @@ pub mod log_queue;
 pub mod machine;
 pub mod shuttle;
 pub mod supervisor;
-pub mod travel;

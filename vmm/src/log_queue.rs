@@ -1,12 +1,12 @@
-//! Log lines on their way to standard error: through a bounded queue and a thread of their own, so that
-//! whoever logs, a vCPU for one, never waits for a reader that hangs.
+//! Asynchronous logging: a bounded queue and a thread that writes to standard error, so that a vCPU that
+//! logs never blocks on a stalled reader.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes of lines that may wait. What comes then is counted and dropped.
+/// Capacity in bytes. Lines beyond it are counted and dropped.
 const QUEUE_BYTES: usize = 256 << 10;
 
 /// The queue; clones share it.
@@ -29,7 +29,7 @@ struct State {
 }
 
 impl LogQueue {
-    /// A queue that standard error is written from.
+    /// A queue in front of standard error.
     pub fn new() -> Self {
         Self::default()
     }
@@ -38,12 +38,12 @@ impl LogQueue {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the logger writes: a line at a time.
+    /// The logger's target: one line per write.
     pub fn writer(&self) -> impl Write + Send + 'static {
         Writer { queue: self.clone(), open: Box::new(|| Box::new(io::stderr())) }
     }
 
-    /// Waits until all lines have been written, at most for `limit`.
+    /// Waits until all lines are written, at most for `limit`.
     pub fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut state = self.state();
@@ -57,7 +57,7 @@ impl LogQueue {
         }
     }
 
-    /// Takes a line, and starts the thread with the first one: most processes log nothing.
+    /// Queues a line. The first one starts the thread: most processes log nothing.
     fn push(&self, line: &[u8], open: &dyn Fn() -> Box<dyn Write + Send>) {
         let mut state = self.state();
         if state.bytes + line.len() > QUEUE_BYTES {
@@ -69,7 +69,7 @@ impl LogQueue {
         if !std::mem::replace(&mut state.has_thread, true) {
             let (queue, output) = (self.clone(), open());
             let thread = std::thread::Builder::new().name("log".into()).stack_size(256 << 10);
-            // Without a thread lines are kept until the next one tries again.
+            // Without a thread, lines are kept; the next line retries.
             state.has_thread = thread.spawn(move || queue.write_all_to(output)).is_ok();
         }
         drop(state);
@@ -90,12 +90,14 @@ impl LogQueue {
             };
             state.is_writing = true;
             drop(state);
-            // There is nobody to tell that standard error cannot be written.
+            // A failure of standard error cannot be reported anywhere.
             let _ = output.write_all(&line);
             let dropped = std::mem::take(&mut self.state().dropped_lines);
             if dropped > 0 {
-                let _ =
-                    writeln!(output, "ferry: {dropped} log lines were dropped: nobody read them");
+                let _ = writeln!(
+                    output,
+                    "ferry: {dropped} log lines were dropped: standard error was not read"
+                );
             }
         }
     }
@@ -147,7 +149,7 @@ mod tests {
         let (queue, mut writer, mut reader) = to_pipe();
         const LINES: usize = 1000;
         for _ in 0..LINES {
-            // Would never return if it waited for the reader.
+            // Would block forever if it waited for the reader.
             writer.write_all(&[&[b'x'; 1023][..], b"\n"].concat()).unwrap();
         }
         queue.flush(Duration::from_millis(20));

@@ -8,7 +8,7 @@ use vmm::log_queue::LogQueue;
 use vmm::shuttle;
 use vmm::supervisor::{self, SetupError, exit_code};
 
-/// How long the end of the process waits for whoever reads its log.
+/// How long the process waits at its end for the log to be written.
 const LOG_PATIENCE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
@@ -52,8 +52,8 @@ fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<u8, Se
     }
 }
 
-/// The progress bar's estimate is the program's one call into the C library's mathematics. With a
-/// `pow` of our own, the linker leaves that library out: 170 KiB in each idle VMM's memory.
+/// The progress bar's estimate is the only caller of libm. With our own `pow` the linker leaves libm out,
+/// which saves 170 KiB of memory per idle VMM.
 // SAFETY: the C library's name and signature, and its meaning.
 #[unsafe(no_mangle)]
 extern "C" fn pow(base: f64, exponent: f64) -> f64 {

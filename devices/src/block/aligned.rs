@@ -1,19 +1,19 @@
 //! A buffer that direct I/O accepts.
 
-/// Alignment that every device accepts: a page.
+/// A page: an alignment that every device accepts.
 const ALIGNMENT: usize = 4096;
 
 /// Bytes that start at a page boundary.
 #[derive(Debug)]
 pub struct AlignedBuffer {
-    /// More than needed; never grows, so that the aligned part stays where it is.
+    /// Over-allocated so that an aligned part fits; never reallocated.
     bytes: Vec<u8>,
     start: usize,
     len: usize,
 }
 
 impl AlignedBuffer {
-    /// Zeroes.
+    /// A zeroed buffer of `len` bytes.
     pub fn new(len: usize) -> Self {
         let bytes = vec![0; len + ALIGNMENT];
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
@@ -25,13 +25,13 @@ impl std::ops::Deref for AlignedBuffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        self.bytes.get(self.start..self.start + self.len).unwrap_or_default()
+        &self.bytes[self.start..self.start + self.len]
     }
 }
 
 impl std::ops::DerefMut for AlignedBuffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        self.bytes.get_mut(self.start..self.start + self.len).unwrap_or_default()
+        &mut self.bytes[self.start..self.start + self.len]
     }
 }
 

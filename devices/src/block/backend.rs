@@ -1,11 +1,12 @@
-//! What stores a disk's bytes.
+//! The interface of a disk's storage, implemented by `raw`, `qcow2` and `memory`, called by
+//! [`super::BlockNode`] only.
 
 use super::aligned::AlignedBuffer;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-/// Some bytes of a disk.
+/// A range of bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ByteRange {
     /// Where they start.
@@ -15,59 +16,52 @@ pub struct ByteRange {
 }
 
 impl ByteRange {
-    /// Where they end.
+    /// End of the range, exclusive.
     pub fn end(self) -> u64 {
         self.offset_bytes.saturating_add(self.len_bytes)
     }
 }
 
-/// What stands behind a part of a disk.
+/// What an extent of a disk contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// Bytes of its own.
+    /// Allocated data.
     Data,
-    /// Nothing: it reads as zeroes.
+    /// Unallocated or zero: it reads as zeroes.
     Zero,
-    /// Whatever the backing file has there.
+    /// Unallocated here: it reads from the backing file.
     Backing,
 }
 
-/// A part of a disk with one kind of content.
+/// An extent of a disk with one kind of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// How far it reaches, from where was asked; not zero.
+    /// Length from the offset asked about; not zero.
     pub len_bytes: u64,
-    /// What stands behind it.
+    /// What it contains.
     pub content: Content,
 }
 
-/// Asked now and then by what takes long: whether to go on.
+/// Polled by long operations: `false` cancels.
 pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 
-/// A lock that cannot be had.
+/// An image that cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process holds it.
     #[error("{location} is in use by another virtual machine: stop that one first")]
-    Held {
-        /// The file.
-        location: String,
-    },
-    /// The host refuses.
+    Held { location: String },
     #[error("cannot lock {location}")]
     Refused {
-        /// The file.
         location: String,
-        /// Why.
         #[source]
         source: io::Error,
     },
 }
 
-/// Zeroes are written in pieces of this size.
+/// Size of a single write of zeroes.
 const ZEROES_BYTES: u64 = 1 << 20;
 
-/// Makes bytes zero where there is no better way than to write them.
+/// Zeroes a range by writing, for storage without a better way.
 pub(super) fn write_zeroes_as_data(
     backend: &dyn BlockBackend,
     offset_bytes: u64,
@@ -85,30 +79,30 @@ pub(super) fn write_zeroes_as_data(
     Ok(())
 }
 
-/// The files that an image stands on, to be told from others.
+/// The backing files of an image.
 pub trait BackingChain {
-    /// What the user calls them, from the top on.
+    /// Their paths, topmost first; at least one.
     fn files(&self) -> Vec<String>;
-    /// Size of the first as a disk.
+    /// Size of the topmost as a disk.
     fn len_bytes(&self) -> u64;
-    /// About how much space all take on the host.
+    /// Estimated space that all take on the host.
     fn allocated_bytes(&self) -> io::Result<u64>;
-    /// Which they are: the SHA-256 of all bytes that can be read of them, in hexadecimal digits. Reads
-    /// all, unless `go_on` says no in between; remembers the answer while the image is locked.
+    /// SHA-256 of the content of the chain, in hexadecimal digits. Reads all of it unless `go_on` returns
+    /// false; the result is cached while the image is locked.
     fn digest(&self, go_on: GoOn<'_>) -> io::Result<String>;
 }
 
-/// Storage of one disk. Called from several threads at once.
+/// The storage of one disk. Called from several threads at once.
 pub trait BlockBackend: Send + Sync {
-    /// What the user calls it.
+    /// Its path as the user gave it.
     fn location(&self) -> String;
-    /// What its format is called.
+    /// Name of its format.
     fn format(&self) -> &'static str;
-    /// What it stands on, if it does.
+    /// Its backing chain, if any.
     fn backing(&self) -> Option<&dyn BackingChain>;
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;
-    /// Size; a multiple of a sector.
+    /// Size in bytes; a multiple of a sector.
     fn len_bytes(&self) -> u64;
     /// Whether writes are refused.
     fn read_only(&self) -> bool;
@@ -116,26 +110,26 @@ pub trait BlockBackend: Send + Sync {
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
     /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()>;
-    /// The guest has no use for these bytes any more: frees their space where that is possible. They
-    /// may read as anything that they were, or as zeroes.
+    /// Discards a range: frees its space where possible. Afterwards it reads as its old content or as
+    /// zeroes.
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()>;
-    /// Makes these bytes zero, and frees their space if `may_unmap` and that is possible.
+    /// Zeroes a range, and frees its space if `may_unmap` and that is possible.
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()>;
-    /// What stands behind `offset_bytes`, which lies on the disk, and how far. What was never written,
-    /// or was freed, need not be read to be copied. Bytes may be said to be data that are zeroes.
+    /// The extent at `offset_bytes`, which must lie on the disk. Unallocated extents need not be read to be
+    /// copied. Zeroes may be reported as data.
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent>;
-    /// About how much space it takes on the host.
+    /// Estimated space that it takes on the host, in bytes.
     fn allocated_bytes(&self) -> io::Result<u64>;
-    /// The file whose bytes are the disk's, if there is one, and the alignment of memory that it
-    /// needs: whoever has it may read, write and sync it directly.
+    /// The file that holds the disk's bytes one to one, if there is one, and the memory alignment that it
+    /// needs. The caller may read, write and sync it directly.
     fn plain_file(&self) -> Option<(Arc<File>, usize)>;
-    /// Has every acknowledged write in the file, though not on stable storage: whoever opens it next
-    /// sees it.
+    /// Writes cached metadata to the file, though not to stable storage: another process that opens it next
+    /// sees every acknowledged write.
     fn write_back(&self) -> io::Result<()>;
     /// Makes every acknowledged write durable.
     fn flush(&self) -> io::Result<()>;
-    /// Takes the lock that goes with the right to run.
+    /// Locks the image; the lock moves with the right to run.
     fn lock(&self) -> Result<(), LockError>;
-    /// Lets go of the lock.
+    /// Releases the lock.
     fn unlock(&self);
 }

@@ -1,5 +1,5 @@
-//! Which parts of a disk were written: one bit per granule, marked by whoever writes and taken by
-//! whoever copies, at the same time and without a lock.
+//! A disk's dirty bitmap: one bit per granule, set by writers and taken by copiers, concurrently and
+//! without a lock.
 //!
 //! [`super::BlockNode`] marks it after every write; block migration takes it word by word. A reader
 //! that clears a bit before it reads misses nothing: what was written before the clear is in what it
@@ -9,7 +9,7 @@ use super::backend::ByteRange;
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::FromZeros;
 
-/// Granule of a bitmap for which nothing else is said.
+/// Default granule.
 pub const DEFAULT_GRANULE_BYTES: u64 = 64 << 10;
 /// Smallest granule: a sector.
 const MIN_GRANULE_BYTES: u64 = 512;
@@ -24,7 +24,7 @@ pub struct DirtyBitmap {
 }
 
 fn index(word: u64) -> usize {
-    usize::try_from(word).unwrap_or(usize::MAX)
+    usize::try_from(word).expect("64-bit host")
 }
 
 /// The bits of word `word` that belong to granules `first..end`.
@@ -45,7 +45,7 @@ impl DirtyBitmap {
             return None;
         }
         let words = len_bytes.div_ceil(granule_bytes).div_ceil(BITS);
-        // Zeroes that take memory only once they are written: a disk may be large, and little of it used.
+        // Zeroed pages take no memory until they are written: a disk may be large and mostly unused.
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(usize::try_from(words).ok()?).ok()?;
         Some(Self { len_bytes, granule_shift: granule_bytes.trailing_zeros(), words })
     }
@@ -112,7 +112,7 @@ impl DirtyBitmap {
     /// Clears word `word` and returns what it was. Bit `n` is granule `64 * word + n`.
     pub fn take_word(&self, word: u64) -> u64 {
         match self.words.get(index(word)) {
-            // Most words of a round are clean: no write to their cache line then.
+            // Most words are clean in a round: do not dirty their cache line.
             Some(word) if word.load(Ordering::SeqCst) != 0 => word.swap(0, Ordering::SeqCst),
             _ => 0,
         }
@@ -125,7 +125,7 @@ impl DirtyBitmap {
         word.is_some_and(|word| word.load(Ordering::SeqCst) >> (granule % BITS) & 1 == 1)
     }
 
-    /// Bytes of all marked granules.
+    /// Total length of all marked granules, in bytes.
     pub fn marked_bytes(&self) -> u64 {
         let ones = |word: &AtomicU64| u64::from(word.load(Ordering::Relaxed).count_ones());
         let granules: u64 = self.words.iter().map(ones).sum();
@@ -135,8 +135,7 @@ impl DirtyBitmap {
         if granules > 0 && self.is_marked(last) { whole - short } else { whole }
     }
 
-    /// Runs of marked granules, in bytes, from the disk's start. Marks that come meanwhile may be found
-    /// or not.
+    /// Runs of marked granules, as byte ranges in ascending order. Marks set meanwhile may be missed.
     pub fn runs(&self) -> impl Iterator<Item = ByteRange> {
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -149,7 +148,7 @@ impl DirtyBitmap {
         })
     }
 
-    /// The first granule from `from` on that is marked, or is not.
+    /// The first granule from `from` on whose bit equals `marked`.
     fn find(&self, from: u64, marked: bool) -> Option<u64> {
         let end = self.granules();
         let mut word = from / BITS;

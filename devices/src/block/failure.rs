@@ -1,5 +1,6 @@
-//! What becomes of a guest's request when its disk fails: told to the guest, passed over, or kept while
-//! the guest is stopped. Owned by a [`super::BlockNode`]; asked by whoever serves the guest's requests.
+//! Error policy of a disk (QEMU's `werror` and `rerror`): a failed request is reported to the guest,
+//! ignored, or kept for a retry while the guest is stopped. Owned by a [`super::BlockNode`]; the queue
+//! worker asks it about each failure and keeps the requests.
 
 use crate::lock;
 use std::io;
@@ -7,15 +8,15 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// What to do about an error: QEMU's `werror` and `rerror`.
+/// What to do about an I/O error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnError {
-    /// Tell the guest.
+    /// Report it to the guest.
     #[default]
     Report,
-    /// Tell the guest that all is well.
+    /// Report success to the guest.
     Ignore,
-    /// Stop the guest; the request is tried again when it goes on.
+    /// Stop the guest; retry the request when it resumes.
     Stop,
     /// Stop if there is no space left, report otherwise.
     Enospc,
@@ -35,7 +36,7 @@ impl FromStr for OnError {
     }
 }
 
-/// For both directions.
+/// The policy for reads and for writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ErrorPolicy {
     /// `rerror`.
@@ -44,19 +45,19 @@ pub struct ErrorPolicy {
     pub on_write: OnError,
 }
 
-/// What was decided.
+/// What is done about one failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// The guest hears of it.
+    /// It is reported to the guest.
     Report,
-    /// The guest hears that all is well.
+    /// Success is reported to the guest.
     Ignore,
     /// The guest is stopped.
     Stop,
 }
 
 impl Action {
-    /// QEMU's word for it.
+    /// QEMU's name for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Report => "report",
@@ -66,35 +67,36 @@ impl Action {
     }
 }
 
-/// A failed request, as it is told.
+/// A failed request, as `BLOCK_IO_ERROR` reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// Which disk.
+    /// The disk's id.
     pub disk: String,
     /// Whether it was a read.
     pub is_read: bool,
-    /// What becomes of the request.
+    /// What was done about it.
     pub action: Action,
-    /// Whether there is no space left.
+    /// Whether the storage was full.
     pub no_space: bool,
-    /// In the host's words.
+    /// The host's error text.
     pub reason: String,
 }
 
 type Tell = Arc<dyn Fn(Failure) + Send + Sync>;
 
-/// A disk's failures.
+/// Error policy and state of one disk.
 #[derive(Default)]
 pub(super) struct Failures {
     pub policy: ErrorPolicy,
-    /// Requests are kept, and no new ones are taken.
+    /// The guest must stop: failed requests are kept, new ones are not served.
     stopped: AtomicBool,
-    /// How many are kept, which they are until they are tried again: longer than `stopped` says.
+    /// Number of requests kept for a retry. They stay kept until the retry, so longer than `stopped` is
+    /// set.
     kept: Arc<AtomicU64>,
     tell: Mutex<Option<Tell>>,
 }
 
-/// A failed request is kept. Dropping it is its end, or another try.
+/// Counts one kept request. Dropped when that is retried or abandoned.
 #[derive(Debug)]
 pub struct Kept(Arc<AtomicU64>);
 
@@ -105,12 +107,12 @@ impl Drop for Kept {
 }
 
 impl Failures {
-    pub fn keep(&self) -> Kept {
+    pub fn keep_failed(&self) -> Kept {
         self.kept.fetch_add(1, Ordering::SeqCst);
         Kept(self.kept.clone())
     }
 
-    pub fn keeps_requests(&self) -> bool {
+    pub fn has_kept_requests(&self) -> bool {
         self.is_stopped() || self.kept.load(Ordering::SeqCst) > 0
     }
 
@@ -122,7 +124,7 @@ impl Failures {
         self.stopped.load(Ordering::SeqCst)
     }
 
-    pub fn go_on(&self) {
+    pub fn retry_failed(&self) {
         self.stopped.store(false, Ordering::SeqCst);
     }
 
@@ -138,7 +140,7 @@ impl Failures {
         if action == Action::Stop {
             self.stopped.store(true, Ordering::SeqCst);
         }
-        // Called without the lock: it is the VMM's, and may take its time.
+        // Called without the lock: the callback is the VMM's and may block.
         let tell = lock(&self.tell).clone();
         if let Some(tell) = tell {
             let (disk, reason) = (disk.to_owned(), error.to_string());
@@ -166,7 +168,7 @@ mod tests {
         assert_eq!(failures.decide("d", false, &full), Action::Stop);
         let failure = told.recv().unwrap();
         assert!(failures.is_stopped() && failure.no_space && !failure.is_read);
-        failures.go_on();
+        failures.retry_failed();
         assert!(!failures.is_stopped());
         assert!("stop".parse::<OnError>().is_ok() && "retry".parse::<OnError>().is_err());
     }

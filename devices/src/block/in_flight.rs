@@ -1,8 +1,8 @@
-//! Accesses in motion: who writes, and what has to be marked when it is done.
+//! Tracks the accesses in flight to a disk and marks writes in its dirty bitmaps when they end.
 //!
-//! Owned by a [`super::BlockNode`]. A [`Motion`] is alive for as long as an access is: its end marks
-//! every bitmap that there is *then*. So a copy that starts while a write is under way sees either the
-//! write's bytes or, a moment later, its mark.
+//! Owned by a [`super::BlockNode`]. An [`InFlightGuard`] lives as long as an access; its drop marks every
+//! bitmap that is attached *then*. So a copy that starts during a write sees either the written bytes or, a
+//! moment later, the mark.
 
 use super::backend::ByteRange;
 use super::bitmap::DirtyBitmap;
@@ -11,45 +11,45 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-/// A node's accesses in motion, and the bitmaps that hear of its writes.
+/// A node's accesses in flight, and the bitmaps that its writes mark.
 #[derive(Debug, Default)]
 pub(super) struct InFlight {
     count: AtomicU64,
-    /// How many drain; only then does the end of an access touch the lock.
+    /// Number of drains; the end of an access takes the lock only if there are some.
     awaited: AtomicU64,
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
     ended: (Mutex<()>, Condvar),
 }
 
 impl InFlight {
-    /// An access begins; `written` is what it will have changed, whether or not it succeeds.
-    pub fn begin(self: &Arc<Self>, written: Option<ByteRange>) -> Motion {
+    /// Begins an access; `written` is the range that it may change, whether or not it succeeds.
+    pub fn begin(self: &Arc<Self>, written: Option<ByteRange>) -> InFlightGuard {
         self.count.fetch_add(1, Ordering::SeqCst);
-        Motion { node: self.clone(), written }
+        InFlightGuard { node: self.clone(), written }
     }
 
-    /// From now on `bitmap` hears of every write that ends.
+    /// Attaches `bitmap`: every write that ends from now on marks it.
     pub fn add(&self, bitmap: Arc<DirtyBitmap>) {
         self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).push(bitmap);
     }
 
-    /// `bitmap` hears no more.
+    /// Detaches `bitmap`.
     pub fn remove(&self, bitmap: &Arc<DirtyBitmap>) {
         let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
         bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap));
     }
 
-    /// Waits until nothing is in motion. The caller makes sure that nothing new begins.
+    /// Waits until nothing is in flight. The caller ensures that no new access begins.
     pub fn drain(&self) {
         self.drain_or_give_up(|| None);
     }
 
-    /// As [`InFlight::drain`], at most until `deadline`. False if something is in motion then.
+    /// Like [`InFlight::drain`], at most until `deadline`. Returns false on timeout.
     pub fn drain_until(&self, deadline: Instant) -> bool {
         self.drain_or_give_up(|| Some(deadline.saturating_duration_since(Instant::now())))
     }
 
-    /// Waits for as long as `patience` says; `None` is for ever.
+    /// Waits for at most `patience`; `None` means forever.
     fn drain_or_give_up(&self, patience: impl Fn() -> Option<Duration>) -> bool {
         let is_over = || self.count.load(Ordering::SeqCst) == 0;
         let mut guard = lock(&self.ended.0);
@@ -69,14 +69,14 @@ impl InFlight {
     }
 }
 
-/// An access in motion. Dropping it is its end.
+/// An access in flight; dropping it ends the access.
 #[derive(Debug)]
-pub(super) struct Motion {
+pub(super) struct InFlightGuard {
     node: Arc<InFlight>,
     written: Option<ByteRange>,
 }
 
-impl Drop for Motion {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         if let Some(range) = self.written {
             let bitmaps = self.node.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
@@ -85,7 +85,7 @@ impl Drop for Motion {
         if self.node.count.fetch_sub(1, Ordering::SeqCst) == 1
             && self.node.awaited.load(Ordering::SeqCst) > 0
         {
-            // Taken and let go of: whoever drains either waits by now or has yet to look.
+            // Lock and unlock: a drain either waits by now or has yet to check the counter.
             drop(lock(&self.node.ended.0));
             self.node.ended.1.notify_all();
         }
@@ -119,20 +119,20 @@ mod tests {
     fn draining_waits_for_the_last_access() {
         let node = Arc::<InFlight>::default();
         node.drain();
-        let motions = [node.begin(None), node.begin(None)];
+        let guards = [node.begin(None), node.begin(None)];
         let (sender, drained) = std::sync::mpsc::channel();
         let waiting = node.clone();
         let thread = std::thread::spawn(move || {
             waiting.drain();
             sender.send(()).unwrap();
         });
-        for motion in motions {
+        for guard in guards {
             assert!(drained.try_recv().is_err());
             assert!(!node.drain_until(Instant::now() + Duration::from_millis(1)));
-            drop(motion);
+            drop(guard);
         }
         drained.recv_timeout(std::time::Duration::from_secs(30)).unwrap();
         thread.join().unwrap();
-        assert!(node.drain_until(Instant::now()), "nothing is in motion, however late it is");
+        assert!(node.drain_until(Instant::now()), "nothing is in flight, even at the deadline");
     }
 }

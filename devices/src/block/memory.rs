@@ -1,5 +1,4 @@
-//! A disk in memory that follows a script, for tests: its accesses can be made to fail, or to wait
-//! until they are let through, and are recorded.
+//! A scripted disk in memory, for tests: accesses are recorded and can be made to fail or to block.
 
 use super::backend::{BackingChain, BlockBackend, ByteRange, Content, Extent, LockError};
 use crate::lock;
@@ -17,7 +16,7 @@ pub struct MemoryDisk {
     file: Option<Arc<File>>,
 }
 
-/// What becomes of a disk's accesses; kept by the test when the disk has moved into its node.
+/// Controls a disk's accesses; the test keeps it when the disk has moved into its node.
 #[derive(Debug, Default)]
 pub struct Script {
     state: Mutex<ScriptState>,
@@ -28,7 +27,7 @@ pub struct Script {
 struct ScriptState {
     failing: bool,
     held: bool,
-    /// How many accesses go on although others are held.
+    /// Number of accesses let through while others are held.
     let_through: usize,
     waiting: usize,
     flush_count: usize,
@@ -36,24 +35,24 @@ struct ScriptState {
 }
 
 impl Script {
-    /// Makes every access fail, or work again.
+    /// Makes every access fail, or succeed again.
     pub fn fail(&self, failing: bool) {
         lock(&self.state).failing = failing;
     }
 
-    /// Makes every access wait, or lets them all go on.
+    /// Makes every access block, or releases them all.
     pub fn hold(&self, held: bool) {
         lock(&self.state).held = held;
         self.changed.notify_all();
     }
 
-    /// Makes every access wait but for the next `count`.
+    /// Blocks every access after the next `count`.
     pub fn hold_after(&self, count: usize) {
         let mut state = lock(&self.state);
         (state.held, state.let_through) = (true, count);
     }
 
-    /// Reads, writes, discards and zeroes that have been made so far, in order.
+    /// Reads, writes, discards and zeroes so far, in order.
     pub fn accesses(&self) -> Vec<ByteRange> {
         lock(&self.state).accesses.clone()
     }
@@ -63,14 +62,14 @@ impl Script {
         self.wait_until_held_by(1);
     }
 
-    /// Waits until as many accesses as that are held.
+    /// Waits until `count` accesses are held.
     pub fn wait_until_held_by(&self, count: usize) {
         let state = lock(&self.state);
         let waited = self.changed.wait_while(state, |state| state.waiting < count);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Accesses that wait now.
+    /// Accesses that are held now.
     pub fn held(&self) -> usize {
         lock(&self.state).waiting
     }
@@ -110,13 +109,12 @@ impl MemoryDisk {
         Self { bytes, len_bytes, read_only: false, script: Arc::default(), file: None }
     }
 
-    /// A writable disk of `len_bytes`, however many, that keeps nothing: it reads as zeroes.
+    /// A writable disk of any size that stores nothing: it reads as zeroes.
     pub fn without_storage(len_bytes: u64) -> Self {
         Self { len_bytes, ..Self::new(0) }
     }
 
-    /// The same disk, whose reads, writes and flushes may be made directly on `file`: they follow no
-    /// script.
+    /// The same disk, whose reads, writes and flushes may go directly to `file`, past the script.
     #[must_use]
     pub fn with_file(self, file: File) -> Self {
         Self { file: Some(Arc::new(file)), ..self }
@@ -127,7 +125,7 @@ impl MemoryDisk {
         Self { read_only: true, ..self }
     }
 
-    /// What becomes of its accesses.
+    /// The script that controls its accesses.
     pub fn script(&self) -> Arc<Script> {
         self.script.clone()
     }
@@ -137,7 +135,7 @@ impl MemoryDisk {
         Ok(start..start.saturating_add(len))
     }
 
-    /// Waits for the script, then has `change` see the bytes, unless they are not kept.
+    /// Waits until the script allows the access, then passes the bytes to `change`, if they are stored.
     fn access(
         &self,
         offset_bytes: u64,
@@ -200,7 +198,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
-        // Blocks of a page, as a file system has them.
+        // Page-sized blocks, like a file system's.
         const BLOCK: u64 = 4096;
         let bytes = lock(&self.bytes);
         let zero = |at: u64| {

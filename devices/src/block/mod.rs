@@ -1,11 +1,12 @@
-//! A disk: the single door for every read and write, whoever makes it.
+//! A disk: the single entry point of every read and write, by the guest, a migration or a job.
 //!
-//! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a
-//! file, [`qcow2`] in an image with a map and perhaps a backing file, [`memory`] in tests. Where the storage is a plain file, [`uring`] may make the accesses that
-//! the node has admitted. Locks follow the right to run, so taking them is separate from opening.
+//! [`BlockNode`] names a disk and checks every range; a [`backend`] stores the bytes: [`raw`] in a plain
+//! file, [`qcow2`] in an image with mapping tables and perhaps a backing file, [`memory`] in tests.
+//! Accesses that a node has admitted may bypass the backend through [`uring`] if the storage is a plain
+//! file. Image locks follow the right to run the guest, so locking is separate from opening.
 //!
-//! Who wants to know what is written meanwhile has the node [`BlockNode::track`] it in a [`bitmap`]:
-//! every write, write-zeroes and discard marks it at its end, also if it fails, however it is made.
+//! To learn what is written from now on, have the node [`BlockNode::track`] it in a [`bitmap`]: every
+//! write, write-zeroes and discard marks its range when it ends, even if it fails.
 
 pub mod aligned;
 pub mod backend;
@@ -21,7 +22,7 @@ pub mod uring;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
-use in_flight::{InFlight, Motion};
+use in_flight::{InFlight, InFlightGuard};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
@@ -30,21 +31,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Bytes of the unit that guests address disks by.
+/// The unit by which guests address disks.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// How a disk's bytes lie in its file.
+/// Image format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Format {
-    /// As they are.
+    /// The file's bytes are the disk's.
     #[default]
     Raw,
-    /// Where the image's own map says.
+    /// qcow2, with its own mapping tables.
     Qcow2,
 }
 
 impl Format {
-    /// As QEMU calls it.
+    /// QEMU's name for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -78,21 +79,21 @@ pub fn open_image(
     })
 }
 
-/// An access that a node has admitted, to be made directly on its file. Kept until it is complete.
+/// An access that a node has admitted, to be made directly on its file. Must live until it is complete.
 #[derive(Debug)]
 pub struct Access {
     file: Arc<File>,
-    /// Of the memory that the file's data may come from and go to.
+    /// Memory alignment that the file needs.
     alignment: usize,
-    /// Marks what was written when it ends; none in tests without a node.
-    _motion: Option<Motion>,
+    /// Marks what was written when it ends; `None` in tests without a node.
+    _guard: Option<InFlightGuard>,
 }
 
 #[cfg(test)]
 impl Access {
-    /// An access that no node has admitted.
+    /// An access that belongs to no node.
     fn to(file: Arc<File>, alignment: usize) -> Self {
-        Self { file, alignment, _motion: None }
+        Self { file, alignment, _guard: None }
     }
 }
 
@@ -107,7 +108,7 @@ pub enum AccessKind {
     Flush,
 }
 
-/// What a guest has asked of a disk so far.
+/// A disk's I/O counters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct NodeStats {
     /// Bytes read.
@@ -162,7 +163,7 @@ pub struct BlockNode {
     failures: Failures,
 }
 
-/// Marks what is written to a node, until it is dropped.
+/// Keeps a bitmap attached to a node; dropping it detaches that.
 #[derive(Debug)]
 pub struct Tracking {
     bitmap: Arc<DirtyBitmap>,
@@ -190,7 +191,7 @@ impl std::fmt::Debug for BlockNode {
 }
 
 impl BlockNode {
-    /// Names `backend`.
+    /// A disk `id` stored in `backend`.
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
         let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
@@ -198,66 +199,66 @@ impl BlockNode {
         Self { id, backend, len_bytes, read_only, in_flight, counters, failures }
     }
 
-    /// The same disk, refusing the guest's writes whatever its storage would take.
+    /// The same disk, read-only for the guest.
     #[must_use]
     pub fn into_read_only(self) -> Self {
         Self { read_only: true, ..self }
     }
 
-    /// The same disk, with a word on what becomes of failed requests.
+    /// The same disk with an error policy.
     #[must_use]
     pub fn with_policy(mut self, policy: ErrorPolicy) -> Self {
         self.failures.policy = policy;
         self
     }
 
-    /// Has `tell` called for every request that fails from now on.
+    /// Calls `tell` for every request that fails from now on.
     pub fn on_failure(&self, tell: impl Fn(Failure) + Send + Sync + 'static) {
         self.failures.set_tell(Arc::new(tell));
     }
 
-    /// A guest's request has failed: tells so, and decides what becomes of it.
+    /// Reports a failed request of the guest and returns what to do about it.
     pub fn decide(&self, is_read: bool, error: &io::Error) -> Action {
         self.failures.decide(&self.id, is_read, error)
     }
 
-    /// Whether failed requests are kept, and the guest is to be stopped, until [`BlockNode::go_on`].
+    /// Whether an error has stopped the guest, until [`BlockNode::retry_failed`].
     pub fn is_stopped(&self) -> bool {
         self.failures.is_stopped()
     }
 
-    /// Whether failed requests are kept, to be tried again: also by a guest that has gone on, until they
-    /// have been.
-    pub fn keeps_requests(&self) -> bool {
-        self.failures.keeps_requests()
+    /// Whether failed requests are kept for a retry. After the guest has resumed they stay kept until the
+    /// retry.
+    pub fn has_kept_requests(&self) -> bool {
+        self.failures.has_kept_requests()
     }
 
-    /// A failed request is kept, for as long as what this returns.
-    pub fn keep(&self) -> Kept {
-        self.failures.keep()
+    /// Counts a failed request as kept until the result is dropped.
+    pub fn keep_failed(&self) -> Kept {
+        self.failures.keep_failed()
     }
 
-    /// The guest goes on: what has failed is tried again.
-    pub fn go_on(&self) {
-        self.failures.go_on();
+    /// The guest resumes: failed requests may be retried.
+    pub fn retry_failed(&self) {
+        self.failures.retry_failed();
     }
 
-    /// The disk's name.
+    /// The disk's id.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// What the user calls its storage: a path.
+    /// Path of its storage, as the user gave it.
     pub fn location(&self) -> String {
         self.backend.location()
     }
 
-    /// What the format of its storage is called.
+    /// Name of its format.
     pub fn format(&self) -> &'static str {
         self.backend.format()
     }
 
-    /// What it stands on, if it does.
+    /// Its backing chain, if any.
     pub fn backing(&self) -> Option<&dyn BackingChain> {
         self.backend.backing()
     }
@@ -267,7 +268,7 @@ impl BlockNode {
         self.backend.is_direct()
     }
 
-    /// Size; a multiple of [`SECTOR_BYTES`].
+    /// Size in bytes; a multiple of [`SECTOR_BYTES`].
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
@@ -277,25 +278,25 @@ impl BlockNode {
         self.read_only
     }
 
-    /// Marks from now on what is written, in granules of `granule_bytes`; a write that has begun already
-    /// is marked when it ends. `None` if there can be no such granule.
+    /// Tracks writes from now on, in granules of `granule_bytes`; a write already in flight is marked when
+    /// it ends. `None` if the granule is invalid.
     pub fn track(&self, granule_bytes: u64) -> Option<Tracking> {
         let bitmap = Arc::new(DirtyBitmap::new(self.len_bytes, granule_bytes)?);
         self.in_flight.add(bitmap.clone());
         Some(Tracking { bitmap, in_flight: self.in_flight.clone() })
     }
 
-    /// Waits until no access is in motion. New ones are kept away by whoever stopped the guest.
+    /// Waits until no access is in flight. The caller has stopped the guest, so that no new one begins.
     pub fn drain(&self) {
         self.in_flight.drain();
     }
 
-    /// As [`BlockNode::drain`], at most until `deadline`. False if an access is in motion then.
+    /// Like [`BlockNode::drain`], at most until `deadline`. Returns false on timeout.
     pub fn drain_until(&self, deadline: Instant) -> bool {
         self.in_flight.drain_until(deadline)
     }
 
-    /// What the guest has asked for so far.
+    /// The guest's I/O so far.
     pub fn stats(&self) -> NodeStats {
         let Counters { reads, writes, discards, flushes } = &self.counters;
         let ((read_bytes, reads), (written_bytes, writes)) = (reads.get(), writes.get());
@@ -318,8 +319,8 @@ impl BlockNode {
         self.check(offset_bytes, len_bytes)
     }
 
-    /// Checks an access, and admits it if it may be made directly on a file; `None` if it has to go
-    /// through this node.
+    /// Checks an access and admits it if it may be made directly on the file; `None` if it must go through
+    /// this node.
     pub fn access(
         &self,
         kind: AccessKind,
@@ -337,7 +338,7 @@ impl BlockNode {
                 self.counters.writes.add(len_bytes);
                 Some(range)
             }
-            // An access to nothing asks what this disk is.
+            // An access of zero bytes only asks whether the disk has a file.
             AccessKind::Read if len_bytes == 0 => None,
             AccessKind::Read => {
                 self.counters.reads.add(len_bytes);
@@ -348,18 +349,18 @@ impl BlockNode {
                 None
             }
         };
-        Ok(Some(Access { file, alignment, _motion: Some(self.in_flight.begin(written)) }))
+        Ok(Some(Access { file, alignment, _guard: Some(self.in_flight.begin(written)) }))
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.counters.reads.add(buffer.len() as u64);
-        let _motion = self.in_flight.begin(None);
+        let _guard = self.in_flight.begin(None);
         self.backend.read_at(buffer, offset_bytes)
     }
 
-    /// As [`BlockNode::read_at`], for who copies the disk while the guest uses it.
+    /// Like [`BlockNode::read_at`], for a copy of the disk: not counted as the guest's.
     pub fn copy_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.backend.read_at(buffer, offset_bytes)
@@ -370,18 +371,18 @@ impl BlockNode {
         let len_bytes = buffer.len() as u64;
         self.check_write(offset_bytes, len_bytes)?;
         self.counters.writes.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_at(buffer, offset_bytes)
     }
 
-    /// As [`BlockNode::write_at`], for what arrives before the guest does: also to a disk that the guest
-    /// may only read.
+    /// Like [`BlockNode::write_at`], for data that arrives before the guest: allowed on a read-only disk,
+    /// too.
     pub fn fill_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.backend.write_at(buffer, offset_bytes)
     }
 
-    /// As [`BlockNode::fill_at`], with zeroes, which take no space where that is possible.
+    /// Like [`BlockNode::fill_at`] with zeroes, without allocating space where possible.
     pub fn fill_zeroes(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, len_bytes)?;
         if len_bytes == 0 {
@@ -390,29 +391,29 @@ impl BlockNode {
         self.backend.write_zeroes(offset_bytes, len_bytes, true)
     }
 
-    /// What stands behind `offset_bytes`, and how far.
+    /// The extent at `offset_bytes`.
     pub fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
         self.check(offset_bytes, 1)?;
         self.backend.extent_at(offset_bytes)
     }
 
-    /// About how much space it takes on the host.
+    /// Estimated space that it takes on the host, in bytes.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
         self.backend.allocated_bytes()
     }
 
-    /// Frees the space of bytes that the guest does not need any more. Advice: they may stay.
+    /// Discards a range that the guest does not need any more. Advisory: the data may stay.
     pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         self.check_write(offset_bytes, len_bytes)?;
         if len_bytes == 0 {
             return Ok(());
         }
         self.counters.discards.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.discard(offset_bytes, len_bytes)
     }
 
-    /// Makes bytes zero, and frees their space if `may_unmap` and that is possible.
+    /// Zeroes a range, and frees its space if `may_unmap` and that is possible.
     pub fn write_zeroes(
         &self,
         offset_bytes: u64,
@@ -424,35 +425,35 @@ impl BlockNode {
             return Ok(());
         }
         self.counters.writes.add(len_bytes);
-        let _motion = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
         self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
     }
 
     /// Makes every acknowledged write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.counters.flushes.add(0);
-        let _motion = self.in_flight.begin(None);
+        let _guard = self.in_flight.begin(None);
         self.backend.flush()
     }
 
-    /// Has every acknowledged write in the file, though not on stable storage: whoever opens it next,
-    /// once the lock is let go of, sees it.
+    /// Writes cached metadata to the file, though not to stable storage: another process sees every
+    /// acknowledged write once the lock is released.
     pub fn write_back(&self) -> io::Result<()> {
         self.backend.write_back()
     }
 
-    /// As [`BlockNode::flush`], for who copies or fills the disk.
+    /// Like [`BlockNode::flush`], for a copy of the disk: not counted as the guest's.
     pub fn sync(&self) -> io::Result<()> {
         self.backend.flush()
     }
 
-    /// Takes the lock: exclusive for a disk opened for writing, shared for a read-only one. Taking it
-    /// again is no error.
+    /// Takes the lock: exclusive for a disk opened for writing, shared for a read-only one. Locking twice
+    /// is not an error.
     pub fn lock(&self) -> Result<(), LockError> {
         self.backend.lock()
     }
 
-    /// Lets go of the lock.
+    /// Releases the lock.
     pub fn unlock(&self) {
         self.backend.unlock();
     }

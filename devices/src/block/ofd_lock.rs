@@ -1,12 +1,12 @@
-//! Open-file-description locks (`fcntl_locking(2)`): they belong to the open file, not the process,
-//! and go with its last descriptor, however the process ends. No crate of ours wraps them safely.
+//! Open file description locks (`fcntl_locking(2)`): they belong to the open file, not the process, and are
+//! released with its last descriptor, however the process ends. None of our dependencies wraps them safely.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// What to do with the lock on a whole file.
+/// Operation on the lock of a whole file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     Exclusive,

@@ -1,8 +1,8 @@
 //! qcow2 images, with backing files, through the `imago` crate.
 //!
-//! Formats are named or recorded, never guessed: the image itself was called qcow2 by the user, and a
-//! backing file has its format in the image's header. The backing chain is opened read-only. Metadata is
-//! cached from the opening on, so an image has one user at a time: it travels, it is not shared.
+//! Formats are never probed: the user declares the image as qcow2, and the image's header records the
+//! format of its backing file. The backing chain is opened read-only. Metadata is cached from opening on,
+//! so an image has one user at a time: it can be migrated, not shared.
 
 mod chain;
 
@@ -25,15 +25,15 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// An open qcow2 image.
 pub struct Qcow2File {
-    /// Written for what may invalidate mappings that others use: discards.
+    /// Write-locked for operations that may invalidate mappings in use: discards.
     image: RwLock<FormatAccess<ImagoFile>>,
-    /// The same open file as the image's: the lock goes with it.
+    /// The image's open file description, which holds the lock.
     file: File,
     path: PathBuf,
     len_bytes: u64,
     read_only: bool,
     cache: Cache,
-    /// What it stands on.
+    /// Its backing chain.
     chain: Option<Chain>,
 }
 
@@ -63,15 +63,15 @@ fn refused(what: String) -> io::Error {
 }
 
 impl Qcow2File {
-    /// Opens the image, and what it stands on by its own record, without locking it.
+    /// Opens the image and the backing chain that it records, without locking.
     pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let (file, storage) = open_file(path, !read_only, cache).map_err(failed)?;
         Self::assemble(file, storage, path, path, read_only, cache)
     }
 
-    /// Makes a blank image of `len_bytes` on `backing`, or on nothing, in the file `partial`; see
-    /// [`super::raw::RawFile::create`].
+    /// Creates a blank image of `len_bytes`, with backing file `backing` if given, in the file `partial`;
+    /// see [`super::raw::RawFile::create`].
     pub fn create(
         partial: &Path,
         path: &Path,
@@ -178,9 +178,9 @@ impl BlockBackend for Qcow2File {
     }
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        // To zeroes, not to whatever the backing file has: that would be somebody else's bytes.
+        // To zeroes: uncovering the backing file would show stale data.
         match self.image_alone().discard_to_zero(offset_bytes, len_bytes) {
-            // Images of version 2 cannot. It is advice.
+            // Version 2 images cannot. Discards are advisory.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             result => result,
         }
@@ -193,7 +193,7 @@ impl BlockBackend for Qcow2File {
             self.image().write_zeroes(offset_bytes, len_bytes)
         };
         match zeroed {
-            // Images of version 2 know no zeroes.
+            // Version 2 images have no zero clusters.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 write_zeroes_as_data(self, offset_bytes, len_bytes)
             }

@@ -1,5 +1,4 @@
-//! A raw image: the file's bytes are the disk's. The format is never guessed: what is opened here was
-//! called raw by the user.
+//! A raw image: the file's bytes are the disk's. The format is never probed: the user declares it.
 
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
@@ -19,72 +18,47 @@ use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 /// An image that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The host refuses.
     #[error("cannot open disk image {path}")]
     Open {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// Not a file or block device.
     #[error("disk image {path} is neither a file nor a block device")]
-    NotAFile {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Not whole sectors.
+    NotAFile { path: PathBuf },
     #[error(
         "disk image {path} has {len_bytes} bytes, not a multiple of {SECTOR_BYTES}: \
          enlarge it with `truncate -s %{SECTOR_BYTES}`"
     )]
-    OddSize {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        len_bytes: u64,
-    },
-    /// No direct I/O.
+    OddSize { path: PathBuf, len_bytes: u64 },
     #[error("disk image {path} cannot bypass the host's page cache ({why}): use cache=writeback")]
     NoDirectIo {
-        /// The file.
         path: PathBuf,
-        /// What stands in the way.
         why: &'static str,
-        /// What the host says.
         #[source]
         source: io::Error,
     },
-    /// No room for it, or no right to make it.
+    /// Out of space, or no permission.
     #[error("cannot create disk image {path} of {len_bytes} bytes")]
     Create {
-        /// The file.
         path: PathBuf,
-        /// Its size.
         len_bytes: u64,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// Another machine uses it.
     #[error(transparent)]
     Locked(#[from] LockError),
-    /// Nothing in it.
     #[error("disk image {path} is empty: give it a size with `truncate -s SIZE`")]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
+    Empty { path: PathBuf },
 }
 
-/// Whether the host's page cache stands between the guest and the image.
+/// Whether the host's page cache is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Cache {
-    /// Yes; the guest's flushes make it durable.
+    /// Yes; the guest's flushes make writes durable.
     #[default]
     Writeback,
-    /// No: direct I/O.
+    /// No: `O_DIRECT`.
     None,
 }
 
@@ -129,7 +103,7 @@ impl RawFile {
             Err(source) if cache == Cache::None => return Err(no_direct_io(&path, source)),
             Err(source) => return Err(failed(source)),
         };
-        // A block device has no length in its metadata, but an end to seek to.
+        // The metadata of a block device has no length: seek to its end.
         let len_bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if len_bytes == 0 {
             return Err(OpenError::Empty { path });
@@ -144,8 +118,8 @@ impl RawFile {
         Ok(Self { file, path, len_bytes, read_only, cache })
     }
 
-    /// Makes a blank image of `len_bytes` in the file `partial`, or takes over what an earlier attempt
-    /// has left there, and locks it. It goes by the name of `path`, which it will get once it is whole.
+    /// Creates a blank, locked image of `len_bytes` in the file `partial`, or takes over what an earlier
+    /// attempt left there. Messages call it `path`, the name that it gets once it is complete.
     pub fn create(
         partial: &Path,
         path: &Path,
@@ -163,7 +137,7 @@ impl RawFile {
         let sized = made.file.set_len(0).and_then(|()| made.file.set_len(len_bytes));
         let created = sized.map_err(failed).and_then(|()| match cache {
             Cache::Writeback => Ok(made),
-            // Only now it has a size to probe.
+            // Probing needs a file that is not empty.
             Cache::None => {
                 make_direct(&made.file, path)?;
                 probe_direct_io(&made.file, path, len_bytes)?;
@@ -173,29 +147,29 @@ impl RawFile {
         created.inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
 
-    /// How long the file is now; its disk is as long as it was when it was opened.
+    /// The file's current length; the disk keeps the length from opening.
     fn current_len(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
         Ok(if metadata.is_file() { metadata.len() } else { self.len_bytes })
     }
 
-    /// Whether the kernel would refuse `buffer` for its place in memory.
+    /// Whether `buffer` is misaligned for direct I/O.
     fn must_bounce(&self, buffer: &[u8]) -> bool {
         self.cache == Cache::None && !buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT)
     }
 }
 
-/// Often enough for attempts that follow each other closely.
+/// Enough for attempts in quick succession.
 const HOLD_TRIES: u32 = 100;
 
-/// Opens the file that is to become an image of `len_bytes`, makes it if it is not there, and locks it.
+/// Opens and locks the file for an image of `len_bytes`; creates it if it does not exist.
 pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Result<File, OpenError> {
     if len_bytes == 0 || !len_bytes.is_multiple_of(SECTOR_BYTES) {
         return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
     }
     let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
     let mut options = OpenOptions::new();
-    // Not through a link that somebody has put there; not truncated before it is locked.
+    // Does not follow a symlink, and does not truncate before the file is locked.
     options.read(true).write(true).create(true).truncate(false);
     options.custom_flags(libc::O_NOFOLLOW);
     for _ in 0..HOLD_TRIES {
@@ -204,15 +178,15 @@ pub(super) fn hold_partial(partial: &Path, path: &Path, len_bytes: u64) -> Resul
             return Err(OpenError::NotAFile { path: partial.to_owned() });
         }
         lock_file(&file, path, Operation::Exclusive)?;
-        // An attempt that has just ended may have removed it meanwhile, or given it its name.
+        // An attempt that just ended may have removed or renamed it meanwhile.
         if is_at(&file, partial).map_err(failed)? {
             return Ok(file);
         }
     }
-    Err(failed(io::Error::other(format!("somebody replaces {} all the time", partial.display()))))
+    Err(failed(io::Error::other(format!("{} keeps being replaced", partial.display()))))
 }
 
-/// Whether `path` leads to this open file, and not to another or nowhere.
+/// Whether `path` still names this open file.
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let own = file.metadata()?;
     match std::fs::symlink_metadata(path) {
@@ -222,7 +196,7 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// A file that is locked, whatever it holds.
+/// A locked file with any content.
 #[derive(Debug)]
 pub struct HeldFile(File);
 
@@ -235,12 +209,12 @@ impl HeldFile {
         Ok(Self(file))
     }
 
-    /// Whether `path` still leads to it.
+    /// Whether `path` still names it.
     pub fn is_at(&self, path: &Path) -> io::Result<bool> {
         is_at(&self.0, path)
     }
 
-    /// Whether there is nothing in it.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> io::Result<bool> {
         Ok(self.0.metadata()?.len() == 0)
     }
@@ -262,11 +236,10 @@ pub(super) fn unlock_file(file: &File, path: &Path) {
     }
 }
 
-/// Direct I/O goes to and from memory that is aligned to a sector at least, as [`probe_direct_io`]
-/// has found out.
+/// Direct I/O needs memory aligned to at least a sector, as [`probe_direct_io`] verified.
 const DIRECT_ALIGNMENT: usize = 512;
 
-/// Reads one sector to where an aligned buffer may lie at worst.
+/// Reads one sector into a buffer with the smallest alignment that we use.
 fn probe_direct_io(file: &File, path: &Path, len_bytes: u64) -> Result<(), OpenError> {
     let mut buffer = AlignedBuffer::new(2 * DIRECT_ALIGNMENT);
     let (_, sector) = buffer.split_at_mut(DIRECT_ALIGNMENT);
@@ -280,7 +253,7 @@ fn probe_direct_io(file: &File, path: &Path, len_bytes: u64) -> Result<(), OpenE
     })
 }
 
-/// Has an open file bypass the page cache. Opened anew it would be without its lock for a moment.
+/// Sets `O_DIRECT` on an open file. Reopening would drop the lock for a moment.
 pub(super) fn make_direct(file: &File, path: &Path) -> Result<(), OpenError> {
     let flags = rustix::fs::fcntl_getfl(file);
     let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT));
@@ -301,7 +274,7 @@ fn is_invalid(error: &io::Error) -> bool {
 }
 
 impl RawFile {
-    /// Changes the allocation of a range; `false` if the file system does not know how.
+    /// Changes the allocation of a range; `false` if the file system does not support it.
     fn allocate(&self, mode: fn() -> FallocateMode, offset: u64, len: u64) -> io::Result<bool> {
         loop {
             let Err(error) = fallocate(self.file.as_ref(), mode(), true, offset, len) else {
@@ -362,7 +335,7 @@ impl BlockBackend for RawFile {
     }
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
-        // Advice: where there are no holes, nothing happens.
+        // Advisory: storage without holes ignores it.
         self.allocate(|| FallocateMode::PunchHole, offset_bytes, len_bytes).map(drop)
     }
 
@@ -376,7 +349,7 @@ impl BlockBackend for RawFile {
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
         let rest = self.len_bytes.saturating_sub(offset_bytes);
         let extent = |end: u64, content| {
-            // A file that has shrunk meanwhile still gets its read, and that its error.
+            // If the file has shrunk meanwhile, the read reports it.
             let len_bytes = end.saturating_sub(offset_bytes).clamp(1, rest.max(1));
             Ok(Extent { len_bytes, content })
         };
@@ -387,11 +360,11 @@ impl BlockBackend for RawFile {
                 Ok(hole) => extent(hole, Content::Data),
                 Err(error) => Err(error.into()),
             },
-            // No data from here on; or past the end of a file that has shrunk.
+            // No data from here on, or past the end of a file that has shrunk.
             Err(rustix::io::Errno::NXIO) if self.current_len()? >= self.len_bytes => {
                 extent(self.len_bytes, Content::Zero)
             }
-            // Block devices and some file systems do not know.
+            // Block devices and some file systems do not support it.
             Err(
                 rustix::io::Errno::NXIO | rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP,
             ) => extent(self.len_bytes, Content::Data),
@@ -401,7 +374,7 @@ impl BlockBackend for RawFile {
 
     fn allocated_bytes(&self) -> io::Result<u64> {
         let metadata = self.file.metadata()?;
-        // A file system counts its own blocks too, and a block device counts none.
+        // `st_blocks` includes the file system's metadata, and is 0 for a block device.
         let blocks = metadata.blocks().saturating_mul(512);
         Ok(if metadata.is_file() { blocks.min(self.len_bytes) } else { self.len_bytes })
     }

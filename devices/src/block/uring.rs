@@ -1,9 +1,9 @@
-//! Many accesses to a disk's file in flight at once, straight from and to guest RAM, through io_uring.
+//! Asynchronous accesses to a disk's file through io_uring, straight from and to guest RAM.
 //!
-//! Owned by one queue's worker; [`super::BlockNode::access`] decides what may pass through here. RAM
-//! that an access has written is marked dirty before anyone hears of its completion, so a guest that
-//! knows of data has a page that will be migrated. Unsafe code: guest RAM is handed to the kernel as
-//! addresses, and must stay until the kernel has done with it.
+//! Owned by one queue's worker; [`super::BlockNode::access`] decides which accesses may use it. RAM that a
+//! read has filled is marked dirty before its completion is reported, so a migration never misses data that
+//! the guest has seen. Unsafe code: guest RAM is passed to the kernel as addresses and must stay mapped
+//! until the access completes.
 #![allow(unsafe_code)]
 
 use super::Access;
@@ -16,26 +16,26 @@ use std::os::fd::{AsRawFd, RawFd};
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
-/// The kernel takes no more pieces in one access (`IOV_MAX`).
+/// The kernel's limit of vectors per access (`IOV_MAX`).
 const MOST_PIECES: usize = 1024;
-/// Most bytes that are in flight at once: what a pause may have to wait for. Room for 32 accesses of
-/// 1 MiB, more than it takes to keep a disk busy. A longer access is on its way alone.
+/// Limit of bytes in flight: a pause has to wait for them. It allows 32 accesses of 1 MiB, more than it
+/// takes to keep a disk busy. A longer access is in flight alone.
 pub const MAX_BYTES_IN_FLIGHT: usize = 32 << 20;
-/// Most bytes of one access that the kernel is given at once; the rest follows. Large enough that
-/// sequential access loses nothing, and few enough that an access that is on its way alone stops soon.
-/// A multiple of every alignment that a file may ask for.
+/// Limit of bytes submitted at once for one access; the rest follows. Large enough not to slow down
+/// sequential access, small enough that a long access stops soon. A multiple of every alignment that a file
+/// may require.
 pub const MAX_BYTES_AT_ONCE: usize = 4 << 20;
 
-/// What to do with a file.
+/// An operation on a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operation {
-    /// Fills the pieces of RAM.
+    /// Reads into the pieces of RAM.
     Read(Segments),
-    /// Writes the pieces of RAM, and makes that durable if asked to.
+    /// Writes the pieces of RAM.
     Write {
         /// What to write.
         data: Segments,
-        /// Whether it is durable when it is complete.
+        /// Whether completion means that the data is durable (`RWF_DSYNC`).
         durable: bool,
     },
     /// Makes every completed write durable.
@@ -43,7 +43,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// Bytes that are left of it.
+    /// Bytes not transferred yet.
     pub fn bytes_left(&self) -> usize {
         match self {
             Self::Read(segments) | Self::Write { data: segments, .. } => segments.len(),
@@ -52,20 +52,23 @@ impl Operation {
     }
 }
 
-/// One access, on its way or about to be.
+/// One access, submitted or about to be.
 #[derive(Debug)]
 pub struct Transfer {
-    /// Where to.
+    /// The admitted access.
     pub access: Access,
     /// What.
     pub operation: Operation,
-    /// From where on in the file.
+    /// Position in the file.
     pub offset_bytes: u64,
 }
 
-/// Addresses for the kernel.
+/// The kernel's view of a transfer's memory: `count` vectors, at most [`MOST_PIECES`].
 #[derive(Debug, Default)]
-struct Pieces(Vec<libc::iovec>);
+struct Pieces {
+    vectors: Vec<libc::iovec>,
+    count: u32,
+}
 
 // SAFETY: the addresses point into guest RAM, which is mapped for the whole process; `Ring` keeps it.
 unsafe impl Send for Pieces {}
@@ -73,19 +76,19 @@ unsafe impl Send for Pieces {}
 #[derive(Debug)]
 struct Slot<T> {
     transfer: Transfer,
-    /// The rest of the transfer, as the kernel reads it; stays where it is until completion.
+    /// The vectors that the kernel reads; must not move before completion.
     pieces: Pieces,
-    /// What it was given with, and counts for until it is complete.
+    /// Its length when it was pushed, which counts as in flight until completion.
     bytes: usize,
     token: T,
 }
 
-/// An access that is taken back.
+/// A completed access.
 #[derive(Debug)]
 pub struct Completion<T> {
-    /// What it was for.
+    /// The caller's note.
     pub token: T,
-    /// What is left of it.
+    /// The part that was not transferred.
     pub transfer: Transfer,
     /// How it ended.
     pub end: End,
@@ -98,13 +101,13 @@ pub enum End {
     Done,
     /// The disk failed.
     Failed(io::Error),
-    /// It was to stop before its end: nothing of it is in flight any more.
+    /// Interrupted before its end; nothing of it is in flight any more.
     Interrupted,
 }
 
-/// The kernel copies what a read finds in its page cache while we submit it, one read after another. Of
-/// several reads of so many bytes, every other is given to a thread of its own: on two processors that
-/// made sequential reads of 1 MiB one and a half times as fast.
+/// The kernel copies page cache hits during submission, one read after another. Of several reads at least
+/// this long, every other one is forced to a kernel worker (`IOSQE_ASYNC`): on two processors that made
+/// sequential reads of 1 MiB 1.5 times as fast.
 const MUCH_TO_COPY: usize = 512 << 10;
 
 /// Accesses in flight; `T` is the caller's note of what each is for.
@@ -126,7 +129,7 @@ impl<T> std::fmt::Debug for Ring<T> {
 }
 
 impl<T> Ring<T> {
-    /// Room for `depth` accesses. Fails where the kernel has no io_uring or does not let us use it.
+    /// A ring for `depth` accesses. Fails if io_uring is missing or not permitted.
     pub fn new(ram: GuestRam, depth: u16) -> io::Result<Self> {
         // The completion queue has twice as many entries, so it never overflows.
         let uring = IoUring::new(depth.into())?;
@@ -141,34 +144,36 @@ impl<T> Ring<T> {
         })
     }
 
-    /// Readable while there are completions to take.
+    /// Readable while there are completions.
     pub fn descriptor(&self) -> RawFd {
         self.uring.as_raw_fd()
     }
 
-    /// Accesses that have not been taken back.
+    /// Number of accesses in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Whether any other access can be taken on.
+    /// Whether there is a free slot.
     pub fn has_room(&self) -> bool {
         self.in_flight < self.depth && self.bytes_in_flight < MAX_BYTES_IN_FLIGHT
     }
 
-    /// Whether an access to `bytes` bytes can be taken on: if it stays below [`MAX_BYTES_IN_FLIGHT`]
-    /// with the others, or if there are no others.
+    /// Whether an access of `bytes` bytes may be pushed: all in flight stay below [`MAX_BYTES_IN_FLIGHT`],
+    /// or nothing is in flight.
     pub fn has_room_for(&self, bytes: usize) -> bool {
         let fits = bytes <= MAX_BYTES_IN_FLIGHT.saturating_sub(self.bytes_in_flight);
         self.in_flight == 0 || self.has_room() && fits
     }
 
-    /// Takes an access on, to be started by [`Ring::submit`]. Gives it back if there is no room for
-    /// it, or if the kernel would not take its pieces of RAM as they are.
+    /// Queues an access, which [`Ring::submit`] starts. Returns it if there is no room, or if its pieces
+    /// are too many or misaligned.
     pub fn push(&mut self, transfer: Transfer, token: T) -> Result<(), (Transfer, T)> {
         let bytes = transfer.operation.bytes_left();
-        let pieces = self.has_room_for(bytes).then(|| self.pieces_of(&transfer)).flatten();
-        let Some(pieces) = pieces else { return Err((transfer, token)) };
+        if !self.has_room_for(bytes) {
+            return Err((transfer, token));
+        }
+        let Some(pieces) = self.pieces_of(&transfer) else { return Err((transfer, token)) };
         let slot = Some(Slot { transfer, pieces, bytes, token });
         let index = match self.free.pop() {
             Some(index) => index,
@@ -186,7 +191,7 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// The first [`MAX_BYTES_AT_ONCE`] bytes of the pieces as addresses, if the kernel takes all of them.
+    /// The first [`MAX_BYTES_AT_ONCE`] bytes as vectors; `None` if they are too many or misaligned.
     fn pieces_of(&self, transfer: &Transfer) -> Option<Pieces> {
         let segments = match &transfer.operation {
             Operation::Read(segments) | Operation::Write { data: segments, .. } => segments,
@@ -197,7 +202,7 @@ impl<T> Ring<T> {
         }
         let mut pieces = Vec::with_capacity(segments.pieces().len());
         for Segment { address, len } in segments.pieces() {
-            // A piece that crosses from one region of RAM to the next is several in our memory.
+            // A piece that crosses two regions of RAM is several mappings here.
             for slice in self.ram.get_slices(address, len) {
                 let slice = slice.ok()?;
                 let start = slice.ptr_guard_mut().as_ptr();
@@ -217,16 +222,16 @@ impl<T> Ring<T> {
             left -= piece.iov_len;
         }
         pieces.retain(|piece| piece.iov_len > 0);
-        Some(Pieces(pieces))
+        let count = u32::try_from(pieces.len()).ok()?;
+        Some(Pieces { vectors: pieces, count })
     }
 
-    /// Queues what is left of a slot's transfer. There is an entry for each slot, so that there is
-    /// always room.
+    /// Queues the rest of a slot's transfer. The queue has an entry for each slot, so it is never full.
     fn enqueue(&mut self, index: usize) {
         let Some(Some(slot)) = self.slots.get(index) else { return };
         let fd = Fd(slot.transfer.access.file.as_raw_fd());
-        let (pieces, offset) = (&slot.pieces.0, slot.transfer.offset_bytes);
-        let count = u32::try_from(pieces.len()).unwrap_or(0);
+        let Pieces { vectors: pieces, count } = &slot.pieces;
+        let (count, offset) = (*count, slot.transfer.offset_bytes);
         let entry: squeue::Entry = match &slot.transfer.operation {
             Operation::Read(_) => {
                 opcode::Readv::new(fd, pieces.as_ptr(), count).offset(offset).build()
@@ -253,7 +258,7 @@ impl<T> Ring<T> {
         debug_assert!(pushed.is_ok(), "an entry for each slot");
     }
 
-    /// Starts all that has been pushed.
+    /// Submits everything that was pushed.
     pub fn submit(&mut self) -> io::Result<()> {
         while !self.uring.submission().is_empty() {
             self.enter(0)?;
@@ -261,7 +266,7 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Starts all that has been pushed and waits for a completion.
+    /// Submits everything that was pushed and waits for a completion.
     pub fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
         if self.in_flight > 0 && self.uring.completion().is_empty() {
@@ -275,7 +280,7 @@ impl<T> Ring<T> {
             Ok(_) => Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
-                // The kernel is short of memory for a moment.
+                // The kernel is temporarily short of memory.
                 std::thread::yield_now();
                 Ok(())
             }
@@ -283,15 +288,15 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Takes back an access that has ended, and how. One that was cut short is continued: call
-    /// [`Ring::submit`] after the last. With `interrupt`, one that is longer than
-    /// [`MAX_BYTES_IN_FLIGHT`] is not: it ends as interrupted when what the kernel has of it has ended.
+    /// Returns the next completed access. A short transfer is continued: call [`Ring::submit`] after the
+    /// last. With `interrupt`, an access longer than [`MAX_BYTES_IN_FLIGHT`] is not continued and ends as
+    /// interrupted.
     pub fn next_completion(&mut self, interrupt: bool) -> Option<Completion<T>> {
         let stops = |bytes| interrupt && bytes > MAX_BYTES_IN_FLIGHT;
         self.next_completion_but(stops)
     }
 
-    /// An access of so many bytes that `stops` is not continued.
+    /// Accesses whose length satisfies `stops` are not continued.
     fn next_completion_but(&mut self, stops: impl Fn(usize) -> bool) -> Option<Completion<T>> {
         loop {
             let entry = self.uring.completion().next()?;
@@ -310,7 +315,7 @@ impl<T> Ring<T> {
                         self.enqueue(index);
                         continue;
                     }
-                    // Direct I/O that ended where it cannot go on.
+                    // A short direct transfer that ended at an unaligned position.
                     None => End::Failed(io::ErrorKind::UnexpectedEof.into()),
                 },
             };
@@ -321,15 +326,17 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Marks what was written, and takes off the transfer what has been done.
+    /// Marks the RAM that was written and removes what was transferred.
     fn account(&self, transfer: &mut Transfer, result: i32) -> Progress {
         let done = match usize::try_from(result) {
             Ok(done) => done,
             Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => return Progress::Continue,
             Err(_) => {
-                // Some of it may have been written all the same.
-                self.mark_rest(transfer);
-                return Progress::Failed(io::Error::from_raw_os_error(-result));
+                // The kernel may have written some of it nevertheless.
+                return match self.mark_rest(transfer) {
+                    Ok(()) => Progress::Failed(io::Error::from_raw_os_error(-result)),
+                    Err(error) => Progress::Failed(error),
+                };
             }
         };
         let (segments, reading) = match &mut transfer.operation {
@@ -340,31 +347,36 @@ impl<T> Ring<T> {
         let mut left = done;
         while let Some(piece) = segments.take_front(left) {
             left -= piece.len;
-            if reading {
-                self.mark(piece);
+            if reading && let Err(error) = self.mark(piece) {
+                return Progress::Failed(error);
             }
         }
         transfer.offset_bytes += (done - left) as u64;
         match (segments.is_empty(), done) {
             (true, _) => Progress::Done,
-            (false, 0) => {
-                self.mark_rest(transfer);
-                Progress::Failed(io::ErrorKind::UnexpectedEof.into())
-            }
+            (false, 0) => match self.mark_rest(transfer) {
+                Ok(()) => Progress::Failed(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) => Progress::Failed(error),
+            },
             (false, _) => Progress::Continue,
         }
     }
 
-    fn mark_rest(&self, transfer: &Transfer) {
-        if let Operation::Read(segments) = &transfer.operation {
-            segments.pieces().for_each(|piece| self.mark(piece));
+    fn mark_rest(&self, transfer: &Transfer) -> io::Result<()> {
+        match &transfer.operation {
+            Operation::Read(segments) => segments.pieces().try_for_each(|piece| self.mark(piece)),
+            Operation::Write { .. } | Operation::Flush => Ok(()),
         }
     }
 
-    fn mark(&self, piece: Segment) {
-        for slice in self.ram.get_slices(piece.address, piece.len).flatten() {
+    /// Marks RAM dirty. A segment lies in RAM, so an error is a bug: the guest must not take data for
+    /// read whose page would not be migrated.
+    fn mark(&self, piece: Segment) -> io::Result<()> {
+        for slice in self.ram.get_slices(piece.address, piece.len) {
+            let slice = slice.map_err(io::Error::other)?;
             slice.bitmap().mark_dirty(0, slice.len());
         }
+        Ok(())
     }
 }
 
@@ -375,16 +387,16 @@ enum Progress {
 }
 
 impl<T> Drop for Ring<T> {
-    /// Waits until the kernel touches no RAM any more.
+    /// Waits until the kernel accesses no RAM any more.
     fn drop(&mut self) {
         while self.in_flight > 0 {
             if let Err(error) = self.wait() {
-                log::error!("io_uring does not end {} accesses: {error}", self.in_flight);
+                log::error!("io_uring: {} accesses do not complete: {error}", self.in_flight);
                 std::mem::forget(self.ram.clone());
                 std::mem::forget(std::mem::take(&mut self.slots));
                 return;
             }
-            // Nobody waits for the rest of what was cut short.
+            // Short transfers are not continued.
             while self.next_completion_but(|_| true).is_some() {}
         }
     }
@@ -404,7 +416,7 @@ mod tests {
             .unwrap()
     }
 
-    /// `None`, said aloud, where the kernel does not let us.
+    /// `None`, with a note, where io_uring is not available.
     fn ring(depth: u16) -> Option<Ring<u64>> {
         let ring = Ring::new(ram(), depth);
         ring.inspect_err(|error| eprintln!("SKIPPED: no io_uring here: {error}")).ok()
@@ -458,7 +470,7 @@ mod tests {
         let ram = ring.ram.clone();
         for round in 0..8u64 {
             let len = MUCH_TO_COPY as u64;
-            // From the back to the front, so that none is where it would be anyway.
+            // In reverse, so that no block ends up in its place by accident.
             for part in 0..4 {
                 let read = Operation::Read(segments(&ram, &[(part * len, MUCH_TO_COPY)]));
                 assert!(ring.push(transfer(&file, read, (3 - part) * len), part).is_ok());
@@ -534,7 +546,7 @@ mod tests {
     fn an_access_that_comes_in_parts_is_put_together() {
         let Some(mut ring) = ring(4) else { return };
         let ram = ring.ram.clone();
-        // A pipe gives what it has; what it has not is waited for.
+        // A pipe returns what it has; the rest is waited for.
         let (reader, mut writer) = io::pipe().unwrap();
         let file = Arc::new(File::from(std::os::fd::OwnedFd::from(reader)));
         let read = segments(&ram, &[(0x1000, 100), (0x2000, 100)]);

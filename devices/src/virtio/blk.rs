@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 const DEVICE_ID: u32 = 2;
 const QUEUE_SIZE: u16 = 256;
-/// Most queues of a disk.
+/// Maximum number of queues of a disk.
 pub const MAX_QUEUES: u16 = 16;
 /// A chain has a header and a status besides its segments.
 const SEG_MAX: u32 = 254;
@@ -24,23 +24,23 @@ const F_MQ: u64 = 1 << 12;
 pub(super) const F_DISCARD: u64 = 1 << 13;
 pub(super) const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// How much one discard or write-zeroes request may ask for.
+/// Limits of one discard or write-zeroes request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RangeLimits {
-    /// Most sectors of one range.
+    /// Maximum sectors per range.
     pub sectors: u32,
-    /// Most ranges of one request.
+    /// Maximum ranges per request.
     pub ranges: u32,
 }
 
-/// Requests are made in pieces, and a pause waits for one; but nothing else of the queue is served
-/// meanwhile, so none may take long. Holes are made quickly…
+/// A request is executed in pieces and a pause waits for one piece only, but the queue serves nothing else
+/// meanwhile, so no request may take long. Punching holes is quick…
 pub(super) const DISCARD_LIMITS: RangeLimits =
     RangeLimits { sectors: (64 << 20) / 512, ranges: 16 };
 /// …but zeroes may have to be written.
 pub(super) const WRITE_ZEROES_LIMITS: RangeLimits =
     RangeLimits { sectors: (16 << 20) / 512, ranges: 1 };
-/// Smaller or unaligned holes free nothing: the usual block of a file system.
+/// A usual file system block: smaller or unaligned holes free nothing.
 const DISCARD_ALIGNMENT_SECTORS: u32 = 4096 / 512;
 
 /// A virtio-blk device.
@@ -50,7 +50,7 @@ pub struct Block {
 }
 
 impl Block {
-    /// A device that shows `node` through `queue_count` queues, 1 to [`MAX_QUEUES`].
+    /// A device for `node` with `queue_count` queues, 1 to [`MAX_QUEUES`].
     pub fn new(node: Arc<BlockNode>, queue_count: u16) -> Self {
         Self { node, queue_count: queue_count.clamp(1, MAX_QUEUES) }
     }
@@ -95,6 +95,7 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
+        // An offset that does not fit is past the end, where the space reads as zero.
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         for (byte, value) in data.iter_mut().zip(config.iter().skip(start)) {
             *byte = *value;
@@ -113,7 +114,7 @@ impl VirtioDevice for Block {
     fn thread_name(&self, queue: u16) -> String {
         match self.queue_count {
             1 => format!("blk-{}", self.node.id()),
-            // The kernel keeps 15 bytes of a name: the number goes first.
+            // The kernel truncates names to 15 bytes: the number comes first.
             _ => format!("blk{queue}-{}", self.node.id()),
         }
     }
@@ -127,7 +128,7 @@ impl VirtioDevice for Block {
     }
 }
 
-/// What a guest has seen of the disk and will go on to rely on.
+/// What the guest has seen of the disk and relies on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockState {

@@ -1,11 +1,10 @@
 //! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used.
 //!
-//! **A pause waits for a bounded number of bytes**, whatever the guest has asked for. Requests go into
-//! the [`Ring`] up to `MAX_BYTES_IN_FLIGHT`; a longer one is on its way alone, in pieces; one that does
-//! not go through the ring is served in pieces too, alone among its kind. One that is asked to yield
-//! between two pieces is *put back*: the queue goes back to the entry of the available ring that it
-//! came from. It is served again from its start, here when the guest goes on or wherever the guest has
-//! moved to. That is right because
+//! **A pause waits for a bounded number of bytes**, whatever the guest has asked for. Requests go into the
+//! [`Ring`] up to `MAX_BYTES_IN_FLIGHT`; a longer one is in flight alone, in pieces; one that cannot use
+//! the ring is also served in pieces, one at a time. A request that must yield between two pieces is *put
+//! back*: the queue returns to its entry in the available ring. It is served again from its start, here
+//! when the guest resumes, or at the migration's destination. That is correct because
 //! - no later entry has been taken from the ring: none is taken while it is served;
 //! - it has not been answered, so its buffers are still the device's, and the guest assumes nothing
 //!   about what it reads, or about the part of the disk that it writes;
@@ -53,16 +52,16 @@ const BUFFER_BYTES: usize = 128 << 10;
 /// clusters, and little enough to be written where there is no quicker way to make zeroes.
 const RANGE_PIECE_BYTES: u64 = 4 << 20;
 
-/// A request that did not succeed, and whose fault it is.
+/// Why a request did not succeed.
 #[derive(Debug)]
 enum Failed {
-    /// The guest asks for what cannot be: `S_IOERR`.
+    /// The request is invalid: `S_IOERR`.
     Guest(&'static str),
-    /// The guest asks for what the device does not know: `S_UNSUPP`.
+    /// The request is not supported: `S_UNSUPP`.
     Unsupported(&'static str),
-    /// The disk: `S_IOERR`.
+    /// The disk failed: `S_IOERR`.
     Host(io::Error),
-    /// It had to yield between two pieces: no answer, it is served again.
+    /// It had to yield between two pieces: not completed, served again later.
     Interrupted,
 }
 
@@ -72,20 +71,20 @@ impl From<io::Error> for Failed {
     }
 }
 
-/// Which request it is, and where its status goes.
+/// Identifies a request and where its status goes.
 #[derive(Debug, Clone, Copy)]
 struct Ticket {
     head: u16,
     kind: u32,
     sector: u64,
     status: GuestAddress,
-    /// Bytes that the device may write, but for the status.
+    /// Bytes that the device may write, without the status.
     room: usize,
-    /// It was kept after an error: later requests have been taken from the ring since.
+    /// It was kept after an error: later entries of the ring have been taken since.
     was_kept: bool,
 }
 
-/// What a chain asks for. Its buffers lie in RAM; nothing else has been checked.
+/// A parsed descriptor chain. Its buffers lie in RAM; nothing else was checked.
 #[derive(Debug, Clone)]
 struct Request {
     ticket: Ticket,
@@ -94,8 +93,8 @@ struct Request {
 }
 
 impl Request {
-    /// Reads a chain. One that cannot even be answered (no header, no room for a status, buffers
-    /// outside RAM) breaks the queue.
+    /// Parses a chain. One that cannot be completed (no header, no room for a status, buffers outside RAM)
+    /// breaks the queue.
     #[expect(clippy::little_endian_bytes, reason = "the request header is little-endian")]
     fn parse(ram: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Result<Self, BrokenQueue> {
         let broken = |what: &str| BrokenQueue(format!("request {what}"));
@@ -103,14 +102,14 @@ impl Request {
         let (mut from_guest, mut to_guest) = (Segments::default(), Segments::default());
         for descriptor in chain {
             let side = if descriptor.is_write_only() { &mut to_guest } else { &mut from_guest };
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            let len = descriptor.len() as usize;
             if !side.push(ram, descriptor.addr(), len) {
                 return Err(broken("with a buffer outside RAM"));
             }
         }
         let mut header = [0u8; 16];
         from_guest.read(ram, &mut header).ok_or_else(|| broken("without a header"))?;
-        // The status byte is the last of the device-writable part, after all data room.
+        // The status is the last device-writable byte.
         let status = to_guest.take_last_byte().ok_or_else(|| broken("without a status byte"))?;
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
         let ticket = Ticket {
@@ -125,10 +124,10 @@ impl Request {
     }
 }
 
-/// A request whose disk has failed, to be tried again when the guest goes on.
+/// A failed request that is retried when the guest resumes.
 #[derive(Debug)]
 enum Held {
-    /// What is left of it.
+    /// The part that is still to be done.
     Transfer(Ticket, Transfer),
     Request(Request),
 }
@@ -140,16 +139,16 @@ struct ZeroRange {
     unmap: bool,
 }
 
-/// Serves one queue: through a [`Ring`] what can go that way, the rest one by one through a buffer.
+/// Serves one queue: through a [`Ring`] where possible, otherwise request by request through a buffer.
 pub(super) struct Processor {
     node: Arc<BlockNode>,
     buffer: AlignedBuffer,
-    /// None where the kernel does not let us have one.
+    /// `None` if io_uring is not available.
     ring: Option<Ring<Ticket>>,
     driver_features: u64,
     host_errors: u64,
     held: Vec<(Held, Kept)>,
-    /// Bytes of the next request, which found no room in the ring and was put back.
+    /// Length of the next request, which did not fit in the ring and was put back.
     next_bytes: usize,
     bad_request: LogLimit,
 }
@@ -162,7 +161,7 @@ impl QueueProcessor for Processor {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
         loop {
-            self.take_back(ram, queue, host, Long::GoOn)?;
+            self.take_back(ram, queue, host, Long::Continue)?;
             if !self.takes_more() {
                 return Ok(());
             }
@@ -182,15 +181,15 @@ impl QueueProcessor for Processor {
             })?;
             let full = !self.has_room() || self.next_bytes > 0;
             self.submit()?;
-            self.take_back(ram, queue, host, Long::GoOn)?;
-            // What did not fit may wait in the ring, unannounced.
+            self.take_back(ram, queue, host, Long::Continue)?;
+            // A request that did not fit may be in the available ring without another notification.
             if !full || host.must_yield() || self.node.is_stopped() {
                 return Ok(());
             }
         }
     }
 
-    fn settle(
+    fn drain(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
@@ -201,7 +200,7 @@ impl QueueProcessor for Processor {
             && ring.in_flight() > 0
         {
             ring.wait().map_err(broken_ring)?;
-            // Whatever is wrong with the queue, all must end.
+            // All must end, even if the queue is broken.
             result = result.and(self.take_back(ram, queue, host, Long::Stop));
         }
         result
@@ -216,21 +215,21 @@ impl QueueProcessor for Processor {
     }
 }
 
-/// What becomes of a request of more than `MAX_BYTES_IN_FLIGHT` when a piece of it is complete.
+/// What to do with a request of more than `MAX_BYTES_IN_FLIGHT` when a piece of it is complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Long {
-    /// The next piece follows, unless the host must yield.
-    GoOn,
-    /// It is put back.
+    /// Submit the next piece, unless the host must yield.
+    Continue,
+    /// Put the request back.
     Stop,
 }
 
-/// Between two pieces of a request: whether to go on.
-fn go_on(host: &dyn QueueHost) -> Result<(), Failed> {
+/// Between two pieces of a request: fails if the worker must yield.
+fn check_yield(host: &dyn QueueHost) -> Result<(), Failed> {
     if host.must_yield() { Err(Failed::Interrupted) } else { Ok(()) }
 }
 
-/// Cuts a range at multiples of [`RANGE_PIECE_BYTES`].
+/// Splits a range at multiples of [`RANGE_PIECE_BYTES`].
 fn pieces(range: &ZeroRange) -> impl Iterator<Item = (u64, u64)> {
     let end = range.offset_bytes.saturating_add(range.len_bytes);
     let mut at = range.offset_bytes;
@@ -255,11 +254,11 @@ impl Processor {
         let plain = node.access(AccessKind::Read, 0, 0).is_ok_and(|access| access.is_some());
         let ring = plain.then(|| Ring::new(ram.clone(), depth)).transpose();
         let ring = ring.unwrap_or_else(|error| {
-            // A guest can have this said as often as it starts the device.
+            // A guest can trigger this with every start of the device.
             static NO_RING: LogLimit = LogLimit::new();
             if let Some(suppressed) = NO_RING.allow() {
                 let id = node.id();
-                log::info!("disk {id}: no io_uring ({error}), requests go one by one{suppressed}");
+                log::info!("disk {id}: io_uring is not available ({error}); requests are served one by one{suppressed}");
             }
             None
         });
@@ -275,13 +274,12 @@ impl Processor {
         }
     }
 
-    /// Whether there is room, and the guest is not stopped for what has failed.
+    /// Whether there is room and no error has stopped the guest.
     fn takes_more(&self) -> bool {
         self.has_room() && self.has_room_for(self.next_bytes) && !self.node.is_stopped()
     }
 
-    /// Starts a request, or serves it at once. Gives it back if it cannot be served now: it finds no
-    /// room, or it had to yield.
+    /// Starts a request, or serves it synchronously. Returns it if there is no room or if it had to yield.
     fn serve(
         &mut self,
         ram: &GuestRam,
@@ -295,7 +293,7 @@ impl Processor {
             return Ok(Some(request));
         }
         let Some(mut request) = self.start(request) else { return Ok(None) };
-        // Serving takes it apart.
+        // Serving consumes the request.
         let whole = request.clone();
         let result = self.execute(ram, host, &mut request);
         if let Err(Failed::Interrupted) = result {
@@ -311,14 +309,14 @@ impl Processor {
         Ok(None)
     }
 
-    /// Keeps a request that has failed.
+    /// Keeps a failed request for a retry.
     fn hold(&mut self, mut held: Held) {
         let (Held::Transfer(ticket, _) | Held::Request(Request { ticket, .. })) = &mut held;
         ticket.was_kept = true;
-        self.held.push((held, self.node.keep()));
+        self.held.push((held, self.node.keep_failed()));
     }
 
-    /// The guest goes on: so do requests that had failed.
+    /// Retries the requests that were kept, once the guest has resumed.
     fn try_again(
         &mut self,
         ram: &GuestRam,
@@ -345,7 +343,7 @@ impl Processor {
         Ok(())
     }
 
-    /// What the guest is to hear of a result; nothing for now if the request is kept.
+    /// The result to report to the guest; `None` if the request is kept.
     fn decide(&self, ticket: &Ticket, result: Result<(), Failed>) -> Option<Result<(), Failed>> {
         let Err(Failed::Host(error)) = &result else { return Some(result) };
         match self.node.decide(matches!(ticket.kind, T_IN | T_GET_ID), error) {
@@ -363,8 +361,8 @@ impl Processor {
         self.ring.as_ref().is_none_or(|ring| ring.has_room_for(bytes))
     }
 
-    /// Puts a request on its way, or gives it back to be served at once. What is wrong with a request
-    /// is found, and said, when it is served.
+    /// Submits a request to the ring, or returns it to be served synchronously, which also reports invalid
+    /// ones.
     fn start(&mut self, mut request: Request) -> Option<Request> {
         let Ok(Some((access, offset_bytes))) = self.admit(&request) else { return Some(request) };
         let Some(ring) = &mut self.ring else { return Some(request) };
@@ -372,7 +370,7 @@ impl Processor {
             T_IN => Operation::Read(std::mem::take(&mut request.to_guest)),
             T_OUT => Operation::Write {
                 data: std::mem::take(&mut request.from_guest),
-                // A driver that cannot ask for a flush takes every completed write for durable.
+                // A driver without flush considers every completed write durable.
                 durable: self.driver_features & F_FLUSH == 0,
             },
             _ => Operation::Flush,
@@ -387,7 +385,7 @@ impl Processor {
         Some(request)
     }
 
-    /// Whether a request may go through the ring, and from which byte of the file on.
+    /// Whether a request may use the ring, and its offset in the file.
     fn admit(&self, request: &Request) -> Result<Option<(Access, u64)>, Failed> {
         let (kind, offset, len) = match request.ticket.kind {
             T_IN => (AccessKind::Read, self.check_read(request)?, request.to_guest.len()),
@@ -399,7 +397,7 @@ impl Processor {
         Ok(access.map(|access| (access, offset)))
     }
 
-    /// Gives back the requests that have ended.
+    /// Completes the requests that have ended.
     fn take_back(
         &mut self,
         ram: &GuestRam,
@@ -435,7 +433,7 @@ impl Processor {
             let answered = self.answer(ram, queue, host, ticket, left, ended);
             result = result.and(answered);
         }
-        // Those that ended too early go on.
+        // Continue short transfers.
         result.and(self.submit())
     }
 
@@ -443,7 +441,7 @@ impl Processor {
         self.ring.as_mut().map_or(Ok(()), Ring::submit).map_err(broken_ring)
     }
 
-    /// Writes the status and gives the chain back; `left` bytes of its room were not written.
+    /// Writes the status and returns the chain to the driver; `left` bytes of its buffers were not written.
     fn answer(
         &mut self,
         ram: &GuestRam,
@@ -479,31 +477,31 @@ impl Processor {
                 let mut id = [0u8; ID_BYTES];
                 id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
                 let len = request.to_guest.len().min(ID_BYTES);
-                let id = id.get(..len).unwrap_or_default();
+                let id = &id[..len];
                 request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
             }
             T_DISCARD if self.accepted(F_DISCARD) => {
                 let ranges = self.ranges(ram, request, blk::DISCARD_LIMITS)?;
                 for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
-                    go_on(host)?;
+                    check_yield(host)?;
                     self.node.discard(offset_bytes, len_bytes)?;
                 }
-                self.settle_write()
+                self.finish_write()
             }
             T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
                 for range in self.ranges(ram, request, blk::WRITE_ZEROES_LIMITS)? {
                     for (offset_bytes, len_bytes) in pieces(&range) {
-                        go_on(host)?;
+                        check_yield(host)?;
                         self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
                     }
                 }
-                self.settle_write()
+                self.finish_write()
             }
             _ => Err(Failed::Unsupported("of a type that was not offered")),
         }
     }
 
-    /// The status byte; says in the log why a request failed.
+    /// The status byte; logs why a request failed.
     fn status(&mut self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
         let (id, sector) = (self.node.id(), ticket.sector);
         match result {
@@ -516,11 +514,11 @@ impl Processor {
                 self.say_bad(ticket, what);
                 S_UNSUPP
             }
-            // Was put back, not answered.
+            // Put back, not completed.
             Err(Failed::Interrupted) => S_IOERR,
             Err(Failed::Host(error)) => {
                 self.host_errors += 1;
-                // A dying disk fails every request; ever rarer lines say so without filling the log.
+                // A dying disk fails every request: log ever more rarely.
                 if self.host_errors.is_power_of_two() {
                     let count = self.host_errors;
                     log::error!("disk {id}: request at sector {sector}: {error} (error {count})");
@@ -530,7 +528,7 @@ impl Processor {
         }
     }
 
-    /// Says what is wrong with a guest's request.
+    /// Logs an invalid request.
     fn say_bad(&self, ticket: &Ticket, mistake: &str) {
         if log::log_enabled!(log::Level::Debug)
             && let Some(suppressed) = self.bad_request.allow()
@@ -540,7 +538,7 @@ impl Processor {
         }
     }
 
-    /// The byte offset of `len` bytes from `sector` on.
+    /// Byte offset of `sector`, if `len` bytes from there lie on the disk.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
         let offset = sector.checked_mul(SECTOR_BYTES);
         let end = offset.and_then(|offset| offset.checked_add(len));
@@ -554,7 +552,7 @@ impl Processor {
         }
     }
 
-    /// Where a read starts.
+    /// Checks a read; returns its offset.
     fn check_read(&self, request: &Request) -> Result<u64, Failed> {
         if !request.from_guest.is_empty() {
             return Err(Failed::Guest("a read with data to write"));
@@ -571,7 +569,7 @@ impl Processor {
         let mut offset = self.check_read(request)?;
         let room = &mut request.to_guest;
         while !room.is_empty() {
-            go_on(host)?;
+            check_yield(host)?;
             let len = room.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             self.node.read_at(piece, offset)?;
@@ -584,7 +582,7 @@ impl Processor {
         Ok(())
     }
 
-    /// Where a write starts.
+    /// Checks a write; returns its offset.
     fn check_write(&self, request: &Request) -> Result<u64, Failed> {
         if !request.to_guest.is_empty() {
             return Err(Failed::Guest("a write with room to read"));
@@ -602,14 +600,14 @@ impl Processor {
         let mut offset = self.check_write(request)?;
         let data = &mut request.from_guest;
         while !data.is_empty() {
-            go_on(host)?;
+            check_yield(host)?;
             let len = data.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
             self.node.write_at(piece, offset)?;
             offset += len as u64;
         }
-        self.settle_write()
+        self.finish_write()
     }
 
     fn check_writable(&self) -> Result<(), Failed> {
@@ -619,8 +617,8 @@ impl Processor {
         Ok(())
     }
 
-    /// A driver that cannot ask for a flush takes every completed write for durable (5.2.6.2).
-    fn settle_write(&self) -> Result<(), Failed> {
+    /// A driver without flush considers every completed write durable (5.2.6.2).
+    fn finish_write(&self) -> Result<(), Failed> {
         if !self.accepted(F_FLUSH) {
             self.node.flush()?;
         }
@@ -641,7 +639,7 @@ impl Processor {
         self.check_writable()?;
         let len = request.from_guest.len();
         let count = len / RANGE_BYTES;
-        let most = usize::try_from(limits.ranges).unwrap_or(usize::MAX);
+        let most = limits.ranges as usize;
         if count == 0 || count > most || !len.is_multiple_of(RANGE_BYTES) {
             return Err(Failed::Guest("no ranges, too many, or not whole ones"));
         }

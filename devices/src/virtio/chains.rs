@@ -1,4 +1,4 @@
-//! Takes descriptor chains from a queue and answers them: the part that all devices have in common.
+//! Takes descriptor chains from a queue and returns them; common to all devices.
 
 use super::{BrokenQueue, QueueHost};
 use crate::ram::GuestRam;
@@ -11,9 +11,8 @@ impl From<virtio_queue::Error> for BrokenQueue {
     }
 }
 
-/// Gives every available chain to `serve`, until there is none left, the host must yield or `serve`
-/// has had enough. In the latter two cases notifications stay off: whoever makes the worker go on
-/// makes it look again.
+/// Passes every available chain to `serve`, until none is left, the host must yield, or `serve` stops. In
+/// the latter two cases notifications stay disabled: the worker checks the ring again when it continues.
 pub(super) fn take_all(
     ram: &GuestRam,
     queue: &mut Queue,
@@ -24,7 +23,7 @@ pub(super) fn take_all(
         DescriptorChain<&GuestRam>,
     ) -> Result<ControlFlow<()>, BrokenQueue>,
 ) -> Result<(), BrokenQueue> {
-    // Whether the driver was seen to have made something available that we have not looked at.
+    // Whether an available entry has been seen but not read yet.
     let mut announced = false;
     loop {
         queue.disable_notification(ram)?;
@@ -40,7 +39,8 @@ pub(super) fn take_all(
             }
         }
         if announced && !served {
-            // More was announced than can be read: without this a guest could make us spin.
+            // The index announces an entry that cannot be read: without this check a guest could make us
+            // spin.
             return Err(BrokenQueue("an available entry cannot be read".into()));
         }
         announced = queue.enable_notification(ram)?;
@@ -50,7 +50,7 @@ pub(super) fn take_all(
     }
 }
 
-/// Gives a chain back, with `len` bytes written to it.
+/// Returns a chain to the driver, with `len` bytes written.
 pub(super) fn give_back(
     ram: &GuestRam,
     queue: &mut Queue,
@@ -58,6 +58,7 @@ pub(super) fn give_back(
     head: u16,
     len: usize,
 ) -> Result<(), BrokenQueue> {
+    // The used ring's length has 32 bits. Overlapping buffers can add up to more: it saturates.
     queue.add_used(ram, head, u32::try_from(len).unwrap_or(u32::MAX))?;
     if queue.needs_notification(ram)? {
         host.interrupt();

@@ -1,5 +1,4 @@
-//! A driver's side of the transport and of virtio-blk, for tests: registers, rings in guest RAM,
-//! requests. Compiled for tests only.
+//! A virtio-mmio and virtio-blk driver for tests: registers, rings in guest RAM, requests.
 #![allow(clippy::little_endian_bytes, reason = "a driver's registers")]
 
 use super::VirtioDevice;
@@ -21,28 +20,28 @@ pub(crate) const USED: u64 = 0x3000;
 pub(crate) const HEADER: u64 = 0x4000;
 pub(crate) const DATA: u64 = 0x5000;
 pub(crate) const STATUS: u64 = 0x8000;
-/// Headers and statuses of requests with tables of their own, 32 bytes each.
+/// Headers and statuses of requests with indirect tables, 32 bytes each.
 pub(crate) const LONG_HEADERS: u64 = 0xa000;
-/// Those tables: of up to 2048 descriptors.
+/// Indirect tables of up to 2048 descriptors.
 const LONG_TABLES: u64 = 0x10_0000;
 const LONG_TABLE_SPAN: u64 = 0x8000;
-/// Each queue has its own of the above.
+/// Each queue has its own set of the above.
 pub(crate) const QUEUE_SPAN: u64 = 0x1_0000;
-/// What our own guest kernel accepts.
+/// The features that our guest kernel accepts.
 pub(crate) const F_FLUSH: u64 = 1 << 9;
 
-/// A driver of one device with queues of 16 entries, each at its own place in RAM.
+/// A driver of one device, with queues of 16 entries.
 pub(crate) struct Driver<N = Arc<BlockNode>> {
     pub(crate) ram: GuestRam,
     pub(crate) transport: MmioTransport,
     pub(crate) irq: Arc<CountingIrq>,
-    /// What is behind the device.
+    /// The device's disk.
     pub(crate) node: N,
     pub(crate) queue_count: u16,
-    /// The queue that requests go to, and how many have gone there.
+    /// The current queue, and the number of requests sent to it.
     pub(crate) queue: u16,
     pub(crate) avail: u16,
-    /// The same of the queues that are not in use now.
+    /// Request counts of the other queues.
     pub(crate) avail_of: [u16; 16],
 }
 
@@ -91,14 +90,14 @@ impl<N> Driver<N> {
         self.transport.status()
     }
 
-    /// From now on requests go to `queue`.
+    /// Selects the queue for the following requests.
     pub(crate) fn select(&mut self, queue: u16) {
         self.avail_of[usize::from(self.queue)] = self.avail;
         self.queue = queue;
         self.avail = self.avail_of[usize::from(queue)];
     }
 
-    /// Where something of the selected queue lies.
+    /// Address of a structure of the current queue.
     pub(crate) fn at(&self, address: u64) -> GuestAddress {
         GuestAddress(address + u64::from(self.queue) * QUEUE_SPAN)
     }
@@ -196,12 +195,12 @@ impl<N> Driver<N> {
         self.at(LONG_HEADERS + u64::from(head) * 32 + 16)
     }
 
-    /// The status of such a request; 0xaa if it has none yet.
+    /// Status of such a request; 0xaa until it is complete.
     pub(crate) fn long_status(&self, head: u16) -> u8 {
         self.ram.read_obj(self.long_status_at(head)).unwrap()
     }
 
-    /// Waits until the device has answered `count` requests.
+    /// Waits until the device has completed `count` requests.
     pub(crate) fn wait_for_used(&self, count: u16) {
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.used() != count {
@@ -210,7 +209,7 @@ impl<N> Driver<N> {
         }
     }
 
-    /// Resets the device and waits until that is complete, as the specification has it.
+    /// Resets the device and waits until that is complete, as the specification requires.
     pub(crate) fn reset(&mut self) {
         self.set(0x70, 0);
         self.wait_for_reset();
@@ -245,7 +244,7 @@ impl<N> Driver<N> {
         self.ram.read_obj(self.at(USED + 2)).unwrap()
     }
 
-    /// Waits for the device to answer, and returns the status.
+    /// Waits for completion; returns the status.
     pub(crate) fn wait(&self) -> u8 {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.used() != self.avail {

@@ -1,20 +1,19 @@
 //! The virtio-mmio transport, version 2 (virtio 1.2, 4.2), and its record.
 //!
-//! Registers are served on the vCPU's thread; each queue by a [`Worker`] of its own, started when the
-//! driver sets DRIVER_OK and ended by a reset. What a driver programs wrongly is ignored or makes the
-//! device need a reset, as the specification says; it never harms the VMM.
+//! Register accesses run on the vCPU's thread; each queue has a [`Worker`], started when the driver sets
+//! DRIVER_OK and ended by a reset. Invalid programming is ignored or sets NEEDS_RESET, as the specification
+//! says; it never harms the VMM.
 //!
-//! A vCPU never waits for the disk. What registers show is kept here; the queue that is served belongs
-//! to its worker. **A reset** is complete at once where no request is in flight, as it almost always is:
-//! Linux's virtio-mmio driver does not read the status back, it goes on to program the device. Where
-//! requests are in flight, a short wait ([`RESET_PATIENCE`]) gives them the time that a working disk
-//! needs. After that the reset goes on in the background: the status reads as it was until the last
-//! request has ended, then as 0, as the specification has it (virtio 1.2, 2.1.2 and 2.4.1). Until then
-//! the rings and the buffers are in use, so all writes are ignored and QueueReady reads as 1: a driver
-//! that did not wait fails to set its queues up and says so, instead of sharing its memory with a read
-//! that is still under way.
+//! A vCPU never waits for the disk. The transport holds the registers; an active queue belongs to its
+//! worker. **A reset** completes at once if no request is in flight, as is almost always the case: Linux's
+//! virtio-mmio driver does not read the status back but programs the device right away. If requests are in
+//! flight, a short wait ([`RESET_PATIENCE`]) gives them the time that a working disk needs. After that the
+//! reset continues in the background: the status keeps its old value until the last request has ended, then
+//! reads as 0, as specified (virtio 1.2, 2.1.2 and 2.4.1). Until then the rings and buffers are in use, so
+//! all writes are ignored and QueueReady reads as 1: a driver that did not wait fails to set up its queues
+//! and reports that, instead of sharing memory with a read in flight.
 
-use super::moment::Moment;
+use super::latch::Latch;
 use super::worker::{Position, QueueSignals, Worker};
 use super::{BrokenQueue, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, VirtioDevice};
 use crate::bus::BusDevice;
@@ -53,14 +52,14 @@ const STATUS_FAILED: u32 = 0x80;
 const STATUS_BY_DRIVER: u32 =
     STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK | STATUS_FEATURES_OK | STATUS_FAILED;
 
-/// How long a vCPU that resets the device waits for requests in flight before the reset goes on in the
-/// background. About a time slice of the host's scheduler: enough for a working disk's last requests,
-/// nothing that a guest or a pause would notice.
+/// How long a vCPU that resets the device waits for requests in flight before the reset continues in the
+/// background. About a time slice of the host's scheduler: enough for a working disk's last requests, too
+/// short for a guest or a pause to notice.
 const RESET_PATIENCE: Duration = Duration::from_millis(5);
 /// How long dropping or restoring a device waits for the requests that are in flight.
 const END_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How often each thing that a guest can make go wrong is logged.
+/// Log limits, one per error that a guest can cause.
 #[derive(Debug, Default)]
 struct LogLimits {
     broken_queue: LogLimit,
@@ -68,8 +67,8 @@ struct LogLimits {
     bad_write: LogLimit,
 }
 
-/// What workers and vCPUs share. Each life of a device, from reset to reset, has its own: workers of
-/// an earlier one cannot change what the driver sees of this one.
+/// State shared by workers and vCPUs. Each reset creates a new one, so that old workers cannot change what
+/// the driver sees now.
 struct Shared {
     status: AtomicU32,
     interrupt_status: AtomicU32,
@@ -114,9 +113,9 @@ impl QueueSignals for Shared {
     }
 }
 
-/// One virtqueue and what serves it.
+/// One virtqueue and its worker.
 struct QueueSlot {
-    /// As the driver has programmed it. The one that is served is the worker's own.
+    /// As programmed by the driver; the worker has its own copy.
     config: Queue,
     notify: EventFd,
     worker: Option<Worker>,
@@ -129,12 +128,12 @@ impl QueueSlot {
         Ok(Self { config, notify, worker: None })
     }
 
-    /// How far it has been served: exact while its worker is parked.
+    /// Position in the rings: exact while the worker is parked.
     fn position(&self) -> Position {
         self.worker.as_ref().map_or_else(|| Position::of(&self.config), Worker::position)
     }
 
-    /// Sets half of the address of one of its rings. One that is not aligned as it must be is ignored.
+    /// Sets half of a ring's address. A misaligned address is ignored.
     fn set_address(&mut self, offset: u64, value: u32) -> Result<(), virtio_queue::Error> {
         let config = &mut self.config;
         let with_half = |old: u64| {
@@ -154,8 +153,7 @@ impl QueueSlot {
     }
 }
 
-/// Whether a queue's rings lie in RAM. Said without a word in the log: a guest may ask any number of
-/// times.
+/// Whether a queue's rings lie in RAM. Does not log: a guest could trigger it at will.
 fn rings_are_in_ram(queue: &Queue, ram: &GuestRam) -> bool {
     let entries = usize::from(queue.size());
     // Descriptors of 16 bytes; rings of entries with flags and index before, and an event index after.
@@ -167,31 +165,31 @@ fn rings_are_in_ram(queue: &Queue, ram: &GuestRam) -> bool {
     rings.iter().all(|(address, len)| ram.check_range(GuestAddress(*address), *len))
 }
 
-/// A reset that goes on in the background.
+/// A reset that continues in the background.
 struct Resetting {
-    /// What the driver reads until it is complete.
+    /// The status that the driver reads until it is complete.
     status: u32,
-    /// Reached when workers with requests in flight have ended.
-    busy: Vec<Arc<Moment>>,
+    /// Set when the workers with requests in flight have ended.
+    busy: Vec<Arc<Latch>>,
 }
 
 /// One virtio-mmio device.
 ///
-/// Dropping it waits a short time for the requests in flight. Those of a disk that hangs are left to
-/// their thread, which keeps the RAM and the disk that it uses.
+/// Dropping it waits briefly for the requests in flight. Those of a hanging disk are left to their thread,
+/// which holds references to the RAM and the disk.
 pub struct MmioTransport {
     ram: GuestRam,
     device: Box<dyn VirtioDevice>,
-    /// Of this life.
+    /// Since the last reset.
     shared: Arc<Shared>,
-    /// The last reset, if it was not complete at once.
+    /// The last reset, if it continues in the background.
     resetting: Option<Resetting>,
     queues: Vec<QueueSlot>,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
-    /// Between `drain` and `resume` a worker starts parked.
+    /// Set between `drain` and `resume`: a worker starts parked.
     drained: bool,
 }
 
@@ -219,13 +217,13 @@ impl MmioTransport {
         })
     }
 
-    /// The event that each queue's notifications signal, by queue number.
+    /// The notification eventfds, by queue number.
     pub fn queue_events(&self) -> impl Iterator<Item = &EventFd> {
         self.queues.iter().map(|slot| &slot.notify)
     }
 
-    /// Tells all workers to start no new request. What is returned waits for those in flight, those
-    /// that a reset has left behind included.
+    /// Tells all workers to start no new request. The result waits for those in flight, including those
+    /// from before a reset.
     pub fn begin_drain(&mut self) -> Drain {
         self.drained = true;
         let began = Instant::now();
@@ -234,13 +232,13 @@ impl MmioTransport {
         Drain { began, awaited }
     }
 
-    /// Waits until no request is in flight and starts no new one.
+    /// Stops serving and waits until no request is in flight.
     pub fn drain(&mut self) {
         self.begin_drain().wait();
     }
 
-    /// Serves again, also if a drain has not ended: it does, and then the workers go on. A notification
-    /// or interrupt that was in flight may have been lost, so both are made again.
+    /// Resumes serving, also during a drain: the workers finish that first. A notification or interrupt in
+    /// flight may have been lost, so both are repeated.
     pub fn resume(&mut self) {
         self.drained = false;
         self.workers().for_each(Worker::resume);
@@ -254,7 +252,7 @@ impl MmioTransport {
         self.queues.iter().filter_map(|slot| slot.worker.as_ref())
     }
 
-    /// The queue of a number that the driver chose, if there is one.
+    /// The queue that the driver selected, if it exists.
     fn queue(&self, number: u32) -> Option<&QueueSlot> {
         self.queues.get(usize::try_from(number).ok()?)
     }
@@ -291,9 +289,9 @@ impl MmioTransport {
             0x44 => selected.map_or(0, |slot| (slot.config.ready() || self.is_resetting()).into()),
             0x60 => self.shared.interrupt_status.load(Ordering::SeqCst),
             0x70 => self.status(),
-            // Shared memory regions: there are none, which reads as length -1.
+            // No shared memory regions: their length reads as -1.
             0xb0..=0xbc => u32::MAX,
-            // 0xfc, the configuration generation: the space never changes.
+            // 0xfc, the configuration generation: the configuration never changes.
             _ => 0,
         }
     }
@@ -309,7 +307,7 @@ impl MmioTransport {
             0x30 => self.queue_select = value,
             0x50 => {
                 if let Some(slot) = self.queue(value) {
-                    // As if it had come through the ioeventfd; a full counter is awake already.
+                    // Like the ioeventfd; a full counter means that the worker is awake.
                     let _ = slot.notify.write(1);
                 }
             }
@@ -322,7 +320,7 @@ impl MmioTransport {
         }
     }
 
-    /// Says that what a driver wrote was not taken.
+    /// Logs a register write that is ignored.
     fn ignored(&self, what: &str, value: u32, offset: u64) {
         if log::log_enabled!(log::Level::Debug)
             && let Some(suppressed) = self.shared.limits.bad_write.allow()
@@ -351,7 +349,7 @@ impl MmioTransport {
         }
         let Some(slot) = self.queue_mut(self.queue_select) else { return };
         let taken = match offset {
-            // Checked here, not by the queue: its setters log what they do not take.
+            // Checked here because the queue's setters log every rejected value.
             0x38 => match u16::try_from(value) {
                 Ok(size) => slot.config.try_set_size(size).is_ok(),
                 Err(_) => false,
@@ -382,7 +380,7 @@ impl MmioTransport {
             self.ignored("status with features that were not offered", value, 0x70);
             new &= !(STATUS_FEATURES_OK | STATUS_DRIVER_OK);
         }
-        // Only ever adds bits: the worker may add NEEDS_RESET at the same time.
+        // Only sets bits: the worker may set NEEDS_RESET concurrently.
         self.shared.status.fetch_or(new, Ordering::SeqCst);
         if newly(new, STATUS_DRIVER_OK) && is_live(new) {
             let event_idx = self.driver_features & F_EVENT_IDX != 0;
@@ -399,8 +397,8 @@ impl MmioTransport {
         self.driver_features & !self.features() == 0 && self.driver_features & F_VERSION_1 != 0
     }
 
-    /// Starts a worker for each queue that the driver has set up; the others just cannot be used. After
-    /// an error some may run; none serves anything unless the device is live.
+    /// Starts a worker for each queue that the driver has set up. After an error some workers may exist,
+    /// but they serve nothing unless the device is live.
     fn activate(&mut self) -> Result<(), BrokenQueue> {
         for number in 0..self.device.queue_count() {
             let worker = match self.queue(number.into()) {
@@ -436,9 +434,9 @@ impl MmioTransport {
         worker.map(Some).map_err(|error| BrokenQueue(format!("no worker thread: {error}")))
     }
 
-    /// Has all workers end. Returns what is reached when those that have requests in flight, of
-    /// earlier lives included, have ended; the others use neither RAM nor notifications any more.
-    fn retire_workers(&mut self) -> Vec<Arc<Moment>> {
+    /// Ends all workers. Returns latches for those with requests in flight, including workers from before
+    /// earlier resets; the others use neither RAM nor notifications any more.
+    fn retire_workers(&mut self) -> Vec<Arc<Latch>> {
         let mut busy: Vec<_> = self.workers().filter_map(Worker::retire).collect();
         for slot in &mut self.queues {
             slot.worker = None;
@@ -458,7 +456,7 @@ impl MmioTransport {
         self.driver_features_select = 0;
         self.device_features_select = 0;
         self.queue_select = 0;
-        if !all_reached(&busy, Instant::now() + RESET_PATIENCE) {
+        if !all_set(&busy, Instant::now() + RESET_PATIENCE) {
             self.resetting = Some(Resetting { status, busy });
         }
     }
@@ -468,30 +466,30 @@ impl Drop for MmioTransport {
     fn drop(&mut self) {
         let mut workers: Vec<_> = self.workers().map(Worker::ended).collect();
         workers.extend(self.retire_workers());
-        if !all_reached(&workers, Instant::now() + END_PATIENCE) {
+        if !all_set(&workers, Instant::now() + END_PATIENCE) {
             let name = self.device.thread_name(0);
-            log::warn!("{name}: requests are in flight and do not end, they are left behind");
+            log::warn!("{name}: requests in flight do not end; left to their thread");
         }
     }
 }
 
-/// Whether all have been reached by `deadline`.
-fn all_reached(moments: &[Arc<Moment>], deadline: Instant) -> bool {
-    moments.iter().all(|moment| moment.wait_until(deadline).is_some())
+/// Waits for all latches; returns false on timeout.
+fn all_set(latches: &[Arc<Latch>], deadline: Instant) -> bool {
+    latches.iter().all(|moment| moment.wait_until(deadline).is_some())
 }
 
-/// Workers that have been told to park. Dropping this changes nothing for them.
+/// Workers that were told to park. Dropping this does not affect them.
 #[must_use = "requests are in flight until it has been waited for"]
 pub struct Drain {
     began: Instant,
-    awaited: Vec<Arc<Moment>>,
+    awaited: Vec<Arc<Latch>>,
 }
 
 impl Drain {
-    /// Waits until no request is in flight, at most until `deadline`. False if some are then; may be
+    /// Waits until no request is in flight, at most until `deadline`. Returns false on timeout; may be
     /// called again.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        all_reached(&self.awaited, deadline)
+        all_set(&self.awaited, deadline)
     }
 
     /// Waits until no request is in flight, however long that takes.
@@ -499,8 +497,8 @@ impl Drain {
         self.awaited.iter().for_each(|moment| moment.wait());
     }
 
-    /// How long it took from its beginning until the last request had ended, whether or not anybody
-    /// waited for that. `None` while it has not.
+    /// Duration from the start until the last request ended, whether or not anyone waited. `None` while
+    /// requests are in flight.
     pub fn took(&self) -> Option<Duration> {
         let ends = self.awaited.iter().map(|moment| moment.get());
         let last = ends.collect::<Option<Vec<_>>>()?.into_iter().max().unwrap_or(self.began);
@@ -508,7 +506,7 @@ impl Drain {
     }
 }
 
-/// Whether each status bit has those that must come before it.
+/// Whether each status bit's prerequisites are set.
 fn in_order(status: u32) -> bool {
     let needs = |bit, before| status & bit == 0 || status & before == before;
     needs(STATUS_DRIVER, STATUS_ACKNOWLEDGE)
@@ -516,7 +514,7 @@ fn in_order(status: u32) -> bool {
         && needs(STATUS_DRIVER_OK, STATUS_FEATURES_OK)
 }
 
-/// Whether a device of this status serves its queues.
+/// Whether a device with this status serves its queues.
 fn is_live(status: u32) -> bool {
     status & STATUS_DRIVER_OK != 0 && status & (STATUS_NEEDS_RESET | STATUS_FAILED) == 0
 }
@@ -531,13 +529,13 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "one half at a time")]
 fn half(features: u64, select: u32) -> u32 {
-    let bits = match select {
-        0 => features & 0xffff_ffff,
-        1 => features >> 32,
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
         _ => 0,
-    };
-    u32::try_from(bits).unwrap_or(0)
+    }
 }
 
 impl BusDevice for MmioTransport {
@@ -643,7 +641,7 @@ impl Persist for MmioTransport {
     fn save(&self) -> MmioState {
         MmioState {
             device_id: self.device.device_id(),
-            // A drain has waited for a reset that was under way.
+            // A drain has waited for a background reset.
             status: self.shared.status.load(Ordering::SeqCst),
             interrupt_status: self.shared.interrupt_status.load(Ordering::SeqCst),
             device_features_select: self.device_features_select,
@@ -682,9 +680,9 @@ impl Persist for MmioTransport {
         let max_size = self.device.queue_max_size();
         let queues = state.queues.into_iter().map(|saved| saved.check(max_size));
         let queues = queues.collect::<Result<Vec<_>, _>>()?;
-        // Those of an earlier record that was restored are parked, and so end at once.
-        if !all_reached(&self.retire_workers(), Instant::now() + END_PATIENCE) {
-            return Err("its earlier requests do not end".into());
+        // Workers of an earlier restore are parked and end at once.
+        if !all_set(&self.retire_workers(), Instant::now() + END_PATIENCE) {
+            return Err("its earlier requests are still in flight".into());
         }
         for (slot, queue) in self.queues.iter_mut().zip(queues) {
             slot.config = queue;
@@ -698,7 +696,8 @@ impl Persist for MmioTransport {
         self.queue_select = state.queue_select;
         self.drained = true;
         if is_live(status) {
-            // Here it is the host or the stream that is at fault: refuse, do not blame the guest.
+            // A failure here is the host's or the stream's, not the guest's: refuse the record instead of
+            // setting NEEDS_RESET.
             self.activate().map_err(|error| format!("virtqueue: {error}"))?;
         }
         Ok(())

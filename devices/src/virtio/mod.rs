@@ -1,14 +1,14 @@
-//! Virtio devices (virtio 1.2): [`mmio`] is the transport's registers, [`worker`] the thread that
-//! serves a queue, [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the source of
-//! random bytes. `chains` is what their workers have in common, `moment` how their ends are waited for.
+//! Virtio devices (virtio 1.2): [`mmio`] is the transport, [`worker`] the thread that serves a queue,
+//! [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the entropy device. `chains` is
+//! common to all queue processors; a `latch` signals that a worker has parked or ended.
 
 pub mod blk;
 mod blk_worker;
 mod chains;
 #[cfg(test)]
 pub(crate) mod driver;
+mod latch;
 pub mod mmio;
-mod moment;
 pub mod rng;
 pub mod worker;
 
@@ -24,69 +24,71 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_RING_INDIRECT_DESC`.
 pub const F_INDIRECT: u64 = 1 << 28;
 
-/// The guest has set up a queue that cannot be served; the device needs a reset.
+/// A queue that cannot be served; the device needs a reset.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct BrokenQueue(pub String);
 
-/// A kind of device, behind any transport.
+/// A device type, independent of the transport.
 pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2, 5).
     fn device_id(&self) -> u32;
-    /// Offered features, without those of ring and transport.
+    /// Offered features, without those of rings and transport.
     fn features(&self) -> u64;
     /// Number of queues; does not change.
     fn queue_count(&self) -> u16;
-    /// Most descriptors of a queue.
+    /// Maximum queue size.
     fn queue_max_size(&self) -> u16;
-    /// Reads the configuration space; past its end it reads as zero.
+    /// Reads the configuration space, which is zero past its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// What serves a queue, on a thread of its own, for a driver that accepted `driver_features`.
+    /// Creates the processor of a queue for a driver that accepted `driver_features`. It runs on its own
+    /// thread.
     fn processor(
         &self,
         queue: u16,
         driver_features: u64,
         ram: &GuestRam,
     ) -> Box<dyn QueueProcessor>;
-    /// Names the thread of a queue.
+    /// Name of a queue's thread.
     fn thread_name(&self, queue: u16) -> String;
-    /// The state that is the device's own; it travels inside the transport's record.
+    /// The device's own state, part of the transport's record.
     fn save(&self) -> DeviceRecord;
-    /// Checks and takes over what [`VirtioDevice::save`] made.
+    /// Checks and loads what [`VirtioDevice::save`] returned.
     fn restore(&mut self, record: DeviceRecord) -> Result<(), RestoreError>;
 }
 
-/// What a processor asks of the thread that it runs on.
+/// The thread that runs a queue processor.
 pub trait QueueHost {
-    /// Tells the driver that buffers were used.
+    /// Raises the used buffer interrupt.
     fn interrupt(&mut self);
-    /// Whether to leave the rest for later: somebody waits for the worker to park or to end.
+    /// Whether to stop serving for now: the worker must park or end.
     fn must_yield(&self) -> bool;
-    /// Whether the device was reset or is gone: RAM is the guest's again. Nothing is answered any more.
+    /// Whether the device was reset or dropped: its buffers belong to the guest again, and no request may
+    /// be completed any more.
     fn is_ending(&self) -> bool;
 }
 
-/// Serves one queue. Dropping it waits until it touches no RAM any more.
+/// Serves one queue. Dropping it waits until it accesses no RAM any more.
 pub trait QueueProcessor: Send {
-    /// Serves all that is available, request by request, until the host must yield. Requests may
-    /// still be in flight after that, for no more than a bounded number of bytes.
+    /// Serves available requests until the host must yield. Afterwards requests may still be in flight, up
+    /// to a bounded number of bytes.
     fn process(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
-    /// Waits until no request is in flight. Those that have ended are answered; one that is served in
-    /// pieces may be put back into the ring instead, to be served again from its start. Takes no new ones.
-    fn settle(
+    /// Waits until no request is in flight and starts no new one. Requests that end are completed; one that
+    /// is served in pieces may be put back into the ring instead, to be served again from its start.
+    fn drain(
         &mut self,
         ram: &GuestRam,
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
-    /// Readable when a request that was in flight has ended, and `process` should run again. `None`
-    /// if none is ever in flight after `process`.
+    /// Readable when a request in flight has ended and `process` should run. `None` if `process` leaves
+    /// none in flight.
     fn completions(&self) -> Option<RawFd>;
-    /// Whether requests are in flight: whether RAM may change, or is read, between two calls.
+    /// Whether requests are in flight, so that RAM may be read or written between two calls.
     fn in_flight(&self) -> bool;
 }

@@ -1,5 +1,5 @@
-//! virtio-rng (virtio 1.2, 5.4): the host's random bytes. It has no state: whatever it gives at the
-//! destination is as random as what it would have given at the source.
+//! virtio-rng (virtio 1.2, 5.4): random bytes from the host. It has no state: bytes from the destination
+//! are as random as bytes from the source.
 
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor, VirtioDevice};
@@ -14,7 +14,7 @@ use virtio_queue::{DescriptorChain, Queue};
 
 const DEVICE_ID: u32 = 4;
 const QUEUE_SIZE: u16 = 64;
-/// Most bytes for one request. A device may give less than is asked for, and drivers ask again.
+/// Maximum bytes per request. A device may return fewer than requested, and drivers ask again.
 const MOST_BYTES: usize = 4096;
 
 /// A virtio-rng device.
@@ -64,7 +64,7 @@ impl VirtioDevice for Rng {
     }
 }
 
-/// Nothing.
+/// No state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngState {}
@@ -103,13 +103,13 @@ impl QueueProcessor for Processor {
         })
     }
 
-    fn settle(
+    fn drain(
         &mut self,
         _ram: &GuestRam,
         _queue: &mut Queue,
         _host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
-        // Requests are served one by one, to their end.
+        // Requests are served synchronously, one by one.
         Ok(())
     }
 
@@ -123,7 +123,7 @@ impl QueueProcessor for Processor {
 }
 
 impl Processor {
-    /// Fills a chain's buffers; returns how many bytes they got.
+    /// Fills a chain's buffers; returns the byte count.
     fn fill(
         &mut self,
         ram: &GuestRam,
@@ -131,7 +131,7 @@ impl Processor {
     ) -> Result<usize, BrokenQueue> {
         let mut room = Segments::default();
         for descriptor in chain.writable() {
-            let len = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);
+            let len = descriptor.len() as usize;
             if !room.push(ram, descriptor.addr(), len) {
                 return Err(BrokenQueue("request with a buffer outside RAM".into()));
             }

@@ -1,20 +1,20 @@
-//! The thread that serves one virtqueue: waits for notifications, parks for a pause.
+//! The thread that serves one virtqueue. It waits for notifications and parks for a pause. Owned by `mmio`;
+//! a `QueueProcessor` does the device's work.
 //!
 //! ```text
 //!           resume                         park (answered when no request is in flight)
 //!  parked ─────────▶ serving, or waiting ─────────▶ parked
 //! ```
-//! A worker owns its queue; nobody else waits for it. Before it answers that it has parked, it waits
-//! until no request is in flight, gives all of them back and publishes its position in the rings: a
-//! parked worker touches no RAM. Whoever wants it to park raises `yielding` first: the requests that
-//! have not been started stay in the ring, and a guest that never stops asking cannot hold up a pause
-//! or a reset.
+//! A worker owns its queue. Before it reports that it has parked, it waits until no request is in flight,
+//! completes them and publishes its position in the rings: a parked worker accesses no RAM. To park it, set
+//! `yielding` first: requests that were not started stay in the ring, so a guest that keeps submitting
+//! cannot delay a pause or a reset.
 //!
-//! A worker ends in the background. One that is idle is [retired](Worker::retire) at once, without
-//! waiting for its thread to be scheduled: it never touches RAM or the notifications again. One that
-//! has a request in flight ends when the disk lets it, which may be never.
+//! A worker ends in the background. An idle one is [retired](Worker::retire) at once, without waiting for
+//! its thread to be scheduled: it never accesses RAM or notifications again. One with a request in flight
+//! ends when the disk completes that, which may be never.
 
-use super::moment::{Moment, ReachedOnDrop};
+use super::latch::{Latch, SetOnDrop};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::ram::GuestRam;
 use std::io;
@@ -27,22 +27,22 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 enum Command {
-    /// Answered by dropping it.
-    Park(ReachedOnDrop),
+    /// Dropping it is the reply.
+    Park(SetOnDrop),
     Resume,
 }
 
-/// What a worker tells its transport.
+/// Callbacks of a worker into its transport.
 pub trait QueueSignals: Send + Sync {
-    /// The driver wants to hear of used buffers.
+    /// Raise the used buffer interrupt.
     fn used(&self);
-    /// Whether the device still serves its queues: none of them is broken.
+    /// Whether the device still serves its queues: no queue is broken.
     fn is_live(&self) -> bool;
-    /// The queue cannot be served, and so no other of the device is, from now on.
+    /// The queue is broken: from now on the device serves none.
     fn broken(&self, reason: &BrokenQueue);
 }
 
-/// Where a worker is in its queue's rings.
+/// A worker's position in its queue's rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Position {
     pub next_avail: u16,
@@ -55,21 +55,21 @@ impl Position {
     }
 }
 
-/// The worker uses neither RAM nor the notifications now.
+/// The worker uses neither RAM nor notifications.
 const IDLE: u8 = 0;
-/// It serves requests, or waits for some.
+/// The worker serves requests.
 const BUSY: u8 = 1;
-/// It is not to do so ever again.
+/// The worker must never become busy again.
 const RETIRED: u8 = 2;
 
-/// What a worker's thread and its owner share.
+/// State shared by a worker's thread and its owner.
 struct Common {
-    /// Somebody waits for the worker to park or to end.
+    /// The worker must park or end soon.
     yielding: AtomicBool,
-    /// The worker is to end, and RAM is no longer its to write.
+    /// The worker must end and may not write RAM any more.
     ending: AtomicBool,
-    /// `IDLE`, `BUSY` or `RETIRED`. The thread moves between the first two; from `IDLE` its owner may
-    /// take it to the third.
+    /// `IDLE`, `BUSY` or `RETIRED`. The thread switches between the first two; the owner may retire an idle
+    /// one.
     duty: AtomicU8,
     /// [`Position`], exact while the worker is idle.
     next_avail: AtomicU16,
@@ -77,13 +77,13 @@ struct Common {
 }
 
 impl Common {
-    /// The thread wants to use RAM. False if it is retired.
+    /// Called before the thread uses RAM. False if it is retired.
     fn begin(&self) -> bool {
         let began = self.duty.compare_exchange(IDLE, BUSY, Ordering::SeqCst, Ordering::SeqCst);
         began.is_ok() || began == Err(BUSY)
     }
 
-    /// Nothing is in flight.
+    /// Called when nothing is in flight: publishes the position.
     fn rest(&self, queue: &Queue) {
         self.publish(Position::of(queue));
         self.duty.store(IDLE, Ordering::SeqCst);
@@ -95,17 +95,17 @@ impl Common {
     }
 }
 
-/// A running worker. Dropping it ends the thread in the background, after the requests in flight:
-/// a disk that hangs holds up nobody but that thread.
+/// A running worker. Dropping it ends the thread in the background, after the requests in flight: a hanging
+/// disk blocks only that thread.
 pub(super) struct Worker {
     commands: Option<Sender<Command>>,
     wake: Arc<EventFd>,
     common: Arc<Common>,
-    ended: Arc<Moment>,
+    ended: Arc<Latch>,
 }
 
 impl Worker {
-    /// Starts serving `queue`, or starts parked.
+    /// Starts a worker for `queue`, serving or parked.
     pub fn start(
         name: String,
         ram: GuestRam,
@@ -126,13 +126,13 @@ impl Worker {
         common.publish(Position::of(&queue));
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
-        let events = [Some(notify.as_raw_fd()), Some(wake.as_raw_fd()), processor.completions()];
-        for fd in events.into_iter().flatten() {
+        let events = [notify.as_raw_fd(), wake.as_raw_fd()];
+        for fd in events.into_iter().chain(processor.completions()) {
             let interest = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, interest)?;
         }
-        let ended = Arc::<Moment>::default();
-        let at_end = ReachedOnDrop(ended.clone());
+        let ended = Arc::<Latch>::default();
+        let at_end = SetOnDrop(ended.clone());
         let serving = Serving {
             ram,
             queue,
@@ -145,11 +145,11 @@ impl Worker {
             signals,
         };
         std::thread::Builder::new()
-            // The name holds the disk's, which a user or a stream chose; a zero byte would panic.
+            // The name contains the disk's id, chosen by a user or a stream; a NUL byte would panic.
             .name(name.replace('\0', ""))
             .stack_size(256 << 10)
             .spawn(move || {
-                // The worker has ended when its processor is gone: what is declared last goes first.
+                // The latch is set when the processor is gone: the local declared last is dropped first.
                 let _at_end = at_end;
                 let mut serving = serving;
                 serving.run(parked);
@@ -166,23 +166,23 @@ impl Worker {
         }
     }
 
-    /// Tells the thread to start no request until [`Worker::resume`]; does not wait for those in
-    /// flight. What is returned is reached when there are none, or when the thread has ended.
-    pub fn park(&self) -> Arc<Moment> {
-        let parked = Arc::<Moment>::default();
+    /// Tells the thread to start no request until [`Worker::resume`]; does not wait for those in flight.
+    /// The latch is set when there are none, or when the thread has ended.
+    pub fn park(&self) -> Arc<Latch> {
+        let parked = Arc::<Latch>::default();
         self.common.yielding.store(true, Ordering::SeqCst);
-        self.send(Command::Park(ReachedOnDrop(parked.clone())));
+        self.send(Command::Park(SetOnDrop(parked.clone())));
         parked
     }
 
-    /// Serves again, whatever is available first. A thread that has not answered yet that it has
-    /// parked does so first.
+    /// Resumes serving, starting with what is available. A thread that is still parking finishes that
+    /// first.
     pub fn resume(&self) {
         self.common.yielding.store(false, Ordering::SeqCst);
         self.send(Command::Resume);
     }
 
-    /// Where it is in the rings: exact while it is parked.
+    /// Position in the rings: exact while it is parked.
     pub fn position(&self) -> Position {
         Position {
             next_avail: self.common.next_avail.load(Ordering::SeqCst),
@@ -190,9 +190,9 @@ impl Worker {
         }
     }
 
-    /// Tells the thread to end; it starts no request and answers none. `None` if it uses neither RAM
-    /// nor the notifications any more; otherwise what is reached when that is so.
-    pub fn retire(&self) -> Option<Arc<Moment>> {
+    /// Tells the thread to end; it starts no request and completes none. `None` if it uses neither RAM nor
+    /// notifications any more; otherwise the latch that is set when that is so.
+    pub fn retire(&self) -> Option<Arc<Latch>> {
         self.common.ending.store(true, Ordering::SeqCst);
         self.common.yielding.store(true, Ordering::SeqCst);
         let (duty, order) = (&self.common.duty, Ordering::SeqCst);
@@ -200,8 +200,8 @@ impl Worker {
         (was == BUSY).then(|| self.ended.clone())
     }
 
-    /// Reached when the thread has let go of everything.
-    pub fn ended(&self) -> Arc<Moment> {
+    /// Set when the thread has released everything.
+    pub fn ended(&self) -> Arc<Latch> {
         self.ended.clone()
     }
 }
@@ -231,8 +231,7 @@ impl Serving {
         if parked && self.parked().is_none() {
             return;
         }
-        // The notifications are read only by a worker that has begun: a retired one would take those
-        // of its successor.
+        // Only a busy worker reads notifications: a retired one would consume its successor's.
         while self.common.begin() {
             let _ = self.notify.read();
             let _ = self.wake.read();
@@ -258,20 +257,20 @@ impl Serving {
             }
         }
         if !self.signals.is_live() {
-            self.settle();
+            self.drain();
         }
     }
 
     /// Waits until no request is in flight.
-    fn settle(&mut self) {
+    fn drain(&mut self) {
         let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
-        if let Err(reason) = self.processor.settle(&self.ram, &mut self.queue, &mut host) {
+        if let Err(reason) = self.processor.drain(&self.ram, &mut self.queue, &mut host) {
             self.broken(&reason);
         }
     }
 
     fn broken(&self, reason: &BrokenQueue) {
-        // Of a queue that has been reset nobody wants to know.
+        // Do not report errors of a queue that was reset.
         if self.signals.is_live() && !self.common.ending.load(Ordering::SeqCst) {
             self.signals.broken(reason);
         }
@@ -297,7 +296,7 @@ impl Serving {
             match self.inbox.try_recv() {
                 Ok(Command::Resume) => {}
                 Ok(Command::Park(parked)) => {
-                    self.settle();
+                    self.drain();
                     self.common.rest(&self.queue);
                     drop(parked);
                     self.parked()?;

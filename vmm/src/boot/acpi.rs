@@ -5,13 +5,13 @@
 //! RSDP -> XSDT -> FADT (sleep and reset registers) -> DSDT (COM1, virtio-mmio, power button)
 //!              -> MADT (local APICs, IOAPIC)
 //! ```
-//! They lie where a BIOS would put them, in memory that no guest takes for free RAM.
+//! They lie where a BIOS would put them, in memory that no guest uses as free RAM.
 
 use super::layout::{
     ACPI_END, ACPI_RSDP, COM1_GSI, COM1_PORT, I8042_COMMAND_PORT, MmioSlot, POWER_BUTTON_GSI,
     SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
-use super::{BootError, write_bytes};
+use super::{BootError, narrow, write_bytes};
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package,
     Path, ResourceTemplate, Scope,
@@ -38,10 +38,10 @@ const SDT_HEADER_BYTES: u32 = 36;
 /// `IAPC_BOOT_ARCH` (5.2.9.3): there is neither VGA nor a CMOS clock.
 const NO_VGA_NO_CMOS: u16 = 1 << 2 | 1 << 5;
 
-/// What a kernel is told of, in ACPI tables or on its command line.
+/// Hardware described to the kernel, in ACPI tables or on its command line.
 #[derive(Debug, Clone)]
 pub struct Hardware {
-    /// Whether there are tables at all.
+    /// Whether the guest gets ACPI tables.
     pub acpi: bool,
     /// vCPUs; APIC ids are 0 to `cpus - 1`.
     pub cpus: u8,
@@ -60,7 +60,7 @@ pub(super) fn write_tables(hardware: &Hardware, ram: &GuestRam) -> Result<u64, B
         }
         write_bytes(ram, address, table).map(|()| address)
     };
-    let dsdt = place(&dsdt(hardware))?;
+    let dsdt = place(&dsdt(hardware)?)?;
     let fadt = place(&bytes(&fadt(dsdt)))?;
     let madt = place(&bytes(&madt(hardware.cpus)))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -121,26 +121,28 @@ fn edge(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
-fn dsdt(hardware: &Hardware) -> Vec<u8> {
+fn dsdt(hardware: &Hardware) -> Result<Vec<u8>, BootError> {
     let mut dsdt = Sdt::new(*b"DSDT", SDT_HEADER_BYTES, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut append = |object: &dyn Aml| dsdt.append_slice(&bytes(object));
     append(&Scope::new("_SB_".into(), vec![&Com1, &PowerButton, &EventDevice]));
     for (index, slot) in hardware.virtio.iter().enumerate() {
-        append(&Scope::new("_SB_".into(), vec![&Virtio { index, slot: *slot }]));
+        let base = narrow("a virtio device's address", slot.base)?;
+        let len_bytes = narrow("a virtio device's length", MMIO_LEN)?;
+        let device = Virtio { index, base, len_bytes, gsi: slot.gsi };
+        append(&Scope::new("_SB_".into(), vec![&device]));
     }
-    // The value that the sleep control register wants for S5 (7.4.2).
+    // The value to write to the sleep control register for S5 (7.4.2).
     let s5 = Package::new(vec![&SleepControl::SLP_TYP_S5]);
     append(&Name::new("_S5_".into(), &s5));
     dsdt.update_checksum();
-    dsdt.as_slice().to_vec()
+    Ok(dsdt.as_slice().to_vec())
 }
 
 struct Com1;
 
 impl Aml for Com1 {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let port = u16::try_from(COM1_PORT).unwrap_or(0);
-        let (io, irq) = (IO::new(port, port, 0, 8), edge(COM1_GSI));
+        let (io, irq) = (IO::new(COM1_PORT, COM1_PORT, 0, 8), edge(COM1_GSI));
         Device::new(
             "COM1".into(),
             vec![
@@ -188,14 +190,15 @@ impl Aml for EventDevice {
 
 struct Virtio {
     index: usize,
-    slot: MmioSlot,
+    base: u32,
+    len_bytes: u32,
+    gsi: u32,
 }
 
 impl Aml for Virtio {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let registers = Memory32Fixed::new(true, narrow(self.slot.base), narrow(MMIO_LEN));
-        let irq = edge(self.slot.gsi);
+        let registers = Memory32Fixed::new(true, self.base, self.len_bytes);
+        let irq = edge(self.gsi);
         Device::new(
             Path::new(&format!("V{:03}", self.index)),
             vec![

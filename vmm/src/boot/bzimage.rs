@@ -12,7 +12,7 @@ const BOOT_FLAG: [u8; 2] = [0x55, 0xaa];
 const MAGIC: &[u8; 4] = b"HdrS";
 const BOOT_FLAG_AT: usize = 0x1fe;
 const MAGIC_AT: usize = 0x202;
-/// 2.12 brought `xloadflags`, which tells of the 64-bit entry.
+/// Version 2.12 introduced `xloadflags`, which announces the 64-bit entry.
 const OLDEST_PROTOCOL: u16 = 0x020c;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
@@ -67,8 +67,8 @@ pub(super) fn load(
     })?;
     let header = loaded.setup_header.ok_or_else(|| corrupt("it has no setup header".into()))?;
     check(file, &header, file_len, cmdline)?;
-    let unpacked_end = { header.pref_address }.checked_add({ header.init_size }.into());
-    let end = unpacked_end.unwrap_or(u64::MAX).max(loaded.kernel_end);
+    let unpacked_end = { header.pref_address }.saturating_add({ header.init_size }.into());
+    let end = unpacked_end.max(loaded.kernel_end);
     if end > low_end {
         return Err(does_not_fit(end));
     }

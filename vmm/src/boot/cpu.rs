@@ -1,4 +1,4 @@
-//! First registers, page tables, GDT and CPUID of a cold boot.
+//! Initial registers, page tables, GDT and CPUID of a cold boot.
 
 use super::layout::{BOOT_STACK, GDT, MULTIBOOT_INFO, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use super::multiboot::BOOTLOADER_MAGIC;
@@ -22,7 +22,7 @@ const RFLAGS_RESERVED: u64 = 2;
 const PAGE_PRESENT_WRITABLE: u64 = 3;
 const PAGE_HUGE: u64 = 1 << 7;
 
-/// Puts vCPU 0 at the entry point. The others wait for INIT and SIPI, as KVM made them.
+/// Sets vCPU 0 to the entry point. The others wait for INIT and SIPI, KVM's initial state.
 pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), KvmError> {
     let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, ..Default::default() };
     match entry {
@@ -68,7 +68,7 @@ fn enter_32_bit(
     })
 }
 
-/// The selectors that Linux' boot protocol asks for; the other protocols leave them open.
+/// Selectors required by Linux's boot protocol; the other protocols do not specify them.
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
@@ -160,9 +160,9 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     write_bytes(ram, PAGE_TABLES, zerocopy::IntoBytes::as_bytes(tables.as_slice()))
 }
 
-/// CPUID for vCPU `index` of `count`: `base` (what the host supports, or what the guest was told of at
-/// its source) with this vCPU's APIC id, a topology of one package with `count` cores, and the TSC
-/// frequency where hypervisors put it. Without nested virtualization, always: see [`nested`].
+/// CPUID of vCPU `index` of `count`: `base` (the host's, or the guest's from its source) with this vCPU's
+/// APIC id, a topology of one package with `count` cores, and the TSC frequency in the hypervisor leaf.
+/// Nested virtualization is always hidden: see [`nested`].
 pub fn cpuid(
     base: &[kvm_cpuid_entry2],
     index: u8,
@@ -178,7 +178,7 @@ const FEATURE_HTT: u32 = 1 << 28;
 const FEATURE_HYPERVISOR: u32 = 1 << 31;
 const FEATURE_TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
-/// TSC and bus frequency in kHz, as VMware defined it and Linux reads it.
+/// TSC and bus frequency in kHz, in VMware's leaf that Linux reads.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 const BUS_KHZ: u32 = 1_000_000;
 /// The first four letters of `AuthenticAMD` and `HygonGenuine`.
@@ -208,7 +208,7 @@ fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32)
             (0xb | 0x1f, 0) => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
             (0xb | 0x1f, 1) => (entry.eax, entry.ebx, entry.ecx) = (id_bits, count, 2 << 8 | 1),
             (0xb | 0x1f, level) => (entry.eax, entry.ebx, entry.ecx) = (0, 0, level),
-            // The same in AMD's words (APM volume 3, appendix E.4): `count` cores, a thread each.
+            // The same for AMD (APM volume 3, appendix E.4): `count` cores with one thread each.
             (AMD_SIZES, _) if amd => entry.ecx = id_bits << 12 | (count - 1),
             (AMD_TOPOLOGY, _) if amd => (entry.eax, entry.ebx, entry.ecx) = (id, id, 0),
             (AMD_FEATURES, _) if amd && count > 1 => entry.ecx |= AMD_CMP_LEGACY,

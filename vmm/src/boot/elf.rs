@@ -1,4 +1,4 @@
-//! ELF kernels: 64-bit, with a PVH note or entered as Linux' own vmlinux is.
+//! 64-bit ELF kernels, entered through a PVH note or like Linux's vmlinux.
 
 use super::BootError;
 use super::layout::HIGH_RAM_START;
@@ -53,15 +53,15 @@ const EHDR_BYTES: usize = 64;
 const PHDR_BYTES: usize = 56;
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
-/// Largest segment of notes that is searched for an entry point: each note in it costs two reads. Those of
-/// real kernels have some hundred bytes.
+/// Largest note segment that is searched for an entry point: each note costs two reads. Real kernels have
+/// some hundred bytes of notes.
 const MAX_NOTE_BYTES: u64 = 64 << 10;
-/// Most of a file that is read for its program headers. They follow the ELF header closely.
+/// Bytes read for the program headers, which closely follow the ELF header.
 const MAX_HEADERS_BYTES: u64 = 64 << 10;
 const EM_X86_64: u16 = 62;
 
-/// Checks the headers before the loader reads them, so that the user hears what is wrong with the file
-/// and where; the loader's own errors do not say. Returns the end of the memory that the kernel takes.
+/// Checks the headers before linux-loader reads them, because its errors do not say what is wrong with the
+/// file. Returns the end of the memory that the kernel occupies.
 #[expect(clippy::little_endian_bytes, reason = "a codec of the ELF headers")]
 fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError> {
     let file_len = boot_file.len_bytes();
@@ -112,7 +112,7 @@ fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError>
         if kind != PT_LOAD || mem_bytes.max(file_bytes) == 0 {
             continue;
         }
-        // Headers may name the same bytes again and again.
+        // Several headers may refer to the same bytes.
         loaded_bytes = loaded_bytes.saturating_add(file_bytes);
         if loaded_bytes > MAX_KERNEL_BYTES {
             let reason = format!(

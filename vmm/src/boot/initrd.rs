@@ -1,5 +1,5 @@
-//! Puts initial ramdisks and modules into RAM: as high as the boot protocol lets them lie, out of the
-//! way of a kernel that unpacks itself.
+//! Places initial ramdisks and modules in RAM, as high as the boot protocol allows, so that a kernel can
+//! unpack itself below.
 
 use super::payload::BootFile;
 use super::{BootError, low_ram_end, write_file};
@@ -16,7 +16,7 @@ pub struct Placed {
 
 const ALIGNMENT: u64 = 4096;
 
-/// Puts `file` below `limit` and above `floor`, in the first block of RAM.
+/// Loads `file` below `limit` and above `floor`, in the first block of RAM.
 pub(super) fn load(
     file: &BootFile,
     ram: &GuestRam,

@@ -1,5 +1,5 @@
-//! The guest-physical map: where boot structures and devices lie. A pure function of the machine
-//! description, so that both sides of a migration agree without saying so.
+//! The guest-physical memory map: addresses of boot structures and devices. A pure function of the machine
+//! description, so that both sides of a migration agree on it.
 
 /// Global descriptor table of the first vCPU.
 pub const GDT: u64 = 0x500;
@@ -17,32 +17,33 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// The command line, NUL-terminated.
 pub const CMDLINE: u64 = 0x2_0000;
-/// Longest command line with its NUL; what x86 Linux takes.
+/// Longest command line with its NUL: the limit of x86 Linux.
 pub const CMDLINE_MAX_BYTES: usize = 2048;
 /// Multiboot info, memory map, module list and strings.
 pub const MULTIBOOT_INFO: u64 = 0x3_0000;
 /// End of what Multiboot structures may use.
 pub const MULTIBOOT_END: u64 = 0x4_0000;
-/// The ACPI root pointer; the other tables follow it. BIOS area: no kernel takes it for free RAM.
+/// The ACPI root pointer; the other tables follow it. This is the BIOS area, which no kernel uses as free
+/// RAM.
 pub const ACPI_RSDP: u64 = 0xe_0000;
 /// End of what ACPI tables may use.
 pub const ACPI_END: u64 = RESET_VECTOR;
-/// Where real mode goes for a reset.
+/// The real-mode reset vector.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
-/// End of conventional memory that the guest is told of; above it lies what a BIOS would use.
+/// End of conventional memory in the guest's memory map; a BIOS would use what lies above.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
-/// Where kernels may be loaded from.
+/// Lowest load address of a kernel.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
 /// First virtio-mmio device; the others follow at [`devices::virtio::mmio::MMIO_LEN`] each.
 pub const VIRTIO_MMIO_BASE: u64 = 0xd000_0000;
-/// Interrupt lines of the virtio devices: IOAPIC pins that no legacy device has.
+/// Interrupt lines of the virtio devices: IOAPIC pins without a legacy device.
 pub const VIRTIO_GSIS: [u32; 8] = [16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Interrupt line of the power button.
 pub const POWER_BUTTON_GSI: u32 = 9;
 
-/// Where a virtio-mmio device lies.
+/// Address and interrupt of a virtio-mmio device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MmioSlot {
     /// First register.
@@ -51,14 +52,14 @@ pub struct MmioSlot {
     pub gsi: u32,
 }
 
-/// The place of virtio device `index`; `None` past the last.
+/// The slot of virtio device `index`; `None` past the last.
 pub fn virtio_slot(index: usize) -> Option<MmioSlot> {
     let gsi = *VIRTIO_GSIS.get(index)?;
     Some(MmioSlot { base: VIRTIO_MMIO_BASE + index as u64 * devices::virtio::mmio::MMIO_LEN, gsi })
 }
 
 /// COM1.
-pub const COM1_PORT: u64 = 0x3f8;
+pub const COM1_PORT: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
 /// Keyboard controller, for its reset line.

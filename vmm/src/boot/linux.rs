@@ -13,7 +13,7 @@ const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
 const LOADER_UNDEFINED: u8 = 0xff;
 const E820_RAM: u32 = 1;
 
-/// The header that a vmlinux, which has none of its own, would have.
+/// A setup header for a vmlinux, which has none.
 pub(super) fn header_of_vmlinux() -> setup_header {
     setup_header {
         boot_flag: BOOT_FLAG,
@@ -36,7 +36,7 @@ pub(super) fn write_zero_page(
     params.hdr.cmd_line_ptr = narrow("the command line's address", CMDLINE)?;
     params.hdr.cmdline_size = narrow("the command line's length", cmdline.len())?;
     if let Some(initrd) = initrd {
-        // Below 4 GiB: it lies in the first block of RAM.
+        // In the first block of RAM, so below 4 GiB.
         params.hdr.ramdisk_image = narrow("the initrd's address", initrd.address)?;
         params.hdr.ramdisk_size = narrow("the initrd's length", initrd.len_bytes)?;
     }

@@ -1,6 +1,6 @@
-//! From a kernel file to an entry point: [`load`] tells by its content what the kernel is and puts it,
-//! its ramdisk and its command line into RAM; the protocol's module adds what the kernel expects to
-//! find; [`cpu`] turns the entry point into first registers.
+//! Boots a kernel file: [`load`] detects its format and loads it, its ramdisk and its command line into
+//! RAM; the module of the boot protocol adds the structures that the kernel expects; [`cpu`] turns the
+//! entry point into initial registers. Called by `machine::build`.
 //!
 //! ```text
 //! bzimage     -> linux (zero page)       64-bit entry      distributions' kernels
@@ -19,7 +19,7 @@ mod linux;
 mod multiboot;
 pub mod payload;
 mod pvh;
-pub mod travel;
+pub mod transfer;
 
 pub use acpi::Hardware;
 
@@ -33,70 +33,33 @@ use vm_memory::Bytes;
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// A file cannot be read.
     #[error(transparent)]
     Payload(#[from] PayloadError),
-    /// Not a format that we boot.
     #[error(
         "{file} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
          or a Multiboot kernel"
     )]
-    NotAKernel {
-        /// The file.
-        file: String,
-    },
-    /// The file ends before its headers say so.
+    NotAKernel { file: String },
     #[error("{file} is truncated: {what} reaches past the end of the file")]
-    Truncated {
-        /// The file.
-        file: String,
-        /// Which part.
-        what: String,
-    },
+    Truncated { file: String, what: String },
     /// A segment lies outside RAM.
     #[error(
         "{file} does not fit: it needs guest memory {start:#x} to {end:#x}, \
          raise --memory ({ram_bytes} bytes now)"
     )]
-    DoesNotFit {
-        /// The file.
-        file: String,
-        /// First byte needed.
-        start: u64,
-        /// End of what is needed.
-        end: u64,
-        /// RAM size.
-        ram_bytes: u64,
-    },
+    DoesNotFit { file: String, start: u64, end: u64, ram_bytes: u64 },
     /// The ramdisk does not fit beside the kernel.
     #[error(
         "{file} does not fit: it has {len_bytes} bytes, beside the kernel there is room for \
          {room_bytes}; raise --memory ({ram_bytes} bytes now)"
     )]
-    InitrdDoesNotFit {
-        /// The file.
-        file: String,
-        /// Its size.
-        len_bytes: u64,
-        /// What would fit.
-        room_bytes: u64,
-        /// RAM size.
-        ram_bytes: u64,
-    },
-    /// The segments would overwrite what the VMM puts below 1 MiB, or nothing can be entered.
+    InitrdDoesNotFit { file: String, len_bytes: u64, room_bytes: u64, ram_bytes: u64 },
+    /// The segments overlap the boot structures below 1 MiB, or there is no entry point.
     #[error("{file} cannot be loaded: {reason}")]
-    Unloadable {
-        /// The file.
-        file: String,
-        /// Why not.
-        reason: String,
-    },
+    Unloadable { file: String, reason: String },
     /// The command line is too long or holds a NUL.
     #[error("--cmdline {reason}")]
-    Cmdline {
-        /// What is wrong with it.
-        reason: String,
-    },
+    Cmdline { reason: String },
     /// Writing boot structures into RAM failed.
     #[error("cannot write boot data into guest memory: {0}")]
     Ram(String),
@@ -122,18 +85,18 @@ pub enum EntryPoint {
     },
 }
 
-/// What a machine boots.
+/// The boot parameters of a machine.
 #[derive(Clone, Copy)]
 pub struct BootSource<'a> {
-    /// The kernel and what lies beside it.
+    /// The kernel with its initrd or modules.
     pub payload: &'a BootPayload,
     /// Command line, without what Ferry adds.
     pub cmdline: &'a str,
-    /// Asked between pieces of a file; `false` ends the loading.
+    /// Polled between pieces of a file; `false` cancels loading.
     pub go_on: &'a dyn Fn() -> bool,
 }
 
-/// What a kernel file is.
+/// Kernel file formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     BzImage,
@@ -142,7 +105,7 @@ enum Format {
 }
 
 impl Format {
-    /// By `head`, the start of a file; `None` if we cannot boot it.
+    /// Detects the format from `head`, the start of a file; `None` if it is not bootable.
     fn of(head: &[u8]) -> Option<Self> {
         if bzimage::is_bzimage(head) {
             return Some(Self::BzImage);
@@ -151,22 +114,22 @@ impl Format {
         multiboot.or_else(|| elf::is_elf(head).then_some(Self::Elf))
     }
 
-    /// Whether `--initrd` is a list of modules for it.
+    /// Whether `--initrd` is a list of Multiboot modules.
     fn takes_modules(self) -> bool {
         matches!(self, Self::Multiboot(_))
     }
 }
 
-/// What a BIOS has at the reset vector: the keyboard controller's reset, in real mode. With
-/// hardware-reduced ACPI but no EFI, Linux reboots by a jump there.
+/// Code at the reset vector: a keyboard controller reset, in real mode. With hardware-reduced ACPI but no
+/// EFI, Linux reboots by jumping there.
 ///
 /// ```text
 /// mov al, 0xfe; out 0x64, al; l: hlt; jmp l
 /// ```
 const RESET_CODE: [u8; 7] = [0xb0, I8042::COMMAND_RESET_CPU, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 
-/// Puts the kernel, its ramdisk, its command line and the tables that tell of `hardware` into RAM. The
-/// files must be as they were when they were opened.
+/// Loads the kernel, its ramdisk, its command line and the tables that describe `hardware` into RAM. The
+/// files must not have changed since they were opened.
 pub fn load(
     source: &BootSource<'_>,
     hardware: &Hardware,
@@ -175,8 +138,8 @@ pub fn load(
 ) -> Result<EntryPoint, BootError> {
     source.payload.check_unchanged()?;
     let entry = load_files(source, hardware, ram, layout);
-    // A file that was written meanwhile may be half one and half the other in RAM; and if it was cut,
-    // that says more than what the loader made of it.
+    // A file written meanwhile may be half old and half new in RAM. If it was truncated, that is a better
+    // error than the loader's.
     source.payload.check_unchanged()?;
     entry
 }
@@ -192,7 +155,7 @@ fn load_files(
         .ok_or_else(|| BootError::NotAKernel { file: file.name().to_owned() })?;
     write_bytes(ram, RESET_VECTOR, &RESET_CODE)?;
     let rsdp = if hardware.acpi { acpi::write_tables(hardware, ram)? } else { 0 };
-    // A kernel that a distribution packs knows ACPI.
+    // Distributions' kernels support ACPI.
     let with_devices = format != Format::BzImage || !hardware.acpi;
     let cmdline = source.cmdline_for(hardware, with_devices);
     match format {
@@ -248,10 +211,10 @@ impl BootSource<'_> {
     }
 }
 
-/// What is read to tell what a file is; a Multiboot header lies in the first 8 KiB.
+/// Bytes read to detect the format; a Multiboot header lies in the first 8 KiB.
 const HEAD_BYTES: u64 = 8 << 10;
 
-/// Memory that the guest is told it may use: `(start, length)`.
+/// Usable memory as reported to the guest: `(start, length)`.
 fn usable_ram(layout: &RamLayout) -> Vec<(u64, u64)> {
     let mut ranges = vec![(0, LOW_RAM_END)];
     for block in layout.blocks() {
@@ -288,7 +251,7 @@ fn write_cmdline(cmdline: &str, ram: &GuestRam) -> Result<(), BootError> {
     write_bytes(ram, CMDLINE, &bytes)
 }
 
-/// Puts `len_bytes` of a file, from `offset_bytes`, at `address`.
+/// Copies `len_bytes` of a file, from `offset_bytes`, to guest address `address`.
 fn write_file(
     file: &BootFile,
     offset_bytes: u64,
@@ -305,7 +268,7 @@ fn write_bytes(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), BootErr
     ram.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Ram(error.to_string()))
 }
 
-/// Loads what lies at these paths, in tests of the protocols.
+/// Loads the files at these paths, in tests of the protocols.
 #[cfg(test)]
 fn test_load(
     kernel: &std::path::Path,

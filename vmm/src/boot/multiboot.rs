@@ -1,5 +1,5 @@
-//! Multiboot 1 (Multiboot Specification 0.6.96): test kernels, flat or ELF, with modules and a memory
-//! map. Only what `qemu -kernel` gives as well; a graphics mode is not among it.
+//! Multiboot 1 (Multiboot Specification 0.6.96): test kernels, flat or ELF, with modules and a memory map.
+//! The same subset as `qemu -kernel`; no graphics mode.
 
 use super::initrd::{self, Placed};
 use super::layout::{HIGH_RAM_START, LOW_RAM_END, MULTIBOOT_END, MULTIBOOT_INFO};
@@ -12,10 +12,10 @@ use devices::ram::{GuestRam, RamLayout};
 /// What `eax` holds at the entry.
 pub(super) const BOOTLOADER_MAGIC: u64 = 0x2bad_b002;
 const HEADER_MAGIC: u32 = 0x1bad_b002;
-/// The header lies wholly within this.
+/// The header lies within this many bytes.
 const SEARCHED_BYTES: usize = 8192;
-/// Flag bits that a loader must understand, of which we know the first two: modules on page boundaries,
-/// and memory information.
+/// Flag bits that a loader must support. We support the first two: page-aligned modules and memory
+/// information.
 const MUST_UNDERSTAND: u32 = 0xffff;
 const UNDERSTOOD: u32 = 3;
 const HAS_ADDRESSES: u32 = 1 << 16;
@@ -60,7 +60,7 @@ pub(super) fn find_header(head: &[u8]) -> Option<Header> {
     })
 }
 
-/// A piece of the file and where it goes; what follows it, up to `mem_bytes`, is zero.
+/// A part of the file and its load address; the memory after it, up to `mem_bytes`, is zero.
 struct Segment {
     offset: u64,
     file_bytes: u64,
@@ -85,7 +85,7 @@ pub(super) fn load(
     }
     let (entry, segments) =
         if header.flags & HAS_ADDRESSES != 0 { flat(file, header)? } else { elf32(file)? };
-    // Headers may name the same bytes again and again.
+    // Several headers may refer to the same bytes.
     let file_bytes = segments.iter().fold(0, |sum: u64, one| sum.saturating_add(one.file_bytes));
     if file_bytes > MAX_KERNEL_BYTES {
         let reason =
@@ -172,7 +172,7 @@ fn elf32(file: &BootFile) -> Result<(u64, Vec<Segment>), BootError> {
     Ok((entry.into(), segments))
 }
 
-/// Puts one segment into RAM; returns its end.
+/// Loads one segment into RAM; returns its end.
 fn place(
     source: &BootSource<'_>,
     file: &BootFile,
@@ -189,7 +189,7 @@ fn place(
     if address < HIGH_RAM_START {
         return Err(unloadable(file, format!("segment {index} lies at {address:#x}, below 1 MiB")));
     }
-    // Multiboot addresses have 32 bits: it goes into the first block of RAM.
+    // Multiboot addresses have 32 bits: load into the first block of RAM.
     let low_end = low_ram_end(layout)?;
     let end = address.saturating_add(mem_bytes);
     if end > low_end {
@@ -201,7 +201,7 @@ fn place(
             ram_bytes,
         });
     }
-    // RAM is zero already: what follows the file's bytes needs no clearing.
+    // RAM is zeroed already: the rest of the segment needs no clearing.
     write_file(file, offset, file_bytes, ram, address, source.go_on)?;
     Ok(end)
 }
@@ -212,7 +212,7 @@ struct Module<'a> {
     string: &'a str,
 }
 
-/// Puts each module below the last, on pages of its own.
+/// Places each module below the previous one, page-aligned.
 fn load_modules<'a>(
     source: &BootSource<'a>,
     kernel_end: u64,
@@ -285,7 +285,7 @@ fn write_info(
     layout: &RamLayout,
 ) -> Result<(), BootError> {
     let mut area = Area { next: MULTIBOOT_INFO + INFO_BYTES.next_multiple_of(8), ram, file };
-    // As GRUB and QEMU do it, the first word is the kernel.
+    // As with GRUB and QEMU, the first word is the kernel.
     let whole = format!("{first_word} {cmdline}");
     let command_line = area.string(whole.trim_end())?;
     let loader_name = area.string("ferry")?;

@@ -1,11 +1,11 @@
-//! The boot payload: the kernel and what lies beside it in RAM when a guest starts. Each file is opened
-//! once, when the process starts, and read from that open file at every reset, so that replacing it on
-//! disk changes nothing for a guest that runs. A file is known by its length and SHA-256, which is how a
-//! destination recognises one that it has already.
+//! The boot payload: a kernel with its initrd or modules. Each file is opened once, when the process
+//! starts, and read from that descriptor at every reset, so replacing it on disk does not affect a running
+//! guest. Files are identified by length and SHA-256, so that a destination recognises those that it
+//! already has.
 //!
-//! The command line is not here: it is part of the machine's description. Called by the supervisor, which
-//! opens and keeps a payload, and by [`super::load`]; [`file`] is one open file, [`store`] makes a payload
-//! out of files that arrive.
+//! The command line is not included: it is part of the machine description. Called by the supervisor, which
+//! opens and keeps a payload, and by [`super::load`]; [`file`] is one open file, [`store`] assembles a
+//! payload from received files.
 
 pub mod file;
 pub mod store;
@@ -19,110 +19,65 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Largest kernel file: a vmlinux with all its debugging symbols stays below it.
+/// Largest kernel file; enough for a vmlinux with debugging symbols.
 pub const MAX_KERNEL_BYTES: u64 = 2 << 30;
-/// Most that initrd or modules have together: they lie below 4 GiB in guest memory.
+/// Limit of the initrd or all modules together: they are loaded below 4 GiB.
 pub const MAX_INITRD_BYTES: u64 = 4 << 30;
-/// Most files of a payload: a kernel and 63 modules.
+/// Maximum number of files of a payload: a kernel and 63 modules.
 pub const MAX_FILES: usize = 64;
-/// Most bytes of all argument strings together: the area that Multiboot's structures have.
+/// Limit of all argument strings together: the size of the Multiboot area.
 pub const MAX_ARGUMENTS_BYTES: u64 = MULTIBOOT_END - MULTIBOOT_INFO;
 
 /// Why a boot file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PayloadError {
-    /// It cannot be opened.
     #[error("cannot open {file}")]
     Open {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
     /// It is a FIFO, a folder or a device.
     #[error("{file} is not {expected}: it is {kind}, not a regular file")]
-    NotRegular {
-        /// Which file.
-        file: String,
-        /// What it should be.
-        expected: &'static str,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// It is larger than any that can be booted.
+    NotRegular { file: String, expected: &'static str, kind: &'static str },
+    /// It is larger than the limit.
     #[error("{file} has {len_bytes} bytes: at most {max_bytes} are possible")]
-    TooLarge {
-        /// Which file, or which files together.
-        file: String,
-        /// Length.
-        len_bytes: u64,
-        /// Longest possible.
-        max_bytes: u64,
-    },
-    /// A list of files that no loader could have made.
+    TooLarge { file: String, len_bytes: u64, max_bytes: u64 },
+    /// An invalid list of files.
     #[error("boot files: {reason}")]
-    List {
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// It cannot be read.
+    List { reason: String },
     #[error("cannot read {file}")]
     Read {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
-    /// It is not the file that was opened any more.
+    /// It was modified after it was opened.
     #[error(
         "{file} has changed on disk since it was opened: replace such a file by renaming another over it"
     )]
-    Changed {
-        /// Which file.
-        file: String,
-    },
-    /// No place for a copy.
+    Changed { file: String },
     #[error("cannot keep a copy of the boot files in {folder}")]
     Create {
-        /// Where.
         folder: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
-    /// Too little space for a copy.
     #[error(
         "cannot keep a copy of the boot files in {folder}: they have {needed_bytes} bytes, \
          {free_bytes} are free"
     )]
-    NoSpace {
-        /// Where.
-        folder: String,
-        /// What the copies need.
-        needed_bytes: u64,
-        /// What is free.
-        free_bytes: u64,
-    },
-    /// A copy cannot be written.
+    NoSpace { folder: String, needed_bytes: u64, free_bytes: u64 },
     #[error("cannot write the copy of {file}")]
     Write {
-        /// Which file.
         file: String,
-        /// What the host said.
         #[source]
         source: io::Error,
     },
-    /// What arrives is not what was announced.
+    /// The received data does not match the announcement.
     #[error("{file}: {reason}")]
-    Arrived {
-        /// Which file.
-        file: String,
-        /// How it differs.
-        reason: String,
-    },
-    /// `go_on` said no.
+    Arrived { file: String, reason: String },
+    /// `go_on` returned false.
     #[error("cancelled")]
     Cancelled,
 }
@@ -148,7 +103,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// A boot file as it is announced to another process.
+/// Identity of a boot file, as announced to another process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileIdentity {
     /// Length.
@@ -157,13 +112,13 @@ pub struct FileIdentity {
     pub sha256: [u8; 32],
     /// What the guest uses it for.
     pub role: Role,
-    /// What a Multiboot guest is told with it: a module's `PATH ARGUMENTS`, and for the kernel the first
-    /// word of its command line. Text for the guest; never a path to open.
+    /// The Multiboot string: a module's `PATH ARGUMENTS`, or the first word of the kernel's command line.
+    /// Text for the guest; never a path to open.
     pub arguments: String,
 }
 
-/// Checks that files announced by a peer make a payload: a kernel, then one initrd or any modules, within
-/// the bounds above.
+/// Checks that files announced by a peer form a payload: a kernel, then one initrd or any modules, within
+/// the limits above.
 pub fn check_identities(identities: &[FileIdentity]) -> Result<(), PayloadError> {
     let shapes = identities.iter().map(|file| Shape {
         name: from_source(file.role),
@@ -174,12 +129,12 @@ pub fn check_identities(identities: &[FileIdentity]) -> Result<(), PayloadError>
     check_shapes(&shapes.collect::<Vec<_>>())
 }
 
-/// What an arriving file is called in messages.
+/// Name of a received file in messages.
 fn from_source(role: Role) -> String {
     format!("{role} from the source")
 }
 
-/// What the bounds are about.
+/// The properties that the limits apply to.
 struct Shape<'a> {
     name: String,
     role: Role,
@@ -230,13 +185,13 @@ fn check_shapes(files: &[Shape<'_>]) -> Result<(), PayloadError> {
 pub struct PayloadFile {
     /// What the guest uses it for.
     pub role: Role,
-    /// What a Multiboot guest is told with it; see [`FileIdentity::arguments`].
+    /// The Multiboot string; see [`FileIdentity::arguments`].
     pub arguments: String,
     /// The file.
     pub file: Arc<BootFile>,
 }
 
-/// What a guest boots from, at its start and after each reset.
+/// The files that a guest boots from, at its start and after each reset.
 #[derive(Debug, Clone)]
 pub struct BootPayload {
     /// The kernel first.
@@ -263,7 +218,7 @@ impl BootPayload {
                     return Err(PayloadError::List { reason });
                 }
                 for arguments in modules {
-                    let path = arguments.split(' ').next().unwrap_or_default();
+                    let path = arguments.split_once(' ').map_or(&*arguments, |(path, _)| path);
                     let file = Arc::new(BootFile::open(Role::Module, Path::new(path))?);
                     files.push(PayloadFile { role: Role::Module, arguments, file });
                 }
@@ -276,7 +231,7 @@ impl BootPayload {
         Self::new(files)
     }
 
-    /// A payload of these files, if they make one.
+    /// A payload of these files, checked.
     fn new(files: Vec<PayloadFile>) -> Result<Self, PayloadError> {
         let shapes = files.iter().map(|PayloadFile { role, arguments, file }| Shape {
             name: file.name().to_owned(),
@@ -298,12 +253,12 @@ impl BootPayload {
         self.files.first().ok_or_else(|| PayloadError::List { reason: "there is no kernel".into() })
     }
 
-    /// What follows the kernel: an initrd, or modules.
+    /// The initrd or the modules.
     pub fn beside_kernel(&self) -> &[PayloadFile] {
-        self.files.get(1..).unwrap_or_default()
+        self.files.split_first().map_or(&[], |(_, beside)| beside)
     }
 
-    /// How another process would recognise these files, in their order; hashes what was not hashed yet.
+    /// The files' identities, in order; computes missing digests.
     pub fn identities(&self, go_on: &dyn Fn() -> bool) -> Result<Vec<FileIdentity>, PayloadError> {
         let identity = |PayloadFile { role, arguments, file }: &PayloadFile| {
             Ok(FileIdentity {
@@ -316,7 +271,7 @@ impl BootPayload {
         self.files.iter().map(identity).collect()
     }
 
-    /// The file with this content, whatever it is used for. Only files of the same length are hashed.
+    /// Finds a file by content, whatever its role. Hashes only files of the same length.
     pub fn find(
         &self,
         identity: &FileIdentity,
@@ -336,7 +291,7 @@ impl BootPayload {
         file.file.read_at(offset_bytes, buffer)
     }
 
-    /// Fails if a file has been written, cut or extended since it was opened.
+    /// Fails if a file has been written, truncated or extended since it was opened.
     pub fn check_unchanged(&self) -> Result<(), PayloadError> {
         self.files.iter().try_for_each(|file| file.file.check_unchanged())
     }

@@ -1,4 +1,4 @@
-//! `ferry ctl`: one command, its answer as JSON.
+//! `ferry ctl`: sends one command and prints its result as JSON.
 
 use super::{ClientError, QmpClient};
 use crate::cli::CtlArgs;
@@ -6,7 +6,7 @@ use crate::error::chain;
 use crate::supervisor::exit_code;
 use serde_json::{Value, json};
 
-/// Asks; returns the exit code.
+/// Sends the command; returns the exit code.
 pub fn run(args: &CtlArgs) -> u8 {
     let (command, arguments) = match translate(&args.command) {
         Ok(request) => request,
@@ -22,7 +22,7 @@ pub fn run(args: &CtlArgs) -> u8 {
             println!("{value:#}");
             exit_code::OK
         }
-        // A VMM that has been told to quit may be gone before its answer is read.
+        // A VMM that quits may be gone before its reply is read.
         Err(ClientError::Lost(_)) if command == "quit" => exit_code::OK,
         Err(error) => {
             eprintln!("ferry: {}", chain(&error));
@@ -31,7 +31,7 @@ pub fn run(args: &CtlArgs) -> u8 {
     }
 }
 
-/// Short words, or a QMP command and its arguments.
+/// Expands shorthands; otherwise a QMP command and its arguments.
 fn translate(words: &[String]) -> Result<(String, Value), String> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let request = |command: &str, arguments| Ok((command.to_owned(), arguments));

@@ -1,9 +1,9 @@
-//! `ferry migrate`: starts a migration behind a control socket and shows how it goes.
+//! `ferry migrate`: starts a migration over a control socket and shows its progress.
 
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
+use crate::disk_selection::DiskMode;
 use crate::error::chain;
-use crate::travel::DiskMode;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
@@ -15,7 +15,7 @@ use std::time::Duration;
 const MOVED: u8 = 0;
 const FAILED: u8 = 1;
 const UNKNOWN: u8 = 4;
-/// Between two looks at the migration.
+/// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(20);
 
 /// Moves the guest; returns the exit code.
@@ -38,7 +38,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
     let end = follow(&mut client, args.json, &cancelled);
     let code = report(&mut client, &end, args.json);
     if code == MOVED && !args.keep_source {
-        // The source may be gone before its answer is read.
+        // The source may be gone before its reply is read.
         match client.execute("quit", json!({})) {
             Ok(_) | Err(ClientError::Lost(_)) => {}
             Err(error) => eprintln!("ferry: the source does not quit: {}", chain(&error)),
@@ -50,6 +50,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
 fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> {
     let mut parameters = json!({});
     if let Some(limit) = args.downtime_limit {
+        // Saturates: the source refuses far smaller limits.
         parameters["downtime-limit"] = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).into();
     }
     if let Some(rate) = args.max_bandwidth {
@@ -94,7 +95,7 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
     client.execute("migrate", migrate).map(drop)
 }
 
-/// Looks until the migration has ended; an error is a lost control socket.
+/// Polls until the migration has ended; an error means that the control socket was lost.
 fn follow(
     client: &mut QmpClient,
     json_lines: bool,
@@ -120,7 +121,7 @@ fn follow(
             && !warned.contains(&facts["part"]["name"])
         {
             warned.push(facts["part"]["name"].clone());
-            let warning = no_end_in_sight(client, facts)?;
+            let warning = not_converging(client, facts)?;
             match &bar {
                 Some(bar) => bar.suspend(|| eprintln!("{warning}")),
                 None => eprintln!("{warning}"),
@@ -137,12 +138,12 @@ fn follow(
                 last_line = line;
             }
         }
-        // QMP has no command that waits; events would need a second connection to be told apart.
+        // QMP has no blocking query; events would need a second connection.
         std::thread::sleep(INTERVAL);
     }
 }
 
-/// A step: the rounds come with the summary.
+/// One step without the rounds, which only the summary has.
 fn without_rounds(mut info: Value) -> Value {
     if let Some(info) = info.as_object_mut() {
         info.remove("x-rounds");
@@ -150,18 +151,22 @@ fn without_rounds(mut info: Value) -> Value {
     info
 }
 
-/// What to tell people whose guest cannot be stopped within its limit, and what would help.
-fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
+/// A figure of an answer. QMP leaves out what does not apply yet or at all, which counts as 0.
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+/// Why the migration does not converge, and which options would help.
+fn not_converging(client: &mut QmpClient, facts: &Value) -> Result<String, ClientError> {
     if let Some(sentence) = part_at_fault(facts) {
         return Ok(sentence);
     }
     let parameters = client.execute("query-migrate-parameters", json!({}))?;
     let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
     let is_off = |name: &str| {
-        let entries = capabilities.as_array().map(Vec::as_slice).unwrap_or_default();
-        entries.iter().any(|entry| entry["capability"] == name && entry["state"] == false)
+        let mut entries = capabilities.as_array().into_iter().flatten();
+        entries.any(|entry| entry["capability"] == name && entry["state"] == false)
     };
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let mut help = Vec::new();
     if is_off("auto-converge") {
         help.push("--auto-converge, which slows the guest down".to_owned());
@@ -171,13 +176,13 @@ fn no_end_in_sight(client: &mut QmpClient, facts: &Value) -> Result<String, Clie
     }
     let cap = number(&parameters["max-bandwidth"]);
     if cap > 0 {
-        help.push(format!("a --max-bandwidth above the {}/s of now", HumanBytes(cap)));
+        help.push(format!("a --max-bandwidth above the current {}/s", HumanBytes(cap)));
     }
     let expected = number(&facts["expected-downtime"]);
     help.push(format!("a --downtime-limit of {} ms or more", expected + expected / 10));
     Ok(format!(
-        "ferry: no end in sight: the guest writes {}/s, {}/s are sent, and its pause would be {expected} ms, \
-         above the limit of {} ms. What would help: {}",
+        "ferry: the migration does not converge: the guest writes {}/s, {}/s are sent; the expected \
+         downtime is {expected} ms, above the limit of {} ms. What would help: {}",
         HumanBytes(number(&facts["dirty-bytes-per-second"])),
         HumanBytes(number(&facts["bytes-per-second"])),
         number(&facts["downtime-limit"]),
@@ -206,7 +211,6 @@ fn progress_bar() -> ProgressBar {
 
 fn show(bar: &ProgressBar, info: &Value) {
     let (ram, disk) = (&info["ram"], &info["disk"]);
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let both = |key: &str| number(&ram[key]) + number(&disk[key]);
     let (total, remaining) = (both("total"), both("remaining"));
     bar.set_length(total.max(1));
@@ -224,7 +228,7 @@ fn show(bar: &ProgressBar, info: &Value) {
     ) + &disk_percents(disk));
 }
 
-/// How far each disk is.
+/// Progress of each disk.
 fn disk_percents(disk: &Value) -> String {
     let one = |disk: &Value| {
         format!(" · {} {}%", disk["device"].as_str().unwrap_or("?"), disk["percent"])
@@ -273,7 +277,7 @@ fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: 
     }
 }
 
-/// How the guest is after a migration that has not moved it.
+/// State of the guest after a failed migration.
 fn what_holds(client: &mut QmpClient) -> String {
     match client.execute("query-status", json!({})) {
         Ok(status) if status["status"] == "running" => "the guest runs on at the source".to_owned(),
@@ -281,13 +285,12 @@ fn what_holds(client: &mut QmpClient) -> String {
             let state = status["status"].as_str().unwrap_or("in an unknown state");
             format!("the guest is at the source and does not run: it is {state}")
         }
-        Err(error) => format!("how the guest is cannot be asked: {}", chain(&error)),
+        Err(error) => format!("the state of the guest is unknown: {}", chain(&error)),
     }
 }
 
-/// One line for people.
+/// The summary for people, one line.
 fn summary(info: &Value) -> String {
-    let number = |value: &Value| value.as_u64().unwrap_or(0);
     let (ram, total_ms) = (&info["ram"], number(&info["total-time"]));
     let sent = number(&ram["transferred"]) + number(&info["disk"]["transferred"]);
     format!(

@@ -1,4 +1,4 @@
-//! The other end of a control socket: a blocking QMP client.
+//! A blocking QMP client for control sockets.
 
 pub mod ctl;
 pub mod migrate;
@@ -8,33 +8,28 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// How long an answer may take.
+/// Timeout of a reply.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A control socket that cannot be asked.
+/// A failed request over a control socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
     #[error("cannot connect to control socket {path}: is a ferry running with --qmp unix:{path}?")]
     Connect {
-        /// The socket.
         path: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The connection broke.
     #[error("the control socket was closed")]
     Lost(#[source] io::Error),
-    /// Not QMP.
     #[error("the control socket does not speak QMP: {0:?}")]
     NotQmp(String),
-    /// The command failed; QMP's words.
+    /// The command failed; QMP's `desc`.
     #[error("{0}")]
     Refused(String),
 }
 
-/// A connection that has negotiated.
+/// A connection in command mode.
 pub struct QmpClient {
     stream: BufReader<UnixStream>,
 }
@@ -80,7 +75,7 @@ impl QmpClient {
         }
     }
 
-    /// Asks and waits for the answer; events that come before it are passed over.
+    /// Sends a command and waits for its reply, skipping events.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         let request = json!({"execute": command, "arguments": arguments});
         let mut line = request.to_string();

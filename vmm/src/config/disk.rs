@@ -1,4 +1,4 @@
-//! A disk as a user gives it: of a guest that is booted, or of one that arrives.
+//! Disk options: of `ferry run` and of `ferry receive`.
 
 use devices::block::Format;
 use devices::block::failure::ErrorPolicy;
@@ -13,13 +13,13 @@ use std::str::FromStr;
 pub struct DiskConfig {
     /// The image.
     pub path: PathBuf,
-    /// Its name; `disk0`, `disk1`… if not given.
+    /// Its id; `disk0`, `disk1`… by default.
     pub id: Option<String>,
-    /// How its bytes lie in the image. Never guessed from that.
+    /// Image format; never probed.
     pub format: Format,
-    /// Whether the guest may only read.
+    /// Whether it is read-only for the guest.
     pub read_only: bool,
-    /// What becomes of requests that fail.
+    /// What to do about failed requests.
     pub errors: ErrorPolicy,
     /// Number of its queues.
     pub queues: u16,
@@ -70,20 +70,20 @@ pub fn is_id(id: &str) -> bool {
     !id.is_empty() && id.len() <= 64 && id.chars().all(fine) && !id.starts_with('.')
 }
 
-/// A disk of an arriving guest: `ID=PATH[,format=qcow2][,backing=BASE][,cache=none]`.
+/// A disk of an incoming guest: `ID=PATH[,format=qcow2][,backing=BASE][,cache=none]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceiveDisk {
-    /// Its name at the source.
+    /// Its id at the source.
     pub id: String,
-    /// The image here.
+    /// The image on this host.
     pub path: PathBuf,
-    /// Whether the host's page cache is used here.
+    /// Whether this host's page cache is used.
     pub cache: Cache,
-    /// How its bytes lie in the image here.
+    /// Format of the image on this host.
     pub format: Format,
-    /// What an image that is made here stands on.
+    /// Backing file of a new image.
     pub backing: Option<Backing>,
-    /// What becomes of requests that fail here.
+    /// What to do about failed requests on this host.
     pub errors: ErrorPolicy,
 }
 
@@ -96,7 +96,7 @@ impl FromStr for ReceiveDisk {
                 let (mut path, mut cache, mut format) = (path, Cache::Writeback, Format::Raw);
                 let (mut backing, mut backing_format) = (None, None);
                 let mut errors = ErrorPolicy::default();
-                // A path may have commas, so only what we know at its end is not part of it.
+                // A path may contain commas: only known options at its end are not part of it.
                 while let Some((rest, option)) = path.rsplit_once(',') {
                     match option.split_once('=') {
                         Some(("cache", value)) => cache = value.parse()?,

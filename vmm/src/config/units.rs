@@ -1,5 +1,5 @@
-//! Sizes, rates, durations and methods, read as people write them. Used by the command line, the
-//! configuration file and the options of `ferry migrate`.
+//! Parses sizes, rates, durations and compression methods. Used by the command line, the configuration file
+//! and the options of `ferry migrate`.
 
 use migration::params::Compression;
 use migration::ram::compress::Method;
@@ -23,7 +23,7 @@ pub fn parse_size(text: &str, plain_unit: u64) -> Result<u64, String> {
     number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
 }
 
-/// Memory: a plain number is MiB, as for QEMU.
+/// A memory size; a plain number is MiB, as in QEMU.
 pub fn parse_memory(text: &str) -> Result<u64, String> {
     parse_size(text, 1 << 20)
 }

@@ -1,11 +1,11 @@
-//! `--expect`: looks at the guest's output as it is said, whether or not anybody reads it.
+//! `--expect`: matches the guest's output as it is written, whether or not it is read.
 
 use super::{ConsoleEvent, ConsoleSink};
 use regex_lite::Regex;
 
-/// Longest piece of output without a newline that is looked at.
+/// Longest line that is matched.
 const LINE_BYTES: usize = 16 << 10;
-/// Up to here a line is looked at with each byte; a longer one when it is complete.
+/// Lines up to this length are matched with each byte; longer ones once they are complete.
 const PROMPT_BYTES: usize = 200;
 
 /// A pattern, and the line that may match it.
@@ -17,17 +17,17 @@ pub(super) struct Expect {
 }
 
 impl Expect {
-    /// Tells `tell` once when a line matches `pattern`.
+    /// Calls `tell` once when a line matches `pattern`.
     pub fn new(pattern: Regex, tell: ConsoleSink) -> Self {
         Self { pattern, line: Vec::new(), matched: false, tell }
     }
 
-    /// Whether it ever has.
+    /// Whether a line has matched.
     pub fn has_matched(&self) -> bool {
         self.matched
     }
 
-    /// Looks at more output.
+    /// Processes more output.
     pub fn look(&mut self, bytes: &[u8]) {
         for byte in bytes {
             if self.matched {

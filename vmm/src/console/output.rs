@@ -1,8 +1,8 @@
-//! The console's `console-out` thread: sends what waits in the transmitter, in writes as large as can be.
+//! The console's `console-out` thread: writes buffered output in chunks as large as possible.
 //!
-//! It waits for a reader by `poll`, never in `write`: stopping a guest, moving it and ending the process
-//! do not depend on who reads. What is written to a file on a hung disk is the exception; then the thread
-//! is left behind when the process ends.
+//! It waits for the reader in `poll`, never in `write`, so that pausing or migrating the guest and ending
+//! the process do not depend on the reader. The exception is a file on a hung disk: then the process ends
+//! without joining the thread.
 
 use devices::log_limit::LogLimit;
 use devices::transmitter::Transmitter;
@@ -20,27 +20,27 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// How long a console that closes waits for its reader to take what the guest has said.
+/// How long a closing console waits for its reader to take pending output.
 pub const CLOSE_PATIENCE: Duration = Duration::from_millis(500);
-/// A little longer than that: for the thread to end by itself.
+/// A little longer, so that the thread can end by itself.
 const JOIN_PATIENCE: Duration = Duration::from_millis(600);
-/// A guest says a byte at a time. The first is sent at once, the next ones together after this long:
-/// otherwise each would wake this thread, and its reader.
+/// A guest writes single bytes. The first is sent at once, the following ones are batched for this long:
+/// otherwise each would wake this thread and its reader.
 const GATHER: Duration = Duration::from_micros(500);
-/// A shared descriptor that may not be made non-blocking takes this many bytes without blocking once
-/// `poll` says that it takes any: a pipe by `PIPE_BUF`, and sockets have more.
+/// A shared descriptor must not be made non-blocking. Once `poll` reports it writable, it accepts this many
+/// bytes without blocking: `PIPE_BUF` for a pipe; sockets accept more.
 const PIECE_BYTES: usize = 4096;
-/// A terminal promises less.
+/// A terminal guarantees less.
 const TERMINAL_PIECE_BYTES: usize = 256;
 
 static FAILED: LogLimit = LogLimit::new();
 
-/// Where output goes.
+/// The destination of output.
 pub(super) enum Sink {
     /// An open file, terminal or pipe.
     File {
         file: File,
-        /// Writes must be no larger than this, and only when `poll` says so, lest they block.
+        /// Maximum size of a write that does not block after `poll`.
         piece_bytes: Option<usize>,
     },
     /// A socket's client; non-blocking.
@@ -49,14 +49,14 @@ pub(super) enum Sink {
 
 enum Written {
     Bytes(usize),
-    /// The reader takes nothing now.
+    /// The reader accepts nothing now.
     Full,
     Failed(io::Error),
 }
 
 impl Sink {
-    /// Writes to `file`, as far as possible through a description of its own that does not block. The
-    /// file's own may be shared with other processes, which would see the change.
+    /// A sink for `file`: reopened non-blocking if possible. Its own file description may be shared with
+    /// other processes, which would see the flag.
     pub fn file(file: File) -> io::Result<Self> {
         let piece_bytes = match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile | FileType::Directory => None,
@@ -107,38 +107,38 @@ impl Sink {
     }
 }
 
-/// An error or a reader that has gone counts as ready: the write will tell.
+/// An error or hangup counts as ready: the write reports it.
 fn is_ready(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|count| count > 0)
 }
 
-/// The thread and what it shares with the console.
+/// The thread and its shared state.
 pub(super) struct Output {
     shared: Arc<Shared>,
-    /// The thread, and what is dropped when it ends.
+    /// The thread, and a channel that closes when it ends.
     thread: Option<(JoinHandle<()>, Receiver<()>)>,
 }
 
 struct Shared {
     transmitter: Arc<Transmitter>,
     sink: Mutex<Option<Arc<Sink>>>,
-    /// Set when the console closes: until then what waits may still be sent.
+    /// Set when the console closes: the deadline for pending output.
     closing: Mutex<Option<Instant>>,
 }
 
 impl Output {
-    /// Sends to nobody, and starts no thread.
+    /// Output without a sink or a thread.
     pub fn discard(transmitter: Arc<Transmitter>) -> Self {
         transmitter.set_discarding(true);
         let (sink, closing) = (Mutex::new(None), Mutex::new(None));
         Self { shared: Arc::new(Shared { transmitter, sink, closing }), thread: None }
     }
 
-    /// Sends to `sink`, or to nobody until one is [set](Clients::set).
+    /// Output to `sink`, or without a sink until [`Clients::set`].
     ///
     /// # Errors
-    /// If the host has no more threads.
+    /// If no thread can be spawned.
     pub fn start(transmitter: Arc<Transmitter>, sink: Option<Sink>) -> io::Result<Self> {
         transmitter.set_discarding(sink.is_none());
         let (sink, closing) = (Mutex::new(sink.map(Arc::new)), Mutex::new(None));
@@ -158,7 +158,7 @@ impl Output {
         Ok(Self { shared, thread: Some((thread.spawn(run)?, ended)) })
     }
 
-    /// Changes where output goes.
+    /// A handle that changes the client.
     pub fn clients(&self) -> Clients {
         Clients(self.shared.clone())
     }
@@ -166,13 +166,13 @@ impl Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        *super::lock(&self.shared.closing) = Some(Instant::now() + CLOSE_PATIENCE);
+        *devices::lock(&self.shared.closing) = Some(Instant::now() + CLOSE_PATIENCE);
         self.shared.transmitter.wake();
         if let Some((thread, ended)) = self.thread.take() {
-            // Nothing is ever sent: it ends by the thread's end, or does not.
+            // Nothing is ever sent: the channel closes with the thread.
             if ended.recv_timeout(JOIN_PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
             {
-                log::warn!("serial output: a write hangs; what the guest said last is lost");
+                log::warn!("serial output: a write hangs; the guest's last output is lost");
             } else if thread.join().is_err() {
                 log::error!("the console-out thread panicked");
             }
@@ -181,19 +181,19 @@ impl Drop for Output {
     }
 }
 
-/// Sets whom output goes to.
+/// Sets the client that gets the output.
 pub(super) struct Clients(Arc<Shared>);
 
 impl Clients {
-    /// From now on output goes to `client`.
+    /// Sends output to `client` from now on.
     pub fn set(&self, client: UnixStream) {
-        *super::lock(&self.0.sink) = Some(Arc::new(Sink::Client(client)));
+        *devices::lock(&self.0.sink) = Some(Arc::new(Sink::Client(client)));
         self.0.transmitter.set_discarding(false);
     }
 
-    /// The client has gone, and what waited for it goes with it.
+    /// The client has left: drops its pending output.
     pub fn clear(&self) {
-        *super::lock(&self.0.sink) = None;
+        *devices::lock(&self.0.sink) = None;
         self.0.transmitter.set_discarding(true);
         self.0.transmitter.wake();
     }
@@ -206,8 +206,8 @@ impl Shared {
         epoll.ctl(ControlOperation::Add, wake, EpollEvent::new(EventSet::IN, 0))?;
         let mut bytes = Vec::new();
         loop {
-            let deadline = *super::lock(&self.closing);
-            let sink = super::lock(&self.sink).clone();
+            let deadline = *devices::lock(&self.closing);
+            let sink = devices::lock(&self.sink).clone();
             if !self.transmitter.begin_write(&mut bytes) {
                 if deadline.is_some() {
                     return Ok(());
@@ -242,7 +242,7 @@ impl Shared {
         }
     }
 
-    /// Waits until woken, or `fd` takes bytes, or the limit passes.
+    /// Waits until woken, `fd` is writable, or the limit has passed.
     fn wait(
         &self,
         epoll: &Epoll,
@@ -268,7 +268,7 @@ impl Shared {
         }
         match result {
             Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
-            // Empty if it was not this that ended the wait.
+            // Fails if something else ended the wait.
             _ => drop(self.transmitter.wake_event().read()),
         }
         Ok(())
@@ -276,9 +276,9 @@ impl Shared {
 
     fn failed(&self, sink: &Arc<Sink>, error: &io::Error) {
         if let Sink::Client(client) = &**sink {
-            // Its reading side is told by that, too.
+            // This wakes its reading side, too.
             let _ = client.shutdown(std::net::Shutdown::Both);
-            let mut current = super::lock(&self.sink);
+            let mut current = devices::lock(&self.sink);
             if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, sink)) {
                 *current = None;
                 self.transmitter.set_discarding(true);
@@ -370,7 +370,7 @@ mod tests {
         let (transmitter, output, reader) = to_pipe();
         drop(reader);
         for _ in 0..10 {
-            // Would wait for ever if they were kept.
+            // Would block forever if the bytes were kept.
             transmitter.write_waiting(&[7; 60_000]).unwrap();
         }
         transmitter.flush(SOON);
@@ -391,13 +391,13 @@ mod tests {
             theirs
         };
         let first = connect();
-        // More than socket and buffer take: the first client leaves while this waits.
+        // More than socket and buffer hold: the first client leaves while this blocks.
         let writing = transmitter.clone();
         let thread = std::thread::spawn(move || writing.write_waiting(&[7; 1 << 20]).unwrap());
         first.set_read_timeout(Some(SOON)).unwrap();
         (&first).read_exact(&mut [0]).unwrap();
         drop(first);
-        // The writing side found out by itself, or is told by the reading side.
+        // The writing side noticed by itself, or was woken by the reading side.
         clients.clear();
         thread.join().unwrap();
         transmitter.flush(SOON);

@@ -1,12 +1,11 @@
-//! What a client hears of the disks: `query-block`, `query-named-block-nodes` and `query-blockstats`, in
-//! QEMU's words. Called by the supervisor.
+//! Replies to `query-block`, `query-named-block-nodes` and `query-blockstats`, in QEMU's format. Called by
+//! the supervisor.
 
 use devices::block::BlockNode;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// How much space disks take on the host, as far as that is known, by name. It is not asked here: the
-/// storage may not answer.
+/// Allocated sizes of disks, as far as they are known, by id. Not queried here: the storage may hang.
 pub type Sizes = BTreeMap<String, u64>;
 
 /// QEMU's `BlockDeviceInfo`.
@@ -16,12 +15,12 @@ fn info(node: &BlockNode, sizes: &Sizes) -> Value {
         "format": node.format(),
         "virtual-size": node.len_bytes(),
     });
-    // What is not known is left out.
+    // Omitted if unknown.
     if let Some(bytes) = sizes.get(node.id()) {
         image["actual-size"] = (*bytes).into();
     }
-    let (direct, backing) = (node.is_direct(), node.backing().map(|chain| chain.files()));
-    let backing = backing.unwrap_or_default();
+    let direct = node.is_direct();
+    let backing = node.backing().map_or_else(Vec::new, |chain| chain.files());
     if let Some(name) = backing.first() {
         image["backing-filename"] = name.as_str().into();
     }
@@ -45,7 +44,7 @@ fn info(node: &BlockNode, sizes: &Sizes) -> Value {
     info
 }
 
-/// As `query-block` answers.
+/// The reply to `query-block`.
 pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) -> Value {
     let device = |node: &BlockNode| {
         json!({
@@ -61,12 +60,12 @@ pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) ->
     nodes.map(device).collect()
 }
 
-/// As `query-named-block-nodes` answers.
+/// The reply to `query-named-block-nodes`.
 pub fn named_nodes<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) -> Value {
     nodes.map(|node| info(node, sizes)).collect()
 }
 
-/// As `query-blockstats` answers.
+/// The reply to `query-blockstats`.
 pub fn stats<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
     let one = |node: &BlockNode| {
         let stats = node.stats();

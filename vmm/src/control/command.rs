@@ -1,7 +1,7 @@
-//! Every command and its arguments.
+//! QMP commands: parses requests into typed commands. The supervisor executes them.
 
 use super::message::{QmpError, Request};
-use crate::travel::{DiskMode, DiskSelection};
+use crate::disk_selection::{DiskMode, DiskSelection};
 use migration::block::Tuning;
 use migration::params::{Compression, Params};
 use serde_json::{Map, Value, json};
@@ -35,7 +35,7 @@ pub const NAMES: [&str; 24] = [
     "query-dirty-rate",
 ];
 
-/// A request that was understood.
+/// A parsed command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
     /// `query-version`
@@ -58,8 +58,8 @@ pub enum Command {
     Stop,
     /// `cont`
     Cont {
-        /// Ferry's own: run a guest whose migration ended as unknown, on the operator's word that it
-        /// runs nowhere else.
+        /// Ferry's own: run a guest whose migration ended as unknown; the operator confirms that it runs
+        /// nowhere else.
         force: bool,
     },
     /// `system_reset`
@@ -68,14 +68,14 @@ pub enum Command {
     Powerdown,
     /// `quit`
     Quit,
-    /// `x-console-input`, Ferry's own: bytes for the guest's serial port. The answer's `taken` says how
-    /// many it had room for. Each character of `data` is a byte, U+0000 to U+00FF.
+    /// `x-console-input`, Ferry's own: bytes for the guest's serial port. `taken` in the reply is the
+    /// number of bytes that fitted. Each character of `data` is a byte, U+0000 to U+00FF.
     ConsoleInput(Vec<u8>),
     /// `migrate`
     Migrate {
         /// The destination.
         uri: String,
-        /// `disks`, or QEMU's `blk` and `inc`: what of the disks travels.
+        /// `disks`, or QEMU's `blk` and `inc`: which disks to migrate.
         disks: DiskSelection,
         /// `x-disk-reads` and `x-disk-buffers`.
         tuning: Tuning,
@@ -92,7 +92,7 @@ pub enum Command {
     SetCapabilities(Vec<(String, bool)>),
     /// `query-migrate-capabilities`
     QueryCapabilities,
-    /// `calc-dirty-rate`: how long to measure.
+    /// `calc-dirty-rate`, with the duration of the measurement.
     CalcDirtyRate(Duration),
     /// `query-dirty-rate`
     QueryDirtyRate {
@@ -141,6 +141,7 @@ impl ParameterChange {
         Ok(Self {
             max_bandwidth: arguments.number("max-bandwidth")?,
             downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
+            // Saturates: `Params::validate` refuses far smaller numbers.
             multifd_channels: arguments
                 .number("multifd-channels")?
                 .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
@@ -186,8 +187,9 @@ impl ParameterChange {
     }
 }
 
-/// As `query-migrate-parameters` answers.
+/// The reply to `query-migrate-parameters`.
 pub fn parameters(params: &Params) -> Value {
+    // Milliseconds: `u64` holds 580 million years.
     json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
@@ -204,7 +206,7 @@ pub fn parameters(params: &Params) -> Value {
     })
 }
 
-/// Takes arguments one by one, then refuses the rest.
+/// Consumes arguments one by one and rejects unknown ones.
 struct Arguments(Map<String, Value>);
 
 impl Arguments {
@@ -233,7 +235,7 @@ impl Arguments {
         })
     }
 
-    /// A percentage or level, whose range is checked later: what is far out of it becomes 255.
+    /// A percentage or level. Saturates at 255: the range check comes later and refuses that.
     fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
         Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
     }
@@ -259,7 +261,7 @@ fn missing(name: &str) -> QmpError {
 }
 
 impl Command {
-    /// Understands a request; QEMU's words for what is wrong with it.
+    /// Parses a request; errors use QEMU's wording.
     pub fn parse(request: &Request) -> Result<Self, QmpError> {
         let mut arguments = Arguments(request.arguments.clone());
         let command = match request.execute.as_str() {
@@ -270,7 +272,7 @@ impl Command {
             "query-cpus-fast" => Self::QueryCpus,
             "query-block" => Self::QueryBlock,
             "query-named-block-nodes" => {
-                // Nodes are flat as they are.
+                // Accepted without effect: our node list is flat anyway.
                 arguments.flag("flat")?;
                 Self::QueryNamedBlockNodes
             }
@@ -334,7 +336,7 @@ impl Command {
     }
 }
 
-/// `blk` copies disks as a whole, `inc` what lies above their backing files; `disks` says it one by one.
+/// `blk` copies whole disks, `inc` the data above their backing files; `disks` chooses per disk.
 fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> {
     let blk = arguments.flag("blk")?.unwrap_or(false);
     let inc = arguments.flag("inc")?.unwrap_or(false);
@@ -358,7 +360,7 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
     Ok(selection)
 }
 
-/// Whether `calc-time-unit` says so.
+/// Whether `calc-time-unit` is milliseconds.
 fn in_millis(arguments: &mut Arguments) -> Result<bool, QmpError> {
     match arguments.text("calc-time-unit")?.as_deref() {
         None | Some("second") => Ok(false),
@@ -369,7 +371,7 @@ fn in_millis(arguments: &mut Arguments) -> Result<bool, QmpError> {
     }
 }
 
-/// How long `calc-dirty-rate` is to measure.
+/// The duration of `calc-dirty-rate`.
 fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
     const RANGE: std::ops::RangeInclusive<Duration> =
         Duration::from_millis(50)..=Duration::from_secs(60);
@@ -378,7 +380,7 @@ fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
         true => Duration::from_millis(time),
         false => Duration::from_secs(time),
     };
-    // Taken and without effect: the log knows every page, none has to be sampled.
+    // Accepted without effect: the dirty log covers every page, so nothing is sampled.
     arguments.number("sample-pages")?;
     if let Some(mode) = arguments.text("mode")?
         && mode != "dirty-bitmap"

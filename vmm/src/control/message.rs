@@ -1,4 +1,4 @@
-//! QMP's messages: requests cut out of a stream of JSON values, and the lines that answer them.
+//! QMP framing: splits a byte stream into JSON requests and encodes replies and events. Used by `control`.
 
 use serde::de::{self, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
@@ -7,12 +7,12 @@ use std::fmt;
 /// Longest request.
 pub const MAX_REQUEST_BYTES: usize = 1 << 20;
 
-/// An error as QMP tells it.
+/// A QMP error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QmpError {
     /// `GenericError`, `CommandNotFound`…
     pub class: &'static str,
-    /// For people.
+    /// Human-readable description.
     pub desc: String,
 }
 
@@ -28,30 +28,30 @@ impl QmpError {
     }
 }
 
-/// A request, not yet understood.
+/// A request that is not parsed into a command yet.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     /// The command's name.
     pub execute: String,
     /// Its arguments.
     pub arguments: Map<String, Value>,
-    /// Echoed in the answer.
+    /// Echoed in the reply.
     pub id: Option<Value>,
 }
 
-/// What is wrong with a piece of input, with the id if one could be read.
+/// Malformed input, with its id if that could be read.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BadRequest {
-    /// Echoed in the answer.
+    /// Echoed in the reply.
     pub id: Option<Value>,
     /// What is wrong.
     pub error: QmpError,
-    /// Whether nothing sensible can follow.
+    /// Whether the stream is out of sync.
     pub fatal: bool,
 }
 
-/// Cuts requests out of bytes as they come. Requests need no newline between them, so values are found
-/// by their brackets.
+/// Splits incoming bytes into requests. Requests need no newline between them, so values are delimited by
+/// their brackets.
 #[derive(Debug, Default)]
 pub struct Framer {
     bytes: Vec<u8>,
@@ -61,7 +61,7 @@ pub struct Framer {
 }
 
 impl Framer {
-    /// Adds bytes; returns the values that they complete.
+    /// Appends bytes; returns the values that they complete.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<Result<Request, BadRequest>> {
         let mut found = Vec::new();
         for byte in bytes {
@@ -83,7 +83,7 @@ impl Framer {
         found
     }
 
-    /// Whether `byte`, just added, ends a value: a closed bracket, or a line that opened none.
+    /// Whether the byte just added ends a value: its closing bracket, or the end of a line without one.
     fn ends_value(&mut self, byte: u8) -> bool {
         if self.in_string {
             match byte {
@@ -108,7 +108,7 @@ impl Framer {
     }
 }
 
-/// An object that refuses a key given twice, which `serde_json` would let pass.
+/// A JSON object without duplicate keys, which `serde_json` would accept.
 struct Unique(Map<String, Value>);
 
 impl<'de> de::Deserialize<'de> for Unique {
@@ -175,9 +175,9 @@ pub fn greeting() -> Value {
     json!({"QMP": {"version": version(), "capabilities": []}})
 }
 
-/// What `query-version` answers. The numbers are Ferry's own.
+/// The reply to `query-version`, with Ferry's own version numbers.
 pub fn version() -> Value {
-    let number = |text: &str| text.parse::<u32>().unwrap_or(0);
+    let number = |text: &str| text.parse::<u32>().expect("cargo checks version numbers");
     json!({
         "qemu": {
             "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
@@ -188,7 +188,7 @@ pub fn version() -> Value {
     })
 }
 
-/// An answer.
+/// A reply.
 pub fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
     let mut answer = match result {
         Ok(value) => json!({"return": value}),

@@ -1,5 +1,5 @@
-//! The control socket: clients, negotiation, answers and events. Non-blocking and driven by file
-//! descriptors; the supervisor's event loop owns it.
+//! The control socket: clients, negotiation, replies and events. Non-blocking and driven by file
+//! descriptors; owned by the event loop.
 
 pub mod block;
 pub mod command;
@@ -18,16 +18,16 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Answers and events that a client may leave unread before it is dropped.
+/// Limit of unread output; a client above it is disconnected.
 const MAX_UNREAD_BYTES: usize = 4 << 20;
 const MAX_CLIENTS: usize = 16;
 
-/// The control socket cannot be listened on.
+/// Cannot listen on the control socket.
 #[derive(Debug, thiserror::Error)]
 #[error("control socket")]
 pub struct ControlError(#[from] ListenError);
 
-/// Something that clients are told.
+/// A QMP event.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     name: Cow<'static, str>,
@@ -40,7 +40,7 @@ impl Event {
         Self { name: name.into(), data: None }
     }
 
-    /// `SHUTDOWN` or `RESET`, by the guest or not, and why.
+    /// `SHUTDOWN` or `RESET`, with its originator and reason.
     pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
         Self { name: name.into(), data: Some(json!({"guest": guest, "reason": reason})) }
     }
@@ -68,17 +68,18 @@ impl Event {
         Self { name: "MIGRATION_PASS".into(), data: Some(json!({"pass": number})) }
     }
 
-    /// Ferry's own `MIGRATION_NOT_CONVERGING`: as things are, the guest cannot be moved.
+    /// Ferry's own `MIGRATION_NOT_CONVERGING`.
     pub fn not_converging(facts: Value) -> Self {
         Self { name: "MIGRATION_NOT_CONVERGING".into(), data: Some(facts) }
     }
 
-    /// One that another process told us.
+    /// An event forwarded from another process.
     pub fn forwarded(name: &str, data: Option<Value>) -> Self {
         Self { name: name.to_owned().into(), data }
     }
 
     fn to_json(&self) -> Value {
+        // A wall clock before 1970 is shown as 1970.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut event = json!({
             "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
@@ -91,11 +92,11 @@ impl Event {
     }
 }
 
-/// Names a client; never used twice.
+/// Identifies a client; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u32);
 
-/// A request to answer.
+/// A request that needs a reply.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Incoming {
     /// Who asks.
@@ -104,11 +105,11 @@ pub struct Incoming {
     pub id: Option<Value>,
     /// What is asked.
     pub command: Command,
-    /// In the client's own words, to be asked elsewhere.
+    /// The request as received, for forwarding.
     pub request: message::Request,
 }
 
-/// An answer.
+/// A reply.
 pub type QmpResult = Result<Value, QmpError>;
 
 struct Client {
@@ -122,17 +123,17 @@ struct Client {
 /// The listening socket and its clients.
 pub struct ControlServer {
     listener: UnixListener,
-    /// Removed with the server.
+    /// Removed when the server is dropped.
     _file: SocketFile,
     clients: BTreeMap<ClientId, Client>,
     next_id: u32,
-    /// Streams of clients that are gone. They stay open until the event loop has let go of their
-    /// descriptors: the next client gets the same numbers.
+    /// Streams of disconnected clients. They stay open until the event loop has removed their descriptors,
+    /// so that the next client cannot get the same number earlier.
     gone: Vec<UnixStream>,
 }
 
 impl ControlServer {
-    /// Listens at `path`, for this user only. A socket that a dead process left behind is replaced.
+    /// Listens at `path`, for this user only. Replaces a stale socket.
     pub fn bind(path: &Path) -> Result<Self, ControlError> {
         let (listener, file) = listen_unix(path)?;
         let failed = |source| ListenError::Host { path: path.to_owned(), source };
@@ -141,12 +142,12 @@ impl ControlServer {
         Ok(Self { listener, _file: file, clients, next_id: 0, gone: Vec::new() })
     }
 
-    /// Readable when a client waits.
+    /// Readable when a client connects.
     pub fn fd(&self) -> RawFd {
         self.listener.as_raw_fd()
     }
 
-    /// Takes one waiting client and greets it.
+    /// Accepts one client and sends the greeting.
     pub fn accept(&mut self) -> io::Result<Option<ClientId>> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
@@ -176,7 +177,7 @@ impl ControlServer {
         self.gone.extend(self.clients.remove(&id).map(|client| client.stream));
     }
 
-    /// Closes the descriptors of clients that are gone; the event loop has let go of them.
+    /// Closes the descriptors of disconnected clients; the event loop must have removed them.
     pub fn close_gone(&mut self) {
         self.gone.clear();
     }
@@ -186,16 +187,16 @@ impl ControlServer {
         self.clients.get(&id).map(|client| client.stream.as_raw_fd())
     }
 
-    /// Whether to wait until the client can be written to.
+    /// Whether output is pending for the client.
     pub fn wants_write(&self, id: ClientId) -> bool {
         self.clients.get(&id).is_some_and(|client| !client.unsent.is_empty())
     }
 
-    /// Reads what there is. Requests come back; what is wrong is answered here.
+    /// Reads available input. Returns requests; replies to malformed ones here.
     pub fn on_readable(&mut self, id: ClientId) -> Vec<Incoming> {
         let mut requests = Vec::new();
         let mut buffer = [0; 16 << 10];
-        // One buffer at a time: a client that never stops sending must not keep the others waiting.
+        // One buffer at a time: a client that keeps sending must not starve the others.
         let Some(client) = self.clients.get_mut(&id) else { return requests };
         let found = match client.stream.read(&mut buffer) {
             Ok(0) => {
@@ -256,12 +257,12 @@ impl ControlServer {
         }
     }
 
-    /// Answers a request.
+    /// Replies to a request.
     pub fn reply(&mut self, client: ClientId, id: Option<Value>, result: QmpResult) {
         self.send(client, &reply(id, result));
     }
 
-    /// Tells every client that has negotiated.
+    /// Sends an event to every client that has negotiated.
     pub fn broadcast(&mut self, event: &Event) {
         let event = event.to_json();
         let listening = self.clients.iter().filter(|(_, client)| client.negotiated);
@@ -281,7 +282,7 @@ impl ControlServer {
         self.on_writable(id);
     }
 
-    /// Writes what there is room for.
+    /// Writes as much as the socket accepts.
     pub fn on_writable(&mut self, id: ClientId) {
         let Some(client) = self.clients.get_mut(&id) else { return };
         while !client.unsent.is_empty() {

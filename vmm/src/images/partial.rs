@@ -1,5 +1,5 @@
-//! A file or device that becomes a disk of an arriving guest: what it is called until the guest runs, and
-//! what becomes of it if that does not happen. Made and owned by [`super::Images`].
+//! A file or device that is being written as a disk of an incoming guest: its name until the guest runs,
+//! and its removal if the migration fails. Owned by [`super::Images`].
 
 use super::ImageError;
 use devices::block::raw::HeldFile;
@@ -9,43 +9,43 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What an image goes by.
+/// The current name of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Name {
     /// `NAME.partial`.
     Partial,
-    /// Its name.
+    /// The final name.
     Own,
-    /// Its name, and what had it before is called `NAME.partial`.
+    /// The final name; the replaced image is now `NAME.partial`.
     Swapped,
 }
 
-/// An image whose guest does not run yet. Removed when dropped, unless it was settled.
+/// An image whose guest does not run yet. Removed when dropped, unless committed.
 #[derive(Debug)]
 pub(super) struct Partial {
     pub partial: PathBuf,
     pub path: PathBuf,
     name: Name,
-    settled: bool,
+    committed: bool,
     overwrite: bool,
-    /// What it will replace: nobody else shall begin to use that.
+    /// The image to replace, locked so that nobody else starts to use it.
     replaced: Option<HeldFile>,
 }
 
 impl Partial {
-    /// The file `partial`, to be called `path`, in the place of what was there.
+    /// The file `partial`, to be renamed to `path` in place of `replaced`.
     pub fn new(
         partial: PathBuf,
         path: PathBuf,
         overwrite: bool,
         replaced: Option<HeldFile>,
     ) -> Self {
-        Self { partial, path, name: Name::Partial, settled: false, overwrite, replaced }
+        Self { partial, path, name: Name::Partial, committed: false, overwrite, replaced }
     }
 
-    /// What was there stays under the other name until the guest runs. What has come there meanwhile is
-    /// left alone.
-    pub fn give_name(&mut self) -> Result<(), ImageError> {
+    /// Exchanges names with the image to replace, which is kept until the guest runs. A file created there
+    /// meanwhile is not touched.
+    pub fn rename_into_place(&mut self) -> Result<(), ImageError> {
         let path = || self.path.clone();
         let failed = |source: io::Error| ImageError::Create { path: path(), source };
         let (flags, name) = match &self.replaced {
@@ -61,7 +61,7 @@ impl Partial {
         match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.path, flags) {
             Ok(()) => self.name = name,
             Err(Errno::EXIST) => return Err(ImageError::Exists { path: path() }),
-            // Not every file system knows these ways.
+            // Not every file system supports these flags.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 if self.replaced.is_none() && std::fs::symlink_metadata(&self.path).is_ok() {
                     return Err(ImageError::Exists { path: path() });
@@ -74,7 +74,7 @@ impl Partial {
         Ok(())
     }
 
-    pub fn take_name(&mut self) {
+    pub fn rename_back(&mut self) {
         let flags = match self.name {
             Name::Partial => return,
             Name::Own => RenameFlags::NOREPLACE,
@@ -86,29 +86,29 @@ impl Partial {
         }
     }
 
-    /// The image stays.
-    pub fn settle(&mut self) {
-        self.settled = true;
+    /// Keeps the image.
+    pub fn commit(&mut self) {
+        self.committed = true;
     }
 
-    /// Removes what had its name before; whether the image stays.
+    /// Removes the replaced image; returns whether the image was committed.
     pub fn remove_replaced(&self) -> bool {
-        if self.settled && self.name == Name::Swapped {
+        if self.committed && self.name == Name::Swapped {
             remove(&self.partial);
         }
-        self.settled
+        self.committed
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
         match self.name {
-            _ if self.settled => {}
-            // Somebody else may use the other name by now.
+            _ if self.committed => {}
+            // Another process may use the partial name by now.
             Name::Own => remove(&self.path),
             Name::Partial | Name::Swapped => {
-                self.take_name();
-                // Else the other name is that of what was there before.
+                self.rename_back();
+                // Otherwise the partial name is the replaced image's.
                 if self.name == Name::Partial {
                     remove(&self.partial);
                 }
@@ -123,30 +123,30 @@ fn remove(path: &Path) {
     }
 }
 
-/// A block device that a guest's disk is written to. There is nothing to remove if it does not arrive.
+/// A block device that a guest's disk is written to. It cannot be removed if the migration fails.
 #[derive(Debug)]
 pub(super) struct Device {
     path: PathBuf,
-    settled: bool,
-    /// Nobody mounts it meanwhile.
+    committed: bool,
+    /// Prevents mounting.
     _exclusive: File,
 }
 
 impl Device {
-    /// Nobody else mounts it while `exclusive` is open.
+    /// It cannot be mounted while `exclusive` is open.
     pub fn new(path: &Path, exclusive: File) -> Self {
-        Self { path: path.to_owned(), settled: false, _exclusive: exclusive }
+        Self { path: path.to_owned(), committed: false, _exclusive: exclusive }
     }
 
-    /// The guest runs on it.
-    pub fn settle(&mut self) {
-        self.settled = true;
+    /// Keeps the content: the guest runs on it.
+    pub fn commit(&mut self) {
+        self.committed = true;
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if !self.settled {
+        if !self.committed {
             let path = self.path.display();
             eprintln!("ferry: {path} was being overwritten and holds no whole disk");
         }

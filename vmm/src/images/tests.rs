@@ -43,14 +43,14 @@ fn images_get_their_names_at_the_end_or_go() {
     drop(images);
     assert_eq!(names(folder.path()), [""; 0]);
     let mut images = prepare(&disks, &config).unwrap();
-    images.keep().unwrap();
+    images.rename_into_place().unwrap();
     assert_eq!(names(folder.path()), ["data.img", "root.img"]);
     drop(images);
     assert_eq!(names(folder.path()), [""; 0], "the guest did not start after all");
     let mut images = prepare(&disks, &config).unwrap();
     images.nodes[0].fill_at(&[1; 512], 512).unwrap();
-    images.keep().unwrap();
-    images.settle();
+    images.rename_into_place().unwrap();
+    images.commit();
     images.clean_up();
     assert!(images.nodes[0].location().ends_with("/root.img"));
     drop(images);
@@ -79,8 +79,8 @@ fn an_image_that_is_there_is_replaced_only_on_request_and_only_at_the_end() {
     assert!(crate::error::chain(&error).contains("in use by another"), "{error:?}");
     drop(used);
     let mut images = prepare(&disks, &config).unwrap();
-    images.keep().unwrap();
-    images.settle();
+    images.rename_into_place().unwrap();
+    images.commit();
     // The guest runs; what was replaced goes when nobody waits for that any more.
     assert_eq!(names(folder.path()), ["x.img", "x.img.partial"]);
     images.clean_up();
@@ -127,7 +127,7 @@ fn what_comes_to_its_place_meanwhile_is_left_alone() {
     let other = format!("other={}", folder.path().join("other.img").display());
     let given = ["--disk", &give, "--disk", &other];
     let refuse = |images: &mut Images, expected: &str| {
-        let text = crate::error::chain(&images.keep().unwrap_err());
+        let text = crate::error::chain(&images.rename_into_place().unwrap_err());
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
     };
     // Nothing was there.
@@ -164,7 +164,7 @@ fn an_image_that_was_to_be_replaced_comes_back_if_the_guest_does_not_start() {
     let disks = [disk("root", 512, 0)];
     let config = config(&["--disk", &give, "--overwrite"]);
     let mut images = prepare(&disks, &config).unwrap();
-    images.keep().unwrap();
+    images.rename_into_place().unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 512);
     drop(images);
     assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1024]);
@@ -184,7 +184,7 @@ fn attempts_that_follow_each_other_closely_never_lose_their_file() {
                     let attempt = prepare(&disks, &config);
                     made += u32::from(attempt.is_ok());
                     // The other one may get the name between this one's look at it and its own turn.
-                    match attempt.and_then(|mut images| images.keep()) {
+                    match attempt.and_then(|mut images| images.rename_into_place()) {
                         Ok(()) => {}
                         Err(error) => {
                             let text = crate::error::chain(&error);

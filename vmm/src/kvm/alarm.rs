@@ -1,5 +1,5 @@
-//! A timer whose expiry kicks the vCPU of the thread that made it, as [`super::vcpu::kick`] does. Used
-//! by `machine::throttle`: the kernel interrupts the guest on time, without another thread to wake.
+//! A timer that kicks the vCPU of the thread that created it, like [`super::vcpu::kick`]. Used by
+//! `machine::throttle`: the kernel interrupts the guest without waking another thread.
 
 use super::KvmError;
 use std::mem::MaybeUninit;
@@ -7,14 +7,14 @@ use std::ptr;
 use std::time::Duration;
 use vmm_sys_util::signal::SIGRTMIN;
 
-/// Kicks its own thread after a while. Stays on the thread that made it.
+/// Kicks its own thread after a delay. Must stay on the thread that created it.
 #[derive(Debug)]
 pub struct Alarm {
     timer: libc::timer_t,
 }
 
 impl Alarm {
-    /// An alarm that is not set, for the calling thread.
+    /// A disarmed alarm for the calling thread.
     pub fn for_this_thread() -> Result<Self, KvmError> {
         // SAFETY: a plain C structure of integers and pointers, for which all zeroes is valid.
         let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -29,7 +29,7 @@ impl Alarm {
         Ok(Self { timer })
     }
 
-    /// Kicks once, after `delay`; zero takes the alarm back.
+    /// Kicks once, after `delay`; zero disarms.
     pub fn set(&self, delay: Duration) -> Result<(), KvmError> {
         let it_value = libc::timespec {
             tv_sec: libc::time_t::try_from(delay.as_secs()).unwrap_or(libc::time_t::MAX),
@@ -59,8 +59,8 @@ impl Drop for Alarm {
     }
 }
 
-/// CPU time that the calling thread has used, in the guest and for it.
+/// CPU time of the calling thread, guest and host.
 pub fn thread_cpu_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::try_from(time).expect("a thread's CPU time is not negative")
 }

@@ -1,4 +1,4 @@
-//! KVM structures as hex strings: what a saved state holds where only the kernel knows the layout.
+//! KVM structures as hex strings, for saved state whose layout only the kernel defines.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use zerocopy::{FromBytes, Immutable, IntoBytes};

@@ -1,4 +1,5 @@
-//! One vCPU's registers as plain data, and back, in the orders that KVM needs.
+//! Saves and restores one vCPU's registers as plain data, in the order that KVM needs. Called by
+//! `machine::vcpus`.
 //!
 //! Saving: MP_STATE first (reading it can process a pending INIT and change the LAPIC), VCPU_EVENTS
 //! last. Restoring: CPUID2 and TSC_KHZ (when the machine is built), MP_STATE, REGS, SREGS (APIC base), XCRS, XSAVE, DEBUGREGS,
@@ -25,17 +26,17 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 /// Bytes of the XSAVE image that every host has.
 const LEGACY_XSAVE_BYTES: usize = 4096;
-/// More than any CPU's XSAVE area; bounds what a stream may make us allocate.
+/// More than any CPU's XSAVE area; limits what a stream can make us allocate.
 const MAX_XSAVE_BYTES: usize = 64 << 10;
 
-/// Restoring a vCPU takes less: a TSC that is further ahead is wrong.
+/// Restoring a vCPU takes less time: a TSC further ahead is wrong.
 const MAX_TSC_LEAD_MS: u64 = 60_000;
 
-/// Everything that KVM holds of one vCPU.
+/// The complete KVM state of one vCPU.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VcpuState {
-    /// Guest TSC minus host TSC, modulo 2^64, where KVM tells.
+    /// Guest TSC minus host TSC, modulo 2^64, if KVM reports it.
     pub tsc_offset: Option<u64>,
     /// Runnable, halted, waiting for SIPI.
     pub mp_state: u32,
@@ -51,19 +52,20 @@ pub struct VcpuState {
     events: Blob<kvm_vcpu_events>,
 }
 
-/// What saving and restoring needs to know of the host; asked once, outside the pause.
+/// Properties of the host's KVM needed to save and restore; probed once, outside the pause.
 #[derive(Debug, Clone)]
 pub struct CpuStateLayout {
     msr_indices: Vec<u32>,
     xsave_bytes: usize,
-    /// Whether KVM tells of nested state.
+    /// Whether KVM reports nested state.
     nested_state: bool,
 }
 
 impl CpuStateLayout {
-    /// Asks KVM which MSRs it saves and how large an XSAVE image is.
+    /// Queries the MSRs to save and the size of an XSAVE image.
     pub fn probe(host: &Host, vm: &Vm) -> Result<Self, KvmError> {
         let list = ioctl("KVM_GET_MSR_INDEX_LIST", host.kvm().get_msr_index_list())?;
+        // 0 or negative: this KVM has no `KVM_GET_XSAVE2`.
         let xsave_bytes = usize::try_from(vm.fd().check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             msr_indices: list.as_slice().to_vec(),
@@ -72,8 +74,8 @@ impl CpuStateLayout {
         })
     }
 
-    /// Adds MSRs that KVM holds but does not list, and forgets those that it cannot read, so that later
-    /// saves need few calls.
+    /// Adds MSRs that KVM has but does not list, and drops those that cannot be read, so that later saves
+    /// need few ioctls.
     pub fn keep_readable(&mut self, vcpu: &Vcpu) -> Result<(), KvmError> {
         self.msr_indices = msrs::readable(vcpu, &self.msr_indices)?;
         Ok(())
@@ -81,7 +83,7 @@ impl CpuStateLayout {
 }
 
 impl VcpuState {
-    /// Reads all. The vCPU must be stopped with its last access completed.
+    /// Reads the state. The vCPU must be stopped with its last access completed.
     ///
     /// # Errors
     /// A failed ioctl, or nested virtualization in use, whose state is not saved.
@@ -114,7 +116,7 @@ impl VcpuState {
         })
     }
 
-    /// Checks what a stream can get wrong before KVM is asked.
+    /// Validates untrusted state before it is passed to KVM.
     pub fn validate(&self) -> Result<(), KvmError> {
         let invalid = |reason: String| Err(KvmError::State { what: "vCPU state", reason });
         msrs::validate(&self.msrs)?;
@@ -126,15 +128,15 @@ impl VcpuState {
         Ok(())
     }
 
-    /// Lets the guest's TSC go on `ticks` later than where it was saved.
+    /// Advances the saved TSC by `ticks`.
     pub fn advance_tsc(&mut self, ticks: u64) {
         for msr in self.msrs.iter_mut().filter(|msr| msr.0 == MSR_IA32_TSC) {
             msr.1 = msr.1.wrapping_add(ticks);
         }
     }
 
-    /// An offset is exact, but means something else where a host scales the TSC: if it puts the TSC
-    /// far from the value in this state, the value counts, and KVM finds its own offset for it.
+    /// An offset is exact, but not comparable if a host scales the TSC: if it puts the TSC far from the
+    /// saved value, restore the value and let KVM compute an offset.
     fn keep_tsc_going(&self, vcpu: &Vcpu) -> Result<(), KvmError> {
         let value =
             |msrs: &[(u32, u64)]| msrs.iter().find(|msr| msr.0 == MSR_IA32_TSC).map(|msr| msr.1);
@@ -147,8 +149,8 @@ impl VcpuState {
         msrs::write(vcpu, &[(MSR_IA32_TSC, wanted)])
     }
 
-    /// Writes all, to a vCPU that has never run. [`Self::advance_tsc`] comes before; `tsc_offset` replaces the
-    /// saved one: see [`super::vm_state`].
+    /// Loads the state into a vCPU that has never run. Call [`Self::advance_tsc`] before; `tsc_offset`
+    /// replaces the saved one: see [`super::vm_state`].
     ///
     /// # Errors
     /// A state that [`Self::validate`] refuses, a failed ioctl, or a register whose value the guest would lose.
@@ -179,7 +181,7 @@ impl VcpuState {
     }
 }
 
-/// Gives the vCPU its CPUID.
+/// Sets the vCPU's CPUID.
 pub fn set_cpuid(vcpu: &Vcpu, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
     let cpuid = CpuId::from_entries(entries)
         .map_err(|error| KvmError::State { what: "CPUID", reason: format!("{error:?}") })?;
@@ -192,7 +194,7 @@ pub fn effective_cpuid(vcpu: &Vcpu) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
     Ok(cpuid.as_slice().to_vec())
 }
 
-/// Asks for a TSC of `khz`, where the host can scale it.
+/// Sets the TSC frequency, if the host can scale it.
 pub fn set_tsc_khz(vcpu: &Vcpu, khz: u32) -> Result<(), KvmError> {
     if vcpu.tsc_khz()? != khz
         && let Err(error) = vcpu.fd().set_tsc_khz(khz)
@@ -202,7 +204,7 @@ pub fn set_tsc_khz(vcpu: &Vcpu, khz: u32) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// First registers of a cold boot.
+/// Sets the initial registers of a cold boot.
 pub fn set_boot_registers(
     vcpu: &Vcpu,
     regs: &kvm_regs,
@@ -287,10 +289,10 @@ fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
         return;
     }
     let Some(now) = read_tsc_offset(vcpu).filter(|now| *now != offset) else { return };
-    // A software KVM reports success and goes on showing the host's own TSC, which is just as continuous
-    // for a guest that stays on this host.
-    let khz = vcpu.tsc_khz().unwrap_or(0);
-    if is_noticed(now.wrapping_sub(offset), khz) {
+    // A software KVM reports success but still exposes the host's TSC, which is just as continuous for a
+    // guest that stays on this host. With an unknown frequency any difference counts.
+    let is_noticed = |khz| is_noticed(now.wrapping_sub(offset), khz);
+    if vcpu.tsc_khz().map_or(true, is_noticed) {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
             log::warn!(
@@ -300,13 +302,13 @@ fn write_tsc_offset(vcpu: &Vcpu, offset: u64) {
     }
 }
 
-/// Whether a TSC that is to continue from `wanted` does so with `now`, read a moment later.
+/// Whether `now`, read a moment later, continues a TSC from `wanted`.
 fn goes_on(wanted: u64, now: u64, khz: u32) -> bool {
     now.wrapping_sub(wanted) <= u64::from(khz) * MAX_TSC_LEAD_MS
 }
 
-/// Whether a guest sees by its clock that its TSC is off by `ticks` (modulo 2^64): clocks of hosts do not
-/// agree to a few milliseconds either.
+/// Whether a guest would notice a TSC error of `ticks` (modulo 2^64): hosts' clocks also differ by a few
+/// milliseconds.
 fn is_noticed(ticks: u64, khz: u32) -> bool {
     ticks.min(ticks.wrapping_neg()) > u64::from(khz) * 10
 }

@@ -1,8 +1,8 @@
-//! Opening KVM and asking what it can do. The whole crate's unsafe code lives in this folder.
+//! Opens KVM and checks its capabilities. Almost all unsafe code of this crate lives in this folder.
 //!
-//! [`memory`] maps guest RAM, [`vm`] owns slots, interrupts and the dirty log, [`vcpu`] runs and
-//! kicks one vCPU, [`alarm`] does so on time, [`cpu_state`] and [`vm_state`] turn what they hold into plain data and back;
-//! [`nested`] says what a guest may not have.
+//! [`memory`] maps guest RAM, [`vm`] owns slots, interrupts and the dirty log, [`vcpu`] runs and kicks one
+//! vCPU, [`alarm`] kicks it after a delay, [`cpu_state`] and [`vm_state`] save and restore their state;
+//! [`nested`] hides nested virtualization.
 
 pub mod alarm;
 pub mod blob;
@@ -18,10 +18,9 @@ pub mod vm_state;
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
-/// What KVM refused, in terms of what we asked for.
+/// An error of KVM, or of guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// `/dev/kvm` does not exist.
     #[error(
         "/dev/kvm does not exist: load kvm_intel or kvm_amd (or enable nested virtualisation), \
          then try `ferry doctor`"
@@ -30,52 +29,36 @@ pub enum KvmError {
     /// `/dev/kvm` exists but we may not open it.
     #[error("no permission to open /dev/kvm: add yourself to group kvm, then log in again")]
     Permission,
-    /// `/dev/kvm` could not be opened for another reason.
     #[error("cannot open /dev/kvm")]
     Open(#[source] std::io::Error),
-    /// Not the API that every KVM since 2007 has.
+    /// Not version 12, the stable API since 2007.
     #[error("KVM API version is {0}, expected {KVM_API_VERSION}: the kernel is too old")]
     ApiVersion(i32),
-    /// A capability that we cannot do without.
+    /// A required capability is missing.
     #[error("KVM lacks {0:?}, which Ferry needs; `ferry doctor` lists what is missing")]
     Capability(Cap),
     /// More vCPUs than this KVM allows.
     #[error("{wanted} vCPUs asked for, this KVM allows {most}")]
-    TooManyCpus {
-        /// What the user asked for.
-        wanted: usize,
-        /// What KVM allows.
-        most: usize,
-    },
-    /// An ioctl failed.
+    TooManyCpus { wanted: usize, most: usize },
     #[error("{what} failed")]
     Ioctl {
         /// The ioctl, by its KVM name.
         what: &'static str,
-        /// Its errno.
         #[source]
         source: std::io::Error,
     },
-    /// Mapping guest RAM failed.
     #[error("cannot map {bytes} bytes of guest memory: lower --memory or free memory on the host")]
     Map {
-        /// RAM size.
         bytes: u64,
-        /// What the kernel said.
         #[source]
         source: std::io::Error,
     },
-    /// A saved state that this KVM or machine cannot take.
+    /// A saved state that this KVM or machine cannot load.
     #[error("{what}: {reason}")]
-    State {
-        /// Which record.
-        what: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
+    State { what: &'static str, reason: String },
 }
 
-/// Names the ioctl in an error.
+/// Adds the ioctl's name to an error.
 pub(crate) fn ioctl<T>(
     what: &'static str,
     result: Result<T, kvm_ioctls::Error>,
@@ -83,7 +66,7 @@ pub(crate) fn ioctl<T>(
     result.map_err(|error| KvmError::Ioctl { what, source: error.into() })
 }
 
-/// An open `/dev/kvm` that has all that we need.
+/// An open `/dev/kvm` with all required capabilities.
 #[derive(Debug)]
 pub struct Host {
     kvm: Kvm,
@@ -130,12 +113,12 @@ impl Host {
         &self.kvm
     }
 
-    /// CPUID as this host can offer it to a guest.
+    /// The CPUID that this host supports.
     pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
         ioctl("KVM_GET_SUPPORTED_CPUID", self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
     }
 
-    /// Refuses a number of vCPUs that KVM would refuse later and less clearly.
+    /// Checks the number of vCPUs early, for a better error than KVM's.
     pub fn check_cpu_count(&self, wanted: usize) -> Result<(), KvmError> {
         let most = self.kvm.get_max_vcpus();
         if wanted > most {

@@ -1,13 +1,13 @@
-//! Model-specific registers: which are saved, in which order they are restored, and what a refused one
-//! means. Used by [`super::cpu_state`].
+//! Model-specific registers: which to save, the order of restoring, and how to treat a refused one. Used by
+//! [`super::cpu_state`].
 //!
-//! `KVM_GET_MSR_INDEX_LIST` leaves out what KVM holds all the same: MTRRs, machine-check banks and,
-//! on some hosts, IA32_XSS. They are added here as far as KVM lets one read them.
+//! `KVM_GET_MSR_INDEX_LIST` omits registers that KVM does have: MTRRs, machine-check banks and, on some
+//! hosts, IA32_XSS. They are added here if KVM can read them.
 //!
-//! Restoring: everything but what follows, MTRR ranges, the MTRR default type (which switches them
-//! on), then machine checks. The caller writes TSC_DEADLINE last of all, after the TSC offset.
-//! A register that KVM refuses is compared with what the fresh vCPU holds: if that is the same,
-//! nothing is lost; if not, the guest cannot run here.
+//! Order of restoring: all others, MTRR ranges, the MTRR default type (which enables them), then machine
+//! checks. The caller writes TSC_DEADLINE last of all, after the TSC offset. A register that KVM refuses is
+//! compared with what the fresh vCPU holds: if that is the same, nothing is lost; if not, the guest cannot
+//! run here.
 
 use super::vcpu::Vcpu;
 use super::{KvmError, ioctl, nested};
@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 pub(super) const MSR_IA32_TSC: u32 = 0x10;
 pub(super) const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 
-/// More registers than any KVM has: bounds what a stream may make us write.
+/// More registers than any KVM has: limits what a stream can make us write.
 pub const MAX_MSRS: usize = 1024;
 /// Registers of one ioctl; KVM takes fewer than 256.
 const MSRS_PER_CALL: usize = 128;
@@ -44,8 +44,8 @@ const MAX_MCE_BANKS: u32 = 32;
 
 const XSS: u32 = 0xda0;
 
-/// Registers that every guest may rely on: a host that has none of them cannot run a guest, even if
-/// the value at the source was zero.
+/// Registers that every guest may rely on: a host without one of them cannot run the guest, even if its
+/// value at the source was zero.
 const VITAL: [(u32, &str); 25] = [
     (MSR_IA32_TSC, "IA32_TIME_STAMP_COUNTER"),
     (0x11, "MSR_KVM_WALL_CLOCK"),
@@ -97,7 +97,7 @@ const NAMED: [(u32, &str); 19] = [
     (0xc001_0015, "HWCR"),
 ];
 
-/// Which registers one vCPU's KVM lets us read.
+/// The registers of a vCPU that can be read.
 ///
 /// # Errors
 /// An ioctl that fails as a whole.
@@ -112,6 +112,7 @@ pub(super) fn readable(vcpu: &Vcpu, listed: &[u32]) -> Result<Vec<u32>, KvmError
 
 /// Registers to save, each once, in the order of restoring.
 fn to_save(listed: &[u32], bank_count: u64) -> Vec<u32> {
+    // Saturates: the maximum is far below.
     let bank_count = u32::try_from(bank_count).unwrap_or(u32::MAX).min(MAX_MCE_BANKS);
     let variable = MTRR_PHYS_BASE_0..MTRR_PHYS_BASE_0 + 2 * MTRR_VARIABLE;
     let banks = MC0_CTL..MC0_CTL + MSRS_PER_BANK * bank_count;
@@ -141,14 +142,14 @@ fn is_mtrr_range(index: u32) -> bool {
         || (MTRR_PHYS_BASE_0..MTRR_PHYS_BASE_0 + 2 * MTRR_VARIABLE).contains(&index)
 }
 
-/// The bank that a register belongs to, and which of its four it is.
+/// A register's bank and its index among the bank's four.
 fn mce_bank(index: u32) -> Option<(u32, u32)> {
     let at = index.checked_sub(MC0_CTL)?;
     let (bank, member) = (at / MSRS_PER_BANK, at % MSRS_PER_BANK);
     (bank < MAX_MCE_BANKS).then_some((bank, member))
 }
 
-/// A register's name and number, as far as it has a name.
+/// A register's number, and its name if known.
 fn name(index: u32) -> String {
     let number = format!("MSR {index:#x}");
     let known = VITAL.iter().chain(&NAMED).find(|(known, _)| *known == index);
@@ -170,7 +171,7 @@ fn name(index: u32) -> String {
     number
 }
 
-/// Checks what a stream can get wrong.
+/// Validates untrusted registers.
 ///
 /// # Errors
 /// Too many registers, or one twice.
@@ -186,7 +187,7 @@ pub(super) fn validate(msrs: &[(u32, u64)]) -> Result<(), KvmError> {
     }
 }
 
-/// What is to be written of a record, in the order of writing, without TSC_DEADLINE.
+/// The registers to write, in order, without TSC_DEADLINE.
 pub(super) fn to_restore(msrs: &[(u32, u64)]) -> Vec<(u32, u64)> {
     let wanted = |msr: &&(u32, u64)| msr.0 != MSR_IA32_TSC_DEADLINE && !nested::hides_msr(msr.0);
     let value = |msr: &(u32, u64)| (msr.0, nested::without_vmx(msr.0, msr.1));
@@ -202,7 +203,7 @@ fn entries(pairs: impl Iterator<Item = (u32, u64)>) -> Result<Msrs, KvmError> {
         .map_err(|error| KvmError::State { what: "MSRs", reason: format!("{error:?}") })
 }
 
-/// Reads `indices`; KVM stops at the first that it cannot read, which is then left out.
+/// Reads `indices`; KVM stops at the first that it cannot read, which is then skipped.
 pub(super) fn read(vcpu: &Vcpu, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
@@ -220,8 +221,8 @@ pub(super) fn read(vcpu: &Vcpu, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmE
     Ok(values)
 }
 
-/// Writes `msrs` in their order; KVM stops at the first that it refuses. That is an error if the guest
-/// would lose a value by it.
+/// Writes `msrs` in order; KVM stops at the first that it refuses, which is an error if the guest would
+/// lose a value.
 pub(super) fn write(vcpu: &Vcpu, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
     let mut rest = msrs;
     while !rest.is_empty() {
@@ -238,8 +239,8 @@ pub(super) fn write(vcpu: &Vcpu, msrs: &[(u32, u64)]) -> Result<(), KvmError> {
     Ok(())
 }
 
-/// Whether a guest can do without `value` in a register that this host refuses to write. `held` is what
-/// the fresh vCPU has in it, `None` if the host has no such register.
+/// Whether a guest can run without `value` in a register that this host refuses to write. `held` is the
+/// fresh vCPU's value, `None` if the host has no such register.
 fn judge_refused(index: u32, value: u64, held: Option<u64>) -> Result<(), KvmError> {
     let vital = VITAL.iter().any(|(vital, _)| *vital == index);
     let register = name(index);

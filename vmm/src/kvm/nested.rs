@@ -1,7 +1,7 @@
-//! Nested virtualization: hidden from every guest, and a vCPU that uses it all the same does not move.
+//! Nested virtualization: hidden from every guest; a vCPU that uses it nevertheless cannot be migrated.
 //!
-//! Its state (`KVM_GET_NESTED_STATE`, the VMX capability MSRs, the pages that a VMCS or VMCB points to)
-//! does not travel, so a guest must not come to depend on it. This is the one place that hides it:
+//! Its state (`KVM_GET_NESTED_STATE`, the VMX capability MSRs, the pages that a VMCS or VMCB points to) is
+//! not migrated, so a guest must not use it. This is the only place that hides it:
 //!
 //! * CPUID: VMX (leaf 1), SVM (leaf 0x8000_0001) and SVM's own leaf 0x8000_000A. KVM then refuses what
 //!   follows from them: VMXE in CR4, SVME in EFER, the VMX bits of IA32_FEATURE_CONTROL.
@@ -36,10 +36,10 @@ const VMX_MSRS: std::ops::RangeInclusive<u32> = 0x480..=0x493;
 /// VM_CR and VM_HSAVE_PA.
 const SVM_MSRS: [u32; 2] = [0xc001_0114, 0xc001_0117];
 
-/// What `vmxon_pa` says of a vCPU that is not in VMX operation.
+/// `vmxon_pa` of a vCPU that is not in VMX operation.
 const NO_VMXON_REGION: u64 = u64::MAX;
 
-/// Takes VMX and SVM out of what a guest is told.
+/// Removes VMX and SVM from a guest's CPUID.
 pub fn hide_from_cpuid(entries: &mut [kvm_cpuid_entry2]) {
     for entry in entries {
         match entry.function {
@@ -56,13 +56,13 @@ pub(super) fn hides_msr(index: u32) -> bool {
     VMX_MSRS.contains(&index) || SVM_MSRS.contains(&index)
 }
 
-/// The value that a guest without VMX may have in an MSR that holds `value`: a guest of an earlier
-/// version, which offered VMX, has allowed itself VMXON in IA32_FEATURE_CONTROL.
+/// `value` of an MSR without VMX bits: a guest of an earlier version, which offered VMX, may have enabled
+/// VMXON in IA32_FEATURE_CONTROL.
 pub(super) fn without_vmx(index: u32, value: u64) -> u64 {
     if index == MSR_FEATURE_CONTROL { value & !FEATURE_CONTROL_VMX } else { value }
 }
 
-/// What KVM says of a vCPU's nested state, without that state.
+/// The header of a vCPU's nested state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvmView {
     flags: u32,
@@ -89,19 +89,19 @@ impl From<&KvmNestedStateBuffer> for KvmView {
     }
 }
 
-/// How far a vCPU has gone into nested virtualization.
+/// A vCPU's use of nested virtualization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Use {
     /// CR4.
     pub cr4: u64,
     /// EFER.
     pub efer: u64,
-    /// KVM's word, where it has `KVM_CAP_NESTED_STATE`.
+    /// KVM's nested state, if it has `KVM_CAP_NESTED_STATE`.
     pub kvm: Option<KvmView>,
 }
 
 impl Use {
-    /// Refuses a vCPU with state that would be lost.
+    /// Fails if the vCPU has nested state, which would be lost.
     ///
     /// # Errors
     /// [`KvmError::State`], which says what the guest has switched on.

@@ -1,9 +1,9 @@
-//! Runs one vCPU and makes it stop: the exit loop's view of `KVM_RUN`, and the kick.
+//! Runs and kicks one vCPU: `KVM_RUN` and its exits. Used by `machine::vcpus`.
 //!
-//! A kick is a signal whose handler sets `immediate_exit` in the thread's own `kvm_run` page. A kick
-//! that arrives before `KVM_RUN` makes it return at once; one that arrives during it interrupts it.
-//! [`Vcpu::acknowledge_kick`] clears the flag and must come before the mailbox is looked at, so that
-//! a message sent after the look brings its own kick.
+//! A kick is a signal whose handler sets `immediate_exit` in the thread's own `kvm_run` page. A kick that
+//! arrives before `KVM_RUN` makes it return at once; one during `KVM_RUN` interrupts it.
+//! [`Vcpu::acknowledge_kick`] clears the flag and must precede the check of the mailbox: a message sent
+//! after that check brings its own kick.
 
 use super::{KvmError, ioctl};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -39,7 +39,7 @@ pub(crate) fn install_kick_handler() -> Result<(), KvmError> {
 
 /// Interrupts the vCPU that `thread` runs, or its next `KVM_RUN`.
 pub fn kick(thread: &JoinHandle<()>) {
-    // The thread may have ended already; that is as good as stopped.
+    // Fails if the thread has ended already.
     let _ = thread.kill(SIGRTMIN());
 }
 
@@ -49,7 +49,7 @@ pub fn thread_id() -> i32 {
     unsafe { libc::gettid() }
 }
 
-/// Why `KVM_RUN` came back with something for us to do.
+/// Why `KVM_RUN` returned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Exit {
     /// Port access of whole elements; [`Vcpu::port_data`] holds them.
@@ -70,9 +70,9 @@ pub enum Exit {
     Interrupted,
     /// The guest triple-faulted.
     TripleFault,
-    /// KVM cannot go on; [`Vcpu::internal_error`] says why.
+    /// KVM cannot continue; see [`Vcpu::internal_error`].
     InternalError,
-    /// KVM cannot go on; the text says why.
+    /// KVM cannot continue, for the given reason.
     Failed(String),
 }
 
@@ -88,7 +88,7 @@ impl Vcpu {
         Self { fd, index }
     }
 
-    /// Which vCPU.
+    /// The vCPU's number.
     pub fn index(&self) -> u8 {
         self.index
     }
@@ -98,19 +98,19 @@ impl Vcpu {
         &self.fd
     }
 
-    /// Makes kicks sent to the calling thread reach this vCPU. Call first on the vCPU's thread.
+    /// Directs kicks of the calling thread to this vCPU. Call first on the vCPU's thread.
     pub fn bind_to_thread(&mut self) {
         let flag = ptr::from_mut(&mut self.fd.get_kvm_run().immediate_exit);
         IMMEDIATE_EXIT.with(|cell| cell.set(flag.cast::<AtomicU8>().cast_const()));
     }
 
-    /// Clears the kick. Look at the mailbox only after it.
+    /// Clears the kick. Check the mailbox only afterwards.
     pub fn acknowledge_kick(&mut self) {
         self.fd.set_kvm_immediate_exit(0);
         std::sync::atomic::fence(Ordering::SeqCst);
     }
 
-    /// Runs the guest until it needs us.
+    /// Runs the guest until the next exit.
     pub fn run(&mut self) -> Exit {
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, _)) => Exit::Port { port, write: false },
@@ -135,8 +135,8 @@ impl Vcpu {
         let run = ptr::from_mut(self.fd.get_kvm_run());
         // SAFETY: the exit reason was KVM_EXIT_IO, which selects this union member.
         let io = unsafe { (*run).__bindgen_anon_1.io };
-        let (size, count) = (usize::from(io.size).max(1), usize::try_from(io.count).unwrap_or(0));
-        let offset = usize::try_from(io.data_offset).unwrap_or(0);
+        let (size, count) = (usize::from(io.size).max(1), io.count as usize);
+        let offset = usize::try_from(io.data_offset).expect("64-bit host");
         // SAFETY: KVM keeps `count * size` bytes at this offset within the mapping that starts at
         // `run`, and they stay there while the vCPU, borrowed by the result, does not run.
         let data =
@@ -148,12 +148,12 @@ impl Vcpu {
     pub fn mmio_data(&mut self) -> &mut [u8] {
         // SAFETY: the exit reason was KVM_EXIT_MMIO, which selects this union member.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
-        let len = usize::try_from(mmio.len).unwrap_or(0).min(mmio.data.len());
+        let len = (mmio.len as usize).min(mmio.data.len());
         &mut mmio.data[..len]
     }
 
-    /// Lets KVM finish the instruction whose port or MMIO access was just served, without running
-    /// any further one: needed before the registers are saved.
+    /// Completes the instruction of the last port or MMIO access without running another one: required
+    /// before the registers are saved.
     pub fn complete_access(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         // With immediate_exit set, KVM_RUN completes the access and returns EINTR.
@@ -178,7 +178,7 @@ impl Vcpu {
         format!("{what} (suberror {}) at rip {rip:#x}", error.suberror)
     }
 
-    /// Tells the guest's kvmclock that it was paused, so that its watchdogs do not bark.
+    /// Tells the guest's kvmclock that it was paused, so that watchdogs do not fire.
     pub fn notify_clock_paused(&self) {
         // EINVAL: the guest does not use kvmclock.
         let _ = self.fd.kvmclock_ctrl();

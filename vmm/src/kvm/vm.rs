@@ -24,12 +24,12 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// How the dirty log is cleared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DirtyLogMode {
-    /// `KVM_CLEAR_DIRTY_LOG` clears what it is told, just before the copy; all pages start dirty, so
-    /// switching on costs nothing.
+    /// `KVM_CLEAR_DIRTY_LOG` clears given pages, just before the copy; all pages start dirty, so enabling
+    /// the log is free.
     ManualInitiallySet,
-    /// As above, but logging starts by write-protecting every page.
+    /// As above, but enabling the log write-protects every page.
     Manual,
-    /// Reading clears.
+    /// Reading the log clears it.
     ClearOnRead,
 }
 
@@ -43,8 +43,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Creates a VM: slots first, because the first slot after the irqchip takes 10 ms, then
-    /// irqchip and PIT, which must exist before any vCPU.
+    /// Creates a VM: memory slots first, because adding one after the irqchip takes 10 ms, then irqchip and
+    /// PIT, which must exist before any vCPU.
     pub fn create(host: &Host, ram: GuestRam, layout: RamLayout) -> Result<Self, KvmError> {
         let fd = ioctl("KVM_CREATE_VM", host.kvm().create_vm())?;
         let dirty_log_mode = enable_manual_dirty_log(&fd);
@@ -68,7 +68,7 @@ impl Vm {
         &self.ram
     }
 
-    /// How RAM is numbered.
+    /// The layout of RAM.
     pub fn layout(&self) -> &RamLayout {
         &self.layout
     }
@@ -80,7 +80,7 @@ impl Vm {
 
     /// Creates vCPU `index`.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
-        // Before its thread exists: a kick that finds no handler would end the process.
+        // Before its thread exists: a kick without a handler would kill the process.
         install_kick_handler()?;
         Ok(Vcpu::new(ioctl("KVM_CREATE_VCPU", self.fd.create_vcpu(u64::from(index)))?, index))
     }
@@ -173,7 +173,8 @@ impl Vm {
             if mask.is_empty() || first >= end {
                 continue;
             }
-            let words = usize::try_from((end - first) / 64).unwrap_or(usize::MAX).min(mask.len());
+            let left_in_block = usize::try_from((end - first) / 64).expect("64-bit host");
+            let words = left_in_block.min(mask.len());
             let (now, rest) = mask.split_at(words);
             let page_count = words as u64 * 64;
             let mut log = kvm_clear_dirty_log {
@@ -218,9 +219,10 @@ fn check(what: &'static str, result: i32) -> Result<(), KvmError> {
     Err(KvmError::Ioctl { what, source: std::io::Error::last_os_error() })
 }
 
-/// Turns on the best way of clearing the dirty log that this KVM has.
+/// Enables the best dirty log mode that this KVM supports.
 fn enable_manual_dirty_log(fd: &VmFd) -> DirtyLogMode {
     let cap = std::ffi::c_ulong::from(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+    // Negative or absent: no mode is offered.
     let offered = u32::try_from(fd.check_extension_raw(cap)).unwrap_or(0);
     let manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     let both = manual | KVM_DIRTY_LOG_INITIALLY_SET;

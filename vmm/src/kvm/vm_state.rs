@@ -1,11 +1,10 @@
-//! Interrupt controllers, PIT and clocks as plain data, and back.
+//! Saves and restores interrupt controllers, PIT and clocks as plain data.
 //!
-//! The clock record pairs KVM's clock with the host's TSC and wall time at the save. With such a
-//! pair from both hosts the guest's TSC goes on as if it had never left: the new offset is the old
-//! one, plus the TSC ticks by which the hosts differ, plus the time that passed (Linux,
-//! `Documentation/virt/kvm/devices/vcpu.rst`). kvmclock goes on by that same time, so that the two agree.
-//! Wall clocks of hosts may disagree: the time that passed is never negative and has an upper bound.
-//! Without a pair no time passes for either clock.
+//! The clock record pairs KVM's clock with the host's TSC and wall time at the save. With such a pair from
+//! both hosts the guest's TSC continues seamlessly: the new offset is the old one, plus the difference of
+//! the hosts' TSCs, plus the elapsed time (Linux, `Documentation/virt/kvm/devices/vcpu.rst`). kvmclock
+//! advances by the same time, so that the two agree. Wall clocks of hosts may disagree: the elapsed time is
+//! never negative and has an upper bound. Without a pair neither clock advances.
 
 use super::blob::Blob;
 use super::vm::Vm;
@@ -27,7 +26,7 @@ pub struct IrqchipState {
 }
 
 impl IrqchipState {
-    /// Reads all; after the vCPUs, so that nothing is in flight.
+    /// Reads the state; call after saving the vCPUs, so that no interrupt is in flight.
     pub fn save(vm: &Vm) -> Result<Self, KvmError> {
         let chip = |chip_id| {
             let mut state = kvm_irqchip { chip_id, ..Default::default() };
@@ -42,7 +41,7 @@ impl IrqchipState {
         })
     }
 
-    /// Writes all; after the vCPUs' LAPICs.
+    /// Loads the state; call after restoring the vCPUs' LAPICs.
     pub fn restore(&self, vm: &Vm) -> Result<(), KvmError> {
         let chips = [
             (KVM_IRQCHIP_PIC_MASTER, &self.pic_master),
@@ -60,13 +59,13 @@ impl IrqchipState {
     }
 }
 
-/// What a handover may take, in nanoseconds (10 minutes). Wall clocks that differ by more are wrong, and
-/// a guest takes less harm from a clock that lags than from one that leaps.
+/// Limit of the elapsed time, in nanoseconds (10 minutes). Wall clocks that differ by more are wrong, and a
+/// lagging clock harms a guest less than one that jumps.
 const MAX_ELAPSED_NS: u64 = 600_000_000_000;
-/// The longest life of a guest, in nanoseconds (146 years): clocks never wrap.
+/// Limit of a guest's uptime, in nanoseconds (146 years), so that clocks never wrap.
 const MAX_CLOCK_NS: u64 = u64::MAX / 4;
 
-/// KVM's clock, and host TSC and wall time read together with it where KVM offers them.
+/// KVM's clock, with host TSC and wall time read atomically if KVM supports that.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClockState {
@@ -90,7 +89,7 @@ impl ClockState {
         })
     }
 
-    /// Checks what a stream can get wrong.
+    /// Validates an untrusted record.
     ///
     /// # Errors
     /// [`KvmError::State`] for a clock that no guest can have.
@@ -102,35 +101,34 @@ impl ClockState {
         Ok(())
     }
 
-    /// Lets the guest's kvmclock, saved as `self`, go on in `vm`, whose vCPUs exist. Returns the clock of
-    /// this host at the moment from which it goes on, for [`Self::continue_tsc`].
+    /// Continues the guest's kvmclock, saved as `self`, in `vm`, whose vCPUs must exist. Returns this
+    /// host's clock at that moment, for [`Self::continue_tsc`].
     ///
     /// # Errors
     /// A clock that [`Self::validate`] refuses, or a failed ioctl.
     pub fn restore(&self, vm: &Vm) -> Result<Self, KvmError> {
         self.validate()?;
-        // KVM looks for a clock common to all vCPUs when it is set: before, it tells no pair.
+        // KVM updates its master clock when the clock is set: before that, it reports no pair.
         set_clock(vm, &kvm_clock_data { clock: self.clock_ns, ..Default::default() })?;
         let here = Self::save(vm)?;
         let Some(realtime) = here.realtime_ns else { return Ok(here) };
-        // KVM adds what passes between here and the call.
+        // KVM adds the time until the call.
         let clock = self.continue_kvmclock(&here);
         let flags = KVM_CLOCK_REALTIME;
         set_clock(vm, &kvm_clock_data { clock, flags, realtime, ..Default::default() })?;
         Ok(here)
     }
 
-    /// How much time has passed for the guest since `self` was saved elsewhere, in nanoseconds, given the
-    /// pair read `here`.
+    /// Nanoseconds since `self` was saved elsewhere, given the pair read `here`.
     fn elapsed_ns(&self, here: &Self) -> u64 {
         let pairs = (self.realtime_ns, self.host_tsc, here.realtime_ns, here.host_tsc);
         let (Some(then), Some(_), Some(now), Some(_)) = pairs else { return 0 };
         now.saturating_sub(then).min(MAX_ELAPSED_NS)
     }
 
-    /// How far the guest's TSC goes on in that time.
+    /// TSC ticks in that time.
     pub fn elapsed_ticks(&self, here: &Self, tsc_khz: u32) -> u64 {
-        // By whole milliseconds and the rest, neither of which overflows with any frequency.
+        // Whole milliseconds and the rest separately, so that no frequency overflows.
         let (ns, khz) = (self.elapsed_ns(here), u64::from(tsc_khz));
         ns / 1_000_000 * khz + ns % 1_000_000 * khz / 1_000_000
     }

@@ -1,5 +1,5 @@
-//! Configuration or description -> machine, paused. The same code builds a machine that boots and one
-//! that arrives, so that both see the same hardware.
+//! Builds a paused machine from a configuration or a description. The same code builds a booting and an
+//! incoming machine, so that both have the same hardware.
 
 use super::description::{Description, DiskDescription};
 use super::vcpus::{VcpuContext, Vcpus};
@@ -27,7 +27,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// What a user asks of a new machine, as far as the guest can see it.
+/// The guest-visible configuration of a new machine.
 pub struct NewMachine<'a> {
     /// The guest's name.
     pub name: Option<String>,
@@ -37,7 +37,7 @@ pub struct NewMachine<'a> {
     pub cpus: u8,
     /// Kernel, and initrd or modules.
     pub payload: &'a BootPayload,
-    /// Asked between pieces of a boot file; `false` ends the building.
+    /// Polled between pieces of a boot file; `false` cancels.
     pub go_on: &'a dyn Fn() -> bool,
     /// Kernel command line, without what Ferry adds.
     pub cmdline: String,
@@ -45,12 +45,12 @@ pub struct NewMachine<'a> {
     pub acpi: bool,
     /// Number of queues of each disk of the backends.
     pub disk_queues: Vec<u16>,
-    /// Whether there is a source of random bytes.
+    /// Whether the machine has a virtio-rng.
     pub rng: bool,
 }
 
 impl Machine {
-    /// Builds a machine and puts it at its kernel's entry. It does not run yet and holds no permit.
+    /// Builds a machine and loads its kernel. It does not run yet and holds no permit.
     pub fn boot(
         host: &Host,
         new: NewMachine<'_>,
@@ -83,8 +83,8 @@ impl Machine {
         parts.assemble(host, description, backends)
     }
 
-    /// Builds a machine for a guest that arrives: everything but its state. Refuses here what could
-    /// not run here.
+    /// Builds a machine for an incoming guest, without its state. Fails if the guest could not run on this
+    /// host.
     pub fn arrive(
         host: &Host,
         description: Description,
@@ -105,7 +105,7 @@ impl Machine {
     }
 }
 
-/// KVM's half of a machine, before threads own it.
+/// The KVM side of a machine, before its threads exist.
 struct Parts {
     vm: Arc<Vm>,
     vcpus: Vec<Vcpu>,
@@ -127,7 +127,8 @@ impl Parts {
     }
 
     fn configure_cpus(&self, base: &[kvm_cpuid_entry2], tsc_khz: u32) -> Result<(), MachineError> {
-        let count = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        let too_many = |_| MachineError::Records("more vCPUs than APIC ids".into());
+        let count = u8::try_from(self.vcpus.len()).map_err(too_many)?;
         for vcpu in &self.vcpus {
             set_tsc_khz(vcpu, tsc_khz)?;
             set_cpuid(vcpu, &cpu::cpuid(base, vcpu.index(), count, tsc_khz))?;
@@ -147,7 +148,7 @@ impl Parts {
         let exits = || -> ExitSink {
             let (ended, on_exit) = (ended.clone(), on_exit.clone());
             Box::new(move |exit| {
-                // The vCPU that asked, and the others, run no further while the VMM reacts.
+                // Stops all vCPUs until the VMM has handled the request.
                 if !ended.swap(true, Ordering::AcqRel) {
                     on_exit(exit);
                 }
@@ -158,7 +159,7 @@ impl Parts {
         let serial = SerialConsole::new(irq, backends.serial_output).map_err(setup("COM1"))?;
         let serial = Arc::new(Mutex::new(serial));
         let mut pio = Bus::new();
-        insert(&mut pio, layout::COM1_PORT, 8, serial.clone())?;
+        insert(&mut pio, layout::COM1_PORT.into(), 8, serial.clone())?;
         insert(&mut pio, layout::I8042_PORT, 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
         let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
         insert(&mut pio, layout::DEBUG_EXIT_PORT, 4, debug_exit)?;
@@ -234,7 +235,7 @@ fn describe_disk(node: &BlockNode, queues: u16) -> DiskDescription {
     }
 }
 
-/// The images given here must be what the guest knows.
+/// Checks the images against the description.
 fn check_disks(expected: &[DiskDescription], given: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     for (index, disk) in expected.iter().enumerate() {
         let (id, len_bytes) = (disk.id.clone(), disk.len_bytes);

@@ -1,5 +1,5 @@
-//! Can this host's CPU run a guest that was told of another's features? Asked at the destination,
-//! before the first page travels: a guest that finds a feature gone dies much later and less clearly.
+//! Checks that this host's CPU has all features in a guest's CPUID. The destination checks before the first
+//! page is sent: a guest that lost a feature would crash much later and less clearly.
 
 use crate::kvm::nested::{CPUID_SVM, CPUID_VMX};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -32,8 +32,8 @@ impl Register {
     }
 }
 
-/// A CPUID word whose bits are features: leaf, subleaf, register, and the bits that are none (state
-/// of the moment, or made by the VMM).
+/// A CPUID register of feature bits: leaf, subleaf, register, and bits to ignore (dynamic state, or
+/// synthesized by the VMM).
 struct FeatureWord {
     leaf: u32,
     subleaf: u32,
@@ -107,8 +107,8 @@ fn find(entries: &[kvm_cpuid_entry2], word: &FeatureWord) -> u32 {
     entries.iter().find(matches).map_or(0, |entry| word.register.of(entry))
 }
 
-/// Every feature that `guest` was told of and neither of `hosts` views has, by name. A host has two
-/// views: what KVM says that it supports, and what it shows a guest whatever was set.
+/// Names of all features in `guest` that are in neither view of the host: what KVM reports as supported,
+/// and what it exposes regardless of the setting.
 pub fn missing(guest: &[kvm_cpuid_entry2], hosts: [&[kvm_cpuid_entry2]; 2]) -> Vec<String> {
     let mut names = Vec::new();
     for word in &WORDS {

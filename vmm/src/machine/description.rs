@@ -1,5 +1,5 @@
-//! The machine description: all that makes guest-visible hardware. Written by the source, carried in
-//! the stream, validated at the destination like any other untrusted input.
+//! The machine description: all guest-visible hardware. Written by the source, sent in the stream,
+//! validated at the destination like any other untrusted input.
 
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
@@ -11,14 +11,13 @@ use serde::{Deserialize, Serialize};
 
 /// Version of [`Description`] that this build writes.
 const VERSION: u16 = 1;
-/// Most vCPUs of a machine.
+/// Maximum number of vCPUs.
 pub const MAX_CPUS: u8 = 16;
-/// Most virtio devices of a machine, disks most of all: one interrupt line each.
+/// Maximum number of disks: each virtio device needs an interrupt line.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
-/// Largest disk that arrives with its guest: what is known of it takes memory, and a file system may
-/// hold a sparse file of any size.
-pub const MAX_TRAVELLING_BYTES: u64 = 16 << 40;
+/// Largest disk that can be migrated: its bitmaps take memory, and a sparse file can have any size.
+pub const MAX_MIGRATED_DISK_BYTES: u64 = 16 << 40;
 
 /// One guest's hardware.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,11 +45,11 @@ pub struct Description {
     pub tsc_khz: u32,
 }
 
-/// What the guest sees of a disk. Where it lies on the host is the destination's own business.
+/// A disk as the guest sees it. The destination chooses its image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskDescription {
-    /// Names the disk on both sides.
+    /// The disk's id on both sides.
     pub id: String,
     /// Size.
     pub len_bytes: u64,
@@ -59,27 +58,27 @@ pub struct DiskDescription {
     /// Number of its queues. Older guests have one.
     #[serde(default = "one")]
     pub queues: u16,
-    /// Whether it comes with the guest, and what of it. Never set in a machine, only on the way.
+    /// How the disk is migrated, if it is. Set only in a description that is sent, never in a machine's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub travels: Option<Travels>,
 }
 
-/// What of a disk comes with its guest.
+/// How a disk is migrated.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Travels {
-    /// What it stands on, if only what lies above that comes.
+    /// Its backing file, if only the data above that is migrated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<BackingDescription>,
-    /// About how much that is; for the destination to see whether it has room.
+    /// Estimated bytes of data, for the destination's check of free space.
     pub data_bytes: u64,
 }
 
-/// A backing file, as its user can tell it from another.
+/// Identity of a backing file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackingDescription {
-    /// What it is called at the source.
+    /// Its path at the source.
     pub name: String,
     /// Its size as a disk.
     pub len_bytes: u64,
@@ -94,22 +93,17 @@ fn one() -> u16 {
 /// A description that no machine can be built from.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptionError {
-    /// Written by a newer Ferry.
     #[error("machine description version {found} is newer than {VERSION}, the newest known here")]
-    NewerVersion {
-        /// Version in the stream.
-        found: u16,
-    },
-    /// Not the layout that its version promises.
+    NewerVersion { found: u16 },
+    /// Does not match its version's layout.
     #[error("malformed machine description")]
     Malformed(#[source] serde_json::Error),
-    /// A value out of range.
     #[error("machine description: {0}")]
     Invalid(String),
 }
 
 impl Description {
-    /// For the stream.
+    /// Encodes it for the stream.
     pub fn to_stream(&self) -> MachineDescription {
         MachineDescription {
             version: VERSION,
@@ -118,7 +112,7 @@ impl Description {
         }
     }
 
-    /// From the stream, checked.
+    /// Decodes and validates it.
     pub fn from_stream(stream: &MachineDescription) -> Result<Self, DescriptionError> {
         if stream.version > VERSION {
             return Err(DescriptionError::NewerVersion { found: stream.version });
@@ -154,8 +148,8 @@ impl Description {
             if disk.len_bytes == 0 || !disk.len_bytes.is_multiple_of(SECTOR_BYTES) {
                 return invalid(format!("disk {:?} of {} bytes", disk.id, disk.len_bytes));
             }
-            if disk.travels.is_some() && disk.len_bytes > MAX_TRAVELLING_BYTES {
-                let (id, len, most) = (&disk.id, disk.len_bytes, MAX_TRAVELLING_BYTES);
+            if disk.travels.is_some() && disk.len_bytes > MAX_MIGRATED_DISK_BYTES {
+                let (id, len, most) = (&disk.id, disk.len_bytes, MAX_MIGRATED_DISK_BYTES);
                 return invalid(format!("disk {id:?} of {len} bytes travels, at most {most} may"));
             }
             if !(1..=MAX_QUEUES).contains(&disk.queues) {
@@ -170,7 +164,7 @@ impl Description {
     }
 }
 
-/// Whether a random number generator has room beside these disks.
+/// Whether a virtio-rng fits beside these disks.
 pub fn check_rng<'a>(
     rng: bool,
     mut disk_ids: impl ExactSizeIterator<Item = &'a str>,

@@ -34,9 +34,11 @@ impl DirtySource for VmDirtyLog {
         let log = self.vm.read_dirty_log(bitmap, &mut self.scratch);
         log.map_err(|error| guest_error(&error))?;
         for (region, block) in self.vm.ram().iter().zip(self.vm.layout().blocks()) {
-            // Marks are taken before the page is copied, as the log is: nothing is lost between.
+            let Some(words) = bitmap.get_mut(word_range(block)) else {
+                return Err(GuestError::new("the dirty bitmap is smaller than guest RAM"));
+            };
+            // Cleared before the page is copied, as the log is: a later write marks it again.
             let marks = region.get_mmap().bitmap().get_and_reset();
-            let words = bitmap.get_mut(word_range(block)).unwrap_or_default();
             words.iter_mut().zip(marks).for_each(|(word, marks)| *word |= marks);
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! Waiting for the requests that were in flight when a guest was stopped. Begun by
-//! [`super::Machine::begin_pause`] on the main thread, waited for on any other.
+//! Waits for the requests in flight of a stopped guest. Started by [`super::Machine::begin_pause`] on the
+//! main thread, waited for on another.
 
 use devices::block::BlockNode;
 use devices::virtio::mmio::Drain;
@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 /// One device that was told to start no new request.
 pub struct DeviceDrain {
     part: String,
-    /// What stores the disk, if it is one.
+    /// The disk's node, if it is a disk.
     pub disk: Option<Arc<BlockNode>>,
     began: Instant,
     drain: Drain,
 }
 
 impl DeviceDrain {
-    /// A disk that was told so just now.
+    /// A draining disk.
     pub fn of_disk(node: &Arc<BlockNode>, drain: Drain) -> Self {
         let part = format!("draining disk `{}`", node.id());
         Self::new(part, Some(node.clone()), drain)
     }
 
-    /// Another device.
+    /// A draining device other than a disk.
     pub fn of_device(name: &str, drain: Drain) -> Self {
         Self::new(format!("draining device `{name}`"), None, drain)
     }
@@ -32,12 +32,12 @@ impl DeviceDrain {
         Self { part, disk, began: Instant::now(), drain }
     }
 
-    /// Whether no request is in flight any more, by `deadline` at the latest.
+    /// Waits until no request is in flight; returns false at `deadline`.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
         self.drain.wait_until(deadline)
     }
 
-    /// How long it took, or has been waited for.
+    /// How long the drain took, or has taken so far.
     pub fn time(&self) -> PartTime {
         match self.drain.took() {
             Some(took) => PartTime::new(self.part.clone(), took),
@@ -56,9 +56,9 @@ pub struct Drains {
 }
 
 impl Drains {
-    /// Whether no request of any device is in flight any more, by `deadline` at the latest.
+    /// Waits until no device has requests in flight; returns false at `deadline`.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
-        // All are asked, so that each learns how long it took.
+        // Asks all, so that each records how long it took.
         let late = self.devices.iter_mut().filter_map(|device| {
             let ended = device.wait_until(deadline);
             (!ended).then_some(())
@@ -66,7 +66,7 @@ impl Drains {
         late.count() == 0
     }
 
-    /// How long each part took, the longest first; one that has not ended is the longest.
+    /// The duration of each part, longest first; unfinished ones come before all others.
     pub fn times(&self) -> Vec<PartTime> {
         let vcpus = PartTime::new("stopping vCPUs", self.vcpus_took);
         let mut times: Vec<_> = self.devices.iter().map(DeviceDrain::time).collect();
@@ -81,13 +81,13 @@ impl Drains {
         self.times().into_iter().next().unwrap_or(vcpus)
     }
 
-    /// What has not come to rest, in words for the user.
+    /// The parts that have not ended, for the user.
     pub fn late(&self) -> Vec<PartTime> {
         self.times().into_iter().filter(|time| !time.ended).collect()
     }
 }
 
-/// Sorts parts by how long they took; one that has not ended comes first.
+/// Sorts parts by duration, longest first; unfinished ones come before all others.
 pub fn longest_first(times: &mut [PartTime]) {
     times.sort_by_key(|time| std::cmp::Reverse((!time.ended, time.took)));
 }

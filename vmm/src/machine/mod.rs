@@ -1,8 +1,8 @@
-//! One guest's machine: what it is made of, how it starts, stops, is saved and loaded.
+//! One guest's machine: its parts; start, stop, save and restore.
 //!
-//! [`build`] makes it from a [`description`]; [`vcpus`] runs it; [`dirty`] watches its RAM;
-//! [`records`] carries its devices. The supervisor owns the one machine of a process and is the only
-//! one to call it. No vCPU runs without a [`RunPermit`].
+//! [`build`] creates it from a [`description`]; [`vcpus`] runs it; [`dirty`] tracks writes to its RAM;
+//! [`records`] saves and restores its devices. The supervisor owns the one machine of a process and is its
+//! only caller. No vCPU runs without a [`RunPermit`].
 
 pub mod build;
 pub mod cpu_features;
@@ -20,6 +20,7 @@ use crate::kvm::vm::Vm;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::irq::{EventIrq, IrqLine};
+use devices::lock;
 use devices::reset::GuestExit;
 use devices::serial::SerialConsole;
 use devices::state::RestoreError;
@@ -29,57 +30,39 @@ use drain::{DeviceDrain, Drains};
 use migration::guest::RunPermit;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use vcpus::{VcpuEnd, Vcpus, VcpusError};
 
-/// Names the random number generator's record, so no disk may have this name beside it.
+/// Instance name of the virtio-rng's record; no disk beside it may have this id.
 pub const RNG_INSTANCE: &str = "rng";
 
 /// Why a machine cannot be built, started, stopped or moved.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// The kernel cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A vCPU thread failed.
     #[error(transparent)]
     Vcpus(#[from] VcpusError),
-    /// The description makes no sense.
     #[error(transparent)]
     Description(#[from] DescriptionError),
-    /// The CPU lacks what the guest was told of.
+    /// The CPU lacks features of the guest's CPUID.
     #[error("this host's CPU lacks features that the guest uses: {}", .0.join(", "))]
     CpuFeatures(Vec<String>),
-    /// A disk failed.
     #[error("disk {id}")]
     Disk {
-        /// Which disk.
         id: String,
-        /// What failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A disk of the description that this side was not given.
+    /// A disk without a `--disk` option.
     #[error("the guest has a disk {id:?} ({len_bytes} bytes): give its path with --disk {id}=PATH")]
-    DiskNotGiven {
-        /// Which disk.
-        id: String,
-        /// Its size.
-        len_bytes: u64,
-    },
-    /// A disk that is not the one that the guest uses.
+    DiskNotGiven { id: String, len_bytes: u64 },
+    /// An image that differs from the guest's disk.
     #[error("disk {id}: {reason}")]
-    DiskMismatch {
-        /// Which disk.
-        id: String,
-        /// How it differs.
-        reason: String,
-    },
-    /// A device record that cannot be loaded.
+    DiskMismatch { id: String, reason: String },
     #[error(transparent)]
     Restore(#[from] RestoreError),
     /// The set of records does not fit the machine.
@@ -88,13 +71,11 @@ pub enum MachineError {
     /// An eventfd or bus range could not be set up.
     #[error("cannot set up {what}")]
     Setup {
-        /// What.
         what: &'static str,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// A move without the right to it.
+    /// The machine has no right to run.
     #[error(
         "the guest has been handed over and may run elsewhere; if you are sure that it does not, \
          resume it here with `ferry ctl SOCKET cont --force`"
@@ -102,40 +83,40 @@ pub enum MachineError {
     NoPermit,
 }
 
-/// Told by a device or vCPU when the guest ends or cannot go on.
+/// Reported by a device or vCPU when the guest ends or cannot continue.
 #[derive(Clone)]
 pub struct GuestEvents {
     /// The guest asked for reset, power-off or debug-exit.
     pub on_exit: Arc<dyn Fn(GuestExit) + Send + Sync>,
-    /// A vCPU cannot go on.
+    /// A vCPU cannot continue.
     pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
 }
 
-/// What a machine is connected to on this host.
+/// A machine's backends on this host.
 pub struct Backends {
     /// Disk images, in the order of the description; not yet locked.
     pub disks: Vec<Arc<BlockNode>>,
-    /// Takes what the guest writes to COM1.
+    /// Receives the guest's serial output.
     pub serial_output: Arc<Transmitter>,
-    /// Hears of the guest's end.
+    /// Called when the guest ends.
     pub events: GuestEvents,
 }
 
-/// A virtio-blk device and the image behind it.
+/// A virtio-blk device and its disk.
 pub struct Disk {
     /// The image.
     pub node: Arc<BlockNode>,
     transport: Arc<Mutex<MmioTransport>>,
 }
 
-/// One guest. Field order matters: threads stop before what they use goes.
+/// One guest. Field order matters: threads stop before the things they use are dropped.
 pub struct Machine {
     vcpus: Vcpus,
     disks: Vec<Disk>,
     rng: Option<Arc<Mutex<MmioTransport>>>,
     serial: Arc<Mutex<SerialConsole>>,
     power_button: Arc<EventIrq>,
-    /// Raised by the device or vCPU that ended the guest; the supervisor hears of it a moment later.
+    /// Set by the device or vCPU that ended the guest; the supervisor gets its message a moment later.
     ended: Arc<AtomicBool>,
     description: Description,
     permit: Option<RunPermit>,
@@ -145,12 +126,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// What the machine is.
+    /// The machine's description.
     pub fn description(&self) -> &Description {
         &self.description
     }
 
-    /// Its RAM and KVM side.
+    /// The KVM virtual machine and its RAM.
     pub fn vm(&self) -> &Arc<Vm> {
         &self.vm
     }
@@ -160,12 +141,12 @@ impl Machine {
         &self.serial
     }
 
-    /// Gives the guest input on its console; returns how many bytes there was room for.
+    /// Queues console input for the guest; returns how many bytes fitted.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
         lock(&self.serial).enqueue_input(bytes)
     }
 
-    /// Presses the ACPI power button; a guest that does not listen ignores it.
+    /// Presses the ACPI power button, which the guest may ignore.
     pub fn press_power_button(&self) -> Result<(), MachineError> {
         let setup = |source| MachineError::Setup { what: "power button", source };
         self.power_button.raise().map_err(setup)
@@ -176,7 +157,7 @@ impl Machine {
         &self.disks
     }
 
-    /// All virtio devices, in the order of their slots, and the instances that their records name.
+    /// All virtio devices in slot order, with their records' instance names.
     fn virtio_devices(&self) -> impl Iterator<Item = (&str, MutexGuard<'_, MmioTransport>)> {
         let disks = self.disks.iter().map(|disk| (disk.node.id(), &disk.transport));
         let rng = self.rng.iter().map(|transport| (RNG_INSTANCE, transport));
@@ -188,37 +169,37 @@ impl Machine {
         self.vcpus.thread_ids()
     }
 
-    /// Slows the guest down by `percent`; 0 lets it run freely.
+    /// Throttles the vCPUs by `percent`; 0 ends throttling.
     pub fn throttle(&self, percent: u8) {
         self.vcpus.throttle(percent);
     }
 
-    /// Gives the machine the right to run.
+    /// Grants the right to run.
     pub fn grant(&mut self, permit: RunPermit) {
         self.permit = Some(permit);
         lock(&self.serial).release_output();
     }
 
-    /// Takes the right to run; the machine must be stopped.
+    /// Revokes the right to run; the machine must be stopped.
     pub fn take_permit(&mut self) -> Option<RunPermit> {
         debug_assert!(!self.running, "a running guest needs its permit");
         let permit = self.permit.take()?;
-        // Whoever gets the guest gets what it has said and nobody has read.
+        // Unsent output moves with the guest.
         lock(&self.serial).hold_output();
         Some(permit)
     }
 
-    /// Whether the right to run is here.
+    /// Whether the machine has the right to run.
     pub fn has_permit(&self) -> bool {
         self.permit.is_some()
     }
 
-    /// What stores its disks, in the order of the description.
+    /// Its disks, in the order of the description.
     pub fn nodes(&self) -> Vec<Arc<BlockNode>> {
         self.disks.iter().map(|disk| disk.node.clone()).collect()
     }
 
-    /// Starts or resumes the guest: all of it, or, after an error, nothing of it.
+    /// Starts or resumes all vCPUs and devices, or none on error.
     pub fn run(&mut self) -> Result<(), MachineError> {
         if self.permit.is_none() {
             return Err(MachineError::NoPermit);
@@ -226,16 +207,16 @@ impl Machine {
         if self.running {
             return Ok(());
         }
-        // Before anything is changed: a device that goes on writes guest RAM.
+        // Check before any change: a resumed device writes guest RAM.
         self.vcpus.check()?;
         self.vcpus.notify_clock_paused()?;
-        // What has failed before is tried again.
-        self.disks.iter().for_each(|disk| disk.node.go_on());
-        // Devices first: a notification or interrupt that was in flight at the pause is made again.
+        // Retry failed requests.
+        self.disks.iter().for_each(|disk| disk.node.retry_failed());
+        // Devices first: they repeat notifications and interrupts that were in flight at the pause.
         lock(&self.serial).resume();
         self.virtio_devices().for_each(|(_, mut device)| device.resume());
         if let Err(error) = self.vcpus.run() {
-            // None runs; nor shall the devices. Whoever looks at them next drains them first.
+            // No vCPU runs, so stop the devices, too. Any later use drains them first.
             drop(self.begin_drain());
             return Err(error.into());
         }
@@ -243,8 +224,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the guest: on return no vCPU executes, and no disk request is begun. Those in flight are to
-    /// be waited for, elsewhere. Of a guest that is stopped already, only that is left to do.
+    /// Stops the guest: on return no vCPU executes and no request is started. The caller waits for requests
+    /// in flight on another thread. If the guest is stopped already, only that remains.
     pub fn begin_pause(&mut self) -> Result<Drains, MachineError> {
         let began = Instant::now();
         if self.running {
@@ -255,8 +236,8 @@ impl Machine {
         Ok(Drains { vcpus_took, devices: self.begin_drain() })
     }
 
-    /// As [`Machine::begin_pause`], for a guest that will not go on: also if a vCPU cannot be stopped,
-    /// which is then said, and means that the machine cannot be dropped either.
+    /// Like [`Machine::begin_pause`], for a guest that will not resume: continues if a vCPU cannot be
+    /// stopped, which is logged and means that the machine cannot be dropped either.
     pub fn begin_end(&mut self) -> (Drains, bool) {
         let began = Instant::now();
         let parked = if self.running { self.vcpus.park() } else { Ok(()) };
@@ -268,13 +249,13 @@ impl Machine {
         (drains, !matches!(parked, Err(VcpusError::Stuck { .. })))
     }
 
-    /// Of a guest that has stopped and stays here: sends what its console's reader takes without being
-    /// waited for, so that a log is complete.
+    /// Sends as much serial output as the reader takes without blocking, so that a log is complete. For a
+    /// stopped guest that stays here.
     pub fn flush_output(&self) {
         lock(&self.serial).pause();
     }
 
-    /// Tells all devices to begin no request.
+    /// Tells all devices to start no request.
     fn begin_drain(&self) -> Vec<DeviceDrain> {
         let disks = self.disks.iter().map(|disk| {
             let drain = lock(&disk.transport).begin_drain();
@@ -287,21 +268,21 @@ impl Machine {
         disks.chain(rng).collect()
     }
 
-    /// Whether the guest has asked for its end or a reset, or crashed: it is not to move any more. Tells
-    /// the truth once the machine is stopped.
+    /// Whether the guest has requested its end or a reset, or crashed, and so must not be migrated.
+    /// Reliable once the machine is stopped.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Whether a disk's failed request is to stop the guest.
+    /// Whether a failed request must stop the guest.
     pub fn has_stopped_disk(&self) -> bool {
         self.disks.iter().any(|disk| disk.node.is_stopped())
     }
 
-    /// Whether a disk keeps requests that have failed and were not tried again: of a guest that has gone
-    /// on and was stopped at once, too. Tells the truth once the machine is stopped.
+    /// Whether a disk keeps failed requests that were not retried, also after a resume followed by a stop.
+    /// Reliable once the machine is stopped.
     pub fn keeps_disk_requests(&self) -> bool {
-        self.disks.iter().any(|disk| disk.node.keeps_requests())
+        self.disks.iter().any(|disk| disk.node.has_kept_requests())
     }
 
     /// Whether vCPUs run.
@@ -310,7 +291,7 @@ impl Machine {
     }
 }
 
-/// Takes the locks of all disks; on an error none is held. May take long where storage does.
+/// Locks all disks; on an error none is locked. May block on storage.
 pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     for node in nodes {
         if let Err(source) = node.lock() {
@@ -322,12 +303,7 @@ pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     Ok(())
 }
 
-/// Lets go of the locks of all disks.
+/// Unlocks all disks.
 pub fn unlock_disks(nodes: &[Arc<BlockNode>]) {
     nodes.iter().for_each(|node| node.unlock());
-}
-
-/// A poisoned lock means that a device panicked, which is our bug; its state is still the best we have.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,13 +1,14 @@
 //! Saves and restores every device in one fixed order.
 //!
 //! Saving: devices before KVM state (a completion may raise an interrupt that the irqchip must hold),
-//! vCPUs, then irqchip and PIT, then the clock. Restoring: vCPUs (all at once, each on its thread),
-//! irqchip and PIT, devices. The clock is set first: the vCPUs' TSCs go on from the same moment, and
-//! nothing of it is left that could fail after the handover.
+//! vCPUs, then irqchip and PIT, then the clock. Restoring: vCPUs (all at once, each on its thread), irqchip
+//! and PIT, devices. The clock is set first: the vCPUs' TSCs continue from the same moment, and no step
+//! that could fail is left for after the handover.
 
-use super::{Machine, MachineError, lock};
+use super::{Machine, MachineError};
 use crate::kvm::cpu_state::VcpuState;
 use crate::kvm::vm_state::{ClockState, IrqchipState};
+use devices::lock;
 use devices::serial::SerialConsole;
 use devices::state::{DeviceRecord, Persist, RestoreError};
 use devices::virtio::mmio::MmioTransport;
@@ -21,7 +22,7 @@ const CLOCK: &str = "clock";
 const VERSION: u16 = 1;
 
 impl Machine {
-    /// All records. Stopped only.
+    /// Saves all records. The machine must be stopped.
     pub fn save_records(&self) -> Result<Vec<DeviceRecord>, MachineError> {
         let mut records = vec![lock(&self.serial).save_record("")];
         for (instance, device) in self.virtio_devices() {
@@ -35,7 +36,7 @@ impl Machine {
         Ok(records)
     }
 
-    /// Loads all records; each device must have exactly one. Before the first run only.
+    /// Loads all records; each device must have exactly one. The machine must not have run yet.
     pub fn load_records(&mut self, records: Vec<DeviceRecord>) -> Result<(), MachineError> {
         let mut records = Records(records);
         let clock: ClockState = records.open(CLOCK, "")?;
@@ -47,7 +48,7 @@ impl Machine {
         let tsc_khz = self.description.tsc_khz;
         let elapsed_ticks = clock.elapsed_ticks(&here, tsc_khz);
         vcpu_states.iter_mut().for_each(|state| state.advance_tsc(elapsed_ticks));
-        // vCPUs that shared one TSC at the source must share one here: all follow the first.
+        // vCPUs with a common TSC at the source need one here: all use the first one's offset.
         let first = vcpu_states.first().and_then(|state| state.tsc_offset);
         let offset = first.and_then(|offset| clock.continue_tsc(&here, offset, tsc_khz));
         self.vcpus.restore(vcpu_states, |_| offset)?;
@@ -70,7 +71,7 @@ fn record(kind: &str, instance: &str, state: &impl Serialize) -> DeviceRecord {
     }
 }
 
-/// Records not yet loaded.
+/// Records that are not loaded yet.
 struct Records(Vec<DeviceRecord>);
 
 impl Records {
@@ -101,7 +102,7 @@ impl Records {
         match self.0.first() {
             None => Ok(()),
             Some(extra) => Err(MachineError::Records(format!(
-                "the stream has one for {} {:?}, which this machine has not, or has it twice",
+                "the stream has one for {} {:?}, which this machine does not have, or it is there twice",
                 extra.kind, extra.instance
             ))),
         }

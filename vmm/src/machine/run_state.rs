@@ -1,4 +1,4 @@
-//! Run states, with QEMU's names, and the table of legal moves.
+//! Run states, with QEMU's names, and the legal transitions.
 //!
 //! ```text
 //! prelaunch ─▶ running ⇄ paused            inmigrate ─▶ running | paused
@@ -10,7 +10,7 @@
 
 use serde::Serialize;
 
-/// What the machine is doing.
+/// The machine's run state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RunState {
@@ -22,20 +22,20 @@ pub enum RunState {
     Paused,
     /// A guest is arriving.
     Inmigrate,
-    /// Stopped for the last step of a migration.
+    /// Stopped for the last stage of a migration.
     FinishMigrate,
-    /// The guest has left, or may have.
+    /// The guest has been migrated, or may have been.
     Postmigrate,
     /// The guest powered off.
     Shutdown,
-    /// The guest crashed or KVM cannot go on.
+    /// The guest crashed or KVM cannot continue.
     InternalError,
-    /// Stopped because its disks cannot be had.
+    /// Stopped by a disk error, or because disks cannot be locked.
     IoError,
 }
 
 impl RunState {
-    /// QEMU's word for it.
+    /// QEMU's name for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Prelaunch => "prelaunch",

@@ -1,45 +1,45 @@
-//! Slows a guest down while it writes faster than a migration sends: each vCPU sleeps a part of the time
-//! that it uses, in turns of a few milliseconds, so that the guest gets slow and never stands still.
+//! CPU throttling for auto-converge: each vCPU alternates between running and sleeping, in slices of a few
+//! milliseconds, so that the guest slows down but never stalls.
 //!
 //! ```text
 //! throttled by 80 %:  ▇▁▁▁▁▇▁▁▁▁▇▁▁▁▁   1 ms in the guest, 4 ms asleep
 //!              99 %:  ▏▁▁▁▁▁▁▁▁▁▁▏▁▁▁   0.1 ms in the guest, 10 ms asleep
 //! ```
-//! [`Throttle`] is the wish, shared by all vCPU threads; a [`Brake`] is one thread's way to follow it. An
-//! [`Alarm`] ends a vCPU's turn with a kick; then it sleeps in proportion to the CPU time that it has
-//! used, so that a vCPU that waits for interrupts is left alone. It sleeps on its mailbox: a pause does
-//! not wait for it. Called by `vcpus`; who asks for how much is the business of a migration.
+//! [`Throttle`] is the setting, shared by all vCPU threads; a [`Brake`] applies it on one thread. An
+//! [`Alarm`] ends a vCPU's turn with a kick; then the vCPU sleeps in proportion to the CPU time that it has
+//! used, so that an idle vCPU is not throttled. It sleeps on its mailbox, so a pause does not wait for it.
+//! Called by `vcpus`; the migration engine chooses the percentage.
 
 use crate::kvm::alarm::{Alarm, thread_cpu_time};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-/// A turn in the guest and the sleep after it, where both have room in it.
+/// Length of a turn plus the sleep after it, if both fit.
 const PERIOD: Duration = Duration::from_millis(5);
-/// A turn is no shorter, or its kick costs more than it…
+/// Minimum turn, so that the kick does not cost more than the turn…
 const SHORTEST_TURN: Duration = Duration::from_micros(200);
 /// …unless the sleep after it would become longer than this.
 const LONGEST_SLEEP: Duration = Duration::from_millis(10);
-/// What a turn that the host ended late may add to the sleep.
+/// How much an overlong turn may extend the sleep.
 const LATE: Duration = Duration::from_millis(3);
-/// A vCPU that hardly uses its turns is looked at only so often.
+/// Maximum turn of a vCPU that is mostly idle.
 const IDLE_LOOK: Duration = Duration::from_millis(2);
 
-/// How far all vCPUs of a machine are slowed down, in percent. Clones are one.
+/// The throttle percentage of a machine's vCPUs. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Throttle(Arc<AtomicU8>);
 
 impl Throttle {
-    /// Most that a guest can be slowed down.
+    /// Maximum percentage.
     pub const MOST: u8 = 99;
 
-    /// From the next look of each vCPU on: who sets it kicks them.
+    /// Sets the percentage. The caller kicks the vCPUs so that they notice.
     pub fn set(&self, percent: u8) {
         self.0.store(percent.min(Self::MOST), Ordering::Release);
     }
 
-    /// How far they are slowed down.
+    /// The percentage.
     pub fn percent(&self) -> u8 {
         self.0.load(Ordering::Acquire)
     }
@@ -52,24 +52,24 @@ fn turn(percent: u8) -> Duration {
     (PERIOD * runs / 100).max(shortest)
 }
 
-/// How long it sleeps when it has used `used` of the CPU.
+/// How long it sleeps after `used` CPU time.
 fn sleep(percent: u8, used: Duration) -> Duration {
     let sleeps = u32::from(percent.min(Throttle::MOST));
     (used * sleeps / (100 - sleeps)).min(LONGEST_SLEEP + LATE)
 }
 
-/// A turn that has begun.
+/// The current turn.
 #[derive(Debug, Clone, Copy)]
 struct Turn {
-    /// The wish it began with: another one ends it.
+    /// The percentage at its start: a change ends the turn.
     percent: u8,
     began: Instant,
-    /// The thread's CPU time from which its use is counted.
+    /// The thread's CPU time at its start.
     used: Duration,
     length: Duration,
 }
 
-/// One vCPU thread's share in the throttling.
+/// Applies the throttle on one vCPU thread.
 #[derive(Debug)]
 pub struct Brake {
     throttle: Throttle,
@@ -78,12 +78,13 @@ pub struct Brake {
 }
 
 impl Brake {
-    /// Follows `throttle`. To be used on one thread.
+    /// Applies `throttle` on the calling thread.
     pub fn new(throttle: Throttle) -> Self {
         Self { throttle, alarm: None, turn: None }
     }
 
-    /// Before each entry into the guest: sleep so long first, and ask again; or enter.
+    /// Call before each entry into the guest: returns how long to sleep before asking again, or `None` to
+    /// enter.
     pub fn before_entry(&mut self) -> Option<Duration> {
         let percent = self.throttle.percent();
         if percent == 0 {
@@ -96,14 +97,14 @@ impl Brake {
             self.begin_turn(percent, thread_cpu_time(), turn(percent));
             return None;
         };
-        // Kicked for another reason: the turn goes on.
+        // Kicked for another reason: the turn continues.
         if turn.began.elapsed() < turn.length && turn.percent == percent {
             return None;
         }
         let used = thread_cpu_time().saturating_sub(turn.used);
         let whole = self::turn(percent);
         if used < whole / 2 {
-            // It waits for interrupts most of the time. What it has used so far is not forgotten.
+            // Mostly idle: extend the turn and keep counting its CPU time.
             let length = (turn.length * 2).min(IDLE_LOOK.max(whole));
             self.begin_turn(percent, turn.used, length);
             return None;
@@ -115,7 +116,7 @@ impl Brake {
     /// The CPU time `used` is where its use is counted from.
     fn begin_turn(&mut self, percent: u8, used: Duration, length: Duration) {
         if let Err(error) = self.set_alarm(length) {
-            // Without an end of its turn the vCPU runs freely, which harms nobody.
+            // Without an alarm the vCPU is not throttled, which is harmless.
             log::warn!("a vCPU cannot be throttled: {}", crate::error::chain(&error));
             return;
         }
@@ -129,7 +130,7 @@ impl Brake {
         self.alarm.as_ref().map_or(Ok(()), |alarm| alarm.set(delay))
     }
 
-    /// The vCPU stops running, or runs freely: no alarm disturbs it.
+    /// Ends throttling, or the vCPU stops: disarms the alarm.
     pub fn release(&mut self) {
         self.turn = None;
         if self.alarm.is_some()

@@ -1,13 +1,13 @@
-//! One thread per vCPU, each owning its `VcpuFd`: run loop, park, save and restore.
+//! The vCPU threads: run loop, park, save and restore. Each thread owns its `VcpuFd`.
 //!
 //! ```text
 //!            Run                       Park, guest ended
 //!  parked ───────────▶ in KVM_RUN ───────────────────────▶ parked
 //!    │ Save, Restore, Configure: answered while parked only
 //! ```
-//! A vCPU that is throttled sleeps now and then before it enters the guest, on its mailbox: see [`throttle`].
-//! Commands come through a channel; one that must interrupt `KVM_RUN` brings a kick. All threads are
-//! told first and waited for afterwards, so that pausing many vCPUs takes as long as pausing one.
+//! A throttled vCPU sometimes sleeps on its mailbox before it enters the guest: see [`throttle`]. Commands
+//! come through a channel; one that must interrupt `KVM_RUN` is followed by a kick. All threads are told
+//! first and waited for afterwards, so that pausing many vCPUs takes as long as pausing one.
 //!
 //! [`throttle`]: super::throttle
 
@@ -22,8 +22,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// A vCPU stops within a millisecond or so, whatever the host's disks and clients do. One that has not by
-/// then never will.
+/// A vCPU stops within a millisecond or so, whatever disks and clients do. After this long it never will.
 const PARK_LIMIT: Duration = Duration::from_secs(5);
 
 /// Why a vCPU stopped by itself.
@@ -31,22 +30,22 @@ const PARK_LIMIT: Duration = Duration::from_secs(5);
 pub enum VcpuEnd {
     /// The guest triple-faulted.
     TripleFault,
-    /// KVM cannot go on; the text names the vCPU and says why.
+    /// KVM cannot continue; the text names the vCPU and the reason.
     Failed(String),
 }
 
-/// What all vCPU threads share.
+/// State shared by all vCPU threads.
 #[derive(Clone)]
 pub struct VcpuContext {
     /// Port I/O.
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
-    /// Set by a device through which the guest ended itself: no vCPU runs past its current exit.
+    /// Set by the device through which the guest ended: no vCPU runs past its current exit.
     pub ended: Arc<AtomicBool>,
-    /// Told once when a vCPU cannot go on.
+    /// Called once when a vCPU cannot continue.
     pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
-    /// How vCPU state is read and written here.
+    /// How vCPU state is saved and restored on this host.
     pub layout: CpuStateLayout,
 }
 
@@ -72,47 +71,30 @@ pub struct Vcpus {
     throttle: Throttle,
 }
 
-/// A vCPU thread that cannot be had or has died.
+/// A failure of a vCPU thread.
 #[derive(Debug, thiserror::Error)]
 pub enum VcpusError {
-    /// The host gives no thread.
     #[error("cannot start the thread of vCPU {index}")]
     Spawn {
-        /// Which vCPU.
         index: u8,
-        /// What the host said.
         #[source]
         source: std::io::Error,
     },
-    /// The thread has ended, which is a bug or a kill.
+    /// The thread has ended, which is a bug.
     #[error("the thread of vCPU {index} has died")]
-    Gone {
-        /// Which vCPU.
-        index: usize,
-    },
+    Gone { index: usize },
     /// The thread does not answer, which is a bug.
     #[error("vCPU {index} does not stop")]
-    Stuck {
-        /// Which vCPU.
-        index: usize,
-    },
-    /// KVM refused.
+    Stuck { index: usize },
     #[error("vCPU {index}")]
     Kvm {
-        /// Which vCPU.
         index: usize,
-        /// What KVM refused.
         #[source]
         source: KvmError,
     },
     /// A stream holds records for another number of vCPUs.
     #[error("{found} vCPU states for {expected} vCPUs")]
-    Count {
-        /// Records found.
-        found: usize,
-        /// vCPUs of the machine.
-        expected: usize,
-    },
+    Count { found: usize, expected: usize },
 }
 
 impl Vcpus {
@@ -129,7 +111,7 @@ impl Vcpus {
                 .name(format!("vcpu-{index}"))
                 .stack_size(256 << 10)
                 .spawn(move || {
-                    // The receiver waits below; if it is gone nobody needs the id.
+                    // The receiver waits below; if it is gone, the id is not needed.
                     let _ = id_sender.send(crate::kvm::vcpu::thread_id());
                     let brake = Brake::new(throttle);
                     VcpuLoop { vcpu, inbox, context, brake }.parked();
@@ -146,14 +128,13 @@ impl Vcpus {
         self.threads.iter().map(|thread| thread.thread_id).collect()
     }
 
-    /// Slows every vCPU down by `percent`, also those that are parked and run later; 0 lets them run
-    /// freely.
+    /// Throttles every vCPU by `percent`, including parked ones; 0 ends throttling.
     pub fn throttle(&self, percent: u8) {
         self.throttle.set(percent);
         self.threads.iter().filter_map(|vcpu| vcpu.thread.as_ref()).for_each(kick);
     }
 
-    /// Whether every vCPU's thread is there. One that has died would leave a guest that runs in part.
+    /// Checks that every vCPU's thread is alive: otherwise only a part of the guest would run.
     pub fn check(&self) -> Result<(), VcpusError> {
         let is_gone = |vcpu: &VcpuThread| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished);
         match self.threads.iter().position(is_gone) {
@@ -162,29 +143,29 @@ impl Vcpus {
         }
     }
 
-    /// Lets every vCPU run, or, after an error, none.
+    /// Runs every vCPU, or none on error.
     pub fn run(&self) -> Result<(), VcpusError> {
         self.check()?;
         self.tell_all(|| Command::Run).inspect_err(|_| {
-            // Those before the one that has died run already.
+            // The vCPUs before the dead one run already.
             if let Err(error) = self.park_living(PARK_LIMIT) {
                 log::error!("a guest that could not be started cannot be stopped: {error}");
             }
         })
     }
 
-    /// Stops every vCPU; on return none executes guest code and the last access of each is complete. If
-    /// one does not stop, which is a bug, all run on. If one has died the others are stopped.
+    /// Stops every vCPU; on return none executes guest code and the last access of each is complete. If one
+    /// does not stop, which is a bug, all resume. If one has died, the others are stopped.
     pub fn park(&self) -> Result<(), VcpusError> {
         let parked = self.park_living(PARK_LIMIT);
         if let Err(VcpusError::Stuck { .. }) = parked {
-            // One whose thread has died meanwhile is not missed before the next attempt.
+            // A thread that has died meanwhile is reported by the next attempt.
             let _ = self.tell_all(|| Command::Run);
         }
         parked.and_then(|()| self.check())
     }
 
-    /// Stops every vCPU that has a thread.
+    /// Stops every vCPU with a live thread.
     fn park_living(&self, limit: Duration) -> Result<(), VcpusError> {
         let mut parked = Vec::with_capacity(self.threads.len());
         for (index, vcpu) in self.threads.iter().enumerate() {
@@ -206,18 +187,18 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Tells a parked guest's kvmclock that it was stopped on purpose.
+    /// Tells a parked guest's kvmclock that it was paused.
     pub fn notify_clock_paused(&self) -> Result<(), VcpusError> {
         self.tell_all(|| Command::NotifyClockPaused)
     }
 
-    /// The state of every vCPU, by number. Parked only.
+    /// The state of every vCPU, by number. The vCPUs must be parked.
     pub fn save(&self) -> Result<Vec<VcpuState>, VcpusError> {
         let replies = self.ask_all(|_, reply| Command::Save(reply))?;
         wait_all(replies)
     }
 
-    /// Loads every vCPU's state; `tsc_offset` gives each its new offset. Parked only.
+    /// Loads every vCPU's state; `tsc_offset` returns each one's new offset. The vCPUs must be parked.
     pub fn restore(
         &self,
         states: Vec<VcpuState>,
@@ -271,7 +252,7 @@ fn wait_all<T>(replies: Vec<Receiver<Result<T, KvmError>>>) -> Result<Vec<T>, Vc
 impl Drop for Vcpus {
     fn drop(&mut self) {
         for thread in &mut self.threads {
-            // A closed channel ends the thread, once a kick has made it look.
+            // The closed channel ends the thread; the kick makes it check.
             thread.commands = channel().0;
             if let Some(handle) = &thread.thread {
                 kick(handle);
@@ -292,17 +273,17 @@ struct VcpuLoop {
     brake: Brake,
 }
 
-/// What an exit asks of the loop.
+/// What the loop does after an exit.
 enum After {
     Continue,
-    /// Look at the mailbox.
+    /// Check the mailbox.
     Look,
-    /// This vCPU has nothing more to do.
+    /// This vCPU is done.
     Ended(Option<VcpuEnd>),
 }
 
 impl VcpuLoop {
-    /// Serves commands until the machine goes.
+    /// Serves commands until the machine is dropped.
     fn parked(mut self) {
         self.vcpu.bind_to_thread();
         while let Ok(command) = self.inbox.recv() {
@@ -314,7 +295,7 @@ impl VcpuLoop {
                         return;
                     }
                 }
-                // An answer nobody waits for any more is not worth a word.
+                // Ignore a reply whose receiver is gone.
                 Command::Park(done) => drop(done.send(())),
                 Command::NotifyClockPaused => self.vcpu.notify_clock_paused(),
                 Command::Save(reply) => {
@@ -331,14 +312,14 @@ impl VcpuLoop {
     /// Runs guest code until told to park or the guest ends. `None` if the machine is gone.
     fn in_guest(&mut self) -> Option<()> {
         loop {
-            // Acknowledge first: a command sent after the look kicks anew.
+            // Acknowledge first: a command sent after the check kicks again.
             self.vcpu.acknowledge_kick();
             let mut nap = Duration::ZERO;
             loop {
                 match self.inbox.recv_timeout(nap) {
                     Ok(Command::Park(done)) => return done.send(()).ok().or(Some(())),
-                    // Run when running, or a question that may only be asked of a parked vCPU: the
-                    // dropped reply channel tells the asker.
+                    // `Run` while running, or a command that needs a parked vCPU: the dropped reply channel
+                    // is the error.
                     Ok(_) => {
                         nap = Duration::ZERO;
                         continue;
@@ -417,7 +398,7 @@ impl VcpuLoop {
 mod tests {
     use super::*;
 
-    /// A thread that serves commands as a vCPU's does, and tells which it got.
+    /// A thread that serves commands like a vCPU's and reports them.
     fn living(seen: &Sender<&'static str>) -> VcpuThread {
         crate::kvm::vcpu::install_kick_handler().unwrap();
         let (commands, inbox) = channel();
@@ -458,7 +439,7 @@ mod tests {
     #[test]
     fn one_that_dies_as_it_is_started_stops_the_others() {
         let (seen, commands) = channel();
-        // It has not ended yet, but hears nothing.
+        // It has not ended yet, but receives nothing.
         let (end, waits) = channel::<()>();
         let thread = std::thread::spawn(move || waits.recv().unwrap_or(()));
         let deaf = VcpuThread { commands: channel().0, thread: Some(thread), thread_id: 0 };

@@ -1,10 +1,10 @@
-//! One process of the shuttle's: how it is started, spoken to and heard to its end.
+//! A child process of the shuttle: starts it, connects to it and waits for its end.
 
 use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
 use crate::config::RunConfig;
 use crate::console::ConsoleInput;
-use crate::desk::Mailbox;
+use crate::event_loop::Mailbox;
 use crate::supervisor::exit_code;
 use devices::block::raw::Cache;
 use devices::transmitter::Transmitter;
@@ -18,14 +18,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// How long a child may take to say that it is there.
+/// How long a child may take to become ready.
 const START_PATIENCE: Duration = Duration::from_secs(20);
 
-/// A conversation with a child.
+/// The connections to a child.
 pub(super) struct Connection {
-    /// Asks it.
+    /// For requests.
     pub client: QmpClient,
-    /// Takes the guest's input.
+    /// For the guest's input.
     pub input: Arc<Mutex<Input>>,
 }
 
@@ -35,15 +35,15 @@ pub(super) struct Child {
     control: PathBuf,
     address: PathBuf,
     output: Option<ChildStdout>,
-    /// Its first line on standard error, or the end of it.
+    /// Signalled by its first line on standard error, or its end.
     first_line: Option<Receiver<()>>,
     ended: Receiver<u8>,
-    /// Received from there.
+    /// Receives from the field above.
     code: Cell<Option<u8>>,
 }
 
 impl Child {
-    /// The process that boots the guest.
+    /// Starts the process that boots the guest.
     pub fn boot(config: &RunConfig, folder: &Path, mailbox: &Mailbox<Message>) -> io::Result<Self> {
         let mut command = ferry("run")?;
         command.arg("--kernel").arg(&config.boot.kernel);
@@ -66,7 +66,7 @@ impl Child {
         Self::start(1, command, config, folder, mailbox)
     }
 
-    /// A process that waits for the guest. What the guest boots from comes with it: by now the files may
+    /// Starts a process that receives the guest. What the guest boots from comes with it: by now the files may
     /// be gone, or be others.
     pub fn receive(
         id: ChildId,
@@ -108,7 +108,7 @@ impl Child {
         let to_us = mailbox.clone();
         thread("wait", move || {
             let code = process.wait().ok().and_then(|status| status.code());
-            // Killed by a signal: the guest is gone all the same.
+            // Killed by a signal: the guest is gone, too.
             let code = code.and_then(|code| u8::try_from(code).ok());
             let code = code.unwrap_or(exit_code::GUEST_FAILED);
             let _ = ending.send(code);
@@ -128,12 +128,12 @@ impl Child {
         })
     }
 
-    /// Its number.
+    /// Its id.
     pub fn id(&self) -> ChildId {
         self.id
     }
 
-    /// Where it waits for the guest.
+    /// Its migration address.
     pub fn address(&self) -> &Path {
         &self.address
     }
@@ -143,13 +143,13 @@ impl Child {
         &self.control
     }
 
-    /// What the guest says; once.
+    /// The guest's output; can be taken once.
     pub fn take_output(&mut self) -> Option<ChildStdout> {
         self.output.take()
     }
 
-    /// Gives what waits until it listens, or has ended; once. A child that does neither in time is found
-    /// out by whoever connects.
+    /// Returns a wait for the child to listen or to end; can be taken once. If the child does neither in
+    /// time, connecting fails.
     pub fn take_readiness(&mut self) -> impl FnOnce() + Send + 'static {
         let first_line = self.first_line.take();
         move || {
@@ -157,7 +157,7 @@ impl Child {
         }
     }
 
-    /// Connects to its control socket, and hears its events from now on.
+    /// Connects to its control socket and subscribes to its events.
     pub fn connect(&self, mailbox: &Mailbox<Message>) -> Result<Connection, ClientError> {
         let mut listener = self.first_client()?;
         let path = self.control.to_string_lossy();
@@ -173,7 +173,7 @@ impl Child {
         Ok(Connection { client, input: Arc::new(Mutex::new(input)) })
     }
 
-    /// `ferry run` says nothing when it listens: it is there when it answers, or when it has ended.
+    /// `ferry run` prints nothing when it listens: poll until it answers or has ended.
     fn first_client(&self) -> Result<QmpClient, ClientError> {
         let path = self.control.to_string_lossy();
         loop {
@@ -187,7 +187,7 @@ impl Child {
         }
     }
 
-    /// Waits for its end, and gives its exit code.
+    /// Waits for its end; posts its exit code.
     pub fn ended_within(&self, patience: Duration) -> Option<u8> {
         if self.code.get().is_none() {
             self.code.set(self.ended.recv_timeout(patience).ok());
@@ -201,7 +201,7 @@ fn address(folder: &Path, id: ChildId) -> PathBuf {
 }
 
 fn ferry(verb: &str) -> io::Result<Command> {
-    // Not by path: the file may have been replaced since this process was started.
+    // Not by path: the file may have been replaced since this process started.
     let mut command = Command::new("/proc/self/exe");
     command.arg(verb);
     Ok(command)
@@ -212,7 +212,7 @@ fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     builder.spawn(work).map(drop)
 }
 
-/// Passes a child's complaints on; that it listens is not one.
+/// Forwards a child's messages, except that it listens.
 fn pass_errors(errors: ChildStderr, first: &Sender<()>) {
     for line in BufReader::new(errors).lines().map_while(Result::ok) {
         if line.starts_with("ferry: listening on ") {
@@ -223,14 +223,14 @@ fn pass_errors(errors: ChildStderr, first: &Sender<()>) {
     }
 }
 
-/// Input on its way to the guest: over the control socket, because that says how much the guest's serial
-/// port has taken. The rest stays with the console, and a move loses nothing of it.
+/// Forwards input over the control socket, whose reply tells how much the guest's serial port has taken.
+/// The rest stays in the console, so a move loses nothing.
 pub(super) struct Input {
     client: QmpClient,
     room: Arc<EventFd>,
 }
 
-/// When to ask again a guest whose serial port is full.
+/// Retry interval while the guest's serial port is full.
 const ROOM_INTERVAL: Duration = Duration::from_millis(10);
 
 impl Input {
@@ -242,15 +242,19 @@ impl Input {
 impl ConsoleInput for Input {
     fn enqueue(&mut self, bytes: &[u8]) -> usize {
         let data: String = bytes.iter().copied().map(char::from).collect();
-        // A child that is gone takes nothing: the next one will.
+        // A child that has ended takes nothing: the next one gets the input.
         let Ok(answer) = self.client.execute("x-console-input", json!({"data": data})) else {
             return 0;
         };
-        let taken = answer["taken"].as_u64().and_then(|taken| usize::try_from(taken).ok());
-        let taken = taken.unwrap_or(0).min(bytes.len());
+        let Some(taken) = answer["taken"].as_u64() else {
+            log::error!("x-console-input: the answer lacks `taken`: {answer}");
+            return 0;
+        };
+        // Saturates: at most all bytes were taken.
+        let taken = usize::try_from(taken).map_or(bytes.len(), |taken| taken.min(bytes.len()));
         if taken < bytes.len() {
             let room = self.room.clone();
-            // Room in the port is no event of the control socket's.
+            // QMP has no event for room in the port.
             let waker = thread("room", move || {
                 std::thread::sleep(ROOM_INTERVAL);
                 let _ = room.write(1);
@@ -267,8 +271,8 @@ impl ConsoleInput for Input {
     }
 }
 
-/// Passes the children's output on, one child after another, each to its end: what the guest said before
-/// a move comes before what it said after it.
+/// Forwards the children's output, one child after another, each to its end: output from before a move
+/// precedes output from after it.
 pub(super) struct Pump(Sender<(ChildId, ChildStdout)>);
 
 impl Pump {
@@ -281,7 +285,7 @@ impl Pump {
                 loop {
                     match output.read(&mut buffer) {
                         Ok(0) => break,
-                        // While nobody reads the console the child waits, and its guest with it.
+                        // While the console's reader stalls, the child blocks, and so does its guest.
                         Ok(count) => {
                             if console.write_waiting(&buffer[..count]).is_err() {
                                 return;
@@ -297,10 +301,10 @@ impl Pump {
         Ok(Self(sender))
     }
 
-    /// After the others, passes on what child `id` says.
+    /// Forwards the output of child `id` after that of earlier children.
     pub fn follow(&self, id: ChildId, output: Option<ChildStdout>) {
         if let Some(output) = output {
-            // An error means that the pump has ended, and with it the console.
+            // Fails only if the pump, and so the console, has ended.
             let _ = self.0.send((id, output));
         }
     }

@@ -1,31 +1,27 @@
-//! One move, on a thread of its own: a client of the two children's control sockets.
+//! One move, on its own thread: migrates the guest through the children's control sockets.
 
 use super::child::Child;
 use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
-use crate::desk::Mailbox;
+use crate::event_loop::Mailbox;
 use serde_json::{Value, json};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// A move that takes longer is cancelled: the guest writes faster than it can be moved.
+/// A move that takes longer is cancelled: it does not converge.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks.
+/// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
 
 /// Why a move has failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HopError {
-    /// The destination does not start.
     #[error("cannot start a process")]
     Start(#[source] io::Error),
-    /// A control socket.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// In the source's words.
     #[error("{0}")]
     Failed(String),
-    /// In the source's words.
     #[error("the guest may run in either process: {0}")]
     Unknown(String),
 }
@@ -45,7 +41,8 @@ pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<
     }
 }
 
-fn hop(control: &str, uri: &str) -> Result<Duration, HopError> {
+/// Migrates; returns how long the guest was stopped, if the source reported it.
+fn hop(control: &str, uri: &str) -> Result<Option<Duration>, HopError> {
     let mut source = QmpClient::connect(control)?;
     source.execute("migrate", json!({"uri": uri}))?;
     let began = Instant::now();
@@ -64,9 +61,9 @@ fn hop(control: &str, uri: &str) -> Result<Duration, HopError> {
     let reason = info["error-desc"].as_str().unwrap_or("no reason given").to_owned();
     match info["status"].as_str() {
         Some("completed") => {
-            // It may be gone before it has answered.
+            // It may be gone before its reply.
             let _: Result<Value, ClientError> = source.execute("quit", json!({}));
-            Ok(Duration::from_micros(info["x-downtime-us"].as_u64().unwrap_or(0)))
+            Ok(info["x-downtime-us"].as_u64().map(Duration::from_micros))
         }
         Some("cancelled") => {
             let seconds = PATIENCE.as_secs();

@@ -1,6 +1,6 @@
-//! `ferry run --migrate-every`: the guest lives in a child process and is moved to a fresh one again and
-//! again, while this process keeps what its user holds on to: console, control socket, timeout, exit
-//! code. Children are ordinary `ferry run` and `ferry receive`.
+//! `ferry run --migrate-every`: the guest runs in a child process and is migrated to a new one again and
+//! again, while this process keeps the console, control socket, timeout and exit code. Children are
+//! ordinary `ferry run` and `ferry receive` processes.
 //!
 //! ```text
 //! user ── console ─┬─ input ───────────▶ child n   (the guest)
@@ -17,8 +17,8 @@ use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
-use crate::desk::{self, Clerk, Desk};
 use crate::error::chain;
+use crate::event_loop::{self, EventLoop, Handler};
 use crate::supervisor::{SetupError, exit_code};
 use child::{Child, Connection, Pump};
 use hop::HopError;
@@ -28,30 +28,30 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What the shuttle's threads tell it.
+/// Messages from the shuttle's threads.
 enum Message {
-    /// The console's user or pattern.
+    /// An event of the console.
     Console(ConsoleEvent),
-    /// A child told its clients something.
+    /// A QMP event of a child.
     Event(ChildId, Value),
     /// A child has ended, with this exit code.
     Ended(ChildId, u8),
-    /// A child's output has been passed on to its end.
+    /// All output of a child has been forwarded.
     Drained(ChildId),
-    /// A move has ended; how long the guest was stopped.
-    Hopped(ChildId, Result<Duration, HopError>),
+    /// A move has ended; its downtime, if reported.
+    Hopped(ChildId, Result<Option<Duration>, HopError>),
 }
 
-/// How soon a child's end is known after its control socket has closed.
+/// How long to wait for a child's end after its control socket has closed.
 const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Counts children.
+/// Identifies a child.
 type ChildId = u32;
 
-/// A move under way.
+/// A move in progress.
 struct Move {
     to: Child,
-    /// To be asked when it is over.
+    /// Requests to forward when it is over.
     waiting: Vec<Incoming>,
 }
 
@@ -62,7 +62,7 @@ struct Shuttle {
     console: Console,
     pump: Pump,
     current: Child,
-    /// With the current child; none if it ended before it could be asked.
+    /// To the current child; `None` if that ended before it accepted.
     connection: Option<Connection>,
     last_id: ChildId,
     moving: Option<Move>,
@@ -71,32 +71,33 @@ struct Shuttle {
     moves: u32,
     failures: u32,
     worst: Duration,
-    desk: Desk<Message>,
+    event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest and moves it every `every`, to its end; returns the exit code.
+/// Boots a guest, moves it at the interval `every` until it ends, and returns the exit code.
 pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
-    let mut desk = Desk::open(control, config.host.timeout)?;
+    let mut event_loop = EventLoop::open(control, config.host.timeout)?;
     let expect = config.host.expect.as_deref().map(regex_lite::Regex::new).transpose();
-    let to_us = desk.mailbox().clone();
+    let to_us = event_loop.mailbox().clone();
     let console = Console::open(
         &config.host.serial,
         expect.map_err(SetupError::Expect)?,
         Arc::new(move |event| to_us.post(Message::Console(event))),
     )?;
     let folder = tempfile::Builder::new().prefix("ferry-").tempdir().map_err(SetupError::Thread)?;
-    let pump = Pump::start(console.output(), desk.mailbox().clone()).map_err(SetupError::Thread)?;
+    let pump =
+        Pump::start(console.output(), event_loop.mailbox().clone()).map_err(SetupError::Thread)?;
     let mut current =
-        Child::boot(&config, folder.path(), desk.mailbox()).map_err(SetupError::Thread)?;
+        Child::boot(&config, folder.path(), event_loop.mailbox()).map_err(SetupError::Thread)?;
     pump.follow(current.id(), current.take_output());
-    // A child that cannot be asked has ended: the event loop hears of it, and of all it has said.
-    let connection = current.connect(desk.mailbox()).ok();
+    // A child that refuses connections has ended: the event loop gets its exit code and its output.
+    let connection = current.connect(event_loop.mailbox()).ok();
     if let Some(connection) = &connection {
         console.attach(connection.input.clone());
-        desk.set_alarm(every);
+        event_loop.set_alarm(every);
     }
-    desk::serve(Shuttle {
+    event_loop::serve(Shuttle {
         config,
         every,
         folder,
@@ -111,7 +112,7 @@ pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
         moves: 0,
         failures: 0,
         worst: Duration::ZERO,
-        desk,
+        event_loop,
     })
     .map_err(SetupError::from)
 }
@@ -124,15 +125,15 @@ impl Shuttle {
     fn start_move(&mut self) {
         let id = self.last_id + 1;
         self.last_id = id;
-        let started = Child::receive(id, &self.config, self.folder(), self.desk.mailbox());
+        let started = Child::receive(id, &self.config, self.folder(), self.event_loop.mailbox());
         let mut to = match started {
             Ok(to) => to,
             Err(error) => return self.move_failed(&HopError::Start(error)),
         };
         self.pump.follow(id, to.take_output());
-        // What is typed meanwhile waits for the guest at its destination.
+        // Input is kept for the guest at its destination.
         self.console.detach();
-        hop::start(id, &self.current, &mut to, self.desk.mailbox().clone());
+        hop::start(id, &self.current, &mut to, self.event_loop.mailbox().clone());
         self.moving = Some(Move { to, waiting: Vec::new() });
     }
 
@@ -140,7 +141,7 @@ impl Shuttle {
         if matches!(error, HopError::Client(_))
             && let Some(code) = self.current.ended_within(ENDING_PATIENCE)
         {
-            // The guest has ended, not the move failed; the message that says so is on its way.
+            // The guest has ended, so the move did not fail; the message about its end follows.
             self.ended.insert(self.current.id(), code);
         }
         if !self.ended.contains_key(&self.current.id()) {
@@ -149,21 +150,27 @@ impl Shuttle {
         }
     }
 
-    fn finish_move(&mut self, result: Result<Duration, HopError>) {
+    fn finish_move(&mut self, result: Result<Option<Duration>, HopError>) {
         let Some(Move { to, waiting }) = self.moving.take() else { return };
         match result {
             Ok(downtime) => {
                 self.moves += 1;
-                self.worst = self.worst.max(downtime);
-                log::info!("move {}: downtime {downtime:.2?}", self.moves);
-                // As after booting: a child that cannot be asked has ended, and its code is the guest's.
-                self.connection = to.connect(self.desk.mailbox()).ok();
+                match downtime {
+                    Some(downtime) => {
+                        self.worst = self.worst.max(downtime);
+                        log::info!("move {}: downtime {downtime:.2?}", self.moves);
+                    }
+                    None => log::warn!("move {}: its downtime was not reported", self.moves),
+                }
+                // As after booting: a child that refuses connections has ended, and its exit code is the
+                // guest's.
+                self.connection = to.connect(self.event_loop.mailbox()).ok();
                 self.current = to;
             }
             Err(error) => {
                 self.move_failed(&error);
                 if matches!(error, HopError::Unknown(_)) {
-                    // Nobody can say which of the two has the guest: run neither.
+                    // Either child may have the guest: run neither.
                     self.finish(exit_code::GUEST_FAILED);
                 }
             }
@@ -175,7 +182,7 @@ impl Shuttle {
             self.ask(&request);
         }
         if !self.end_if_over() {
-            self.desk.set_alarm(self.every);
+            self.event_loop.set_alarm(self.every);
         }
     }
 
@@ -193,12 +200,12 @@ impl Shuttle {
                     .map_err(|error| QmpError::generic(chain(&error))),
             },
         };
-        // A child that quits may be gone before it has answered.
+        // A child that quits may be gone before its reply.
         let quits = request.command == Command::Quit;
-        self.desk.reply(request, if quits { Ok(json!({})) } else { result });
+        self.event_loop.reply(request, if quits { Ok(json!({})) } else { result });
     }
 
-    /// Ends with the current child, once all that the guest has said is passed on.
+    /// Ends with the current child, once all its output is forwarded.
     fn end_if_over(&mut self) -> bool {
         let Some(code) = self.ended.get(&self.current.id()).copied() else { return false };
         if self.moving.is_some() || self.drained < Some(self.current.id()) {
@@ -210,15 +217,15 @@ impl Shuttle {
     }
 
     fn finish(&mut self, code: u8) {
-        self.desk.end(code);
+        self.event_loop.end(code);
     }
 }
 
-impl Clerk for Shuttle {
+impl Handler for Shuttle {
     type Message = Message;
 
-    fn desk(&mut self) -> &mut Desk<Message> {
-        &mut self.desk
+    fn event_loop(&mut self) -> &mut EventLoop<Message> {
+        &mut self.event_loop
     }
 
     fn on_message(&mut self, message: Message) {
@@ -227,11 +234,11 @@ impl Clerk for Shuttle {
                 self.finish(exit_code::OK);
             }
             Message::Event(id, event) => {
-                // The stop and start of a move are nobody's business.
-                let name = event["event"].as_str().unwrap_or_default();
+                // Hide the stop and resume of a move.
+                let Some(name) = event["event"].as_str() else { return };
                 let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
                 if id == self.current.id() && !by_move {
-                    self.desk.tell(&Event::forwarded(name, event.get("data").cloned()));
+                    self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));
                 }
             }
             Message::Ended(id, code) => {
@@ -253,7 +260,7 @@ impl Clerk for Shuttle {
     fn on_request(&mut self, request: Incoming) {
         match &mut self.moving {
             Some(_) if request.command == Command::Quit => {
-                self.desk.reply(&request, Ok(json!({})));
+                self.event_loop.reply(&request, Ok(json!({})));
                 self.finish(exit_code::OK);
             }
             Some(moving) => moving.waiting.push(request),
@@ -279,7 +286,7 @@ impl Clerk for Shuttle {
     fn shut_down(&mut self) {
         self.console.detach();
         if let (None, Some(connection)) = (&self.moving, &mut self.connection) {
-            // Lets it flush its disks. An error means that it has just ended.
+            // Lets it flush its disks. Fails if it has just ended.
             let _ = connection.client.execute("quit", json!({}));
         }
         let failed = match self.failures {

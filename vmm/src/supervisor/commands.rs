@@ -1,4 +1,4 @@
-//! Answers the control socket's commands.
+//! Executes the control socket's commands.
 
 use super::ending::shutting_down;
 use super::{Event, RunState, Supervisor, exit_code, jobs};
@@ -6,11 +6,13 @@ use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
 use crate::control::{Incoming, QmpResult};
+use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
-use crate::machine::description::{BackingDescription, Description, MAX_TRAVELLING_BYTES, Travels};
+use crate::machine::description::{
+    BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels,
+};
 use crate::machine::dirty::VmDirtyLog;
-use crate::travel::{DiskMode, DiskSelection};
 use devices::block::{BlockNode, Format};
 use migration::block::{SourceDisk, SourceDisks, Tuning};
 use migration::source::SourceRam;
@@ -25,8 +27,8 @@ fn failed(error: &dyn std::error::Error) -> QmpError {
     QmpError::generic(chain(error))
 }
 
-/// The description of a machine whose disks travel as `selection` says, and these disks.
-fn travelling(
+/// The description of a machine with its disks marked for migration by `selection`, and these disks.
+fn migrated(
     machine: &Machine,
     selection: &DiskSelection,
 ) -> Result<(Description, Vec<SourceDisk>), QmpError> {
@@ -39,7 +41,7 @@ fn travelling(
         return Err(QmpError::generic(format!("The guest has no disk {unknown:?}, {has}")));
     }
     let mut description = machine.description().clone();
-    let mut travelling = Vec::new();
+    let mut migrated = Vec::new();
     for (disk, described) in machine.disks().iter().zip(&mut description.disks) {
         let node = disk.node.clone();
         let mode = selection.mode_of(node.id());
@@ -50,30 +52,33 @@ fn travelling(
             }
             continue;
         }
-        if node.len_bytes() > MAX_TRAVELLING_BYTES {
+        if node.len_bytes() > MAX_MIGRATED_DISK_BYTES {
             let desc = format!("disk {} is too large to travel", node.id());
             return Err(QmpError::generic(desc));
         }
-        // Without a backing file what lies above it is everything.
+        // Without a backing file, `top` is everything.
         let backing = match (node.backing(), mode) {
-            (Some(below), DiskMode::Top) => Some(BackingDescription {
-                name: below.files().first().cloned().unwrap_or_default(),
-                len_bytes: below.len_bytes(),
-                // Found out on the way: all of it has to be read.
-                sha256: String::new(),
-            }),
+            (Some(below), DiskMode::Top) => {
+                let Some(name) = below.files().into_iter().next() else {
+                    let desc = format!("disk {}: its backing chain is empty", node.id());
+                    return Err(QmpError::generic(desc));
+                };
+                // The migration thread computes the digest: it has to read the whole file.
+                let sha256 = String::new();
+                Some(BackingDescription { name, len_bytes: below.len_bytes(), sha256 })
+            }
             _ => None,
         };
         let only_top = backing.is_some();
-        // So is how much it holds: the storage may not answer.
+        // The migration thread fills this in, too: the storage may hang.
         described.travels = Some(Travels { backing, data_bytes: 0 });
-        travelling.push(SourceDisk { node: node.clone(), only_top });
+        migrated.push(SourceDisk { node: node.clone(), only_top });
     }
-    Ok((description, travelling))
+    Ok((description, migrated))
 }
 
 impl Supervisor {
-    /// Does what a client asked; returns the answer, or nothing if it comes later.
+    /// Executes a command; returns the reply, or `None` if it comes later.
     pub(super) fn execute(&mut self, request: &Incoming) -> Option<QmpResult> {
         match &request.command {
             Command::Quit => {
@@ -82,7 +87,7 @@ impl Supervisor {
                 Some(Ok(empty()))
             }
             Command::QueryBlock | Command::QueryNamedBlockNodes => self.ask_sizes(request),
-            // What changes the machine has no use any more.
+            // The machine cannot be changed any more.
             Command::Stop
             | Command::Cont { .. }
             | Command::Reset
@@ -129,7 +134,7 @@ impl Supervisor {
                 Ok(empty())
             }
             Command::ConsoleInput(bytes) => {
-                // What the FIFO takes while the guest is here moves with it; later it would be lost.
+                // Only while the guest is here: its FIFO moves with it, later input would be lost.
                 let here = matches!(self.state, RunState::Running | RunState::Paused);
                 let machine = self.machine.as_ref().filter(|_| here);
                 Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
@@ -181,7 +186,7 @@ impl Supervisor {
         }
     }
 
-    /// There are no more older versions to keep than there are pages.
+    /// A cache larger than guest RAM would be useless.
     fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
         let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
         match memory.filter(|memory| bytes > *memory) {
@@ -213,6 +218,7 @@ impl Supervisor {
     }
 
     fn query_cpus(&self) -> Value {
+        // Without a machine there are no vCPUs.
         let ids = self.machine.as_ref().map(|machine| machine.thread_ids()).unwrap_or_default();
         ids.iter()
             .enumerate()
@@ -229,6 +235,7 @@ impl Supervisor {
     }
 
     pub(super) fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
+        // Without a machine there are no disks.
         let disks = self.machine.as_ref().map(|machine| machine.disks()).unwrap_or_default();
         disks.iter().map(|disk| disk.node.as_ref())
     }
@@ -288,7 +295,7 @@ impl Supervisor {
         let Some(machine) = &self.machine else {
             return Err(QmpError::generic("There is no machine"));
         };
-        // It needs the dirty log for itself.
+        // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
@@ -297,9 +304,9 @@ impl Supervisor {
             dirty: Box::new(VmDirtyLog::new(vm.clone())),
         };
         let nodes = machine.nodes();
-        let (description, disks) = travelling(machine, selection)?;
+        let (description, disks) = migrated(machine, selection)?;
         let disks = SourceDisks { disks, tuning };
-        let mailbox = self.desk.mailbox().clone();
+        let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();
         let leaving = jobs::Leaving { vm, description, payload, nodes, measurement };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);

@@ -1,5 +1,5 @@
-//! `calc-dirty-rate`: how much of its RAM a guest writes in some seconds, by the dirty log, on a thread of
-//! its own. Never together with a migration, which needs the log for itself and ends the measurement.
+//! `calc-dirty-rate`: measures how much RAM a guest writes, with the dirty log, on its own thread. A
+//! migration needs the log exclusively and aborts the measurement.
 
 use crate::kvm::vm::Vm;
 use crate::machine::dirty::VmDirtyLog;
@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Words of the bitmap that are cleared in one call.
+/// Words of the bitmap cleared per call.
 const CLEAR_WORDS: usize = 4096;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -50,11 +50,11 @@ struct Shared {
 
 impl Shared {
     fn figures(&self) -> MutexGuard<'_, Figures> {
-        self.figures.lock().unwrap_or_else(PoisonError::into_inner)
+        devices::lock(&self.figures)
     }
 }
 
-/// The last measurement, or the one at work. Dropping it ends that.
+/// The current or last measurement. Dropping it aborts that.
 #[derive(Debug, Default)]
 pub struct DirtyRate {
     shared: Arc<Shared>,
@@ -62,17 +62,18 @@ pub struct DirtyRate {
 }
 
 impl DirtyRate {
-    /// Whether one is at work.
+    /// Whether a measurement is running.
     pub fn is_measuring(&self) -> bool {
         self.shared.figures().status == Status::Measuring
     }
 
-    /// Starts to measure what is written to the RAM of `vm` for `calc_time`.
+    /// Starts to measure writes to the RAM of `vm` for `calc_time`.
     pub fn start(&mut self, vm: Arc<Vm>, calc_time: Duration) -> io::Result<()> {
-        // None is at work, so this has ended but for a moment.
+        // No measurement is running, so its thread is about to end.
         if let Some(earlier) = self.abort() {
             earlier.join();
         }
+        // A wall clock before 1970 is reported as 1970.
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (status, start_time) = (Status::Measuring, since_1970.as_secs());
         self.shared = Arc::default();
@@ -102,8 +103,8 @@ impl DirtyRate {
         Ok(())
     }
 
-    /// Ends a measurement that is at work, which is then as if it had not been started. What this returns
-    /// frees the log when it is joined, which may take tens of milliseconds.
+    /// Aborts a running measurement, which is then as if it had not been started. Joining the result, which
+    /// may take tens of milliseconds, frees the dirty log.
     pub fn abort(&mut self) -> Option<Aborted> {
         let thread = self.thread.take()?;
         let mut figures = self.shared.figures();
@@ -116,13 +117,14 @@ impl DirtyRate {
         Some(Aborted(thread))
     }
 
-    /// As `query-dirty-rate` answers, with times in milliseconds or seconds.
+    /// The reply to `query-dirty-rate`, with times in milliseconds or seconds.
     pub fn query(&self, in_millis: bool) -> Value {
         let figures = *self.shared.figures();
         let (unit, calc_time) = match in_millis {
             true => ("millisecond", figures.calc_time.as_millis()),
             false => ("second", figures.calc_time.as_secs().into()),
         };
+        // Saturates: `calc-time` is at most a minute.
         let mut answer = json!({
             "status": figures.status.name(),
             "start-time": figures.start_time,
@@ -145,12 +147,12 @@ impl Drop for DirtyRate {
     }
 }
 
-/// A measurement that has been told to end, and will soon.
+/// An aborted measurement, which ends soon.
 #[derive(Debug)]
 pub struct Aborted(JoinHandle<()>);
 
 impl Aborted {
-    /// Waits for its end. Nobody else may use the dirty log before.
+    /// Waits for its end; only then may the dirty log be used again.
     pub fn join(self) {
         if self.0.join().is_err() {
             log::error!("the thread that measures the dirty rate panicked");
@@ -158,14 +160,14 @@ impl Aborted {
     }
 }
 
-/// Bytes of pages that were written, per second; `None` if it was ended early.
+/// Bytes of written pages per second; `None` if aborted.
 fn measure(vm: Arc<Vm>, calc_time: Duration, shared: &Shared) -> Result<Option<u64>, GuestError> {
     let page_count = vm.layout().page_count();
-    let words = usize::try_from(page_count.div_ceil(64)).unwrap_or(usize::MAX);
+    let words = usize::try_from(page_count.div_ceil(64)).expect("64-bit host");
     let mut bitmap = vec![0u64; words];
     let mut log = VmDirtyLog::new(vm);
     log.start()?;
-    // Where the log starts with every page dirty, none is.
+    // Clear the log: in some modes every page starts dirty.
     log.drain_into(&mut bitmap)?;
     for (index, mask) in bitmap.chunks(CLEAR_WORDS).enumerate() {
         log.clear(PageIndex((index * CLEAR_WORDS * 64) as u64), mask)?;

@@ -1,5 +1,5 @@
-//! The end of the process: the guest's requests end and its disks are flushed, for a while. A disk that
-//! hangs is named and left behind.
+//! The end of the process: drains and flushes the disks until a deadline. A hanging disk is reported and
+//! left to its thread.
 
 use super::tasks::{self, DiskWork, Done, TaskId, wait_in_steps};
 use super::{Supervisor, exit_code};
@@ -10,27 +10,27 @@ use migration::guest::PartTime;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How long disks may take to come to rest and be flushed when the process ends.
+/// How long draining and flushing the disks may take when the process ends.
 const END_LIMIT: Duration = Duration::from_millis(1500);
-/// How much later the process ends if its tasks do not even report.
+/// How much later the process ends if its tasks do not report.
 const REPORT_SLACK: Duration = Duration::from_millis(200);
 
-/// A process that is about to end.
+/// The state of a process that is ending.
 pub(super) struct Ending {
     code: u8,
-    /// When it ends in any case.
+    /// When it ends unconditionally.
     pub deadline: Instant,
     /// Waits for the disks.
     task: Option<TaskId>,
-    /// A migration's thread lets go of the images that it has made.
+    /// A migration's thread removes the images that it has created.
     pub arrival_at_work: bool,
-    /// Something of the machine hangs.
+    /// Part of the machine hangs.
     pub leaves_machine: bool,
 }
 
 impl Supervisor {
-    /// Ends the process with `code`, unless it is ending already: stops the guest, and lets its disks come
-    /// to rest.
+    /// Ends the process with `code`, unless it is ending already: stops the guest, drains and flushes its
+    /// disks.
     pub(super) fn end(&mut self, code: u8, event: &Event) {
         if self.ending.is_some() {
             return;
@@ -66,7 +66,7 @@ impl Supervisor {
         self.finish_ending();
     }
 
-    /// Nothing that was asked for happens any more.
+    /// Fails all waiting requests.
     fn refuse_all_that_waits(&mut self) {
         let blocked = self.waiting.take_blocked();
         let mut requests: Vec<_> = blocked.into_iter().map(|blocked| blocked.request).collect();
@@ -83,7 +83,7 @@ impl Supervisor {
         }
     }
 
-    /// The disks have come to rest, or these have not.
+    /// The disks are drained and flushed, except for `late`.
     pub(super) fn on_flushed(&mut self, id: TaskId, late: &[PartTime]) {
         let Some(ending) = self.ending.as_mut().filter(|ending| ending.task == Some(id)) else {
             return;
@@ -97,49 +97,48 @@ impl Supervisor {
         self.finish_ending();
     }
 
-    /// Ends the process, if nothing is waited for any more.
+    /// Ends the process if nothing is left to wait for.
     pub(super) fn finish_ending(&mut self) {
         if let Some(ending) = &self.ending
             && ending.task.is_none()
             && !ending.arrival_at_work
         {
-            self.desk.end(ending.code);
+            self.event_loop.end(ending.code);
         }
     }
 
-    /// Ends the process whatever it waits for.
+    /// Ends the process unconditionally.
     pub(super) fn end_at_once(&mut self) {
         let ending = self.ending.as_mut();
         let code = ending.map_or(exit_code::GUEST_FAILED, |ending| {
             ending.leaves_machine |= ending.task.is_some();
             ending.code
         });
-        self.desk.end(code);
+        self.event_loop.end(code);
     }
 }
 
-/// Why nothing is done any more.
+/// The error for requests during the end.
 pub(super) fn shutting_down() -> QmpError {
     QmpError::generic("The virtual machine is shutting down")
 }
 
-/// Waits for each device's requests and flushes each disk when its own have ended, until `deadline`;
-/// returns what has not ended.
+/// Drains each device and then flushes its disk, until `deadline`; returns what has not finished.
 fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
     let (done, ended) = channel();
     let mut late = Vec::new();
-    let mut at_work = 0;
+    let mut started = 0;
     for device in drains.devices {
         let done = done.clone();
         let rest = move || drop(done.send(rest(device, deadline)));
         match tasks::spawn("end-disk", rest) {
-            Ok(()) => at_work += 1,
+            Ok(()) => started += 1,
             Err(error) => late.push(PartTime::not_ended(error.to_string(), Duration::ZERO)),
         }
     }
     drop(done);
-    for _ in 0..at_work {
-        // Each keeps the deadline by itself, and says a moment later whether it could.
+    for _ in 0..started {
+        // Each thread keeps the deadline and reports a moment later.
         let left = (deadline + REPORT_SLACK).saturating_duration_since(Instant::now());
         match ended.recv_timeout(left) {
             Ok(None) => {}
@@ -152,7 +151,7 @@ fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
     late
 }
 
-/// What of a device has not ended by `deadline`.
+/// The part of a device that has not finished by `deadline`.
 fn rest(mut device: DeviceDrain, deadline: Instant) -> Option<PartTime> {
     if !wait_in_steps(deadline, &|| true, &mut |until| device.wait_until(until)) {
         return Some(device.time());

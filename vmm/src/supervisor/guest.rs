@@ -1,6 +1,6 @@
-//! The machine as migration threads see it. What takes time they do themselves, on the disks and images
-//! that they hold; for the rest each call becomes a message to the supervisor, which alone touches the
-//! machine, and waits for its answer.
+//! The migration threads' interface to the machine. They do slow work themselves, on the disks and images
+//! that they hold; every other call is a message to the supervisor, the only owner of the machine, and
+//! waits for its reply.
 //!
 //! [`leaving`] serves an outgoing migration, [`arriving`] an incoming one.
 
@@ -16,39 +16,39 @@ use migration::guest::{GuestError, RunPermit, Stopped};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-/// How the supervisor answers. If it drops this without an answer the process is about to end.
+/// The supervisor's reply. Dropped without one if the process is about to end.
 pub type Reply<T> = Sender<Result<T, GuestError>>;
 
-/// What a migration thread asks of the supervisor. Nothing of it takes long.
+/// Requests of a migration thread to the supervisor. All are quick.
 pub enum GuestRequest {
-    /// Source: stop vCPUs and have devices begin no request. The migration's thread waits for those in
-    /// flight, and asks for one of the next two.
+    /// Source: stop vCPUs and start no new device requests. The migration thread waits for those in flight,
+    /// then sends one of the next two.
     BeginPause(Reply<Drains>),
     /// Source: no request is in flight, so the guest is paused.
     FinishPause(Reply<Stopped>),
-    /// Source: requests are in flight still, so the guest runs on.
+    /// Source: requests are still in flight, so resume the guest.
     CallOffPause(Reply<()>),
-    /// Source: all records.
+    /// Source: save all records.
     SaveRecords(Reply<Vec<DeviceRecord>>),
-    /// Source: undo the pause. The disks' locks have been retaken, or the text says why not.
+    /// Source: undo the pause. The disks are locked again, or the text says why not.
     Resume(Stopped, Result<(), String>, Reply<()>),
-    /// Source: slow the guest down, or let it go.
+    /// Source: set the CPU throttle.
     Throttle(u8, Reply<()>),
     /// Source: the permit is spent.
     Surrendered(Reply<()>),
-    /// Destination: have this done on a thread that is as important as the vCPUs that it starts.
+    /// Destination: run this on a thread with the vCPUs' priority, because vCPU threads inherit it.
     Build(Box<dyn FnOnce() + Send>),
-    /// Destination: take the machine that has been built.
+    /// Destination: take over the machine that was built.
     Install(Box<Machine>, Reply<()>),
     /// Destination: load all records.
     LoadRecords(Vec<DeviceRecord>, Reply<()>),
-    /// Destination: run, or stay paused; what the guest boots from when it is reset, if that has arrived.
+    /// Destination: run, or stay paused. Carries the boot payload, if that was received.
     Run(RunPermit, bool, Option<Arc<BootPayload>>, Reply<()>),
-    /// Destination: the migration failed, give the machine back.
+    /// Destination: the migration failed, return the machine.
     Uninstall(Reply<Option<Box<Machine>>>),
 }
 
-/// Asks the supervisor, and waits for its answer.
+/// Sends a request to the supervisor and waits for the reply.
 fn ask<T>(
     mailbox: &Mailbox,
     request: impl FnOnce(Reply<T>) -> GuestRequest,

@@ -1,11 +1,12 @@
-//! Migrations: at most one runs, on a thread of its own; its counters outlive it.
+//! Migration jobs: at most one runs, on its own thread; its counters outlive it. Started and reaped by the
+//! supervisor.
 
 use super::dirty_rate::Aborted;
-use super::guest::arriving::{ArrivingGuest, Premises};
+use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
 use crate::boot::payload::BootPayload;
-use crate::boot::travel::LeavingFiles;
+use crate::boot::transfer::LeavingFiles;
 use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;
@@ -27,11 +28,11 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-/// What migrations are nice by, a third of a vCPU's share of a processor that both want. A guest that
-/// computes while it moves then seldom loses a whole tick of the scheduler's to it.
+/// Nice value of migration threads: about a third of a vCPU's share of a contended processor, so that a
+/// busy guest rarely loses a whole scheduler tick.
 const NICE: i32 = 5;
 
-/// One of this process's migrations, which come one after another.
+/// Identifies one of this process's migrations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct JobId(u64);
 
@@ -42,30 +43,30 @@ struct Job {
     cancel: CancelToken,
 }
 
-/// What leaves.
+/// What an outgoing migration needs.
 pub struct Leaving {
     /// The machine.
     pub vm: Arc<Vm>,
-    /// What it is; what its disks stand on, and how much they hold, is found out on the way.
+    /// Its description; the migration thread adds backing files' digests and data sizes.
     pub description: Description,
-    /// What it boots from when it is reset, if that is known.
+    /// Its boot payload, if known.
     pub payload: Option<Arc<BootPayload>>,
     /// All its disks.
     pub nodes: Vec<Arc<BlockNode>>,
-    /// Uses the dirty log until it has ended.
+    /// Must end first: it uses the dirty log.
     pub measurement: Option<Aborted>,
 }
 
-/// The migration at work, and what is known of it or of the last one.
+/// The current migration, and the counters of that or the last one.
 #[derive(Default)]
 pub struct Jobs {
     current: Option<Job>,
     last_id: JobId,
     /// Counters of the running migration, or of the last one.
     pub counters: Arc<Counters>,
-    /// Parameters, also while it runs.
+    /// Parameters, which may change while it runs.
     pub params: SharedParams,
-    /// The machine that leaves. Another one in its place, after a reset, is not it.
+    /// The machine being migrated; not its replacement after a reset.
     leaving: Weak<Vm>,
     /// The `events` capability.
     pub events_wanted: bool,
@@ -100,7 +101,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Starts moving the guest away.
+    /// Starts an outgoing migration.
     pub fn send(
         &mut self,
         to: Address,
@@ -111,12 +112,12 @@ impl Jobs {
     ) -> io::Result<()> {
         let Leaving { vm, mut description, payload, nodes, measurement } = leaving;
         self.leaving = Arc::downgrade(&vm);
-        let travelling = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
+        let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         self.spawn(false, move |id, counters, cancel, params| {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
-            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, travelling);
+            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
             let participants = participants(payload, disks, ram, params.get().channels());
@@ -138,22 +139,22 @@ impl Jobs {
         })
     }
 
-    /// Starts waiting for a guest.
+    /// Starts an incoming migration.
     pub fn receive(
         &mut self,
         listener: Listener,
-        premises: Premises,
+        context: BuildContext,
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         self.spawn(true, move |id, counters, cancel, _| {
             counters.listening(address);
-            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), premises);
+            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let destination =
                 Destination { host: &mut host, counters, cancel, events: &mut events };
             let result = destination.receive(&listener);
-            // A source that wants to come back here finds the address free.
+            // The address is free again for a guest that migrates back.
             drop(listener);
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
             host.clean_up();
@@ -161,12 +162,12 @@ impl Jobs {
         })
     }
 
-    /// Whether it is this machine that leaves.
+    /// Whether `vm` is being migrated.
     pub fn moves(&self, vm: &Arc<Vm>) -> bool {
         self.leaving.as_ptr() == Arc::as_ptr(vm)
     }
 
-    /// Asks the migration to end; it says when it has.
+    /// Cancels the migration, which reports its end.
     pub fn cancel(&self) {
         if let Some(job) = &self.current {
             self.counters.cancelling();
@@ -174,7 +175,7 @@ impl Jobs {
         }
     }
 
-    /// Joins the thread of migration `id`, unless that was done already.
+    /// Joins the thread of migration `id`, unless already joined.
     pub fn reap(&mut self, id: JobId) {
         if let Some(job) = self.current.take_if(|job| job.id == id)
             && job.thread.join().is_err()
@@ -183,21 +184,22 @@ impl Jobs {
         }
     }
 
-    /// For a guest that runs or is paused here: whether a migration is over but for saying so. Who has
-    /// heard of its end from elsewhere may ask for the next, which then waits for that.
-    pub fn is_settled(&self) -> bool {
-        // The question is what clients may have heard, and this is what they are told.
+    /// For a running or paused guest: whether a migration has ended but its thread has not reported that
+    /// yet. A client may know of the end already and send its next command, which then waits for the
+    /// report.
+    pub fn has_unreported_end(&self) -> bool {
+        // The status that clients see.
         let ended = self.counters.snapshot().status.is_over();
         self.current.as_ref().is_some_and(|job| job.incoming || ended)
     }
 
-    /// Whether a guest is arriving.
+    /// Whether a guest is incoming.
     pub fn is_arriving(&self) -> bool {
         self.current.as_ref().is_some_and(|job| job.incoming)
     }
 
-    /// The process ends: wakes the migration's thread and leaves it. It cannot be waited for, since it
-    /// may wait for an answer of the supervisor's.
+    /// The process ends: cancels the migration without joining its thread, which may be waiting for a reply
+    /// of the supervisor.
     pub fn abandon(&mut self) {
         if let Some(job) = self.current.take() {
             job.cancel.cancel();
@@ -205,8 +207,8 @@ impl Jobs {
     }
 }
 
-/// What travels besides the devices, in the order in which it is sent: what takes longest first, since RAM
-/// that was sent before would have to go again.
+/// The participants, in the order of sending: slowest first, because RAM sent earlier would get dirty
+/// again.
 fn participants(
     payload: Option<Arc<BootPayload>>,
     disks: SourceDisks,
@@ -224,8 +226,8 @@ fn participants(
     all
 }
 
-/// Completes a description with how much the disks hold that travel, and with what those stand on of which
-/// only the top does: the storage is asked, and all of that is read, so it is for the thread that migrates.
+/// Adds the data sizes of migrated disks and the digests of their backing files to a description. Reads
+/// whole backing files, so it runs on the migration thread.
 fn identify(
     description: &mut Description,
     leaving: &[SourceDisk],
@@ -240,19 +242,20 @@ fn identify(
         let backing = described.travels.as_mut().and_then(|travels| travels.backing.as_mut());
         let (Some(disk), Some(backing)) = (disk, backing) else { continue };
         let (id, name) = (&described.id, &backing.name);
-        let digest = disk.node.backing().map(|chain| chain.digest(go_on)).transpose();
-        backing.sha256 = digest.map(Option::unwrap_or_default).map_err(|error| {
+        let failed = |error: io::Error| {
             GuestError::new(format!("disk {id}: cannot read backing file {name}: {error}"))
-        })?;
+        };
+        let chain = disk.node.backing().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        backing.sha256 = chain.digest(go_on).map_err(failed)?;
         log::info!("disk {id}: backing file {name} has SHA-256 {}", backing.sha256);
     }
     Ok(())
 }
 
-/// About how much of a disk travels.
+/// Estimated bytes of a disk to send.
 fn data_bytes(disk: &SourceDisk) -> io::Result<u64> {
     let own_bytes = disk.node.allocated_bytes()?;
-    // What is packed in a file below takes more at the destination: it finds out as it writes.
+    // Compressed clusters below need more space at the destination, which notices only when it writes.
     let below = match disk.node.backing().filter(|_| !disk.only_top) {
         Some(below) => below.allocated_bytes()?,
         None => 0,
@@ -260,7 +263,7 @@ fn data_bytes(disk: &SourceDisk) -> io::Result<u64> {
     Ok(own_bytes.saturating_add(below).min(disk.node.len_bytes()))
 }
 
-/// Has the calling thread, and those that it starts, come behind the vCPUs where processors are few.
+/// Lowers the priority of the calling thread, and those that it spawns, below the vCPUs'.
 fn yield_to_guests() {
     let thread = Some(rustix::thread::gettid());
     if let Err(error) = rustix::process::setpriority_process(thread, NICE) {
@@ -279,7 +282,7 @@ fn socket_address(address: &Address) -> Value {
     }
 }
 
-/// The operator's word that a guest whose migration ended as unknown runs nowhere else.
+/// The right to run, claimed by the operator: a guest whose migration ended as unknown runs nowhere else.
 pub fn operators_permit() -> RunPermit {
     RunPermit::claimed_by_operator()
 }

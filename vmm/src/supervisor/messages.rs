@@ -1,34 +1,34 @@
-//! What other threads tell the supervisor.
+//! Messages from other threads to the supervisor.
 
 use super::MachineId;
 use super::guest::GuestRequest;
 use super::jobs::JobId;
 use super::tasks::{Done, TaskId};
 use crate::console::ConsoleEvent;
-use crate::desk;
+use crate::event_loop;
 use crate::machine::vcpus::VcpuEnd;
 use devices::block::failure::Failure;
 use devices::reset::GuestExit;
 use migration::source::{MigrationEvent, SourceOutcome};
 
-/// Where they post it.
-pub type Mailbox = desk::Mailbox<Message>;
+/// The supervisor's mailbox.
+pub type Mailbox = event_loop::Mailbox<Message>;
 
-/// What other threads tell the supervisor.
+/// Messages from other threads to the supervisor.
 pub enum Message {
     /// The guest reset, powered off or wrote the debug-exit port.
     GuestExit(MachineId, GuestExit),
-    /// A vCPU cannot go on.
+    /// A vCPU cannot continue.
     VcpuEnd(MachineId, VcpuEnd),
     /// Serial output matched, or the user pressed Ctrl-A x.
     Console(ConsoleEvent),
-    /// A request of the guest's to a disk has failed.
+    /// A disk request of the guest has failed.
     DiskFailed(Failure),
-    /// A migration thread needs the guest.
+    /// A request of a migration thread.
     Guest(GuestRequest),
     /// A task has ended.
     TaskEnded(TaskId, Done),
-    /// A migration has come further.
+    /// Progress of a migration.
     Migration(MigrationEvent),
     /// The outgoing migration has ended.
     OutgoingEnded(JobId, SourceOutcome),

@@ -1,11 +1,11 @@
-//! The main thread: the one event loop that owns the machine. Run state changes here and nowhere else.
-//! It decides and never waits: what may take long is done by a task, or by the migration's own thread.
+//! The supervisor owns the machine and runs on the main thread's event loop. The run state changes only
+//! here. It never blocks: slow work is done by a task or by the migration's thread.
 //!
-//! Everything reaches it as a message ([`messages`]), a request on the control socket, a signal or the
-//! timeout; [`guest`] is its face to migration threads, [`moving`] what it does for them, [`commands`]
-//! answers the control socket, [`waiting`] keeps what is answered later, [`transition`] boots, stops and
-//! resets the machine, [`ending`] ends the process, [`tasks`] are the threads that wait, [`jobs`] starts
-//! and reaps migrations, [`dirty_rate`] measures how fast the guest writes.
+//! Its input is messages ([`messages`]), requests on the control socket, signals and the timeout. [`guest`]
+//! is the interface for migration threads and [`moving`] executes their requests; [`commands`] executes QMP
+//! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
+//! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
+//! migrations, [`dirty_rate`] measures the dirty rate.
 
 mod commands;
 mod dirty_rate;
@@ -25,8 +25,8 @@ use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
-use crate::desk::{self, Clerk, Desk, DeskError};
 use crate::error::chain;
+use crate::event_loop::{self, EventLoop, EventLoopError, Handler};
 use crate::kvm::Host;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
@@ -38,7 +38,7 @@ use devices::reset::GuestExit;
 use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
 use ending::Ending;
-use guest::arriving::Premises;
+use guest::arriving::BuildContext;
 use jobs::Jobs;
 use messages::{Mailbox, Message};
 use migration::source::MigrationEvent;
@@ -51,51 +51,42 @@ use tasks::{Done, TaskId, Tasks};
 use transition::{Stopping, Transition};
 use waiting::{Behind, Waiting};
 
-/// How the process ends: `ferry run`'s exit codes.
+/// Exit codes of `ferry run`.
 pub mod exit_code {
     /// The guest powered off, or `--expect` matched.
     pub const OK: u8 = 0;
     /// The guest failed.
     pub const GUEST_FAILED: u8 = 1;
-    /// The command line makes no sense.
+    /// Usage error.
     pub const USAGE: u8 = 2;
-    /// This host cannot run it.
+    /// This host cannot run guests.
     pub const HOST: u8 = 3;
     /// `--timeout`.
     pub const TIMEOUT: u8 = 124;
 }
 
-/// Why a guest could not be set up.
+/// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The control socket or the event loop.
     #[error(transparent)]
-    Desk(#[from] DeskError),
-    /// COM1.
+    EventLoop(#[from] EventLoopError),
     #[error(transparent)]
     Console(#[from] crate::console::ConsoleError),
-    /// A disk image.
     #[error(transparent)]
     Disk(#[from] OpenError),
-    /// KVM.
     #[error(transparent)]
     Kvm(#[from] crate::kvm::KvmError),
-    /// The address of an arriving guest.
+    /// The migration address cannot be listened on.
     #[error("cannot listen on {address}")]
     Listen {
-        /// Where.
         address: String,
-        /// Why not.
         #[source]
         source: io::Error,
     },
-    /// The host has no more threads.
     #[error("cannot start a migration's thread")]
     Thread(#[source] io::Error),
-    /// `--expect`.
     #[error("--expect")]
     Expect(#[source] regex_lite::Error),
 }
@@ -107,19 +98,19 @@ impl SetupError {
             Self::Kvm(_)
             | Self::Machine(MachineError::Kvm(_))
             | Self::Thread(_)
-            | Self::Desk(DeskError::EventLoop(_)) => exit_code::HOST,
+            | Self::EventLoop(EventLoopError::Start(_)) => exit_code::HOST,
             _ => exit_code::GUEST_FAILED,
         }
     }
 }
 
-/// What this process is for.
-enum Mission {
+/// The process's mode.
+enum Mode {
     Run(RunConfig),
     Receive(ReceiveConfig),
 }
 
-impl Mission {
+impl Mode {
     fn host(&self) -> &HostConfig {
         match self {
             Self::Run(config) => &config.host,
@@ -128,11 +119,11 @@ impl Mission {
     }
 }
 
-/// Names a machine; a process has several, one after another, if it is reset.
+/// Identifies a machine; each reset creates a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachineId(u64);
 
-/// What a machine is connected to, but for its disks.
+/// A machine's backends without its disks.
 pub struct BackendParts {
     serial_output: Arc<Transmitter>,
     events: GuestEvents,
@@ -140,7 +131,7 @@ pub struct BackendParts {
 }
 
 impl BackendParts {
-    /// With the disks, whose failures are told from now on.
+    /// Adds the disks and subscribes to their failures.
     fn with(self, disks: Vec<Arc<BlockNode>>) -> Backends {
         for disk in &disks {
             let to_us = self.mailbox.clone();
@@ -152,61 +143,61 @@ impl BackendParts {
 
 /// The owner of the machine.
 pub struct Supervisor {
-    mission: Mission,
+    mode: Mode,
     host: Arc<Host>,
-    /// Before the console and the control server: its threads use them.
+    /// Declared before the console and the control server, which its threads use.
     machine: Option<Box<Machine>>,
-    /// What the guest boots from when it is reset. None until it is opened, or has arrived.
+    /// The boot payload for resets. `None` until it is opened or received.
     payload: Option<Arc<BootPayload>>,
     machine_id: MachineId,
     last_machine_id: MachineId,
     state: RunState,
-    /// When clients last heard of a failed request.
+    /// Time of the last `BLOCK_IO_ERROR`.
     disk_failure_told: Option<Instant>,
     jobs: Jobs,
     dirty_rate: DirtyRate,
     tasks: Tasks,
-    /// What the machine is going through. What would change it waits.
+    /// The transition in progress. Commands that would change the machine wait.
     transition: Option<(TaskId, Transition)>,
-    /// Waits for requests in flight, for whoever has asked to stop the guest.
+    /// A `stop` that waits for requests in flight.
     stopping: Option<Stopping>,
     /// A migration waits for requests in flight.
     pausing: Option<Pausing>,
     sizes: Sizes,
     waiting: Waiting,
     ending: Option<Ending>,
-    /// What the event loop's alarm is set to.
+    /// When the event loop's alarm fires.
     alarm: Option<Instant>,
     console: Console,
-    desk: Desk<Message>,
+    event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest and runs it to its end; returns the exit code.
+/// Boots a guest and runs it until it ends; returns the exit code.
 pub fn run(config: RunConfig) -> Result<u8, SetupError> {
     let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
-    let mut supervisor = Supervisor::new(Mission::Run(config), host)?;
+    let mut supervisor = Supervisor::new(Mode::Run(config), host)?;
     supervisor.payload = Some(payload);
     supervisor.boot()?;
-    Ok(desk::serve(supervisor)?)
+    Ok(event_loop::serve(supervisor)?)
 }
 
-/// Waits for a guest and runs it to its end; returns the exit code.
+/// Receives a guest and runs it until it ends; returns the exit code.
 pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let host = Arc::new(Host::open()?);
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
     let payload = config.boot.as_ref().map(open_payload).transpose()?;
-    let mut supervisor = Supervisor::new(Mission::Receive(config.clone()), host)?;
+    let mut supervisor = Supervisor::new(Mode::Receive(config.clone()), host)?;
     supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
     eprintln!("ferry: listening on {}", listener.local_address());
-    let mailbox = supervisor.desk.mailbox().clone();
+    let mailbox = supervisor.event_loop.mailbox().clone();
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
-    let premises = Premises { host: supervisor.host.clone(), config, parts, payload };
-    supervisor.jobs.receive(listener, premises, mailbox).map_err(SetupError::Thread)?;
-    Ok(desk::serve(supervisor)?)
+    let context = BuildContext { host: supervisor.host.clone(), config, parts, payload };
+    supervisor.jobs.receive(listener, context, mailbox).map_err(SetupError::Thread)?;
+    Ok(event_loop::serve(supervisor)?)
 }
 
 fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
@@ -215,24 +206,24 @@ fn open_payload(files: &BootFiles) -> Result<Arc<BootPayload>, SetupError> {
 }
 
 impl Supervisor {
-    fn new(mission: Mission, host: Arc<Host>) -> Result<Self, SetupError> {
-        let config = mission.host();
+    fn new(mode: Mode, host: Arc<Host>) -> Result<Self, SetupError> {
+        let config = mode.host();
         if config.with_parent {
             let kill = rustix::process::Signal::KILL;
             let set = rustix::process::set_parent_process_death_signal(Some(kill));
             set.map_err(|error| SetupError::Thread(error.into()))?;
         }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
-        let desk = Desk::open(control, config.timeout)?;
+        let event_loop = EventLoop::open(control, config.timeout)?;
         let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
-        let to_us = desk.mailbox().clone();
+        let to_us = event_loop.mailbox().clone();
         let console = Console::open(
             &config.serial,
             expect.map_err(SetupError::Expect)?,
             Arc::new(move |event| to_us.post(Message::Console(event))),
         )?;
         Ok(Self {
-            mission,
+            mode,
             host,
             machine: None,
             payload: None,
@@ -242,7 +233,7 @@ impl Supervisor {
             disk_failure_told: None,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
-            tasks: Tasks::new(desk.mailbox().clone()),
+            tasks: Tasks::new(event_loop.mailbox().clone()),
             transition: None,
             stopping: None,
             pausing: None,
@@ -251,15 +242,15 @@ impl Supervisor {
             ending: None,
             alarm: None,
             console,
-            desk,
+            event_loop,
         })
     }
 
-    /// What the next machine is to be connected to, and its name.
+    /// The backends of the next machine, and its id.
     fn backend_parts(&mut self) -> (MachineId, BackendParts) {
         let id = MachineId(self.last_machine_id.0 + 1);
         self.last_machine_id = id;
-        let mailbox = self.desk.mailbox().clone();
+        let mailbox = self.event_loop.mailbox().clone();
         let (exits, ends) = (mailbox.clone(), mailbox.clone());
         let events = GuestEvents {
             on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(id, exit))),
@@ -278,10 +269,10 @@ impl Supervisor {
     }
 
     fn tell(&mut self, event: &Event) {
-        self.desk.tell(event);
+        self.event_loop.broadcast(event);
     }
 
-    /// The guest or KVM cannot go on.
+    /// The guest or KVM cannot continue: reports that and ends the process.
     fn fail(&mut self, why: &str) {
         if self.ending.is_some() {
             return log::error!("while shutting down: {why}");
@@ -294,26 +285,27 @@ impl Supervisor {
         self.end(exit_code::GUEST_FAILED, &event);
     }
 
-    /// Tells of a failed request, and stops the guest if that is what was decided.
+    /// Reports a failed request and stops the guest if the policy says so.
     fn on_disk_failed(&mut self, failure: &Failure) {
         let stops = failure.action == Action::Stop;
-        // A dying disk fails every request: clients hear of it once a second, of a stop always.
+        // A dying disk fails every request: at most one event per second, except for stops.
         let told = self.disk_failure_told.filter(|told| told.elapsed() < Duration::from_secs(1));
         if stops || told.is_none() {
             self.disk_failure_told = Some(Instant::now());
             self.tell(&Event::block_io_error(failure));
         }
-        // The guest may have been stopped, or gone on, meanwhile. One that is being reset goes anyway.
+        // The guest may have been stopped or resumed meanwhile. A guest that is being reset is replaced
+        // anyway.
         let runs = self.state == RunState::Running && self.ending.is_none() && !self.is_swapping();
         let Some(machine) = &mut self.machine else { return };
         if !stops || !runs || !machine.has_stopped_disk() {
             return;
         }
-        // Whoever needs the requests in flight to have ended waits for them.
+        // Callers that need the requests in flight to have ended wait for them.
         if let Err(error) = machine.begin_pause() {
             return self.fail(&chain(&error));
         }
-        // It refuses to go on with a guest that is stopped like this.
+        // The migration fails on a guest that was stopped by an error.
         self.pausing = None;
         let Failure { disk, reason, .. } = failure;
         eprintln!("ferry: disk {disk}: {reason}; the guest is stopped, `cont` tries again");
@@ -335,18 +327,18 @@ impl Supervisor {
     }
 }
 
-impl Clerk for Supervisor {
+impl Handler for Supervisor {
     type Message = Message;
 
-    fn desk(&mut self) -> &mut Desk<Message> {
-        &mut self.desk
+    fn event_loop(&mut self) -> &mut EventLoop<Message> {
+        &mut self.event_loop
     }
 
     fn on_message(&mut self, message: Message) {
         match message {
-            // What the machine before this one had to say does not matter any more.
+            // Ignore messages of an earlier machine.
             Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
-            Message::GuestExit(_, GuestExit::Reset) if self.mission.host().no_reboot => {
+            Message::GuestExit(_, GuestExit::Reset) if self.mode.host().no_reboot => {
                 self.guest_has_ended(exit_code::OK, "guest-reset");
             }
             Message::GuestExit(_, GuestExit::Reset) => self.guest_wants_reset(),
@@ -354,8 +346,9 @@ impl Clerk for Supervisor {
                 self.guest_has_ended(exit_code::OK, "guest-shutdown");
             }
             Message::GuestExit(_, GuestExit::DebugExit(value)) => {
-                // An exit code has 8 bits; QEMU's exit() keeps the low ones as well.
-                let code = u8::try_from((value << 1 | 1) & 0xff).unwrap_or(u8::MAX);
+                // QEMU's exit() keeps the low 8 bits, too.
+                #[expect(clippy::cast_possible_truncation, reason = "an exit code has 8 bits")]
+                let code = (value << 1 | 1) as u8;
                 self.guest_has_ended(code, "guest-shutdown");
             }
             Message::VcpuEnd(_, VcpuEnd::TripleFault) if self.ending.is_none() => {
@@ -375,7 +368,7 @@ impl Clerk for Supervisor {
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
-                // One that was left behind may still bring a machine, which takes time to drop.
+                // An overdue task may still return a machine, which takes time to drop.
                 if self.tasks.ended(id) {
                     self.on_task_ended(id, done);
                 } else if let Done::Built(Ok(machine)) = done {
@@ -385,7 +378,7 @@ impl Clerk for Supervisor {
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 self.jobs.reap(id);
-                // It has done so itself, unless its thread died before it could.
+                // The migration has done so itself, unless its thread died.
                 if let Some(machine) = &self.machine {
                     machine.throttle(0);
                 }
@@ -407,10 +400,10 @@ impl Clerk for Supervisor {
     }
 
     fn on_request(&mut self, request: Incoming) {
-        // The end does not wait for anything.
+        // The end of the process must not wait.
         if request.command == Command::Quit {
             if let Some(result) = self.execute(&request) {
-                self.desk.reply(&request, result);
+                self.event_loop.reply(&request, result);
             }
             return self.look_after_waiting();
         }
@@ -419,7 +412,7 @@ impl Clerk for Supervisor {
             Behind::Waits => {}
             Behind::TooMany(request) => {
                 let desc = "too many requests wait for the one before them";
-                self.desk.reply(&request, Err(QmpError::generic(desc)));
+                self.event_loop.reply(&request, Err(QmpError::generic(desc)));
             }
         }
         self.look_after_waiting();
@@ -465,7 +458,7 @@ impl Clerk for Supervisor {
         self.console.detach();
         if let Some(machine) = self.machine.take() {
             match &self.ending {
-                // Dropping it would wait for what hangs.
+                // Dropping it would block on the hanging part.
                 Some(ending) if ending.leaves_machine => std::mem::forget(machine),
                 _ => drop(machine),
             }
@@ -474,7 +467,7 @@ impl Clerk for Supervisor {
 }
 
 impl Supervisor {
-    /// Answers a request, now or later.
+    /// Executes a request; replies now or later.
     fn serve(&mut self, request: Incoming) {
         if self.must_wait(&request.command) {
             self.waiting.hold(request.client);
@@ -487,15 +480,15 @@ impl Supervisor {
         }
     }
 
-    /// Answers a request whose client has waited, and serves what that has asked since.
+    /// Replies to a waiting client and serves its queued requests.
     fn answer(&mut self, request: &Incoming, result: QmpResult) {
-        self.desk.reply(request, result);
+        self.event_loop.reply(request, result);
         for next in self.waiting.release(request.client) {
             self.on_request(next);
         }
     }
 
-    /// Begins what could not be begun before, and sets the alarm for what has a deadline.
+    /// Starts blocked requests that can run now, and sets the alarm for the next deadline.
     fn look_after_waiting(&mut self) {
         for blocked in self.waiting.take_blocked() {
             if self.must_wait(&blocked.request.command) {
@@ -510,11 +503,11 @@ impl Supervisor {
             && self.alarm != Some(next)
         {
             self.alarm = Some(next);
-            self.desk.set_alarm(next.saturating_duration_since(Instant::now()));
+            self.event_loop.set_alarm(next.saturating_duration_since(Instant::now()));
         }
     }
 
-    /// The guest has ended itself.
+    /// The guest has ended.
     fn guest_has_ended(&mut self, code: u8, reason: &str) {
         if self.ending.is_none() {
             self.become_state(RunState::Shutdown);

@@ -1,9 +1,9 @@
-//! What the machine does for a migration, on the main thread: it is stopped and goes on, its records are
-//! given away or taken, a machine for a guest that arrives is taken and run. Asked by the migration threads
-//! through [`super::guest`]; when and why is `migration`'s business, and what takes long is theirs.
+//! Executes the requests of migration threads on the main thread: stops and resumes the machine, saves and
+//! restores its records, takes over and runs an incoming machine. Requests come through [`super::guest`];
+//! the migration engine decides when, and does slow work itself.
 
 use super::guest::GuestRequest;
-use super::{Mission, Supervisor, tasks};
+use super::{Mode, Supervisor, tasks};
 use crate::control::Event;
 use crate::error::{chain, guest_error};
 use crate::machine::Machine;
@@ -11,8 +11,8 @@ use crate::machine::drain::Drains;
 use crate::machine::run_state::RunState;
 use migration::guest::{GuestError, RunPermit, Stopped};
 
-/// A guest whose vCPUs are stopped for a migration, which waits for its requests in flight. Clients are
-/// not told before that has worked.
+/// A guest whose vCPUs are stopped for a migration, which waits for requests in flight. Clients get `STOP`
+/// only after that has succeeded.
 pub(super) struct Pausing {
     /// Whether the user wants it to run.
     pub was_running: bool,
@@ -21,8 +21,8 @@ pub(super) struct Pausing {
 impl Supervisor {
     pub(super) fn on_guest_request(&mut self, request: GuestRequest) {
         let no_machine = || GuestError::new("there is no machine");
-        // A migration thread that does not wait for its answer has been cancelled. One that gets none hears
-        // that the process is about to end.
+        // A send fails if the migration thread was cancelled. A dropped reply tells it that the process is
+        // about to end.
         match request {
             GuestRequest::Uninstall(reply) => drop(reply.send(Ok(self.uninstall()))),
             GuestRequest::Surrendered(reply) => {
@@ -51,8 +51,7 @@ impl Supervisor {
                 drop(reply.send(Ok(())));
             }
             GuestRequest::Build(build) => {
-                // On a thread of its own, which is not nice as the migration's are: the vCPUs' threads
-                // come from it.
+                // On a new thread with normal priority: the vCPU threads inherit it.
                 if let Err(error) = tasks::spawn("build", build) {
                     log::error!("cannot start a thread: {error}");
                 }
@@ -93,7 +92,7 @@ impl Supervisor {
         }
         let drains = machine.begin_pause().map_err(|error| guest_error(&error))?;
         if machine.has_ended() {
-            // Its message is on the way here: the guest ends, or is reset, where it is.
+            // Its message follows: the guest ends or is reset here.
             return refused("the guest has just ended or asked for a reset");
         }
         self.pausing = Some(Pausing { was_running });
@@ -107,7 +106,7 @@ impl Supervisor {
         let kept = "a request to its disk has failed: `cont` tries it again";
         let Some(Pausing { was_running }) = pausing else { return refused(kept) };
         if machine.keeps_disk_requests() {
-            // Its request is kept by this process, which cannot give it away.
+            // A kept request cannot be migrated.
             if was_running {
                 self.become_state(RunState::IoError);
                 self.tell(&Event::plain("STOP"));
@@ -158,14 +157,14 @@ impl Supervisor {
         }
     }
 
-    /// Gives back the machine of a guest that has not arrived.
+    /// Returns the machine of a guest whose migration failed.
     fn uninstall(&mut self) -> Option<Box<Machine>> {
         let arriving = self.state == RunState::Inmigrate;
         self.machine.take_if(|machine| arriving && !machine.is_running())
     }
 
     fn run_arrived(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
-        let paused = matches!(&self.mission, Mission::Receive(config) if config.paused);
+        let paused = matches!(&self.mode, Mode::Receive(config) if config.paused);
         let Some(machine) = &mut self.machine else {
             return Err(GuestError::new("there is no machine"));
         };

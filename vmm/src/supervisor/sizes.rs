@@ -1,5 +1,5 @@
-//! How much space disks take on the host, for `query-block`: only the storage knows, and may not answer.
-//! It is asked on threads, for a moment; a disk that does not answer shows what it said last, or nothing.
+//! Allocated sizes of disks for `query-block`. The storage may hang, so the sizes are queried on threads,
+//! with a short timeout; a disk that does not respond shows its last known size, or none.
 
 use super::Supervisor;
 use super::tasks::{DiskWork, Done, TaskId};
@@ -8,24 +8,24 @@ use crate::control::message::QmpError;
 use crate::control::{Incoming, block};
 use crate::error::chain;
 use devices::block::BlockNode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long `query-block` waits for the storage.
 const SIZE_LIMIT: Duration = Duration::from_millis(20);
 
-/// What has been learnt, and who waits for more.
+/// Known sizes, and the requests that wait for new ones.
 #[derive(Default)]
 pub(super) struct Sizes {
     known: Arc<Mutex<block::Sizes>>,
-    /// Goes to the task and comes back with what it has learnt, so that a disk that hangs has one thread.
+    /// Handed to the task and back, so that a hanging disk has only one thread.
     work: Arc<Mutex<Option<DiskWork<Option<u64>>>>>,
     asking: Option<(TaskId, Vec<Incoming>)>,
 }
 
 impl Supervisor {
-    /// Asks the disks for their sizes; the answer to `request` comes when they have been asked. With
-    /// nothing to ask, or nobody to do it, it is what is known.
+    /// Queries the sizes; the reply to `request` comes afterwards. Without disks, or if a query is not
+    /// possible, replies with the known sizes.
     pub(super) fn ask_sizes(
         &mut self,
         request: &Incoming,
@@ -34,6 +34,7 @@ impl Supervisor {
             requests.push(request.clone());
             return None;
         }
+        // Without a machine there are no disks.
         let nodes = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
         if nodes.is_empty() || self.ending.is_some() {
             return Some(Ok(self.describe_disks(&request.command)));
@@ -52,7 +53,7 @@ impl Supervisor {
         }
     }
 
-    /// The disks have been asked.
+    /// The sizes have been queried.
     pub(super) fn on_sized(&mut self, id: TaskId) {
         let Some((_, requests)) = self.sizes.asking.take_if(|(asking, _)| *asking == id) else {
             return;
@@ -64,7 +65,7 @@ impl Supervisor {
     }
 
     fn describe_disks(&self, command: &Command) -> serde_json::Value {
-        let known = self.sizes.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = devices::lock(&self.sizes.known);
         match command {
             Command::QueryNamedBlockNodes => block::named_nodes(self.nodes(), &known),
             _ => block::devices(self.nodes(), &known),
@@ -72,27 +73,25 @@ impl Supervisor {
     }
 }
 
-/// Asks each disk on a thread of its own, until [`SIZE_LIMIT`] has passed.
+/// Queries each disk on its own thread, until [`SIZE_LIMIT`] has passed.
 fn ask(
     nodes: &[Arc<BlockNode>],
     known: &Mutex<block::Sizes>,
     work: &Mutex<Option<DiskWork<Option<u64>>>>,
 ) {
-    // Of the machine before, if it was built anew, nothing is asked any more.
-    let mut asked = work
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
+    // Drop the queries of an earlier machine.
+    let mut asked = devices::lock(work)
         .take()
         .filter(|work| work.is_about(nodes))
         .unwrap_or_else(|| DiskWork::new("sizing", nodes.to_vec()));
     let deadline = Instant::now() + SIZE_LIMIT;
     match asked.run(|_| true, |node| node.allocated_bytes().ok(), deadline, &|| true) {
         Ok(done) => {
-            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut known = devices::lock(known);
             for (node, done) in nodes.iter().zip(done) {
                 match done.result {
                     Some(Some(bytes)) => drop(known.insert(node.id().to_owned(), bytes)),
-                    // What cannot be asked is left out.
+                    // Omit a size that cannot be queried.
                     Some(None) => drop(known.remove(node.id())),
                     None => {}
                 }
@@ -100,5 +99,5 @@ fn ask(
         }
         Err(error) => log::warn!("cannot ask disks for their sizes: {error}"),
     }
-    *work.lock().unwrap_or_else(PoisonError::into_inner) = Some(asked);
+    *devices::lock(work) = Some(asked);
 }

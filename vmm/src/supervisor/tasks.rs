@@ -1,9 +1,9 @@
-//! Where things take time: threads that wait for storage and hosts, so that the main thread need not.
+//! Threads for slow work, so that the main thread never waits for storage or for KVM.
 //!
-//! A [`Task`] has a deadline and a cancel, and reports with [`Message::TaskEnded`]. What it does may hang in
-//! the kernel, where nothing can end it: a task that is overdue is left behind, and what it brings later
-//! is given up. [`DiskWork`] does the same thing for several disks, each on a thread of its own, so that
-//! one that hangs does not keep the others.
+//! A [`Task`] has a deadline and a cancel flag, and reports with [`Message::TaskEnded`]. It may hang in the
+//! kernel, where nothing can interrupt it: an overdue task is abandoned and its result discarded.
+//! [`DiskWork`] runs the same work on several disks, each on its own thread, so that a hanging disk does
+//! not delay the others.
 
 use super::messages::{Mailbox, Message};
 use crate::machine::Machine;
@@ -17,40 +17,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How often something that waits looks whether it should go on.
+/// How often a wait checks for cancellation.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// Names a task; never used twice.
+/// Identifies a task; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TaskId(u64);
 
-/// What a task has come to.
+/// The result of a task.
 pub enum Done {
-    /// A machine, or why there is none.
+    /// A machine, or an error.
     Built(Result<Box<Machine>, super::SetupError>),
-    /// The requests in flight have ended, or these have not.
+    /// The drain has finished, except for these parts.
     Drained(Result<(), Vec<PartTime>>),
-    /// The disks are locked, or why not.
+    /// The disks are locked, or an error.
     Locked(Result<(), String>),
-    /// The sizes of the images that could be asked are known.
+    /// The sizes have been queried.
     Sized,
-    /// The disks are flushed, but for these.
+    /// The disks are flushed, except for these parts.
     Flushed(Vec<PartTime>),
-    /// It panicked, or has not ended by its deadline.
+    /// It panicked or is overdue.
     Nothing,
 }
 
-/// Tells a task to give up. Cheap to clone; all clones are one.
+/// Cancels a task. Clones share the flag.
 #[derive(Debug, Clone, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// It should.
+    /// Sets the flag.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Release);
     }
 
-    /// Whether it should.
+    /// Whether the flag is set.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
@@ -62,14 +62,14 @@ struct Task {
     cancel: Cancel,
 }
 
-/// The tasks at work.
+/// The running tasks.
 pub struct Tasks {
     mailbox: Mailbox,
     last_id: u64,
-    at_work: BTreeMap<TaskId, Task>,
+    running: BTreeMap<TaskId, Task>,
 }
 
-/// Reports a task's end also when it panics.
+/// Reports a task's end, even if it panics.
 struct Report {
     mailbox: Mailbox,
     id: TaskId,
@@ -84,12 +84,12 @@ impl Drop for Report {
 }
 
 impl Tasks {
-    /// None yet; they report to `mailbox`.
+    /// No tasks yet; they report to `mailbox`.
     pub fn new(mailbox: Mailbox) -> Self {
-        Self { mailbox, last_id: 0, at_work: BTreeMap::new() }
+        Self { mailbox, last_id: 0, running: BTreeMap::new() }
     }
 
-    /// Has `work` done on a thread. After `limit` it is overdue.
+    /// Runs `work` on a thread. After `limit` it is overdue.
     pub fn start(
         &mut self,
         what: &'static str,
@@ -105,92 +105,92 @@ impl Tasks {
             report.done = work(&token);
         })?;
         let deadline = limit.map(|limit| Instant::now() + limit);
-        self.at_work.insert(id, Task { what, deadline, cancel });
+        self.running.insert(id, Task { what, deadline, cancel });
         Ok(id)
     }
 
-    /// A task has reported; whether anybody waits for that.
+    /// A task has reported; returns whether it was still wanted.
     pub fn ended(&mut self, id: TaskId) -> bool {
-        self.at_work.remove(&id).is_some()
+        self.running.remove(&id).is_some()
     }
 
-    /// Nobody waits for this task any more.
+    /// Forgets a task.
     pub fn give_up(&mut self, id: TaskId) {
-        if let Some(task) = self.at_work.remove(&id) {
+        if let Some(task) = self.running.remove(&id) {
             task.cancel.cancel();
         }
     }
 
     /// The next deadline.
     pub fn deadline(&self) -> Option<Instant> {
-        self.at_work.values().filter_map(|task| task.deadline).min()
+        self.running.values().filter_map(|task| task.deadline).min()
     }
 
-    /// Gives up the tasks whose deadline has passed, and names them.
+    /// Abandons overdue tasks and returns their ids.
     pub fn take_overdue(&mut self, now: Instant) -> Vec<TaskId> {
         let is_late = |task: &Task| task.deadline.is_some_and(|deadline| deadline <= now);
-        let late = self.at_work.iter().filter(|(_, task)| is_late(task));
+        let late = self.running.iter().filter(|(_, task)| is_late(task));
         let late: Vec<_> = late.map(|(id, task)| (*id, task.what)).collect();
         for (id, what) in &late {
-            log::warn!("the task `{what}` has not ended in time and is left behind");
+            log::warn!("the task `{what}` is overdue and abandoned");
             self.give_up(*id);
         }
         late.into_iter().map(|(id, _)| id).collect()
     }
 }
 
-/// Starts a thread that nobody waits for.
+/// Spawns a detached thread.
 pub fn spawn(what: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     let builder = std::thread::Builder::new().name(format!("task-{what}"));
-    // Opening a qcow2 image and loading a kernel take more stack than waiting does.
+    // Opening a qcow2 image and loading a kernel need some stack.
     builder.stack_size(512 << 10).spawn(work).map(drop)
 }
 
-/// Drops what takes time to drop, a machine, where nobody waits for it.
+/// Drops a value, such as a machine, on a thread because that takes time.
 pub fn discard<T: Send + 'static>(what: T) {
     if let Err(error) = spawn("discard", move || drop(what)) {
-        // The value went with the thread that there is not.
+        // The value was dropped with the closure.
         log::error!("cannot start a thread: {error}");
     }
 }
 
-/// Something that is being done to a disk.
+/// Work in progress on a disk.
 struct UnderWay<T> {
     began: Instant,
     answer: Receiver<(T, Duration)>,
 }
 
-/// The same work on several disks, each on a thread of its own. A disk has one thread at most: while
-/// that hangs in the kernel no other is started.
+/// The same work on several disks, each on its own thread. A disk has at most one thread: while that hangs
+/// in the kernel, no other is started.
 pub struct DiskWork<T> {
     what: &'static str,
     disks: Vec<(Arc<BlockNode>, Option<UnderWay<T>>)>,
 }
 
-/// How it went with one disk.
+/// The result for one disk.
 pub struct DiskDone<T> {
-    /// How long it took, or has been waited for.
+    /// How long it took, or has taken so far.
     pub time: PartTime,
-    /// What it has come to, if it has ended.
+    /// The result, if it has ended.
     pub result: Option<T>,
 }
 
 impl<T: Send + 'static> DiskWork<T> {
-    /// Work that is called `what`, as in "flushing", on these disks.
+    /// Work named `what`, as in "flushing", on these disks.
     pub fn new(what: &'static str, disks: Vec<Arc<BlockNode>>) -> Self {
         Self { what, disks: disks.into_iter().map(|node| (node, None)).collect() }
     }
 
-    /// Whether it is on these very disks.
+    /// Whether it is for exactly these disks.
     pub fn is_about(&self, nodes: &[Arc<BlockNode>]) -> bool {
         let same =
             |((own, _), node): (&(Arc<BlockNode>, _), &Arc<BlockNode>)| Arc::ptr_eq(own, node);
         self.disks.len() == nodes.len() && self.disks.iter().zip(nodes).all(same)
     }
 
-    /// Does `work` to the disks that `wanted` names, and waits for it until `deadline`, or until `go_on`
-    /// says no. What was begun earlier and has not ended is waited for first, as `work` has to see what
-    /// the guest has done since.
+    /// Runs `work` on the disks that `wanted` selects and waits until `deadline`, or until `go_on` returns
+    /// false. Work left from an earlier call is waited for first, because `work` must see what the guest
+    /// has done since.
     pub fn run(
         &mut self,
         wanted: impl Fn(&BlockNode) -> bool,
@@ -205,12 +205,12 @@ impl<T: Send + 'static> DiskWork<T> {
             let (done, answer) = channel();
             spawn(what, move || {
                 let result = work(&node);
-                // Nobody may wait for it any more.
+                // Fails if the caller has stopped waiting.
                 let _ = done.send((result, began.elapsed()));
             })?;
             Ok::<_, io::Error>(UnderWay { began, answer })
         };
-        // All are begun before the first is waited for.
+        // Start all before waiting for the first.
         let mut stale = Vec::with_capacity(chosen.len());
         for (node, under_way) in &mut chosen {
             stale.push(under_way.is_some());
@@ -224,22 +224,22 @@ impl<T: Send + 'static> DiskWork<T> {
                 *under_way = Some(begin(node)?);
             }
             let part = format!("{what} disk `{}`", node.id());
-            let began = under_way.as_ref().map(|under_way| under_way.began);
+            // Every chosen disk was begun above.
+            let Some(began) = under_way.as_ref().map(|under_way| under_way.began) else {
+                return Err(io::Error::other(format!("{part} was not begun")));
+            };
             all.push(match wait(under_way, deadline, go_on) {
                 Some((result, took)) => {
                     DiskDone { time: PartTime::new(part, took), result: Some(result) }
                 }
-                None => {
-                    let waited = began.map(|began| began.elapsed()).unwrap_or_default();
-                    DiskDone { time: PartTime::not_ended(part, waited), result: None }
-                }
+                None => DiskDone { time: PartTime::not_ended(part, began.elapsed()), result: None },
             });
         }
         Ok(all)
     }
 }
 
-/// Takes the answer when it comes; leaves what is under way if it does not in time.
+/// Waits for the result; leaves `under_way` in place on timeout.
 fn wait<T>(
     under_way: &mut Option<UnderWay<T>>,
     deadline: Instant,
@@ -253,7 +253,7 @@ fn wait<T>(
                 *under_way = None;
                 return Some(answer);
             }
-            // Its thread has panicked; there will be no answer, and it is as late as one that hangs.
+            // Its thread has panicked: treated like one that hangs.
             Err(RecvTimeoutError::Disconnected) => return None,
             Err(RecvTimeoutError::Timeout) if left.is_zero() || !go_on() => return None,
             Err(RecvTimeoutError::Timeout) => {}
@@ -268,8 +268,7 @@ pub fn longest<T>(all: &[DiskDone<T>], none: &str) -> PartTime {
     times.into_iter().next().unwrap_or_else(|| PartTime::new(none, Duration::ZERO))
 }
 
-/// Waits until `deadline` for `wait` to say that it has ended, in steps, and stops early if `go_on` says
-/// no.
+/// Calls `wait` in steps until it returns true, at most until `deadline` or until `go_on` returns false.
 pub fn wait_in_steps(
     deadline: Instant,
     go_on: &dyn Fn() -> bool,
@@ -309,7 +308,7 @@ mod tests {
         assert!(done[0].time.ended && !done[1].time.ended && done[1].result.is_none());
         assert_eq!(longest(&done, "none").part, "flushing disk `slow`");
         assert_eq!(fast_script.flush_count(), 1);
-        // Tried again, it still has one thread, whose flush is not enough.
+        // The retry uses the same thread, whose flush is too old.
         drop(work.run(|_| true, flush, soon(), &|| true).unwrap());
         assert_eq!(script.held(), 1);
         script.hold(false);

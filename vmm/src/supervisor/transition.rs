@@ -1,4 +1,4 @@
-//! What the machine goes through, one thing at a time, each waited for by a task:
+//! Transitions of the machine, one at a time, each with a task for its slow part:
 //!
 //! ```text
 //!  boot    build ─▶ run
@@ -6,11 +6,11 @@
 //!  reset   build the new machine ─▶ stop the old one, wait for its requests ─▶ swap ─▶ run
 //!          (any step fails: the old one goes on, or stays as it was)
 //! ```
-//! A `stop` stops the vCPUs at once and is answered when the requests in flight have ended; `cont` need not
-//! wait for that.
+//! `stop` stops the vCPUs at once and replies when the requests in flight have ended; `cont` need not wait
+//! for that.
 
 use super::tasks::{self, Done, TaskId, wait_in_steps};
-use super::{BackendParts, MachineId, Mission, SetupError, Supervisor, ending};
+use super::{BackendParts, MachineId, Mode, SetupError, Supervisor, ending};
 use crate::boot::payload::BootPayload;
 use crate::config::RunConfig;
 use crate::control::command::Command;
@@ -32,47 +32,47 @@ use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long `stop` waits for the requests in flight before it is answered with an error.
+/// How long `stop` waits for the requests in flight before it fails.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// How long a reset waits for them.
 const RESET_DRAIN_LIMIT: Duration = Duration::from_secs(10);
-/// How long building a machine for a reset may take: its kernel is read once more.
+/// How long building a machine for a reset may take: its kernel is read again.
 const RESET_BUILD_LIMIT: Duration = Duration::from_secs(20);
-/// How long taking the disks' locks may take.
+/// How long locking the disks may take.
 const LOCK_LIMIT: Duration = Duration::from_secs(5);
 
-/// What the machine is going through.
+/// A transition of the machine.
 pub(super) enum Transition {
     /// The first machine is being built.
     Boot(MachineId),
-    /// The disks are being locked, so that the guest can go on.
+    /// The disks are being locked for a resume.
     Lock(Incoming),
     /// The machine is being replaced.
     Reset(Reset),
 }
 
-/// A reset under way.
+/// A reset in progress.
 pub(super) struct Reset {
-    /// Who has asked for it, if it was a client.
+    /// The client's request, if a client requested it.
     request: Option<Incoming>,
-    /// The guest has asked for it: it cannot go on without.
+    /// Requested by the guest, which cannot continue without it.
     by_guest: bool,
-    /// Whether the new machine is to run.
+    /// Whether to run the new machine.
     runs: bool,
     new_id: MachineId,
-    /// Once it is built: the old one's requests are being waited for.
+    /// The new machine, once it is built and the old one is being drained.
     new: Option<Box<Machine>>,
 }
 
-/// Requests in flight are waited for, and who wants to know.
+/// A drain in progress, and the requests that wait for it.
 pub(super) struct Stopping {
     pub task: TaskId,
     pub requests: Vec<Incoming>,
 }
 
 impl Supervisor {
-    /// Whether what this command changes is being changed already, or is held by a migration that is over
-    /// but for saying so.
+    /// Whether a command must wait: for a transition that changes the same state, or for the report of a
+    /// migration that has ended.
     pub(super) fn must_wait(&self, command: &Command) -> bool {
         if self.ending.is_some() {
             return false;
@@ -85,22 +85,22 @@ impl Supervisor {
             | Command::Reset
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_) => {
-                let settled = matches!(self.state, RunState::Running | RunState::Paused)
-                    && self.jobs.is_settled();
-                in_transition || settled && !matches!(command, Command::Cont { .. })
+                let in_ended_migration = matches!(self.state, RunState::Running | RunState::Paused)
+                    && self.jobs.has_unreported_end();
+                in_transition || in_ended_migration && !matches!(command, Command::Cont { .. })
             }
             _ => false,
         }
     }
 
-    /// Whether the old machine is stopped, to be replaced.
+    /// Whether the old machine is stopped for its replacement.
     pub(super) fn is_swapping(&self) -> bool {
         matches!(&self.transition, Some((_, Transition::Reset(reset))) if reset.new.is_some())
     }
 
-    /// Has the machine built that the configuration describes.
+    /// Starts to build the configured machine.
     pub(super) fn boot(&mut self) -> Result<(), SetupError> {
-        let Mission::Run(config) = &self.mission else { return Ok(()) };
+        let Mode::Run(config) = &self.mode else { return Ok(()) };
         let (config, host) = (config.clone(), self.host.clone());
         let Some(payload) = self.payload.clone() else { return Ok(()) };
         let (id, parts) = self.backend_parts();
@@ -112,12 +112,12 @@ impl Supervisor {
         Ok(())
     }
 
-    /// What the guest boots from when it is reset: opened at the start, or arrived with the guest.
+    /// The boot payload for a reset: opened at the start or received with the guest.
     fn boot_files(&self) -> Result<Arc<BootPayload>, &'static str> {
         self.payload.clone().ok_or("its kernel is not here: give --kernel to ferry receive")
     }
 
-    /// A task that somebody waits for has ended.
+    /// A wanted task has ended.
     pub(super) fn on_task_ended(&mut self, id: TaskId, done: Done) {
         if let Some((_, transition)) = self.transition.take_if(|(task, _)| *task == id) {
             return self.on_step(transition, done);
@@ -131,7 +131,7 @@ impl Supervisor {
         }
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
-            // Whether they have answered or not.
+            // Even if some have not responded.
             Done::Sized => self.on_sized(id),
             Done::Nothing => {
                 self.on_sized(id);
@@ -180,7 +180,7 @@ impl Supervisor {
         self.end(code, &Event::ending("SHUTDOWN", false, "host-error"));
     }
 
-    /// Runs a new machine for the first time.
+    /// Starts a new machine.
     fn start(&mut self) -> Result<(), MachineError> {
         if let Some(machine) = &mut self.machine {
             machine.run()?;
@@ -189,7 +189,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Stops the guest because the user asked. The answer comes when its requests have ended.
+    /// Stops the guest for the user. The reply comes when its requests have ended.
     pub(super) fn stop(&mut self, request: &Incoming) -> Option<QmpResult> {
         let may_have_requests =
             matches!(self.state, RunState::Running | RunState::Paused | RunState::IoError);
@@ -212,7 +212,7 @@ impl Supervisor {
         machine.flush_output();
         if self.state == RunState::Running {
             if let Some(pausing) = &mut self.pausing {
-                // It arrives stopped, or stays so here if its migration does not get that far.
+                // It arrives paused, or stays paused here if the migration fails.
                 pausing.was_running = false;
             }
             self.become_state(RunState::Paused);
@@ -229,7 +229,7 @@ impl Supervisor {
         None
     }
 
-    /// Has requests in flight waited for.
+    /// Starts a task that waits for the requests in flight.
     fn wait_for(&mut self, mut drains: Drains, limit: Duration) -> Result<TaskId, String> {
         let deadline = Instant::now() + limit;
         let wait = move |cancel: &tasks::Cancel| {
@@ -240,10 +240,10 @@ impl Supervisor {
         self.tasks.start("drain", None, wait).map_err(|error| format!("cannot wait: {error}"))
     }
 
-    /// Runs the guest; its disks must be ours.
+    /// Resumes the guest; its disks must be locked.
     pub(super) fn resume(&mut self) -> Result<(), QmpError> {
         if let Some(pausing) = self.pausing.as_mut().filter(|_| self.state == RunState::Paused) {
-            // It is stopped for a migration as well, and goes on when that lets it.
+            // The migration has stopped it, too, and will resume it.
             pausing.was_running = true;
         } else if let Some(machine) = &mut self.machine {
             machine.run().map_err(|error| QmpError::generic(chain(&error)))?;
@@ -255,8 +255,9 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Runs the guest when its disks, which may have been let go of, are ours again.
+    /// Locks the disks, which may have been unlocked, then resumes the guest.
     pub(super) fn lock_and_resume(&mut self, request: &Incoming) -> Option<QmpResult> {
+        // Without a machine there are no disks.
         let nodes = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
         let lock = move |_: &_| Done::Locked(lock_disks(&nodes).map_err(|error| chain(&error)));
         match self.tasks.start("lock", Some(LOCK_LIMIT), lock) {
@@ -266,7 +267,7 @@ impl Supervisor {
         None
     }
 
-    /// The guest has asked for a reset.
+    /// The guest has requested a reset.
     pub(super) fn guest_wants_reset(&mut self) {
         if self.ending.is_some() {
             return;
@@ -276,7 +277,7 @@ impl Supervisor {
             return;
         }
         if let Some((task, transition)) = self.transition.take() {
-            // It has run before, so this is not its boot; and it will not go on as it is.
+            // The guest has run before and cannot continue: end a pending resume.
             self.tasks.give_up(task);
             for request in self.give_up_transition(transition) {
                 let desc = "the guest has asked for a reset meanwhile";
@@ -293,7 +294,7 @@ impl Supervisor {
         self.reset(true, None);
     }
 
-    /// Replaces the machine by one like it that boots. The answer to `request` comes when that is done.
+    /// Replaces the machine by a new one that boots. The reply to `request` comes when that is done.
     pub(super) fn reset(&mut self, by_guest: bool, request: Option<Incoming>) {
         let runs = self.state == RunState::Running || by_guest;
         let (new_id, parts) = self.backend_parts();
@@ -338,7 +339,7 @@ impl Supervisor {
         }
     }
 
-    /// The new machine is there: stops the old one.
+    /// The new machine is built: stops the old one.
     fn drain_for_reset(&mut self, reset: Reset) {
         let drains = match &mut self.machine {
             Some(machine) => machine.begin_pause().map_err(|error| chain(&error)),
@@ -350,7 +351,7 @@ impl Supervisor {
         }
     }
 
-    /// Nothing of the old machine's is in flight any more: the new one takes its place.
+    /// The old machine is drained: swaps in the new one.
     fn swap(&mut self, reset: Reset, mut new: Box<Machine>) {
         self.dirty_rate.abort();
         self.console.detach();
@@ -378,7 +379,7 @@ impl Supervisor {
         }
     }
 
-    /// The old machine stays, and goes on unless it has asked for the reset itself.
+    /// The reset failed: the old machine stays, and resumes unless it requested the reset.
     fn cannot_reset(&mut self, reset: Reset, why: &str) {
         let why = format!("cannot reset the guest: {why}");
         if let Some(new) = reset.new {
@@ -399,7 +400,7 @@ impl Supervisor {
         }
     }
 
-    /// Drops what a transition holds; returns the requests that wait for it.
+    /// Drops a transition; returns the requests that wait for it.
     pub(super) fn give_up_transition(&mut self, transition: Transition) -> Vec<Incoming> {
         match transition {
             Transition::Boot(_) => Vec::new(),
@@ -414,7 +415,7 @@ impl Supervisor {
     }
 }
 
-/// The answer to `stop`.
+/// The reply to `stop`.
 fn stopped(done: Done) -> QmpResult {
     match done {
         Done::Drained(Ok(())) => Ok(json!({})),
@@ -430,7 +431,7 @@ fn in_words(late: &[PartTime]) -> String {
     late.iter().map(PartTime::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// Opens the disks and builds the machine that the configuration describes, with its disks locked.
+/// Opens and locks the disks and builds the configured machine.
 fn build_first(
     host: &Host,
     config: RunConfig,
@@ -460,7 +461,7 @@ fn build_first(
     Ok(Box::new(machine))
 }
 
-/// Builds the machine once more, as it is described. Its disks are the old one's, and locked.
+/// Builds the machine again from its description, with the old one's disks, which are locked.
 fn build_again(
     host: &Host,
     payload: &BootPayload,

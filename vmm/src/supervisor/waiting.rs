@@ -1,35 +1,36 @@
-//! Requests on the control socket that are not answered yet, and what their clients have asked since.
+//! Control socket requests without a reply yet, and later requests of the same clients. Owned by the
+//! supervisor.
 //!
-//! QMP answers a client in order: while one of its requests waits, those after it wait as well. Other
+//! QMP replies to a client in order: while one of its requests waits, the following ones are queued. Other
 //! clients are served meanwhile.
 
 use crate::control::{ClientId, Incoming};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Requests of one client that may wait behind one that is not answered yet.
+/// Limit of queued requests per client.
 const MAX_BEHIND: usize = 64;
-/// How long a request waits to be begun: whatever it waits for has a limit of its own, below this.
+/// How long a request may be blocked: everything that it waits for has a shorter limit.
 const BLOCKED_LIMIT: Duration = Duration::from_secs(30);
 
-/// A request that waits to be begun.
+/// A request that cannot start yet.
 pub struct Blocked {
     /// The request.
     pub request: Incoming,
     until: Instant,
 }
 
-/// All of them.
+/// All waiting requests.
 #[derive(Default)]
 pub struct Waiting {
-    /// Clients that wait for an answer, and what they have asked after it.
+    /// Clients that wait for a reply, and their queued requests.
     behind: BTreeMap<ClientId, VecDeque<Incoming>>,
-    /// What cannot be begun before something else has ended, in the order that it came.
+    /// Requests that cannot start yet, in order of arrival.
     blocked: VecDeque<Blocked>,
 }
 
 impl Waiting {
-    /// Takes a request whose client waits for an answer; gives it back if the client does not.
+    /// Queues a request if its client waits for a reply; otherwise returns it.
     pub fn behind(&mut self, request: Incoming) -> Behind {
         match self.behind.get_mut(&request.client) {
             None => Behind::Next(request),
@@ -41,32 +42,33 @@ impl Waiting {
         }
     }
 
-    /// This client's answer will come later.
+    /// The client's reply will come later.
     pub fn hold(&mut self, client: ClientId) {
         self.behind.entry(client).or_default();
     }
 
-    /// It has come; returns what the client has asked meanwhile.
+    /// The reply was sent; returns the client's queued requests.
     pub fn release(&mut self, client: ClientId) -> VecDeque<Incoming> {
+        // A client that left has asked nothing more.
         self.behind.remove(&client).unwrap_or_default()
     }
 
-    /// This request is to be begun later.
+    /// Blocks a request.
     pub fn block(&mut self, request: Incoming) {
         self.blocked.push_back(Blocked { request, until: Instant::now() + BLOCKED_LIMIT });
     }
 
-    /// All that are to be begun now, if they can be.
+    /// Takes all blocked requests to try them again.
     pub fn take_blocked(&mut self) -> VecDeque<Blocked> {
         std::mem::take(&mut self.blocked)
     }
 
-    /// This one cannot be yet.
+    /// Blocks a request again.
     pub fn block_again(&mut self, blocked: Blocked) {
         self.blocked.push_back(blocked);
     }
 
-    /// Those that have waited too long.
+    /// Takes the requests that have waited too long.
     pub fn take_overdue(&mut self, now: Instant) -> Vec<Incoming> {
         let mut late = Vec::new();
         while self.blocked.front().is_some_and(|blocked| blocked.until <= now) {
@@ -75,20 +77,20 @@ impl Waiting {
         late
     }
 
-    /// When the first of them has.
+    /// When the next request has waited too long.
     pub fn deadline(&self) -> Option<Instant> {
         self.blocked.front().map(|blocked| blocked.until)
     }
 }
 
-/// What becomes of a request.
+/// Where a request goes.
 #[derive(Debug, PartialEq)]
 pub enum Behind {
-    /// It is its client's next.
+    /// It can be executed now.
     Next(Incoming),
-    /// It waits.
+    /// It is queued.
     Waits,
-    /// Too many wait already.
+    /// Refused: too many are queued.
     TooMany(Incoming),
 }
 

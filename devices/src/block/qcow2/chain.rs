@@ -1,4 +1,5 @@
-//! What a qcow2 image stands on: the files below it, opened read-only, and which they are.
+//! The backing chain of a qcow2 image: the files below it, opened read-only, and the digest of their
+//! content.
 //!
 //! Owned by a [`super::Qcow2File`], which reads through them.
 
@@ -21,10 +22,10 @@ use std::sync::Mutex;
 
 /// Longest chain of backing files.
 const MAX_DEPTH: usize = 16;
-/// What is read of a backing file at a time, to tell which one it is.
+/// Bytes hashed at a time.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// What an image stands on.
+/// A backing file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Backing {
     /// The file.
@@ -35,15 +36,15 @@ pub struct Backing {
 
 /// The files below an image.
 pub(super) struct Chain {
-    /// From the top on.
+    /// Topmost first.
     files: Vec<(PathBuf, File)>,
-    /// A reader of its own, to tell which one it is.
+    /// A separate reader for the digest.
     reader: FormatAccess<ImagoFile>,
-    /// That, once somebody has asked. Nobody writes them while they are locked.
+    /// The cached digest: nobody writes the files while they are locked.
     digest: Mutex<Option<String>>,
 }
 
-/// What an image's header says of its backing file.
+/// The backing file that an image's header records.
 pub(super) fn recorded_backing(
     image: &Qcow2<ImagoFile>,
     path: &Path,
@@ -58,13 +59,13 @@ pub(super) fn recorded_backing(
         )));
     };
     let format = format.parse().map_err(refused)?;
-    // Relative names are meant from where the image is.
+    // Relative names start at the image's directory.
     let path = path.parent().unwrap_or(Path::new("")).join(name);
     Ok(Some(Backing { path, format }))
 }
 
-/// Opens a backing file and all below it; `chain` takes the files. Those of `depth` and below that it has
-/// already are not opened again: a path may lead elsewhere by now.
+/// Opens a backing file and all below it, and appends them to `chain`. Files that `chain` already has from
+/// `depth` on are not opened again: a path may lead elsewhere by now.
 fn open_backing(
     backing: &Backing,
     chain: &mut Vec<(PathBuf, File)>,
@@ -106,7 +107,7 @@ fn open_backing(
 }
 
 impl Chain {
-    /// Opens a backing file and all below it; returns also a reader for the image.
+    /// Opens a backing file and all below it; also returns a reader for the image.
     pub fn open(backing: &Backing) -> io::Result<(Self, FormatAccess<ImagoFile>)> {
         let mut files = Vec::new();
         let below = open_backing(backing, &mut files, 0)?;
@@ -114,12 +115,12 @@ impl Chain {
         Ok((Self { files, reader, digest: Mutex::default() }, below))
     }
 
-    /// Many may stand on a backing file, but nobody may write it.
+    /// Shared: several images may use a backing file, but nobody may write it.
     pub fn lock(&self) -> Result<(), LockError> {
         self.files.iter().try_for_each(|(path, file)| lock_file(file, path, Operation::Shared))
     }
 
-    /// From now on somebody may write it.
+    /// Releases the locks.
     pub fn unlock(&self) {
         *lock(&self.digest) = None;
         self.files.iter().for_each(|(path, file)| unlock_file(file, path));
@@ -151,7 +152,7 @@ impl BackingChain for Chain {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let left = usize::try_from(self.reader.size() - at).unwrap_or(PIECE_BYTES);
-            let piece = piece.get_mut(..left.min(PIECE_BYTES)).unwrap_or_default();
+            let piece = &mut piece[..left.min(PIECE_BYTES)];
             self.reader.read(&mut *piece, at)?;
             sum.update(&*piece);
             at += piece.len() as u64;

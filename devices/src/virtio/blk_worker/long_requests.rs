@@ -1,4 +1,4 @@
-//! Requests of more bytes than a pause should wait for. They are counted, not timed.
+//! Tests with requests of more bytes than a pause should wait for. They count bytes, not time.
 
 use super::*;
 use crate::block::backend::ByteRange;
@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 const MIB: u32 = 1 << 20;
-/// Where long requests have their data: 64 MiB of it.
+/// 64 MiB of data for long requests.
 const LONG_DATA: u64 = 4 << 20;
 const RAM_BYTES: usize = 68 << 20;
 
@@ -34,8 +34,8 @@ fn driver(disk: MemoryDisk) -> (Driver, Arc<Script>) {
     (driver, script)
 }
 
-/// A disk whose bytes come out of a pipe as they are written to it. `None`, said aloud, where the
-/// kernel does not let us have a ring.
+/// A disk backed by a pipe: a read completes when the test writes to that. `None`, with a note, where
+/// io_uring is not available.
 fn piped() -> Option<(Driver, PipeWriter)> {
     if let Err(error) = Ring::<Ticket>::new(ram(), 1) {
         eprintln!("SKIPPED: no io_uring here: {error}");
@@ -47,7 +47,7 @@ fn piped() -> Option<(Driver, PipeWriter)> {
     Some((driver, writer))
 }
 
-/// The same device elsewhere: it goes on from the record of `driver`, which is parked and ends.
+/// Migrates the device: restores the record of `driver`, which is parked and ends.
 fn moved(driver: Driver) -> Driver {
     let record = driver.transport.save_record("disk0");
     let (ram, node) = (driver.ram.clone(), driver.node.clone());
@@ -162,18 +162,18 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     driver.transport.drain();
     script.fail(false);
     script.hold(true);
-    driver.node.go_on();
+    driver.node.retry_failed();
     driver.transport.resume();
     script.wait_until_held();
     let mut drain = driver.transport.begin_drain();
     script.hold(false);
     assert!(drain.wait_until(soon()));
     assert_eq!(script.accesses().len(), 1);
-    assert!(driver.node.keeps_requests(), "it is this process's alone");
+    assert!(driver.node.has_kept_requests(), "it is this process's alone");
     driver.transport.resume();
     driver.wait_for_used(1);
     driver.transport.drain();
-    assert!(!driver.node.keeps_requests());
+    assert!(!driver.node.has_kept_requests());
     assert_eq!(driver.long_status(0), 0);
 }
 
@@ -184,10 +184,10 @@ fn a_request_longer_than_may_be_in_flight_goes_through_the_ring_in_pieces_that_s
         let len = MAX_BYTES_IN_FLIGHT + MAX_BYTES_AT_ONCE;
         driver.submit_long(0, T_IN, 0, &[(LONG_DATA, u32::try_from(len).unwrap())], false);
         driver.submit_long(1, T_IN, 0, &[(LONG_DATA + (len as u64), 512)], true);
-        // More than the pipe holds: some of it has been read, and more is asked for.
+        // More than the pipe holds: part of it has been read, and the device asks for more.
         disk.write_all(&vec![1; 1 << 20]).unwrap();
         let mut drain = driver.transport.begin_drain();
-        // Some bytes end the piece that is in flight. If none is any more, they wait in the pipe.
+        // Completes the piece in flight. If there is none, the bytes stay in the pipe.
         let (go_on, wait) = std::sync::mpsc::channel();
         let feeding = std::thread::spawn(move || {
             disk.write_all(&[1; 512]).unwrap();
@@ -219,10 +219,10 @@ fn requests_in_flight_are_bounded_by_their_bytes_and_those_that_do_not_fit_are_s
         let at = LONG_DATA + u64::from(head) * u64::from(len);
         driver.submit_long(head, T_IN, 0, &[(at, len)], false);
     }
-    // One that does not fit with any other, in the middle, and one behind it.
+    // One in the middle that does not fit beside any other, and one behind it.
     driver.submit_long(7, T_IN, 0, &[(LONG_DATA, 40 * MIB)], false);
     driver.submit_long(8, T_IN, 0, &[(LONG_DATA, 512)], true);
-    // More than the pipe holds, so the device has taken what it takes.
+    // More than the pipe holds, so the device has taken all that it can.
     disk.write_all(&[1; 256 << 10]).unwrap();
     let mut drain = driver.transport.begin_drain();
     // As many bytes as may be in flight, and no more.
@@ -239,7 +239,7 @@ fn requests_in_flight_are_bounded_by_their_bytes_and_those_that_do_not_fit_are_s
 
 #[test]
 fn a_request_that_did_not_fit_is_served_although_the_others_have_ended_meanwhile() {
-    // What is written there has been written as soon as it is submitted.
+    // Writes to it complete during submission.
     let file = File::create("/dev/null").unwrap();
     let (mut driver, _) = driver(MemoryDisk::without_storage(64 << 20).with_file(file));
     // Seven that fit, and one that does not.

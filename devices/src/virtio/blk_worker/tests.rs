@@ -114,9 +114,9 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
         driver.transport.drain();
         assert_ne!(driver.used(), driver.avail, "the request is kept");
         script.fail(!disk_works);
-        driver.node.go_on();
+        driver.node.retry_failed();
         // It may be stopped again before it has come to that.
-        assert!(driver.node.keeps_requests() && !driver.node.is_stopped());
+        assert!(driver.node.has_kept_requests() && !driver.node.is_stopped());
         driver.transport.resume();
         if !disk_works {
             assert_eq!(failures.recv().unwrap().action, Action::Stop);
@@ -124,7 +124,7 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
     }
     assert_eq!(driver.wait(), 0);
     driver.transport.drain();
-    assert!(!driver.node.keeps_requests());
+    assert!(!driver.node.has_kept_requests());
     let mut back = [0; 512];
     driver.node.read_at(&mut back, 3 * 512).unwrap();
     assert_eq!(back, [0x5a; 512]);

@@ -1,5 +1,5 @@
-//! A disk that hangs: no vCPU waits for it, no drain for longer than it was told to, and when it wakes
-//! up everything goes on.
+//! Tests with a hanging disk: no vCPU waits for it, a drain waits only until its deadline, and everything
+//! continues when the disk recovers.
 
 use super::*;
 use crate::block::memory::{MemoryDisk, Script};
@@ -15,7 +15,7 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// A device with a request that hangs until the script lets it go on.
+/// A device with a request that hangs until the script releases it.
 fn hanging() -> (Driver, Arc<Script>) {
     let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
     driver.start(F_VERSION_1 | F_FLUSH);
@@ -25,7 +25,7 @@ fn hanging() -> (Driver, Arc<Script>) {
     (driver, script)
 }
 
-/// What `act` returns, if it does so while the disk hangs.
+/// Runs `act`, which must return while the disk hangs.
 fn at_once<T: Send>(
     driver: &mut Driver,
     script: &Script,
@@ -67,7 +67,7 @@ fn a_reset_returns_while_the_disk_hangs_and_is_complete_when_it_wakes_up() {
         driver.get(0x70)
     });
     assert_eq!(status, 15, "the rings are in use");
-    // What is programmed now is lost, and can be seen to be.
+    // Programming is ignored now, and the driver can tell.
     driver.set(0x70, 1);
     driver.set(0x44, 0);
     driver.set(0x70, 0);
@@ -88,7 +88,7 @@ fn a_reset_returns_while_the_disk_hangs_and_is_complete_when_it_wakes_up() {
 #[test]
 fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
     let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
-    // Linux's virtio-mmio driver does not look whether its reset is complete.
+    // Linux's virtio-mmio driver does not check that its reset is complete.
     for round in 0..200 {
         driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
         driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
@@ -100,7 +100,7 @@ fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
             driver.reset();
             continue;
         }
-        // Parked: it has no request, and its thread need not run for the reset.
+        // Parked: no request is in flight, so the reset does not need its thread.
         driver.transport.drain();
         assert!(driver.transport.workers().all(|worker| worker.retire().is_none()));
         driver.set(0x70, 0);
@@ -145,7 +145,7 @@ fn a_drain_has_a_deadline_and_says_afterwards_how_long_it_took() {
     let nothing_in_flight = Driver::new().transport.begin_drain();
     assert_eq!(nothing_in_flight.took(), Some(Duration::ZERO), "there is no worker");
     script.hold(false);
-    // Nobody waits for it. The worker notes when it has parked.
+    // Nobody waits for it. The worker records when it parked.
     while drain.took().is_none() {
         assert!(start.elapsed() < Duration::from_secs(30));
         std::thread::yield_now();
@@ -162,7 +162,7 @@ fn a_guest_goes_on_although_its_drain_has_not_ended() {
     let (mut driver, script) = hanging();
     let mut first = driver.transport.begin_drain();
     assert!(!first.wait_until(Instant::now()));
-    // Twice: one drain is asked about later, the other is not.
+    // Two drains: one is queried later, the other dropped.
     driver.transport.resume();
     drop(driver.transport.begin_drain());
     driver.transport.resume();

@@ -1,6 +1,6 @@
-//! One boot file: opened once, never again by its path, read at offsets in bounded pieces, and known by
-//! its SHA-256. That it has been written since it was opened is noticed, and is an error. Called by
-//! [`super::BootPayload`] and, through [`Reader`] or in pieces, by the loaders.
+//! One boot file: opened once, never reopened by path, read at offsets in bounded pieces, and identified by
+//! its SHA-256. A modification after opening is detected and is an error. Called by [`super::BootPayload`]
+//! and, through [`Reader`] or in pieces, by the loaders.
 
 use super::{PayloadError, Role};
 use sha2::{Digest, Sha256};
@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-/// Files are read, and hashed, in pieces of this size; between two of them a reader can be cancelled.
+/// Files are read and hashed in pieces of this size; a read can be cancelled between pieces.
 pub(super) const PIECE_BYTES: usize = 256 << 10;
 
 /// Length and time of the last write.
@@ -23,8 +23,7 @@ struct Stamp {
 }
 
 impl Stamp {
-    // Not the time of the last status change: a rename over the file moves that too, and leaves the open
-    // file as it was.
+    // Not ctime: renaming another file over this one changes that, too, but not the open file.
     fn of(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let modified = (metadata.mtime(), metadata.mtime_nsec());
@@ -32,10 +31,10 @@ impl Stamp {
     }
 }
 
-/// An open file that a guest boots from. It is only read at given offsets, so any number of threads may.
+/// An open boot file. Reads are positioned, so threads can share it.
 #[derive(Debug)]
 pub struct BootFile {
-    /// What it is called in messages.
+    /// Its name in messages.
     name: String,
     file: File,
     stamp: Stamp,
@@ -53,7 +52,7 @@ impl BootFile {
         let name = format!("{label} {}", path.display());
         let open_error = |source| PayloadError::Open { file: name.clone(), source };
         let mut options = OpenOptions::new();
-        // A terminal that is opened must not become this process's own.
+        // A terminal must not become our controlling terminal.
         options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         let file = options.open(path).map_err(open_error)?;
         let kind = file.metadata().map_err(open_error)?.file_type();
@@ -70,7 +69,7 @@ impl BootFile {
         Ok(Self { name, file, stamp, sha256: OnceLock::new() })
     }
 
-    /// A copy that is complete, with the digest that it was checked against.
+    /// A complete copy with its verified digest.
     pub(super) fn arrived(
         name: String,
         file: File,
@@ -81,17 +80,17 @@ impl BootFile {
         Ok(Self { name, file, stamp, sha256: OnceLock::from(sha256) })
     }
 
-    /// What it is called in messages.
+    /// Its name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its length when it was opened.
+    /// Length when it was opened.
     pub fn len_bytes(&self) -> u64 {
         self.stamp.len_bytes
     }
 
-    /// Fails if the file has been written, cut or extended since it was opened.
+    /// Fails if the file has been written, truncated or extended since it was opened.
     pub fn check_unchanged(&self) -> Result<(), PayloadError> {
         let now = Stamp::of(&self.file).map_err(|source| self.read_error(source))?;
         if now != self.stamp {
@@ -100,8 +99,8 @@ impl BootFile {
         Ok(())
     }
 
-    /// Fills `buffer` from `offset_bytes`. What lies past the length at opening is
-    /// [`io::ErrorKind::UnexpectedEof`], also if the file has grown.
+    /// Fills `buffer` from `offset_bytes`. Reading past the length at opening is
+    /// [`io::ErrorKind::UnexpectedEof`], even if the file has grown.
     pub fn read_at(&self, offset_bytes: u64, buffer: &mut [u8]) -> io::Result<()> {
         let end = offset_bytes.checked_add(buffer.len() as u64);
         if end.is_none_or(|end| end > self.len_bytes()) {
@@ -110,7 +109,7 @@ impl BootFile {
         self.file.read_exact_at(buffer, offset_bytes)
     }
 
-    /// SHA-256 of the content: computed once, in pieces, as long as `go_on` says yes between them.
+    /// SHA-256 of the content, cached. `go_on` is polled between pieces and cancels with false.
     pub fn sha256(&self, go_on: &dyn Fn() -> bool) -> Result<[u8; 32], PayloadError> {
         self.check_unchanged()?;
         if let Some(digest) = self.sha256.get() {
@@ -121,7 +120,7 @@ impl BootFile {
             hash.update(piece);
             Ok::<(), PayloadError>(())
         });
-        // That it has shrunk says more than that a read came to an early end.
+        // "Has changed" is a better error than an unexpected end.
         if !matches!(read, Err(PayloadError::Cancelled)) {
             self.check_unchanged()?;
         }
@@ -138,7 +137,7 @@ impl BootFile {
         Ok(head)
     }
 
-    /// Hands `len_bytes` from `offset_bytes` to `take` in pieces, each with its distance from the first.
+    /// Passes `len_bytes` from `offset_bytes` to `take` in pieces, each with its offset from the first.
     pub(in crate::boot) fn in_pieces<E: From<PayloadError>>(
         &self,
         offset_bytes: u64,
@@ -163,7 +162,7 @@ impl BootFile {
         Ok(())
     }
 
-    /// A reader with a cursor of its own, at the start.
+    /// A reader with its own cursor, at the start.
     pub(in crate::boot) fn reader<'a>(&'a self, go_on: &'a dyn Fn() -> bool) -> Reader<'a> {
         Reader { file: self, at: 0, go_on, buffer: Vec::new(), failed: None }
     }
@@ -173,18 +172,18 @@ impl BootFile {
     }
 }
 
-/// Reads a boot file for linux-loader, which wants a stream.
+/// Reads a boot file for linux-loader, which needs a stream.
 pub(in crate::boot) struct Reader<'a> {
     file: &'a BootFile,
     at: u64,
     go_on: &'a dyn Fn() -> bool,
     buffer: Vec<u8>,
-    /// What a read failed with: linux-loader's errors do not say.
+    /// The error of a failed read, which linux-loader's errors do not contain.
     failed: Option<PayloadError>,
 }
 
 impl Reader<'_> {
-    /// What a read failed with, if one did.
+    /// The error of a failed read, if there was one.
     pub fn into_failure(self) -> Option<PayloadError> {
         self.failed
     }
@@ -216,8 +215,8 @@ impl Read for Reader<'_> {
 }
 
 impl ReadVolatile for Reader<'_> {
-    // Through a buffer that stays in the cache: a read straight into guest memory at an offset would need
-    // unsafe code here, to save some 0.1 ms per MiB.
+    // Through a buffer that stays in the CPU cache: pread straight into guest memory would need unsafe
+    // code, to save some 0.1 ms per MiB.
     fn read_volatile<B: BitmapSlice>(
         &mut self,
         to: &mut VolatileSlice<B>,

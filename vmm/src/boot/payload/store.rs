@@ -1,12 +1,11 @@
-//! Boot files that arrive with a guest. What this host has already is used; for the rest there is an
-//! unlinked file each, on disk and not in RAM, which goes away with the process.
+//! Receives the boot files of an incoming guest. Files that this host already has are reused; each of the
+//! others goes to an unlinked file, on disk and not in RAM, which disappears with the process.
 //!
 //! ```text
 //! new(announced, known) -> missing() -> write(file, offset, bytes)… -> finish() -> BootPayload
 //! ```
-//! A file arrives in order, from its first byte to its last: so its digest is known when its last byte is
-//! here, and nothing is ever written past the announced length. Called by the receiving side of a
-//! migration, which decides what to send and when.
+//! A file arrives in order, from its first byte to its last, so its digest is complete with its last byte,
+//! and nothing is ever written past the announced length. Called by `boot::transfer`.
 
 use super::{
     BootFile, BootPayload, FileIdentity, PayloadError, PayloadFile, check_identities, from_source,
@@ -22,19 +21,19 @@ use std::sync::Arc;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
-/// A payload in the making.
+/// A payload that is being received.
 pub struct PayloadStore {
     identities: Vec<FileIdentity>,
     slots: Vec<Slot>,
 }
 
-/// Where a file's content comes from.
+/// The source of a file's content.
 enum Slot {
-    /// This host has it.
+    /// This host already has it.
     Here(Arc<BootFile>),
-    /// It is to be sent.
+    /// It is received from the peer.
     Arriving(Arriving),
-    /// It has the content of an earlier file of the payload.
+    /// Same content as an earlier file of the payload.
     SameAs(usize),
 }
 
@@ -45,8 +44,8 @@ struct Arriving {
 }
 
 impl PayloadStore {
-    /// Checks what is announced, looks for it among `known` payloads, and makes room for the rest in
-    /// `$TMPDIR` or `/var/tmp`. Nothing is written before all checks are passed and the space is there.
+    /// Checks the announced files, looks them up in `known` payloads, and reserves space for the rest in
+    /// `$TMPDIR` or `/var/tmp`. Nothing is written before all checks have passed and the space is reserved.
     pub fn new(
         identities: Vec<FileIdentity>,
         known: &[&BootPayload],
@@ -90,15 +89,15 @@ impl PayloadStore {
         Ok(Self { identities, slots: filled })
     }
 
-    /// Which files must be sent, as indices into what was announced.
+    /// Indices of the announced files that must be sent.
     pub fn missing(&self) -> Vec<usize> {
         let arriving = |slot: &Slot| matches!(slot, Slot::Arriving(_));
         let slots = self.slots.iter().enumerate();
         slots.filter(|(_, slot)| arriving(slot)).map(|(index, _)| index).collect()
     }
 
-    /// Takes the next piece of a file that is [missing](Self::missing). `offset_bytes` must be where the
-    /// piece before it ended.
+    /// Writes the next piece of a [missing](Self::missing) file. `offset_bytes` must be the end of the
+    /// previous piece.
     pub fn write(
         &mut self,
         index: usize,
@@ -136,7 +135,7 @@ impl PayloadStore {
         Ok(())
     }
 
-    /// Checks that each file is whole and what was announced.
+    /// Checks that each file is complete and matches its digest.
     pub fn finish(self) -> Result<BootPayload, PayloadError> {
         let mut files: Vec<PayloadFile> = Vec::with_capacity(self.slots.len());
         for (FileIdentity { len_bytes, sha256, role, arguments }, slot) in
@@ -145,7 +144,7 @@ impl PayloadStore {
             let name = from_source(role);
             let file = match slot {
                 Slot::Here(file) => file,
-                // It comes before this one, so it is among the files already.
+                // An earlier file, so it is already in the list.
                 Slot::SameAs(earlier) => match files.get(earlier) {
                     Some(earlier) => earlier.file.clone(),
                     None => {
@@ -171,7 +170,7 @@ impl PayloadStore {
     }
 }
 
-/// Looks for a file among what this host has. One that has changed since it was opened is no longer had.
+/// Looks up a file in the known payloads. One that has changed since it was opened does not count.
 fn find(
     identity: &FileIdentity,
     known: &[&BootPayload],
@@ -189,15 +188,15 @@ fn find(
 }
 
 impl Arriving {
-    /// An unlinked file with space for `len_bytes`, where the file system can set it aside.
+    /// An unlinked file with space for `len_bytes`, reserved if the file system supports that.
     fn create(folder: &Path, identity: &FileIdentity) -> Result<Self, PayloadError> {
         let len_bytes = identity.len_bytes;
         let create_error =
             |source| PayloadError::Create { folder: folder.display().to_string(), source };
-        // O_TMPFILE, or where that is not supported created and unlinked at once.
+        // O_TMPFILE, or created and unlinked where that is not supported.
         let file = tempfile::tempfile_in(folder).map_err(create_error)?;
         if len_bytes > 0 {
-            // Its length stays: what has not arrived is not there.
+            // Keeps its length at what has arrived.
             let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
             match rustix::fs::fallocate(&file, flags, 0, len_bytes) {
                 Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
@@ -208,11 +207,11 @@ impl Arriving {
     }
 }
 
-/// Where copies are kept.
+/// Candidate folders for the copies.
 struct Place<'a> {
-    /// Folders, the best first.
+    /// Folders in order of preference.
     candidates: Vec<PathBuf>,
-    /// Whether a folder's files take RAM.
+    /// Whether a folder's file system lives in RAM.
     is_in_ram: &'a dyn Fn(&Path) -> io::Result<bool>,
     /// Free bytes of a folder's file system.
     free_bytes: &'a dyn Fn(&Path) -> io::Result<u64>,
@@ -225,7 +224,7 @@ impl Place<'_> {
         Self { candidates, is_in_ram: &is_in_ram, free_bytes: &free_bytes }
     }
 
-    /// The first folder on disk with room for `needed_bytes`; one in RAM only if there is none on disk.
+    /// The first folder on disk with room for `needed_bytes`; one in RAM only if no folder is on disk.
     fn folder(&self, needed_bytes: u64) -> Result<PathBuf, PayloadError> {
         let mut in_ram = None;
         let mut refused = None;

@@ -1,11 +1,11 @@
-//! A guest that arrives, on the thread `mig-in`: its images are made, compared, locked and named there,
-//! and what is left of a failed arrival is dropped there.
+//! An incoming guest, served on the thread `mig-in`: prepares, compares, locks and renames its images, and
+//! cleans up after a failure.
 
 use super::super::BackendParts;
 use super::super::messages::{Mailbox, Message};
 use super::{GuestRequest, ask, shutting_down};
 use crate::boot::payload::BootPayload;
-use crate::boot::travel::ArrivingFiles;
+use crate::boot::transfer::ArrivingFiles;
 use crate::config::ReceiveConfig;
 use crate::error::guest_error;
 use crate::images::Images;
@@ -26,33 +26,32 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// How often a wait for the machine looks whether it is still wanted.
+/// How often a wait for the machine checks for cancellation.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// How long a build that is not wanted any more may take to end. One that hangs in the kernel is then left
-/// behind; what it holds goes when it ends.
+/// How long to wait for a cancelled build. One that hangs in the kernel is then left to its thread, which
+/// releases its resources when it ends.
 const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What a machine for a guest that arrives is made of here.
-pub struct Premises {
+/// What it takes to build an incoming machine on this host.
+pub struct BuildContext {
     /// KVM.
     pub host: Arc<Host>,
-    /// Which disks may be used.
+    /// The options, with the images for its disks.
     pub config: ReceiveConfig,
-    /// The console, and who hears of the guest's end.
+    /// The console and the handlers of the guest's end.
     pub parts: BackendParts,
-    /// Boot files that are here already, from `--kernel`.
+    /// Boot files that this host already has, from `--kernel`.
     pub payload: Option<Arc<BootPayload>>,
 }
 
-/// What has been built.
+/// A machine and its images.
 struct Built {
     machine: Box<Machine>,
     images: Images,
 }
 
-impl Premises {
-    /// Opens and makes the images, builds the machine, compares what its disks stand on. Takes as long
-    /// as storage does.
+impl BuildContext {
+    /// Prepares the images, builds the machine and compares the backing files. May block on storage.
     fn build(
         self,
         description: &MachineDescription,
@@ -60,7 +59,7 @@ impl Premises {
     ) -> Result<Built, MachineError> {
         let mut description = Description::from_stream(description)?;
         let mut images = Images::prepare(&description.disks, &self.config, go_on)?;
-        // They have travelled then: when the guest leaves again, that is said anew.
+        // Applies to this migration only: the next one chooses its disks anew.
         description.disks.iter_mut().for_each(|disk| disk.travels = None);
         let backends = self.parts.with(images.nodes.clone());
         let machine = Box::new(Machine::arrive(&self.host, description, backends)?);
@@ -73,26 +72,26 @@ impl Premises {
 pub struct ArrivingGuest {
     mailbox: Mailbox,
     cancel: CancelToken,
-    /// Until something has been built of it.
-    premises: Option<Premises>,
+    /// `None` once the machine is being built.
+    context: Option<BuildContext>,
     images: Images,
-    /// What has arrived to boot from.
+    /// The received boot payload.
     arrived: Arc<Mutex<Option<BootPayload>>>,
 }
 
 impl ArrivingGuest {
-    /// A guest that is built on `premises`, in a migration that `cancel` ends.
-    pub fn new(mailbox: Mailbox, cancel: CancelToken, premises: Premises) -> Self {
+    /// A guest to be built from `context`, in a migration that `cancel` cancels.
+    pub fn new(mailbox: Mailbox, cancel: CancelToken, context: BuildContext) -> Self {
         let (images, arrived) = (Images::default(), Arc::default());
-        Self { mailbox, cancel, premises: Some(premises), images, arrived }
+        Self { mailbox, cancel, context: Some(context), images, arrived }
     }
 
     fn nodes(&self) -> &[Arc<BlockNode>] {
         &self.images.nodes
     }
 
-    /// After the migration: removes what the images have replaced, if the guest runs here. Takes as long
-    /// as the file system does.
+    /// After the migration: removes the replaced images, if the guest runs here. May block on the file
+    /// system.
     pub fn clean_up(mut self) {
         self.images.clean_up();
     }
@@ -105,15 +104,15 @@ impl DestinationHost for ArrivingGuest {
         go_on: GoOn<'_>,
     ) -> Result<Vec<Box<dyn Incoming>>, GuestError> {
         let again = || GuestError::new("a machine has been built for this guest already");
-        let premises = self.premises.take().ok_or_else(again)?;
-        let known = premises.payload.clone();
+        let context = self.context.take().ok_or_else(again)?;
+        let known = context.payload.clone();
         let wanted = Arc::new(AtomicBool::new(true));
         let (description, still_wanted) = (description.clone(), wanted.clone());
         let (done, built) = channel();
         let build = move || {
             let go_on = || still_wanted.load(Ordering::Acquire);
-            let result = premises.build(&description, &go_on);
-            // If nobody wants it any more it is dropped here.
+            let result = context.build(&description, &go_on);
+            // Dropped here if the receiver is gone.
             let _ = done.send(result.map_err(|error| guest_error(&error)));
         };
         self.mailbox.post(Message::Guest(GuestRequest::Build(Box::new(build))));
@@ -132,7 +131,7 @@ impl DestinationHost for ArrivingGuest {
                 }
                 Some(since) if since.elapsed() < GIVE_UP_PATIENCE => {}
                 Some(_) => {
-                    let desc = "the machine is not built in time: a disk image does not answer";
+                    let desc = "the machine was not built in time: a disk image does not respond";
                     return Err(GuestError::new(desc));
                 }
             }
@@ -141,7 +140,7 @@ impl DestinationHost for ArrivingGuest {
         let ram = IncomingRam { ram: vm.ram().clone(), layout: vm.layout().clone() };
         self.images = built.images;
         ask(&self.mailbox, |reply| GuestRequest::Install(built.machine, reply))?;
-        // In the order of the source's, and each only if it travels.
+        // The migrated disks, in the source's order.
         let boot = ArrivingFiles::new(known, self.arrived.clone());
         let mut participants: Vec<Box<dyn Incoming>> =
             vec![Box::new(BootIncoming::new(Box::new(boot)))];
@@ -162,7 +161,7 @@ impl DestinationHost for ArrivingGuest {
     }
 
     fn called_off(&mut self) -> Result<(), GuestError> {
-        // Those that travel are this side's alone, and stay locked as they have been from the start.
+        // Migrated disks belong to this side only and have been locked from the start.
         let arriving = self.images.arriving();
         let travels = |node: &Arc<BlockNode>| arriving.iter().any(|it| Arc::ptr_eq(&it.node, node));
         let shared: Vec<_> = self.nodes().iter().filter(|node| !travels(node)).cloned().collect();
@@ -171,16 +170,16 @@ impl DestinationHost for ArrivingGuest {
     }
 
     fn run(&mut self, permit: RunPermit, running: bool) -> Result<(), GuestError> {
-        self.images.keep().map_err(|error| guest_error(&error))?;
+        self.images.rename_into_place().map_err(|error| guest_error(&error))?;
         let payload = devices::lock(&self.arrived).take().map(Arc::new);
         ask(&self.mailbox, |reply| GuestRequest::Run(permit, running, payload, reply))?;
-        // From now on they are the guest's, whatever becomes of this thread.
-        self.images.settle();
+        // The images must stay now, whatever happens to this thread.
+        self.images.commit();
         Ok(())
     }
 
     fn abandon(&mut self) {
-        // Closing the disks lets go of their locks: the source wants them back.
+        // Closing the disks releases their locks: the source needs them again.
         match ask(&self.mailbox, GuestRequest::Uninstall) {
             Ok(machine) => drop(machine),
             Err(error) => log::debug!("{error}"),

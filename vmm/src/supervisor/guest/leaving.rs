@@ -1,5 +1,5 @@
-//! A guest that leaves, on the thread `mig-out`: waits for requests in flight, flushes disks, lets go of
-//! their locks and takes them again.
+//! An outgoing guest, served on the thread `mig-out`: waits for requests in flight, flushes disks, releases
+//! their locks and retakes them after a failure.
 
 use super::super::messages::Mailbox;
 use super::super::tasks::{DiskWork, longest, wait_in_steps};
@@ -14,17 +14,17 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a drain that was too late for a pause is watched while the guest runs again, to learn how
-/// long it really takes.
+/// How long a drain that missed its deadline is observed after the guest has resumed, to measure its real
+/// duration.
 const DRAIN_AFTERMATH: Duration = Duration::from_secs(1);
-/// How long disks' locks are tried to be retaken. A destination that refused lets go of them when its
-/// connection closes, which may take a moment.
-/// One whose link died notices that after its patience.
+/// How long to retry locking the disks. A destination that failed releases them when its connection closes,
+/// which may
+/// take a moment; one whose link died notices after its patience.
 const RELOCK_LIMIT: Duration = Duration::from_secs(15);
-/// How often.
+/// Interval of the retries.
 const RELOCK_EVERY: Duration = Duration::from_millis(50);
 
-/// Nothing had to be flushed.
+/// Reported if there was nothing to flush.
 const NO_FLUSH: &str = "flushing disks";
 
 /// Serves a migration's source.
@@ -32,35 +32,35 @@ pub struct LeavingGuest {
     mailbox: Mailbox,
     cancel: CancelToken,
     nodes: Vec<Arc<BlockNode>>,
-    /// Disks that travel: what the destination has received is on its own storage.
-    travelling: Vec<String>,
+    /// Ids of migrated disks, which need no flush: the destination has its own copy.
+    migrated: Vec<String>,
     flushes: DiskWork<io::Result<()>>,
     /// The locks were let go of.
     released: bool,
 }
 
 impl LeavingGuest {
-    /// The guest with these disks, in a migration that `cancel` ends.
+    /// A guest with these disks, in a migration that `cancel` cancels.
     pub fn new(
         mailbox: Mailbox,
         cancel: CancelToken,
         nodes: Vec<Arc<BlockNode>>,
-        travelling: Vec<String>,
+        migrated: Vec<String>,
     ) -> Self {
         let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
         let flushes = DiskWork::new("flushing", writable);
-        Self { mailbox, cancel, nodes, travelling, flushes, released: false }
+        Self { mailbox, cancel, nodes, migrated, flushes, released: false }
     }
 
-    /// Has `work` done to each writable disk that `wanted` names, until `deadline`.
+    /// Runs `work` on each writable disk that `wanted` selects, until `deadline`.
     fn flush(
         &mut self,
         wanted: impl Fn(&BlockNode, bool) -> bool,
         work: impl Fn(&BlockNode, bool) -> io::Result<()> + Clone + Send + 'static,
         deadline: Instant,
     ) -> Result<PartTime, GuestError> {
-        let (travelling, cancel) = (self.travelling.clone(), self.cancel.clone());
-        let stays = move |node: &BlockNode| !travelling.iter().any(|id| id == node.id());
+        let (migrated, cancel) = (self.migrated.clone(), self.cancel.clone());
+        let stays = move |node: &BlockNode| !migrated.iter().any(|id| id == node.id());
         let stays_too = stays.clone();
         let done = self.flushes.run(
             |node| wanted(node, stays(node)),
@@ -93,7 +93,7 @@ impl GuestControl for LeavingGuest {
             return Ok(Stopped { drains: drains.times(), ..stopped });
         }
         ask(&self.mailbox, GuestRequest::CallOffPause)?;
-        // The guest runs on. What is learnt now says what the next attempt needs.
+        // The guest has resumed. The measured time tells what the next attempt needs.
         let aftermath = Instant::now() + DRAIN_AFTERMATH;
         wait_in_steps(aftermath, &go_on, &mut |until| drains.wait_until(until));
         Err(GuestError::Overdue(drains.longest()))
@@ -104,8 +104,8 @@ impl GuestControl for LeavingGuest {
     }
 
     fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
-        // Nothing is written any more once the lock is gone, not even by a later flush: so all is written
-        // back, and a thread that is late for that keeps the lock.
+        // Nothing may be written after unlocking, not even by a late flush: write everything back first; a
+        // thread that is late keeps the lock.
         let flush = |node: &BlockNode, stays: bool| {
             if stays {
                 node.sync()?;
@@ -142,7 +142,7 @@ impl GuestControl for LeavingGuest {
     }
 }
 
-/// Takes the disks' locks back.
+/// Locks the disks again.
 fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     let deadline = Instant::now() + RELOCK_LIMIT;
     loop {
@@ -150,7 +150,7 @@ fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
         if result.is_ok() || Instant::now() >= deadline {
             return result;
         }
-        // The lock's holder gives no event when it lets go, so there is nothing else to wait for.
+        // Releasing a lock signals no event: poll.
         std::thread::sleep(RELOCK_EVERY);
     }
 }
@@ -162,10 +162,10 @@ mod tests {
     use devices::block::memory::MemoryDisk;
     use devices::block::raw::{Cache, RawFile};
 
-    fn guest(nodes: Vec<Arc<BlockNode>>, travelling: &[&str]) -> LeavingGuest {
-        let (mailbox, _) = crate::desk::mailbox_for_test();
-        let travelling = travelling.iter().map(|id| (*id).to_owned()).collect();
-        LeavingGuest::new(mailbox, CancelToken::new(), nodes, travelling)
+    fn guest(nodes: Vec<Arc<BlockNode>>, migrated: &[&str]) -> LeavingGuest {
+        let (mailbox, _) = crate::event_loop::mailbox_for_test();
+        let migrated = migrated.iter().map(|id| (*id).to_owned()).collect();
+        LeavingGuest::new(mailbox, CancelToken::new(), nodes, migrated)
     }
 
     fn in_a_moment() -> Instant {
@@ -212,7 +212,7 @@ mod tests {
             matches!(&overdue, GuestError::Overdue(time) if time.part == "flushing disk `slow`")
         );
         assert!(open().lock().is_err(), "the other one's lock is kept as well");
-        // Nor does the flush that was left behind let go of it.
+        // The late flush does not release it either.
         script.hold(false);
         while script.flush_count() == 0 {
             std::thread::yield_now();

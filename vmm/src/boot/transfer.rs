@@ -1,4 +1,5 @@
-//! The boot payload on its way between hosts: what the migration engine asks of it at either end.
+//! Migration of the boot payload: implements the engine's `BootSource` and `BootSink`. Created by the
+//! supervisor for one migration each; [`super::payload`] owns the files.
 
 use super::payload::store::PayloadStore;
 use super::payload::{BootPayload, FileIdentity, PayloadError, Role};
@@ -33,7 +34,7 @@ fn failed(error: PayloadError) -> GuestError {
     guest_error(&error)
 }
 
-/// At the source: the files that were opened when the process started, or that arrived.
+/// At the source: the files that were opened at the start or received.
 pub struct LeavingFiles(pub Arc<BootPayload>);
 
 impl BootSource for LeavingFiles {
@@ -53,16 +54,16 @@ impl BootSource for LeavingFiles {
     }
 }
 
-/// At the destination: files that are here already, and a place for the others.
+/// At the destination: known files, and the store for the others.
 pub struct ArrivingFiles {
     known: Option<Arc<BootPayload>>,
     store: Option<PayloadStore>,
-    /// Where the whole payload goes.
+    /// Receives the complete payload.
     arrived: Arc<Mutex<Option<BootPayload>>>,
 }
 
 impl ArrivingFiles {
-    /// Files that need not be sent if they are `known`, and that are in `arrived` when all are here.
+    /// Reuses `known` files; puts the complete payload into `arrived`.
     pub fn new(known: Option<Arc<BootPayload>>, arrived: Arc<Mutex<Option<BootPayload>>>) -> Self {
         Self { known, store: None, arrived }
     }

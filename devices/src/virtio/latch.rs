@@ -1,24 +1,25 @@
-//! A moment that one thread reaches and others wait for, each with a deadline of its own.
+//! A latch: set once by one thread; others wait for it, each with its own deadline. Used by `worker` and
+//! `mmio` for the end of a worker or its requests.
 
 use crate::lock;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-/// When something happened, once it has.
+/// The time at which it was set, if it was.
 #[derive(Debug, Default)]
-pub(super) struct Moment {
+pub(super) struct Latch {
     at: Mutex<Option<Instant>>,
-    reached: Condvar,
+    set: Condvar,
 }
 
-impl Moment {
-    /// When it was reached; `None` if it has not been.
+impl Latch {
+    /// When it was set, if it was.
     pub fn get(&self) -> Option<Instant> {
         *lock(&self.at)
     }
 
-    /// Waits until it is reached, at most until `deadline`. Returns when it was reached, or `None` if
-    /// it was not in time.
+    /// Waits until it is set, at most until `deadline`. Returns the time at which it was set, or `None` on
+    /// timeout.
     pub fn wait_until(&self, deadline: Instant) -> Option<Instant> {
         let mut at = lock(&self.at);
         loop {
@@ -26,27 +27,27 @@ impl Moment {
             if at.is_some() || left.is_zero() {
                 return *at;
             }
-            let waited = self.reached.wait_timeout(at, left);
+            let waited = self.set.wait_timeout(at, left);
             (at, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Waits until it is reached.
+    /// Waits until it is set.
     pub fn wait(&self) {
         let at = lock(&self.at);
-        let waited = self.reached.wait_while(at, |at| at.is_none());
+        let waited = self.set.wait_while(at, |at| at.is_none());
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-/// Dropping this reaches the moment. However the thread that holds it ends, nobody waits for it in vain.
+/// Dropping this reaches the latch. However the thread that holds it ends, nobody waits for it in vain.
 #[derive(Debug)]
-pub(super) struct ReachedOnDrop(pub Arc<Moment>);
+pub(super) struct SetOnDrop(pub Arc<Latch>);
 
-impl Drop for ReachedOnDrop {
+impl Drop for SetOnDrop {
     fn drop(&mut self) {
         lock(&self.0.at).get_or_insert_with(Instant::now);
-        self.0.reached.notify_all();
+        self.0.set.notify_all();
     }
 }
 
@@ -57,26 +58,26 @@ mod tests {
 
     #[test]
     fn a_deadline_that_has_passed_is_no_wait_and_what_was_reached_stays() {
-        let moment = Arc::<Moment>::default();
+        let latch = Arc::<Latch>::default();
         let start = Instant::now();
-        assert_eq!(moment.wait_until(start), None);
-        drop(ReachedOnDrop(moment.clone()));
-        let at = moment.get().unwrap();
+        assert_eq!(latch.wait_until(start), None);
+        drop(SetOnDrop(latch.clone()));
+        let at = latch.get().unwrap();
         assert!(at >= start);
-        drop(ReachedOnDrop(moment.clone()));
-        assert_eq!(moment.wait_until(start), Some(at), "the first time counts");
-        moment.wait();
+        drop(SetOnDrop(latch.clone()));
+        assert_eq!(latch.wait_until(start), Some(at), "the first time counts");
+        latch.wait();
     }
 
     #[test]
     fn a_thread_that_panics_reaches_it() {
-        let moment = Arc::<Moment>::default();
-        let held = ReachedOnDrop(moment.clone());
+        let latch = Arc::<Latch>::default();
+        let held = SetOnDrop(latch.clone());
         let thread = std::thread::spawn(move || {
             let _held = held;
             panic!("on purpose");
         });
-        assert!(moment.wait_until(Instant::now() + Duration::from_secs(10)).is_some());
+        assert!(latch.wait_until(Instant::now() + Duration::from_secs(10)).is_some());
         assert!(thread.join().is_err());
     }
 }

@@ -1,6 +1,5 @@
-//! What every process that answers for a guest answers to: its threads' messages, the control socket,
-//! signals and `--timeout`, on one event loop. The supervisor owns a machine behind it, the shuttle a
-//! process that does.
+//! The main thread's event loop: messages from other threads, the control socket, signals and `--timeout`.
+//! Its [`Handler`] is the supervisor, which owns a machine, or the shuttle, which owns child processes.
 
 use crate::control::{ClientId, ControlError, ControlServer, Event, Incoming, QmpResult};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -37,50 +36,50 @@ impl<M> Clone for Mailbox<M> {
 }
 
 impl<M> Mailbox<M> {
-    /// Posts a message. An event loop that has ended needs none.
+    /// Posts a message; ignored if the event loop has ended.
     pub fn post(&self, message: M) {
         if self.sender.send(message).is_ok() {
-            // Fails only when the counter is full, and then the loop is awake anyway.
+            // Fails only if the counter is full, and then the loop is awake.
             let _ = self.wake.write(1);
         }
     }
 }
 
-/// A mailbox, and what is posted there.
+/// A mailbox and its receiving end.
 fn mailbox<M>() -> io::Result<(Mailbox<M>, Receiver<M>)> {
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
     let (sender, inbox) = channel();
     Ok((Mailbox { sender, wake }, inbox))
 }
 
-/// A mailbox without an event loop behind it.
+/// A mailbox without an event loop.
 #[cfg(test)]
 pub fn mailbox_for_test<M>() -> (Mailbox<M>, Receiver<M>) {
     mailbox().unwrap()
 }
 
-/// Who sits at a desk.
-pub trait Clerk {
-    /// What its threads tell it.
+/// Handles the events of an [`EventLoop`].
+pub trait Handler {
+    /// Messages from other threads.
     type Message;
-    /// Its desk.
-    fn desk(&mut self) -> &mut Desk<Self::Message>;
-    /// A thread has something to say.
+    /// The event loop, owned by the handler.
+    fn event_loop(&mut self) -> &mut EventLoop<Self::Message>;
+    /// A thread has posted a message.
     fn on_message(&mut self, message: Self::Message);
-    /// A client asks; the answer goes through [`Desk::reply`], now or later.
+    /// A client has sent a request; reply through [`EventLoop::reply`], now or later.
     fn on_request(&mut self, request: Incoming);
-    /// SIGINT or SIGTERM.
+    /// SIGINT or SIGTERM has arrived.
     fn on_signal(&mut self);
     /// `--timeout` has passed.
     fn on_timeout(&mut self);
-    /// The time set with [`Desk::set_alarm`] has come.
+    /// The time set with [`EventLoop::set_alarm`] has passed.
     fn on_alarm(&mut self) {}
     /// The process is about to end.
     fn shut_down(&mut self);
 }
 
-/// The event loop's side of it.
-pub struct Desk<M> {
+/// The state of an event loop.
+pub struct EventLoop<M> {
     mailbox: Mailbox<M>,
     inbox: Receiver<M>,
     control: Option<ControlServer>,
@@ -91,9 +90,9 @@ pub struct Desk<M> {
     exit: Option<u8>,
 }
 
-impl<M> Desk<M> {
-    /// Binds the control socket, takes the signals and starts the timeout.
-    pub fn open(control: Option<&Path>, timeout: Option<Duration>) -> Result<Self, DeskError> {
+impl<M> EventLoop<M> {
+    /// Binds the control socket, installs the signal handlers and starts the timeout.
+    pub fn open(control: Option<&Path>, timeout: Option<Duration>) -> Result<Self, EventLoopError> {
         let control = control.map(ControlServer::bind).transpose()?;
         let (mailbox, inbox) = mailbox()?;
         let (signals, signalled) = UnixStream::pair()?;
@@ -106,26 +105,26 @@ impl<M> Desk<M> {
         Ok(Self { mailbox, inbox, control, signals, timeout, alarm, clients, exit: None })
     }
 
-    /// Where threads post their messages.
+    /// The mailbox for other threads.
     pub fn mailbox(&self) -> &Mailbox<M> {
         &self.mailbox
     }
 
-    /// Tells every client.
-    pub fn tell(&mut self, event: &Event) {
+    /// Sends an event to every client.
+    pub fn broadcast(&mut self, event: &Event) {
         if let Some(control) = &mut self.control {
             control.broadcast(event);
         }
     }
 
-    /// Answers a request.
+    /// Replies to a request.
     pub fn reply(&mut self, request: &Incoming, result: QmpResult) {
         if let Some(control) = &mut self.control {
             control.reply(request.client, request.id.clone(), result);
         }
     }
 
-    /// Has [`Clerk::on_alarm`] called after `duration`, once.
+    /// Calls [`Handler::on_alarm`] once, after `duration`.
     pub fn set_alarm(&mut self, duration: Duration) {
         // Zero would disarm it.
         let duration = duration.max(Duration::from_nanos(1));
@@ -169,12 +168,12 @@ impl<M> Desk<M> {
         Vec::new()
     }
 
-    /// Brings the event loop's interests up to date with the clients there are.
+    /// Updates the watched descriptors to match the connected clients.
     fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
         let Some(control) = &mut self.control else { return };
         self.clients.retain_mut(|(id, fd, writing)| {
             if control.client_fd(*id) != Some(*fd) {
-                // It may not have been added, if the host has no more watches to give.
+                // Adding it may have failed.
                 let _ = ops.remove(Events::empty_raw(*fd));
                 return false;
             }
@@ -190,15 +189,14 @@ impl<M> Desk<M> {
     }
 }
 
-/// A desk that cannot be opened.
+/// An event loop that cannot be started.
 #[derive(Debug, thiserror::Error)]
-pub enum DeskError {
-    /// The control socket.
+pub enum EventLoopError {
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The host has no more descriptors or threads.
+    /// A descriptor could not be created.
     #[error("cannot start the event loop")]
-    EventLoop(#[from] io::Error),
+    Start(#[from] io::Error),
 }
 
 fn timer(duration: Duration) -> io::Result<TimerFd> {
@@ -208,73 +206,73 @@ fn timer(duration: Duration) -> io::Result<TimerFd> {
     Ok(timer)
 }
 
-/// Runs the event loop until the clerk ends it; returns the exit code.
-pub fn serve<C: Clerk + 'static>(clerk: C) -> Result<u8, DeskError> {
-    let failed = |error: event_manager::Error| DeskError::EventLoop(io::Error::other(error));
+/// Runs the event loop until the handler ends it; returns the exit code.
+pub fn serve<C: Handler + 'static>(handler: C) -> Result<u8, EventLoopError> {
+    let failed = |error: event_manager::Error| EventLoopError::Start(io::Error::other(error));
     let mut manager = EventManager::new().map_err(failed)?;
-    let at_work = Rc::new(RefCell::new(AtWork(clerk)));
-    manager.add_subscriber(at_work.clone());
+    let subscriber = Rc::new(RefCell::new(Subscriber(handler)));
+    manager.add_subscriber(subscriber.clone());
     loop {
-        let exit = at_work.borrow_mut().0.desk().exit;
+        let exit = subscriber.borrow_mut().0.event_loop().exit;
         if let Some(code) = exit {
-            at_work.borrow_mut().0.shut_down();
+            subscriber.borrow_mut().0.shut_down();
             return Ok(code);
         }
         manager.run().map_err(failed)?;
     }
 }
 
-struct AtWork<C>(C);
+struct Subscriber<C>(C);
 
-impl<C: Clerk> MutEventSubscriber for AtWork<C> {
+impl<C: Handler> MutEventSubscriber for Subscriber<C> {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let desk = self.0.desk();
+        let event_loop = self.0.event_loop();
         let mut add = |fd: RawFd, token: u32| {
             if let Err(error) = ops.add(Events::with_data_raw(fd, token, EventSet::IN)) {
                 log::error!("event loop: {error}");
             }
         };
-        add(desk.mailbox.wake.as_raw_fd(), TOKEN_MAILBOX);
-        add(desk.signals.as_raw_fd(), TOKEN_SIGNAL);
-        if let Some(timeout) = &desk.timeout {
+        add(event_loop.mailbox.wake.as_raw_fd(), TOKEN_MAILBOX);
+        add(event_loop.signals.as_raw_fd(), TOKEN_SIGNAL);
+        if let Some(timeout) = &event_loop.timeout {
             add(timeout.as_raw_fd(), TOKEN_TIMEOUT);
         }
-        add(desk.alarm.as_raw_fd(), TOKEN_ALARM);
-        if let Some(control) = &desk.control {
+        add(event_loop.alarm.as_raw_fd(), TOKEN_ALARM);
+        if let Some(control) = &event_loop.control {
             add(control.fd(), TOKEN_CONTROL);
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let clerk = &mut self.0;
+        let handler = &mut self.0;
         match events.data() {
             TOKEN_MAILBOX => {
-                // Read first: what is posted later wakes again.
-                let _ = clerk.desk().mailbox.wake.read();
-                while let Some(message) = clerk.desk().read_mail() {
-                    clerk.on_message(message);
+                // Read first: a later message wakes the loop again.
+                let _ = handler.event_loop().mailbox.wake.read();
+                while let Some(message) = handler.event_loop().read_mail() {
+                    handler.on_message(message);
                 }
             }
             TOKEN_SIGNAL => {
-                // One byte per signal; that there is one is all that counts.
-                let _ = (&clerk.desk().signals).read(&mut [0; 16]);
-                clerk.on_signal();
+                // One byte per signal; how many does not matter.
+                let _ = (&handler.event_loop().signals).read(&mut [0; 16]);
+                handler.on_signal();
             }
-            TOKEN_TIMEOUT => clerk.on_timeout(),
+            TOKEN_TIMEOUT => handler.on_timeout(),
             TOKEN_ALARM => {
-                // Read until the next is set.
-                let _ = clerk.desk().alarm.wait();
-                clerk.on_alarm();
+                // Clears the expiry, so that the timer is not readable any more.
+                let _ = handler.event_loop().alarm.wait();
+                handler.on_alarm();
             }
-            TOKEN_CONTROL => clerk.desk().accept(ops),
+            TOKEN_CONTROL => handler.event_loop().accept(ops),
             token => {
                 if let Some(id) = token.checked_sub(TOKEN_CLIENTS) {
-                    for request in clerk.desk().requests(ClientId(id), events.event_set()) {
-                        clerk.on_request(request);
+                    for request in handler.event_loop().requests(ClientId(id), events.event_set()) {
+                        handler.on_request(request);
                     }
                 }
             }
         }
-        clerk.desk().watch_clients(ops);
+        handler.event_loop().watch_clients(ops);
     }
 }

@@ -1,23 +1,23 @@
-//! Which disks travel with their guest, as the user says: `full`, `top` or `none` for all, or one by
-//! one. Read from the command line and from the control socket; the supervisor applies it.
+//! Which disks to migrate with the guest: `full`, `top` or `none`, for all disks or per disk. Parsed from
+//! the command line and the control socket; the supervisor applies it.
 
 use serde_json::Value;
 use std::str::FromStr;
 
-/// What of a disk travels.
+/// How much of a disk is migrated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DiskMode {
-    /// Nothing: both sides see the same storage.
+    /// Nothing: both sides share the storage.
     #[default]
     None,
-    /// What lies above the backing file, which the destination has too; all of a disk without one.
+    /// The data above the backing file, which the destination must have, too; everything if there is none.
     Top,
     /// Everything.
     Full,
 }
 
 impl DiskMode {
-    /// As it is written.
+    /// Its name in options.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -37,17 +37,17 @@ impl FromStr for DiskMode {
     }
 }
 
-/// For every disk of a guest what of it travels.
+/// The mode of every disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskSelection {
-    /// For those that are not named.
+    /// Mode of all disks that are not named.
     pub others: DiskMode,
-    /// One by one.
+    /// Modes by disk id.
     pub named: Vec<(String, DiskMode)>,
 }
 
 impl DiskSelection {
-    /// What of disk `id` travels.
+    /// The mode of disk `id`.
     pub fn mode_of(&self, id: &str) -> DiskMode {
         let named = self.named.iter().find(|(name, _)| name == id);
         named.map_or(self.others, |(_, mode)| *mode)
