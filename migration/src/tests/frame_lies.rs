@@ -111,7 +111,7 @@ fn lengths_that_cannot_be_are_refused_before_anything_is_read() {
     for bytes in [u32::MAX, u32::try_from(MAX_DELTA_BYTES).unwrap() + 1] {
         let mut frame = head(0, 0, &[(8, 1, ZERO), (8, 1, DELTA)]);
         frame.u32(bytes);
-        assert_said(frame.bytes(), &format!("{bytes} bytes of deltas, possible are 1048576"));
+        assert_said(frame.bytes(), &format!("{bytes} bytes of deltas, at most 1048576 are possible"));
     }
     assert_said(head(1, 1025, &[(8, 1025, RAW)]).bytes(), "1 runs of 1025 raw pages");
     assert_said(head(1, 0, &[(8, 1, ZERO)]).bytes(), "1 runs of 0 raw pages");

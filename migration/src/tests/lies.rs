@@ -214,11 +214,11 @@ fn lies_are_refused_by_name() {
 fn channels_that_are_not_as_announced_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
-        ("0 data channels, possible are 1 to 16", |liar| {
+        ("0 data channels, 1 to 16 are possible", |liar| {
             let hello = Hello::new(Role::Control, MigrationId([3; 16]), 0);
             liar.frame(Kind::Hello, &hello.encode());
         }),
-        ("17 data channels, possible are 1 to 16", |liar| {
+        ("17 data channels, 1 to 16 are possible", |liar| {
             let hello = Hello::new(Role::Control, MigrationId([3; 16]), 17);
             liar.frame(Kind::Hello, &hello.encode());
         }),
