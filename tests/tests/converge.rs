@@ -171,7 +171,8 @@ fn ferry_migrate_says_what_would_help() {
     source.wait_line("^HB n=3 ").unwrap();
     let options = ["--max-bandwidth", "40M", "--downtime-limit", "30ms"];
     let mut migration = ferry::start_migrate(&source, &destination.address, &options).unwrap();
-    let said = migration.client.err.wait_for("no end in sight", SOON).unwrap().text;
+    let said =
+        migration.client.err.wait_for("no end in sight|does not converge", SOON).unwrap().text;
     for hint in ["--auto-converge", "--max-bandwidth", "--downtime-limit"] {
         assert!(said.contains(hint), "{hint}: {said}");
     }

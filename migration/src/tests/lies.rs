@@ -167,14 +167,14 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[{}]"));
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
             ram_end(liar, RamTotals { raw_pages: 1, ..Default::default() }, vec![1]);
             eof(liar);
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
@@ -253,14 +253,14 @@ fn channels_that_are_not_as_announced_are_refused_by_name() {
             write_all(&liar.data[0], end.bytes());
             end_stream(liar, vec![1, 0, 0]);
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
             end_stream(liar, vec![1, 0, 0]);
         }),
         // As many frames in all, but not where they should be.
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             let mut mark = Encoder::default();
