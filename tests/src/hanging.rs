@@ -1,5 +1,5 @@
 //! A disk image whose storage can be made to hang: a file system of our own, with one file in memory, that
-//! stops answering when told to. Like a network file system whose server is gone: whoever reads, writes,
+//! stops answering when told to. Like a network file system whose server is gone: every thread that reads, writes,
 //! flushes, opens or asks for a size waits, until it is told to go on, or is killed.
 //!
 //! It speaks to the kernel's FUSE directly, as far as one file of fixed size needs: a request is read from
