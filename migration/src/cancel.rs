@@ -1,7 +1,7 @@
 //! A token that ends a migration early and wakes every thread that waits for the peer.
 //!
-//! The user's side calls [`CancelToken::cancel`]; the engine registers what has to be woken, and
-//! disarms the token at the point of no return, in one step with asking whether it was too late.
+//! The VMM calls [`CancelToken::cancel`]; the engine registers wake-ups, and disarms the token at the
+//! point of no return, atomically with the check whether it was cancelled.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,7 @@ struct State {
 
 #[derive(Default)]
 struct Inner {
-    /// Written under the lock, read without it before every read and write of a connection.
+    /// Written under the lock; read without it around every read and write of a connection.
     cancelled: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -28,7 +28,7 @@ struct Inner {
 #[derive(Clone, Default)]
 pub struct CancelToken(Arc<Inner>);
 
-/// Keeps a wake-up registered; dropping it ends that.
+/// Keeps a wake-up registered until dropped.
 #[must_use = "dropping it ends the registration"]
 pub(crate) struct Registration {
     token: CancelToken,
@@ -36,7 +36,6 @@ pub(crate) struct Registration {
 }
 
 impl CancelToken {
-    /// A token that nobody has cancelled.
     pub fn new() -> Self {
         Self::default()
     }
@@ -45,8 +44,8 @@ impl CancelToken {
         devices::lock(&self.0.state)
     }
 
-    /// Cancels: blocked reads and writes of the connections fail, waits end. Without effect, and
-    /// false, once the right to run has been handed over.
+    /// Cancels: blocked reads and writes fail, waits end. Has no effect and returns false once the token is
+    /// disarmed.
     pub fn cancel(&self) -> bool {
         let mut state = self.state();
         if state.disarmed {
@@ -67,7 +66,7 @@ impl CancelToken {
         self.0.cancelled.load(Ordering::Acquire)
     }
 
-    /// Has `wake` called when the token is cancelled, or now if it is already.
+    /// Registers `wake`, called when the token is cancelled, or now if it already is.
     pub(crate) fn on_cancel(&self, wake: impl Fn() + Send + Sync + 'static) -> Registration {
         let mut state = self.state();
         let id = state.next_id;
@@ -81,7 +80,7 @@ impl CancelToken {
         Registration { token: self.clone(), id }
     }
 
-    /// From here on cancelling does nothing; false if it is too late for that.
+    /// Makes later cancels ineffective. Returns false if the token is already cancelled.
     pub(crate) fn disarm(&self) -> bool {
         let mut state = self.state();
         if self.is_cancelled() {
@@ -128,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn cancelling_wakes_who_is_registered_then_or_later() {
+    fn cancelling_wakes_early_and_late_registrations() {
         let token = CancelToken::new();
         let (early, wake) = flag();
         let _early = token.on_cancel(wake);

@@ -1,5 +1,5 @@
-//! What may go wrong in a participant, and errors in words. Each participant has an enum of its own,
-//! which travels in [`ParticipantError::Own`]: nothing here, and no driver, knows them.
+//! Failures of participants, and error chains as text. Each participant has its own error enum, wrapped
+//! in [`ParticipantError::Own`]; neither this file nor the drivers know it.
 
 use crate::guest::GuestError;
 use crate::wire::WireError;
@@ -7,35 +7,33 @@ use std::error::Error;
 use std::fmt::Write;
 use std::io;
 
-/// Why a participant has failed.
+/// The failure of a participant.
 #[derive(Debug, thiserror::Error)]
 pub enum ParticipantError {
-    /// A connection, or what came over it.
+    /// A connection or its data.
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error(transparent)]
     Guest(#[from] GuestError),
-    /// The host has no more threads.
-    #[error("cannot start a thread")]
+    #[error("cannot spawn a thread")]
     Thread(#[source] io::Error),
-    /// Its own reason.
+    /// The participant's own error.
     #[error(transparent)]
     Own(Box<dyn Error + Send + Sync>),
 }
 
 impl ParticipantError {
-    /// A participant's own reason.
+    /// Wraps a participant's own error.
     pub fn own(error: impl Error + Send + Sync + 'static) -> Self {
         Self::Own(Box::new(error))
     }
 
-    /// Whether a connection broke, or the peer stands still: seldom the reason, mostly what another
-    /// failure led to.
+    /// Whether a connection broke or the peer stalled: usually a consequence of another failure.
     pub fn is_broken(&self) -> bool {
         matches!(self, Self::Wire(error) if error.is_broken())
     }
 
-    /// Whether a wait was ended by a cancel, or by a failure elsewhere in this migration.
+    /// Whether a wait was ended by a cancel, or by another failure in this migration.
     pub fn is_interrupted(&self) -> bool {
         matches!(self, Self::Wire(WireError::Interrupted))
     }

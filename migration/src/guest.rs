@@ -1,8 +1,8 @@
 //! What a migration needs from the machine on either side, and the right to run it.
 //!
-//! The right to run a guest is a value, [`RunPermit`]: born at cold boot or when `Go` arrives, spent
-//! when `Go` is sent. `vmm` starts no vCPU without one. [`PausedGuest`] holds it between the pause
-//! and the handover and gives it back, by resuming the guest, on every way out but [`surrender`].
+//! The right to run a guest is a value, [`RunPermit`]: created at cold boot or when `Go` arrives, spent
+//! when `Go` is sent. `vmm` starts no vCPU without one. [`PausedGuest`] holds it between pause and
+//! handover; every exit but [`surrender`] resumes the guest.
 //!
 //! [`surrender`]: PausedGuest::surrender
 
@@ -23,25 +23,24 @@ impl RunPermit {
         Self(())
     }
 
-    /// For a guest whose migration ended as unknown and whose operator has made sure, by looking,
-    /// that the other side does not run it.
+    /// For a guest whose migration ended as unknown, after the operator has verified that the other side
+    /// does not run it.
     pub fn claimed_by_operator() -> Self {
         Self(())
     }
 
-    /// `Go` arrived, or a destination that never ran the guest declined it.
+    /// On `Go`, or when a destination that never ran the guest declines.
     pub(crate) fn received() -> Self {
         Self(())
     }
 }
 
-/// A machine-side failure, already in words for the user.
+/// A failure of the machine, as a message to the user.
 #[derive(Debug, thiserror::Error)]
 pub enum GuestError {
-    /// It cannot be done.
     #[error("{0}")]
     Failed(String),
-    /// It was not done by its deadline. Nothing has failed, and another try may succeed.
+    /// The deadline passed. Nothing has failed, and a retry may succeed.
     #[error("{0}")]
     Overdue(PartTime),
 }
@@ -49,11 +48,11 @@ pub enum GuestError {
 /// How long a part of a pause took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartTime {
-    /// A part of the pause, as it is named to users: "draining disk `root`".
+    /// Name of the part, for users: "draining disk `root`".
     pub part: String,
-    /// How long it took, or if it has not ended, how long it was waited for.
+    /// How long it took, or how long it was waited for if it has not ended.
     pub took: Duration,
-    /// Whether it has ended, so that `took` is all of it.
+    /// Whether it has ended.
     pub ended: bool,
 }
 
@@ -63,7 +62,7 @@ impl PartTime {
         Self { part: part.into(), took, ended: true }
     }
 
-    /// A part that was waited for and has not ended.
+    /// A part that has not ended after `waited`.
     pub fn not_ended(part: impl Into<String>, waited: Duration) -> Self {
         Self { part: part.into(), took: waited, ended: false }
     }
@@ -78,55 +77,55 @@ impl fmt::Display for PartTime {
 }
 
 impl GuestError {
-    /// An error from any displayable cause; nested sources are joined with `: `.
+    /// A failure with this message.
     pub fn new(message: impl Into<String>) -> Self {
         Self::Failed(message.into())
     }
 }
 
-/// What a pause found.
+/// The result of a pause.
 #[derive(Debug)]
 pub struct Stopped {
-    /// The right to run, out of the machine's hands from now on.
+    /// The right to run, taken from the machine.
     pub permit: RunPermit,
-    /// False if the user had paused the guest: it then arrives paused, or stays paused.
+    /// False if the user had paused the guest: it then stays paused on either side.
     pub was_running: bool,
     /// How long vCPUs took to stop and devices to drain, the longest first.
     pub drains: Vec<PartTime>,
 }
 
-/// The source's machine, as its migration sees it. Served by the supervisor, faked in tests.
+/// What a source needs of the machine. Implemented by the supervisor, faked in tests.
 pub trait GuestControl: Send {
-    /// The guest runs, and is about to be stopped: starts to make durable what the disks that stay
-    /// behind hold, so that [`GuestControl::release_disks`] finds little left. Waits until `deadline` at
-    /// the longest; returns how long it took, with the name of the disk that took longest.
+    /// Flushes the disks that are not migrated while the guest still runs, so that
+    /// [`GuestControl::release_disks`] has little left to flush. Waits until `deadline` at most. Returns how
+    /// long it took, naming the slowest disk.
     fn flush_ahead(&mut self, deadline: Instant) -> Result<PartTime, GuestError>;
     /// Stops every vCPU and drains every device, so that nothing writes guest RAM or a disk. If that is
     /// not done by `deadline` the guest runs again, and the error is [`GuestError::Overdue`].
     fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError>;
     /// All vCPU and device records, in one fixed order. Only while paused.
     fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError>;
-    /// Flushes the disks and lets go of their locks, so that the destination can take them. If they are
-    /// not flushed by `deadline` the locks are kept, and the error is [`GuestError::Overdue`]. Returns how
-    /// long the flush took, with the name of the disk that took longest.
+    /// Flushes the disks and releases their locks, so that the destination can take them. If they are not
+    /// flushed by `deadline` the locks are kept, and the error is [`GuestError::Overdue`]. Returns how long
+    /// the flush took, naming the slowest disk.
     fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError>;
-    /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. After a lost
-    /// link the destination may hold a lock for some moments more, so try for a few seconds; if a
-    /// lock cannot be retaken the guest stays paused with the permit kept by the machine, and this
-    /// says why. Also called after [`GuestControl::surrendered`], if the destination declines.
+    /// Undoes a pause: retakes disk locks, then runs the guest if `stopped.was_running`. After a lost link
+    /// the destination may hold a lock a little longer, so retries for a few seconds; if a lock cannot be
+    /// retaken, the guest stays paused, the machine keeps the permit, and the error says why. Also called
+    /// after [`GuestControl::surrendered`], if the destination declines.
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError>;
     /// The permit has been spent: the guest must not run here again by itself.
     fn surrendered(&mut self);
-    /// Slows the running guest down: its vCPUs sleep `percent` of the time that they would use; 0 lets
-    /// them run freely. Whoever slows a guest down lets it go again, however a migration ends.
+    /// Throttles the running guest: its vCPUs sleep `percent` of the time; 0 ends throttling. The caller
+    /// ends it however the migration ends.
     fn throttle(&mut self, percent: u8) -> Result<(), GuestError>;
 }
 
-/// Guest RAM that a destination has set up, untouched: every page reads as zero.
+/// The destination's guest RAM, untouched: every page reads as zero.
 #[derive(Debug, Clone)]
 pub struct IncomingRam {
     pub ram: GuestRam,
-    /// How it is numbered.
+    /// Maps page indices to guest addresses.
     pub layout: RamLayout,
 }
 
@@ -142,18 +141,18 @@ pub struct MachineDescription {
     pub machine: serde_json::Value,
 }
 
-/// Which pages were written. Merges KVM's log with the marks of device writes; hides whether the
-/// host clears the log by hand or at each reading.
+/// The dirty log of guest RAM: KVM's log merged with the marks of device writes. Hides whether the host
+/// clears the log explicitly or on each read.
 pub trait DirtySource: Send {
     /// Starts tracking.
     fn start(&mut self) -> Result<(), GuestError>;
     /// Adds every page written since it was last cleared. `bitmap` holds one bit per page of RAM,
     /// bit `n % 64` of word `n / 64` for page `n`.
     fn drain_into(&mut self, bitmap: &mut [u64]) -> Result<(), GuestError>;
-    /// Forgets earlier writes to the pages whose bits are set in `mask` (for pages `first.0` on, a
-    /// multiple of 64), write-protecting them again: call just before copying them.
+    /// Clears and write-protects the pages whose bits are set in `mask`, whose bit 0 is page `first`, a
+    /// multiple of 64. Call just before copying them.
     fn clear(&mut self, first: PageIndex, mask: &[u64]) -> Result<(), GuestError>;
-    /// Stops tracking. May take tens of milliseconds; never called while the guest is paused for us.
+    /// Stops tracking. May take tens of milliseconds; never called during our pause.
     fn stop(&mut self);
 }
 
@@ -176,7 +175,7 @@ impl<'g> PausedGuest<'g> {
         self.guest.as_mut().map_or(Ok(Vec::new()), |guest| guest.save_records())
     }
 
-    /// Flushes the disks and lets go of their locks.
+    /// Flushes the disks and releases their locks.
     pub fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
         let none = PartTime::new("flushing disks", Duration::ZERO);
         self.guest.as_mut().map_or(Ok(none), |guest| guest.release_disks(deadline))
@@ -192,8 +191,8 @@ impl<'g> PausedGuest<'g> {
         self.stopped.as_ref().is_some_and(|stopped| stopped.was_running)
     }
 
-    /// Spends the permit. From here on this side never runs the guest by itself. Returns what is
-    /// needed to take a declined guest back.
+    /// Spends the permit. From here on this side does not run the guest on its own. The result can take a
+    /// declined guest back.
     pub(crate) fn surrender(mut self) -> Surrendered<'g> {
         let was_running = self.was_running();
         self.stopped = None;
@@ -203,7 +202,7 @@ impl<'g> PausedGuest<'g> {
         Surrendered { guest: self.guest.take(), was_running }
     }
 
-    /// Resumes and reports how that went; dropping does the same but can only log.
+    /// Resumes the guest. Dropping does the same, but can only log an error.
     pub fn resume(mut self) -> Result<(), GuestError> {
         match (self.stopped.take(), &mut self.guest) {
             (Some(stopped), Some(guest)) => guest.resume(stopped),
@@ -229,7 +228,7 @@ pub(crate) struct Surrendered<'g> {
 }
 
 impl Surrendered<'_> {
-    /// A destination that never ran the guest has given the right to run back.
+    /// Resumes the guest after a destination that never ran it has declined.
     pub(crate) fn take_back(self) -> Result<(), GuestError> {
         let (permit, was_running) = (RunPermit::received(), self.was_running);
         let stopped = Stopped { permit, was_running, drains: Vec::new() };

@@ -1,8 +1,8 @@
-//! Keeps the source to `max-bandwidth`: a token bucket, pure, whose caller brings the clock. [`cap`] is
-//! what the sending threads share of it, [`speed`] the measure of what they get done.
+//! Enforces `max-bandwidth` with a token bucket. Pure: the caller brings the clock. [`cap`] shares it
+//! between the sending threads, [`speed`] measures the bandwidth.
 //!
-//! The cap also holds while the guest is stopped: who caps a migration shares the link with somebody,
-//! and the expected downtime is calculated with it.
+//! The cap also applies during the pause: the link is shared with other traffic, and the expected downtime
+//! accounts for it.
 
 pub mod cap;
 pub mod speed;
@@ -13,22 +13,22 @@ pub use speed::{LinkSpeed, Sample, Speed};
 use crate::units::saturating_u64;
 use std::time::Duration;
 
-/// What is sent at once under a cap: at most what the cap allows in this time.
+/// One allowance is at most what the cap permits in this time.
 const SLICE: Duration = Duration::from_millis(10);
-/// What a late wake-up may catch up on. More than that is forgotten: after a stall there is no burst.
+/// Depth of the bucket: what a late wake-up may catch up on. A longer stall is not followed by a burst.
 const DEPTH: Duration = Duration::from_millis(30);
 const NANOS: u128 = 1_000_000_000;
 
-/// What may be done now.
+/// What the bucket permits now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allowance {
-    /// Send at most so many bytes.
+    /// Send at most this many bytes.
     Bytes(usize),
     /// Ask again after this time.
     Wait(Duration),
 }
 
-/// Tokens are bytes times 10⁹, so that no rate and no interval is rounded away.
+/// A token bucket. Tokens are bytes times 10⁹, so that nothing is lost to rounding.
 #[derive(Debug, Default)]
 pub struct TokenBucket {
     tokens: u128,
@@ -42,7 +42,7 @@ impl TokenBucket {
         Self { tokens: 0, filled: now }
     }
 
-    /// How many of `wanted` bytes may be sent at `now` under a cap of `rate` bytes per second; 0 is no
+    /// How many of `wanted` bytes may be sent at `now` under a cap of `rate` bytes per second; 0 means no
     /// cap.
     pub fn allow(&mut self, now: Duration, rate: u64, wanted: usize) -> Allowance {
         if rate == 0 {
@@ -51,9 +51,9 @@ impl TokenBucket {
         }
         let rate = u128::from(rate);
         let elapsed = now.saturating_sub(self.filled).as_nanos();
-        // Of two threads the one that looked at the clock first may come last: no time counts twice.
+        // Threads may arrive out of clock order: no time counts twice.
         self.filled = self.filled.max(now);
-        // One byte always fits in, or a very low cap would never let it pass.
+        // At least one byte, or a very low cap would never let it pass.
         let depth = (DEPTH.as_nanos() * rate).max(NANOS);
         self.tokens = (self.tokens + elapsed * rate).min(depth);
         let slice = (SLICE.as_nanos() * rate / NANOS).clamp(1, wanted.max(1) as u128);
@@ -65,12 +65,12 @@ impl TokenBucket {
         Allowance::Wait(Duration::from_nanos(saturating_u64(nanos)))
     }
 
-    /// So many bytes were sent.
+    /// Spends tokens for `bytes` sent.
     pub fn spend(&mut self, bytes: usize) {
         self.tokens = self.tokens.saturating_sub(bytes as u128 * NANOS);
     }
 
-    /// So many that were spent were not sent after all.
+    /// Returns tokens for `bytes` that were not sent after all.
     pub fn refund(&mut self, bytes: usize) {
         self.tokens += bytes as u128 * NANOS;
     }

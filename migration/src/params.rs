@@ -10,18 +10,18 @@ use std::time::Duration;
 /// Parameters a user may set before or during a migration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Params {
-    /// Cap on what is sent, in bytes per second; 0 for none. QEMU's `max-bandwidth`.
+    /// Bandwidth cap in bytes per second; 0 for none. QEMU's `max-bandwidth`.
     pub max_bandwidth: u64,
     /// Longest pause to aim for. QEMU's `downtime-limit`.
     pub downtime_limit: Duration,
-    /// Several data channels. QEMU's capability `multifd`; on unless somebody turns it off.
+    /// Several data channels. QEMU's capability `multifd`; on by default.
     pub multifd: bool,
-    /// How many, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the start.
+    /// Number of data channels, 1 to [`MAX_DATA_CHANNELS`]. QEMU's `multifd-channels`; read once, at the
+    /// start.
     pub multifd_channels: u16,
-    /// Send what has changed of a page, if the destination has an older version. QEMU's capability
-    /// `xbzrle`.
+    /// Send deltas of pages that the destination has an older version of. QEMU's capability `xbzrle`.
     pub xbzrle: bool,
-    /// Bytes of older versions to keep for it, over all channels. QEMU's `xbzrle-cache-size`.
+    /// Bytes of the XBZRLE caches, over all channels. QEMU's `xbzrle-cache-size`.
     pub xbzrle_cache_size: u64,
     /// Compress runs of pages. QEMU's `multifd-compression`.
     pub compression: Compression,
@@ -29,7 +29,7 @@ pub struct Params {
     pub zlib_level: u8,
     /// Level of zstd, 0 to 20. QEMU's `multifd-zstd-level`.
     pub zstd_level: u8,
-    /// Slow the guest down if it writes faster than it can be sent. QEMU's capability `auto-converge`.
+    /// Throttle a guest that writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
     pub throttle: ThrottleParams,
 }
@@ -37,17 +37,14 @@ pub struct Params {
 /// How runs of pages are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
-    /// Not at all.
     #[default]
     None,
-    /// With zlib.
     Zlib,
-    /// With zstd.
     Zstd,
 }
 
 impl Compression {
-    /// QEMU's word for it.
+    /// QEMU's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -81,25 +78,24 @@ impl Default for Params {
     }
 }
 
-/// A channel keeps a processor busy on either side; half of this side's leave the guest the others.
+/// A channel keeps one CPU busy on either side: use half of this host's, and leave the rest to the guest.
 fn default_channels() -> u16 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     u16::try_from(processors / 2).unwrap_or(MAX_DEFAULT_CHANNELS).clamp(1, MAX_DEFAULT_CHANNELS)
 }
 
-/// Most channels that are opened if nobody says how many.
+/// Most channels that are opened by default.
 const MAX_DEFAULT_CHANNELS: u16 = 4;
 
-/// How far a guest is slowed down. All are percent.
+/// How far a guest is throttled. All values are percent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThrottleParams {
-    /// The guest is slowed down while it dirties more than so much of what is sent meanwhile. QEMU's
+    /// Throttle while the guest dirties more than this part of what is sent. QEMU's
     /// `throttle-trigger-threshold`.
     pub trigger_threshold: u8,
     /// The first step. QEMU's `cpu-throttle-initial`.
     pub initial: u8,
-    /// Each further step. Several are taken at once if the figures ask for them. QEMU's
-    /// `cpu-throttle-increment`.
+    /// Each further step; several may be taken at once. QEMU's `cpu-throttle-increment`.
     pub increment: u8,
     /// One step at a time, and the last no further than needed. QEMU's `cpu-throttle-tailslow`.
     pub tailslow: bool,
@@ -124,25 +120,20 @@ pub enum ParamsError {
         "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000 milliseconds"
     )]
     DowntimeLimit,
-    /// `multifd-channels` is none or too many.
+    /// `multifd-channels` out of range.
     #[error("Parameter 'multifd-channels' expects a value between 1 and {MAX_DATA_CHANNELS}")]
     Channels,
-    /// `xbzrle-cache-size` holds no page for each channel.
+    /// `xbzrle-cache-size` is less than a page per channel.
     #[error(
         "Parameter 'xbzrle-cache-size' expects a page of {PAGE_SIZE} bytes for each channel at least"
     )]
     CacheTooSmall,
-    /// A level that the compressor does not have.
+    /// A compression level that is not supported.
     #[error("Parameter '{name}' expects a value between 0 and {most}")]
     Level { name: &'static str, most: u8 },
-    /// A percentage that makes no sense.
+    /// A percentage out of range.
     #[error("Parameter '{name}' expects an integer in the range of {least} to {most}")]
-    Range {
-        name: &'static str,
-        /// The least that is allowed.
-        least: u8,
-        most: u8,
-    },
+    Range { name: &'static str, least: u8, most: u8 },
 }
 
 fn in_range(name: &'static str, value: u8, range: RangeInclusive<u8>) -> Result<(), ParamsError> {
@@ -159,7 +150,7 @@ impl Params {
         if self.multifd { self.multifd_channels } else { 1 }
     }
 
-    /// The compressor to use, if any.
+    /// The compression method, if any.
     pub fn method(&self) -> Option<Method> {
         match self.compression {
             Compression::None => None,
@@ -194,7 +185,7 @@ impl Params {
     }
 }
 
-/// Parameters shared with a running migration, which reads them anew in every step.
+/// Parameters shared with a running migration, which reads them at every step.
 #[derive(Debug, Clone, Default)]
 pub struct SharedParams(Arc<Mutex<Params>>);
 
@@ -209,7 +200,7 @@ impl SharedParams {
         devices::lock(&self.0).clone()
     }
 
-    /// Replaces the values; a running migration notices at its next step.
+    /// Replaces the values. A running migration applies them at its next step.
     pub fn set(&self, params: Params) {
         *devices::lock(&self.0) = params;
     }

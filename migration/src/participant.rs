@@ -1,5 +1,5 @@
-//! A part of the machine that travels: RAM, the disks, the boot payload. An [`Outgoing`] at the source
-//! and an [`Incoming`] at the destination: two types, so that no field is shared by accident.
+//! Participants: the parts of the machine that migrate (RAM, disks, boot payload). Each is an [`Outgoing`] at
+//! the source and an [`Incoming`] at the destination: two types, so that no field is shared by accident.
 //!
 //! The drivers ([`crate::source`], [`crate::destination`]) know a list of these and nothing else. They call
 //! them in this order:
@@ -12,7 +12,7 @@
 //!              ▲                               └▶ called_off ──┐
 //!              └───────────────────────────────────────────────┘
 //! ```
-//! Plain devices are not participants: their records travel in the section `device`.
+//! Plain devices are not participants: their records are sent in the section `device`.
 
 use crate::cancel::CancelToken;
 use crate::control::{Control, Limit};
@@ -26,30 +26,30 @@ use crate::wire::{Kind, Role, WireError};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How a migration has ended, for who cleans up.
+/// How a migration ended, for cleanup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest runs at the destination.
     Moved,
-    /// It does not, or nobody knows.
+    /// It does not, or the outcome is unknown.
     NotMoved,
 }
 
-/// What a participant of the source sends through, and what it keeps to.
+/// What a participant of the source works with: connections, limits, counters.
 pub struct OutgoingContext {
-    /// Frames; several participants share it.
+    /// Shared by all participants.
     pub control: Control,
-    /// Connections of its own, in the order of [`Outgoing::roles`].
+    /// Its own channels, in the order of [`Outgoing::roles`].
     pub channels: Vec<Arc<Channel>>,
-    /// The cap on bandwidth.
+    /// The bandwidth cap.
     pub cap: Cap,
-    /// What the link lately moved.
+    /// The measured bandwidth.
     pub speed: Arc<LinkSpeed>,
-    /// Read anew at every step.
+    /// Read at every step.
     pub params: SharedParams,
-    /// For reports only: nothing is decided by them.
+    /// For reports only: no decision reads them.
     pub counters: Arc<Counters>,
-    /// Ends everything early.
+    /// Ends the migration early.
     pub cancel: CancelToken,
 }
 
@@ -59,7 +59,7 @@ impl OutgoingContext {
         self.control.send(Kind::Section, &Section::encode(stage, name, body))
     }
 
-    /// The same, together with the next frame that is sent.
+    /// As [`OutgoingContext::send`], but together with the next frame that is sent.
     pub fn push(&self, name: &str, stage: Stage, body: &[u8]) -> Result<(), WireError> {
         self.control.push(Kind::Section, &Section::encode(stage, name, body))
     }
@@ -80,14 +80,14 @@ impl OutgoingContext {
     }
 }
 
-/// How long a participant may send before it comes back.
+/// How long a participant may send before it returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// After this time it comes back with [`Step::More`], if it can.
+    /// After this time it returns [`Step::More`], if it can.
     pub time: Duration,
 }
 
-/// How far a pass has come.
+/// Progress of a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// The budget is spent.
@@ -99,93 +99,92 @@ pub enum Step {
 /// A finished pass.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Pass {
-    /// What was dirty and was sent.
+    /// Dirty bytes that were sent.
     pub sent_bytes: u64,
-    /// How long that takes to send, at the rate that was measured.
+    /// Time to send them at the measured bandwidth.
     pub send_time: Duration,
 }
 
-/// Whether [`Outgoing::pending`] may take time.
+/// Whether [`Outgoing::pending`] may be slow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// From what is known.
+    /// Use known values.
     Estimate,
-    /// May look at dirty logs.
+    /// May read dirty logs.
     Exact,
 }
 
-/// How fast a participant's state is written and sent, in its own bytes per second.
+/// How fast a participant's state is dirtied and sent, in its own bytes per second. All zero: unknown.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rates {
-    /// Dirtied, as looks in the middle of a pass have shown; none before there were enough.
+    /// Dirty rate by samples in the middle of a pass; `None` before there were enough.
     pub dirtied: Option<u64>,
-    /// Dirtied, by what the last pass has left: no less than that.
+    /// Dirty rate over the whole last pass: a lower bound.
     pub seen: u64,
-    /// The guest was slowed down in this pass: what it has dirtied before proves nothing any more.
+    /// The guest was throttled in this pass: earlier rates no longer apply.
     pub rate_changed: bool,
-    /// Sent.
+    /// Bytes sent per second.
     pub sent: u64,
-    /// How long what this pass sends would take with the guest stopped. None in the first, in which
-    /// everything is sent whether the guest uses it or not.
+    /// Time to send this pass's bytes with the guest stopped. `None` in the first pass, which sends
+    /// everything whether in use or not.
     pub pass_time: Option<Duration>,
-    /// Whether it is still unknown how far what is sent can be made smaller.
+    /// Encoders are on, and it is still unknown how far they shrink the data.
     pub may_shrink: bool,
 }
 
-/// What the guest's stop would cost on account of one participant.
+/// A participant's contribution to the downtime of a stop.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cost {
-    /// A part of the pause, as it is named to users.
+    /// Name of the part of the pause, for users.
     pub part: &'static str,
-    /// How long it would take.
     pub time: Duration,
-    /// Whether it takes as long however little is left, and cannot be had shorter.
+    /// Whether it is independent of how much is left to send.
     pub fixed: bool,
 }
 
-/// What a participant has still to send.
+/// What a participant still has to send.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pending {
-    /// Bytes that have to be at the destination before the guest runs there.
+    /// Bytes that the destination needs before the guest can run there.
     pub must_precopy_bytes: u64,
-    /// How long they would take with the guest stopped.
+    /// Time to send them with the guest stopped.
     pub send_time: Duration,
-    /// What the stop would cost, part by part, the time of sending included.
+    /// Downtime of a stop, part by part, sending included.
     pub costs: Vec<Cost>,
-    /// For a participant that the guest writes to.
+    /// `None` for a participant that the guest does not write to.
     pub rates: Option<Rates>,
 }
 
 /// A part of the machine at the source.
 pub trait Outgoing: Send {
-    /// Names its sections.
+    /// Name of its sections.
     fn section(&self) -> &'static str;
-    /// What the destination has to be able to do; named in Hello.
+    /// Capability that the destination must have; named in Hello.
     fn capability(&self) -> Option<&'static str>;
-    /// The connections that it wants for itself.
+    /// The channels that it needs for itself.
     fn roles(&self) -> Vec<Role>;
-    /// Guest runs. Starts tracking; announces what will come.
+    /// Guest runs. Starts dirty tracking; sends the announcement.
     fn setup(&mut self, link: OutgoingContext) -> Result<(), ParticipantError>;
-    /// Guest runs. Goes on with a pass, or begins the next: sends what is dirty, once, until that is in
-    /// place or `budget` is spent.
+    /// Guest runs. Continues a pass or starts the next: sends everything dirty once, until it is in place or
+    /// `budget` is spent.
     fn iterate(&mut self, pass: u64, budget: Budget) -> Result<Step, ParticipantError>;
-    /// What is still to be sent, and what the stop would cost.
+    /// What is left to send, and its share of the downtime.
     fn pending(&mut self, precision: Precision) -> Result<Pending, ParticipantError>;
-    /// The guest writes faster or slower from now on.
+    /// The guest's throttle was changed.
     fn rate_has_changed(&mut self);
-    /// Guest is paused. Sends all that it needs to run, without a budget, and the end.
+    /// Guest is paused. Sends everything that it needs to run, without a budget, and the end.
     fn complete(&mut self) -> Result<(), ParticipantError>;
     /// The stop was called off, perhaps after [`Outgoing::complete`]: the guest runs on, passes go on.
     fn called_off(&mut self) -> Result<(), ParticipantError>;
-    /// Exactly once if `setup` was called, whatever it returned; last set up, first cleaned up.
+    /// Called exactly once after `setup`, successful or not; in reverse order of setup.
     fn cleanup(&mut self, outcome: Outcome);
 }
 
-/// What a participant of the destination receives from.
+/// What a participant of the destination works with.
 pub struct IncomingContext {
-    /// Frames; several participants share it.
+    /// Shared by all participants.
     pub control: Control,
-    /// Its own connections, by role.
+    /// Its own channels, by role.
     pub channels: Vec<(Role, Channel)>,
     /// For reports only.
     pub counters: Arc<Counters>,
@@ -200,21 +199,20 @@ impl IncomingContext {
 
 /// A part of the machine at the destination.
 pub trait Incoming: Send {
-    /// Names its sections.
+    /// Name of its sections.
     fn section(&self) -> &'static str;
-    /// Whether a connection of this role is for it.
+    /// Whether it owns channels of this role.
     fn owns(&self, role: Role) -> bool;
-    /// Whether it can arrive without a connection of its own.
+    /// Whether it needs a channel of its own.
     fn needs_connection(&self) -> bool;
-    /// The first section: checks what is announced, and starts receiving.
+    /// The first section: checks the announcement and starts receiving.
     fn setup(&mut self, link: IncomingContext, body: &[u8]) -> Result<(), ParticipantError>;
     /// Any further section, of stage [`Stage::Part`] or [`Stage::End`].
     fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError>;
-    /// The last chance to object: everything is in place and durable on return. After `Ok`, nothing may
-    /// fail.
+    /// Last chance to refuse: on return everything is in place and durable. After `Ok`, nothing may fail.
     fn finish(&mut self) -> Result<(), ParticipantError>;
-    /// The source has called its stop off; more will come, and another end.
+    /// The source called its stop off: more data and another end follow.
     fn called_off(&mut self) -> Result<(), ParticipantError>;
-    /// Exactly once if `setup` was called; last set up, first cleaned up.
+    /// Called exactly once after `setup`, successful or not; in reverse order of setup.
     fn cleanup(&mut self, outcome: Outcome);
 }

@@ -1,6 +1,6 @@
-//! Decisions of a migration, from numbers alone: stop the guest now, or send another round? Slow it
-//! down? Called by the source after each round, and for [`throttling`] in the middle of long ones; the
-//! cap on bandwidth is kept by [`crate::pace`].
+//! Decisions of a migration, computed from numbers: stop the guest now, or send another round? Throttle
+//! it? Pure. Called by the source after each round and, for [`throttling`], in the middle of long ones. The
+//! bandwidth cap is enforced by [`crate::pace`].
 
 pub mod dirtying;
 pub mod throttling;
@@ -14,35 +14,35 @@ use std::time::Duration;
 /// One finished round, in bytes of guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Round {
-    /// Dirty when it began, and sent.
+    /// Dirty at its start, and sent.
     pub sent_bytes: u64,
-    /// Dirtied meanwhile, which is the next round.
+    /// Dirtied meanwhile: the next round.
     pub dirtied_bytes: u64,
 }
 
-/// From the decision until no vCPU runs, as a rule.
+/// Typical time from the decision until no vCPU runs.
 const STOPPING: Duration = Duration::from_millis(1);
-/// A remainder that takes no longer than this is not worth another round.
+/// A remainder shorter than this is not worth another round.
 const FLOOR: Duration = Duration::from_micros(500);
-/// Where the limit cannot be kept: what a busy host may add to a pause.
+/// Allowance for a busy host, where the limit cannot be met anyway.
 const GRACE: Duration = Duration::from_millis(5);
-/// Rounds that shorten an already acceptable pause.
+/// Most rounds to shorten an already acceptable pause.
 const MAX_POLISHING_ROUNDS: u32 = 10;
 
-/// How long sending `bytes` takes at `bytes_per_sec`.
+/// Time to send `bytes` at `bytes_per_sec`.
 pub fn send_time(bytes: u64, bytes_per_sec: u64) -> Duration {
     // u128: bytes times nanoseconds overflow 64 bits at 18 GB.
     let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_sec.max(1));
-    // Half, so that such times can be added: 292 years are long enough.
+    // Saturates at half of the range, 292 years, so that two such times can be added.
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX / 2))
 }
 
-/// What a guest that dirties so many bytes per second still writes between the last look and its stop.
+/// Bytes that a guest with this dirty rate still writes between the decision and its stop.
 pub fn written_until_stopped(dirtied_per_sec: u64) -> u64 {
     dirtied_per_sec / 1000 * u64::try_from(STOPPING.as_millis()).unwrap_or(1)
 }
 
-/// What `bytes` in `duration` are in a second.
+/// The rate of `bytes` in `duration`, per second; saturates.
 pub fn per_second(bytes: u64, duration: Duration) -> u64 {
     let rate = u128::from(bytes) * 1_000_000_000 / duration.as_nanos().max(1000);
     saturating_u64(rate)
@@ -60,18 +60,17 @@ pub enum Decision {
     },
 }
 
-/// The longest pause that is accepted. What cannot be had is not waited for: if the fixed part alone is
-/// over the limit, a busy guest would never be stopped, so it may add a little to it; and a host that is
-/// busy elsewhere may add some more.
+/// The longest accepted pause. If the fixed part alone exceeds the limit, no number of rounds would help: a
+/// quarter and [`GRACE`] are added to the fixed part instead.
 pub fn longest(fixed: Duration, limit: Duration) -> Duration {
     if fixed < limit { limit } else { fixed + fixed / 4 + GRACE }
 }
 
-/// Decides after `last`, when the guest would be stopped for `expected` (of which `fixed` cannot be
-/// had shorter), with `polished` rounds already spent on shortening an acceptable pause. A
+/// Decides after `last`, with an expected downtime of `expected` (of which `fixed` does not depend on what
+/// is left), and `polished` rounds already spent on shortening an acceptable pause. A
 /// pause within the limit is shortened further while each round removes at least 30 % of it: that
 /// costs milliseconds of total time and saves the guest most of its gap. A guest that dirties faster
-/// than the link sends never gets there; its rounds go on, with the expected downtime for all to see.
+/// than the link sends never gets there; its rounds go on, with the expected downtime reported.
 pub fn decide(
     last: Round,
     expected: Duration,
@@ -89,8 +88,8 @@ pub fn decide(
     Decision::Stop
 }
 
-/// How long a stop may last before the guest is resumed. A pause that never could keep the limit, because
-/// what cannot be had shorter is longer, was `predicted`, and may take a little more than that.
+/// How long a stop may last before the guest is resumed. Where the fixed part exceeds the limit, that is
+/// a little more than `predicted`.
 pub fn stop_within(longest: Duration, predicted: Duration) -> Duration {
     if predicted <= longest { longest } else { predicted + predicted / 4 + FLOOR }
 }

@@ -1,5 +1,5 @@
-//! What a migration has done so far: counters written by its threads, read by anyone, and QEMU's
-//! `MigrationInfo` made of them. They outlive the migration.
+//! Statistics of a migration: counters written by its threads, and QEMU's `MigrationInfo` built from them.
+//! They outlive the migration. For reports only: no decision reads them.
 
 use crate::block::stats::DiskStats;
 use crate::guest::PartTime;
@@ -18,11 +18,11 @@ pub enum MigrationStatus {
     None,
     /// Connecting and building the destination's machine.
     Setup,
-    /// The guest runs, RAM travels.
+    /// The guest runs; rounds are being sent.
     Active,
     /// The guest is stopped for the last step.
     Device,
-    /// A cancel is under way.
+    /// A cancel is in progress.
     Cancelling,
     /// Cancelled; the guest runs at the source.
     Cancelled,
@@ -33,12 +33,12 @@ pub enum MigrationStatus {
 }
 
 impl MigrationStatus {
-    /// Whether the migration has ended, one way or another.
+    /// Whether the migration has ended, successfully or not.
     pub fn is_over(self) -> bool {
         matches!(self, Self::Cancelled | Self::Completed | Self::Failed)
     }
 
-    /// QEMU's word for it.
+    /// QEMU's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -64,27 +64,27 @@ pub struct RoundRecord {
     pub sent_bytes: u64,
     /// Zero pages among what was sent.
     pub zero_pages: u64,
-    /// Pages sent as they are, or compressed.
+    /// Pages sent raw or compressed.
     pub normal_pages: u64,
     /// Those that were compressed.
     pub compressed_pages: u64,
     /// Pages sent as deltas.
     pub xbzrle_pages: u64,
-    /// Pages that had been written without being changed, so that nothing was sent.
+    /// Pages written without a change; not sent.
     pub unchanged_pages: u64,
     /// Pages that the guest dirtied meanwhile: what the next round has to send.
     pub dirtied_pages: u64,
-    /// Pages that it would dirty in a second if all were clean.
+    /// Pages that it would dirty per second if all were clean.
     pub dirty_pages_rate: u64,
     /// Bandwidth over the last seconds.
     pub bytes_per_sec: u64,
-    /// How far the guest was slowed down at the end, in percent.
+    /// Throttle at the end of the round.
     pub throttle_percent: u8,
-    /// How long the guest would have been stopped if the last step had come then.
+    /// Expected downtime of a stop at the end of the round.
     pub expected_downtime: Duration,
 }
 
-/// The rounds of a migration, or if they are many, how it began and its last ones.
+/// The rounds of a migration; if there are many, the first and the last ones.
 #[derive(Debug, Clone, Default)]
 pub struct History {
     first: Vec<RoundRecord>,
@@ -112,46 +112,45 @@ impl History {
     }
 }
 
-/// What the time for which the guest was stopped was spent on, as the source saw it.
+/// Breakdown of the downtime, as seen by the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct DowntimeParts {
     /// Stopping vCPUs and draining devices.
     pub pause: Duration,
-    /// The last looks at the dirty log.
+    /// Reading the dirty log.
     pub final_harvest: Duration,
     /// Saving and sending device state.
     pub device_state: Duration,
-    /// Sending the last pages, flushing disks and letting go of their locks.
+    /// Sending the last pages, flushing disks and releasing their locks.
     pub final_send: Duration,
-    /// Waiting until all of it is in place at the destination.
+    /// Waiting until everything is in place at the destination.
     pub ready: Duration,
-    /// Handing over the right to run, without the part below.
+    /// Handing over the right to run, without `resume`.
     pub handover: Duration,
-    /// Starting the guest at the destination, as the destination saw it.
+    /// Starting the guest, as reported by the destination.
     pub resume: Duration,
 }
 
-/// What has to be said about a migration that gets nowhere.
+/// Report of a migration that does not converge.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotConverging {
     /// Bytes of RAM that the guest dirties per second.
     pub dirty_bytes_per_sec: u64,
     /// Bytes of RAM that are sent per second.
     pub bytes_per_sec: u64,
-    /// How long the guest would be stopped as things are.
+    /// Expected downtime of a stop now.
     pub expected_downtime: Duration,
-    /// How long it may be.
     pub downtime_limit: Duration,
-    /// How far it is slowed down already, in percent.
+    /// Current throttle.
     pub throttle_percent: u8,
-    /// Stops in a row that were called off because they took too long.
+    /// Called-off stops in a row.
     pub called_off: u32,
-    /// The part of the pause that is at fault; none if it is that the guest writes too fast.
+    /// The part of the pause that takes too long; `None` if the guest writes too fast.
     pub part: Option<PartTime>,
 }
 
 impl NotConverging {
-    /// As the event `MIGRATION_NOT_CONVERGING` and `x-not-converging` of `query-migrate` say it.
+    /// As in the event `MIGRATION_NOT_CONVERGING` and in `x-not-converging` of `query-migrate`.
     pub fn to_json(&self) -> Value {
         let mut json = json!({
             "dirty-bytes-per-second": self.dirty_bytes_per_sec,
@@ -194,18 +193,18 @@ pub struct XbzrleStats {
     pub cache_size: u64,
     /// Pages sent as deltas.
     pub pages: u64,
-    /// Bytes of those.
+    /// Bytes of the deltas.
     pub bytes: u64,
-    /// Pages of which no older version was known.
+    /// Cache misses.
     pub misses: u64,
-    /// Pages whose delta would have saved too little, or less than compressing them.
+    /// Pages whose delta would have saved too little, or less than compression.
     pub overflows: u64,
-    /// Pages that the guest has written without changing them; nothing was sent.
+    /// Pages written without a change; not sent.
     pub unchanged: u64,
 }
 
 impl XbzrleStats {
-    /// Adds what was done since; the size of the caches stays.
+    /// Adds newer counts; the cache size is kept.
     pub(crate) fn add(&mut self, more: Self) {
         self.pages += more.pages;
         self.bytes += more.bytes;
@@ -230,7 +229,7 @@ impl XbzrleStats {
     }
 }
 
-/// Raw pages that were compressed; they count as normal ones as well.
+/// Compressed pages. They also count as normal pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CompressionStats {
     pub pages: u64,
@@ -239,13 +238,13 @@ pub struct CompressionStats {
 }
 
 impl CompressionStats {
-    /// Adds what was done since.
+    /// Adds newer counts.
     pub(crate) fn add(&mut self, more: Self) {
         self.pages += more.pages;
         self.bytes += more.bytes;
     }
 
-    /// As QEMU's `compression`, as far as it applies.
+    /// As QEMU's `compression`, as far as applicable.
     fn to_json(self) -> Value {
         let page = devices::ram::PAGE_SIZE as f64;
         json!({
@@ -259,15 +258,14 @@ impl CompressionStats {
 /// A copy of all counters.
 #[derive(Debug, Clone, Default)]
 pub struct StatsSnapshot {
-    /// Where the migration stands.
     pub status: MigrationStatus,
     /// RAM size.
     pub total_bytes: u64,
     /// Bytes sent or received, with all headers.
     pub transferred_bytes: u64,
-    /// Those of them that went on the main connection.
+    /// Of those, bytes on the control connection.
     pub control_bytes: u64,
-    /// Whether there are several data channels, or may be.
+    /// Whether several data channels are enabled.
     pub multifd: bool,
     /// RAM still to send in this round.
     pub remaining_bytes: u64,
@@ -275,9 +273,7 @@ pub struct StatsSnapshot {
     pub zero_pages: u64,
     /// Pages sent as they are.
     pub normal_pages: u64,
-    /// What XBZRLE did.
     pub xbzrle: XbzrleStats,
-    /// What compression did.
     pub compression: CompressionStats,
     /// Rounds begun.
     pub rounds: u64,
@@ -289,31 +285,28 @@ pub struct StatsSnapshot {
     pub precopy_bytes: u64,
     /// Bytes sent while the guest was stopped.
     pub downtime_bytes: u64,
-    /// When it began, and how long it took.
     pub started: Option<Instant>,
     /// Total time, once it has ended.
     pub total_time: Option<Duration>,
     /// Time until the first page.
     pub setup_time: Option<Duration>,
-    /// How long the guest was stopped, as the source saw it.
+    /// Downtime as seen by the source.
     pub downtime: Option<Duration>,
-    /// How long it would be stopped if the last step came now.
+    /// Expected downtime of a stop now.
     pub expected_downtime: Option<Duration>,
-    /// Why it failed.
     pub error: Option<String>,
     /// The answer to `Go` was lost: the guest may run at the destination.
     pub outcome_unknown: bool,
-    /// Pauses that were called off because they would have been too long.
+    /// Called-off stops.
     pub called_off: u64,
-    /// How far the guest is slowed down, in percent.
+    /// Current throttle of the guest.
     pub throttle_percent: u8,
-    /// There is no end in sight.
+    /// Set while the migration does not converge.
     pub not_converging: Option<NotConverging>,
     /// Finished rounds.
     pub history: History,
-    /// The disks, if any travel.
+    /// The disks, if any migrate.
     pub disk: Option<DiskStats>,
-    /// What the downtime was spent on.
     pub downtime_parts: Option<DowntimeParts>,
     /// Where a destination listens.
     pub address: Option<Value>,
@@ -364,7 +357,7 @@ impl StatsSnapshot {
         self.zero_pages + self.normal_pages + self.xbzrle.pages + self.xbzrle.unchanged
     }
 
-    /// Bytes per second: while it runs as last measured, afterwards over all that followed the setup.
+    /// Bandwidth: as last measured while running, afterwards the average since the setup.
     fn overall_bytes_per_sec(&self) -> u64 {
         match (self.total_time, self.setup_time) {
             (Some(total), Some(setup)) if self.status == MigrationStatus::Completed => {
@@ -433,8 +426,8 @@ impl StatsSnapshot {
         if self.throttle_percent > 0 {
             put("cpu-throttle-percentage", self.throttle_percent.into());
         }
-        if let (Some(hopeless), None) = (&self.not_converging, self.total_time) {
-            put("x-not-converging", hopeless.to_json());
+        if let (Some(report), None) = (&self.not_converging, self.total_time) {
+            put("x-not-converging", report.to_json());
         }
         if let Some(address) = &self.address {
             put("socket-address", json!([address]));
@@ -473,7 +466,7 @@ impl Counters {
         devices::lock(&self.0)
     }
 
-    /// Changes the counters.
+    /// Updates the counters.
     pub(crate) fn update(&self, change: impl FnOnce(&mut StatsSnapshot)) {
         change(&mut self.lock());
     }
@@ -483,7 +476,7 @@ impl Counters {
         self.lock().clone()
     }
 
-    /// The plain figures now, without what is long.
+    /// The plain figures, without history and reports.
     pub(crate) fn figures(&self) -> StatsSnapshot {
         let stats = self.lock();
         StatsSnapshot {
@@ -497,21 +490,21 @@ impl Counters {
         }
     }
 
-    /// How far the guest is slowed down, in percent.
+    /// Current throttle of the guest.
     pub(crate) fn throttle_percent(&self) -> u8 {
         self.lock().throttle_percent
     }
 
-    /// A destination waits for a source at `address`, which is said as QEMU's `SocketAddress`.
+    /// Records that a destination listens at `address`, QEMU's `SocketAddress`.
     pub fn listening(&self, address: Value) {
         self.update(|stats| stats.address = Some(address));
     }
 
-    /// A cancel was asked for.
+    /// Records that a cancel was requested.
     pub fn cancelling(&self) {
         use MigrationStatus::{Active, Device, Setup};
         self.update(|stats| {
-            // One that has ended stays as it ended.
+            // A final status stays.
             if matches!(stats.status, Setup | Active | Device) {
                 stats.status = MigrationStatus::Cancelling;
             }

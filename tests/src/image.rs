@@ -170,7 +170,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // Whoever still has it open keeps it until then.
+        // Open descriptors keep it until then.
         if let Err(error) = run(Command::new("losetup").arg("-d").arg(&self.0)) {
             eprintln!("{error:#}");
         }

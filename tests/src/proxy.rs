@@ -136,9 +136,9 @@ impl Proxy {
         self.torn.store(true, Ordering::SeqCst);
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         for end in std::mem::take(&mut *connections).iter().flatten() {
-            // Whoever closes the last copy of it sends the reset, since nothing may linger.
+            // Closing the last descriptor sends the reset: linger is 0.
             let _ = socket2::SockRef::from(end).set_linger(Some(Duration::ZERO));
-            // Wakes who reads from it, and tells the other side nothing.
+            // Wakes the reading thread without notifying the peer.
             let _ = end.shutdown(Shutdown::Read);
         }
     }

@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 const HEADER_BYTES: usize = 8;
 const MACHINE: u8 = 2;
 
-/// One frame of the main connection: its header with the length at the end, and what it carries.
+/// One frame of the control connection: its header with the length at the end, and what it carries.
 fn frame(from: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
     let mut header = [0; HEADER_BYTES];
     from.read_exact(&mut header)?;

@@ -244,13 +244,13 @@ fn a_link_that_breaks_in_any_phase_leaves_the_guest_at_the_source() {
     let path = hosts.blank("root", 4 << 20);
     let work = "work=disk ws_mb=2 ram_mbps=20 hb_ms=20";
     let mut source = started(&Guest::new(work, 64).disk("root", &path));
-    // The connections as they come: main, pages, disks.
+    // The connections in order: control, pages, disks.
     type Cut = fn(&proxy::Proxy);
     let cuts: [(&str, Cut); 4] = [
         ("reset", proxy::Proxy::reset),
         ("closed", |proxy| proxy.cut(|_| true)),
         ("the disks' closed", |proxy| proxy.cut(|index| index == 2)),
-        ("the main one closed", |proxy| proxy.cut(|index| index == 0)),
+        ("the control connection closed", |proxy| proxy.cut(|index| index == 0)),
     ];
     for phase in [Phase::Bulk, Phase::Dirty, Phase::Final] {
         for (how, cut) in cuts {

@@ -78,14 +78,14 @@ fn has_deltas(summary: &Value) -> bool {
     number("pages") > 0
 }
 
-/// A guest on its way from process to process.
-struct Traveller {
+/// A guest that moves from process to process.
+struct MovingGuest {
     host: Vmm,
     /// Where it was before.
     earlier: Vec<Lines>,
 }
 
-impl Traveller {
+impl MovingGuest {
     /// A guest that writes text.
     fn boot(work: &str) -> Self {
         let work = format!("work=dirty fill=text {work} hb_ms=20");
@@ -133,7 +133,7 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
     // Writes little enough to converge by itself, and always the same 8 MiB, so that most of what is
     // sent in a later round has been sent before; and so little of a page that no compressor does
     // better than a delta.
-    let mut guest = Traveller::boot("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
+    let mut guest = MovingGuest::boot("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
     for mode in modes(&[Channels(4), Xbzrle, Zlib, Zstd]) {
         // Under a cap, so that fewer bytes are less time; text shrinks to a twentieth.
         let cap = if compresses(&mode) { "4M" } else { "60M" };
@@ -152,7 +152,7 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
     if skip::kvm_is_missing() {
         return;
     }
-    let mut guest = Traveller::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
+    let mut guest = MovingGuest::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
     for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
         if mode.len() == 2 {
             continue;
@@ -307,14 +307,14 @@ fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
     for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
-            // All; the main connection alone; the last data channel alone.
-            for cut in ["all", "main", "data"] {
+            // All; the control connection alone; the last data channel alone.
+            for cut in ["all", "control", "data"] {
                 eprintln!("cutting {cut} of {mode:?} at {moment:?}");
                 let (mut pair, proxy) = moving(moment, &mode);
                 let last = proxy.connections() - 1;
                 proxy.cut(|index| match cut {
                     "all" => true,
-                    "main" => index == 0,
+                    "control" => index == 0,
                     _ => index == last,
                 });
                 let info = pair.qmp.migration_end().unwrap();

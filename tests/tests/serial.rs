@@ -207,7 +207,7 @@ fn sockets_are_for_their_owner_only_and_go_with_their_process() {
         vmm.process.signal(libc::SIGTERM).unwrap();
         vmm.process.wait(SOON).unwrap();
     }
-    // The destination's is let go of by a thread that nobody waits for.
+    // The destination's is released by a thread that nothing waits for.
     for socket in [&sockets[0], &sockets[2]] {
         assert!(!socket.exists(), "{} is left behind", socket.display());
     }

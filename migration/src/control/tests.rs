@@ -64,14 +64,20 @@ fn a_peer_that_is_silent_is_stalled_and_one_that_dribbles_is_late() {
     let (control, _threads, peer, _) = control(Duration::from_millis(150));
     let error = control.next(&Limit::alive("acceptance")).unwrap_err();
     assert!(matches!(error, WireError::Stalled { .. }), "{error}");
-    // Half a frame, byte by byte, each before the patience is over.
+    // Half a frame, byte by byte, each before the patience is over. The first is heard before the wait.
+    let header = wire::header(Kind::Refused, 4000);
+    peer.send(&header[..1]).unwrap();
+    let sent = Instant::now();
+    while control.is_lost() {
+        assert!(sent.elapsed() < Duration::from_secs(20), "the byte is not heard");
+        std::thread::yield_now();
+    }
     let (tell, ended) = channel();
     let thread = std::thread::spawn(move || {
         let limit = Limit::within("acceptance", Duration::from_millis(400));
         tell.send(control.next(&limit).unwrap_err().to_string()).unwrap();
     });
-    let header = wire::header(Kind::Refused, 4000);
-    let bytes = header.iter().chain(std::iter::repeat(&b'x')).take(3000);
+    let bytes = header[1..].iter().chain(std::iter::repeat(&b'x')).take(3000);
     let error = bytes.map(|byte| {
         let _ = peer.send(&[*byte]);
         ended.recv_timeout(Duration::from_millis(5)).ok()

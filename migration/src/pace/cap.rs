@@ -1,5 +1,5 @@
-//! The cap as the channels of a migration meet it: one bucket for all of them, and a count of what was
-//! sent and of how long the cap held it up. Each sending thread has a [`Cap`] of its own.
+//! The bandwidth cap, shared by all channels of a migration: one bucket, and counters of bytes sent and
+//! time spent waiting for the cap. Each sending thread has its own [`Cap`].
 
 use super::{Allowance, TokenBucket};
 use crate::cancel::CancelToken;
@@ -9,17 +9,17 @@ use crate::wire::WireError;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Longest wait for tokens at once, so that a raised cap is noticed.
+/// Longest single wait for tokens, so that a raised cap takes effect.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// What has been sent so far, and how long the cap held it up.
+/// Bytes sent so far, and time spent on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sent {
     /// Bytes on the wire.
     pub bytes: u64,
-    /// How long at least one channel waited for the cap.
+    /// Time during which at least one channel waited for the cap.
     pub held: Duration,
-    /// How long the channels took to accept them, added up.
+    /// Time spent in writes, summed over all channels.
     pub writing: Duration,
 }
 
@@ -27,7 +27,7 @@ pub struct Sent {
 struct State {
     bucket: TokenBucket,
     sent: Sent,
-    /// Waits of several channels overlap: up to here they are counted.
+    /// Waits up to here are counted. Those of several channels overlap.
     held_until: Duration,
 }
 
@@ -48,9 +48,9 @@ struct Shared {
 /// One sender's access to the cap. Clones share the cap and may be used by other threads.
 pub struct Cap {
     shared: Arc<Shared>,
-    /// Taken from the bucket, and not sent yet: several senders must not all be given the same bytes.
+    /// Taken from the bucket and not yet sent, so that two senders do not get the same tokens.
     reserved: usize,
-    /// When that was.
+    /// When they were taken.
     allowed_at: Duration,
 }
 
@@ -61,7 +61,7 @@ impl Clone for Cap {
 }
 
 impl Cap {
-    /// Keeps to `max-bandwidth` of `params`, whatever it is at the time.
+    /// Enforces `max-bandwidth` of `params`, which may change at any time.
     pub fn new(params: SharedParams, cancel: CancelToken) -> Self {
         let (origin, state) = (Instant::now(), Mutex::default());
         let shared = Arc::new(Shared { params, cancel, origin, state });
@@ -77,7 +77,7 @@ impl Cap {
         self.state().sent
     }
 
-    /// Since the cap was made: the clock of its measurements.
+    /// Time since the cap was created: the clock of its measurements.
     pub fn now(&self) -> Duration {
         self.shared.origin.elapsed()
     }
@@ -91,7 +91,7 @@ impl Throttle for Cap {
             }
             let rate = self.shared.params.get().max_bandwidth;
             let now = self.now();
-            // What a call that moved nothing had reserved goes back.
+            // Refund a reservation of which nothing was sent.
             let unsent = std::mem::take(&mut self.reserved);
             let allowance = {
                 let mut state = self.state();

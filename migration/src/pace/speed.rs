@@ -1,45 +1,45 @@
-//! How fast a migration gets on, measured over its last seconds. Pure: the caller brings the figures.
+//! Measures a migration's bandwidth over the last seconds. Pure: the caller brings the figures.
 
 use crate::units::micros;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What is older does not count, once there is enough that is younger.
+/// Older samples do not count once there are enough newer ones.
 const WINDOW: Duration = Duration::from_secs(3);
-/// Fewer bytes than this are mostly journeys, and tell nothing about the link…
+/// Fewer bytes are dominated by round trips and say nothing about the link…
 const MEASURABLE_BYTES: u64 = 4 << 20;
 /// …unless the link took this long to accept them.
 const MEASURABLE_TIME: Duration = Duration::from_secs(1);
-/// Until something was measured: a guess that any link of today keeps.
+/// Assumed until measured: any current link achieves it.
 const ASSUMED_BYTES_PER_SEC: u64 = 100 << 20;
-/// A page of guest RAM costs no less than this on the wire: a part in so many.
+/// Pages are assumed to shrink by no more than this factor.
 const MAX_SHRINK: u64 = 50;
 
-/// What happened between two looks.
+/// What was sent in an interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sample {
     /// Bytes on the wire.
     pub sent_bytes: u64,
-    /// How long it took, without the time for which the cap held it up.
+    /// Its duration, without waits for the cap.
     pub busy: Duration,
-    /// How long of it the link took to accept them; added up over all channels.
+    /// Time spent in writes, summed over all channels.
     pub writing: Duration,
-    /// The guest RAM that these bytes stand for. None in the first round, whose pages (many were never
-    /// touched) are not like those that come again.
+    /// Guest RAM sent with these bytes. `None` in the first round: its pages, many never touched, are not
+    /// representative.
     pub guest_bytes: Option<u64>,
 }
 
-/// What is known of the link, told by who measures it to who needs it.
+/// The link's measured bandwidth and round trip time, shared by all participants.
 #[derive(Debug)]
 pub struct LinkSpeed {
     bytes_per_sec: AtomicU64,
-    /// Microseconds of the shortest round trip.
+    /// Shortest round trip.
     round_trip_us: AtomicU64,
 }
 
 impl LinkSpeed {
-    /// A link over which a greeting and its answer took `round_trip`.
+    /// A link whose Hello took `round_trip`.
     pub fn new(round_trip: Duration) -> Self {
         let speed = Self {
             bytes_per_sec: AtomicU64::new(ASSUMED_BYTES_PER_SEC),
@@ -49,7 +49,7 @@ impl LinkSpeed {
         speed
     }
 
-    /// Takes note of a measurement.
+    /// Records a bandwidth measurement.
     pub fn set(&self, bytes_per_sec: u64) {
         self.bytes_per_sec.store(bytes_per_sec, Ordering::Relaxed);
     }
@@ -59,7 +59,7 @@ impl LinkSpeed {
         self.bytes_per_sec.load(Ordering::Relaxed)
     }
 
-    /// A round trip took so long, at most: the first may have been long because a thread had to start.
+    /// Records a round trip. The shortest one counts: others include the peer's delays.
     pub fn round_trip_took(&self, duration: Duration) {
         self.round_trip_us.fetch_min(micros(duration), Ordering::Relaxed);
     }
@@ -70,7 +70,7 @@ impl LinkSpeed {
     }
 }
 
-/// The last seconds.
+/// Samples of the last seconds.
 #[derive(Debug, Default)]
 pub struct Speed {
     samples: VecDeque<(Duration, Sample)>,
@@ -78,7 +78,7 @@ pub struct Speed {
 }
 
 impl Speed {
-    /// Adds what has happened until `now`.
+    /// Adds the sample that ended at `now`.
     pub fn add(&mut self, now: Duration, sample: Sample) {
         self.samples.push_back((now, sample));
         while let Some((at, oldest)) = self.samples.front()
@@ -88,13 +88,13 @@ impl Speed {
             self.samples.pop_front();
         }
         let busy: Duration = self.samples.iter().map(|(_, sample)| sample.busy).sum();
-        // A long search for something to send says nothing about the link.
+        // Time spent looking for dirty pages says nothing about the link.
         let writing: Duration = self.samples.iter().map(|(_, sample)| sample.writing).sum();
         let sent = self.sent_bytes();
         if sent >= MEASURABLE_BYTES || writing >= MEASURABLE_TIME {
             self.measured = Some(crate::policy::per_second(sent, busy));
         }
-        // Rounds of a few pages each would pile up for as long as they are too few to measure.
+        // Bounds the memory of many tiny rounds, which never become measurable.
         if self.samples.len() > 256 {
             self.samples.pop_front();
         }
@@ -104,13 +104,13 @@ impl Speed {
         self.samples.iter().map(|(_, sample)| sample.sent_bytes).sum()
     }
 
-    /// What the link moves, in bytes per second.
+    /// The measured bandwidth.
     pub fn bytes_per_sec(&self) -> u64 {
         self.measured.unwrap_or(ASSUMED_BYTES_PER_SEC)
     }
 
-    /// What `guest_bytes` of dirty RAM are likely to be on the wire: less, if pages have lately been
-    /// zero or shrunk.
+    /// Expected size of `guest_bytes` of dirty RAM on the wire: less if recent pages were zero, compressed or
+    /// deltas.
     pub fn on_the_wire(&self, guest_bytes: u64) -> u64 {
         let counted = |sample: &Sample| sample.guest_bytes.filter(|bytes| *bytes > 0);
         let (mut sent, mut guest) = (0u64, 0u64);
@@ -119,7 +119,7 @@ impl Speed {
                 (sent, guest) = (sent + sample.sent_bytes, guest + bytes);
             }
         }
-        // Few pages may be all zero by chance.
+        // A small sample may be all zero by chance.
         if guest < MEASURABLE_BYTES {
             return guest_bytes;
         }

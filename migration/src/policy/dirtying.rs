@@ -1,62 +1,62 @@
-//! How fast the guest writes, from looks at the dirty log in the middle of a round.
+//! Estimates the guest's dirty rate from samples of the dirty log in the middle of a round. Pure.
 //!
-//! The log says of a page only that it was written, not how often, and says nothing new of one that is
-//! dirty anyway. So after a long round over a working set that is dirty as a whole, dirtied bytes by time
-//! are far below the rate at which the guest would dirty clean pages, and throttling by that figure takes
-//! round after round. What is compared instead is what has become dirty with what was clean meanwhile.
+//! The log records that a page was written, not how often, and nothing about pages that are dirty already.
+//! After a long round, with the whole working set dirty, dirtied bytes per time are far below the rate at
+//! which the guest would dirty clean pages, and throttling by that figure would take many rounds. So newly
+//! dirtied bytes are related to the bytes that were clean.
 
 use crate::units::saturating_u64;
 use std::time::Duration;
 
-/// What a look at the dirty log has found; all since the round began.
+/// A sample of the dirty log; all counts since the start of the round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Look {
-    /// When, on the caller's clock.
+    /// Time on the caller's clock.
     pub at: Duration,
     /// Bytes of pages of this round that were sent.
     pub sent_bytes: u64,
-    /// Those among them that are dirty again.
+    /// Of those, bytes that are dirty again.
     pub again_bytes: u64,
-    /// Bytes that are dirty and were not when the round began.
+    /// Dirty bytes that were clean at the start of the round.
     pub fresh_bytes: u64,
 }
 
-/// The estimate relies on what was clean; if that is less than this part of all, on this part.
+/// At least one part in this many of the working set is taken as clean.
 const MIN_CLEAN: u64 = 8;
-/// Looks that are closer together than this are taken as one.
+/// Samples closer together than this are skipped.
 const CLOSE: Duration = Duration::from_millis(20);
-/// Fewer looks are no base for an estimate: a guest that writes page after page either meets what has
-/// just been sent or does not.
+/// Fewer samples give no estimate: a guest that writes sequentially either hits the pages just sent or does
+/// not.
 const MIN_LOOKS: u32 = 2;
 
-/// What the looks of one round say.
+/// The estimator of one round.
 #[derive(Debug, Default)]
 pub struct Dirtying {
     last: Look,
-    /// Bytes that were dirty when the round began. None in the first, in which everything is, whether
-    /// the guest uses it or not.
+    /// Bytes dirty at the start of the round. `None` in the first round, in which everything is, whether in
+    /// use or not.
     set_bytes: Option<u64>,
     since: Since,
 }
 
-/// Added up from the start of the round, or since the guest was slowed down.
+/// Sums since the start of the round, or since the guest was throttled.
 #[derive(Debug, Default)]
 struct Since {
     looks: u32,
     elapsed: Duration,
     again_bytes: u64,
     fresh_bytes: u64,
-    /// Clean bytes times the nanoseconds for which they were.
+    /// Integral of the clean bytes over time, in byte nanoseconds.
     clean: u128,
 }
 
 impl Dirtying {
-    /// A round begins.
+    /// Starts a round.
     pub fn begin(&mut self, at: Duration, set_bytes: Option<u64>) {
         *self = Self { last: Look { at, ..Look::default() }, set_bytes, since: Since::default() };
     }
 
-    /// Takes a look into account.
+    /// Adds a sample.
     pub fn look(&mut self, look: Look) {
         let elapsed = look.at.saturating_sub(self.last.at);
         if elapsed < CLOSE {
@@ -73,13 +73,13 @@ impl Dirtying {
         since.clean += u128::from(clean_bytes) * elapsed.as_nanos();
     }
 
-    /// From now on the guest writes faster or slower than before.
+    /// Restarts the estimate: the guest's throttle was changed.
     pub fn forget_rate(&mut self) {
         self.since = Since::default();
     }
 
-    /// Bytes per second that the guest would dirty if its pages were clean; none before there were
-    /// enough looks.
+    /// Bytes per second that the guest would dirty if its pages were clean; `None` before there were enough
+    /// samples.
     pub fn bytes_per_sec(&self) -> Option<u64> {
         let Since { looks, elapsed, again_bytes, fresh_bytes, clean } = &self.since;
         if *looks < MIN_LOOKS {

@@ -1,17 +1,18 @@
-//! How much a guest has to be slowed down so that it can be moved, and when to say that it cannot.
+//! How far to throttle a guest that writes too fast, and when to report that the migration does not
+//! converge. Pure.
 
 use crate::params::ThrottleParams;
 use crate::units::saturating_u64;
 
-/// Steps that one decision may take: its figures are an estimate, and the next look corrects them.
+/// Most steps per decision: its figures are estimates, corrected by the next sample.
 const MAX_STEPS: u64 = 4;
 
-/// How far the guest is to be slowed down, in percent, if it is by `now` and dirties `dirtied` bytes per
-/// second while `sent` are sent. Only ever more than `now`: less would let it fall back.
+/// The new throttle in percent, given the current one `now` and the bytes dirtied and sent per second.
+/// Never less than `now`, within the limits: the migration would fall back.
 ///
-/// QEMU takes one step at a time, each after a round or two. Here the figures say how many are needed:
-/// what is left of the dirtying is taken to be proportional to what the guest is left to run. The last
-/// one goes little further than that: from 90 to 99 % would leave the guest a tenth of what it had.
+/// QEMU takes one step at a time, each after a round or two. Here the number of steps is computed, assuming
+/// that the dirty rate is proportional to the run time left to the guest. The last step overshoots only a
+/// little: going from 90 to 99 % would leave the guest a tenth of its run time.
 pub fn throttle(now: u8, dirtied: u64, sent: u64, params: &ThrottleParams) -> u8 {
     let (now, dirtied, sent) = (u64::from(now.min(99)), u128::from(dirtied), u128::from(sent));
     let wanted = sent * u128::from(params.trigger_threshold);
@@ -19,7 +20,7 @@ pub fn throttle(now: u8, dirtied: u64, sent: u64, params: &ThrottleParams) -> u8
     if dirtied * 100 <= wanted {
         return percent(now.min(most));
     }
-    // What the guest may run then, in percent, rounded down: it is `wanted / 100` by `dirtied` of now.
+    // The run time left to the guest, in percent, rounded down.
     let may_run = u128::from(100 - now) * wanted / (dirtied * 100);
     let needed = 100 - saturating_u64(may_run.min(100));
     let (initial, increment) = (u64::from(params.initial), u64::from(params.increment));
@@ -33,40 +34,41 @@ pub fn throttle(now: u8, dirtied: u64, sent: u64, params: &ThrottleParams) -> u8
 }
 
 fn percent(value: u64) -> u8 {
+    // At most 99 by the callers' bounds.
     u8::try_from(value).unwrap_or(99)
 }
 
-/// Looks in a row that have to agree before a migration is said not to converge.
+/// Consecutive bad samples before non-convergence is reported.
 const LOOKS: u32 = 2;
 
-/// Whether a migration gets anywhere.
+/// Detects a migration that does not converge.
 #[derive(Debug, Default)]
 pub struct Convergence {
     bad_looks: u32,
-    hopeless: bool,
+    reported: bool,
 }
 
 impl Convergence {
-    /// After a look at a round under way. Returns true when it has to be said that there is no end in
-    /// sight: once, until there is.
+    /// After a sample in the middle of a round. Returns true when non-convergence has to be reported: once,
+    /// until the migration converges again.
     pub fn look(&mut self, dirtied_per_sec: u64, sent_per_sec: u64) -> bool {
         self.bad_looks = if dirtied_per_sec > sent_per_sec { self.bad_looks + 1 } else { 0 };
-        self.bad_looks >= LOOKS && !std::mem::replace(&mut self.hopeless, true)
+        self.bad_looks >= LOOKS && !std::mem::replace(&mut self.reported, true)
     }
 
-    /// After a round of `sent` bytes of guest RAM that left `dirtied` to send, more than fits the limit
-    /// if not `fits`. Returns true as [`Convergence::look`] does.
+    /// After a round that sent `sent` and left `dirtied`, within the limit if `fits`. Returns true as
+    /// [`Convergence::look`] does.
     pub fn round(&mut self, sent: u64, dirtied: u64, fits: bool) -> bool {
         if fits || dirtied < sent / 10 * 7 {
             *self = Self::default();
             return false;
         }
-        dirtied >= sent / 10 * 9 && !std::mem::replace(&mut self.hopeless, true)
+        dirtied >= sent / 10 * 9 && !std::mem::replace(&mut self.reported, true)
     }
 
-    /// Whether there was no end in sight when last asked.
+    /// Whether non-convergence has been reported.
     pub fn is_reported(&self) -> bool {
-        self.hopeless
+        self.reported
     }
 }
 
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hopeless_migration_says_so_once_until_there_is_hope() {
+    fn a_reported_migration_says_so_once_until_there_is_hope() {
         let mut convergence = Convergence::default();
         assert!(!convergence.look(200, 100), "one look may be wrong");
         assert!(convergence.look(200, 100));

@@ -81,10 +81,10 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
         ("the other side is not Ferry", |liar| liar.say(b"220 mail.example.org ESMTP\r\n")),
-        ("it is for another connection", |liar| {
+        ("the answer is for another connection", |liar| {
             answer(&liar.main, |hello| hello.id = MigrationId([7; 16]));
         }),
-        ("data channel 1: malformed hello: it is for another connection", |liar| {
+        ("data channel 1: malformed hello: the answer is for another connection", |liar| {
             answer(&liar.main, |_| {});
             answer(&liar.data[0], |_| {});
             answer(&liar.data[1], |hello| hello.role = Role::Data { index: 0 });
@@ -192,8 +192,8 @@ fn a_destination_that_is_alive_but_does_not_get_on_is_given_up() {
     type Lie = fn(&Liar);
     let lies: [(&str, Lie); 2] = [
         // It takes all pages and never says so; or says so of one channel only.
-        ("the destination's word that it has the pages of this round did not come within", accept),
-        ("the destination's word that it has the pages of this round did not come", |liar| {
+        ("the destination's answer to the marks of this round did not come within", accept),
+        ("the destination's answer to the marks of this round did not come", |liar| {
             accept(liar);
             mark(liar, 1, 1);
         }),

@@ -308,7 +308,7 @@ fn lies_about_disks_are_refused_by_name() {
             introduce(liar);
             liar.disks.shutdown();
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             chunk(liar, 0, 0, (0, 1), 0);
             let disks = vec![DiskTotals { data_bytes: 0, zero_bytes: 0 }];

@@ -105,13 +105,16 @@ fn lengths_that_cannot_be_are_refused_before_anything_is_read() {
     for (bytes, method) in [(u32::MAX, 1), (4097, 2), (1 << 31, 2)] {
         let mut frame = head(method, 1, &[(8, 1, RAW)]);
         frame.u32(bytes);
-        let expected = format!("{bytes} bytes of packed pages, possible are 4096");
+        let expected = format!("{bytes} bytes of packed pages, at most 4096 are possible");
         assert_said(frame.bytes(), &expected);
     }
     for bytes in [u32::MAX, u32::try_from(MAX_DELTA_BYTES).unwrap() + 1] {
         let mut frame = head(0, 0, &[(8, 1, ZERO), (8, 1, DELTA)]);
         frame.u32(bytes);
-        assert_said(frame.bytes(), &format!("{bytes} bytes of deltas, possible are 1048576"));
+        assert_said(
+            frame.bytes(),
+            &format!("{bytes} bytes of deltas, at most 1048576 are possible"),
+        );
     }
     assert_said(head(1, 1025, &[(8, 1025, RAW)]).bytes(), "1 runs of 1025 raw pages");
     assert_said(head(1, 0, &[(8, 1, ZERO)]).bytes(), "1 runs of 0 raw pages");
@@ -139,7 +142,7 @@ fn deltas_that_do_not_fit_their_pages_are_refused() {
     // Neither page 10 nor, on this channel, page 5.
     let mut never = head(0, 0, &[(8, 2, ZERO), (9, 2, DELTA)]);
     never.u32(10).raw(&good).raw(&good);
-    assert_said(never.bytes(), "a delta for page 10, which has never come");
+    assert_said(never.bytes(), "a delta for page 10, which was never received");
     let error = receive_from(2, PATIENCE, |liar| {
         introduce(liar);
         write_all(&liar.data[0], head(0, 0, &[(5, 1, ZERO)]).bytes());

@@ -167,14 +167,14 @@ fn lies_are_refused_by_name() {
             introduce(liar);
             liar.frame(Kind::Section, &Section::encode(Stage::Full, "device", b"[{}]"));
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
             ram_end(liar, RamTotals { raw_pages: 1, ..Default::default() }, vec![1]);
             eof(liar);
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
@@ -214,11 +214,11 @@ fn lies_are_refused_by_name() {
 fn channels_that_are_not_as_announced_are_refused_by_name() {
     type Lie = fn(&Liar);
     let lies: &[(&str, Lie)] = &[
-        ("0 data channels, possible are 1 to 16", |liar| {
+        ("0 data channels, 1 to 16 are possible", |liar| {
             let hello = Hello::new(Role::Control, MigrationId([3; 16]), 0);
             liar.frame(Kind::Hello, &hello.encode());
         }),
-        ("17 data channels, possible are 1 to 16", |liar| {
+        ("17 data channels, 1 to 16 are possible", |liar| {
             let hello = Hello::new(Role::Control, MigrationId([3; 16]), 17);
             liar.frame(Kind::Hello, &hello.encode());
         }),
@@ -253,14 +253,14 @@ fn channels_that_are_not_as_announced_are_refused_by_name() {
             write_all(&liar.data[0], end.bytes());
             end_stream(liar, vec![1, 0, 0]);
         }),
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             end_data(liar);
             end_stream(liar, vec![1, 0, 0]);
         }),
         // As many frames in all, but not where they should be.
-        ("the source has sent", |liar| {
+        ("the source sent", |liar| {
             introduce(liar);
             devices(liar);
             let mut mark = Encoder::default();

@@ -75,12 +75,12 @@ fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_l
     let error = listen_while(|at| {
         assert!(refused(at, first, OURS).contains("no such migration"));
         let main = knock(at, Role::Control, OURS).unwrap();
-        assert!(refused(at, second, OURS).contains("data channel 1 where 0 is awaited"));
+        assert!(refused(at, second, OURS).contains("data channel 1 where 0 is expected"));
         assert!(refused(at, first, OTHER).contains("no such migration"));
         assert!(refused(at, Role::Control, OTHER).contains("another migration is arriving here"));
         let _first = knock(at, first, OURS).unwrap();
-        assert!(refused(at, first, OURS).contains("data channel 0 where 1 is awaited"));
-        assert!(refused(at, Role::Data { index: 9 }, OURS).contains("where 1 is awaited"));
+        assert!(refused(at, first, OURS).contains("data channel 0 where 1 is expected"));
+        assert!(refused(at, Role::Data { index: 9 }, OURS).contains("where 1 is expected"));
         let _second = knock(at, second, OURS).unwrap();
         let (control, _threads) = control(&main);
         control.say_farewell(Kind::Abort, "that was all");

@@ -1,8 +1,8 @@
-//! One connection as far as bytes go: a [`Channel`] moves all of them or says why not.
+//! A [`Channel`] wraps a transport: it moves all bytes or returns an error.
 //!
-//! **No wait without an end.** A call ends when the peer is silent everywhere, or lives but moves nothing
-//! here for long ([`Liveness`]); when its deadline is over, also if a byte comes now and then; when the
-//! migration is cancelled, or when this channel is *tripped*, because another thread has failed.
+//! **No unbounded wait.** A call fails when the peer is silent on all connections, or is alive but makes no
+//! progress here ([`Liveness`]); when its deadline passes, even if a byte arrives now and then; when the
+//! migration is cancelled; or when the channel is *tripped* because another thread failed.
 
 use super::{Liveness, PageSlice, Transport};
 use crate::cancel::CancelToken;
@@ -16,18 +16,18 @@ use std::time::{Duration, Instant};
 pub trait Throttle {
     /// How many of `wanted` bytes may be sent now; waits until there are some.
     fn allow(&mut self, wanted: usize) -> Result<usize, WireError>;
-    /// So many have been sent.
+    /// Records that `bytes` were sent.
     fn sent(&mut self, bytes: usize);
 }
 
-/// One connection, as far as bytes go.
+/// A connection with stall detection, deadlines and cancel.
 pub struct Channel {
     transport: Arc<dyn Transport>,
     cancel: CancelToken,
     tripped: AtomicBool,
-    /// Bytes moved either way: tells another thread that this channel makes progress.
+    /// Bytes moved either way, so that another thread can see progress.
     moved: AtomicU64,
-    /// Of the peer. A channel of its own while it is greeted.
+    /// Shared with the control connection, except during Hello.
     liveness: Arc<Liveness>,
 }
 
@@ -64,7 +64,7 @@ impl Channel {
         Self { transport, cancel, tripped, moved, liveness: Arc::default() }
     }
 
-    /// The same channel, which takes a peer for alive that is heard on the control connection.
+    /// The same channel, with liveness shared with the control connection.
     #[must_use]
     pub fn with_liveness(self, liveness: Arc<Liveness>) -> Self {
         Self { liveness, ..self }
@@ -85,12 +85,12 @@ impl Channel {
         self.cancel.is_cancelled()
     }
 
-    /// Ends waits, for a failure that another channel has met.
+    /// Interrupts waits, because another thread failed.
     pub fn trip(&self) {
         self.tripped.store(true, Ordering::Release);
     }
 
-    /// Takes note of one call's result: `None` to try again.
+    /// Evaluates the result of a transport call: `None` means retry.
     fn step(&self, wait: &mut Wait, result: io::Result<usize>) -> Result<Option<usize>, WireError> {
         if let Ok(count @ 1..) = result {
             wait.moved = Instant::now();
@@ -118,7 +118,7 @@ impl Channel {
                 self.liveness.heard();
                 into = &mut into[count..];
                 if !into.is_empty() {
-                    // A byte now and then puts no deadline off.
+                    // A byte now and then must not extend the deadline.
                     wait.check_deadline()?;
                 }
             }
@@ -146,8 +146,8 @@ impl Channel {
         self.read(into, &mut Wait::patient())
     }
 
-    /// Fills `into`, however long the first byte takes to come: the control connection judges meanwhile
-    /// whether the peer is alive.
+    /// Fills `into`, however long the first byte takes: meanwhile the control connection checks whether the
+    /// peer is alive.
     pub fn read_when_it_comes(&self, into: &mut [u8]) -> Result<(), WireError> {
         let count = loop {
             let mut wait = Wait::patient();
@@ -166,7 +166,7 @@ impl Channel {
         self.read_exact(&mut into[count..])
     }
 
-    /// Fills `into`, for as long as the peer lives: it may have much to flush before it answers.
+    /// Fills `into`, waiting as long as the peer is alive: it may have much to flush before it answers.
     pub fn read_while_alive(&self, mut into: &mut [u8]) -> Result<(), WireError> {
         while !into.is_empty() {
             let mut wait = Wait::patient();
@@ -192,7 +192,7 @@ impl Channel {
             if let Some(count) = self.step(&mut wait, result)? {
                 self.liveness.heard();
                 done += count;
-                // Most calls move everything; only then is there nothing to cut.
+                // Usually empty: most calls move everything.
                 rest = window(pages, done, usize::MAX)?;
                 left = &rest;
             }
@@ -201,7 +201,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Sends `head`, then guest RAM in the order of `pages`, as fast as `throttle` lets it.
+    /// Sends `head`, then guest RAM in the order of `pages`, as fast as `throttle` allows.
     pub fn write_pages(
         &self,
         head: &[u8],

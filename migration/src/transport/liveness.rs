@@ -1,12 +1,13 @@
-//! What is known of the peer's life: when something was last heard on the control connection.
+//! When the peer was last heard. Written by every reader of a migration's connections, checked by every
+//! wait.
 
 use crate::units::micros;
 use crate::wire::WireError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A peer that lives may take so many times the patience without moving a byte on one connection: its
-/// storage may have a hiccup. After that it makes no progress and is given up.
+/// A live peer may make no progress on one connection for this many times the patience, for example during
+/// a storage hiccup.
 const ALIVE_TIMES: u32 = 6;
 
 /// When the peer was last heard. Shared by all connections of a migration.
@@ -24,19 +25,19 @@ impl Default for Liveness {
 }
 
 impl Liveness {
-    /// Something came from the peer.
+    /// Records that something was received.
     pub fn heard(&self) {
         self.heard_us.store(micros(self.origin.elapsed()), Ordering::Relaxed);
     }
 
-    /// How long nothing has come.
+    /// Time since something was received.
     pub fn silence(&self) -> Duration {
         let heard = Duration::from_micros(self.heard_us.load(Ordering::Relaxed));
         self.origin.elapsed().saturating_sub(heard)
     }
 
-    /// For a connection that has moved nothing since `moved`: an error once the peer is silent
-    /// everywhere for `patience`, or lives but moves nothing here for several times that.
+    /// Checks a connection that has been idle since `moved`. Fails once the peer was silent everywhere for
+    /// `patience`, or is alive but idle here for [`ALIVE_TIMES`] as long.
     pub fn check(&self, moved: Instant, patience: Duration) -> Result<(), WireError> {
         let still = moved.elapsed();
         if still < patience {

@@ -1,5 +1,5 @@
-//! Connections within a process, for tests: a fuse cuts all of them at any byte, counted over all in
-//! the order of writing; and each may have a fuse of its own.
+//! In-process connections for tests. A fuse cuts all of them after a number of bytes, counted over all in
+//! the order of writing; each connection may also have its own fuse.
 
 use super::{PATIENCE, PageSlice, TICK, Transport};
 use std::collections::VecDeque;
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 #[derive(Default)]
 struct State {
-    /// Bytes under way: of each connection, to each end.
+    /// Bytes in flight: per connection, to each end.
     queues: Vec<[VecDeque<u8>; 2]>,
     closed: Vec<bool>,
-    /// Bytes that still pass on each connection, if it is to be cut alone.
+    /// Bytes left on each connection's own fuse.
     fuses: Vec<Option<u64>>,
-    /// Bytes that still pass before everything is cut.
+    /// Bytes left on the common fuse.
     passes: Option<u64>,
     exchanged: u64,
 }
@@ -34,7 +34,7 @@ pub struct MemoryTransport {
 }
 
 impl MemoryLink {
-    /// A link that is lost, if `cut_after` says so, once that many bytes have been written to it.
+    /// A network that is cut after `cut_after` bytes, if given.
     pub fn new(cut_after: Option<u64>) -> Self {
         let link = Self { shared: Arc::default(), patience: PATIENCE };
         link.state().passes = cut_after;
@@ -53,7 +53,7 @@ impl MemoryLink {
         self.connect_for(None)
     }
 
-    /// A new connection that is lost alone, if `bytes` says so, once that many have been written to it.
+    /// A new connection that alone is cut after `bytes`, if given.
     pub fn connect_for(&self, bytes: Option<u64>) -> (MemoryTransport, MemoryTransport) {
         let mut state = self.state();
         state.queues.push(Default::default());
@@ -91,7 +91,7 @@ impl Transport for MemoryTransport {
             if state.closed[self.connection] {
                 return Ok(0);
             }
-            // Other connections wake this one too, which must not put its end off.
+            // Other connections wake this one too, which must not extend the wait.
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::ErrorKind::WouldBlock.into());

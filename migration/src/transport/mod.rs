@@ -3,10 +3,10 @@
 //! ```text
 //! Transport            some bytes at a time: socket.rs, memory.rs (tests); vectored.rs for guest pages
 //! channel::Channel     all bytes or an error: partial transfers, stalls, deadlines, cancel
-//! unix                 the sockets with a path that we listen on
+//! unix                 listening on Unix sockets
 //! reception            a listener's connections, sorted by their Hello
 //! ```
-//! Frames, keep-alives and why it ends are the business of [`crate::control`].
+//! Frames, keep-alives and the cause of a failure are [`crate::control`]'s business.
 
 pub mod address;
 pub mod channel;
@@ -26,7 +26,7 @@ pub use vectored::PageSlice;
 use std::io;
 use std::time::Duration;
 
-/// How long a peer may stand still before the migration fails.
+/// How long a peer may stall before the migration fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// A call that moves nothing for this long returns, so that a cancel and a stall are noticed.
 pub const TICK: Duration = Duration::from_millis(50);
@@ -42,7 +42,7 @@ pub trait Transport: Send + Sync {
     fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize>;
     /// Writes some bytes of `head`, then of guest RAM in the order of `pages`.
     fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize>;
-    /// How long the peer may stand still.
+    /// How long the peer may stall.
     fn patience(&self) -> Duration;
     /// Ends the connection both ways, from any thread: blocked calls return at once.
     fn shutdown(&self);

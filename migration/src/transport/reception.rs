@@ -1,9 +1,9 @@
-//! Where a listener's connections say Hello. Called by the destination: once for the main connection
-//! of a migration, then once per data connection.
+//! Accepts a listener's connections and sorts them by their Hello. Called by the destination: once for the
+//! control connection of a migration, then once per channel.
 //!
-//! Anybody may connect: a port scan, a browser, somebody who says nothing. So greetings are read side
-//! by side, a few bytes at a time and never waiting for one of them; who is not Ferry, or too slow,
-//! is dropped with a line in the log, and the wait goes on.
+//! Anything may connect: a port scanner, a browser, a silent client. So Hellos are read concurrently and
+//! without blocking; a client that is not Ferry, or too slow, is dropped with a log message, and the wait
+//! goes on.
 
 use super::socket::{Listener, SocketTransport};
 use crate::cancel::CancelToken;
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long a connection may take to say Hello.
+/// How long a connection may take to send its Hello.
 const GREETING_PATIENCE: Duration = Duration::from_secs(5);
-/// Connections that are listened to at the same time; the oldest gives way.
+/// Most connections without a Hello; beyond that the oldest is dropped.
 const MAX_GREETING: usize = 16;
 
-/// A connection that has not said all of its Hello.
+/// A connection whose Hello is incomplete.
 struct Greeting {
     socket: Socket,
     from: String,
@@ -29,14 +29,14 @@ struct Greeting {
     since: Instant,
 }
 
-/// What a greeting has come to.
+/// Progress of a Hello.
 enum Progress {
     Incomplete,
     Greeted(Hello),
 }
 
 impl Greeting {
-    /// Reads what has come, and not a byte past the Hello.
+    /// Reads what is available, and not a byte past the Hello.
     fn advance(&mut self) -> Result<Progress, WireError> {
         loop {
             let mut wanted = HEADER_BYTES;
@@ -81,14 +81,14 @@ fn watch(epoll: &Epoll, fd: i32) -> io::Result<()> {
 }
 
 impl<'a> Reception<'a> {
-    /// Greets who connects to `listener`, until `cancel`.
+    /// Accepts connections on `listener`, until `cancel`.
     pub fn open(listener: &'a Listener, cancel: &'a CancelToken) -> io::Result<Self> {
         let epoll = Epoll::new()?;
         watch(&epoll, listener.raw_fd())?;
         Ok(Self { listener, cancel, epoll, greetings: Vec::new() })
     }
 
-    /// Waits for the main connection of a migration.
+    /// Waits for the control connection of a migration.
     pub fn control(&mut self) -> Result<(SocketTransport, Hello), WireError> {
         self.next(None, "a source", |hello| match hello.role {
             Role::Control => hello.check_channels(),
@@ -96,7 +96,7 @@ impl<'a> Reception<'a> {
         })
     }
 
-    /// Waits for the connection that the disks of migration `id` come on.
+    /// Waits for the disks' channel of migration `id`.
     pub fn disks(
         &mut self,
         id: MigrationId,
@@ -111,7 +111,7 @@ impl<'a> Reception<'a> {
         self.next(end, "the connection of the disks", belongs).map(|(transport, _)| transport)
     }
 
-    /// Waits for data connection `index` of migration `id`.
+    /// Waits for data channel `index` of migration `id`.
     pub fn data(
         &mut self,
         id: MigrationId,
@@ -123,9 +123,9 @@ impl<'a> Reception<'a> {
             Role::Data { .. } | Role::Disks if hello.id != id => {
                 Err("no such migration".to_owned())
             }
-            Role::Disks => Err("no disks travel yet".to_owned()),
+            Role::Disks => Err("the disks' channel is not expected yet".to_owned()),
             Role::Data { index: other } if other != index => {
-                Err(format!("data channel {other} where {index} is awaited"))
+                Err(format!("data channel {other} where {index} is expected"))
             }
             Role::Data { .. } => Ok(()),
         };
@@ -133,7 +133,7 @@ impl<'a> Reception<'a> {
         self.next(end, "the data connection", belongs).map(|(transport, _)| transport)
     }
 
-    /// Waits for a connection that `fits`; all others are told why not.
+    /// Waits for a connection that `fits`; others are refused with the reason.
     fn next(
         &mut self,
         end: Option<(Instant, Duration)>,
@@ -160,7 +160,7 @@ impl<'a> Reception<'a> {
             }
             let oldest = self.greetings.iter().map(|one| one.since + GREETING_PATIENCE).min();
             let until = [oldest, end.map(|(end, _)| end)].into_iter().flatten().min();
-            // Rounded up, so that what it waits for is over then.
+            // Rounded up, so that the deadline has passed on wake-up.
             let timeout = until.map_or(-1, |until| {
                 let millis = until.saturating_duration_since(now).as_millis() + 1;
                 i32::try_from(millis).unwrap_or(i32::MAX)
@@ -181,14 +181,14 @@ impl<'a> Reception<'a> {
                     log::debug!("{from} has connected");
                     if self.greetings.len() == MAX_GREETING {
                         let oldest = self.greetings.remove(0);
-                        log::warn!("{}: dropped, too many others connect", oldest.from);
+                        log::warn!("{}: dropped, too many other connections", oldest.from);
                     }
                     watch(&self.epoll, socket.as_raw_fd()).map_err(WireError::Lost)?;
                     let since = Instant::now();
                     self.greetings.push(Greeting { socket, from, bytes: Vec::new(), since });
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                // The peer was quicker to go than we to accept.
+                // The peer closed before we accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(WireError::Lost(error)),
@@ -196,7 +196,7 @@ impl<'a> Reception<'a> {
         }
     }
 
-    /// Reads from all; returns the first that has said a fitting Hello.
+    /// Reads from all connections; returns the first with a fitting Hello.
     fn advance_all(
         &mut self,
         fits: &impl Fn(&Hello) -> Result<(), String>,
@@ -215,7 +215,7 @@ impl<'a> Reception<'a> {
                 Err(error) => Err(error),
             };
             let Greeting { socket, from, .. } = self.greetings.remove(index);
-            // What leaves the list leaves the set, also if the socket stays open.
+            // Off the list, out of the epoll set: the socket may stay open.
             let _ =
                 self.epoll.ctl(ControlOperation::Delete, socket.as_raw_fd(), EpollEvent::default());
             match progress {
@@ -229,7 +229,7 @@ impl<'a> Reception<'a> {
                 },
                 Err(error) => {
                     log::warn!("{from}: dropped, {error}");
-                    // Another version of Ferry understands the start of our Hello, and can say so.
+                    // Another version of Ferry can read the start of our Hello and report the mismatch.
                     if let (WireError::Version { .. }, Ok(transport)) =
                         (error, SocketTransport::new(socket))
                     {

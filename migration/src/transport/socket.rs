@@ -9,7 +9,7 @@ use std::net::{Shutdown, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// Enough to keep both sides busy while the other is not on a CPU; a wish, which the kernel caps.
+/// Enough to keep both sides busy while the other is descheduled. A hint, which the kernel caps.
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 8;
@@ -34,8 +34,7 @@ impl SocketTransport {
         Ok(Self { socket, patience: PATIENCE })
     }
 
-    /// Connects. A cancel ends it, but for the look-up of a host name, which ends when the system's
-    /// resolver says so.
+    /// Connects. Cancellable, except during the resolution of a host name.
     pub fn connect(address: &Address, cancel: &CancelToken) -> io::Result<Self> {
         match address {
             Address::Unix(path) => connect_to(Domain::UNIX, &SockAddr::unix(path)?, cancel),
@@ -52,7 +51,7 @@ impl SocketTransport {
         }
     }
 
-    /// Changes how long the peer may stand still.
+    /// Changes how long the peer may stall.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
     }
@@ -60,10 +59,10 @@ impl SocketTransport {
 
 fn connect_to(domain: Domain, to: &SockAddr, cancel: &CancelToken) -> io::Result<SocketTransport> {
     let socket = Socket::new(domain, Type::STREAM, None)?;
-    // Before connecting: the TCP window's scale is agreed on then.
+    // Before connecting: the TCP window scale is negotiated then.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     let waiting = socket.try_clone()?;
-    // Shutting down a socket that still connects makes it fail at once.
+    // Shutting down a connecting socket makes it fail at once.
     let _wake = cancel.on_cancel(move || drop(waiting.shutdown(Shutdown::Both)));
     if cancel.is_cancelled() {
         return Err(io::ErrorKind::Interrupted.into());
@@ -123,7 +122,7 @@ impl Listener {
                 let at = all.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let socket = Socket::new(Domain::for_address(at), Type::STREAM, None)?;
                 socket.set_reuse_address(true)?;
-                // Inherited by the connections, whose window's scale is agreed on before `accept`.
+                // Inherited by connections, whose window scale is negotiated before `accept`.
                 let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
                 socket.bind(&at.into())?;
                 socket.listen(BACKLOG)?;
@@ -139,7 +138,7 @@ impl Listener {
         &self.address
     }
 
-    /// A connection that waits to be accepted; `WouldBlock` if there is none. It does not block.
+    /// Accepts a pending connection, in non-blocking mode; `WouldBlock` if there is none.
     pub(super) fn accept_waiting(&self) -> io::Result<(Socket, String)> {
         let (socket, from) = self.socket.accept()?;
         socket.set_nonblocking(true)?;

@@ -1,7 +1,7 @@
 //! Unix sockets that Ferry listens on: control, console, and a destination's.
 //!
-//! A socket that a dead process left behind is replaced; a live one and anything else that has the path
-//! stays. Others than its owner cannot connect at any moment: the mode is set before the path exists.
+//! A stale socket of a dead process is replaced; a live one, and any other file at the path, stays. Only
+//! the owner can connect at any moment: the mode is set before the path exists.
 
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs::{File, FileType, Metadata, Permissions};
@@ -16,20 +16,19 @@ const BACKLOG: i32 = 128;
 /// Its owner may connect, nobody else.
 const MODE: u32 = 0o600;
 
-/// Why a path cannot be listened on.
+/// Listening on a path failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// Another process listens there.
     #[error("{path} is in use by another process: choose another path")]
     InUse { path: PathBuf },
-    /// Something else is there.
+    /// A file that is not a socket.
     #[error("{path} exists and is {found}, not a socket: choose another path, or remove it")]
     NotASocket {
         path: PathBuf,
-        /// What it is, with its article.
+        /// The kind of file, with its article.
         found: &'static str,
     },
-    /// The host refuses.
     #[error("cannot listen on {path}")]
     Host {
         path: PathBuf,
@@ -48,7 +47,7 @@ pub struct SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            // It may be gone already; there is nobody to tell.
+            // Best effort: it may be gone already.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -67,7 +66,7 @@ fn inode(metadata: &Metadata) -> (u64, u64) {
 /// # Errors
 /// If the path is in use or is no socket, each by its own variant, or the host refuses.
 pub fn listen_unix(path: &Path) -> Result<(UnixListener, SocketFile), ListenError> {
-    make_way(path)?;
+    remove_stale(path)?;
     let host = |source: io::Error| match source.kind() {
         // Another process was faster.
         ErrorKind::AddrInUse => ListenError::InUse { path: path.to_owned() },
@@ -89,8 +88,8 @@ fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     Ok((UnixListener::from(OwnedFd::from(socket)), file))
 }
 
-/// Removes a socket that nobody listens on.
-fn make_way(path: &Path) -> Result<(), ListenError> {
+/// Removes a socket without a listener.
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
     let failed = |source| ListenError::Host { path: path.to_owned(), source };
     let metadata = match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -112,14 +111,14 @@ fn make_way(path: &Path) -> Result<(), ListenError> {
 
 fn is_live(path: &Path) -> io::Result<bool> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    // One whose owner hangs has a full backlog, and is no less alive for that.
+    // A hung owner's backlog may be full: the socket is alive all the same.
     socket.set_nonblocking(true)?;
     match socket.connect(&SockAddr::unix(path)?) {
         Ok(()) => Ok(true),
         Err(error) => match error.kind() {
             ErrorKind::ConnectionRefused | ErrorKind::NotFound => Ok(false),
             ErrorKind::WouldBlock => Ok(true),
-            // A socket of another type; somebody has it open.
+            // A live socket of another type.
             _ if error.raw_os_error() == Some(libc::EPROTOTYPE) => Ok(true),
             _ => Err(error),
         },

@@ -42,19 +42,19 @@ impl Encoder {
         self
     }
 
-    /// What was built.
+    /// The payload so far.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Starts anew, keeping the memory.
+    /// Empties it, keeping the memory.
     pub fn clear(&mut self) -> &mut Self {
         self.0.clear();
         self
     }
 }
 
-/// Takes a payload apart. Nothing is allocated for a length before it was checked.
+/// Parses a payload. Allocates nothing.
 #[derive(Debug)]
 pub struct Decoder<'a> {
     what: &'static str,

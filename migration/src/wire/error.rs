@@ -7,7 +7,7 @@ use std::time::Duration;
 /// What is wrong with a connection, or with what came over it.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// The peer sent no byte, or took none, for too long.
+    /// The peer sent or accepted no byte for too long.
     #[error("peer stalled for {seconds} s")]
     Stalled { seconds: u64 },
     /// The peer is alive but makes no progress.
@@ -17,13 +17,13 @@ pub enum WireError {
         what: &'static str,
         within: Duration,
     },
-    /// Woken by a cancel, or by a failure on another channel of this migration.
+    /// Interrupted by a cancel, or by another failure in this migration.
     #[error("interrupted")]
     Interrupted,
     /// The connection broke.
     #[error("connection lost")]
     Lost(#[source] io::Error),
-    /// One of several connections has failed.
+    /// A data channel failed.
     #[error("data channel {index}")]
     Data {
         index: u16,
@@ -33,7 +33,6 @@ pub enum WireError {
     /// Not our protocol.
     #[error("the other side is not Ferry")]
     NotFerry,
-    /// Another version of it.
     #[error(
         "the other side speaks stream version {theirs}, this one {VERSION}: use the same Ferry on \
          both"
@@ -41,26 +40,15 @@ pub enum WireError {
     Version { theirs: u16 },
     /// A length past its maximum.
     #[error("{what} of {found} bytes, at most {most} are possible")]
-    TooLong {
-        what: &'static str,
-        found: u64,
-        /// What is possible.
-        most: u64,
-    },
-    /// A frame that does not belong here.
+    TooLong { what: &'static str, found: u64, most: u64 },
+    /// A frame out of order.
     #[error("unexpected {found} where {expected} belongs")]
-    Unexpected {
-        found: String,
-        /// What should have come.
-        expected: &'static str,
-    },
-    /// A payload that makes no sense.
+    Unexpected { found: String, expected: &'static str },
+    /// An invalid payload.
     #[error("malformed {what}: {reason}")]
     Malformed { what: &'static str, reason: String },
-    /// The destination refuses.
     #[error("the destination refuses: {0}")]
     Refused(String),
-    /// The source has given up.
     #[error("the source has ended the migration: {0}")]
     Aborted(String),
 }
@@ -73,7 +61,7 @@ fn in_words(duration: Duration) -> String {
 }
 
 impl WireError {
-    /// Says that it was data channel `index`, unless somebody else ended it.
+    /// Adds the index of the data channel, unless the failure came from elsewhere.
     #[must_use]
     pub fn on_data_channel(self, index: u16) -> Self {
         match self {
@@ -82,7 +70,7 @@ impl WireError {
         }
     }
 
-    /// The same, if `role` is that of a data channel.
+    /// As [`WireError::on_data_channel`], if `role` is a data channel.
     #[must_use]
     pub fn on_channel(self, role: Role) -> Self {
         match role {
@@ -99,7 +87,7 @@ impl WireError {
         }
     }
 
-    /// Whether a connection broke, or the peer stands still.
+    /// Whether a connection broke or the peer stalled.
     pub fn is_broken(&self) -> bool {
         match self {
             Self::Data { source, .. } => source.is_broken(),

@@ -1,15 +1,15 @@
-//! The first frame on every connection, both ways: who speaks, which version, for which migration.
+//! The first frame on every connection, in both directions: version, role and migration.
 //!
 //! ```text
 //! Hello   magic "FERRYMIG" · version u16                 the same in every version
-//!         role u8 (0 control, 1 data, 2 disks) · data channel u16   which data channel this connection is
-//!         migration id, 16 bytes                         random: finds the migration, and is its key
+//!         role u8 (0 control, 1 data, 2 disks) · data channel u16   index of a data channel
+//!         migration id, 16 bytes                         random: identifies the migration, and authorises its channels
 //!         data channels u16                              how many the source will open
 //!         capability count u8 · capability str8 …        what the source wants, what both can do
 //! ```
-//! The source speaks first, on the main connection, with an id it has drawn. The destination answers
-//! with the same id and the capabilities that it has too. Then the source opens its data connections;
-//! each says Hello with the id of the main one, and is answered.
+//! The source sends first, on the control connection, with a random id. The destination answers with the
+//! same id and the capabilities that it supports too. Then the source opens its channels; each sends Hello
+//! with the same id and is answered.
 
 use super::section::MAX_DATA_CHANNELS;
 use super::{Decoder, Encoder, WireError};
@@ -34,23 +34,23 @@ pub const CAPABILITIES: &[&str] = &[DISKS, BOOT];
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Control: sections one way, replies the other.
+    /// The control connection: frames both ways.
     Control,
     /// Page frames, one way.
     Data {
-        /// Which of the data channels, from 0.
+        /// Index of the data channel, from 0.
         index: u16,
     },
-    /// Chunks of disks one way, echoes of marks the other.
+    /// Chunks of disks one way, answers to marks the other.
     Disks,
 }
 
-/// Finds the migration that a connection belongs to.
+/// Identifies the migration that a connection belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl MigrationId {
-    /// One that nobody can guess.
+    /// An unguessable id.
     pub fn random() -> Result<Self, WireError> {
         crate::bytes::random().map(Self).map_err(WireError::Lost)
     }
@@ -65,7 +65,7 @@ pub struct Hello {
     pub id: MigrationId,
     /// Data channels of the migration.
     pub data_channels: u16,
-    /// What the sender wants to use.
+    /// Capabilities that the sender wants to use.
     pub capabilities: Vec<String>,
 }
 
@@ -82,23 +82,23 @@ impl Hello {
         self
     }
 
-    /// Whether `capability` is named.
+    /// Whether it names `capability`.
     pub fn has(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|named| named == capability)
     }
 
-    /// The destination's answer: the same, with those capabilities that it has too.
+    /// The destination's answer: the same, restricted to its own capabilities.
     pub fn answer(&self) -> Self {
         let mut answer = self.clone();
         answer.capabilities.retain(|wanted| CAPABILITIES.contains(&wanted.as_str()));
         answer
     }
 
-    /// Whether a migration can have as many data channels; if not, the reason.
+    /// Checks the number of data channels; returns the reason if it is out of range.
     pub fn check_channels(&self) -> Result<(), String> {
         match self.data_channels {
             1..=MAX_DATA_CHANNELS => Ok(()),
-            other => Err(format!("{other} data channels, possible are 1 to {MAX_DATA_CHANNELS}")),
+            other => Err(format!("{other} data channels, 1 to {MAX_DATA_CHANNELS} are possible")),
         }
     }
 
@@ -112,6 +112,7 @@ impl Hello {
         };
         encoder.raw(MAGIC).u16(VERSION).u8(role).u16(index);
         encoder.raw(&self.id.0).u16(self.data_channels);
+        // Ours are a handful of constants.
         let named = self.capabilities.iter().take(usize::from(MAX_CAPABILITIES));
         encoder.u8(u8::try_from(named.len()).unwrap_or(MAX_CAPABILITIES));
         for capability in named {
@@ -120,8 +121,8 @@ impl Hello {
         encoder.bytes().to_vec()
     }
 
-    /// Reads the payload of a Hello frame. What is not ours at all, and what is another version, are
-    /// told apart from what is broken.
+    /// Decodes the payload of a Hello frame. Distinguishes another protocol, another version, and a malformed
+    /// Hello.
     pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("hello", payload);
         if decoder.raw(MAGIC.len()).ok() != Some(MAGIC) {
@@ -136,7 +137,7 @@ impl Hello {
             (1, index) => Role::Data { index },
             (2, 0) => Role::Disks,
             (role, index) => {
-                return Err(decoder.malformed(format!("no role {role} with channel {index}")));
+                return Err(decoder.malformed(format!("unknown role {role} with channel {index}")));
             }
         };
         let id = MigrationId(decoder.array()?);

@@ -1,16 +1,16 @@
-//! The stream's grammar. One control connection speaks both ways; data connections carry page frames
-//! one way (their layout is in [`crate::ram::frame`]); what travels on the disks' connection is in
-//! [`crate::block::frame`].
+//! The grammar of the stream. The control connection carries frames both ways; data channels carry page
+//! frames one way ([`crate::ram::frame`]); the frames of the disks' channel are in
+//! [`crate::block::frame`]. Pure: no I/O.
 //!
 //! ```text
 //! source ─▶ destination                     destination ─▶ source
 //! control  Hello                            Hello
-//! data     Hello                            Hello              (each data connection)
-//! disks    Hello                            Hello              (if disks travel)
+//! data     Hello                            Hello              (each data channel)
+//! disks    Hello                            Hello              (if disks migrate)
 //! control  Machine                          Accepted | Refused
 //! control  Section(NAME, Setup)             Section(NAME, Setup), if NAME's Setup is answered
 //! control  Section(NAME, Part)…                                any number, while the guest runs
-//! disks    chunks… Mark                     Alive… Settled     all once, then what became dirty
+//! disks    chunks… Mark                     Alive… Flushed     all once, then what became dirty
 //! data     Pages… Mark(n)                   control: Mark(n)   once per round
 //!   ── the guest is paused: attempt k ──
 //! control  Section(device, Full)
@@ -24,18 +24,17 @@
 //! frame  kind u8 · 0 u8 · 0 u16 · payload bytes u32 · payload        all integers little-endian
 //! ```
 //!
-//! **Why this order in the pause.** The device records go first: the destination restores vCPUs while
-//! the last pages travel, and what saving the devices wrote into RAM (queue rings) is found by the
-//! last look at the dirty log, which comes after. The disks are let go of before `Eof`, because the
-//! destination takes their locks before it says `Ready`; and `Ready` comes before `Go`, because after
-//! `Go` nothing may fail any more.
+//! **Why this order in the pause.** Device records go first: the destination restores vCPUs while the last
+//! pages are sent, and what saving the devices wrote into RAM (queue rings) is found by the last harvest of
+//! the dirty log, which follows. Disk locks are released before `Eof`, because the destination takes them
+//! before it sends `Ready`; and `Ready` precedes `Go`, because nothing may fail after `Go`.
 //!
-//! **Why attempts are numbered.** A `Ready` that was under way when its stop was called off must not be
-//! taken for that of the next one.
+//! **Why attempts are numbered.** A `Ready` in flight when its stop is called off must not be taken for
+//! that of the next attempt.
 //!
-//! **Why marks.** The source waits for a mark's echo at the end of each round. So the bandwidth that
-//! it decides with is what the destination has really taken in, and the pause never begins with
-//! megabytes still under way in socket buffers.
+//! **Why marks.** The source waits for the answer to a mark at the end of each round. So the measured
+//! bandwidth is what the destination has really received, and the pause never begins with megabytes still
+//! in socket buffers.
 
 mod codec;
 mod error;
@@ -60,33 +59,33 @@ const EOF_BYTES: u32 = 1 + 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// Who speaks; the first frame on every connection.
+    /// The first frame on every connection.
     Hello = 1,
     /// The machine description, JSON.
     Machine,
     /// A part of a participant's state.
     Section,
-    /// All is sent.
+    /// Everything is sent.
     Eof,
     /// The right to run.
     Go,
-    /// Nothing to say, but alive.
+    /// No content: the sender is alive.
     KeepAlive,
-    /// The source gives up, and why.
+    /// The source gives up; with the reason.
     Abort,
     /// The machine is built.
     Accepted,
-    /// All page frames before mark `n` have been taken in.
+    /// All page frames before mark `n` are in place.
     Mark,
-    /// All is loaded; nothing can fail any more.
+    /// Everything is loaded; nothing can fail any more.
     Ready,
     /// The guest runs at the destination.
     Running,
-    /// No, and why. The destination does not run the guest, now or later.
+    /// The destination fails, with the reason, and will never run the guest.
     Refused,
-    /// `Go` has arrived, but the guest does not start; the right to run goes back, and why.
+    /// `Go` arrived, but the guest does not start: the right to run goes back, with the reason.
     Declined,
-    /// The last step took too long: the guest runs on at the source, and more will come.
+    /// The stop took too long: the guest runs on at the source, and another attempt follows.
     CalledOff,
 }
 
@@ -139,7 +138,7 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// What it is, in the words of an error.
+    /// Its kind, for error messages.
     pub fn describe(&self) -> String {
         format!("{:?}", self.kind)
     }
@@ -150,7 +149,7 @@ impl Frame {
     }
 }
 
-/// Appends a frame to `bytes`, or says that it is too long.
+/// Appends a frame to `bytes`. Fails if it is too long.
 pub fn append_frame(bytes: &mut Vec<u8>, kind: Kind, payload: &[u8]) -> Result<(), WireError> {
     let most = kind.max_bytes();
     let len = u32::try_from(payload.len()).ok().filter(|len| *len <= most);

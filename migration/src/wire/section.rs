@@ -1,5 +1,5 @@
-//! Sections: named, versioned, length-framed payloads on the main channel, so that a bad one cannot
-//! desynchronise its neighbours, and one that this build does not know is refused by name.
+//! Sections: named, versioned payloads of frames on the control connection. A bad one cannot desynchronise
+//! its neighbours, and an unknown one is refused by name. Pure: no I/O.
 //!
 //! ```text
 //! Section   stage u8 · version u16 · name str8 · body
@@ -15,17 +15,17 @@
 use super::{Decoder, Encoder, WireError};
 use std::iter::Sum;
 
-/// When in a participant's life a section comes.
+/// When a section comes in the lifecycle of its participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stage {
-    /// Announces what will come; from the destination, what of it is wanted.
+    /// The announcement; from the destination, which part of it is wanted.
     Setup = 1,
-    /// Some of it, while the guest runs.
+    /// Data, while the guest runs.
     Part = 2,
-    /// The last of it.
+    /// The end of the data.
     End = 3,
-    /// All at once.
+    /// Everything in one section.
     Full = 4,
 }
 
@@ -36,9 +36,9 @@ pub struct Section<'a> {
     pub stage: Stage,
     /// Version of the body's layout.
     pub version: u16,
-    /// Whose it is.
+    /// Name of the participant.
     pub name: &'a str,
-    /// In that participant's own layout.
+    /// In the participant's own layout.
     pub body: &'a [u8],
 }
 
@@ -46,7 +46,7 @@ pub struct Section<'a> {
 pub const BODY_VERSION: u16 = 1;
 
 impl<'a> Section<'a> {
-    /// What it is, in the words of an error.
+    /// Stage and name, for error messages.
     pub fn describe(&self) -> String {
         format!("{:?} of section {:?}", self.stage, self.name)
     }
@@ -66,7 +66,7 @@ impl<'a> Section<'a> {
             2 => Stage::Part,
             3 => Stage::End,
             4 => Stage::Full,
-            other => return Err(decoder.malformed(format!("no stage {other}"))),
+            other => return Err(decoder.malformed(format!("unknown stage {other}"))),
         };
         let version = decoder.u16()?;
         let name = decoder.str8()?;
@@ -81,19 +81,19 @@ pub struct RamSetup {
     pub page_count: u64,
     /// Bytes in a page.
     pub page_bytes: u32,
-    /// Channels that page frames come on.
+    /// Number of data channels.
     pub data_channels: u16,
 }
 
 impl RamSetup {
-    /// As a section's body.
+    /// Encodes the section's body.
     pub fn encode(self) -> Vec<u8> {
         let mut encoder = Encoder::default();
         encoder.u64(self.page_count).u32(self.page_bytes).u16(self.data_channels);
         encoder.bytes().to_vec()
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("RAM setup", body);
         let setup = Self {
@@ -106,14 +106,14 @@ impl RamSetup {
     }
 }
 
-/// How many pages travelled, counted by either side on its own.
+/// Pages sent. Each side keeps its own count.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RamTotals {
-    /// Pages sent as they are.
+    /// Pages sent raw or compressed.
     pub raw_pages: u64,
     /// Pages of zeroes.
     pub zero_pages: u64,
-    /// Pages sent as what has changed of them.
+    /// Pages sent as deltas.
     pub delta_pages: u64,
 }
 
@@ -127,7 +127,7 @@ impl Sum for RamTotals {
     }
 }
 
-/// Ends RAM: what was sent of it since the setup.
+/// Ends RAM: totals since the setup.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RamEnd {
     /// Which end of the data channels this is, counted from 1.
@@ -139,7 +139,7 @@ pub struct RamEnd {
 }
 
 impl RamEnd {
-    /// As a section's body.
+    /// Encodes the section's body.
     ///
     /// # Errors
     /// [`WireError::TooLong`] for more than [`MAX_DATA_CHANNELS`] channels.
@@ -158,7 +158,7 @@ impl RamEnd {
         Ok(encoder.bytes().to_vec())
     }
 
-    /// From a section's body.
+    /// Decodes a section's body.
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let mut decoder = Decoder::new("RAM end", body);
         let number = decoder.u32()?;
