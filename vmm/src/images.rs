@@ -61,7 +61,7 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
-    #[error("all of this disk travels: it cannot stand on backing file {path} here")]
+    #[error("the whole disk is migrated: it cannot have backing file {path} here")]
     BackingUnwanted { path: PathBuf },
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
     NoSpace { path: PathBuf, free: u64, needed: u64 },

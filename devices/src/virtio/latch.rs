@@ -40,7 +40,7 @@ impl Latch {
     }
 }
 
-/// Dropping this reaches the latch. However the thread that holds it ends, nobody waits for it in vain.
+/// Sets the latch when dropped, so that waiters are released however the holding thread ends.
 #[derive(Debug)]
 pub(super) struct SetOnDrop(pub Arc<Latch>);
 

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_survive_the_journey() {
+    fn bytes_survive_a_round_trip() {
         let all = Bytes((0..=255).collect());
         let text = serde_json::to_string(&all).unwrap();
         assert_eq!(serde_json::from_str::<Bytes>(&text).unwrap(), all);

@@ -208,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_description_survives_the_journey() {
+    fn a_description_survives_a_round_trip() {
         let sample = sample();
         assert_eq!(Description::from_stream(&sample.to_stream()).unwrap(), sample);
     }

@@ -190,7 +190,7 @@ impl Shuttle {
         let arguments = Value::Object(request.request.arguments.clone());
         let result: QmpResult = match &request.command {
             Command::Migrate { .. } => {
-                Err(QmpError::generic("The guest is moved by --migrate-every, and by nobody else"))
+                Err(QmpError::generic("The guest is migrated by --migrate-every only"))
             }
             _ => match &mut self.connection {
                 None => Err(QmpError::generic("The guest has ended")),
