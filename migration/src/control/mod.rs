@@ -243,21 +243,26 @@ impl Control {
         self.0.inbox.fail(error);
     }
 
-    /// Why the migration ends, of which the caller has met `met`: what another thread has failed of, or
-    /// what the peer says, if `met` is only the consequence. Waits for the peer's word at most half a
-    /// second, and only if a connection has broken.
-    pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
-        let noted = self.0.inbox.take_failure();
-        let aborted =
-            |met: &ParticipantError| matches!(met, ParticipantError::Wire(WireError::Aborted(_)));
-        let met = match (met, noted) {
+    /// Why this side ends the migration, of which the caller has met `met`: what another of its threads has
+    /// failed of, if `met` is only the consequence.
+    pub fn own_cause(&self, met: ParticipantError) -> ParticipantError {
+        match (met, self.0.inbox.take_failure()) {
             (met, None) => met,
             (met, Some(noted)) if met.is_interrupted() => noted,
             // The source may have given up because of what failed here.
-            (met, Some(noted)) if (met.is_broken() || aborted(&met)) && !noted.is_broken() => noted,
+            (met, Some(noted)) if (met.is_broken() || is_abort(&met)) && !noted.is_broken() => {
+                noted
+            }
             (met, Some(_)) => met,
-        };
-        let ended = aborted(&met);
+        }
+    }
+
+    /// Why the migration ends, of which the caller has met `met`: its [own cause](Self::own_cause), or what
+    /// the peer says, if that is only the consequence. Waits for the peer's word at most half a second,
+    /// and only if a connection has broken.
+    pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
+        let met = self.own_cause(met);
+        let ended = is_abort(&met);
         if self.is_cancelled() || !met.is_broken() && !ended {
             return met;
         }
@@ -344,6 +349,10 @@ impl Control {
             }
         }
     }
+}
+
+fn is_abort(error: &ParticipantError) -> bool {
+    matches!(error, ParticipantError::Wire(WireError::Aborted(_)))
 }
 
 impl ControlThreads {

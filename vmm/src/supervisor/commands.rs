@@ -1,7 +1,7 @@
 //! Answers the control socket's commands.
 
 use super::ending::shutting_down;
-use super::{Event, RunState, Supervisor, exit_code, jobs};
+use super::{Event, Mission, RunState, Supervisor, exit_code, jobs};
 use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
@@ -183,7 +183,12 @@ impl Supervisor {
 
     /// There are no more older versions to keep than there are pages.
     fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
-        let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
+        let memory = match (&self.machine, &self.mission) {
+            (Some(machine), _) => Some(machine.vm().layout().size_bytes()),
+            // Its machine is being built.
+            (None, Mission::Run(config)) => Some(config.memory_bytes),
+            (None, Mission::Receive(_)) => None,
+        };
         match memory.filter(|memory| bytes > *memory) {
             None => Ok(()),
             Some(memory) => Err(QmpError::generic(format!(
