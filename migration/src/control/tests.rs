@@ -65,13 +65,19 @@ fn a_peer_that_is_silent_is_stalled_and_one_that_dribbles_is_late() {
     let error = control.next(&Limit::alive("acceptance")).unwrap_err();
     assert!(matches!(error, WireError::Stalled { .. }), "{error}");
     // Half a frame, byte by byte, each before the patience is over.
+    let header = wire::header(Kind::Refused, 4000);
+    let mut bytes = header.iter().chain(std::iter::repeat(&b'x')).take(3000);
+    // The silence before ends with the first of them.
+    let sent = Instant::now();
+    let _ = peer.send(&[*bytes.next().unwrap()]);
+    while control.liveness().silence() > sent.elapsed() {
+        std::thread::yield_now();
+    }
     let (tell, ended) = channel();
     let thread = std::thread::spawn(move || {
         let limit = Limit::within("acceptance", Duration::from_millis(400));
         tell.send(control.next(&limit).unwrap_err().to_string()).unwrap();
     });
-    let header = wire::header(Kind::Refused, 4000);
-    let bytes = header.iter().chain(std::iter::repeat(&b'x')).take(3000);
     let error = bytes.map(|byte| {
         let _ = peer.send(&[*byte]);
         ended.recv_timeout(Duration::from_millis(5)).ok()
