@@ -258,20 +258,25 @@ impl Control {
         self.0.inbox.fail(error);
     }
 
-    /// The root cause of the caller's error `met`: another thread's failure or the peer's reason, if `met`
-    /// is only a consequence. Waits up to half a second for the peer, and only if a connection broke.
-    pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
-        let noted = self.0.inbox.take_failure();
-        let aborted =
-            |met: &ParticipantError| matches!(met, ParticipantError::Wire(WireError::Aborted(_)));
-        let met = match (met, noted) {
+    /// Root cause on this side of the caller's error `met`: another thread's failure, if `met` is only a
+    /// consequence.
+    pub fn own_cause(&self, met: ParticipantError) -> ParticipantError {
+        match (met, self.0.inbox.take_failure()) {
             (met, None) => met,
             (met, Some(noted)) if met.is_interrupted() => noted,
             // The source may have given up because of what failed here.
-            (met, Some(noted)) if (met.is_broken() || aborted(&met)) && !noted.is_broken() => noted,
+            (met, Some(noted)) if (met.is_broken() || is_abort(&met)) && !noted.is_broken() => {
+                noted
+            }
             (met, Some(_)) => met,
-        };
-        let ended = aborted(&met);
+        }
+    }
+
+    /// The root cause of the caller's error `met`: [this side's](Self::own_cause), or the peer's reason, if
+    /// that is only a consequence. Waits up to half a second for the peer, and only if a connection broke.
+    pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
+        let met = self.own_cause(met);
+        let ended = is_abort(&met);
         if self.is_cancelled() || !met.is_broken() && !ended {
             return met;
         }
@@ -358,6 +363,10 @@ impl Control {
             }
         }
     }
+}
+
+fn is_abort(error: &ParticipantError) -> bool {
+    matches!(error, ParticipantError::Wire(WireError::Aborted(_)))
 }
 
 impl ControlThreads {

@@ -227,14 +227,30 @@ impl Destination<'_> {
         if let DestinationError::Declined(told) = error {
             return *told;
         }
+        let mut told = false;
         let error = match error {
             _ if self.cancel.is_cancelled() => DestinationError::Cancelled,
-            DestinationError::Wire(met) => control.cause_of(met.into()).into(),
+            DestinationError::Wire(met) => {
+                let met = control.own_cause(met.into());
+                if met.is_broken() {
+                    // The source may not know, or meet next what is only the consequence: a channel that was
+                    // closed here because another one broke.
+                    self.host.abandon();
+                    control.say_farewell(Kind::Refused, &chain(&met));
+                    told = true;
+                }
+                control.cause_of(met).into()
+            }
             error => error,
         };
-        self.host.abandon();
-        if !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
-            control.say_farewell(Kind::Refused, &chain(&error));
+        if !told {
+            self.host.abandon();
+            if !matches!(error, DestinationError::Wire(WireError::Aborted(_))) {
+                control.say_farewell(Kind::Refused, &chain(&error));
+                told = true;
+            }
+        }
+        if told {
             // Until the source closes: a refusal must not be overtaken by a reset.
             control.await_close();
         }

@@ -34,12 +34,24 @@ fn failed(error: PayloadError) -> GuestError {
     guest_error(&error)
 }
 
-/// At the source: the files that were opened at the start or received.
-pub struct LeavingFiles(pub Arc<BootPayload>);
+/// At the source: the files that were opened at the start or received. None if they cannot be sent; the
+/// guest can then not be reset at the destination, unless that has a kernel of its own.
+pub struct LeavingFiles(pub Option<Arc<BootPayload>>);
 
 impl BootSource for LeavingFiles {
     fn identities(&mut self, go_on: GoOn<'_>) -> Result<Vec<Identity>, GuestError> {
-        let identities = self.0.identities(go_on).map_err(failed)?;
+        let Some(payload) = &self.0 else { return Ok(Vec::new()) };
+        let identities = match payload.identities(go_on) {
+            Err(error @ PayloadError::Changed { .. }) => {
+                // No reason to keep a running guest here.
+                log::warn!(
+                    "the guest moves without its boot files and cannot be reset there: {error}"
+                );
+                self.0 = None;
+                return Ok(Vec::new());
+            }
+            result => result.map_err(failed)?,
+        };
         let identity = |FileIdentity { len_bytes, sha256, role, arguments }| Identity {
             role: FileRole::from(role),
             len_bytes,
@@ -50,7 +62,8 @@ impl BootSource for LeavingFiles {
     }
 
     fn read_at(&self, file: usize, offset_bytes: u64, into: &mut [u8]) -> io::Result<()> {
-        self.0.read_at(file, offset_bytes, into)
+        let payload = self.0.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        payload.read_at(file, offset_bytes, into)
     }
 }
 
@@ -79,6 +92,9 @@ impl BootSink for ArrivingFiles {
         identities: Vec<Identity>,
         go_on: GoOn<'_>,
     ) -> Result<Vec<usize>, GuestError> {
+        if identities.is_empty() {
+            return Ok(Vec::new());
+        }
         let identity = |Identity { role, len_bytes, sha256, arguments }| FileIdentity {
             len_bytes,
             sha256,
@@ -98,7 +114,6 @@ impl BootSink for ArrivingFiles {
     }
 
     fn finish(&mut self) -> Result<(), GuestError> {
-        self.store()?;
         if let Some(store) = self.store.take() {
             let payload = store.finish().map_err(failed)?;
             *devices::lock(&self.arrived) = Some(payload);

@@ -1,7 +1,7 @@
 //! Executes the control socket's commands.
 
 use super::ending::shutting_down;
-use super::{Event, RunState, Supervisor, exit_code, jobs};
+use super::{Event, Mode, RunState, Supervisor, exit_code, jobs};
 use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
@@ -188,7 +188,12 @@ impl Supervisor {
 
     /// A cache larger than guest RAM would be useless.
     fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
-        let memory = self.machine.as_ref().map(|machine| machine.vm().layout().size_bytes());
+        let memory = match (&self.machine, &self.mode) {
+            (Some(machine), _) => Some(machine.vm().layout().size_bytes()),
+            // Its machine is being built.
+            (None, Mode::Run(config)) => Some(config.memory_bytes),
+            (None, Mode::Receive(_)) => None,
+        };
         match memory.filter(|memory| bytes > *memory) {
             None => Ok(()),
             Some(memory) => Err(QmpError::generic(format!(

@@ -216,9 +216,7 @@ fn participants(
     channels: u16,
 ) -> Vec<Box<dyn Outgoing>> {
     let mut all: Vec<Box<dyn Outgoing>> = Vec::with_capacity(3);
-    if let Some(payload) = payload {
-        all.push(Box::new(BootOutgoing::new(Box::new(LeavingFiles(payload)))));
-    }
+    all.push(Box::new(BootOutgoing::new(Box::new(LeavingFiles(payload)))));
     if !disks.disks.is_empty() {
         all.push(Box::new(DisksOutgoing::new(disks)));
     }
