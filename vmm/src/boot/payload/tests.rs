@@ -311,3 +311,18 @@ fn only_what_makes_a_payload_may_be_announced() {
         assert!(check_identities(&identities).is_err(), "{identities:?}");
     }
 }
+
+#[test]
+fn one_read_into_guest_memory_takes_more_than_a_piece() {
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..PIECE_BYTES * 3 + 5).map(|at| (at % 251) as u8).collect();
+    let file = BootFile::open(Role::Kernel, &write(&folder, "large", &bytes)).unwrap();
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+    // What linux-loader reads a bzImage with.
+    let mut reader = file.reader(GO_ON);
+    ram.read_exact_volatile_from(GuestAddress(7), &mut reader, bytes.len()).unwrap();
+    let mut there = vec![0; bytes.len()];
+    ram.read_slice(&mut there, GuestAddress(7)).unwrap();
+    assert!(there == bytes);
+}
