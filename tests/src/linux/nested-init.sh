@@ -6,6 +6,8 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 ln -s /proc/self/fd/2 /dev/stderr
+mkdir -p /tmp /var/tmp
+mount -t tmpfs tmp /var/tmp
 ip link set lo up
 for module in /modules/*; do insmod "$module"; done
 stty -echo -onlcr </dev/ttyS0

@@ -45,7 +45,7 @@ struct Arriving {
 
 impl PayloadStore {
     /// Checks the announced files, looks them up in `known` payloads, and reserves space for the rest in
-    /// `$TMPDIR` or `/var/tmp`. Nothing is written before all checks have passed and the space is reserved.
+    /// `$TMPDIR`, `/var/tmp` or `/tmp`. Nothing is written before all checks have passed and the space is reserved.
     pub fn new(
         identities: Vec<FileIdentity>,
         known: &[&BootPayload],
@@ -220,7 +220,8 @@ struct Place<'a> {
 impl Place<'_> {
     fn of_host() -> Self {
         let chosen = std::env::var_os("TMPDIR").filter(|path| !path.is_empty());
-        let candidates = chosen.map(PathBuf::from).into_iter().chain(["/var/tmp".into()]).collect();
+        let usual = ["/var/tmp", "/tmp"].map(PathBuf::from);
+        let candidates = chosen.map(PathBuf::from).into_iter().chain(usual).collect();
         Self { candidates, is_in_ram: &is_in_ram, free_bytes: &free_bytes }
     }
 
@@ -261,6 +262,10 @@ fn is_in_ram(folder: &Path) -> io::Result<bool> {
 
 fn free_bytes(folder: &Path) -> io::Result<u64> {
     let space = rustix::fs::statvfs(folder)?;
+    if space.f_blocks == 0 {
+        // ramfs has no limit of its own.
+        return Ok(u64::MAX);
+    }
     Ok(space.f_bavail.saturating_mul(space.f_frsize))
 }
 
