@@ -316,7 +316,8 @@ fn only_what_makes_a_payload_may_be_announced() {
 fn one_read_into_guest_memory_takes_more_than_a_piece() {
     use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
     let folder = tempfile::tempdir().unwrap();
-    let bytes: Vec<u8> = (0..PIECE_BYTES * 3 + 5).map(|at| (at % 251) as u8).collect();
+    let bytes: Vec<u8> =
+        (0..PIECE_BYTES * 3 + 5).map(|at| u8::try_from(at % 251).expect("small")).collect();
     let file = BootFile::open(Role::Kernel, &write(&folder, "large", &bytes)).unwrap();
     let ram = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
     // What linux-loader reads a bzImage with.
