@@ -198,7 +198,7 @@ fn part_at_fault(facts: &Value) -> Option<String> {
     let needed_ms = whole_ms.zip(part_ms).map(|(whole, part)| whole.max(part));
     let at_least = needed_ms.map(|ms| format!(" of {} ms or more", ms + ms / 10));
     Some(format!(
-        "ferry: no end in sight: {desc}: raise it with a --downtime-limit{}",
+        "ferry: the migration does not converge: {desc}: raise it with a --downtime-limit{}",
         at_least.unwrap_or_default()
     ))
 }
@@ -315,7 +315,7 @@ mod tests {
         });
         assert_eq!(
             part_at_fault(&facts).unwrap(),
-            "ferry: no end in sight: draining disk `root` takes 30 ms, the downtime limit is 20 ms: raise it \
+            "ferry: the migration does not converge: draining disk `root` takes 30 ms, the downtime limit is 20 ms: raise it \
              with a --downtime-limit of 37 ms or more"
         );
         facts["part"]["ended"] = false.into();
