@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.2, 5.2): features, configuration space and record. Requests are served by
-//! [`super::blk_worker`].
+//! [`super::blk_worker`], their format is in [`super::blk_request`].
 
+use super::blk_request::{DISCARD_LIMITS, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, WRITE_ZEROES_LIMITS};
 use super::blk_worker::Processor;
 use super::{QueueProcessor, VirtioDevice};
 use crate::block::{BlockNode, SECTOR_BYTES};
@@ -19,27 +20,8 @@ const SEG_MAX: u32 = 254;
 const F_SEG_MAX: u64 = 1 << 2;
 const F_RO: u64 = 1 << 5;
 const F_BLK_SIZE: u64 = 1 << 6;
-pub(super) const F_FLUSH: u64 = 1 << 9;
 const F_MQ: u64 = 1 << 12;
-pub(super) const F_DISCARD: u64 = 1 << 13;
-pub(super) const F_WRITE_ZEROES: u64 = 1 << 14;
 
-/// Limits of one discard or write-zeroes request.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RangeLimits {
-    /// Maximum sectors per range.
-    pub sectors: u32,
-    /// Maximum ranges per request.
-    pub ranges: u32,
-}
-
-/// A request is executed in pieces and a pause waits for one piece only, but the queue serves nothing else
-/// meanwhile, so no request may take long. Punching holes is quick…
-pub(super) const DISCARD_LIMITS: RangeLimits =
-    RangeLimits { sectors: (64 << 20) / 512, ranges: 16 };
-/// …but zeroes may have to be written.
-pub(super) const WRITE_ZEROES_LIMITS: RangeLimits =
-    RangeLimits { sectors: (16 << 20) / 512, ranges: 1 };
 /// A usual file system block: smaller or unaligned holes free nothing.
 const DISCARD_ALIGNMENT_SECTORS: u32 = 4096 / 512;
 

@@ -13,7 +13,11 @@
 //!
 //! A request that was kept after an error is no longer the last one taken: it is kept once more.
 
-use super::blk::{self, F_DISCARD, F_FLUSH, F_WRITE_ZEROES};
+use super::blk_request::{
+    DISCARD_LIMITS, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, ID_BYTES, RANGE_BYTES, RANGE_F_UNMAP,
+    RangeLimits, Request, S_IOERR, S_OK, S_UNSUPP, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT,
+    T_WRITE_ZEROES, Ticket, WRITE_ZEROES_LIMITS,
+};
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
@@ -21,30 +25,13 @@ use crate::block::failure::{Action, Kept};
 use crate::block::uring::{Completion, End, Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::log_limit::LogLimit;
-use crate::ram::{GuestAddress, GuestRam};
-use crate::segments::Segments;
+use crate::ram::GuestRam;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
+use virtio_queue::{Queue, QueueOwnedT};
 use vm_memory::Bytes;
-
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-const ID_BYTES: usize = 20;
-
-/// `struct virtio_blk_discard_write_zeroes`: sector u64, num_sectors u32, flags u32.
-const RANGE_BYTES: usize = 16;
-const RANGE_F_UNMAP: u32 = 1;
-
-const S_OK: u8 = 0;
-const S_IOERR: u8 = 1;
-const S_UNSUPP: u8 = 2;
 
 /// Data moves through a buffer of this size, which fits in a core's second-level cache.
 const BUFFER_BYTES: usize = 128 << 10;
@@ -68,59 +55,6 @@ enum Failed {
 impl From<io::Error> for Failed {
     fn from(error: io::Error) -> Self {
         Self::Host(error)
-    }
-}
-
-/// Identifies a request and where its status goes.
-#[derive(Debug, Clone, Copy)]
-struct Ticket {
-    head: u16,
-    kind: u32,
-    sector: u64,
-    status: GuestAddress,
-    /// Bytes that the device may write, without the status.
-    room: usize,
-    /// It was kept after an error: later entries of the ring have been taken since.
-    was_kept: bool,
-}
-
-/// A parsed descriptor chain. Its buffers lie in RAM; nothing else was checked.
-#[derive(Debug, Clone)]
-struct Request {
-    ticket: Ticket,
-    from_guest: Segments,
-    to_guest: Segments,
-}
-
-impl Request {
-    /// Parses a chain. One that cannot be completed (no header, no room for a status, buffers outside RAM)
-    /// breaks the queue.
-    #[expect(clippy::little_endian_bytes, reason = "the request header is little-endian")]
-    fn parse(ram: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Result<Self, BrokenQueue> {
-        let broken = |what: &str| BrokenQueue(format!("request {what}"));
-        let head = chain.head_index();
-        let (mut from_guest, mut to_guest) = (Segments::default(), Segments::default());
-        for descriptor in chain {
-            let side = if descriptor.is_write_only() { &mut to_guest } else { &mut from_guest };
-            let len = descriptor.len() as usize;
-            if !side.push(ram, descriptor.addr(), len) {
-                return Err(broken("with a buffer outside RAM"));
-            }
-        }
-        let mut header = [0u8; 16];
-        from_guest.read(ram, &mut header).ok_or_else(|| broken("without a header"))?;
-        // The status is the last device-writable byte.
-        let status = to_guest.take_last_byte().ok_or_else(|| broken("without a status byte"))?;
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
-        let ticket = Ticket {
-            head,
-            kind: u32::from_le_bytes([t0, t1, t2, t3]),
-            sector: u64::from_le_bytes(sector),
-            status,
-            room: to_guest.len(),
-            was_kept: false,
-        };
-        Ok(Self { ticket, from_guest, to_guest })
     }
 }
 
@@ -481,7 +415,7 @@ impl Processor {
                 request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
             }
             T_DISCARD if self.accepted(F_DISCARD) => {
-                let ranges = self.ranges(ram, request, blk::DISCARD_LIMITS)?;
+                let ranges = self.ranges(ram, request, DISCARD_LIMITS)?;
                 for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
                     check_yield(host)?;
                     self.node.discard(offset_bytes, len_bytes)?;
@@ -489,7 +423,7 @@ impl Processor {
                 self.finish_write()
             }
             T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
-                for range in self.ranges(ram, request, blk::WRITE_ZEROES_LIMITS)? {
+                for range in self.ranges(ram, request, WRITE_ZEROES_LIMITS)? {
                     for (offset_bytes, len_bytes) in pieces(&range) {
                         check_yield(host)?;
                         self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
@@ -631,7 +565,7 @@ impl Processor {
         &self,
         ram: &GuestRam,
         request: &mut Request,
-        limits: blk::RangeLimits,
+        limits: RangeLimits,
     ) -> Result<Vec<ZeroRange>, Failed> {
         if !request.to_guest.is_empty() {
             return Err(Failed::Guest("a discard or write-zeroes with room to read"));

@@ -3,6 +3,7 @@
 //! common to all queue processors; a `latch` signals that a worker has parked or ended.
 
 pub mod blk;
+mod blk_request;
 mod blk_worker;
 mod chains;
 #[cfg(test)]
