@@ -229,20 +229,6 @@ fn load_modules<'a>(
     Ok(modules)
 }
 
-/// Splits `--initrd "PATH ARGUMENTS,PATH,…"` at its commas; a doubled one is a comma.
-pub(super) fn split_list(list: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut characters = list.chars().peekable();
-    while let Some(character) = characters.next() {
-        let doubled = character == ',' && characters.next_if_eq(&',').is_some();
-        match items.last_mut() {
-            Some(item) if character != ',' || doubled => item.push(character),
-            _ => items.push(String::new()),
-        }
-    }
-    items
-}
-
 /// Fills the Multiboot area from its start.
 struct Area<'a> {
     next: u64,
@@ -432,12 +418,6 @@ mod tests {
         }
         let error = boot(flat_kernel(4, |_| {}).path(), Some("/nonexistent")).unwrap_err();
         assert!(error.contains("/nonexistent"), "{error}");
-    }
-
-    #[test]
-    fn a_list_is_split_at_single_commas() {
-        assert_eq!(split_list("a b,c,,d"), ["a b", "c,d"]);
-        assert_eq!(split_list(""), [""]);
     }
 
     proptest! {

@@ -11,7 +11,6 @@ pub mod file;
 pub mod store;
 
 use super::layout::{MULTIBOOT_END, MULTIBOOT_INFO};
-use super::multiboot::split_list;
 use super::{Format, HEAD_BYTES};
 pub use file::BootFile;
 use std::fmt;
@@ -295,6 +294,20 @@ impl BootPayload {
     pub fn check_unchanged(&self) -> Result<(), PayloadError> {
         self.files.iter().try_for_each(|file| file.file.check_unchanged())
     }
+}
+
+/// Splits `--initrd "PATH ARGUMENTS,PATH,…"` at its commas; a doubled one is a comma.
+fn split_list(list: &str) -> Vec<String> {
+    let mut items = vec![String::new()];
+    let mut characters = list.chars().peekable();
+    while let Some(character) = characters.next() {
+        let doubled = character == ',' && characters.next_if_eq(&',').is_some();
+        match items.last_mut() {
+            Some(item) if character != ',' || doubled => item.push(character),
+            _ => items.push(String::new()),
+        }
+    }
+    items
 }
 
 #[cfg(test)]

@@ -327,3 +327,9 @@ fn one_read_into_guest_memory_takes_more_than_a_piece() {
     ram.read_slice(&mut there, GuestAddress(7)).unwrap();
     assert!(there == bytes);
 }
+
+#[test]
+fn a_list_is_split_at_single_commas() {
+    assert_eq!(split_list("a b,c,,d"), ["a b", "c,d"]);
+    assert_eq!(split_list(""), [""]);
+}
