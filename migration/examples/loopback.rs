@@ -19,7 +19,7 @@ use migration::params::SharedParams;
 use migration::participant::Incoming;
 use migration::ram::incoming::RamIncoming;
 use migration::ram::outgoing::RamOutgoing;
-use migration::source::{Source, SourceOutcome, SourceRam};
+use migration::source::{AppliedThrottle, Source, SourceOutcome, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
 use std::io::{BufRead, BufReader, Read};
@@ -219,6 +219,7 @@ fn main() {
             participants: vec![Box::new(RamOutgoing::new(source_ram, params.get().channels()))],
             params,
             counters: counters.clone(),
+            throttle: AppliedThrottle::default(),
             cancel: CancelToken::new(),
             events: &mut |_| {},
         }

@@ -490,11 +490,6 @@ impl Counters {
         }
     }
 
-    /// Current throttle of the guest.
-    pub(crate) fn throttle_percent(&self) -> u8 {
-        self.lock().throttle_percent
-    }
-
     /// Records that a destination listens at `address`, QEMU's `SocketAddress`.
     pub fn listening(&self, address: Value) {
         self.update(|stats| stats.address = Some(address));

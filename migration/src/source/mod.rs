@@ -45,6 +45,12 @@ pub enum MigrationEvent {
     NotConverging(NotConverging),
 }
 
+/// How much the guest is throttled: not at all when a migration begins.
+#[derive(Debug, Default)]
+pub struct AppliedThrottle {
+    percent: u8,
+}
+
 /// What an outgoing migration needs.
 pub struct Source<'a> {
     pub guest: &'a mut dyn GuestControl,
@@ -56,6 +62,7 @@ pub struct Source<'a> {
     pub params: SharedParams,
     /// For reports only.
     pub counters: Arc<Counters>,
+    pub throttle: AppliedThrottle,
     /// Ends the migration early.
     pub cancel: CancelToken,
     /// Called for each step, on the `mig-out` thread.
@@ -128,6 +135,7 @@ impl Source<'_> {
 
     /// Throttles the guest by `percent`. Failure is logged and not fatal.
     fn set_throttle(&mut self, percent: u8) {
+        self.throttle.percent = percent;
         self.counters.update(|stats| stats.throttle_percent = percent);
         if let Err(error) = self.guest.throttle(percent) {
             log::warn!("the guest cannot be throttled by {percent} %: {error}");
@@ -169,7 +177,7 @@ impl Source<'_> {
 
     /// Ends throttling.
     fn release_throttle(&mut self) {
-        if self.counters.throttle_percent() > 0 {
+        if self.throttle.percent > 0 {
             self.set_throttle(0);
         }
     }

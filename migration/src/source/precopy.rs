@@ -159,7 +159,7 @@ impl Source<'_> {
             dirty_pages_rate: rates.dirtied.map_or(rates.seen, |rate| rate.max(rates.seen))
                 / PAGE_SIZE,
             bytes_per_sec: session.link.bytes_per_sec(),
-            throttle_percent: session.throttle_percent,
+            throttle_percent: self.throttle.percent,
             expected_downtime: look.expected,
         };
         log::debug!("{record:?}");
@@ -193,7 +193,7 @@ impl Source<'_> {
         }
         // In the first pass it is unknown how far pages shrink.
         if !rates.may_shrink
-            && self.cannot_slow_down(session)
+            && self.cannot_slow_down()
             && expected > longest
             && session.convergence.look(dirtied, rates.sent)
         {
@@ -209,7 +209,7 @@ impl Source<'_> {
         let proved = proved_by(*round, rates_or_none);
         let slowed =
             !fits && rates.is_some() && self.slow_down(session, proved, rates_or_none.sent);
-        if slowed || !self.cannot_slow_down(session) {
+        if slowed || !self.cannot_slow_down() {
             session.convergence = Convergence::default();
         } else if session.blocked_by.is_none()
             && session.convergence.round(round.sent_bytes, round.dirtied_bytes, fits)
@@ -226,7 +226,7 @@ impl Source<'_> {
     /// Throttles the guest if it writes too fast and auto-converge is on. Returns whether it did.
     fn slow_down(&mut self, session: &mut Session, dirtied: u64, sent: u64) -> bool {
         let params = self.params.get();
-        let now = session.throttle_percent;
+        let now = self.throttle.percent;
         let next = if params.auto_converge {
             policy::throttle(now, dirtied, sent, &params.throttle)
         } else {
@@ -236,7 +236,6 @@ impl Source<'_> {
             log::info!(
                 "the guest dirties {dirtied} bytes/s, {sent} are sent: throttled by {next} %"
             );
-            session.throttle_percent = next;
             self.set_throttle(next);
             session.participants.iter_mut().for_each(|one| one.rate_has_changed());
         }
@@ -244,9 +243,9 @@ impl Source<'_> {
     }
 
     /// Whether throttling is off or at its maximum.
-    fn cannot_slow_down(&self, session: &Session) -> bool {
+    fn cannot_slow_down(&self) -> bool {
         let params = self.params.get();
-        !params.auto_converge || session.throttle_percent >= params.throttle.max
+        !params.auto_converge || self.throttle.percent >= params.throttle.max
     }
 
     /// Flushes shared disks while the guest runs, to leave less to flush in the pause. Returns false if that
@@ -285,7 +284,7 @@ impl Source<'_> {
             bytes_per_sec: rates.sent,
             expected_downtime: expected,
             downtime_limit: self.params.get().downtime_limit,
-            throttle_percent: session.throttle_percent,
+            throttle_percent: self.throttle.percent,
             called_off: session.estimate.called_off(),
             part,
         };

@@ -38,8 +38,6 @@ pub(super) struct Session {
     pub(super) pass: u64,
     /// Stops begun.
     pub(super) attempt: u32,
-    /// Current throttling of the guest.
-    pub(super) throttle_percent: u8,
     /// Flushes ahead of the next stop.
     pub(super) flushes: u32,
     /// The part of the pause last reported as too long.
@@ -97,7 +95,6 @@ impl Session {
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,
-            throttle_percent: 0,
             flushes: 0,
             blocked_by: None,
             _wake: Vec::new(),

@@ -17,6 +17,12 @@ use crate::wire::section::{Eof, Section, Stage};
 use crate::wire::{Decoder, Kind, WireError};
 use std::time::{Duration, Instant};
 
+/// Called-off stops in a row before the user is told: one may be an accident.
+const REPORTED_AFTER: u32 = 2;
+
+/// Stops in a row that a prediction may call off. After those only the deadline does.
+const PREDICTION_TRIES: u32 = 2;
+
 /// How a stop ended.
 #[derive(Debug)]
 pub(super) enum Stop {
@@ -214,7 +220,7 @@ impl Source<'_> {
         if shown {
             self.status(MigrationStatus::Active);
         }
-        if session.estimate.called_off() >= CALLED_OFF_OFTEN
+        if session.estimate.called_off() >= REPORTED_AFTER
             && session.blocked_by.as_ref() != Some(&part.part)
         {
             session.blocked_by = Some(part.part.clone());
@@ -223,9 +229,6 @@ impl Source<'_> {
         Ok(())
     }
 }
-
-/// Called-off stops in a row before the user is told: one may be an accident.
-const CALLED_OFF_OFTEN: u32 = 2;
 
 /// Measures the parts of the pause.
 struct StopWatch {
@@ -281,8 +284,8 @@ impl<'g> LastStep<'_, 'g> {
         self.parts.final_harvest = self.watch.lap();
         let left = session.estimate.left_after_stop();
         let deadline = self.clock.deadline();
-        // A stale prediction must not call off every stop: after some in a row only the deadline decides.
-        let trusted = session.estimate.called_off() < CALLED_OFF_OFTEN;
+        // A stale prediction must not call off every stop.
+        let trusted = session.estimate.called_off() < PREDICTION_TRIES;
         if trusted && Instant::now() + left > deadline {
             return Err(Ended::TooLong(session.estimate.largest()));
         }

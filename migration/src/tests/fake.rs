@@ -18,7 +18,7 @@ use crate::guest::{MachineDescription, RunPermit};
 use crate::params::{Params, SharedParams};
 use crate::participant::Outgoing;
 use crate::ram::outgoing::RamOutgoing;
-use crate::source::{MigrationEvent, Source, SourceOutcome, SourceRam};
+use crate::source::{AppliedThrottle, MigrationEvent, Source, SourceOutcome, SourceRam};
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::Transport;
 use crate::transport::memory::MemoryLink;
@@ -313,6 +313,7 @@ fn run_source(
         participants,
         params,
         counters: counters.clone(),
+        throttle: AppliedThrottle::default(),
         cancel,
         events: &mut events,
     }

@@ -20,7 +20,7 @@ use migration::guest::{GuestError, RunPermit};
 use migration::params::SharedParams;
 use migration::participant::Outgoing;
 use migration::ram::outgoing::RamOutgoing;
-use migration::source::{Source, SourceRam};
+use migration::source::{AppliedThrottle, Source, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
@@ -131,6 +131,7 @@ impl Jobs {
                 participants,
                 params,
                 counters,
+                throttle: AppliedThrottle::default(),
                 cancel,
                 events: &mut events,
             };
