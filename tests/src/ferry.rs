@@ -8,21 +8,51 @@ use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
 
 /// The program under test: `FERRY_BIN`, or the `ferry` beside this program's own folder.
 ///
 /// # Panics
-/// If there is none.
+/// If there is none, or if it is older than its sources: a test of yesterday's program proves nothing.
 pub fn binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("FERRY_BIN") {
-        return path.into();
+    static BESIDE: OnceLock<PathBuf> = OnceLock::new();
+    match std::env::var_os("FERRY_BIN") {
+        Some(path) => path.into(),
+        None => BESIDE.get_or_init(binary_beside).clone(),
     }
-    let own = std::env::current_exe().unwrap_or_default();
+}
+
+fn binary_beside() -> PathBuf {
+    let own = std::env::current_exe().expect("the test's own path");
     let profile = own.ancestors().skip(1).find(|folder| !folder.ends_with("deps"));
-    let path = profile.unwrap_or(Path::new(".")).join("ferry");
-    assert!(path.exists(), "{} is missing: `make build`, or set FERRY_BIN", path.display());
+    let path = profile.expect("the test has a folder").join("ferry");
+    let remedy = "`cargo build --package vmm`, or set FERRY_BIN";
+    let Ok(built) = path.metadata().and_then(|file| file.modified()) else {
+        panic!("{} is missing: {remedy}", path.display());
+    };
+    let workspace =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a member of a workspace");
+    for member in ["vmm/src", "devices/src", "migration/src"] {
+        let changed = newest_source(&workspace.join(member)).expect("the sources can be read");
+        assert!(changed <= built, "{} is older than {member}: {remedy}", path.display());
+    }
     path
+}
+
+/// When a file in `folder`, or below it, was last written.
+fn newest_source(folder: &Path) -> Result<SystemTime> {
+    let mut newest = SystemTime::UNIX_EPOCH;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let written = if entry.file_type()?.is_dir() {
+            newest_source(&entry.path())?
+        } else {
+            entry.metadata()?.modified()?
+        };
+        newest = newest.max(written);
+    }
+    Ok(newest)
 }
 
 /// A guest to boot, under either VMM.

@@ -1,6 +1,8 @@
-//! A disk image whose storage can be made to hang, or to be slow: a file system of our own, with one file in memory, that
-//! stops answering when told to. Like a network file system whose server is gone: whoever reads, writes,
-//! flushes, opens or asks for a size waits, until it is told to go on, or is killed.
+//! A disk image whose storage can be made to hang, or to be slow.
+//!
+//! It is a file system of our own, with one file in memory, that stops answering when told to. Like a
+//! network file system whose server is gone: whoever reads, writes, flushes, opens or asks for a size
+//! waits, until it is told to go on, or is killed.
 //!
 //! It speaks to the kernel's FUSE directly, as far as one file of fixed size needs: a request is read from
 //! `/dev/fuse` whole, and answered. While it hangs, requests are not even read, so that the kernel lets a
@@ -8,6 +10,8 @@
 
 #![expect(clippy::host_endian_bytes, reason = "these are the kernel's own structures")]
 
+use crate::hosts::Hosts;
+use crate::skip;
 use anyhow::{Context, Result, ensure};
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -109,6 +113,24 @@ pub struct HangingImage {
 }
 
 impl HangingImage {
+    /// Mounts one of `bytes` zeroes for a test, at `NAME/image` in the folder of host `a`. `None` if the
+    /// test cannot run here, which is counted.
+    ///
+    /// # Panics
+    /// If the folder cannot be made.
+    pub fn for_test(hosts: &Hosts, name: &str, bytes: usize) -> Option<Self> {
+        if skip::kvm_is_missing() {
+            return None;
+        }
+        let folder = hosts.at("a", name);
+        std::fs::create_dir(&folder).expect("a folder to mount at");
+        let image = Self::mount(&folder, bytes);
+        if image.is_none() {
+            skip::skip("no right to mount a file system of its own");
+        }
+        image
+    }
+
     /// Mounts one of `bytes` zeroes at `folder`; nothing if this process may not.
     pub fn mount(folder: &Path, bytes: usize) -> Option<Self> {
         let device = OpenOptions::new()

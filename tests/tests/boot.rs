@@ -7,7 +7,7 @@ use ferry_tests::process::{Process, SOON};
 use ferry_tests::{disk, skip};
 use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn run_to_end(cmdline: &str, more: &[&str]) -> Result<(i32, String)> {
@@ -23,6 +23,14 @@ fn assert_ends(arguments: &[&str], code: i32, words: &[&str]) {
     for word in words {
         assert!(text.contains(word), "{arguments:?} does not say {word:?}: {text}");
     }
+}
+
+/// A copy of the guest kernel that a test may replace, in a folder of its own.
+fn copied_kernel() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    (folder, kernel)
 }
 
 #[test]
@@ -369,9 +377,7 @@ fn a_reset_boots_the_kernel_that_was_there_at_the_start() {
     if skip::kvm_is_missing() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let kernel = folder.path().join("kernel");
-    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let (folder, kernel) = copied_kernel();
     let mut guest = Guest::new("work=idle", 64);
     guest.kernel = kernel.clone();
     let mut vmm = ferry::run(&guest).unwrap();
@@ -394,9 +400,7 @@ fn a_guest_that_has_moved_resets_into_the_kernel_that_its_destination_opened() {
     if skip::kvm_is_missing() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let kernel = folder.path().join("kernel");
-    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let (_folder, kernel) = copied_kernel();
     let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
     source.wait_line("^HB n=0 ").unwrap();
     let with_kernel = ["--kernel", kernel.to_str().unwrap()];
@@ -415,9 +419,7 @@ fn a_kernel_that_is_written_while_its_guest_runs_is_named_at_a_reset() {
     if skip::kvm_is_missing() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let kernel = folder.path().join("kernel");
-    std::fs::copy(guest_images::KERNEL, &kernel).unwrap();
+    let (_folder, kernel) = copied_kernel();
     let mut guest = Guest::new("work=idle", 64);
     guest.kernel = kernel.clone();
     let mut vmm = ferry::run(&guest).unwrap();

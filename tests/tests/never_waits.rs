@@ -21,16 +21,7 @@ const QUERIES: [&str; 5] =
 
 /// A disk that can hang, at `NAME/image` in the folder of a host.
 fn hanging(hosts: &Hosts, name: &str) -> Option<HangingImage> {
-    if skip::kvm_is_missing() {
-        return None;
-    }
-    let folder = hosts.at("a", name);
-    std::fs::create_dir(&folder).unwrap();
-    let image = HangingImage::mount(&folder, DISK_BYTES);
-    if image.is_none() {
-        skip::skip("no right to mount a file system of its own");
-    }
-    image
+    HangingImage::for_test(hosts, name, DISK_BYTES)
 }
 
 fn guest_on(image: &HangingImage) -> Guest {

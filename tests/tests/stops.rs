@@ -23,16 +23,7 @@ const LUCKY: u32 = 6;
 
 /// A disk that can be slow, at `NAME/image` in the folder of a host.
 fn slow_disk(hosts: &Hosts, name: &str) -> Option<HangingImage> {
-    if skip::kvm_is_missing() {
-        return None;
-    }
-    let folder = hosts.at("a", name);
-    std::fs::create_dir(&folder).unwrap();
-    let image = HangingImage::mount(&folder, DISK_BYTES);
-    if image.is_none() {
-        skip::skip("no right to mount a file system of its own");
-    }
-    image
+    HangingImage::for_test(hosts, name, DISK_BYTES)
 }
 
 /// A destination that uses the same image.
