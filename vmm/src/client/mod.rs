@@ -8,8 +8,8 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// Timeout of a reply.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Timeout of a reply: longer than the slowest command, a reset, may take.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A failed request over a control socket.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,8 @@ pub enum ClientError {
     },
     #[error("the control socket was closed")]
     Lost(#[source] io::Error),
+    #[error("no answer on the control socket in time")]
+    Timeout,
     #[error("the control socket does not speak QMP: {0:?}")]
     NotQmp(String),
     /// The command failed; QMP's `desc`.
@@ -32,21 +34,28 @@ pub enum ClientError {
 /// A connection in command mode.
 pub struct QmpClient {
     stream: BufReader<UnixStream>,
+    /// The id of the last request: a reply to an earlier one may come after it was given up.
+    last_id: u64,
 }
 
 impl QmpClient {
     /// Connects to `path`, with or without `unix:` before it.
     pub fn connect(path: &str) -> Result<Self, ClientError> {
+        Self::connect_with(path, PATIENCE)
+    }
+
+    /// The same; each reply may take `patience`.
+    pub fn connect_with(path: &str, patience: Duration) -> Result<Self, ClientError> {
         let path = path.strip_prefix("unix:").unwrap_or(path);
         let connect = || {
             let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(patience))?;
+            stream.set_write_timeout(Some(patience))?;
             Ok(stream)
         };
         let stream =
             connect().map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
-        let mut client = Self { stream: BufReader::new(stream) };
+        let mut client = Self { stream: BufReader::new(stream), last_id: 0 };
         let greeting = client.read()?;
         if greeting.get("QMP").is_none() {
             return Err(ClientError::NotQmp(greeting.to_string()));
@@ -60,6 +69,11 @@ impl QmpClient {
         match self.stream.read_line(&mut line) {
             Ok(0) => Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into())),
             Ok(_) => serde_json::from_str(&line).map_err(|_| ClientError::NotQmp(line)),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+            {
+                Err(ClientError::Timeout)
+            }
             Err(error) => Err(ClientError::Lost(error)),
         }
     }
@@ -77,12 +91,16 @@ impl QmpClient {
 
     /// Sends a command and waits for its reply, skipping events.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
-        let request = json!({"execute": command, "arguments": arguments});
+        self.last_id += 1;
+        let request = json!({"execute": command, "arguments": arguments, "id": self.last_id});
         let mut line = request.to_string();
         line.push('\n');
         self.stream.get_mut().write_all(line.as_bytes()).map_err(ClientError::Lost)?;
         loop {
             let mut answer = self.read()?;
+            if answer.get("id").is_some_and(|id| *id != self.last_id) {
+                continue;
+            }
             if let Some(value) = answer.get_mut("return") {
                 return Ok(value.take());
             }
