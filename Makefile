@@ -17,7 +17,7 @@ demo: build ## a guest moves while it writes its memory, then checks itself
 test: build ## every test; skips what this host cannot run, and says so
 	tests/install-deps.sh test
 	@rm -f $(SKIPS)
-	FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace
+	FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace --no-fail-fast
 	@if [ -s $(SKIPS) ]; then \
 		echo; echo "$$(wc -l < $(SKIPS)) TESTS WERE SKIPPED:"; cat $(SKIPS); \
 	else echo; echo "no test was skipped"; fi

@@ -66,7 +66,7 @@ fn a_timeout_ends_with_124_and_a_match_with_0() {
         run_to_end("work=idle", &["--expect", "HB n=2 ", "--timeout", "30s"]).unwrap();
     assert_eq!(code, 0, "{text}");
     let (code, text) = run_to_end("work=hello", &["--expect", "no such line"]).unwrap();
-    assert_eq!(code, 1, "{text}");
+    assert_eq!(code, 4, "{text}");
     assert!(text.contains("--expect never matched"), "{text}");
 }
 
@@ -113,9 +113,10 @@ fn serial_output_goes_where_it_was_told_to() {
     let log = folder.path().join("serial.log");
     let to_file = format!("file={}", log.display());
     let (code, text) = run_to_end("work=hello", &["--serial", &to_file]).unwrap();
-    assert_eq!((code, text.as_str()), (0, ""));
+    let ended = "ferry: exit 0: the guest powered off\n";
+    assert_eq!((code, text.as_str()), (0, ended));
     assert!(std::fs::read_to_string(&log).unwrap().starts_with("FERRY hello"));
-    assert_eq!(run_to_end("work=hello", &["--serial", "null"]).unwrap(), (0, String::new()));
+    assert_eq!(run_to_end("work=hello", &["--serial", "null"]).unwrap(), (0, ended.into()));
 
     let socket = folder.path().join("serial");
     let to_socket = format!("socket={}", socket.display());
@@ -160,7 +161,13 @@ fn a_triple_fault_is_a_failure_that_says_so() {
         let entry = offset + number(&bytes[24..32]) - address;
         bytes[entry..entry + 2].copy_from_slice(&[0x0f, 0x0b]);
     });
-    assert_ends(&["run", "--kernel", &kernel, "--timeout", "20s"], 1, &["ferry: "]);
+    let words = ["exit 134: the guest crashed: ", "vCPU 0 at rip 0x", "no serial output"];
+    assert_ends(&["run", "--kernel", &kernel, "--timeout", "20s"], 134, &words);
+    assert_ends(
+        &["run", "-v", "--kernel", &kernel, "--timeout", "20s"],
+        134,
+        &["rip=", "cr3=", "idt="],
+    );
 }
 
 #[test]
@@ -171,7 +178,7 @@ fn kernels_that_cannot_boot_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let refused = |kernel: &str, words: &[&str]| {
-        assert_ends(&["run", "--kernel", kernel], 1, &[&[kernel], words].concat());
+        assert_ends(&["run", "--kernel", kernel], 126, &[&[kernel], words].concat());
     };
     refused("/nonexistent/kernel", &["No such file"]);
     for (name, bytes) in [("empty", &b""[..]), ("text", b"not a kernel\n")] {
@@ -217,7 +224,7 @@ fn disks_that_cannot_be_used_are_refused_by_name() {
     let refused = |path: &Path, words: &[&str]| {
         let disk = format!("path={}", path.display());
         let arguments = ["run", "--kernel", guest_images::KERNEL, "--disk", &disk];
-        assert_ends(&arguments, 1, &[&[path.to_str().unwrap()], words].concat());
+        assert_ends(&arguments, 126, &[&[path.to_str().unwrap()], words].concat());
     };
     refused(Path::new("/nonexistent/disk.img"), &["No such file"]);
     disk::create(&image, 1000).unwrap();
@@ -249,7 +256,7 @@ fn a_control_socket_in_use_is_left_alone() {
     first.wait_line("^HB ").unwrap();
     let socket = format!("unix:{}", first.socket().display());
     let kernel = guest_images::KERNEL;
-    assert_ends(&["run", "--kernel", kernel, "--qmp", &socket], 1, &["in use"]);
+    assert_ends(&["run", "--kernel", kernel, "--qmp", &socket], 126, &["in use"]);
     assert_eq!(first.qmp().unwrap().run_state().unwrap(), "running");
     // One that a killed process left behind is not in use.
     let folder = tempfile::tempdir().unwrap();
@@ -261,7 +268,7 @@ fn a_control_socket_in_use_is_left_alone() {
 }
 
 #[test]
-fn a_host_without_kvm_gets_advice_and_code_3() {
+fn a_host_without_kvm_gets_advice_and_code_126() {
     let in_bare_dev = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
         command.args(["-rm", "sh", "-c", r#"mount -t tmpfs none /dev && exec "$@""#, "sh"]);
@@ -273,15 +280,15 @@ fn a_host_without_kvm_gets_advice_and_code_3() {
     if text.contains("unshare:") {
         return skip::skip("no user namespaces here to hide /dev/kvm in");
     }
-    assert_eq!(code, 3, "{text}");
+    assert_eq!(code, 126, "{text}");
     assert!(text.contains("/dev/kvm does not exist"), "{text}");
     let (code, text) = in_bare_dev(&["doctor"]);
-    assert_eq!(code, 3, "{text}");
+    assert_eq!(code, 126, "{text}");
     assert!(text.contains("FAIL"), "{text}");
 }
 
 #[test]
-fn a_user_without_permission_gets_advice_and_code_3() {
+fn a_user_without_permission_gets_advice_and_code_126() {
     let mode = std::fs::metadata("/dev/kvm").map(|metadata| metadata.permissions().mode());
     // SAFETY: no memory is involved.
     let is_root = unsafe { libc::geteuid() } == 0;
@@ -298,7 +305,7 @@ fn a_user_without_permission_gets_advice_and_code_3() {
     let mut command = Command::new(program);
     std::os::unix::process::CommandExt::uid(&mut command, 65534);
     let mut process = Process::start(command.arg("run").arg("--kernel").arg(kernel)).unwrap();
-    assert_eq!(process.exit_code(SOON).unwrap(), 3);
+    assert_eq!(process.exit_code(SOON).unwrap(), 126);
     assert!(process.err.text().contains("no permission"), "{}", process.err.text());
 }
 
@@ -341,11 +348,11 @@ fn a_ramdisk_that_does_not_fit_is_refused_with_the_sizes() {
     let kernel = guest_images::KERNEL;
     if !skip::kvm_is_missing() {
         let arguments = ["run", "--kernel", kernel, "--memory", "32M", "--initrd", initrd];
-        assert_ends(&arguments, 1, &["does not fit", "67108864 bytes", "--memory"]);
+        assert_ends(&arguments, 126, &["does not fit", "67108864 bytes", "--memory"]);
         let arguments = ["run", "--kernel", kernel, "--initrd", "/nonexistent"];
-        assert_ends(&arguments, 1, &["/nonexistent"]);
+        assert_ends(&arguments, 126, &["/nonexistent"]);
         let long = "x".repeat(4000);
-        assert_ends(&["run", "--kernel", kernel, "--cmdline", &long], 1, &["--cmdline", "2047"]);
+        assert_ends(&["run", "--kernel", kernel, "--cmdline", &long], 126, &["--cmdline", "2047"]);
     }
 }
 
@@ -443,9 +450,9 @@ fn a_boot_file_that_is_a_fifo_is_refused_at_once() {
     assert!(made.success());
     let (fifo, kernel) = (fifo.to_str().unwrap(), guest_images::KERNEL);
     let words = [fifo, "a FIFO"];
-    assert_ends(&["run", "--kernel", fifo], 1, &words);
-    assert_ends(&["run", "--kernel", kernel, "--initrd", fifo], 1, &words);
+    assert_ends(&["run", "--kernel", fifo], 126, &words);
+    assert_ends(&["run", "--kernel", kernel, "--initrd", fifo], 126, &words);
     let receive = ["receive", "tcp:127.0.0.1:0"];
-    assert_ends(&[&receive[..], &["--kernel", fifo]].concat(), 1, &words);
-    assert_ends(&[&receive[..], &["--kernel", kernel, "--initrd", fifo]].concat(), 1, &words);
+    assert_ends(&[&receive[..], &["--kernel", fifo]].concat(), 126, &words);
+    assert_ends(&[&receive[..], &["--kernel", kernel, "--initrd", fifo]].concat(), 126, &words);
 }

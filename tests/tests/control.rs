@@ -109,11 +109,38 @@ fn an_arriving_guest_cannot_be_commanded_yet() {
     let destination = ferry::receive().unwrap();
     let mut qmp = destination.vmm.qmp().unwrap();
     assert_eq!(qmp.run_state().unwrap(), "inmigrate");
-    for command in ["cont", "system_reset"] {
-        assert_eq!(qmp.refused(command, json!({})).unwrap().class, "GenericError", "{command}");
-    }
     let uri = json!({"uri": "tcp:127.0.0.1:1"});
-    assert_eq!(qmp.refused("migrate", uri).unwrap().class, "GenericError");
+    for (command, arguments) in [("system_reset", json!({})), ("migrate", uri)] {
+        assert_eq!(qmp.refused(command, arguments).unwrap().class, "GenericError", "{command}");
+    }
+}
+
+#[test]
+fn a_guest_that_is_stopped_while_it_arrives_arrives_paused() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    // As in QEMU: `stop` and `cont` say what the guest does once it is here, whatever `--paused` said.
+    for (options, told, arrives) in [
+        (&[][..], &["stop"][..], "paused"),
+        (&[], &["stop", "cont"], "running"),
+        (&["--paused"], &["cont"], "running"),
+    ] {
+        let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
+        source.wait_line("^HB ").unwrap();
+        let destination = ferry::receive_at("tcp:127.0.0.1:0", options).unwrap();
+        let mut qmp = destination.vmm.qmp().unwrap();
+        for command in told {
+            qmp.execute(command, json!({})).unwrap();
+        }
+        ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+        assert_eq!(qmp.run_state().unwrap(), arrives, "{options:?} {told:?}");
+        if arrives == "paused" {
+            let lines = destination.vmm.serial().count();
+            qmp.execute("cont", json!({})).unwrap();
+            destination.vmm.serial().wait_from(lines, "^HB ", SOON).unwrap();
+        }
+    }
 }
 
 #[test]

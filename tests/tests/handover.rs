@@ -142,7 +142,7 @@ fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
             assert_eq!(destination.qmp().unwrap().run_state().unwrap(), "inmigrate");
         } else {
             assert_eq!(destination.serial().text(), "");
-            assert_eq!(destination.process.exit_code(SOON).unwrap(), 1);
+            assert_eq!(destination.process.exit_code(SOON).unwrap(), 126);
         }
     }
 }
@@ -225,7 +225,7 @@ fn a_stalled_migration_can_be_cancelled() {
     assert_eq!(pair.qmp.wait_migration(&ENDS, SOON).unwrap(), "cancelled");
     assert!(asked.elapsed() < Duration::from_secs(3), "a cancel took {:?}", asked.elapsed());
     pair.destination.vmm.process.signal(libc::SIGCONT).unwrap();
-    assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+    assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 126);
     pair.check_stayed().unwrap();
 }
 
@@ -305,7 +305,7 @@ fn assert_locked(image: &std::path::Path) {
     let path = format!("path={}", image.display());
     let second = ["run", "--kernel", guest_images::KERNEL, "--disk", &path];
     let (code, text) = ferry::end_of(second).unwrap();
-    assert_eq!(code, 1, "{text}");
+    assert_eq!(code, 126, "{text}");
     assert!(text.contains("in use by another virtual machine"), "{text}");
 }
 

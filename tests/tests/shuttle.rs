@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::image::{self, Pattern, SmallFileSystem};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
 use ferry_tests::{disk, skip};
@@ -94,7 +95,7 @@ fn timeout_and_expect_are_the_shuttles_own() {
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
     assert!(vmm.serial().text().contains("HB n=9 "), "the log is complete");
     let mut vmm = shuttle(&Guest::new("work=hello", 64), &["--expect", "never said"]);
-    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1);
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 4);
     let mut vmm = shuttle(&Guest::new("work=hello code=7", 64), &[]);
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 15);
 }
@@ -129,6 +130,37 @@ fn a_guest_that_cannot_boot_is_reported_as_without_moves() {
     assert!(code == 2 && said.contains("--migrate-every"), "{said}");
     let arguments = ["run", "--kernel", "/dev/null", "--migrate-every", "1s"];
     let (code, said) = ferry::end_of(arguments).unwrap();
-    assert_eq!(code, 1, "{said}");
+    assert_eq!(code, 126, "{said}");
     assert!(said.contains("/dev/null is not a kernel"), "{said}");
+}
+
+#[test]
+fn moves_that_are_refused_leave_no_process_and_the_guests_end_is_still_heard() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let Some(_small) = SmallFileSystem::mount(folder.path(), 16 << 20) else {
+        return skip::skip("no right to mount a small file system");
+    };
+    let (path, filler) = (folder.path().join("root"), folder.path().join("filler"));
+    image::fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
+    disk::create(&path, 8 << 20).unwrap();
+    let mut guest = Guest::new("work=disk", 64).disk("root", &path);
+    // A guest that an error has stopped does not move.
+    guest.disks[0].push_str(",werror=enospc");
+    let mut vmm = ferry::run_with(&guest, &["--migrate-every", "50ms"]).unwrap();
+    for _ in 0..5 {
+        let said = vmm.process.err.count();
+        vmm.process.err.wait_from(said, "move [0-9]+ failed: ", SOON).unwrap();
+    }
+    // The guest's, one that waits for it, and one that is being killed.
+    let processes = children(vmm.process.id());
+    assert!(processes.len() <= 3, "{processes:?}");
+    std::fs::remove_file(&filler).unwrap();
+    vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
+    vmm.wait_line("^HB n=2 ").unwrap();
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    vmm.process.type_in("q").unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest's own code");
 }

@@ -5,6 +5,7 @@ use crate::config::{
     parse_duration, parse_rate,
 };
 use crate::disk_selection::DiskSelection;
+use crate::exit_code;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;
@@ -27,8 +28,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Boot a guest in the foreground
+    #[command(after_help = exit_code::HELP)]
     Run(Box<RunArgs>),
     /// Become the destination of a migration
+    #[command(after_help = exit_code::HELP)]
     Receive(Box<ReceiveArgs>),
     /// Move the guest behind a control socket to another ferry
     Migrate(MigrateArgs),

@@ -9,6 +9,7 @@ pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_r
 use crate::machine::description::check_rng;
 use devices::block::Format;
 use migration::transport::Address;
+use regex_lite::Regex;
 use serde::{Deserialize, Deserializer, de::Error};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -69,7 +70,7 @@ pub struct HostConfig {
     /// Exit after this long.
     pub timeout: Option<Duration>,
     /// Exit with success when serial output matches.
-    pub expect: Option<String>,
+    pub expect: Option<Regex>,
     /// Exit when the guest requests a reset.
     pub no_reboot: bool,
     /// Exit with the parent process.
@@ -313,15 +314,19 @@ impl HostOptions {
     /// Validates everything; adds every problem to `problems`.
     pub fn validate(self, problems: &mut Vec<String>) -> HostConfig {
         let timeout = duration("--timeout", self.timeout, problems);
-        if let Some(Err(error)) = self.expect.as_deref().map(regex_lite::Regex::new) {
-            problems.push(format!("--expect: {error}"));
-        }
+        let expect = self.expect.and_then(|pattern| match Regex::new(&pattern) {
+            Ok(pattern) => Some(pattern),
+            Err(error) => {
+                problems.push(format!("--expect: {error}"));
+                None
+            }
+        });
         HostConfig {
             // Documented default: stdio.
             serial: self.serial.unwrap_or_default(),
             qmp: self.qmp,
             timeout,
-            expect: self.expect,
+            expect,
             no_reboot: self.no_reboot,
             with_parent: self.with_parent,
         }

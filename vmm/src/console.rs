@@ -1,18 +1,19 @@
 //! The host side of COM1: output to a file, socket or terminal, and input from there. Opened by the
 //! supervisor.
 //!
-//! Output is buffered in a bounded [`Transmitter`] for the `console-out` thread ([`output`]); [`expect`]
+//! Output is buffered in a bounded [`Transmitter`] for the `console-out` thread ([`output`]); [`watch`]
 //! sees it as the guest writes it. The `io` thread reads input and pauses while the guest's FIFO is full.
 //! On a terminal, Ctrl-A x ends the VMM, as in QEMU; dropping the console restores the terminal's mode.
 
 mod expect;
 mod output;
+mod watch;
 
 use crate::config::SerialConfig;
-use crate::supervisor::exit_code;
+use crate::exit_code::{self, Exit};
 use devices::lock;
 use devices::serial::SerialConsole;
-use devices::transmitter::{Observer, Transmitter};
+use devices::transmitter::Transmitter;
 use expect::Expect;
 use migration::transport::unix::{ListenError, SocketFile, listen_unix};
 use output::{Clients, Output, Sink};
@@ -22,13 +23,18 @@ use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::terminal::Terminal;
+use watch::Watch;
 
 const ESCAPE: u8 = 1; // Ctrl-A
+/// How long a closing console waits for its `io` thread. It waits itself only while it passes input on.
+const JOIN_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A console that cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -65,11 +71,12 @@ pub type ConsoleSink = Arc<dyn Fn(ConsoleEvent) + Send + Sync>;
 /// An open console. It outlives the machines that are attached to it in turn.
 pub struct Console {
     transmitter: Arc<Transmitter>,
-    expect: Option<Arc<Mutex<Expect>>>,
+    watch: Arc<Mutex<Watch>>,
     /// Dropped, and so closed, before input: no need to wait for a client that is leaving.
     output: Option<Output>,
     attached: Arc<Attached>,
-    thread: Option<JoinHandle<()>>,
+    /// The `io` thread, and a channel that closes when it ends.
+    thread: Option<(JoinHandle<()>, Receiver<()>)>,
     raw_terminal: bool,
     /// Removed when the console is dropped.
     _socket: Option<SocketFile>,
@@ -139,11 +146,10 @@ impl Console {
             }
         };
         let expect = expect.map(|pattern| Expect::new(pattern, tell.clone()));
-        let expect = expect.map(|expect| Arc::new(Mutex::new(expect)));
-        let observer = expect
-            .clone()
-            .map(|expect| -> Observer { Box::new(move |bytes| lock(&expect).look(bytes)) });
-        let transmitter = Arc::new(Transmitter::new(observer).map_err(ConsoleError::Start)?);
+        let watch = Arc::new(Mutex::new(Watch::new(expect)));
+        let watching = watch.clone();
+        let observer = Box::new(move |bytes: &[u8]| lock(&watching).look(bytes));
+        let transmitter = Arc::new(Transmitter::new(Some(observer)).map_err(ConsoleError::Start)?);
         let output = match config {
             SerialConfig::Null => Output::discard(transmitter.clone()),
             _ => Output::start(transmitter.clone(), sink).map_err(ConsoleError::Start)?,
@@ -151,7 +157,7 @@ impl Console {
         let clients = output.clients();
         let mut console = Self {
             transmitter,
-            expect,
+            watch,
             output: Some(output),
             attached: Arc::new(Attached {
                 input: Mutex::new(None),
@@ -177,13 +183,15 @@ impl Console {
                 tell,
                 input_ended: false,
             };
+            let (ending, ended) = channel::<()>();
             let run = move || {
                 if let Err(error) = reader.run() {
                     log::error!("serial input ends: {error}");
                 }
+                drop(ending);
             };
             let thread = std::thread::Builder::new().name("io".into()).stack_size(256 << 10);
-            console.thread = Some(thread.spawn(run).map_err(ConsoleError::Start)?);
+            console.thread = Some((thread.spawn(run).map_err(ConsoleError::Start)?, ended));
         }
         Ok(console)
     }
@@ -206,13 +214,17 @@ impl Console {
         let _ = self.attached.changed.write(1);
     }
 
-    /// The exit code for a guest that ended with `code`: a failure if `--expect` never matched.
-    pub fn code_unless_expecting(&self, code: u8) -> u8 {
-        if self.expect.as_ref().is_none_or(|expect| lock(expect).has_matched()) {
-            return code;
+    /// The end of a guest that has ended, or was told to: a failure if `--expect` has not matched.
+    pub fn unless_expecting(&self, exit: Exit) -> Exit {
+        if !lock(&self.watch).still_expects() {
+            return exit;
         }
-        eprintln!("ferry: the guest has ended and --expect never matched");
-        exit_code::GUEST_FAILED
+        Exit::new(exit_code::UNMATCHED, format!("--expect never matched; {}", exit.why))
+    }
+
+    /// What the guest wrote last, in words.
+    pub fn last_output(&self) -> String {
+        lock(&self.watch).last_output()
     }
 }
 
@@ -221,10 +233,13 @@ impl Drop for Console {
         self.output = None;
         self.attached.closing.store(true, std::sync::atomic::Ordering::Release);
         let _ = self.attached.changed.write(1);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the io thread panicked");
+        if let Some((thread, ended)) = self.thread.take() {
+            // Nothing is ever sent: the channel closes with the thread.
+            if ended.recv_timeout(JOIN_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                log::warn!("serial input: the guest's process does not take it");
+            } else if thread.join().is_err() {
+                log::error!("the io thread panicked");
+            }
         }
         if self.raw_terminal {
             let _ = io::stdin().lock().set_canon_mode();
@@ -258,17 +273,17 @@ impl Reader {
                 attached.as_ref().and_then(|input| lock(input).room_event().try_clone().ok());
             let source = self.source();
             let epoll = Epoll::new()?;
-            let watch = |fd: RawFd| {
+            let watch = |fd: RawFd, interest: EventSet| {
                 let data =
                     u64::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))
+                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(interest, data))
             };
-            watch(self.attached.changed.as_raw_fd())?;
+            watch(self.attached.changed.as_raw_fd(), EventSet::IN)?;
             if let Some(room) = &room {
-                watch(room.as_raw_fd())?;
+                watch(room.as_raw_fd(), EventSet::IN)?;
             }
-            if let Some(fd) = source
-                && let Err(error) = watch(fd)
+            if let Some((fd, interest)) = source
+                && let Err(error) = watch(fd, interest)
             {
                 // A regular file as standard input is always ready, and epoll refuses it.
                 if error.raw_os_error() != Some(libc::EPERM) {
@@ -295,20 +310,25 @@ impl Reader {
         }
     }
 
-    /// The descriptor to poll for input; none while the guest has not taken the last input.
-    fn source(&self) -> Option<RawFd> {
-        if !self.pending.is_empty() {
-            return None;
-        }
+    /// The descriptor to poll. While the guest has not taken the last input, no more is read, but a client
+    /// that leaves makes room for the next one.
+    fn source(&self) -> Option<(RawFd, EventSet)> {
+        let taken = self.pending.is_empty();
         match (&self.client, &self.input) {
-            (Some(client), _) => Some(client.as_raw_fd()),
-            (None, Input::Listener(listener)) => Some(listener.as_raw_fd()),
-            (None, Input::Stdin(stdin)) if !self.input_ended => Some(stdin.as_raw_fd()),
+            (Some(client), _) if taken => Some((client.as_raw_fd(), EventSet::IN)),
+            (Some(client), _) => Some((client.as_raw_fd(), EventSet::HANG_UP)),
+            (None, Input::Listener(listener)) => Some((listener.as_raw_fd(), EventSet::IN)),
+            (None, Input::Stdin(stdin)) if !self.input_ended && taken => {
+                Some((stdin.as_raw_fd(), EventSet::IN))
+            }
             (None, _) => None,
         }
     }
 
     fn read_source(&mut self) {
+        if !self.pending.is_empty() && self.client.take().is_some() {
+            return self.clients.clear();
+        }
         let mut buffer = [0u8; 256];
         let result = match (&mut self.client, &mut self.input) {
             (Some(client), _) => client.read(&mut buffer),
@@ -357,7 +377,9 @@ impl Reader {
         if self.pending.is_empty() {
             return;
         }
-        if let Some(input) = lock(&self.attached.input).clone() {
+        // Not locked while the input is passed on, which may take long.
+        let attached = lock(&self.attached.input).clone();
+        if let Some(input) = attached {
             let taken = lock(&input).enqueue(&self.pending);
             self.pending.drain(..taken.min(self.pending.len()));
         }

@@ -1,8 +1,8 @@
 //! `ferry doctor`: checks this host's KVM, one line per check, with advice.
 
 use crate::error::chain;
+use crate::exit_code;
 use crate::kvm::{Host, REQUIRED};
-use crate::supervisor::exit_code;
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::Cap;
 use std::path::Path;
@@ -24,13 +24,13 @@ fn line(verdict: Verdict, what: &str, detail: &str) -> String {
     format!("{mark}  {what}: {detail}")
 }
 
-/// Prints all checks; returns 0 if a guest can run here, 3 if not.
+/// Prints all checks; returns 0 if a guest can run here, 126 if not.
 pub fn run() -> u8 {
     let host = match Host::open() {
         Ok(host) => host,
         Err(error) => {
             println!("{}", line(Verdict::Fatal, "KVM", &chain(&error)));
-            return exit_code::HOST;
+            return exit_code::CANNOT_RUN;
         }
     };
     println!("{}", line(Verdict::Fine, "KVM", "/dev/kvm opens, API version 12"));

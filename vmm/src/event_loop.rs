@@ -2,6 +2,7 @@
 //! Its [`Handler`] is the supervisor, which owns a machine, or the shuttle, which owns child processes.
 
 use crate::control::{ClientId, ControlError, ControlServer, Event, Incoming, QmpResult};
+use crate::exit_code::Exit;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::cell::RefCell;
@@ -87,7 +88,7 @@ pub struct EventLoop<M> {
     timeout: Option<TimerFd>,
     alarm: TimerFd,
     clients: Vec<(ClientId, RawFd, bool)>,
-    exit: Option<u8>,
+    exit: Option<Exit>,
 }
 
 impl<M> EventLoop<M> {
@@ -133,9 +134,9 @@ impl<M> EventLoop<M> {
         }
     }
 
-    /// Ends the loop with `code`, unless it is ending already.
-    pub fn end(&mut self, code: u8) {
-        self.exit.get_or_insert(code);
+    /// Ends the loop, unless it is ending already.
+    pub fn end(&mut self, exit: Exit) {
+        self.exit.get_or_insert(exit);
     }
 
     fn read_mail(&self) -> Option<M> {
@@ -206,17 +207,17 @@ fn timer(duration: Duration) -> io::Result<TimerFd> {
     Ok(timer)
 }
 
-/// Runs the event loop until the handler ends it; returns the exit code.
-pub fn serve<C: Handler + 'static>(handler: C) -> Result<u8, EventLoopError> {
+/// Runs the event loop until the handler ends it.
+pub fn serve<C: Handler + 'static>(handler: C) -> Result<Exit, EventLoopError> {
     let failed = |error: event_manager::Error| EventLoopError::Start(io::Error::other(error));
     let mut manager = EventManager::new().map_err(failed)?;
     let subscriber = Rc::new(RefCell::new(Subscriber(handler)));
     manager.add_subscriber(subscriber.clone());
     loop {
-        let exit = subscriber.borrow_mut().0.event_loop().exit;
-        if let Some(code) = exit {
+        let exit = subscriber.borrow_mut().0.event_loop().exit.take();
+        if let Some(exit) = exit {
             subscriber.borrow_mut().0.shut_down();
-            return Ok(code);
+            return Ok(exit);
         }
         manager.run().map_err(failed)?;
     }
@@ -258,7 +259,11 @@ impl<C: Handler> MutEventSubscriber for Subscriber<C> {
                 let _ = (&handler.event_loop().signals).read(&mut [0; 16]);
                 handler.on_signal();
             }
-            TOKEN_TIMEOUT => handler.on_timeout(),
+            TOKEN_TIMEOUT => {
+                // Clears the expiry, so that the timer is not readable any more.
+                let _ = handler.event_loop().timeout.as_mut().map(TimerFd::wait);
+                handler.on_timeout();
+            }
             TOKEN_ALARM => {
                 // Clears the expiry, so that the timer is not readable any more.
                 let _ = handler.event_loop().alarm.wait();

@@ -16,6 +16,7 @@ pub mod disk_selection;
 pub mod doctor;
 pub mod error;
 pub mod event_loop;
+pub mod exit_code;
 pub mod footprint;
 pub mod images;
 pub mod kvm;

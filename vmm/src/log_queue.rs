@@ -1,9 +1,10 @@
-//! Asynchronous logging: a bounded queue and a thread that writes to standard error, so that a vCPU that
-//! logs never blocks on a stalled reader.
+//! Asynchronous messages: a bounded queue and a thread that writes to standard error, so that neither a
+//! vCPU that logs nor the main thread blocks on a stalled reader.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Capacity in bytes. Lines beyond it are counted and dropped.
@@ -28,19 +29,34 @@ struct State {
     has_thread: bool,
 }
 
-impl LogQueue {
-    /// A queue in front of standard error.
-    pub fn new() -> Self {
-        Self::default()
-    }
+/// The process's queue in front of standard error.
+pub fn stderr() -> &'static LogQueue {
+    static STDERR: LazyLock<LogQueue> = LazyLock::new(LogQueue::default);
+    &STDERR
+}
 
+/// Tells the user something, whatever the log level.
+pub fn say(text: impl Display) {
+    say_line(&format!("ferry: {text}"));
+}
+
+/// The same, without the program's name.
+pub fn say_line(line: &str) {
+    stderr().push(format!("{line}\n").as_bytes(), &open_stderr);
+}
+
+fn open_stderr() -> Box<dyn Write + Send> {
+    Box::new(io::stderr())
+}
+
+impl LogQueue {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The logger's target: one line per write.
     pub fn writer(&self) -> impl Write + Send + 'static {
-        Writer { queue: self.clone(), open: Box::new(|| Box::new(io::stderr())) }
+        Writer { queue: self.clone(), open: Box::new(open_stderr) }
     }
 
     /// Waits until all lines are written, at most for `limit`.
@@ -126,7 +142,7 @@ mod tests {
 
     fn to_pipe() -> (LogQueue, Writer, PipeReader) {
         let (reader, writer) = io::pipe().unwrap();
-        let queue = LogQueue::new();
+        let queue = LogQueue::default();
         let open = move || -> Box<dyn Write + Send> { Box::new(writer.try_clone().unwrap()) };
         (queue.clone(), Writer { queue, open: Box::new(open) }, reader)
     }

@@ -4,22 +4,27 @@ use clap::Parser;
 use std::process::ExitCode;
 use std::time::Duration;
 use vmm::cli::{Cli, Command};
-use vmm::log_queue::LogQueue;
+use vmm::error::chain;
+use vmm::exit_code::{self, Exit};
+use vmm::log_queue::{self, say, say_line};
 use vmm::shuttle;
-use vmm::supervisor::{self, SetupError, exit_code};
+use vmm::supervisor::{self, SetupError};
 
 /// How long the process waits at its end for the log to be written.
 const LOG_PATIENCE: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     vmm::footprint::use_one_heap();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(text) => return no_command(&text),
+    };
     let level = match cli.verbose {
         0 => log::LevelFilter::Warn,
         1 => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
     };
-    let log_queue = LogQueue::new();
+    let log_queue = log_queue::stderr();
     let target = env_logger::Target::Pipe(Box::new(log_queue.writer()));
     env_logger::Builder::new().filter_level(level).parse_default_env().target(target).init();
     let code = match cli.command {
@@ -36,20 +41,29 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<u8, SetupError>) -> u8 {
-    match config.map(run) {
-        Err(problems) => {
-            for problem in problems {
-                eprintln!("ferry: {problem}");
-            }
-            exit_code::USAGE
-        }
-        Ok(Ok(code)) => code,
-        Ok(Err(error)) => {
-            eprintln!("ferry: {}", vmm::error::chain(&error));
-            error.exit_code()
-        }
+/// Help, the version or a usage error.
+fn no_command(text: &clap::Error) -> ExitCode {
+    // Nothing else can be done if it cannot be written.
+    let _ = text.print();
+    if !text.use_stderr() {
+        return ExitCode::SUCCESS;
     }
+    eprintln!("{}", Exit::new(exit_code::USAGE, "usage"));
+    ExitCode::from(exit_code::USAGE)
+}
+
+/// Runs a guest; the last line on standard error says how that ended.
+fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<Exit, SetupError>) -> u8 {
+    let exit = match config.map(run) {
+        Err(problems) => {
+            problems.iter().for_each(say);
+            Exit::new(exit_code::USAGE, "the options above cannot be used")
+        }
+        Ok(Ok(exit)) => exit,
+        Ok(Err(error)) => Exit::new(exit_code::CANNOT_RUN, chain(&error)),
+    };
+    say_line(&exit.to_string());
+    exit.code
 }
 
 /// The progress bar's estimate is the only caller of libm. With our own `pow` the linker leaves libm out,

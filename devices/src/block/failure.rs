@@ -36,6 +36,18 @@ impl FromStr for OnError {
     }
 }
 
+impl OnError {
+    /// As it is given in options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Report => "report",
+            Self::Ignore => "ignore",
+            Self::Stop => "stop",
+            Self::Enospc => "enospc",
+        }
+    }
+}
+
 /// The policy for reads and for writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ErrorPolicy {

@@ -3,7 +3,7 @@
 use super::{ClientError, QmpClient};
 use crate::cli::CtlArgs;
 use crate::error::chain;
-use crate::supervisor::exit_code;
+use crate::exit_code;
 use serde_json::{Value, json};
 
 /// Sends the command; returns the exit code.
@@ -26,7 +26,7 @@ pub fn run(args: &CtlArgs) -> u8 {
         Err(ClientError::Lost(_)) if command == "quit" => exit_code::OK,
         Err(error) => {
             eprintln!("ferry: {}", chain(&error));
-            exit_code::GUEST_FAILED
+            exit_code::COMMAND_FAILED
         }
     }
 }

@@ -4,6 +4,7 @@ use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
 use crate::disk_selection::DiskMode;
 use crate::error::chain;
+use crate::exit_code;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
@@ -12,8 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-const MOVED: u8 = 0;
-const FAILED: u8 = 1;
+const MOVED: u8 = exit_code::OK;
+const FAILED: u8 = exit_code::COMMAND_FAILED;
+/// The answer to the handover was lost.
 const UNKNOWN: u8 = 4;
 /// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(20);

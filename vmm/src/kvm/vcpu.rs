@@ -6,8 +6,10 @@
 //! after that check brings its own kick.
 
 use super::{KvmError, ioctl};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::cell::Cell;
+use std::fmt;
 use std::ptr;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -68,12 +70,74 @@ pub enum Exit {
     },
     /// Kicked, or interrupted for another reason.
     Interrupted,
-    /// The guest triple-faulted.
-    TripleFault,
-    /// KVM cannot continue; see [`Vcpu::internal_error`].
-    InternalError,
+    /// The guest did something that no CPU can go on from.
+    Crashed(String),
     /// KVM cannot continue, for the given reason.
     Failed(String),
+}
+
+/// The registers that tell where a guest is.
+#[derive(Debug, Clone)]
+pub struct Registers {
+    index: u8,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+}
+
+impl Registers {
+    /// The vCPU and its RIP.
+    pub fn place(&self) -> String {
+        let (cs, rip) = (self.sregs.cs, self.regs.rip);
+        // KVM on AMD resets a vCPU at a triple fault: what it shows then is where CPUs start.
+        let is_reset = cs.base == 0xffff_0000 && rip == 0xfff0;
+        let note = if is_reset { ", where KVM has reset it" } else { "" };
+        format!("vCPU {} at rip {rip:#x}{note}", self.index)
+    }
+}
+
+impl fmt::Display for Registers {
+    /// All of them, several to a line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (r, s) = (&self.regs, &self.sregs);
+        let general = [
+            ("rax", r.rax),
+            ("rbx", r.rbx),
+            ("rcx", r.rcx),
+            ("rdx", r.rdx),
+            ("rsi", r.rsi),
+            ("rdi", r.rdi),
+            ("rbp", r.rbp),
+            ("rsp", r.rsp),
+            ("r8", r.r8),
+            ("r9", r.r9),
+            ("r10", r.r10),
+            ("r11", r.r11),
+            ("r12", r.r12),
+            ("r13", r.r13),
+            ("r14", r.r14),
+            ("r15", r.r15),
+            ("rip", r.rip),
+            ("rflags", r.rflags),
+            ("cr0", s.cr0),
+            ("cr2", s.cr2),
+            ("cr3", s.cr3),
+            ("cr4", s.cr4),
+            ("efer", s.efer),
+        ];
+        write!(f, "vCPU {}:", self.index)?;
+        for (number, (name, value)) in general.iter().enumerate() {
+            let separator = if number % 4 == 0 { "\n  " } else { " " };
+            write!(f, "{separator}{name:>6}={value:016x}")?;
+        }
+        for (name, segment) in [("cs", s.cs), ("ss", s.ss), ("ds", s.ds), ("tr", s.tr)] {
+            let kvm_segment { selector, base, limit, .. } = segment;
+            write!(f, "\n  {name:>6}={selector:04x} base={base:016x} limit={limit:08x}")?;
+        }
+        for (name, table) in [("gdt", s.gdt), ("idt", s.idt)] {
+            write!(f, "\n  {name:>6}={:016x} limit={:04x}", table.base, table.limit)?;
+        }
+        Ok(())
+    }
 }
 
 /// One vCPU, owned by its thread.
@@ -118,10 +182,10 @@ impl Vcpu {
             Ok(VcpuExit::MmioRead(address, _)) => Exit::Mmio { address, write: false },
             Ok(VcpuExit::MmioWrite(address, _)) => Exit::Mmio { address, write: true },
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => Exit::Interrupted,
-            Ok(VcpuExit::Shutdown) => Exit::TripleFault,
-            Ok(VcpuExit::InternalError) => Exit::InternalError,
+            Ok(VcpuExit::Shutdown) => Exit::Crashed("triple fault".to_owned()),
+            Ok(VcpuExit::InternalError) => Exit::Crashed(self.internal_error()),
             Ok(VcpuExit::FailEntry(reason, _)) => {
-                Exit::Failed(format!("KVM refused to enter the guest (reason {reason:#x})"))
+                Exit::Crashed(format!("KVM refused to enter the guest (reason {reason:#x})"))
             }
             Ok(other) => Exit::Failed(format!("unexpected exit {other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,
@@ -164,8 +228,8 @@ impl Vcpu {
         self.acknowledge_kick();
     }
 
-    /// Describes the last [`Exit::InternalError`].
-    pub fn internal_error(&mut self) -> String {
+    /// Describes the last KVM_EXIT_INTERNAL_ERROR.
+    fn internal_error(&mut self) -> String {
         let run = self.fd.get_kvm_run();
         // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, which selects this union member.
         let error = unsafe { run.__bindgen_anon_1.internal };
@@ -174,8 +238,14 @@ impl Vcpu {
             kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "KVM cannot deliver an event",
             _ => "KVM internal error",
         };
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        format!("{what} (suberror {}) at rip {rip:#x}", error.suberror)
+        format!("{what} (suberror {})", error.suberror)
+    }
+
+    /// Where the guest is.
+    pub fn registers(&self) -> Result<Registers, KvmError> {
+        let regs = ioctl("KVM_GET_REGS", self.fd.get_regs())?;
+        let sregs = ioctl("KVM_GET_SREGS", self.fd.get_sregs())?;
+        Ok(Registers { index: self.index, regs, sregs })
     }
 
     /// Tells the guest's kvmclock that it was paused, so that watchdogs do not fire.

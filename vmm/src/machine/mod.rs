@@ -249,6 +249,11 @@ impl Machine {
         (drains, !matches!(parked, Err(VcpusError::Stuck { .. })))
     }
 
+    /// Where each vCPU of a stopped guest is, in words, of those that answer by `deadline`.
+    pub fn locate(&self, deadline: Instant) -> Vec<String> {
+        self.vcpus.locate(deadline)
+    }
+
     /// Sends as much serial output as the reader takes without blocking, so that a log is complete. For a
     /// stopped guest that stays here.
     pub fn flush_output(&self) {

@@ -3,7 +3,7 @@
 //! ```text
 //!            Run                       Park, guest ended
 //!  parked ───────────▶ in KVM_RUN ───────────────────────▶ parked
-//!    │ Save, Restore, Configure: answered while parked only
+//!    │ Save, Restore, Locate: answered while parked only
 //! ```
 //! A throttled vCPU sometimes sleeps on its mailbox before it enters the guest: see [`throttle`]. Commands
 //! come through a channel; one that must interrupt `KVM_RUN` is followed by a kick. All threads are told
@@ -28,8 +28,8 @@ const PARK_LIMIT: Duration = Duration::from_secs(5);
 /// Why a vCPU stopped by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VcpuEnd {
-    /// The guest triple-faulted.
-    TripleFault,
+    /// The guest crashed: why, and where.
+    Crashed(String),
     /// KVM cannot continue; the text names the vCPU and the reason.
     Failed(String),
 }
@@ -55,6 +55,8 @@ enum Command {
     Run,
     Park(Sender<()>),
     NotifyClockPaused,
+    /// Asks where the guest is, in words.
+    Locate(Sender<String>),
     Save(Reply<VcpuState>),
     Restore(Box<VcpuState>, Option<u64>, Reply<()>),
 }
@@ -132,6 +134,17 @@ impl Vcpus {
     pub fn throttle(&self, percent: u8) {
         self.throttle.set(percent);
         self.threads.iter().filter_map(|vcpu| vcpu.thread.as_ref()).for_each(kick);
+    }
+
+    /// Where each vCPU is, in words, of those that answer by `deadline`. They must be parked.
+    pub fn locate(&self, deadline: Instant) -> Vec<String> {
+        let ask = |thread: &VcpuThread| {
+            let (reply, answer) = channel();
+            thread.commands.send(Command::Locate(reply)).is_ok().then_some(answer)
+        };
+        let answers: Vec<_> = self.threads.iter().filter_map(ask).collect();
+        let left = || deadline.saturating_duration_since(Instant::now());
+        answers.into_iter().filter_map(|answer| answer.recv_timeout(left()).ok()).collect()
     }
 
     /// Checks that every vCPU's thread is alive: otherwise only a part of the guest would run.
@@ -298,6 +311,7 @@ impl VcpuLoop {
                 // Ignore a reply whose receiver is gone.
                 Command::Park(done) => drop(done.send(())),
                 Command::NotifyClockPaused => self.vcpu.notify_clock_paused(),
+                Command::Locate(reply) => drop(reply.send(self.place())),
                 Command::Save(reply) => {
                     drop(reply.send(VcpuState::save(&self.vcpu, &self.context.layout)));
                 }
@@ -375,9 +389,8 @@ impl VcpuLoop {
                 After::Continue
             }
             Exit::Interrupted => After::Look,
-            Exit::TripleFault => After::Ended(Some(VcpuEnd::TripleFault)),
+            Exit::Crashed(reason) => After::Ended(Some(VcpuEnd::Crashed(reason))),
             Exit::Failed(reason) => After::Ended(Some(VcpuEnd::Failed(reason))),
-            Exit::InternalError => After::Ended(Some(VcpuEnd::Failed(self.vcpu.internal_error()))),
         }
     }
 
@@ -388,8 +401,19 @@ impl VcpuLoop {
                 VcpuEnd::Failed(why) => {
                     VcpuEnd::Failed(format!("vCPU {}: {why}", self.vcpu.index()))
                 }
-                end => end,
+                VcpuEnd::Crashed(why) => VcpuEnd::Crashed(format!("{why}, {}", self.place())),
             });
+        }
+    }
+
+    /// Where the guest is, in words; logs all registers.
+    fn place(&self) -> String {
+        match self.vcpu.registers() {
+            Ok(registers) => {
+                log::info!("{registers}");
+                registers.place()
+            }
+            Err(error) => format!("vCPU {} at an unknown place: {error}", self.vcpu.index()),
         }
     }
 }

@@ -4,29 +4,42 @@ use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
 use crate::config::RunConfig;
 use crate::console::ConsoleInput;
+use crate::control::Incoming;
 use crate::event_loop::Mailbox;
-use crate::supervisor::exit_code;
+use crate::exit_code::{self, Exit};
+use crate::log_queue::say_line;
 use devices::block::raw::Cache;
 use devices::transmitter::Transmitter;
-use serde_json::json;
-use std::cell::Cell;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::{Value, json};
+use std::cell::RefCell;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a child may take to become ready.
 const START_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the last line of a child that has ended may take to arrive.
+const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The connections to a child.
 pub(super) struct Connection {
-    /// For requests.
-    pub client: QmpClient,
+    /// Requests for the `ask` thread, which posts [`Message::Answered`].
+    requests: Sender<Box<Incoming>>,
     /// For the guest's input.
     pub input: Arc<Mutex<Input>>,
+}
+
+impl Connection {
+    /// Forwards a request; returns it if the child is gone.
+    pub fn ask(&self, request: Box<Incoming>) -> Result<(), Box<Incoming>> {
+        self.requests.send(request).map_err(|error| error.0)
+    }
 }
 
 /// A child process.
@@ -37,9 +50,10 @@ pub(super) struct Child {
     output: Option<ChildStdout>,
     /// Signalled by its first line on standard error, or its end.
     first_line: Option<Receiver<()>>,
-    ended: Receiver<u8>,
+    ended: Receiver<Exit>,
     /// Receives from the field above.
-    code: Cell<Option<u8>>,
+    exit: RefCell<Option<Exit>>,
+    process: OwnedFd,
 }
 
 impl Child {
@@ -81,7 +95,11 @@ impl Child {
                 Cache::Writeback => "writeback",
                 Cache::None => "none",
             };
-            command.arg("--disk").arg(format!("{id}={},cache={cache}", disk.path.display()));
+            let (on_read, on_write) = (disk.errors.on_read.name(), disk.errors.on_write.name());
+            command.arg("--disk").arg(format!(
+                "{id}={},cache={cache},rerror={on_read},werror={on_write}",
+                disk.path.display()
+            ));
         }
         Self::start(id, command, config, folder, mailbox)
     }
@@ -101,21 +119,42 @@ impl Child {
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn()?;
+        let pid = Pid::from_child(&process);
+        // Not reaped yet, so the id is still its own.
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
         let missing = || io::Error::other("a child process without pipes");
         let errors = process.stderr.take().ok_or_else(missing)?;
         let output = process.stdout.take();
         let (ending, ended) = channel();
         let to_us = mailbox.clone();
-        thread("wait", move || {
-            let code = process.wait().ok().and_then(|status| status.code());
-            // Killed by a signal: the guest is gone, too.
-            let code = code.and_then(|code| u8::try_from(code).ok());
-            let code = code.unwrap_or(exit_code::GUEST_FAILED);
-            let _ = ending.send(code);
-            to_us.post(Message::Ended(id, code));
-        })?;
         let (telling, first_line) = channel();
-        thread("errors", move || pass_errors(errors, &telling))?;
+        let (last_telling, last_line) = channel();
+        thread("errors", move || {
+            // Fails if nobody waits for it any more.
+            let _ = last_telling.send(pass_errors(errors, &telling));
+        })?;
+        thread("wait", move || {
+            let status = process.wait();
+            let said = last_line.recv_timeout(LAST_LINE_PATIENCE).ok().flatten();
+            let exit = match status {
+                Ok(status) => {
+                    match (status.code().and_then(|code| u8::try_from(code).ok()), said) {
+                        (Some(code), Some(exit)) if exit.code == code => exit,
+                        // Killed by a signal: the guest is gone, too.
+                        _ => Exit::new(
+                            exit_code::CANNOT_RUN,
+                            format!("the process that ran the guest has ended: {status}"),
+                        ),
+                    }
+                }
+                Err(error) => Exit::new(
+                    exit_code::CANNOT_RUN,
+                    format!("the process that ran the guest is lost: {error}"),
+                ),
+            };
+            let _ = ending.send(exit.clone());
+            to_us.post(Message::Ended(id, exit));
+        })?;
         let address = address(folder, id);
         Ok(Self {
             id,
@@ -124,7 +163,8 @@ impl Child {
             output,
             first_line: Some(first_line),
             ended,
-            code: Cell::new(None),
+            exit: RefCell::new(None),
+            process: pidfd,
         })
     }
 
@@ -161,7 +201,7 @@ impl Child {
     pub fn connect(&self, mailbox: &Mailbox<Message>) -> Result<Connection, ClientError> {
         let mut listener = self.first_client()?;
         let path = self.control.to_string_lossy();
-        let client = QmpClient::connect(&path)?;
+        let mut client = QmpClient::connect(&path)?;
         let input = Input::new(QmpClient::connect(&path)?).map_err(ClientError::Lost)?;
         let (id, to_us) = (self.id, mailbox.clone());
         let started = thread("events", move || {
@@ -170,15 +210,26 @@ impl Child {
             }
         });
         started.map_err(ClientError::Lost)?;
-        Ok(Connection { client, input: Arc::new(Mutex::new(input)) })
+        let (requests, asked) = channel::<Box<Incoming>>();
+        let to_us = mailbox.clone();
+        let started = thread("ask", move || {
+            for request in asked {
+                let arguments = Value::Object(request.request.arguments.clone());
+                let result = client.execute(&request.request.execute, arguments);
+                to_us.post(Message::Answered(id, request, result));
+            }
+        });
+        started.map_err(ClientError::Lost)?;
+        Ok(Connection { requests, input: Arc::new(Mutex::new(input)) })
     }
 
-    /// `ferry run` prints nothing when it listens: poll until it answers or has ended.
+    /// `ferry run` prints nothing when it listens: poll until it answers, has ended or takes too long.
     fn first_client(&self) -> Result<QmpClient, ClientError> {
         let path = self.control.to_string_lossy();
+        let deadline = Instant::now() + START_PATIENCE;
         loop {
             match QmpClient::connect(&path) {
-                Err(ClientError::Connect { .. }) => {}
+                Err(ClientError::Connect { .. }) if Instant::now() < deadline => {}
                 result => return result,
             }
             if self.ended_within(Duration::from_millis(1)).is_some() {
@@ -187,12 +238,28 @@ impl Child {
         }
     }
 
-    /// Waits for its end; posts its exit code.
-    pub fn ended_within(&self, patience: Duration) -> Option<u8> {
-        if self.code.get().is_none() {
-            self.code.set(self.ended.recv_timeout(patience).ok());
+    /// Waits for its end; returns how it ended.
+    pub fn ended_within(&self, patience: Duration) -> Option<Exit> {
+        let mut exit = self.exit.borrow_mut();
+        if exit.is_none() {
+            *exit = self.ended.recv_timeout(patience).ok();
         }
-        self.code.get()
+        exit.clone()
+    }
+
+    /// Tells it to quit and lets it flush its disks. If it takes too long, it dies with this process.
+    pub fn quit(&self, patience: Duration) {
+        let client = QmpClient::connect_with(&self.control.to_string_lossy(), patience);
+        // Fails if it has just ended.
+        if client.is_ok_and(|mut client| client.execute("quit", json!({})).is_ok()) {
+            self.ended_within(patience);
+        }
+    }
+
+    /// Kills it: it has no guest, and would wait for one for ever.
+    pub fn kill(&self) {
+        // Fails if it has ended by itself.
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
     }
 }
 
@@ -212,15 +279,19 @@ fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     builder.spawn(work).map(drop)
 }
 
-/// Forwards a child's messages, except that it listens.
-fn pass_errors(errors: ChildStderr, first: &Sender<()>) {
+/// Forwards a child's messages, except that it listens, and how it ended, which it returns.
+fn pass_errors(errors: ChildStderr, first: &Sender<()>) -> Option<Exit> {
+    let mut exit = None;
     for line in BufReader::new(errors).lines().map_while(Result::ok) {
         if line.starts_with("ferry: listening on ") {
             let _ = first.send(());
+        } else if let Some(last) = Exit::parse(&line) {
+            exit = Some(last);
         } else {
-            eprintln!("{line}");
+            say_line(&line);
         }
     }
+    exit
 }
 
 /// Forwards input over the control socket, whose reply tells how much the guest's serial port has taken.

@@ -30,11 +30,12 @@ pub(super) enum HopError {
 pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<Message>) {
     let control = from.control().to_string_lossy().into_owned();
     let uri = format!("unix:{}", to.address().display());
+    let target = to.control().to_string_lossy().into_owned();
     let (wait_until_ready, answer) = (to.take_readiness(), mailbox.clone());
     let builder = std::thread::Builder::new().name("hop".into()).stack_size(256 << 10);
     let spawned = builder.spawn(move || {
         wait_until_ready();
-        answer.post(Message::Hopped(id, hop(&control, &uri)));
+        answer.post(Message::Hopped(id, hop(&control, &uri, &target)));
     });
     if let Err(error) = spawned {
         mailbox.post(Message::Hopped(id, Err(HopError::Start(error))));
@@ -42,9 +43,24 @@ pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<
 }
 
 /// Migrates; returns how long the guest was stopped, if the source reported it.
-fn hop(control: &str, uri: &str) -> Result<Option<Duration>, HopError> {
+fn hop(control: &str, uri: &str, target: &str) -> Result<Option<Duration>, HopError> {
     let mut source = QmpClient::connect(control)?;
     source.execute("migrate", json!({"uri": uri}))?;
+    match follow(&mut source) {
+        // The source's process has ended or hangs: the destination's knows whether the guest is there.
+        Err(HopError::Client(_)) if has_arrived(target) => Ok(None),
+        result => result,
+    }
+}
+
+fn has_arrived(target: &str) -> bool {
+    let status =
+        QmpClient::connect(target).and_then(|mut target| target.execute("query-status", json!({})));
+    status.is_ok_and(|status| status["status"] != "inmigrate")
+}
+
+/// Waits for the end of the migration.
+fn follow(source: &mut QmpClient) -> Result<Option<Duration>, HopError> {
     let began = Instant::now();
     let mut cancelled = false;
     let info = loop {

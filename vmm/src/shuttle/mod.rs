@@ -12,14 +12,17 @@
 mod child;
 mod hop;
 
+use crate::client::ClientError;
 use crate::config::RunConfig;
 use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
-use crate::control::{Event, Incoming, QmpResult};
+use crate::control::{Event, Incoming};
 use crate::error::chain;
 use crate::event_loop::{self, EventLoop, Handler};
-use crate::supervisor::{SetupError, exit_code};
+use crate::exit_code::{self, Exit};
+use crate::log_queue::say;
+use crate::supervisor::SetupError;
 use child::{Child, Connection, Pump};
 use hop::HopError;
 use serde_json::{Value, json};
@@ -34,8 +37,10 @@ enum Message {
     Console(ConsoleEvent),
     /// A QMP event of a child.
     Event(ChildId, Value),
-    /// A child has ended, with this exit code.
-    Ended(ChildId, u8),
+    /// A child has ended.
+    Ended(ChildId, Exit),
+    /// A child's answer to a request.
+    Answered(ChildId, Box<Incoming>, Result<Value, ClientError>),
     /// All output of a child has been forwarded.
     Drained(ChildId),
     /// A move has ended; its downtime, if reported.
@@ -44,6 +49,8 @@ enum Message {
 
 /// How long to wait for a child's end after its control socket has closed.
 const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+/// Most requests that wait for the end of a move.
+const MAX_WAITING: usize = 64;
 
 /// Identifies a child.
 type ChildId = u32;
@@ -66,7 +73,7 @@ struct Shuttle {
     connection: Option<Connection>,
     last_id: ChildId,
     moving: Option<Move>,
-    ended: BTreeMap<ChildId, u8>,
+    ended: BTreeMap<ChildId, Exit>,
     drained: Option<ChildId>,
     moves: u32,
     failures: u32,
@@ -74,22 +81,22 @@ struct Shuttle {
     event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest, moves it at the interval `every` until it ends, and returns the exit code.
-pub fn run(config: RunConfig, every: Duration) -> Result<u8, SetupError> {
+/// Boots a guest, moves it at the interval `every` until it ends, or the process is told to.
+pub fn run(config: RunConfig, every: Duration) -> Result<Exit, SetupError> {
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
     let mut event_loop = EventLoop::open(control, config.host.timeout)?;
-    let expect = config.host.expect.as_deref().map(regex_lite::Regex::new).transpose();
     let to_us = event_loop.mailbox().clone();
     let console = Console::open(
         &config.host.serial,
-        expect.map_err(SetupError::Expect)?,
+        config.host.expect.clone(),
         Arc::new(move |event| to_us.post(Message::Console(event))),
     )?;
-    let folder = tempfile::Builder::new().prefix("ferry-").tempdir().map_err(SetupError::Thread)?;
-    let pump =
-        Pump::start(console.output(), event_loop.mailbox().clone()).map_err(SetupError::Thread)?;
-    let mut current =
-        Child::boot(&config, folder.path(), event_loop.mailbox()).map_err(SetupError::Thread)?;
+    let folder = tempfile::Builder::new().prefix("ferry-").tempdir();
+    let folder = folder.map_err(SetupError::start("make a folder for sockets"))?;
+    let pump = Pump::start(console.output(), event_loop.mailbox().clone());
+    let pump = pump.map_err(SetupError::start("start the thread that forwards output"))?;
+    let current = Child::boot(&config, folder.path(), event_loop.mailbox());
+    let mut current = current.map_err(SetupError::start("start the process of the guest"))?;
     pump.follow(current.id(), current.take_output());
     // A child that refuses connections has ended: the event loop gets its exit code and its output.
     let connection = current.connect(event_loop.mailbox()).ok();
@@ -139,14 +146,14 @@ impl Shuttle {
 
     fn move_failed(&mut self, error: &HopError) {
         if matches!(error, HopError::Client(_))
-            && let Some(code) = self.current.ended_within(ENDING_PATIENCE)
+            && let Some(exit) = self.current.ended_within(ENDING_PATIENCE)
         {
             // The guest has ended, so the move did not fail; the message about its end follows.
-            self.ended.insert(self.current.id(), code);
+            self.ended.insert(self.current.id(), exit);
         }
         if !self.ended.contains_key(&self.current.id()) {
             self.failures += 1;
-            eprintln!("ferry: move {} failed: {}", self.moves + 1, chain(error));
+            say(format_args!("move {} failed: {}", self.moves + 1, chain(error)));
         }
     }
 
@@ -171,7 +178,9 @@ impl Shuttle {
                 self.move_failed(&error);
                 if matches!(error, HopError::Unknown(_)) {
                     // Either child may have the guest: run neither.
-                    self.finish(exit_code::GUEST_FAILED);
+                    self.finish(Exit::new(exit_code::CANNOT_RUN, chain(&error)));
+                } else {
+                    to.kill();
                 }
             }
         }
@@ -179,46 +188,95 @@ impl Shuttle {
             self.console.attach(connection.input.clone());
         }
         for request in waiting {
-            self.ask(&request);
+            self.ask(Box::new(request));
         }
         if !self.end_if_over() {
             self.event_loop.set_alarm(self.every);
         }
     }
 
-    fn ask(&mut self, request: &Incoming) {
-        let arguments = Value::Object(request.request.arguments.clone());
-        let result: QmpResult = match &request.command {
-            Command::Migrate { .. } => {
-                Err(QmpError::generic("The guest is migrated by --migrate-every only"))
-            }
-            _ => match &mut self.connection {
-                None => Err(QmpError::generic("The guest has ended")),
-                Some(connection) => connection
-                    .client
-                    .execute(&request.request.execute, arguments)
-                    .map_err(|error| QmpError::generic(chain(&error))),
-            },
+    /// Forwards a request to the child that has the guest.
+    fn ask(&mut self, request: Box<Incoming>) {
+        if matches!(request.command, Command::Migrate { .. }) {
+            let desc = "The guest is migrated by --migrate-every only";
+            return self.event_loop.reply(&request, Err(QmpError::generic(desc)));
+        }
+        let refused = match &self.connection {
+            None => Err(request),
+            Some(connection) => connection.ask(request),
         };
-        // A child that quits may be gone before its reply.
-        let quits = request.command == Command::Quit;
-        self.event_loop.reply(request, if quits { Ok(json!({})) } else { result });
+        if let Err(request) = refused {
+            self.event_loop.reply(&request, Err(QmpError::generic("The guest has ended")));
+        }
+    }
+
+    fn answered(
+        &mut self,
+        id: ChildId,
+        request: Box<Incoming>,
+        result: Result<Value, ClientError>,
+    ) {
+        let result = match result {
+            Ok(value) => Ok(value),
+            // A child that quits may be gone before its reply.
+            Err(_) if request.command == Command::Quit => Ok(json!({})),
+            Err(ClientError::Lost(_)) if is_query(&request) && id != self.current.id() => {
+                // The guest has moved meanwhile.
+                return self.ask(request);
+            }
+            Err(ClientError::Lost(_)) if is_query(&request) && self.moving.is_some() => {
+                return self.wait_for_move(request);
+            }
+            Err(error) => Err(QmpError::generic(chain(&error))),
+        };
+        self.event_loop.reply(&request, result);
+    }
+
+    fn wait_for_move(&mut self, request: Box<Incoming>) {
+        match &mut self.moving {
+            Some(moving) if moving.waiting.len() < MAX_WAITING => moving.waiting.push(*request),
+            Some(_) => {
+                let desc = "too many requests wait for the guest to move";
+                self.event_loop.reply(&request, Err(QmpError::generic(desc)));
+            }
+            None => self.ask(request),
+        }
     }
 
     /// Ends with the current child, once all its output is forwarded.
     fn end_if_over(&mut self) -> bool {
-        let Some(code) = self.ended.get(&self.current.id()).copied() else { return false };
+        let Some(exit) = self.ended.get(&self.current.id()).cloned() else { return false };
         if self.moving.is_some() || self.drained < Some(self.current.id()) {
             return false;
         }
-        let code = self.console.code_unless_expecting(code);
-        self.finish(code);
+        // A guest's own end fails if `--expect` never matched; other failures say more.
+        let own = exit.code == exit_code::OK || exit.code % 2 == 1;
+        let exit = if own { self.console.unless_expecting(exit) } else { exit };
+        self.finish(exit);
         true
     }
 
-    fn finish(&mut self, code: u8) {
-        self.event_loop.end(code);
+    /// Ends because a user has asked for it with `how`.
+    fn told_to(&mut self, how: &str) {
+        let exit = Exit::new(exit_code::OK, format!("ended by {how}"));
+        let exit = self.console.unless_expecting(exit);
+        self.finish(exit);
     }
+
+    fn finish(&mut self, exit: Exit) {
+        let place = match exit.code {
+            exit_code::TIMEOUT | exit_code::UNMATCHED | exit_code::CRASHED => {
+                Some(self.console.last_output())
+            }
+            _ => None,
+        };
+        self.event_loop.end(exit.at(place));
+    }
+}
+
+/// Whether a request changes nothing, and may be asked again of another child.
+fn is_query(request: &Incoming) -> bool {
+    request.request.execute.starts_with("query-")
 }
 
 impl Handler for Shuttle {
@@ -230,9 +288,10 @@ impl Handler for Shuttle {
 
     fn on_message(&mut self, message: Message) {
         match message {
-            Message::Console(ConsoleEvent::Expected | ConsoleEvent::Quit) => {
-                self.finish(exit_code::OK);
+            Message::Console(ConsoleEvent::Expected) => {
+                self.finish(Exit::new(exit_code::OK, "--expect matched"));
             }
+            Message::Console(ConsoleEvent::Quit) => self.told_to("Ctrl-A x"),
             Message::Event(id, event) => {
                 // Hide the stop and resume of a move.
                 let Some(name) = event["event"].as_str() else { return };
@@ -241,10 +300,11 @@ impl Handler for Shuttle {
                     self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));
                 }
             }
-            Message::Ended(id, code) => {
-                self.ended.insert(id, code);
+            Message::Ended(id, exit) => {
+                self.ended.insert(id, exit);
                 self.end_if_over();
             }
+            Message::Answered(id, request, result) => self.answered(id, request, result),
             Message::Drained(id) => {
                 self.drained = self.drained.max(Some(id));
                 self.end_if_over();
@@ -258,23 +318,29 @@ impl Handler for Shuttle {
     }
 
     fn on_request(&mut self, request: Incoming) {
-        match &mut self.moving {
+        let waiting = self.moving.as_ref().map(|moving| &moving.waiting);
+        match waiting {
             Some(_) if request.command == Command::Quit => {
                 self.event_loop.reply(&request, Ok(json!({})));
-                self.finish(exit_code::OK);
+                self.told_to("`quit`");
             }
-            Some(moving) => moving.waiting.push(request),
-            None => self.ask(&request),
+            // Replies to a client come in the order of its requests.
+            Some(waiting)
+                if !is_query(&request)
+                    || waiting.iter().any(|earlier| earlier.client == request.client) =>
+            {
+                self.wait_for_move(Box::new(request));
+            }
+            _ => self.ask(Box::new(request)),
         }
     }
 
     fn on_signal(&mut self) {
-        self.finish(exit_code::GUEST_FAILED);
+        self.finish(Exit::new(exit_code::SIGNAL, "SIGINT or SIGTERM"));
     }
 
     fn on_timeout(&mut self) {
-        eprintln!("ferry: --timeout has passed");
-        self.finish(exit_code::TIMEOUT);
+        self.finish(Exit::new(exit_code::TIMEOUT, "--timeout has passed"));
     }
 
     fn on_alarm(&mut self) {
@@ -285,18 +351,17 @@ impl Handler for Shuttle {
 
     fn shut_down(&mut self) {
         self.console.detach();
-        if let (None, Some(connection)) = (&self.moving, &mut self.connection) {
-            // Lets it flush its disks. Fails if it has just ended.
-            let _ = connection.client.execute("quit", json!({}));
+        if self.moving.is_none() {
+            self.current.quit(ENDING_PATIENCE);
         }
         let failed = match self.failures {
             0 => String::new(),
             failures => format!(", {failures} moves failed"),
         };
-        eprintln!(
-            "ferry: moved {} times, worst downtime {:.2} ms{failed}",
+        say(format_args!(
+            "moved {} times, worst downtime {:.2} ms{failed}",
             self.moves,
             self.worst.as_secs_f64() * 1e3
-        );
+        ));
     }
 }

@@ -1,7 +1,7 @@
 //! Executes the control socket's commands.
 
 use super::ending::shutting_down;
-use super::{Event, Mode, RunState, Supervisor, exit_code, jobs};
+use super::{Event, Mode, RunState, Supervisor, jobs};
 use crate::control::block;
 use crate::control::command::{Command, NAMES, parameters};
 use crate::control::message::{QmpError, version};
@@ -83,7 +83,7 @@ impl Supervisor {
         match &request.command {
             Command::Quit => {
                 let event = Event::ending("SHUTDOWN", false, "host-qmp-quit");
-                self.end(exit_code::OK, &event);
+                self.end(self.told_to("`quit`"), &event);
                 Some(Ok(empty()))
             }
             Command::QueryBlock | Command::QueryNamedBlockNodes => self.ask_sizes(request),
@@ -264,7 +264,13 @@ impl Supervisor {
                 }
                 self.lock_and_resume(request)
             }
-            RunState::Inmigrate => refused("The guest is still arriving"),
+            RunState::Inmigrate => {
+                // It runs when it has arrived, as in QEMU.
+                if let Mode::Receive(config) = &mut self.mode {
+                    config.paused = false;
+                }
+                Some(Ok(empty()))
+            }
             state => refused(&format!("The guest is {} and cannot be resumed", state.name())),
         }
     }
@@ -300,8 +306,6 @@ impl Supervisor {
         let Some(machine) = &self.machine else {
             return Err(QmpError::generic("There is no machine"));
         };
-        // The migration needs the dirty log.
-        let measurement = self.dirty_rate.abort();
         let vm = machine.vm().clone();
         let ram = SourceRam {
             ram: vm.ram().clone(),
@@ -310,6 +314,8 @@ impl Supervisor {
         };
         let nodes = machine.nodes();
         let (description, disks) = migrated(machine, selection)?;
+        // The migration needs the dirty log.
+        let measurement = self.dirty_rate.abort();
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();

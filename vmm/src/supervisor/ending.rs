@@ -1,10 +1,12 @@
 //! The end of the process: drains and flushes the disks until a deadline. A hanging disk is reported and
 //! left to its thread.
 
+use super::Supervisor;
 use super::tasks::{self, DiskWork, Done, TaskId, wait_in_steps};
-use super::{Supervisor, exit_code};
 use crate::control::Event;
 use crate::control::message::QmpError;
+use crate::exit_code::{self, Exit};
+use crate::log_queue::say;
 use crate::machine::drain::{DeviceDrain, Drains};
 use migration::guest::PartTime;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -12,12 +14,14 @@ use std::time::{Duration, Instant};
 
 /// How long draining and flushing the disks may take when the process ends.
 const END_LIMIT: Duration = Duration::from_millis(1500);
+/// How long a stopped vCPU may take to say where it is.
+const LOCATE_LIMIT: Duration = Duration::from_millis(100);
 /// How much later the process ends if its tasks do not report.
 const REPORT_SLACK: Duration = Duration::from_millis(200);
 
 /// The state of a process that is ending.
 pub(super) struct Ending {
-    code: u8,
+    exit: Exit,
     /// When it ends unconditionally.
     pub deadline: Instant,
     /// Waits for the disks.
@@ -29,9 +33,9 @@ pub(super) struct Ending {
 }
 
 impl Supervisor {
-    /// Ends the process with `code`, unless it is ending already: stops the guest, drains and flushes its
-    /// disks.
-    pub(super) fn end(&mut self, code: u8, event: &Event) {
+    /// Ends the process, unless it is ending already: stops the guest, drains and flushes its disks. A
+    /// failure says where the guest was.
+    pub(super) fn end(&mut self, exit: Exit, event: &Event) {
         if self.ending.is_some() {
             return;
         }
@@ -43,7 +47,7 @@ impl Supervisor {
         self.pausing = None;
         let deadline = Instant::now() + END_LIMIT;
         let mut ending = Ending {
-            code,
+            exit,
             deadline: deadline + REPORT_SLACK,
             task: None,
             arrival_at_work,
@@ -52,7 +56,17 @@ impl Supervisor {
         if let Some(machine) = &mut self.machine {
             let (drains, stopped) = machine.begin_end();
             ending.leaves_machine = !stopped;
+            if stopped && ending.exit.code == exit_code::TIMEOUT {
+                let places = machine.locate(Instant::now() + LOCATE_LIMIT).join(", ");
+                ending.exit = ending.exit.at(Some(places).filter(|places| !places.is_empty()));
+            }
             let come_to_rest = move |_: &_| Done::Flushed(come_to_rest(drains, deadline));
+            if matches!(
+                ending.exit.code,
+                exit_code::CRASHED | exit_code::TIMEOUT | exit_code::UNMATCHED
+            ) {
+                ending.exit = ending.exit.at(Some(self.console.last_output()));
+            }
             match self.tasks.start("end", None, come_to_rest) {
                 Ok(id) => ending.task = Some(id),
                 Err(error) => {
@@ -92,7 +106,7 @@ impl Supervisor {
         if !late.is_empty() {
             ending.leaves_machine = true;
             let late: Vec<_> = late.iter().map(PartTime::to_string).collect();
-            eprintln!("ferry: {}: not waited for any longer", late.join(", "));
+            say(format_args!("{}: not waited for any longer", late.join(", ")));
         }
         self.finish_ending();
     }
@@ -103,18 +117,16 @@ impl Supervisor {
             && ending.task.is_none()
             && !ending.arrival_at_work
         {
-            self.event_loop.end(ending.code);
+            self.event_loop.end(ending.exit.clone());
         }
     }
 
     /// Ends the process unconditionally.
     pub(super) fn end_at_once(&mut self) {
-        let ending = self.ending.as_mut();
-        let code = ending.map_or(exit_code::GUEST_FAILED, |ending| {
+        if let Some(ending) = &mut self.ending {
             ending.leaves_machine |= ending.task.is_some();
-            ending.code
-        });
-        self.event_loop.end(code);
+            self.event_loop.end(ending.exit.clone());
+        }
     }
 }
 

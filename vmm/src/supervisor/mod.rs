@@ -27,7 +27,9 @@ use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
 use crate::error::chain;
 use crate::event_loop::{self, EventLoop, EventLoopError, Handler};
+use crate::exit_code::{self, Exit};
 use crate::kvm::Host;
+use crate::log_queue::say;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{Backends, GuestEvents, Machine, MachineError};
@@ -51,20 +53,6 @@ use tasks::{Done, TaskId, Tasks};
 use transition::{Stopping, Transition};
 use waiting::{Behind, Waiting};
 
-/// Exit codes of `ferry run`.
-pub mod exit_code {
-    /// The guest powered off, or `--expect` matched.
-    pub const OK: u8 = 0;
-    /// The guest failed.
-    pub const GUEST_FAILED: u8 = 1;
-    /// Usage error.
-    pub const USAGE: u8 = 2;
-    /// This host cannot run guests.
-    pub const HOST: u8 = 3;
-    /// `--timeout`.
-    pub const TIMEOUT: u8 = 124;
-}
-
 /// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
@@ -85,22 +73,18 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
-    #[error("cannot start a migration's thread")]
-    Thread(#[source] io::Error),
-    #[error("--expect")]
-    Expect(#[source] regex_lite::Error),
+    #[error("cannot {what}")]
+    Start {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl SetupError {
-    /// The exit code: 3 where the host is at fault, 1 otherwise.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Kvm(_)
-            | Self::Machine(MachineError::Kvm(_))
-            | Self::Thread(_)
-            | Self::EventLoop(EventLoopError::Start(_)) => exit_code::HOST,
-            _ => exit_code::GUEST_FAILED,
-        }
+    /// Names what this host did not allow.
+    pub fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Start { what, source }
     }
 }
 
@@ -172,18 +156,18 @@ pub struct Supervisor {
     event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest and runs it until it ends; returns the exit code.
-pub fn run(config: RunConfig) -> Result<u8, SetupError> {
+/// Boots a guest and runs it until it ends.
+pub fn run(config: RunConfig) -> Result<Exit, SetupError> {
     let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
-    let mut supervisor = Supervisor::new(Mode::Run(config), host)?;
-    supervisor.payload = Some(payload);
-    supervisor.boot()?;
+    let mut supervisor = Supervisor::new(Mode::Run(config.clone()), host)?;
+    supervisor.payload = Some(payload.clone());
+    supervisor.boot(config, payload)?;
     Ok(event_loop::serve(supervisor)?)
 }
 
-/// Receives a guest and runs it until it ends; returns the exit code.
-pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
+/// Receives a guest and runs it until it ends.
+pub fn receive(config: ReceiveConfig) -> Result<Exit, SetupError> {
     let host = Arc::new(Host::open()?);
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
@@ -191,12 +175,13 @@ pub fn receive(config: ReceiveConfig) -> Result<u8, SetupError> {
     let mut supervisor = Supervisor::new(Mode::Receive(config.clone()), host)?;
     supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
-    eprintln!("ferry: listening on {}", listener.local_address());
+    say(format_args!("listening on {}", listener.local_address()));
     let mailbox = supervisor.event_loop.mailbox().clone();
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
     let context = BuildContext { host: supervisor.host.clone(), config, parts, payload };
-    supervisor.jobs.receive(listener, context, mailbox).map_err(SetupError::Thread)?;
+    let started = supervisor.jobs.receive(listener, context, mailbox);
+    started.map_err(SetupError::start("start the thread of a migration"))?;
     Ok(event_loop::serve(supervisor)?)
 }
 
@@ -211,15 +196,15 @@ impl Supervisor {
         if config.with_parent {
             let kill = rustix::process::Signal::KILL;
             let set = rustix::process::set_parent_process_death_signal(Some(kill));
-            set.map_err(|error| SetupError::Thread(error.into()))?;
+            let set = set.map_err(io::Error::from);
+            set.map_err(SetupError::start("end with the parent process"))?;
         }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
         let event_loop = EventLoop::open(control, config.timeout)?;
-        let expect = config.expect.as_deref().map(regex_lite::Regex::new).transpose();
         let to_us = event_loop.mailbox().clone();
         let console = Console::open(
             &config.serial,
-            expect.map_err(SetupError::Expect)?,
+            config.expect.clone(),
             Arc::new(move |event| to_us.post(Message::Console(event))),
         )?;
         Ok(Self {
@@ -277,12 +262,11 @@ impl Supervisor {
         if self.ending.is_some() {
             return log::error!("while shutting down: {why}");
         }
-        eprintln!("ferry: {why}");
         if self.state.may_become(RunState::InternalError) {
             self.become_state(RunState::InternalError);
         }
         let event = Event::ending("SHUTDOWN", false, "host-error");
-        self.end(exit_code::GUEST_FAILED, &event);
+        self.end(Exit::new(exit_code::CANNOT_RUN, why), &event);
     }
 
     /// Reports a failed request and stops the guest if the policy says so.
@@ -308,7 +292,7 @@ impl Supervisor {
         // The migration fails on a guest that was stopped by an error.
         self.pausing = None;
         let Failure { disk, reason, .. } = failure;
-        eprintln!("ferry: disk {disk}: {reason}; the guest is stopped, `cont` tries again");
+        say(format_args!("disk {disk}: {reason}; the guest is stopped, `cont` tries again"));
         self.become_state(RunState::IoError);
         self.tell(&Event::plain("STOP"));
     }
@@ -339,31 +323,28 @@ impl Handler for Supervisor {
             // Ignore messages of an earlier machine.
             Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
             Message::GuestExit(_, GuestExit::Reset) if self.mode.host().no_reboot => {
-                self.guest_has_ended(exit_code::OK, "guest-reset");
+                let exit =
+                    Exit::new(exit_code::OK, "the guest asked for a reset, with --no-reboot");
+                self.guest_has_ended(exit, "guest-reset");
             }
             Message::GuestExit(_, GuestExit::Reset) => self.guest_wants_reset(),
             Message::GuestExit(_, GuestExit::PowerOff) => {
-                self.guest_has_ended(exit_code::OK, "guest-shutdown");
+                let exit = Exit::new(exit_code::OK, "the guest powered off");
+                self.guest_has_ended(exit, "guest-shutdown");
             }
             Message::GuestExit(_, GuestExit::DebugExit(value)) => {
-                // QEMU's exit() keeps the low 8 bits, too.
-                #[expect(clippy::cast_possible_truncation, reason = "an exit code has 8 bits")]
-                let code = (value << 1 | 1) as u8;
-                self.guest_has_ended(code, "guest-shutdown");
+                let why = format!("the guest wrote {value} to the debug-exit port");
+                let exit = Exit::new(exit_code::debug_exit(value), why);
+                self.guest_has_ended(exit, "guest-shutdown");
             }
-            Message::VcpuEnd(_, VcpuEnd::TripleFault) if self.ending.is_none() => {
-                eprintln!("ferry: the guest has crashed (triple fault)");
-                self.become_state(RunState::Shutdown);
-                let event = Event::ending("SHUTDOWN", true, "guest-panic");
-                self.end(exit_code::GUEST_FAILED, &event);
-            }
-            Message::VcpuEnd(_, VcpuEnd::TripleFault) => {}
+            Message::VcpuEnd(_, VcpuEnd::Crashed(why)) => self.guest_has_crashed(&why),
             Message::VcpuEnd(_, VcpuEnd::Failed(why)) => self.fail(&why),
             Message::Console(ConsoleEvent::Expected) => {
-                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
+                let exit = Exit::new(exit_code::OK, "--expect matched");
+                self.end(exit, &Event::ending("SHUTDOWN", false, "host-qmp-quit"));
             }
             Message::Console(ConsoleEvent::Quit) => {
-                self.end(exit_code::OK, &Event::ending("SHUTDOWN", false, "host-ui"));
+                self.end(self.told_to("Ctrl-A x"), &Event::ending("SHUTDOWN", false, "host-ui"));
             }
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
@@ -390,9 +371,9 @@ impl Handler for Supervisor {
                     ending.arrival_at_work = false;
                     self.finish_ending();
                 } else if let Err(why) = result {
-                    eprintln!("ferry: the guest did not arrive: {why}");
+                    let why = format!("the guest did not arrive: {why}");
                     let event = Event::ending("SHUTDOWN", false, "host-error");
-                    self.end(exit_code::GUEST_FAILED, &event);
+                    self.end(Exit::new(exit_code::CANNOT_RUN, why), &event);
                 }
             }
         }
@@ -419,11 +400,8 @@ impl Handler for Supervisor {
     }
 
     fn on_timeout(&mut self) {
-        if self.ending.is_none() {
-            eprintln!("ferry: --timeout has passed");
-        }
         let event = Event::ending("SHUTDOWN", false, "host-signal");
-        self.end(exit_code::TIMEOUT, &event);
+        self.end(Exit::new(exit_code::TIMEOUT, "--timeout has passed"), &event);
         self.look_after_waiting();
     }
 
@@ -432,7 +410,7 @@ impl Handler for Supervisor {
             return self.end_at_once();
         }
         let event = Event::ending("SHUTDOWN", false, "host-signal");
-        self.end(exit_code::GUEST_FAILED, &event);
+        self.end(Exit::new(exit_code::SIGNAL, "SIGINT or SIGTERM"), &event);
         self.look_after_waiting();
     }
 
@@ -507,12 +485,25 @@ impl Supervisor {
         }
     }
 
-    /// The guest has ended.
-    fn guest_has_ended(&mut self, code: u8, reason: &str) {
+    /// The guest has ended by itself.
+    fn guest_has_ended(&mut self, exit: Exit, reason: &str) {
         if self.ending.is_none() {
             self.become_state(RunState::Shutdown);
-            let code = self.console.code_unless_expecting(code);
-            self.end(code, &Event::ending("SHUTDOWN", true, reason));
+            let exit = self.console.unless_expecting(exit);
+            self.end(exit, &Event::ending("SHUTDOWN", true, reason));
         }
+    }
+
+    fn guest_has_crashed(&mut self, why: &str) {
+        if self.ending.is_none() {
+            self.become_state(RunState::Shutdown);
+            let exit = Exit::new(exit_code::CRASHED, format!("the guest crashed: {why}"));
+            self.end(exit, &Event::ending("SHUTDOWN", true, "guest-panic"));
+        }
+    }
+
+    /// The end that a user has asked for with `how`.
+    fn told_to(&self, how: &str) -> Exit {
+        self.console.unless_expecting(Exit::new(exit_code::OK, format!("ended by {how}")))
     }
 }

@@ -17,8 +17,10 @@ use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{Event, Incoming, QmpResult};
 use crate::error::chain;
+use crate::exit_code::{self, Exit};
 use crate::footprint;
 use crate::kvm::Host;
+use crate::log_queue::say;
 use crate::machine::build::NewMachine;
 use crate::machine::description::Description;
 use crate::machine::drain::Drains;
@@ -99,15 +101,19 @@ impl Supervisor {
     }
 
     /// Starts to build the configured machine.
-    pub(super) fn boot(&mut self) -> Result<(), SetupError> {
-        let Mode::Run(config) = &self.mode else { return Ok(()) };
-        let (config, host) = (config.clone(), self.host.clone());
-        let Some(payload) = self.payload.clone() else { return Ok(()) };
+    pub(super) fn boot(
+        &mut self,
+        config: RunConfig,
+        payload: Arc<BootPayload>,
+    ) -> Result<(), SetupError> {
+        let host = self.host.clone();
         let (id, parts) = self.backend_parts();
         let build = move |cancel: &tasks::Cancel| {
             Done::Built(build_first(&host, config, &payload, parts, &|| !cancel.is_cancelled()))
         };
-        let task = self.tasks.start("boot", None, build).map_err(SetupError::Thread)?;
+        let started = self.tasks.start("boot", None, build);
+        let task =
+            started.map_err(SetupError::start("start the thread that builds the machine"))?;
         self.transition = Some((task, Transition::Boot(id)));
         Ok(())
     }
@@ -147,10 +153,8 @@ impl Supervisor {
         match transition {
             Transition::Boot(id) => match done {
                 Done::Built(Ok(machine)) => self.on_booted(id, machine),
-                Done::Built(Err(error)) => self.cannot_boot(&chain(&error), error.exit_code()),
-                _ => {
-                    self.cannot_boot("building the machine failed", super::exit_code::GUEST_FAILED)
-                }
+                Done::Built(Err(error)) => self.cannot_boot(&chain(&error)),
+                _ => self.cannot_boot("building the machine failed"),
             },
             Transition::Lock(request) => {
                 let locked = match done {
@@ -175,9 +179,9 @@ impl Supervisor {
         footprint::return_start_memory();
     }
 
-    fn cannot_boot(&mut self, why: &str, code: u8) {
-        eprintln!("ferry: {why}");
-        self.end(code, &Event::ending("SHUTDOWN", false, "host-error"));
+    fn cannot_boot(&mut self, why: &str) {
+        let exit = Exit::new(exit_code::CANNOT_RUN, why);
+        self.end(exit, &Event::ending("SHUTDOWN", false, "host-error"));
     }
 
     /// Starts a new machine.
@@ -196,6 +200,10 @@ impl Supervisor {
         if self.state == RunState::Postmigrate {
             let desc = "The guest has been handed over: stop it at the destination";
             return Some(Err(QmpError::generic(desc)));
+        }
+        if let (RunState::Inmigrate, Mode::Receive(config)) = (self.state, &mut self.mode) {
+            // It arrives paused, as in QEMU.
+            config.paused = true;
         }
         let machine = self.machine.as_mut().filter(|_| may_have_requests);
         let Some(machine) = machine else { return Some(Ok(json!({}))) };
@@ -218,13 +226,20 @@ impl Supervisor {
             self.become_state(RunState::Paused);
             self.tell(&Event::plain("STOP"));
         }
-        if let Some(stopping) = &mut self.stopping {
-            stopping.requests.push(request.clone());
-            return None;
+        // The guest may have run since an earlier `stop`: what that waits for may not be all.
+        let mut requests = Vec::new();
+        if let Some(earlier) = self.stopping.take() {
+            self.tasks.give_up(earlier.task);
+            requests = earlier.requests;
         }
+        requests.push(request.clone());
         match self.wait_for(drains, STOP_LIMIT) {
-            Ok(task) => self.stopping = Some(Stopping { task, requests: vec![request.clone()] }),
-            Err(error) => return Some(Err(QmpError::generic(error))),
+            Ok(task) => self.stopping = Some(Stopping { task, requests }),
+            Err(error) => {
+                for request in requests {
+                    self.answer(&request, Err(QmpError::generic(error.clone())));
+                }
+            }
         }
         None
     }
@@ -288,7 +303,7 @@ impl Supervisor {
             && self.jobs.busy()
             && self.jobs.moves(machine.vm())
         {
-            eprintln!("ferry: the guest was reset while it moved: that ends here, start it again");
+            say("the guest was reset while it moved: that ends here, start it again");
             self.jobs.cancel();
         }
         self.reset(true, None);

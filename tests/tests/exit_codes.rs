@@ -1,0 +1,158 @@
+//! The table of exit codes, row by row: the code, and the last line on standard error.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
+use ferry_tests::ferry::{self, Guest};
+use ferry_tests::process::{Process, SOON, Vmm};
+use ferry_tests::{disk, skip};
+use std::path::{Path, PathBuf};
+
+const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
+
+/// Checks how a process has ended: its code, and that the last line on standard error has all of `words`.
+#[track_caller]
+fn assert_ended(process: &mut Process, code: i32, words: &[&str]) {
+    let found = process.exit_code(SOON).unwrap();
+    let errors = process.err.text();
+    let last = errors.lines().last().unwrap_or_default();
+    assert!(last.starts_with(&format!("ferry: exit {code}: ")), "{errors}");
+    for word in words {
+        assert!(last.contains(word), "no {word:?} in {last:?}");
+    }
+    assert_eq!(found, code, "{errors}");
+}
+
+fn run(work: &str, more: &[&str]) -> Vmm {
+    ferry::run_with(&Guest::new(work, 64), more).unwrap()
+}
+
+/// A kernel whose code jumps nowhere once it has a processor in 32-bit mode: Multiboot, with `ud2` and no IDT.
+fn crashing_kernel(folder: &Path) -> PathBuf {
+    const BASE: u32 = 0x10_0000;
+    const FLAGS: u32 = 0x1_0000; // The addresses below are given.
+    const MAGIC: u32 = 0x1bad_b002;
+    let checksum = 0u32.wrapping_sub(MAGIC + FLAGS);
+    let header = [MAGIC, FLAGS, checksum, BASE, BASE, 0, 0, BASE + 32];
+    // mov dx, 0x3f8; mov al, '!'; out dx, al; ud2
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'!', 0xee, 0x0f, 0x0b];
+    let bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).chain(code).collect();
+    let path = folder.join("crash");
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+#[test]
+fn what_the_guest_ends_with() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for way in [&[][..], &["--migrate-every", "100ms"]] {
+        assert_ended(&mut run("work=hello", way).process, 0, &["powered off"]);
+        let mut wrote = run("work=hello code=0", way);
+        assert_ended(&mut wrote.process, 1, &["wrote 0 to the debug-exit port"]);
+        let expect = ["--expect", "never said"];
+        let mut unmatched = run("work=hello", &[way, &expect].concat());
+        assert_ended(
+            &mut unmatched.process,
+            4,
+            &["--expect never matched", "hello from the guest"],
+        );
+        let mut unmatched = run("work=hello code=0", &[way, &expect].concat());
+        assert_ended(&mut unmatched.process, 4, &["--expect never matched", "wrote 0"]);
+        let mut matched = run("work=idle", &[way, &["--expect", "HB n=2 "]].concat());
+        assert_ended(&mut matched.process, 0, &["--expect matched"]);
+        let mut slow = run("work=idle", &[way, &["--timeout", "1s"]].concat());
+        assert_ended(&mut slow.process, 124, &["--timeout", "last serial output", "HB n="]);
+    }
+    let mut reset = run("work=hello code=reset", &["--no-reboot"]);
+    assert_ended(&mut reset.process, 0, &["--no-reboot"]);
+}
+
+#[test]
+fn a_timeout_says_where_each_vcpu_was() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let guest = Guest::new("work=spin", 64).cpus(2);
+    let mut vmm = ferry::run_with(&guest, &["--timeout", "1s"]).unwrap();
+    assert_ended(&mut vmm.process, 124, &["vCPU 0 at rip 0x", "vCPU 1 at rip 0x"]);
+}
+
+#[test]
+fn a_crash_is_134_and_says_where() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new("", 64);
+    guest.kernel = crashing_kernel(folder.path());
+    for more in [&[][..], &["--expect", "never said"], &["--migrate-every", "1s"]] {
+        let mut vmm = ferry::run_with(&guest, more).unwrap();
+        let words = ["the guest crashed", "vCPU 0 at rip 0x", r#"last serial output "!""#];
+        assert_ended(&mut vmm.process, 134, &words);
+        assert!(!vmm.process.err.text().contains("cr3="), "registers are for -v");
+    }
+    let mut vmm = ferry::run_with(&guest, &["-v"]).unwrap();
+    assert_ended(&mut vmm.process, 134, &[]);
+    for word in ["rip=", "cr3=", "idt="] {
+        assert!(vmm.process.err.text().contains(word), "{}", vmm.process.err.text());
+    }
+}
+
+#[test]
+fn what_a_user_ends_it_with() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    for way in [&[][..], &["--migrate-every", "100ms"]] {
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            let mut vmm = run("work=idle", way);
+            vmm.wait_line("^HB n=2 ").unwrap();
+            vmm.process.signal(signal).unwrap();
+            assert_ended(&mut vmm.process, 130, &["SIGTERM"]);
+        }
+        for (expect, code) in [(&[][..], 0), (&["--expect", "never said"], 4)] {
+            let mut vmm = run("work=idle", &[way, expect].concat());
+            vmm.wait_line("^HB n=2 ").unwrap();
+            vmm.qmp().unwrap().execute("quit", serde_json::json!({})).unwrap();
+            assert_ended(&mut vmm.process, code, &["ended by `quit`"]);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_run() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let ended = |arguments: &[&str], code: i32, words: &[&str]| {
+        let mut process = Process::start(&mut ferry::command(arguments)).unwrap();
+        assert_ended(&mut process, code, words);
+    };
+    ended(&["run", "--frobnicate"], 2, &[]);
+    ended(&["run", "--kernel", guest_images::KERNEL, "--cpus", "17"], 2, &[]);
+    ended(&["run", "--kernel", "/nonexistent"], 126, &["/nonexistent", "No such file"]);
+    ended(&["run", "--kernel", "/dev/null", "--migrate-every", "1s"], 126, &["/dev/null"]);
+    let disk = ["run", "--kernel", guest_images::KERNEL, "--disk", "path=/nonexistent.img"];
+    ended(&disk, 126, &["/nonexistent.img"]);
+    ended(&["receive", "unix:/nonexistent/socket"], 126, &["/nonexistent/socket"]);
+    // A guest whose disk the destination does not have.
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, 1 << 20).unwrap();
+    let source = ferry::run(&Guest::new("work=idle", 64).disk("root", &image)).unwrap();
+    source.wait_line("^HB ").unwrap();
+    let mut destination = ferry::receive().unwrap();
+    assert_eq!(ferry::migrate(&source, &destination.address, &[]).unwrap().code, 1);
+    assert_ended(&mut destination.vmm.process, 126, &["did not arrive", "root"]);
+}
+
+#[test]
+fn the_readme_and_the_help_have_the_same_table() {
+    let readme = std::fs::read_to_string(README).unwrap();
+    let (code, help) = ferry::end_of(["run", "--help"]).unwrap();
+    assert_eq!(code, 0);
+    for code in [0, 2, 4, 124, 126, 130, 134] {
+        assert!(readme.contains(&format!("\n| {code} | ")), "the README lacks {code}");
+        assert!(help.contains(&format!("\n  {code} ")), "--help lacks {code}: {help}");
+    }
+}
