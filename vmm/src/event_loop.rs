@@ -69,6 +69,8 @@ pub trait Handler {
     fn on_message(&mut self, message: Self::Message);
     /// A client has sent a request; reply through [`EventLoop::reply`], now or later.
     fn on_request(&mut self, request: Incoming);
+    /// A client of the control socket has gone.
+    fn on_client_gone(&mut self, _: ClientId) {}
     /// SIGINT or SIGTERM has arrived.
     fn on_signal(&mut self);
     /// `--timeout` has passed.
@@ -169,13 +171,20 @@ impl<M> EventLoop<M> {
         Vec::new()
     }
 
-    /// Updates the watched descriptors to match the connected clients.
-    fn watch_clients(&mut self, ops: &mut EventOps<'_>) {
-        let Some(control) = &mut self.control else { return };
+    /// Whether a client is connected.
+    pub fn has_client(&self, id: ClientId) -> bool {
+        self.control.as_ref().is_some_and(|control| control.client_fd(id).is_some())
+    }
+
+    /// Updates the watched descriptors to match the connected clients; returns those that have gone.
+    fn watch_clients(&mut self, ops: &mut EventOps<'_>) -> Vec<ClientId> {
+        let mut gone = Vec::new();
+        let Some(control) = &mut self.control else { return gone };
         self.clients.retain_mut(|(id, fd, writing)| {
             if control.client_fd(*id) != Some(*fd) {
                 // Adding it may have failed.
                 let _ = ops.remove(Events::empty_raw(*fd));
+                gone.push(*id);
                 return false;
             }
             let wants = control.wants_write(*id);
@@ -187,6 +196,7 @@ impl<M> EventLoop<M> {
             true
         });
         control.close_gone();
+        gone
     }
 }
 
@@ -278,6 +288,8 @@ impl<C: Handler> MutEventSubscriber for Subscriber<C> {
                 }
             }
         }
-        handler.event_loop().watch_clients(ops);
+        for id in handler.event_loop().watch_clients(ops) {
+            handler.on_client_gone(id);
+        }
     }
 }

@@ -13,6 +13,10 @@ pub const COMMAND_FAILED: u8 = 1;
 pub const USAGE: u8 = 2;
 /// It ended, and `--expect` never matched.
 pub const UNMATCHED: u8 = 4;
+/// `ferry migrate`: the answer to the handover was lost.
+pub const UNKNOWN: u8 = 4;
+/// `ferry migrate`: another migration of this guest is under way.
+pub const BUSY: u8 = 5;
 /// `--timeout`.
 pub const TIMEOUT: u8 = 124;
 /// This host or these files cannot run the guest.

@@ -2,23 +2,26 @@
 
 use super::{ClientError, QmpClient};
 use crate::cli::MigrateArgs;
+use crate::control::message::MIGRATION_IN_PROGRESS;
 use crate::disk_selection::DiskMode;
 use crate::error::chain;
 use crate::exit_code;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use migration::bytes::random;
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const MOVED: u8 = exit_code::OK;
 const FAILED: u8 = exit_code::COMMAND_FAILED;
-/// The answer to the handover was lost.
-const UNKNOWN: u8 = 4;
-/// Polling interval.
-const INTERVAL: Duration = Duration::from_millis(20);
+const UNKNOWN: u8 = exit_code::UNKNOWN;
+/// How often progress is shown.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// Steps that follow each other faster are shown as one: a query costs the VMM time.
+const STEP: Duration = Duration::from_millis(20);
 
 /// Moves the guest; returns the exit code.
 pub fn run(args: &MigrateArgs) -> u8 {
@@ -33,14 +36,23 @@ pub fn run(args: &MigrateArgs) -> u8 {
             return FAILED;
         }
     };
-    if let Err(error) = start(&mut client, args) {
-        eprintln!("ferry: {}", chain(&error));
-        return FAILED;
-    }
-    let end = follow(&mut client, args.json, &cancelled);
+    let id = match start(&mut client, args) {
+        Ok(id) => id,
+        Err(error) => {
+            eprintln!("ferry: {}", chain(&error));
+            return match error {
+                ClientError::Refused(desc) if desc.starts_with(MIGRATION_IN_PROGRESS) => {
+                    exit_code::BUSY
+                }
+                _ => FAILED,
+            };
+        }
+    };
+    let end = follow(&mut client, &id, args.json, &cancelled);
     let code = report(&mut client, &end, args.json);
     if code == MOVED && !args.keep_source {
-        // The source may be gone before its reply is read.
+        // It would end by itself once this client has gone, but then nobody would wait for that. It may be
+        // gone before its reply is read.
         match client.execute("quit", json!({})) {
             Ok(_) | Err(ClientError::Lost(_)) => {}
             Err(error) => eprintln!("ferry: the source does not quit: {}", chain(&error)),
@@ -49,7 +61,8 @@ pub fn run(args: &MigrateArgs) -> u8 {
     code
 }
 
-fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> {
+/// Starts the migration; returns the id by which it is followed.
+fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientError> {
     let mut parameters = json!({});
     if let Some(limit) = args.downtime_limit {
         // Saturates: the source refuses far smaller limits.
@@ -70,14 +83,18 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
             parameters[format!("multifd-{}-level", method.name())] = level.into();
         }
     }
-    client.execute("migrate-set-parameters", parameters)?;
     let wanted = [("auto-converge", args.auto_converge), ("xbzrle", args.xbzrle)];
     let on = wanted.iter().filter(|(_, wanted)| *wanted);
     let on: Vec<_> = on.map(|(name, _)| json!({"capability": name, "state": true})).collect();
-    if !on.is_empty() {
-        client.execute("migrate-set-capabilities", json!({"capabilities": on}))?;
-    }
-    let mut migrate = json!({"uri": args.address.to_string()});
+    let id = random::<8>().map_err(ClientError::Lost)?;
+    let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut migrate = json!({
+        "uri": args.address.to_string(),
+        "x-id": id,
+        "x-parameters": parameters,
+        "x-capabilities": on,
+        "x-end-source": !args.keep_source,
+    });
     if let Some(selection) = &args.disks {
         match selection.others {
             DiskMode::None => {}
@@ -94,12 +111,14 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<(), ClientError> 
             migrate[name] = number.into();
         }
     }
-    client.execute("migrate", migrate).map(drop)
+    client.execute("migrate", migrate)?;
+    Ok(id)
 }
 
-/// Polls until the migration has ended; an error means that the control socket was lost.
+/// Follows migration `id` until it has ended; an error means that the control socket was lost.
 fn follow(
     client: &mut QmpClient,
+    id: &str,
     json_lines: bool,
     cancelled: &AtomicBool,
 ) -> Result<Value, ClientError> {
@@ -111,7 +130,8 @@ fn follow(
         if cancelled.swap(false, Ordering::SeqCst) {
             client.execute("migrate_cancel", json!({}))?;
         }
-        let info = client.execute("query-migrate", json!({}))?;
+        let asked = Instant::now();
+        let info = client.execute("query-migrate", json!({"x-id": id}))?;
         let status = info["status"].as_str().unwrap_or("none");
         if matches!(status, "completed" | "failed" | "cancelled") {
             if let Some(bar) = &bar {
@@ -140,8 +160,31 @@ fn follow(
                 last_line = line;
             }
         }
-        // QMP has no blocking query; events would need a second connection.
-        std::thread::sleep(INTERVAL);
+        wait_for_step(client, id, asked, cancelled)?;
+    }
+}
+
+/// Waits until there may be something new about migration `id`, of which was asked at `asked`.
+fn wait_for_step(
+    client: &mut QmpClient,
+    id: &str,
+    asked: Instant,
+    cancelled: &AtomicBool,
+) -> Result<(), ClientError> {
+    let mut until = asked + INTERVAL;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        // Zero would mean for ever.
+        if left.is_zero() || cancelled.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let Some(event) = client.event(Some(left))? else { return Ok(()) };
+        if event["event"] == "x-migration" && event["data"]["x-id"] == id {
+            if event["data"]["ended"] == true {
+                return Ok(());
+            }
+            until = until.min(asked + STEP);
+        }
     }
 }
 

@@ -4,12 +4,16 @@ pub mod ctl;
 pub mod migrate;
 
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 /// Timeout of a reply: longer than the slowest command, a reset, may take.
 const PATIENCE: Duration = Duration::from_secs(40);
+
+/// Events that a client keeps.
+const MAX_EVENTS: usize = 64;
 
 /// A failed request over a control socket.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +38,11 @@ pub enum ClientError {
 /// A connection in command mode.
 pub struct QmpClient {
     stream: BufReader<UnixStream>,
+    patience: Duration,
+    /// A line whose end has not arrived yet.
+    line: Vec<u8>,
+    /// Events that came while a reply was waited for; the oldest are dropped.
+    events: VecDeque<Value>,
     /// The id of the last request: a reply to an earlier one may come after it was given up.
     last_id: u64,
 }
@@ -55,7 +64,9 @@ impl QmpClient {
         };
         let stream =
             connect().map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
-        let mut client = Self { stream: BufReader::new(stream), last_id: 0 };
+        let (line, events) = (Vec::new(), VecDeque::new());
+        let stream = BufReader::new(stream);
+        let mut client = Self { stream, patience, line, events, last_id: 0 };
         let greeting = client.read()?;
         if greeting.get("QMP").is_none() {
             return Err(ClientError::NotQmp(greeting.to_string()));
@@ -65,31 +76,46 @@ impl QmpClient {
     }
 
     fn read(&mut self) -> Result<Value, ClientError> {
-        let mut line = String::new();
-        match self.stream.read_line(&mut line) {
-            Ok(0) => Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into())),
-            Ok(_) => serde_json::from_str(&line).map_err(|_| ClientError::NotQmp(line)),
-            Err(error)
-                if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
-            {
+        use io::ErrorKind::{TimedOut, WouldBlock};
+        match self.stream.read_until(b'\n', &mut self.line) {
+            Ok(_) if self.line.last() != Some(&b'\n') => {
+                Err(ClientError::Lost(io::ErrorKind::UnexpectedEof.into()))
+            }
+            Ok(_) => {
+                let line = std::mem::take(&mut self.line);
+                serde_json::from_slice(&line)
+                    .map_err(|_| ClientError::NotQmp(String::from_utf8_lossy(&line).into_owned()))
+            }
+            Err(error) if matches!(error.kind(), WouldBlock | TimedOut) => {
                 Err(ClientError::Timeout)
             }
             Err(error) => Err(ClientError::Lost(error)),
         }
     }
 
-    /// Waits, however long, for the next event.
-    pub fn event(&mut self) -> Result<Value, ClientError> {
-        self.stream.get_ref().set_read_timeout(None).map_err(ClientError::Lost)?;
-        loop {
-            let message = self.read()?;
-            if message.get("event").is_some() {
-                return Ok(message);
-            }
-        }
+    fn wait_at_most(&self, patience: Option<Duration>) -> Result<(), ClientError> {
+        self.stream.get_ref().set_read_timeout(patience).map_err(ClientError::Lost)
     }
 
-    /// Sends a command and waits for its reply, skipping events.
+    /// Waits for the next event: for `patience`, or however long. `None` if there was none.
+    pub fn event(&mut self, patience: Option<Duration>) -> Result<Option<Value>, ClientError> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
+        self.wait_at_most(patience)?;
+        let event = loop {
+            match self.read() {
+                Ok(message) if message.get("event").is_some() => break Ok(Some(message)),
+                Ok(_) => {}
+                Err(ClientError::Timeout) => break Ok(None),
+                Err(error) => break Err(error),
+            }
+        };
+        self.wait_at_most(Some(self.patience))?;
+        event
+    }
+
+    /// Sends a command and waits for its reply; keeps events for [`QmpClient::event`].
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         self.last_id += 1;
         let request = json!({"execute": command, "arguments": arguments, "id": self.last_id});
@@ -98,6 +124,13 @@ impl QmpClient {
         self.stream.get_mut().write_all(line.as_bytes()).map_err(ClientError::Lost)?;
         loop {
             let mut answer = self.read()?;
+            if answer.get("event").is_some() {
+                if self.events.len() == MAX_EVENTS {
+                    self.events.pop_front();
+                }
+                self.events.push_back(answer);
+                continue;
+            }
             if answer.get("id").is_some_and(|id| *id != self.last_id) {
                 continue;
             }

@@ -79,11 +79,16 @@ pub enum Command {
         disks: DiskSelection,
         /// `x-disk-reads` and `x-disk-buffers`.
         tuning: Tuning,
+        /// What holds for this migration alone.
+        own: OwnOptions,
     },
     /// `migrate_cancel`
     MigrateCancel,
     /// `query-migrate`
-    QueryMigrate,
+    QueryMigrate {
+        /// `x-id`: of this migration rather than the last one.
+        id: Option<String>,
+    },
     /// `migrate-set-parameters`
     SetParameters(ParameterChange),
     /// `query-migrate-parameters`
@@ -99,6 +104,70 @@ pub enum Command {
         /// Times in milliseconds instead of seconds.
         in_millis: bool,
     },
+}
+
+/// Options of one migration, Ferry's own: what `migrate-set-parameters` and `migrate-set-capabilities` have
+/// set stays as it is for the next one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnOptions {
+    /// `x-id`: the name by which its client follows it.
+    pub id: Option<String>,
+    /// `x-parameters`
+    pub parameters: ParameterChange,
+    /// `x-capabilities`
+    pub capabilities: Vec<(String, bool)>,
+    /// `x-end-source`: the process ends once the guest has moved and the client has gone.
+    pub end_source: bool,
+}
+
+/// Longest `x-id`.
+const MAX_ID_BYTES: usize = 64;
+
+impl OwnOptions {
+    fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        let id = migration_id(arguments)?;
+        let parameters =
+            arguments.optional("x-parameters", "object", |value| value.as_object().cloned())?;
+        let mut parameters = Arguments(parameters.unwrap_or_default());
+        let change = ParameterChange::parse(&mut parameters)?;
+        parameters.none_left()?;
+        let capabilities = arguments.capabilities("x-capabilities")?.unwrap_or_default();
+        if capabilities.iter().any(|(name, _)| name == "events") {
+            let desc =
+                "Capability 'events' is not one of a migration: use migrate-set-capabilities";
+            return Err(QmpError::generic(desc));
+        }
+        let end_source = arguments.flag("x-end-source")?.unwrap_or(false);
+        Ok(Self { id, parameters: change, capabilities, end_source })
+    }
+
+    /// `params` for this migration, checked.
+    pub fn apply(&self, mut params: Params) -> Result<Params, QmpError> {
+        set_capabilities(&mut params, &self.capabilities);
+        self.parameters.apply(params)
+    }
+}
+
+fn migration_id(arguments: &mut Arguments) -> Result<Option<String>, QmpError> {
+    match arguments.text("x-id")? {
+        Some(id) if id.is_empty() || id.len() > MAX_ID_BYTES => Err(QmpError::generic(format!(
+            "Parameter 'x-id' expects a name of 1 to {MAX_ID_BYTES} bytes"
+        ))),
+        id => Ok(id),
+    }
+}
+
+/// Switches capabilities of migrations on or off.
+pub fn set_capabilities(params: &mut Params, list: &[(String, bool)]) {
+    for (name, state) in list {
+        match name.as_str() {
+            "auto-converge" => params.auto_converge = *state,
+            "xbzrle" => params.xbzrle = *state,
+            "multifd" => params.multifd = *state,
+            // `events` is the control socket's, and `return-path` cannot be changed.
+            _ => {}
+        }
+    }
 }
 
 /// Parameters to change; the others stay.
@@ -248,6 +317,11 @@ impl Arguments {
         self.optional(name, "string", |value| value.as_str().map(str::to_owned))
     }
 
+    fn capabilities(&mut self, name: &str) -> Result<Option<Vec<(String, bool)>>, QmpError> {
+        let list = self.optional(name, "array", |value| value.as_array().cloned())?;
+        list.map(|list| list.iter().map(capability).collect()).transpose()
+    }
+
     fn none_left(self) -> Result<(), QmpError> {
         match self.0.keys().next() {
             None => Ok(()),
@@ -309,19 +383,18 @@ impl Command {
                         .count("x-disk-buffers", Tuning::MAX_BUFFERS)?
                         .unwrap_or(limits.buffers),
                 };
-                Self::Migrate { uri, disks, tuning }
+                let own = OwnOptions::parse(&mut arguments)?;
+                Self::Migrate { uri, disks, tuning, own }
             }
             "migrate_cancel" => Self::MigrateCancel,
-            "query-migrate" => Self::QueryMigrate,
+            "query-migrate" => Self::QueryMigrate { id: migration_id(&mut arguments)? },
             "migrate-set-parameters" => {
                 Self::SetParameters(ParameterChange::parse(&mut arguments)?)
             }
             "query-migrate-parameters" => Self::QueryParameters,
             "migrate-set-capabilities" => {
-                let list = arguments
-                    .optional("capabilities", "array", |value| value.as_array().cloned())?
-                    .ok_or_else(|| missing("capabilities"))?;
-                Self::SetCapabilities(list.iter().map(capability).collect::<Result<_, _>>()?)
+                let list = arguments.capabilities("capabilities")?;
+                Self::SetCapabilities(list.ok_or_else(|| missing("capabilities"))?)
             }
             "query-migrate-capabilities" => Self::QueryCapabilities,
             "calc-dirty-rate" => Self::CalcDirtyRate(calc_time(&mut arguments)?),

@@ -7,6 +7,9 @@ use std::fmt;
 /// Longest request.
 pub const MAX_REQUEST_BYTES: usize = 1 << 20;
 
+/// How the error of a command begins that a running migration does not allow. QEMU's words.
+pub const MIGRATION_IN_PROGRESS: &str = "There's a migration process in progress";
+
 /// A QMP error.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QmpError {

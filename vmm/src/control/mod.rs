@@ -73,6 +73,12 @@ impl Event {
         Self { name: "MIGRATION_NOT_CONVERGING".into(), data: Some(facts) }
     }
 
+    /// Ferry's own `x-migration`: the migration called `id` has made a step, or has ended.
+    pub fn migration_step(id: &str, ended: bool) -> Self {
+        let data = json!({"x-id": id, "ended": ended});
+        Self { name: "x-migration".into(), data: Some(data) }
+    }
+
     /// An event forwarded from another process.
     pub fn forwarded(name: &str, data: Option<Value>) -> Self {
         Self { name: name.to_owned().into(), data }

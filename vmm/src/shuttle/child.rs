@@ -205,7 +205,7 @@ impl Child {
         let input = Input::new(QmpClient::connect(&path)?).map_err(ClientError::Lost)?;
         let (id, to_us) = (self.id, mailbox.clone());
         let started = thread("events", move || {
-            while let Ok(event) = listener.event() {
+            while let Ok(Some(event)) = listener.event(None) {
                 to_us.post(Message::Event(id, event));
             }
         });

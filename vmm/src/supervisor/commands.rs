@@ -3,9 +3,9 @@
 use super::ending::shutting_down;
 use super::{Event, Mode, RunState, Supervisor, jobs};
 use crate::control::block;
-use crate::control::command::{Command, NAMES, parameters};
-use crate::control::message::{QmpError, version};
-use crate::control::{Incoming, QmpResult};
+use crate::control::command::{Command, NAMES, OwnOptions, parameters, set_capabilities};
+use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError, version};
+use crate::control::{ClientId, Incoming, QmpResult};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
@@ -101,6 +101,9 @@ impl Supervisor {
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
+            Command::Migrate { uri, disks, tuning, own } => {
+                Some(self.migrate(uri, disks, *tuning, own, request.client))
+            }
             _ => Some(self.execute_at_once(request.command.clone())),
         }
     }
@@ -139,42 +142,39 @@ impl Supervisor {
                 let machine = self.machine.as_ref().filter(|_| here);
                 Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
             }
-            Command::Migrate { uri, disks, tuning } => self.migrate(&uri, &disks, tuning),
+            Command::Migrate { .. } => Err(QmpError::generic("this command has a client")),
             Command::MigrateCancel => {
                 if self.state != RunState::Inmigrate {
                     self.jobs.cancel();
                 }
                 Ok(empty())
             }
-            Command::QueryMigrate => Ok(self.jobs.counters.snapshot().to_json()),
+            Command::QueryMigrate { id } => self.jobs.info(id.as_deref()).ok_or_else(|| {
+                // Only a query with an id can fail.
+                let id = id.unwrap_or_default();
+                QmpError::generic(format!("There is no migration {id:?}, or it was long ago"))
+            }),
             Command::SetParameters(change) => {
                 if change.multifd_channels.is_some() {
                     self.no_migration("change the number of data channels")?;
                 }
                 change.xbzrle_cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
-                self.jobs.params.set(change.apply(self.jobs.params.get())?);
+                self.jobs.change_params(|params| change.apply(params))?;
                 Ok(empty())
             }
-            Command::QueryParameters => Ok(parameters(&self.jobs.params.get())),
+            Command::QueryParameters => Ok(parameters(&self.jobs.params_now())),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
-                let mut params = self.jobs.params.get();
-                for (name, state) in list {
-                    match name.as_str() {
-                        "events" => self.jobs.events_wanted = state,
-                        "auto-converge" => params.auto_converge = state,
-                        "xbzrle" => params.xbzrle = state,
-                        "multifd" => params.multifd = state,
-                        _ => {}
-                    }
+                if let Some((_, state)) = list.iter().rfind(|(name, _)| name == "events") {
+                    self.jobs.events_wanted = *state;
                 }
-                self.jobs.params.set(params);
+                set_capabilities(&mut self.jobs.params, &list);
                 Ok(empty())
             }
             Command::CalcDirtyRate(calc_time) => self.calc_dirty_rate(calc_time),
             Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
             Command::QueryCapabilities => {
-                let params = self.jobs.params.get();
+                let params = self.jobs.params_now();
                 Ok(json!([
                     {"capability": "events", "state": self.jobs.events_wanted},
                     {"capability": "return-path", "state": true},
@@ -216,7 +216,7 @@ impl Supervisor {
 
     fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
         if self.jobs.busy() {
-            let desc = format!("There's a migration process in progress: cannot {what} now");
+            let desc = format!("{MIGRATION_IN_PROGRESS}: cannot {what} now");
             return Err(QmpError::generic(desc));
         }
         Ok(())
@@ -292,8 +292,15 @@ impl Supervisor {
         uri: &str,
         selection: &DiskSelection,
         tuning: Tuning,
+        own: &OwnOptions,
+        client: ClientId,
     ) -> Result<Value, QmpError> {
         self.no_migration("start another")?;
+        let cache_size = own.parameters.xbzrle_cache_size;
+        cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
+        let params = own.apply(self.jobs.params.clone())?;
+        let owner =
+            jobs::Owner { name: own.id.clone(), ends_with: own.end_source.then_some(client) };
         if !matches!(self.state, RunState::Running | RunState::Paused) {
             let desc = format!("The guest is {} and cannot be migrated", self.state.name());
             return Err(QmpError::generic(desc));
@@ -319,7 +326,7 @@ impl Supervisor {
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();
-        let leaving = jobs::Leaving { vm, description, payload, nodes, measurement };
+        let leaving = jobs::Leaving { vm, description, payload, nodes, measurement, params, owner };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

@@ -7,6 +7,7 @@ use super::guest::leaving::LeavingGuest;
 use super::messages::{Mailbox, Message};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::LeavingFiles;
+use crate::control::ClientId;
 use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;
@@ -17,13 +18,14 @@ use migration::boot::outgoing::BootOutgoing;
 use migration::cancel::CancelToken;
 use migration::destination::{Destination, DestinationError};
 use migration::guest::{GuestError, RunPermit};
-use migration::params::SharedParams;
+use migration::params::{Params, SharedParams};
 use migration::participant::Outgoing;
 use migration::ram::outgoing::RamOutgoing;
 use migration::source::{AppliedThrottle, Source, SourceRam};
 use migration::stats::Counters;
 use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -41,7 +43,22 @@ struct Job {
     incoming: bool,
     thread: JoinHandle<()>,
     cancel: CancelToken,
+    /// Its own parameters, which may change while it runs.
+    params: SharedParams,
+    owner: Owner,
 }
+
+/// Who started a migration.
+#[derive(Debug, Clone, Default)]
+pub struct Owner {
+    /// The name by which a client follows it.
+    pub name: Option<String>,
+    /// The process ends once the guest has moved and this client has gone.
+    pub ends_with: Option<ClientId>,
+}
+
+/// How many ended migrations can still be asked for by name.
+const MAX_PAST: usize = 8;
 
 /// What an outgoing migration needs.
 pub struct Leaving {
@@ -55,6 +72,10 @@ pub struct Leaving {
     pub nodes: Vec<Arc<BlockNode>>,
     /// Must end first: it uses the dirty log.
     pub measurement: Option<Aborted>,
+    /// Its own parameters.
+    pub params: Params,
+    /// Who has started it.
+    pub owner: Owner,
 }
 
 /// The current migration, and the counters of that or the last one.
@@ -64,8 +85,12 @@ pub struct Jobs {
     last_id: JobId,
     /// Counters of the running migration, or of the last one.
     pub counters: Arc<Counters>,
-    /// Parameters, which may change while it runs.
-    pub params: SharedParams,
+    /// Parameters of the next one.
+    pub params: Params,
+    /// Counters of earlier ones that have a name.
+    past: VecDeque<(String, Arc<Counters>)>,
+    /// The name of the running or last one.
+    name: Option<String>,
     /// The machine being migrated; not its replacement after a reset.
     leaving: Weak<Vm>,
     /// The `events` capability.
@@ -81,23 +106,28 @@ impl Jobs {
     fn spawn(
         &mut self,
         incoming: bool,
+        params: Params,
+        owner: Owner,
         work: impl FnOnce(JobId, Arc<Counters>, CancelToken, SharedParams) + Send + 'static,
     ) -> io::Result<()> {
         let id = JobId(self.last_id.0 + 1);
         self.last_id = id;
         let name = if incoming { "mig-in" } else { "mig-out" };
-        self.counters = Arc::default();
-        let cancel = CancelToken::new();
-        let (counters, token, params) =
-            (self.counters.clone(), cancel.clone(), self.params.clone());
+        let earlier = std::mem::take(&mut self.counters);
+        if let Some(name) = std::mem::replace(&mut self.name, owner.name.clone()) {
+            self.past.truncate(MAX_PAST - 1);
+            self.past.push_front((name, earlier));
+        }
+        let (cancel, params) = (CancelToken::new(), SharedParams::new(params));
+        let (counters, token, shared) = (self.counters.clone(), cancel.clone(), params.clone());
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(512 << 10)
             .spawn(move || {
                 yield_to_guests();
-                work(id, counters, token, params);
+                work(id, counters, token, shared);
             })?;
-        self.current = Some(Job { id, incoming, thread, cancel });
+        self.current = Some(Job { id, incoming, thread, cancel, params, owner });
         Ok(())
     }
 
@@ -110,10 +140,10 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description, payload, nodes, measurement } = leaving;
+        let Leaving { vm, mut description, payload, nodes, measurement, params, owner } = leaving;
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
-        self.spawn(false, move |id, counters, cancel, params| {
+        self.spawn(false, params, owner, move |id, counters, cancel, params| {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
@@ -148,7 +178,7 @@ impl Jobs {
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
-        self.spawn(true, move |id, counters, cancel, _| {
+        self.spawn(true, Params::default(), Owner::default(), move |id, counters, cancel, _| {
             counters.listening(address);
             let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
             let mut events = |event| mailbox.post(Message::Migration(event));
@@ -176,12 +206,56 @@ impl Jobs {
         }
     }
 
-    /// Joins the thread of migration `id`, unless already joined.
-    pub fn reap(&mut self, id: JobId) {
-        if let Some(job) = self.current.take_if(|job| job.id == id)
-            && job.thread.join().is_err()
-        {
+    /// Joins the thread of migration `id`, unless already joined; returns who had started it.
+    pub fn reap(&mut self, id: JobId) -> Option<Owner> {
+        let job = self.current.take_if(|job| job.id == id)?;
+        if job.thread.join().is_err() {
             log::error!("the migration thread panicked");
+        }
+        Some(job.owner)
+    }
+
+    /// The name of the running migration.
+    pub fn running_name(&self) -> Option<&str> {
+        self.current.as_ref()?.owner.name.as_deref()
+    }
+
+    /// The parameters of the running migration, or of the next one.
+    pub fn params_now(&self) -> Params {
+        self.current.as_ref().map_or_else(|| self.params.clone(), |job| job.params.get())
+    }
+
+    /// Changes parameters: of the running migration, and of the next ones. None of them on error.
+    pub fn change_params<E>(
+        &mut self,
+        change: impl Fn(Params) -> Result<Params, E>,
+    ) -> Result<(), E> {
+        let params = change(self.params.clone())?;
+        if let Some(job) = &self.current {
+            job.params.set(change(job.params.get())?);
+        }
+        self.params = params;
+        Ok(())
+    }
+
+    /// The statistics of the migration called `name`, or of the running or last one. `None` if it is not
+    /// known any more.
+    pub fn info(&self, name: Option<&str>) -> Option<Value> {
+        let of = |name: Option<&str>, counters: &Counters| {
+            let mut info = counters.snapshot().to_json();
+            if let Some(name) = name {
+                info["x-id"] = name.into();
+            }
+            info
+        };
+        let last = || of(self.name.as_deref(), &self.counters);
+        match name {
+            None => Some(last()),
+            Some(name) if self.name.as_deref() == Some(name) => Some(last()),
+            Some(name) => {
+                let past = self.past.iter().find(|(past, _)| past == name);
+                past.map(|(name, counters)| of(Some(name), counters))
+            }
         }
     }
 

@@ -24,7 +24,7 @@ use crate::config::{BootFiles, HostConfig, ReceiveConfig, RunConfig};
 use crate::console::{Console, ConsoleEvent};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
-use crate::control::{Event, Incoming, QmpResult};
+use crate::control::{ClientId, Event, Incoming, QmpResult};
 use crate::error::chain;
 use crate::event_loop::{self, EventLoop, EventLoopError, Handler};
 use crate::exit_code::{self, Exit};
@@ -41,9 +41,10 @@ use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
 use ending::Ending;
 use guest::arriving::BuildContext;
-use jobs::Jobs;
+use jobs::{Jobs, Owner};
 use messages::{Mailbox, Message};
-use migration::source::MigrationEvent;
+use migration::source::{MigrationEvent, SourceOutcome};
+use migration::stats::MigrationStatus;
 use moving::Pausing;
 use sizes::Sizes;
 use std::io;
@@ -150,6 +151,8 @@ pub struct Supervisor {
     sizes: Sizes,
     waiting: Waiting,
     ending: Option<Ending>,
+    /// The guest has moved, and the process ends when this client has gone.
+    ends_with: Option<ClientId>,
     /// When the event loop's alarm fires.
     alarm: Option<Instant>,
     console: Console,
@@ -225,6 +228,7 @@ impl Supervisor {
             sizes: Sizes::default(),
             waiting: Waiting::default(),
             ending: None,
+            ends_with: None,
             alarm: None,
             console,
             event_loop,
@@ -298,6 +302,13 @@ impl Supervisor {
     }
 
     fn on_migration_event(&mut self, event: MigrationEvent) {
+        // Not in the pause: its client would ask for statistics.
+        if !matches!(event, MigrationEvent::Status(MigrationStatus::Device))
+            && let Some(name) = self.jobs.running_name()
+        {
+            let step = Event::migration_step(name, false);
+            self.tell(&step);
+        }
         if !self.jobs.events_wanted {
             return;
         }
@@ -358,12 +369,15 @@ impl Handler for Supervisor {
             }
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
-                self.jobs.reap(id);
+                log::info!("migration: {outcome:?}");
+                let owner = self.jobs.reap(id);
                 // The migration has done so itself, unless its thread died.
                 if let Some(machine) = &self.machine {
                     machine.throttle(0);
                 }
-                log::info!("migration: {outcome:?}");
+                if let Some(owner) = owner {
+                    self.migration_ended(owner, &outcome);
+                }
             }
             Message::IncomingEnded(id, result) => {
                 self.jobs.reap(id);
@@ -397,6 +411,12 @@ impl Handler for Supervisor {
             }
         }
         self.look_after_waiting();
+    }
+
+    fn on_client_gone(&mut self, client: ClientId) {
+        if self.ends_with == Some(client) {
+            self.end_if_moved();
+        }
     }
 
     fn on_timeout(&mut self) {
@@ -485,6 +505,26 @@ impl Supervisor {
         }
     }
 
+    /// An outgoing migration has ended.
+    fn migration_ended(&mut self, owner: Owner, outcome: &SourceOutcome) {
+        if let Some(name) = &owner.name {
+            self.tell(&Event::migration_step(name, true));
+        }
+        if matches!(outcome, SourceOutcome::Completed) {
+            self.ends_with = owner.ends_with;
+            self.end_if_moved();
+        }
+    }
+
+    /// Ends the process of a guest that has moved, once the client that moved it has gone.
+    fn end_if_moved(&mut self) {
+        let Some(client) = self.ends_with else { return };
+        if self.state == RunState::Postmigrate && !self.event_loop.has_client(client) {
+            let event = Event::ending("SHUTDOWN", false, "host-qmp-quit");
+            self.end(Exit::new(exit_code::OK, "the guest has moved"), &event);
+        }
+    }
+
     /// The guest has ended by itself.
     fn guest_has_ended(&mut self, exit: Exit, reason: &str) {
         if self.ending.is_none() {
@@ -504,6 +544,14 @@ impl Supervisor {
 
     /// The end that a user has asked for with `how`.
     fn told_to(&self, how: &str) -> Exit {
-        self.console.unless_expecting(Exit::new(exit_code::OK, format!("ended by {how}")))
+        let why = format!("ended by {how}");
+        if self.state == RunState::Postmigrate {
+            let fate = match self.jobs.busy() {
+                true => "the guest was being handed over: it may run at the destination",
+                false => "the guest has moved",
+            };
+            return Exit::new(exit_code::OK, format!("{why}; {fate}"));
+        }
+        self.console.unless_expecting(Exit::new(exit_code::OK, why))
     }
 }
