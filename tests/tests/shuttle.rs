@@ -164,3 +164,28 @@ fn moves_that_are_refused_leave_no_process_and_the_guests_end_is_still_heard() {
     vmm.process.type_in("q").unwrap();
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest's own code");
 }
+
+#[test]
+fn a_qcow2_image_moves_with_its_guest_and_nothing_is_allocated_twice() {
+    if skip::kvm_is_missing() || image::qemu_img().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (base, path) = (folder.path().join("base"), folder.path().join("disk.qcow2"));
+    disk::create(&base, 4 << 20).unwrap();
+    image::overlay(&path, &base).unwrap();
+    let mut guest = Guest::new("work=disk", 64);
+    guest.disks.push(format!("path={},id=root,format=qcow2", path.display()));
+    let mut vmm = ferry::run_with(&guest, &["--migrate-every", "50ms", "-v"]).unwrap();
+    wait_for_move(&vmm, 12);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    // A reset and its boot change no process, and the image stays with the guest.
+    vmm.qmp().unwrap().execute("system_reset", json!({})).unwrap();
+    let from = vmm.serial().count();
+    vmm.serial().wait_from(from, "^HB n=1 ", SOON).unwrap();
+    vmm.process.type_in("q").unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest's own code");
+    assert!(moves(&vmm) >= 12);
+    // `qemu-img check` finds no leak and no error.
+    image::assert_same_as((&path, "qcow2"), (&path, "qcow2"));
+}

@@ -7,7 +7,6 @@ pub use disk::{DiskConfig, ReceiveDisk, is_id};
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
 
 use crate::machine::description::check_rng;
-use devices::block::Format;
 use migration::transport::Address;
 use regex_lite::Regex;
 use serde::{Deserialize, Deserializer, de::Error};
@@ -280,13 +279,6 @@ impl RunOptions {
             disks.push((id, disk));
         }
         let migrate_every = duration("--migrate-every", self.migrate_every, &mut problems);
-        for (id, disk) in &disks {
-            if migrate_every.is_some() && disk.format == Format::Qcow2 {
-                problems.push(format!(
-                    "--migrate-every: disk {id:?} is qcow2, which two processes cannot share"
-                ));
-            }
-        }
         if let Err(error) = check_rng(self.rng, disks.iter().map(|(id, _)| id.as_str())) {
             problems.push(format!("--rng: {error}"));
         }

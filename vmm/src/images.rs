@@ -65,9 +65,6 @@ pub enum ImageError {
     BackingUnwanted { path: PathBuf },
     #[error("{path} has {free} bytes free, the guest's disks need {needed}")]
     NoSpace { path: PathBuf, free: u64, needed: u64 },
-    /// Its metadata would be read here while the source still changes it.
-    #[error("a qcow2 image cannot be shared: move it with --disks full or top")]
-    Shared,
     #[error("{path} is given for two disks")]
     Twice { path: PathBuf },
     #[error("cannot create disk image {path}")]
@@ -149,9 +146,6 @@ impl Images {
             let node = match &disk.travels {
                 None => {
                     let Place { path, format, cache, .. } = &place;
-                    if *format == Format::Qcow2 && !disk.read_only {
-                        return Err(failed(id, ImageError::Shared));
-                    }
                     let backend = open_image(path, *format, disk.read_only, *cache);
                     let backend = backend.map_err(|error| failed(id, error))?;
                     Arc::new(BlockNode::new(id, backend).with_policy(place.errors))

@@ -50,6 +50,13 @@ pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
 pub enum LockError {
     #[error("{location} is in use by another virtual machine: stop that one first")]
     Held { location: String },
+    /// It is locked, but its metadata cannot be used.
+    #[error("cannot use {location}")]
+    Unreadable {
+        location: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot lock {location}")]
     Refused {
         location: String,

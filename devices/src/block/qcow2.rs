@@ -1,8 +1,11 @@
 //! qcow2 images, with backing files, through the `imago` crate.
 //!
 //! Formats are never probed: the user declares the image as qcow2, and the image's header records the
-//! format of its backing file. The backing chain is opened read-only. Metadata is cached from opening on,
-//! so an image has one user at a time: it can be migrated, not shared.
+//! format of its backing file. The backing chain is opened read-only.
+//!
+//! Metadata is cached while the image is locked, and only then: locking reads it, unlocking drops it. So two
+//! processes can share an image whose lock moves with the right to run, and neither sees stale tables or
+//! writes any. QEMU calls that activating and inactivating an image.
 
 mod chain;
 
@@ -15,21 +18,26 @@ use super::{Format, SECTOR_BYTES};
 pub use chain::Backing;
 use chain::{Chain, recorded_backing};
 use imago::file::File as ImagoFile;
+use imago::format::drivers::FormatDriverInstance;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatCreateBuilder, ShallowMapping, StorageOpenOptions};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// An open qcow2 image.
 pub struct Qcow2File {
-    /// Write-locked for operations that may invalidate mappings in use: discards.
-    image: RwLock<FormatAccess<ImagoFile>>,
+    /// `None` while it is not locked. Write-locked for operations that may invalidate mappings in use:
+    /// discards.
+    image: RwLock<Option<FormatAccess<ImagoFile>>>,
     /// The image's open file description, which holds the lock.
     file: File,
+    /// The image's name.
     path: PathBuf,
+    /// Where it was opened: a new image has another name until it is complete.
+    at: PathBuf,
     len_bytes: u64,
     read_only: bool,
     cache: Cache,
@@ -43,14 +51,18 @@ impl std::fmt::Debug for Qcow2File {
     }
 }
 
-fn open_file(path: &Path, write: bool, cache: Cache) -> io::Result<(File, ImagoFile)> {
+/// Opens a regular file or block device; anything else may hang or has no size.
+fn open_file(path: &Path, write: bool, cache: Cache) -> io::Result<File> {
+    let direct = if cache == Cache::None { libc::O_DIRECT } else { 0 };
     let mut options = OpenOptions::new();
-    options.read(true).write(write);
-    if cache == Cache::None {
-        options.custom_flags(libc::O_DIRECT);
-    }
+    // A FIFO would otherwise be waited for.
+    options.read(true).write(write).custom_flags(libc::O_NONBLOCK | direct);
     let file = options.open(path)?;
-    Ok((file.try_clone()?, storage(file, path, write, cache)?))
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(refused("it is neither a regular file nor a block device".into()));
+    }
+    Ok(file)
 }
 
 fn storage(file: File, path: &Path, write: bool, cache: Cache) -> io::Result<ImagoFile> {
@@ -63,11 +75,12 @@ fn refused(what: String) -> io::Error {
 }
 
 impl Qcow2File {
-    /// Opens the image and the backing chain that it records, without locking.
+    /// Opens the image and the backing chain that it records, without locking: nothing but the headers is
+    /// read, and nothing written. It can be used once it is locked.
     pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
-        let (file, storage) = open_file(path, !read_only, cache).map_err(failed)?;
-        Self::assemble(file, storage, path, path, read_only, cache)
+        let file = open_file(path, !read_only, cache).map_err(failed)?;
+        Self::assemble(file, path, path, read_only, cache)
     }
 
     /// Creates a blank image of `len_bytes`, with backing file `backing` if given, in the file `partial`;
@@ -99,49 +112,86 @@ impl Qcow2File {
                 if cache == Cache::None {
                     make_direct(&file, path)?;
                 }
-                let same = file.try_clone().map_err(failed)?;
-                let image = storage(same, partial, true, cache).map_err(failed)?;
-                Self::assemble(file, image, partial, path, false, cache)
+                Self::assemble(file, partial, path, false, cache)
             })
             .inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
 
     fn assemble(
         file: File,
-        storage: ImagoFile,
         at: &Path,
         path: &Path,
         read_only: bool,
         cache: Cache,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
-        let mut image = Qcow2::open_image(storage, !read_only).map_err(failed)?;
-        let below = recorded_backing(&image, at).map_err(failed)?;
-        let (chain, below) = match below.as_ref().map(Chain::open).transpose().map_err(failed)? {
-            Some((chain, below)) => (Some(chain), Some(below)),
-            None => (None, None),
-        };
-        image.set_data_file(None);
-        image.set_backing(below);
-        let image = FormatAccess::new(image);
-        let len_bytes = image.size();
+        let same = file.try_clone().map_err(failed)?;
+        let header = storage(same, at, false, cache).and_then(|it| Qcow2::open_image(it, false));
+        let header = header.map_err(failed)?;
+        let backing = recorded_backing(&header, at).map_err(failed)?;
+        let len_bytes = header.size();
         if len_bytes == 0 {
             return Err(OpenError::Empty { path: path.to_owned() });
         }
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
-        let (image, path) = (RwLock::new(image), path.to_owned());
-        Ok(Self { image, file, path, len_bytes, read_only, cache, chain })
+        let chain = backing.map(Chain::open).transpose().map_err(failed)?;
+        let (image, path, at) = (RwLock::new(None), path.to_owned(), at.to_owned());
+        Ok(Self { image, file, path, at, len_bytes, read_only, cache, chain })
     }
 
-    fn image(&self) -> RwLockReadGuard<'_, FormatAccess<ImagoFile>> {
-        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    /// Reads the metadata of the image, which is locked.
+    fn load(&self) -> io::Result<FormatAccess<ImagoFile>> {
+        let storage = storage(self.file.try_clone()?, &self.at, !self.read_only, self.cache)?;
+        let mut image = Qcow2::open_image(storage, !self.read_only)?;
+        let backing = recorded_backing(&image, &self.at)?;
+        if image.size() != self.len_bytes || backing.as_ref() != self.chain.as_ref().map(Chain::top)
+        {
+            return Err(refused("its size or backing file has changed since it was opened".into()));
+        }
+        image.set_data_file(None);
+        image.set_backing(self.chain.as_ref().map(Chain::reader).transpose()?);
+        Ok(FormatAccess::new(image))
     }
 
-    fn image_alone(&self) -> RwLockWriteGuard<'_, FormatAccess<ImagoFile>> {
-        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    fn try_lock(&self) -> Result<(), LockError> {
+        let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
+        lock_file(&self.file, &self.path, operation)?;
+        self.chain.as_ref().map_or(Ok(()), Chain::lock)?;
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        if image.is_none() {
+            let location = self.path.display().to_string();
+            *image =
+                Some(self.load().map_err(|source| LockError::Unreadable { location, source })?);
+        }
+        Ok(())
     }
+
+    /// Calls `work` with the image.
+    ///
+    /// # Errors
+    /// That of `work`, or if the image is not locked.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&FormatAccess<ImagoFile>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
+        work(image.as_ref().ok_or_else(not_locked)?)
+    }
+
+    /// The same, while nobody else uses it.
+    fn alone<T>(
+        &self,
+        work: impl FnOnce(&mut FormatAccess<ImagoFile>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        work(image.as_mut().ok_or_else(not_locked)?)
+    }
+}
+
+fn not_locked() -> io::Error {
+    io::Error::other("the image is not locked: it may be in use elsewhere")
 }
 
 impl BlockBackend for Qcow2File {
@@ -170,16 +220,16 @@ impl BlockBackend for Qcow2File {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
-        self.image().read(buffer, offset_bytes)
+        self.with(|image| image.read(buffer, offset_bytes))
     }
 
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
-        self.image().write(buffer, offset_bytes)
+        self.with(|image| image.write(buffer, offset_bytes))
     }
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         // To zeroes: uncovering the backing file would show stale data.
-        match self.image_alone().discard_to_zero(offset_bytes, len_bytes) {
+        match self.alone(|image| image.discard_to_zero(offset_bytes, len_bytes)) {
             // Version 2 images cannot. Discards are advisory.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
             result => result,
@@ -188,9 +238,9 @@ impl BlockBackend for Qcow2File {
 
     fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
         let zeroed = if may_unmap {
-            self.image_alone().discard_to_zero(offset_bytes, len_bytes)
+            self.alone(|image| image.discard_to_zero(offset_bytes, len_bytes))
         } else {
-            self.image().write_zeroes(offset_bytes, len_bytes)
+            self.with(|image| image.write_zeroes(offset_bytes, len_bytes))
         };
         match zeroed {
             // Version 2 images have no zero clusters.
@@ -203,16 +253,15 @@ impl BlockBackend for Qcow2File {
 
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
         let rest = self.len_bytes.saturating_sub(offset_bytes);
-        let image = self.image();
-        let (mapping, len_bytes) = image.get_shallow_mapping(offset_bytes, rest)?;
-        let content = match mapping {
-            ShallowMapping::Indirect { .. } => Content::Backing,
-            ShallowMapping::Zero { .. } => Content::Zero,
-            ShallowMapping::Eof { .. } => {
-                return Ok(Extent { len_bytes: rest, content: Content::Zero });
-            }
-            _ => Content::Data,
-        };
+        let (content, len_bytes) = self.with(|image| {
+            let (mapping, len_bytes) = image.get_shallow_mapping(offset_bytes, rest)?;
+            Ok(match mapping {
+                ShallowMapping::Indirect { .. } => (Content::Backing, len_bytes),
+                ShallowMapping::Zero { .. } => (Content::Zero, len_bytes),
+                ShallowMapping::Eof { .. } => (Content::Zero, rest),
+                _ => (Content::Data, len_bytes),
+            })
+        })?;
         Ok(Extent { len_bytes: len_bytes.clamp(1, rest.max(1)), content })
     }
 
@@ -225,26 +274,26 @@ impl BlockBackend for Qcow2File {
     }
 
     fn write_back(&self) -> io::Result<()> {
-        self.image().flush()
+        self.with(|image| image.flush())
     }
 
     fn flush(&self) -> io::Result<()> {
-        let image = self.image();
-        image.flush()?;
-        image.sync()
+        self.with(|image| {
+            image.flush()?;
+            image.sync()
+        })
     }
 
     fn lock(&self) -> Result<(), LockError> {
-        let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
-        lock_file(&self.file, &self.path, operation)?;
-        if let Some(Err(error)) = self.chain.as_ref().map(Chain::lock) {
-            self.unlock();
-            return Err(error);
-        }
-        Ok(())
+        self.try_lock().inspect_err(|_| self.unlock())
     }
 
     fn unlock(&self) {
+        let image = self.image.write().unwrap_or_else(PoisonError::into_inner).take();
+        // The caller has written it back; this is for one that gave up.
+        if let Some(Err(error)) = image.map(|image| image.flush()) {
+            log::error!("{}: {error}", self.path.display());
+        }
         unlock_file(&self.file, &self.path);
         if let Some(chain) = &self.chain {
             chain.unlock();

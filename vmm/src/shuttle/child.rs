@@ -97,8 +97,9 @@ impl Child {
             };
             let (on_read, on_write) = (disk.errors.on_read.name(), disk.errors.on_write.name());
             command.arg("--disk").arg(format!(
-                "{id}={},cache={cache},rerror={on_read},werror={on_write}",
-                disk.path.display()
+                "{id}={},format={},cache={cache},rerror={on_read},werror={on_write}",
+                disk.path.display(),
+                disk.format.name()
             ));
         }
         Self::start(id, command, config, folder, mailbox)

@@ -13,7 +13,7 @@ use crate::machine::description::{
     BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels,
 };
 use crate::machine::dirty::VmDirtyLog;
-use devices::block::{BlockNode, Format};
+use devices::block::BlockNode;
 use migration::block::{SourceDisk, SourceDisks, Tuning};
 use migration::source::SourceRam;
 use migration::transport::Address;
@@ -46,10 +46,6 @@ fn migrated(
         let node = disk.node.clone();
         let mode = selection.mode_of(node.id());
         if mode == DiskMode::None {
-            if node.format() == Format::Qcow2.name() && !node.read_only() {
-                let desc = "is qcow2, which two processes cannot share: move it with full or top";
-                return Err(QmpError::generic(format!("disk {} {desc}", node.id())));
-            }
             continue;
         }
         if node.len_bytes() > MAX_MIGRATED_DISK_BYTES {

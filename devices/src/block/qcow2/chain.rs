@@ -36,10 +36,10 @@ pub struct Backing {
 
 /// The files below an image.
 pub(super) struct Chain {
+    top: Backing,
     /// Topmost first.
     files: Vec<(PathBuf, File)>,
-    /// A separate reader for the digest.
-    reader: FormatAccess<ImagoFile>,
+    len_bytes: u64,
     /// The cached digest: nobody writes the files while they are locked.
     digest: Mutex<Option<String>>,
 }
@@ -83,10 +83,10 @@ fn open_backing(
             .and_then(|file| storage(file, &backing.path, false, Cache::Writeback))
             .map_err(named)?,
         None => {
-            let (file, storage) =
-                open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
+            let file = open_file(&backing.path, false, Cache::Writeback).map_err(named)?;
+            let same = file.try_clone().map_err(named)?;
             chain.push((backing.path.clone(), file));
-            storage
+            storage(same, &backing.path, false, Cache::Writeback).map_err(named)?
         }
     };
     match backing.format {
@@ -107,12 +107,27 @@ fn open_backing(
 }
 
 impl Chain {
-    /// Opens a backing file and all below it; also returns a reader for the image.
-    pub fn open(backing: &Backing) -> io::Result<(Self, FormatAccess<ImagoFile>)> {
+    /// Opens a backing file and all below it.
+    pub fn open(top: Backing) -> io::Result<Self> {
         let mut files = Vec::new();
-        let below = open_backing(backing, &mut files, 0)?;
-        let reader = open_backing(backing, &mut files, 0)?;
-        Ok((Self { files, reader, digest: Mutex::default() }, below))
+        let len_bytes = open_backing(&top, &mut files, 0)?.size();
+        Ok(Self { top, files, len_bytes, digest: Mutex::default() })
+    }
+
+    /// The topmost file.
+    pub fn top(&self) -> &Backing {
+        &self.top
+    }
+
+    /// A reader of the files as they are now, which are locked.
+    pub fn reader(&self) -> io::Result<FormatAccess<ImagoFile>> {
+        let same = |(path, file): &(PathBuf, File)| Ok((path.clone(), file.try_clone()?));
+        let mut files = self.files.iter().map(same).collect::<io::Result<Vec<_>>>()?;
+        let reader = open_backing(&self.top, &mut files, 0)?;
+        if files.len() != self.files.len() || reader.size() != self.len_bytes {
+            return Err(refused("a backing file has changed since it was opened".into()));
+        }
+        Ok(reader)
     }
 
     /// Shared: several images may use a backing file, but nobody may write it.
@@ -133,7 +148,7 @@ impl BackingChain for Chain {
     }
 
     fn len_bytes(&self) -> u64 {
-        self.reader.size()
+        self.len_bytes
     }
 
     fn allocated_bytes(&self) -> io::Result<u64> {
@@ -145,15 +160,16 @@ impl BackingChain for Chain {
         if let Some(known) = lock(&self.digest).clone() {
             return Ok(known);
         }
+        let reader = self.reader()?;
         let (mut sum, mut at) = (Sha256::new(), 0);
         let mut piece = vec![0; PIECE_BYTES];
-        while at < self.reader.size() {
+        while at < self.len_bytes {
             if !go_on() {
                 return Err(io::ErrorKind::Interrupted.into());
             }
-            let left = usize::try_from(self.reader.size() - at).unwrap_or(PIECE_BYTES);
+            let left = usize::try_from(self.len_bytes - at).unwrap_or(PIECE_BYTES);
             let piece = &mut piece[..left.min(PIECE_BYTES)];
-            self.reader.read(&mut *piece, at)?;
+            reader.read(&mut *piece, at)?;
             sum.update(&*piece);
             at += piece.len() as u64;
         }

@@ -11,8 +11,15 @@ fn base(folder: &Path, name: &str, byte: u8) -> Backing {
 fn made(folder: &Path, backing: Option<&Backing>) -> (PathBuf, Qcow2File) {
     let (partial, path) = (folder.join("x.partial"), folder.join("x"));
     let image = Qcow2File::create(&partial, &path, 512 << 10, Cache::Writeback, backing).unwrap();
+    image.lock().unwrap();
     std::fs::rename(partial, &path).unwrap();
     (path, image)
+}
+
+fn opened(path: &Path, read_only: bool) -> Qcow2File {
+    let image = Qcow2File::open(path, read_only, Cache::Writeback).unwrap();
+    image.lock().unwrap();
+    image
 }
 
 fn bytes(image: &Qcow2File, at: u64) -> u8 {
@@ -34,7 +41,7 @@ fn what_is_written_is_read_also_after_it_was_closed() {
     image.write_zeroes(128 << 10, 64 << 10, true).unwrap();
     image.flush().unwrap();
     drop(image);
-    let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    let image = opened(&path, false);
     assert_eq!([0, 512, 128 << 10, 192 << 10].map(|at| bytes(&image, at)), [0, 7, 0, 8]);
     assert!(image.backing().is_none());
 }
@@ -64,7 +71,7 @@ fn what_lies_on_a_backing_file_is_told_from_what_lies_above_it() {
     writer.lock().unwrap();
     assert!(image.lock().is_err());
     drop((image, writer));
-    let image = Qcow2File::open(&path, true, Cache::Writeback).unwrap();
+    let image = opened(&path, true);
     assert_eq!([bytes(&image, 64 << 10), bytes(&image, 0)], [9, 3]);
 }
 
@@ -119,7 +126,7 @@ fn an_old_image_that_knows_no_zeroes_has_them_written() {
     // Version 2 is version 3 without what follows the 72 bytes of its header.
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 2], 4).unwrap();
-    let image = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    let image = opened(&path, false);
     image.discard(0, 64 << 10).unwrap();
     for (at, may_unmap) in [(64 << 10, true), (128 << 10, false)] {
         image.write_zeroes(at, 64 << 10, may_unmap).unwrap();
@@ -134,8 +141,62 @@ fn what_was_written_back_is_there_for_who_opens_it_next() {
     let (path, image) = made(folder.path(), None);
     image.write_at(&[7; 512], 300 << 10).unwrap();
     image.write_back().unwrap();
-    let other = Qcow2File::open(&path, true, Cache::Writeback).unwrap();
+    image.unlock();
+    let other = opened(&path, true);
     assert_eq!(bytes(&other, 300 << 10), 7);
+}
+
+#[test]
+fn two_programs_that_take_turns_see_each_others_clusters_and_allocate_none_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let backing = base(folder.path(), "base", 3);
+    let (path, one) = made(folder.path(), Some(&backing));
+    // Opened while the other one still writes: what it knew then would be stale.
+    let other = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    assert!(other.read_at(&mut [0; 512], 0).is_err(), "it is the other one's");
+    assert!(matches!(other.lock(), Err(LockError::Held { .. })));
+    let mut at = 0;
+    for turn in 1..=4_u8 {
+        let (mine, theirs) = if turn % 2 == 1 { (&one, &other) } else { (&other, &one) };
+        mine.lock().unwrap();
+        assert!(theirs.write_at(&[0; 512], 0).is_err());
+        mine.write_at(&[turn; 512], at).unwrap();
+        at += 64 << 10;
+        mine.write_back().unwrap();
+        for earlier in 1..=turn {
+            let cluster = u64::from(earlier - 1) * (64 << 10);
+            assert_eq!([bytes(mine, cluster), bytes(mine, cluster + 512)], [earlier, 3]);
+        }
+        mine.unlock();
+    }
+    // What has become another image in between is not taken for the same.
+    let (_, longer) = made(folder.path(), None);
+    drop(longer);
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &(1_u64 << 20).to_be_bytes(), 24).unwrap();
+    let reopened = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &(512_u64 << 10).to_be_bytes(), 24).unwrap();
+    assert!(matches!(reopened.lock(), Err(LockError::Unreadable { .. })));
+    opened(&path, false);
+}
+
+#[test]
+fn an_image_or_backing_file_that_is_a_fifo_is_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = folder.path().join("fifo");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let refused = |path: &Path| {
+        let error = Qcow2File::open(path, true, Cache::Writeback).unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("neither a regular file nor a block device"), "{source}");
+    };
+    refused(&fifo);
+    let backing = base(folder.path(), "base", 3);
+    let (path, image) = made(folder.path(), Some(&backing));
+    drop(image);
+    std::fs::rename(&fifo, &backing.path).unwrap();
+    refused(&path);
 }
 
 #[test]
