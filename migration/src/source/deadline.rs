@@ -91,9 +91,15 @@ impl<'g> StopClock<'g> {
         self.lock().deadline
     }
 
-    /// Starts the next part of the pause.
-    pub(super) fn enter(&self, part: &str) {
-        self.lock().part = (part.to_owned(), Instant::now());
+    /// Starts the next part of the pause. Fails if the deadline passed in the last one, which is then the
+    /// one that took too long.
+    pub(super) fn enter(&self, part: &str) -> Result<(), Overran> {
+        let mut state = self.lock();
+        if let Held::Resumed(_) = state.held {
+            return Err(state.overran());
+        }
+        state.part = (part.to_owned(), Instant::now());
+        Ok(())
     }
 
     /// Runs `work` on the stopped guest. `work` is short or observes the deadline itself.

@@ -276,8 +276,8 @@ impl<'g> LastStep<'_, 'g> {
         self.parts.pause = self.watch.lap();
         self.phase = Phase::Sending;
         session.estimate.stopped_in(self.parts.pause, paused.drains());
+        self.clock.enter("reading the dirty log")?;
         self.clock.hold(paused);
-        self.clock.enter("reading the dirty log");
         let pending: Result<Vec<_>, _> =
             session.participants.iter_mut().map(|one| one.pending(Precision::Exact)).collect();
         session.estimate.weigh(pending?.iter(), session.link.round_trip());
@@ -300,7 +300,7 @@ impl<'g> LastStep<'_, 'g> {
     }
 
     fn send_all(&mut self, session: &mut Session) -> Result<(), Ended> {
-        self.clock.enter("saving device state");
+        self.clock.enter("saving device state")?;
         let records = self.clock.with(|guest| guest.save_records())??;
         let records = encode("device state", &records)?;
         self.announced = true;
@@ -316,18 +316,17 @@ impl<'g> LastStep<'_, 'g> {
         });
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
-            self.clock.enter(&format!("sending the rest of section {:?}", participant.section()));
-            // What is left out now is sent by the next attempt.
-            self.clock.with(|_| ())?;
+            // What is left out once the deadline has passed is sent by the next attempt.
+            self.clock.enter(&format!("sending the rest of section {:?}", participant.section()))?;
             participant.complete()?;
         }
-        self.clock.enter("flushing disks");
+        self.clock.enter("flushing disks")?;
         self.phase = Phase::Flushing;
         let deadline = self.clock.deadline();
         let flush = self.clock.with(|guest| guest.release_disks(deadline))??;
         session.estimate.flushed_in(&flush);
         self.phase = Phase::Sending;
-        self.clock.enter("ending the stream");
+        self.clock.enter("ending the stream")?;
         let running = self.clock.with(|guest| guest.was_running())?;
         let eof = Eof { running, attempt: session.attempt };
         self.clock.end_stream(&eof.encode())??;
@@ -338,7 +337,7 @@ impl<'g> LastStep<'_, 'g> {
     fn await_ready(&mut self, session: &mut Session) -> Result<(), Ended> {
         const WHAT: &str = "the destination's readiness";
         const WAITING: &str = "waiting for the destination";
-        self.clock.enter(WAITING);
+        self.clock.enter(WAITING)?;
         self.phase = Phase::AwaitingReady;
         let limit = Limit::until(WHAT, self.clock.deadline());
         let payload = match session.control.expect(Kind::Ready, &limit) {
