@@ -360,16 +360,8 @@ impl<'g> LastStep<'_, 'g> {
 
     fn hand_over(&mut self, session: &mut Session) -> Result<Handover, Ended> {
         // The point of no return: a cancel comes either before it or not at all.
-        if !self.cancel.disarm() {
-            return Err(Ended::Failed(SourceError::Cancelled));
-        }
-        let paused = match self.clock.take() {
-            Ok(paused) => paused,
-            Err(overran) => {
-                self.cancel.rearm();
-                return Err(overran.into());
-            }
-        };
+        let taken = self.clock.take_if(|| self.cancel.disarm())?;
+        let paused = taken.ok_or(Ended::Failed(SourceError::Cancelled))?;
         let handover = hand_over(paused, &session.control);
         if let Handover::Completed { started_in } = handover {
             let whole = self.watch.lap();
