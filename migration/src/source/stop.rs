@@ -44,12 +44,15 @@ impl From<Overran> for Ended {
     fn from(overran: Overran) -> Self {
         match overran.not_resumed {
             None => Self::TooLong(overran.part),
-            Some(source) => {
-                let cause = "the stop was called off, as it took too long".to_owned();
-                Self::Failed(SourceError::NotResumed { cause, source })
-            }
+            Some(source) => Self::Failed(not_resumed(source)),
         }
     }
+}
+
+/// A stop was called off, and then the guest could not be resumed.
+fn not_resumed(source: GuestError) -> SourceError {
+    let cause = "the stop was called off, as it took too long".to_owned();
+    SourceError::NotResumed { cause, source }
 }
 
 impl From<SourceError> for Ended {
@@ -125,7 +128,7 @@ impl Source<'_> {
                 self.call_off(session, part, &stopped)?;
                 Ok(Stop::CalledOff)
             }
-            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => Err(session.abort(error)),
+            // The destination knows.
             Err(Ended::Failed(error)) => Err(error),
         }
     }
@@ -171,7 +174,7 @@ impl Source<'_> {
             stopped.map_err(|ended| match ended {
                 Ended::TooLong(part) => match clock.resume() {
                     Ok(()) => Ended::TooLong(part),
-                    Err(source) => Ended::from(Overran { part, not_resumed: Some(source) }),
+                    Err(source) => Ended::Failed(session.abort(not_resumed(source))),
                 },
                 Ended::Failed(error) => Ended::Failed(give_up(session, &clock, error)),
             })
@@ -317,7 +320,8 @@ impl<'g> LastStep<'_, 'g> {
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
             // What is left out once the deadline has passed is sent by the next attempt.
-            self.clock.enter(&format!("sending the rest of section {:?}", participant.section()))?;
+            self.clock
+                .enter(&format!("sending the rest of section {:?}", participant.section()))?;
             participant.complete()?;
         }
         self.clock.enter("flushing disks")?;

@@ -4,10 +4,11 @@
 use super::fake::*;
 use crate::error::chain;
 use crate::params::Params;
-use crate::source::{MigrationEvent, SourceOutcome};
+use crate::source::{MigrationEvent, SourceError, SourceOutcome};
 use crate::stats::MigrationStatus;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use crate::transport::{PageSlice, TICK, Transport};
+use crate::wire::{self, HEADER_BYTES, Kind};
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
@@ -74,19 +75,21 @@ fn a_shared_disk_that_is_slow_to_flush_is_flushed_before_the_stop_and_named() {
     assert!(end.counters.snapshot().downtime.unwrap() < ms(1000));
 }
 
-/// A connection that takes nothing while it is closed.
+type Takes = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
+
+/// A connection that takes only what a test lets through.
 struct Gate {
     inner: MemoryTransport,
-    closed: Arc<AtomicBool>,
+    takes: Takes,
 }
 
 impl Gate {
-    fn wait(&self) -> io::Result<()> {
-        if self.closed.load(SeqCst) {
-            std::thread::park_timeout(TICK);
-            return Err(io::ErrorKind::WouldBlock.into());
+    fn wait(&self, bytes: &[u8]) -> io::Result<()> {
+        if (self.takes)(bytes) {
+            return Ok(());
         }
-        Ok(())
+        std::thread::park_timeout(TICK);
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
@@ -96,7 +99,7 @@ impl Transport for Gate {
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.wait()?;
+        self.wait(bytes)?;
         self.inner.send(bytes)
     }
 
@@ -105,7 +108,7 @@ impl Transport for Gate {
     }
 
     fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
-        self.wait()?;
+        self.wait(head)?;
         self.inner.send_pages(head, pages)
     }
 
@@ -134,7 +137,8 @@ fn migrate_over_gate(
     for index in 0..channels {
         let (out, into) = link.connect();
         let closed = if index == 0 { closed.clone() } else { Arc::default() };
-        source.data.push(Arc::new(Gate { inner: out, closed }));
+        let takes = Box::new(move |_: &[u8]| !closed.load(SeqCst));
+        source.data.push(Arc::new(Gate { inner: out, takes }));
         destination.data.push(Arc::new(into));
     }
     let params = Params { multifd_channels: channels, ..scenario.params.clone() };
@@ -227,6 +231,57 @@ fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
     // It was given up long after the guest went on.
     assert!(began.elapsed() >= patience);
     end.assert_back_at_source("dead link");
+}
+
+/// Moves a guest over a control connection that takes what the test lets through.
+fn migrate_over_main(
+    scenario: &Scenario,
+    takes: impl Fn(&[u8]) -> bool + Send + Sync + 'static,
+) -> End {
+    let link = MemoryLink::new(None).with_patience(scenario.patience);
+    let (main, main_in) = link.connect();
+    let (data, data_in) = link.connect();
+    let main = Gate { inner: main, takes: Box::new(takes) };
+    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: None };
+    let destination = Ends { main: Arc::new(main_in), data: vec![Arc::new(data_in)], disks: None };
+    migrate_over(scenario, source, destination, || 0)
+}
+
+/// The kinds of these frames.
+fn kinds(mut frames: &[u8]) -> Vec<Kind> {
+    let mut kinds = Vec::new();
+    while let Some((header, rest)) = frames.split_first_chunk::<HEADER_BYTES>() {
+        let (kind, len) = wire::decode_header(header).unwrap();
+        kinds.push(kind);
+        frames = &rest[usize::try_from(len).unwrap()..];
+    }
+    kinds
+}
+
+#[test]
+fn the_destination_is_told_once_of_a_guest_that_cannot_be_resumed() {
+    let cancelled = Scenario {
+        cancel_source_at: Some(MigrationEvent::Status(MigrationStatus::Device)),
+        params: limited(ms(5000)),
+        ..Default::default()
+    };
+    let called_off = Scenario { params: limited(ms(60)), ..Default::default() };
+    *called_off.destination.slow_locks.lock().unwrap() = (1, ms(200));
+    for scenario in [cancelled, called_off] {
+        let sent = Arc::<Mutex<Vec<u8>>>::default();
+        let record = sent.clone();
+        let end = migrate_over_main(&Scenario { fail: Fail::Resume, ..scenario }, move |bytes| {
+            record.lock().unwrap().extend(bytes);
+            true
+        });
+        let SourceOutcome::Failed(SourceError::NotResumed { .. }) = &end.source else {
+            panic!("{:?}", end.source)
+        };
+        assert_eq!(end.running_guests(), 0);
+        let kinds = kinds(&sent.lock().unwrap());
+        let aborts = kinds.iter().filter(|kind| **kind == Kind::Abort).count();
+        assert_eq!(aborts, 1, "{kinds:?}");
+    }
 }
 
 #[test]
