@@ -5,7 +5,7 @@
 use super::deadline::{EndWatch, Overran, StopClock};
 use super::handover::{Handover, hand_over};
 use super::session::Session;
-use super::{MigrationEvent, Source, SourceError, encode};
+use super::{MigrationEvent, Source, SourceError, encode, show};
 use crate::cancel::CancelToken;
 use crate::control::Limit;
 use crate::error::{ParticipantError, chain};
@@ -293,12 +293,9 @@ impl<'g> LastStep<'_, 'g> {
             return Err(Ended::TooLong(session.estimate.largest()));
         }
         let before = self.before;
-        self.counters.update(|stats| {
-            stats.status = MigrationStatus::Device;
-            stats.precopy_bytes = before;
-        });
+        self.counters.update(|stats| stats.precopy_bytes = before);
         self.shown = true;
-        (self.events)(MigrationEvent::Status(MigrationStatus::Device));
+        show(self.counters, self.events, MigrationStatus::Device);
         Ok(())
     }
 
