@@ -252,8 +252,8 @@ impl Control {
 
     // Why it ends.
 
-    /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that any other
-    /// replaces a broken connection, which is likely its consequence.
+    /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that a broken
+    /// connection replaces an interrupted wait, and any other reason both: those are likely its consequences.
     pub fn fail(&self, error: ParticipantError) {
         self.0.inbox.fail(error);
     }
@@ -276,14 +276,10 @@ impl Control {
     /// that is only a consequence. Waits up to half a second for the peer, and only if a connection broke.
     pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
         let met = self.own_cause(met);
-        let ended = is_abort(&met);
-        if self.is_cancelled() || !met.is_broken() && !ended {
+        if self.is_cancelled() || !met.is_broken() {
             return met;
         }
-        match self.hear_farewell() {
-            Some(last) if !ended => WireError::from(last).into(),
-            _ => met,
-        }
+        self.hear_farewell().map_or(met, |last| WireError::from(last).into())
     }
 
     // The threads.

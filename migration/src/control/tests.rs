@@ -209,6 +209,17 @@ fn the_first_failure_is_the_cause_unless_it_is_a_broken_connection() {
 }
 
 #[test]
+fn a_wait_that_was_interrupted_explains_nothing() {
+    let lost = || WireError::Lost(io::ErrorKind::BrokenPipe.into());
+    for failures in [[lost(), WireError::Interrupted], [WireError::Interrupted, lost()]] {
+        let (control, _threads, _peer, _) = control(PATIENCE);
+        failures.into_iter().for_each(|failure| control.fail(failure.into()));
+        let woken = control.next(&Limit::alive("anything")).unwrap_err();
+        assert_eq!(control.own_cause(woken.into()).to_string(), "connection lost");
+    }
+}
+
+#[test]
 fn what_the_peer_says_explains_a_broken_connection() {
     let (control, _threads, peer, _) = control(PATIENCE);
     say(&peer, Kind::Refused, b"the disk is full");
