@@ -135,18 +135,19 @@ impl Control {
         self.flush(number, None, true)
     }
 
-    /// Pushes a frame and tries once to write it: for who must not be held up.
+    /// Pushes a frame and tries once to write it: for who must not be held up. If another thread is writing
+    /// at this moment, that one sends the frame too.
     pub fn try_send(&self, kind: Kind, payload: &[u8]) -> Result<(), WireError> {
         self.push(kind, payload)?;
         let number = self.0.outbox.pushed();
-        match self.0.outbox.write_some(self.0.transport.as_ref(), number) {
+        match self.0.outbox.try_write_some(self.0.transport.as_ref(), number) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(WireError::Lost(error)),
             _ => Ok(()),
         }
     }
 
-    /// Writes until everything pushed up to `number` is out. The outbox is locked for one transport call at
-    /// a time, so a peer that does not read blocks only the senders.
+    /// Writes until everything pushed up to `number` is out. A peer that does not read blocks only those
+    /// who wait for their own bytes to be out.
     fn flush(
         &self,
         number: u64,

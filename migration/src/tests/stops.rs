@@ -23,6 +23,9 @@ fn limited(limit: Duration) -> Params {
     Params { downtime_limit: limit, multifd_channels: 1, ..Params::default() }
 }
 
+/// Bytes of the payload of Eof.
+const EOF_BYTES: usize = 5;
+
 fn parts_said(end: &End) -> Vec<String> {
     let said = end.events.iter().filter_map(|event| match event {
         MigrationEvent::NotConverging(facts) => facts.part.as_ref(),
@@ -256,6 +259,33 @@ fn kinds(mut frames: &[u8]) -> Vec<Kind> {
         frames = &rest[usize::try_from(len).unwrap()..];
     }
     kinds
+}
+
+#[test]
+fn a_destination_that_stops_reading_at_the_end_does_not_keep_the_guest_stopped() {
+    let scenario = Scenario { params: limited(ms(100)), ..Default::default() };
+    // Nothing is taken from the end of the stream on, until the guest runs again.
+    let machine = scenario.machine.clone();
+    let stopped = Arc::<Mutex<Option<Instant>>>::default();
+    let waited = Arc::<Mutex<Option<Duration>>>::default();
+    let told = waited.clone();
+    let eof = wire::header(Kind::Eof, u32::try_from(EOF_BYTES).unwrap());
+    let end = migrate_over_main(&scenario, move |bytes| {
+        let ends = bytes.windows(eof.len()).any(|frame| frame == eof);
+        if waited.lock().unwrap().is_some() || !ends {
+            return true;
+        }
+        let since = *stopped.lock().unwrap().get_or_insert_with(Instant::now);
+        assert!(since.elapsed() < Duration::from_secs(60), "the guest stays stopped");
+        if machine.running.load(SeqCst) {
+            *waited.lock().unwrap() = Some(since.elapsed());
+        }
+        false
+    });
+    end.assert_moved();
+    let stopped = told.lock().unwrap().expect("the guest ran again");
+    assert!(stopped < ms(1500), "stopped for {stopped:?}");
+    assert!(end.counters.snapshot().called_off >= 1);
 }
 
 #[test]
