@@ -113,6 +113,7 @@ impl Source<'_> {
             }
         }
         let look = self.weigh(session, Precision::Estimate, send_time)?;
+        session.rates = look.rates.or(session.rates);
         self.record(session, &look, began.elapsed(), &before);
         Ok(look)
     }

@@ -6,7 +6,7 @@ use crate::cancel::{CancelToken, Registration};
 use crate::control::{Control, ControlThreads, Limit};
 use crate::error::{ParticipantError, chain};
 use crate::pace::{Cap, LinkSpeed};
-use crate::participant::{Outcome, Outgoing, OutgoingContext};
+use crate::participant::{Outcome, Outgoing, OutgoingContext, Rates};
 use crate::policy::Convergence;
 use crate::stats::MigrationStatus;
 use crate::transport::channel::{receive_hello, send_hello};
@@ -32,6 +32,8 @@ pub(super) struct Session {
     set_up: usize,
     pub(super) estimate: Estimate,
     pub(super) convergence: Convergence,
+    /// Of the last pass that has measured them.
+    pub(super) rates: Option<Rates>,
     /// Predicted downtime of the last decision to stop.
     pub(super) predicted: Duration,
     /// Passes begun, counted from 1.
@@ -92,6 +94,7 @@ impl Session {
             set_up: 0,
             estimate: Estimate::new(),
             convergence: Convergence::default(),
+            rates: None,
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,

@@ -227,7 +227,7 @@ impl Source<'_> {
             && session.blocked_by.as_ref() != Some(&part.part)
         {
             session.blocked_by = Some(part.part.clone());
-            self.report_not_converging(session, None, took, Some(part));
+            self.report_not_converging(session, session.rates, took, Some(part));
         }
         Ok(())
     }

@@ -220,6 +220,13 @@ fn the_part_that_was_in_progress_at_the_deadline_is_named_not_the_next_one() {
     let took = part.strip_prefix(sending).and_then(|rest| rest.strip_suffix(" ms"));
     let took: u64 = took.unwrap_or_else(|| panic!("{part:?}")).parse().unwrap();
     assert!(took >= 100, "{part}");
+    let facts = end.events.iter().find_map(|event| match event {
+        MigrationEvent::NotConverging(facts) => Some(facts),
+        _ => None,
+    });
+    let facts = facts.unwrap();
+    // As measured by the passes before the stop; by then nobody writes.
+    assert!(facts.bytes_per_sec > 0, "{facts:?}");
 }
 
 #[test]
