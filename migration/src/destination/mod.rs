@@ -24,7 +24,7 @@ use crate::guest::GuestError;
 use crate::source::MigrationEvent;
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channel::{receive_hello, send_hello};
-use crate::transport::reception::Reception;
+use crate::transport::reception::{HasEnded, Reception};
 use crate::transport::{Channel, Listener, Transport};
 use crate::wire::hello::DISKS;
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
@@ -87,8 +87,14 @@ pub struct Destination<'a> {
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-/// Waits for a migration's connection with this role.
-type Open<'d> = &'d mut dyn FnMut(MigrationId, Role) -> Result<Arc<dyn Transport>, WireError>;
+/// Waits for a migration's connection with this role, unless the migration ends.
+type Open<'d> =
+    &'d mut dyn FnMut(MigrationId, Role, HasEnded<'_>) -> Result<Arc<dyn Transport>, WireError>;
+
+/// Nobody opens the control connection of a migration a second time.
+fn not_a_channel() -> WireError {
+    WireError::Unexpected { found: "a control connection".into(), expected: "a channel" }
+}
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. Connections that do not speak our protocol are dropped
@@ -102,10 +108,11 @@ impl Destination<'_> {
             error => error.into(),
         });
         let (main, hello) = greeted?;
-        self.arrive(Arc::new(main), &hello, &mut |id, role| {
+        self.arrive(Arc::new(main), &hello, &mut |id, role, has_ended| {
             Ok(Arc::new(match role {
-                Role::Control | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
-                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
+                Role::Control => return Err(not_a_channel()),
+                Role::Disks => reception.disks(id, GREETING_PATIENCE, has_ended)?,
+                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE, has_ended)?,
             }))
         })
     }
@@ -126,10 +133,12 @@ impl Destination<'_> {
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
-        self.arrive(main, &hello, &mut |id, role| {
+        // These connections exist: a source that gives up closes them.
+        self.arrive(main, &hello, &mut |id, role, _| {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
             let data = match role {
-                Role::Control | Role::Disks => disks.as_ref(),
+                Role::Control => return Err(not_a_channel()),
+                Role::Disks => disks.as_ref(),
                 Role::Data { index } => data.get(usize::from(index)),
             };
             let data = data.ok_or_else(missing)?;
@@ -212,7 +221,7 @@ impl Destination<'_> {
         let roles = (0..hello.data_channels).map(|index| Role::Data { index }).chain(disks);
         let channels = roles.map(|role| {
             let named = |error: WireError| error.on_channel(role);
-            let transport = open(hello.id, role).map_err(named)?;
+            let transport = open(hello.id, role, &|| control.is_lost()).map_err(named)?;
             let channel = Channel::new(transport, self.cancel.clone())
                 .with_liveness(control.liveness().clone());
             send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;

@@ -103,7 +103,11 @@ impl Session {
             _wake: Vec::new(),
         };
         for role in roles {
-            let transport = connect(role)?;
+            let transport = match connect(role) {
+                Ok(transport) => transport,
+                // The destination waits for this connection.
+                Err(error) => return Err(session.abort(error)),
+            };
             let woken = transport.clone();
             session._wake.push(cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, cancel.clone())

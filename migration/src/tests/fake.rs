@@ -233,7 +233,7 @@ pub fn migrate_over(
 }
 
 /// A guest that runs, or is paused, with its disk locked.
-fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
+pub fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
     let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
     // One page of text; most of the rest was never touched.
@@ -247,7 +247,7 @@ fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     ram
 }
 
-fn run_source(
+pub fn run_source(
     scenario: &Scenario,
     source: Ends,
     ram: &GuestRam,
