@@ -39,6 +39,17 @@ impl ParticipantError {
     }
 }
 
+/// A thread panicked, which is our own bug: the migration fails, and the guest runs on.
+#[derive(Debug, thiserror::Error)]
+#[error("the thread that {0} panicked")]
+pub struct Panicked(pub &'static str);
+
+impl From<Panicked> for ParticipantError {
+    fn from(panicked: Panicked) -> Self {
+        Self::own(panicked)
+    }
+}
+
 /// The error and its causes, joined with `: `.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();

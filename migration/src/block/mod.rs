@@ -27,6 +27,7 @@ pub mod chunk_receiver;
 pub mod frame;
 pub mod incoming;
 pub mod outgoing;
+mod readers;
 mod receiver;
 pub mod scan;
 pub mod stats;

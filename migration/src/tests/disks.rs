@@ -16,6 +16,7 @@ use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::PAGE_SIZE;
 use proptest::prelude::*;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 /// Of all kinds: whole chunks, an odd tail, a single sector.
@@ -132,6 +133,34 @@ fn no_more_reads_are_in_flight_than_were_asked_for() {
     disks.assert_same();
     let silly = Tuning { reads: 0, buffers: 100_000 };
     assert_eq!(silly.clamped(), Tuning { reads: 1, buffers: 512 });
+}
+
+#[test]
+fn a_read_that_hangs_keeps_nobody_from_cancelling() {
+    // Less than there are readers, and more.
+    for chunks in [1, 24] {
+        let disks = FakeDisks::new(&[chunks * CHUNK_BYTES]);
+        disks.fill();
+        let script = disks.disks[0].here_script.clone();
+        script.hold(true);
+        let scenario = Scenario { disks: disks.clone(), ..Default::default() };
+        let cancel = scenario.cancel.clone();
+        let (tell, ended) = channel();
+        let moving = std::thread::spawn(move || drop(tell.send(migrate(&scenario))));
+        script.wait_until_held();
+        assert!(cancel.cancel());
+        let end = ended.recv_timeout(Duration::from_secs(20));
+        let hanging = script.held();
+        script.hold(false);
+        moving.join().unwrap();
+        let end = end.expect("it ends though the read hangs");
+        assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+        assert!(hanging > 0, "the read has ended");
+        end.assert_back_at_source("a read that hangs");
+        // What the thread that was left behind has read harms no other attempt.
+        move_disks(&disks).assert_moved();
+        disks.assert_same();
+    }
 }
 
 #[test]
