@@ -12,7 +12,7 @@ use super::stats::DiskProgress;
 use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
 use crate::control::KEEP_ALIVE;
 use crate::stats::Counters;
-use crate::transport::Channel;
+use crate::transport::{Channel, TICK};
 use crate::wire::WireError;
 use devices::block::aligned::AlignedBuffer;
 use devices::block::backend::ByteRange;
@@ -283,7 +283,7 @@ impl Receiving<'_> {
     fn free_buffer(&self) -> Result<AlignedBuffer, LoadError> {
         let mut state = self.shared.lock();
         loop {
-            if state.error.is_some() {
+            if state.error.is_some() || self.channel.is_cancelled() {
                 return Err(WireError::Interrupted.into());
             }
             if let Some(buffer) = state.spare.pop() {
@@ -293,7 +293,9 @@ impl Receiving<'_> {
                 state.buffers += 1;
                 return Ok(AlignedBuffer::new(CHUNK));
             }
-            state = self.shared.wait(state);
+            // A write may hang.
+            let waited = self.shared.changed.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

@@ -198,15 +198,21 @@ impl Destination<'_> {
         let (control, threads) =
             Control::start(main, self.cancel.clone()).map_err(DestinationError::Thread)?;
         let channels = checked.and_then(|()| self.open_channels(&control, hello, &answer, open));
+        let mut arrived = None;
         let result = channels.and_then(|channels| {
-            let mut arrival = Arrival::new(control.clone(), channels, self.counters.clone());
-            let result = self.load_and_take_over(&mut arrival);
-            arrival.close(result.is_ok());
-            result
+            let arrival = Arrival::new(control.clone(), channels, self.counters.clone());
+            self.load_and_take_over(arrived.insert(arrival))
         });
-        let result = result.map_err(|error| self.refuse(&control, error));
+        let result = result.map_err(|error| {
+            arrived.iter().for_each(Arrival::hang_up);
+            self.refuse(&control, error)
+        });
         // All frames are out by now.
         drop(threads);
+        // Last: a write may hang with its disk, and the source has its answer.
+        if let Some(arrival) = arrived {
+            arrival.close(result.is_ok());
+        }
         result
     }
 

@@ -17,7 +17,7 @@ use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::PAGE_SIZE;
 use proptest::prelude::*;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Of all kinds: whole chunks, an odd tail, a single sector.
 const SIZES: [u64; 3] = [3 * CHUNK_BYTES + GRANULE_BYTES + 512, 512, 2 * CHUNK_BYTES];
@@ -353,6 +353,51 @@ fn lies_about_disks_are_refused_by_name() {
             });
         }
     });
+}
+
+#[test]
+fn a_write_that_hangs_does_not_keep_the_refusal_from_the_source() {
+    let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
+    let script = disks.disks[0].there_script.clone();
+    script.hold(true);
+    let mut heard = None;
+    let error = receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
+        introduce(liar);
+        chunk(liar, 0, 0, (1, 0), 16_384);
+        script.wait_until_held();
+        liar.frame(Kind::Go, &[]);
+        heard = hear_refusal(liar);
+        liar.main.shutdown();
+        script.hold(false);
+    });
+    let reason = heard.expect("the source is told");
+    assert!(reason.contains("unexpected Go where"), "{reason}");
+    assert!(error.contains("unexpected Go where"), "{error}");
+}
+
+/// The reason of a refusal that comes soon.
+fn hear_refusal(liar: &Liar) -> Option<String> {
+    let (began, mut heard) = (Instant::now(), Vec::new());
+    let mut buffer = [0; 4096];
+    while began.elapsed() < Duration::from_secs(20) {
+        if let Ok(count) = liar.main.receive(&mut buffer) {
+            heard.extend_from_slice(&buffer[..count]);
+        }
+        let mut frames = &heard[..];
+        while let Some((header, rest)) = frames.split_first_chunk() {
+            let (kind, len) = wire::decode_header(header).unwrap();
+            let Some((payload, rest)) = rest.split_at_checked(usize::try_from(len).unwrap()) else {
+                break;
+            };
+            if kind == Kind::Refused {
+                return Some(String::from_utf8_lossy(payload).into_owned());
+            }
+            frames = rest;
+        }
+        // The destination waits for someone who is alive.
+        liar.frame(Kind::KeepAlive, &[]);
+    }
+    None
 }
 
 #[test]
