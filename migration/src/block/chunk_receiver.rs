@@ -11,6 +11,7 @@ use super::frame::{
 use super::stats::DiskProgress;
 use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
 use crate::control::KEEP_ALIVE;
+use crate::error::Panicked;
 use crate::stats::Counters;
 use crate::transport::{Channel, TICK};
 use crate::wire::WireError;
@@ -20,6 +21,7 @@ use devices::block::bitmap::DirtyBitmap;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -161,7 +163,12 @@ impl ChunkReceiver {
                 std::thread::Builder::new()
                     .name(name)
                     .stack_size(128 << 10)
-                    .spawn_scoped(scope, move || work(disks, shared, channel))
+                    .spawn_scoped(scope, move || {
+                        let work = AssertUnwindSafe(|| work(disks, shared, channel));
+                        if catch_unwind(work).is_err() {
+                            fail(shared, channel, Panicked("writes disks").into());
+                        }
+                    })
                     .map(drop)
                     .map_err(LoadError::Thread)
             };

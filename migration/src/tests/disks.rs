@@ -1,7 +1,7 @@
 //! Disks that travel with their guest: whole at the end, or untouched at the source.
 
 use super::fake::*;
-use super::fake_disks::FakeDisks;
+use super::fake_disks::{FakeDisks, PanickingDisk};
 use crate::block::frame::{BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame};
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES, Tuning};
 use crate::error::chain;
@@ -133,6 +133,28 @@ fn no_more_reads_are_in_flight_than_were_asked_for() {
     disks.assert_same();
     let silly = Tuning { reads: 0, buffers: 100_000 };
     assert_eq!(silly.clamped(), Tuning { reads: 1, buffers: 512 });
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_migration_and_the_guest_runs_on() {
+    for (panics, expected) in [
+        ("read", "the thread that reads disks panicked"),
+        ("write", "the thread that writes disks panicked"),
+        ("flush", "the thread that writes disks panicked"),
+    ] {
+        let mut disks = FakeDisks::new(&[4 * CHUNK_BYTES]);
+        disks.fill();
+        let panicking = PanickingDisk::node("d0", 4 * CHUNK_BYTES, panics);
+        let disk = &mut disks.disks[0];
+        let side = if panics == "read" { &mut disk.here } else { &mut disk.there };
+        *side = panicking;
+        let (tell, ended) = channel();
+        std::thread::spawn(move || drop(tell.send(move_disks(&disks))));
+        let end = ended.recv_timeout(Duration::from_secs(20)).expect("it ends");
+        let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
+        assert!(chain(error).contains(expected), "{} lacks {expected}", chain(error));
+        end.assert_back_at_source(expected);
+    }
 }
 
 #[test]
