@@ -28,6 +28,12 @@ impl ParticipantError {
         Self::Own(Box::new(error))
     }
 
+    /// A participant was called before its setup, or without what that needs.
+    pub fn not_set_up(section: &'static str) -> Self {
+        let (found, expected) = (format!("section {section:?}"), "a participant that was set up");
+        WireError::Unexpected { found, expected }.into()
+    }
+
     /// Whether a connection broke or the peer stalled: usually a consequence of another failure.
     pub fn is_broken(&self) -> bool {
         matches!(self, Self::Wire(error) if error.is_broken())

@@ -49,11 +49,6 @@ pub struct DisksOutgoing {
     flush: Option<Duration>,
 }
 
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("disks".to_owned(), "a participant that was set up");
-    WireError::Unexpected { found, expected }.into()
-}
-
 impl DisksOutgoing {
     pub fn new(leaving: SourceDisks) -> Self {
         let count = leaving.disks.len();
@@ -69,7 +64,7 @@ impl DisksOutgoing {
     }
 
     fn started(&self) -> Result<&Started, ParticipantError> {
-        self.started.as_ref().ok_or_else(not_set_up)
+        self.started.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))
     }
 
     /// The announcement to the destination.
@@ -133,7 +128,7 @@ impl DisksOutgoing {
     fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
         let Self { started, tuning, totals, .. } = self;
         let Started { disks, context, channel, readers } =
-            started.as_mut().ok_or_else(not_set_up)?;
+            started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
         let mut sent = 0;
@@ -168,7 +163,8 @@ impl Outgoing for DisksOutgoing {
 
     /// Starts tracking; everything ever written is dirty.
     fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
-        let channel = context.channels.pop().ok_or_else(not_set_up)?;
+        let channel =
+            context.channels.pop().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let nodes = self.leaving.iter().map(|disk| disk.node.clone()).collect();

@@ -23,7 +23,7 @@ use crate::error::{ParticipantError, chain};
 use crate::guest::GuestError;
 use crate::source::MigrationEvent;
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::channel::{receive_hello, send_hello};
+use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
 use crate::transport::reception::{HasEnded, Reception};
 use crate::transport::{Channel, Listener, Transport};
 use crate::wire::hello::DISKS;
@@ -31,10 +31,7 @@ use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use load::Arrival;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// How long a source may take for its Hello, and to open its data channels.
-const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+use std::time::Instant;
 
 /// Why an incoming migration failed.
 #[derive(Debug, thiserror::Error)]

@@ -9,14 +9,11 @@ use crate::pace::{Cap, LinkSpeed};
 use crate::participant::{Outcome, Outgoing, OutgoingContext, Rates};
 use crate::policy::Convergence;
 use crate::stats::MigrationStatus;
-use crate::transport::channel::{receive_hello, send_hello};
+use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
 use crate::transport::{Channel, Transport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How long a destination may take to answer a greeting.
-const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Opens the connection of a role.
 pub(super) type Connect<'c> = &'c mut dyn FnMut(Role) -> Result<Arc<dyn Transport>, SourceError>;

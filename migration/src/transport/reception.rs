@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long a connection may take to send its Hello.
-const GREETING_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a new connection, of which nothing is known, may take for its Hello.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
 /// Most connections without a Hello; beyond that the oldest is dropped.
 const MAX_GREETING: usize = 16;
 
@@ -171,7 +171,7 @@ impl<'a> Reception<'a> {
             {
                 return Err(WireError::Late { what, within: longest });
             }
-            let oldest = self.greetings.iter().map(|one| one.since + GREETING_PATIENCE).min();
+            let oldest = self.greetings.iter().map(|one| one.since + STRANGER_PATIENCE).min();
             let next_look = end.map(|(end, _)| end.min(now + TICK));
             let until = [oldest, next_look].into_iter().flatten().min();
             // Rounded up, so that the deadline has passed on wake-up.
@@ -218,12 +218,12 @@ impl<'a> Reception<'a> {
         let mut index = 0;
         while let Some(greeting) = self.greetings.get_mut(index) {
             let progress = match greeting.advance() {
-                Ok(Progress::Incomplete) if greeting.since.elapsed() < GREETING_PATIENCE => {
+                Ok(Progress::Incomplete) if greeting.since.elapsed() < STRANGER_PATIENCE => {
                     index += 1;
                     continue;
                 }
                 Ok(Progress::Incomplete) => {
-                    Err(WireError::Late { what: "the greeting", within: GREETING_PATIENCE })
+                    Err(WireError::Late { what: "the greeting", within: STRANGER_PATIENCE })
                 }
                 Ok(Progress::Greeted(hello)) => Ok(hello),
                 Err(error) => Err(error),
