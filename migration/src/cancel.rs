@@ -90,11 +90,6 @@ impl CancelToken {
         true
     }
 
-    /// The point of no return was not passed after all: cancelling works again.
-    pub(crate) fn rearm(&self) {
-        self.state().disarmed = false;
-    }
-
     /// Waits for `duration`, or until cancelled.
     pub(crate) fn wait(&self, duration: Duration) {
         let end = Instant::now() + duration;

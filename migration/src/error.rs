@@ -28,6 +28,12 @@ impl ParticipantError {
         Self::Own(Box::new(error))
     }
 
+    /// A participant was called before its setup, or without what that needs.
+    pub fn not_set_up(section: &'static str) -> Self {
+        let (found, expected) = (format!("section {section:?}"), "a participant that was set up");
+        WireError::Unexpected { found, expected }.into()
+    }
+
     /// Whether a connection broke or the peer stalled: usually a consequence of another failure.
     pub fn is_broken(&self) -> bool {
         matches!(self, Self::Wire(error) if error.is_broken())
@@ -36,6 +42,17 @@ impl ParticipantError {
     /// Whether a wait was ended by a cancel, or by another failure in this migration.
     pub fn is_interrupted(&self) -> bool {
         matches!(self, Self::Wire(WireError::Interrupted))
+    }
+}
+
+/// A thread panicked, which is our own bug: the migration fails, and the guest runs on.
+#[derive(Debug, thiserror::Error)]
+#[error("the thread that {0} panicked")]
+pub struct Panicked(pub &'static str);
+
+impl From<Panicked> for ParticipantError {
+    fn from(panicked: Panicked) -> Self {
+        Self::own(panicked)
     }
 }
 

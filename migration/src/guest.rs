@@ -156,6 +156,11 @@ pub trait DirtySource: Send {
     fn stop(&mut self);
 }
 
+/// Never seen while the types are used as they are meant: a surrendered guest is no longer a paused one.
+fn handed_over() -> GuestError {
+    GuestError::new("the guest was handed over")
+}
+
 /// A stopped guest plus the right to run it. Dropping this resumes the guest.
 pub struct PausedGuest<'g> {
     /// `None` once surrendered.
@@ -172,13 +177,12 @@ impl<'g> PausedGuest<'g> {
 
     /// All vCPU and device records.
     pub fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
-        self.guest.as_mut().map_or(Ok(Vec::new()), |guest| guest.save_records())
+        self.guest.as_mut().ok_or_else(handed_over)?.save_records()
     }
 
     /// Flushes the disks and releases their locks.
     pub fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
-        let none = PartTime::new("flushing disks", Duration::ZERO);
-        self.guest.as_mut().map_or(Ok(none), |guest| guest.release_disks(deadline))
+        self.guest.as_mut().ok_or_else(handed_over)?.release_disks(deadline)
     }
 
     /// How long vCPUs took to stop and devices to drain, the longest first.
@@ -232,6 +236,6 @@ impl Surrendered<'_> {
     pub(crate) fn take_back(self) -> Result<(), GuestError> {
         let (permit, was_running) = (RunPermit::received(), self.was_running);
         let stopped = Stopped { permit, was_running, drains: Vec::new() };
-        self.guest.map_or(Ok(()), |guest| guest.resume(stopped))
+        self.guest.ok_or_else(handed_over)?.resume(stopped)
     }
 }

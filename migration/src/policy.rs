@@ -11,13 +11,13 @@ pub use throttling::{Convergence, throttle};
 use crate::units::saturating_u64;
 use std::time::Duration;
 
-/// One finished round, in bytes of guest RAM.
+/// One finished round, in times rather than bytes: participants have different bandwidths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Round {
-    /// Dirty at its start, and sent.
-    pub sent_bytes: u64,
-    /// Dirtied meanwhile: the next round.
-    pub dirtied_bytes: u64,
+    /// To send what it sent.
+    pub sent: Duration,
+    /// To send what was dirtied meanwhile: the next round.
+    pub left: Duration,
 }
 
 /// Typical time from the decision until no vCPU runs.
@@ -81,7 +81,7 @@ pub fn decide(
     if expected > longest(fixed, limit) {
         return Decision::Again { polishing: false };
     }
-    let shrinks = last.dirtied_bytes < last.sent_bytes / 10 * 7;
+    let shrinks = last.left < last.sent / 10 * 7;
     if shrinks && expected > fixed + FLOOR && polished < MAX_POLISHING_ROUNDS {
         return Decision::Again { polishing: true };
     }
@@ -113,7 +113,12 @@ mod tests {
     }
 
     fn round(sent_mb: u64, dirtied_mb: u64) -> Round {
-        Round { sent_bytes: sent_mb * MB, dirtied_bytes: dirtied_mb * MB }
+        timed(sent_mb * MB, dirtied_mb * MB, 1000 * MB)
+    }
+
+    fn timed(sent_bytes: u64, left_bytes: u64, bytes_per_sec: u64) -> Round {
+        let [sent, left] = [sent_bytes, left_bytes].map(|bytes| send_time(bytes, bytes_per_sec));
+        Round { sent, left }
     }
 
     #[test]
@@ -177,7 +182,7 @@ mod tests {
             let duration = expected_downtime(pending, bandwidth, Duration::ZERO);
             let dirtied = u128::from(rate) * duration.as_nanos() / 1_000_000_000;
             let dirtied = u64::try_from(dirtied).unwrap().min(set);
-            let last = Round { sent_bytes: pending, dirtied_bytes: dirtied };
+            let last = timed(pending, dirtied, bandwidth);
             pending = dirtied;
             let expected = expected_downtime(dirtied, bandwidth, FIXED);
             match decide(last, expected, FIXED, limit, polished) {
@@ -196,7 +201,7 @@ mod tests {
         ) {
             let fixed = Duration::from_micros(fixed_us);
             let limit = Duration::from_micros(limit_us);
-            let last = Round { sent_bytes: sent.into(), dirtied_bytes: dirtied.into() };
+            let last = timed(sent.into(), dirtied.into(), bandwidth);
             let expected = expected_downtime(dirtied.into(), bandwidth, fixed);
             if decide(last, expected, fixed, limit, polished) == Decision::Stop {
                 prop_assert!(expected <= limit.max(fixed + fixed / 4 + GRACE));

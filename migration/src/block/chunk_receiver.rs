@@ -11,8 +11,9 @@ use super::frame::{
 use super::stats::DiskProgress;
 use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
 use crate::control::KEEP_ALIVE;
+use crate::error::Panicked;
 use crate::stats::Counters;
-use crate::transport::Channel;
+use crate::transport::{Channel, TICK};
 use crate::wire::WireError;
 use devices::block::aligned::AlignedBuffer;
 use devices::block::backend::ByteRange;
@@ -20,6 +21,7 @@ use devices::block::bitmap::DirtyBitmap;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -161,7 +163,12 @@ impl ChunkReceiver {
                 std::thread::Builder::new()
                     .name(name)
                     .stack_size(128 << 10)
-                    .spawn_scoped(scope, move || work(disks, shared, channel))
+                    .spawn_scoped(scope, move || {
+                        let work = AssertUnwindSafe(|| work(disks, shared, channel));
+                        if catch_unwind(work).is_err() {
+                            fail(shared, channel, Panicked("writes disks").into());
+                        }
+                    })
                     .map(drop)
                     .map_err(LoadError::Thread)
             };
@@ -283,7 +290,7 @@ impl Receiving<'_> {
     fn free_buffer(&self) -> Result<AlignedBuffer, LoadError> {
         let mut state = self.shared.lock();
         loop {
-            if state.error.is_some() {
+            if state.error.is_some() || self.channel.is_cancelled() {
                 return Err(WireError::Interrupted.into());
             }
             if let Some(buffer) = state.spare.pop() {
@@ -293,7 +300,9 @@ impl Receiving<'_> {
                 state.buffers += 1;
                 return Ok(AlignedBuffer::new(CHUNK));
             }
-            state = self.shared.wait(state);
+            // A write may hang.
+            let waited = self.shared.changed.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

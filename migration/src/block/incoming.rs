@@ -19,11 +19,6 @@ pub struct DisksIncoming {
     end: Option<BlockTotals>,
 }
 
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("disks".to_owned(), "the setup of the disks");
-    WireError::Unexpected { found, expected }.into()
-}
-
 impl DisksIncoming {
     /// `disks` are blank images in exclusive use, in the order of the machine description.
     pub fn new(disks: Vec<IncomingDisk>) -> Self {
@@ -45,7 +40,8 @@ impl Incoming for DisksIncoming {
     }
 
     fn setup(&mut self, mut context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
-        let (_, channel) = context.channels.pop().ok_or_else(not_set_up)?;
+        let (_, channel) =
+            context.channels.pop().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let setup = BlockSetup::decode(body)?;
         let chunks = ChunkReceiver::start(self.disks.clone(), &setup, context.counters.clone())?;
         self.receiver = Some(Receiver::start(chunks, channel, &context.control)?);
@@ -63,8 +59,12 @@ impl Incoming for DisksIncoming {
     }
 
     fn finish(&mut self) -> Result<(), ParticipantError> {
-        let theirs = self.end.take().ok_or_else(not_set_up)?;
-        let ours = self.receiver.as_ref().ok_or_else(not_set_up)?.await_end(theirs.ends)?;
+        let theirs = self.end.take().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
+        let ours = self
+            .receiver
+            .as_ref()
+            .ok_or_else(|| ParticipantError::not_set_up(SECTION))?
+            .await_end(theirs.ends)?;
         if ours != theirs {
             let reason = format!("the source sent {theirs:?}, {ours:?} arrived");
             return Err(WireError::Malformed { what: "end of the disks", reason }.into());

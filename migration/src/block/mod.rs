@@ -27,11 +27,12 @@ pub mod chunk_receiver;
 pub mod frame;
 pub mod incoming;
 pub mod outgoing;
+mod readers;
 mod receiver;
 pub mod scan;
 pub mod stats;
 
-use crate::error::ParticipantError;
+use crate::error::{Panicked, ParticipantError};
 use crate::wire::WireError;
 use devices::block::BlockNode;
 use std::io;
@@ -150,6 +151,8 @@ pub enum LoadError {
     },
     #[error("cannot spawn a thread")]
     Thread(#[source] io::Error),
+    #[error(transparent)]
+    Panicked(#[from] Panicked),
 }
 
 impl From<LoadError> for ParticipantError {

@@ -1,19 +1,14 @@
-//! The disks at the source, as a participant: passes over the dirty chunks, read by a few threads and
-//! sent in order.
+//! The disks at the source, as a participant: passes over the dirty chunks, which a few threads read
+//! ([`super::readers`]) and this one sends.
 //!
-//! Called by the source's driver on the `mig-out` thread; the reader threads live for one pass. The
-//! driver decides when to make a pass and when to stop the guest for the last one.
+//! Called by the source's driver on the `mig-out` thread. The driver decides when to make a pass and when to
+//! stop the guest for the last one.
 
-use super::frame::{
-    BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, runs,
-};
-use super::scan::{Scan, TrackedDisk, Work};
+use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES};
+use super::readers::{Filled, Readers};
+use super::scan::{Scan, TrackedDisk};
 use super::stats::DiskProgress;
-use super::{
-    BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError, SourceDisk, SourceDisks,
-    Tuning,
-};
-use crate::bytes::is_zero;
+use super::{SourceDisk, SourceDisks, Tuning};
 use crate::error::ParticipantError;
 use crate::participant::{
     Budget, Cost, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
@@ -24,26 +19,11 @@ use crate::transport::{Channel, Throttle};
 use crate::wire::hello::DISKS;
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
-use devices::block::aligned::AlignedBuffer;
-use std::io;
-use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
-const PAYLOAD_AT: usize = 4096;
-/// Up to this many chunks are read and sent on the calling thread: spawning threads would take longer.
-const INLINE_CHUNKS: usize = 2;
 /// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
-
-/// A chunk that has been read.
-struct Filled {
-    buffer: AlignedBuffer,
-    payload_bytes: usize,
-    chunk: Chunk,
-    totals: DiskTotals,
-}
 
 /// Name of the disks' sections.
 pub const SECTION: &str = "block";
@@ -53,6 +33,7 @@ struct Started {
     context: OutgoingContext,
     channel: Arc<Channel>,
     disks: Vec<TrackedDisk>,
+    readers: Readers,
 }
 
 /// The disks at the source.
@@ -60,19 +41,12 @@ pub struct DisksOutgoing {
     leaving: Vec<SourceDisk>,
     tuning: Tuning,
     started: Option<Started>,
-    /// Buffers to reuse.
-    spare: Mutex<Vec<AlignedBuffer>>,
     totals: BlockTotals,
     passes: u64,
     /// Of the last pass that was long enough to measure.
     bytes_per_sec: Option<u64>,
     /// The destination's shortest flush at the end of a pass.
     flush: Option<Duration>,
-}
-
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("disks".to_owned(), "a participant that was set up");
-    WireError::Unexpected { found, expected }.into()
 }
 
 impl DisksOutgoing {
@@ -82,7 +56,6 @@ impl DisksOutgoing {
             leaving: leaving.disks,
             tuning: leaving.tuning.clamped(),
             started: None,
-            spare: Mutex::default(),
             totals: BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); count] },
             passes: 0,
             bytes_per_sec: None,
@@ -91,7 +64,7 @@ impl DisksOutgoing {
     }
 
     fn started(&self) -> Result<&Started, ParticipantError> {
-        self.started.as_ref().ok_or_else(not_set_up)
+        self.started.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))
     }
 
     /// The announcement to the destination.
@@ -153,49 +126,25 @@ impl DisksOutgoing {
 
     /// Sends all dirty chunks; returns the bytes sent.
     fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
-        let Self { started, tuning, spare, totals, .. } = self;
-        let Started { disks, context, channel } = started.as_ref().ok_or_else(not_set_up)?;
-        let (disks, spare): (&[TrackedDisk], &Mutex<_>) = (disks, spare);
+        let Self { started, tuning, totals, .. } = self;
+        let Started { disks, context, channel, readers } =
+            started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
         let mut sent = 0;
-        let mut send = |filled: Filled| -> Result<(), ParticipantError> {
+        loop {
+            while readers.ahead() < tuning.reads + tuning.buffers
+                && let Some(work) = scan.take()
+            {
+                readers.hand_out(work)?;
+            }
+            if readers.ahead() == 0 {
+                return Ok(sent);
+            }
+            let filled = readers.next(&context.control)?;
             sent += send_one(&filled, channel, &context.counters, totals, &mut throttle)?;
-            devices::lock(spare).push(filled.buffer);
-            Ok(())
-        };
-        let chunks = scan.count(INLINE_CHUNKS.max(tuning.reads) + 1);
-        if chunks <= INLINE_CHUNKS {
-            while let Some(work) = scan.take() {
-                send(read(disks, work, spare)?)?;
-            }
-            return Ok(sent);
+            readers.reuse(filled);
         }
-        let scan = Mutex::new(scan);
-        let take = || devices::lock(&scan).take();
-        std::thread::scope(|scope| {
-            // Dropping the receiving end, on every exit, ends the readers.
-            let (to_send, filled) = sync_channel(tuning.buffers);
-            for number in 0..tuning.reads.min(chunks) {
-                let (to_send, take) = (to_send.clone(), &take);
-                std::thread::Builder::new()
-                    .name(format!("mig-read-{number}"))
-                    .stack_size(128 << 10)
-                    .spawn_scoped(scope, move || {
-                        while let Some(work) = take() {
-                            let filled = read(disks, work, spare);
-                            let failed = filled.is_err();
-                            if to_send.send(filled).is_err() || failed {
-                                return;
-                            }
-                        }
-                    })
-                    .map_err(ParticipantError::Thread)?;
-            }
-            drop(to_send);
-            filled.into_iter().try_for_each(|filled| send(filled?))
-        })?;
-        Ok(sent)
     }
 }
 
@@ -214,11 +163,14 @@ impl Outgoing for DisksOutgoing {
 
     /// Starts tracking; everything ever written is dirty.
     fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
-        let channel = context.channels.pop().ok_or_else(not_set_up)?;
+        let channel =
+            context.channels.pop().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let nodes = self.leaving.iter().map(|disk| disk.node.clone()).collect();
+        let readers = Readers::new(nodes, self.tuning.reads);
         let Started { context, disks, .. } =
-            self.started.insert(Started { context, channel, disks });
+            self.started.insert(Started { context, channel, disks, readers });
         for disk in disks.iter() {
             disk.skip_unwritten(&|| !context.cancel.is_cancelled())?;
         }
@@ -306,67 +258,6 @@ impl Outgoing for DisksOutgoing {
     }
 }
 
-/// Reads a chunk's granules into one buffer and drops the zero ones.
-fn read(
-    disks: &[TrackedDisk],
-    work: Work,
-    spare: &Mutex<Vec<AlignedBuffer>>,
-) -> Result<Filled, ParticipantError> {
-    let spare = devices::lock(spare).pop();
-    let mut buffer = spare.unwrap_or_else(|| AlignedBuffer::new(PAYLOAD_AT + CHUNK));
-    let (head, payload) = buffer.split_at_mut(PAYLOAD_AT);
-    // `work` comes from a scan over these disks.
-    let Some(TrackedDisk { disk, .. }) = disks.get(work.disk) else {
-        let found = format!("disk number {}", work.disk);
-        return Err(WireError::Unexpected { found, expected: "an announced disk" }.into());
-    };
-    let len_bytes = disk.node.len_bytes();
-    let (mut read, mut kept) = (0, 0);
-    let (mut data, mut totals) = (0u64, DiskTotals::default());
-    for (first, count) in runs(work.granules) {
-        let offset = work.index * CHUNK_BYTES + u64::from(first) * GRANULE_BYTES;
-        let wanted = (u64::from(count) * GRANULE_BYTES).min(len_bytes - offset);
-        let failed = |source| {
-            BlockError::Read(ReadError {
-                disk: disk.node.id().to_owned(),
-                offset_bytes: offset,
-                len_bytes: wanted,
-                source,
-            })
-        };
-        let too_long = || failed(io::ErrorKind::InvalidInput.into());
-        let len = usize::try_from(wanted).map_err(|_| too_long())?;
-        let (_, room) = payload.split_at_mut(read);
-        let room = room.get_mut(..len).ok_or_else(too_long)?;
-        disk.node.copy_at(room, offset).map_err(failed)?;
-        // Data moves up over zero granules. Most chunks have none, and nothing moves.
-        let mut at = 0;
-        for granule in first..first + count {
-            let size = GRANULE.min(len - at);
-            let start = read + at;
-            if is_zero(payload.get(start..start + size).ok_or_else(too_long)?) {
-                totals.zero_bytes += size as u64;
-            } else {
-                if kept != start {
-                    payload.copy_within(start..start + size, kept);
-                }
-                kept += size;
-                data |= 1 << granule;
-                totals.data_bytes += size as u64;
-            }
-            at += size;
-        }
-        read += len;
-    }
-    let impossible = |found: String| WireError::Unexpected { found, expected: "a chunk's header" };
-    let number = u16::try_from(work.disk).map_err(|_| impossible(format!("disk {}", work.disk)))?;
-    let chunk = Chunk { disk: number, index: work.index, data, zero: work.granules & !data };
-    let kept_bytes = u32::try_from(kept).map_err(|_| impossible(format!("{kept} bytes")))?;
-    let place = head.last_chunk_mut::<HEADER_BYTES>();
-    *place.ok_or_else(|| impossible("no room".into()))? = Frame::Chunk(chunk).encode(kept_bytes);
-    Ok(Filled { buffer, payload_bytes: kept, chunk, totals })
-}
-
 fn send_one(
     filled: &Filled,
     channel: &Channel,
@@ -374,12 +265,11 @@ fn send_one(
     totals: &mut BlockTotals,
     throttle: &mut dyn Throttle,
 ) -> Result<u64, ParticipantError> {
-    let frame = PAYLOAD_AT - HEADER_BYTES..PAYLOAD_AT + filled.payload_bytes;
     let impossible = || WireError::Unexpected {
-        found: format!("{} bytes", filled.payload_bytes),
+        found: format!("{:?} longer than its buffer", filled.chunk),
         expected: "a chunk of a disk",
     };
-    let bytes = filled.buffer.get(frame).ok_or_else(impossible)?;
+    let bytes = filled.frame().ok_or_else(impossible)?;
     channel.write_pages(bytes, &[], throttle)?;
     totals.frames += 1;
     let index = usize::from(filled.chunk.disk);

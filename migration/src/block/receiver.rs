@@ -4,10 +4,11 @@
 use super::chunk_receiver::ChunkReceiver;
 use super::frame::BlockTotals;
 use crate::control::Control;
-use crate::error::ParticipantError;
+use crate::error::{Panicked, ParticipantError};
 use crate::transport::{Channel, TICK};
 use crate::wire::WireError;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -55,7 +56,10 @@ impl Receiver {
                     ours.changed.notify_all();
                     ControlFlow::Continue(())
                 };
-                if let Err(error) = chunks.receive_all(&from, &mut at_end) {
+                let receiving = AssertUnwindSafe(|| chunks.receive_all(&from, &mut at_end));
+                let received = catch_unwind(receiving);
+                let panicked = |_| Err(Panicked("receives disks").into());
+                if let Err(error) = received.unwrap_or_else(panicked) {
                     report.fail(error.into());
                     devices::lock(&ours.state).failed = true;
                     ours.changed.notify_all();

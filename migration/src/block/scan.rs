@@ -1,8 +1,8 @@
 //! Picks the chunks to send next: walks the bitmaps of all disks, one chunk of each in turn, and clears
-//! the bits it returns. Called by `outgoing`'s readers. Reads no data, only allocation status.
+//! the bits it returns. Called by `outgoing`. Reads no data, only allocation status.
 
 use super::frame::granules_of;
-use super::{BlockError, CHUNK_BYTES, GRANULE_BYTES, ReadError, SourceDisk};
+use super::{BlockError, GRANULE_BYTES, ReadError, SourceDisk};
 use devices::block::backend::{ByteRange, Content, GoOn};
 use devices::block::{BlockNode, Tracking};
 
@@ -95,14 +95,6 @@ impl<'d> Scan<'d> {
         Self { disks, next: vec![0; disks.len()], turn: 0 }
     }
 
-    /// Counts the dirty chunks, up to `enough`.
-    pub fn count(&self, enough: usize) -> usize {
-        let chunk_of =
-            |run: ByteRange| run.offset_bytes / CHUNK_BYTES..=(run.end() - 1) / CHUNK_BYTES;
-        let chunks = self.disks.iter().flat_map(|disk| disk.dirty.runs().flat_map(chunk_of));
-        chunks.take(enough).count()
-    }
-
     /// Takes the next dirty chunk, from each disk in turn.
     pub fn take(&mut self) -> Option<Work> {
         for _ in 0..self.disks.len() {
@@ -134,6 +126,7 @@ impl<'d> Scan<'d> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::CHUNK_BYTES;
     use devices::block::memory::MemoryDisk;
     use std::sync::Arc;
 
@@ -150,7 +143,6 @@ mod tests {
         disk.skip_unwritten(&|| true).unwrap();
         let disks = [disk];
         let mut scan = Scan::new(&disks);
-        assert_eq!((scan.count(1), scan.count(9)), (1, 2));
         assert_eq!(scan.take(), Some(Work { disk: 0, index: 2, granules: 2 }));
         // Behind the scan: it waits for the next pass.
         disks[0].disk.node.write_at(&[2; 512], 0).unwrap();

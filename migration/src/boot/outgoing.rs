@@ -13,7 +13,7 @@ use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
 use std::collections::VecDeque;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Reading a boot file failed at the source.
 #[derive(Debug, thiserror::Error)]
@@ -42,11 +42,6 @@ pub struct BootOutgoing {
     unconfirmed: bool,
 }
 
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("boot files".to_owned(), "a participant that was set up");
-    WireError::Unexpected { found, expected }.into()
-}
-
 impl BootOutgoing {
     pub fn new(files: Box<dyn BootSource>) -> Self {
         Self { files, context: None, unsent: VecDeque::new(), sent_bytes: 0, unconfirmed: false }
@@ -58,7 +53,7 @@ impl BootOutgoing {
 
     /// Sends the next piece within the bandwidth cap.
     fn send_piece(&mut self) -> Result<(), ParticipantError> {
-        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        let context = self.context.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let Some(next) = self.unsent.front_mut() else { return Ok(()) };
         let left = next.len_bytes - next.offset_bytes;
         let piece_bytes = left.min(PIECE_BYTES.into());
@@ -72,7 +67,7 @@ impl BootOutgoing {
         self.files.read_at(file, offset_bytes, &mut bytes).map_err(|source| {
             ParticipantError::own(BootReadError { file, offset_bytes, source })
         })?;
-        let number = u8::try_from(file).map_err(|_| not_set_up())?;
+        let number = u8::try_from(file).map_err(|_| ParticipantError::not_set_up(SECTION))?;
         let body = Piece { file: number, offset_bytes, bytes: &bytes }.encode();
         let mut cap = context.cap.clone();
         let mut allowed = 0;
@@ -133,7 +128,8 @@ impl Outgoing for BootOutgoing {
             }
         }
         if self.unconfirmed {
-            let context = self.context.as_ref().ok_or_else(not_set_up)?;
+            let context =
+                self.context.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
             let answer = context.answer(SECTION, Stage::Part, "the end of writing boot files")?;
             let written = decode_bytes(&answer)?;
             if written != self.sent_bytes {
@@ -150,21 +146,20 @@ impl Outgoing for BootOutgoing {
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
         let left = self.left_bytes();
-        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        let context = self.context.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let send_time = policy::send_time(left, context.speed.bytes_per_sec());
         let costs = if left == 0 {
             Vec::new()
         } else {
             vec![Cost { part: "sending boot files", time: send_time, fixed: false }]
         };
-        let send_time = if left == 0 { Duration::ZERO } else { send_time };
         Ok(Pending { must_precopy_bytes: left, send_time, costs, rates: None })
     }
 
     fn rate_has_changed(&mut self) {}
 
     fn complete(&mut self) -> Result<(), ParticipantError> {
-        let context = self.context.as_ref().ok_or_else(not_set_up)?;
+        let context = self.context.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         context.push(SECTION, Stage::End, &encode_bytes(self.sent_bytes))?;
         Ok(())
     }

@@ -134,6 +134,15 @@ impl State {
     }
 }
 
+/// How likely a failure is the root cause: an interrupted wait never is, a broken connection seldom.
+fn rank(failure: &ParticipantError) -> u8 {
+    match failure {
+        failure if failure.is_interrupted() => 0,
+        failure if failure.is_broken() => 1,
+        _ => 2,
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Inbox {
     state: Mutex<State>,
@@ -208,9 +217,8 @@ impl Inbox {
     pub(super) fn fail(&self, error: ParticipantError) {
         let mut state = self.lock();
         state.failed = true;
-        match &state.failure {
-            Some(kept) if !kept.is_broken() && !kept.is_interrupted() || error.is_broken() => {}
-            _ => state.failure = Some(error),
+        if state.failure.as_ref().is_none_or(|kept| rank(&error) > rank(kept)) {
+            state.failure = Some(error);
         }
         self.changed.notify_all();
     }

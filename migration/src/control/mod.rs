@@ -135,18 +135,19 @@ impl Control {
         self.flush(number, None, true)
     }
 
-    /// Pushes a frame and tries once to write it: for who must not be held up.
+    /// Pushes a frame and tries once to write it: for who must not be held up. If another thread is writing
+    /// at this moment, that one sends the frame too.
     pub fn try_send(&self, kind: Kind, payload: &[u8]) -> Result<(), WireError> {
         self.push(kind, payload)?;
         let number = self.0.outbox.pushed();
-        match self.0.outbox.write_some(self.0.transport.as_ref(), number) {
+        match self.0.outbox.try_write_some(self.0.transport.as_ref(), number) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(WireError::Lost(error)),
             _ => Ok(()),
         }
     }
 
-    /// Writes until everything pushed up to `number` is out. The outbox is locked for one transport call at
-    /// a time, so a peer that does not read blocks only the senders.
+    /// Writes until everything pushed up to `number` is out. A peer that does not read blocks only those
+    /// who wait for their own bytes to be out.
     fn flush(
         &self,
         number: u64,
@@ -252,8 +253,8 @@ impl Control {
 
     // Why it ends.
 
-    /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that any other
-    /// replaces a broken connection, which is likely its consequence.
+    /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that a broken
+    /// connection replaces an interrupted wait, and any other reason both: those are likely its consequences.
     pub fn fail(&self, error: ParticipantError) {
         self.0.inbox.fail(error);
     }
@@ -276,14 +277,10 @@ impl Control {
     /// that is only a consequence. Waits up to half a second for the peer, and only if a connection broke.
     pub fn cause_of(&self, met: ParticipantError) -> ParticipantError {
         let met = self.own_cause(met);
-        let ended = is_abort(&met);
-        if self.is_cancelled() || !met.is_broken() && !ended {
+        if self.is_cancelled() || !met.is_broken() {
             return met;
         }
-        match self.hear_farewell() {
-            Some(last) if !ended => WireError::from(last).into(),
-            _ => met,
-        }
+        self.hear_farewell().map_or(met, |last| WireError::from(last).into())
     }
 
     // The threads.

@@ -164,6 +164,71 @@ fn a_peer_that_does_not_read_for_a_while_does_not_end_the_pulse() {
     }
 }
 
+/// A transport that is in the middle of a write until the test lets it go on.
+struct Slow {
+    inner: MemoryTransport,
+    writing: std::sync::mpsc::Sender<()>,
+    go_on: Mutex<std::sync::mpsc::Receiver<()>>,
+}
+
+impl Transport for Slow {
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        self.inner.receive(into)
+    }
+
+    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = self.writing.send(());
+        // Fails once the test has seen enough.
+        let _ = devices::lock(&self.go_on).recv();
+        self.inner.send(bytes)
+    }
+
+    fn receive_pages(&self, pages: &[crate::transport::PageSlice<'_>]) -> io::Result<usize> {
+        self.inner.receive_pages(pages)
+    }
+
+    fn send_pages(
+        &self,
+        head: &[u8],
+        pages: &[crate::transport::PageSlice<'_>],
+    ) -> io::Result<usize> {
+        self.inner.send_pages(head, pages)
+    }
+
+    fn patience(&self) -> Duration {
+        self.inner.patience()
+    }
+
+    fn shutdown(&self) {
+        self.inner.shutdown();
+    }
+}
+
+#[test]
+fn who_must_not_be_held_up_does_not_wait_for_a_slow_write() {
+    let (ours, theirs) = MemoryLink::new(None).connect();
+    let (tell_writing, writing) = channel();
+    let (let_go, go_on) = channel();
+    let slow = Slow { inner: ours, writing: tell_writing, go_on: Mutex::new(go_on) };
+    let (control, _threads) = Control::start(Arc::new(slow), CancelToken::new()).unwrap();
+    let sending = control.clone();
+    let sender = std::thread::spawn(move || sending.send(Kind::Eof, &[1]));
+    writing.recv().unwrap();
+    let trying = control.clone();
+    let (tell, tried) = channel();
+    let trier = std::thread::spawn(move || tell.send(trying.try_send(Kind::CalledOff, &[])));
+    let tried = tried.recv_timeout(Duration::from_secs(20));
+    drop(let_go);
+    tried.expect("it waits for the other").unwrap();
+    trier.join().unwrap().unwrap();
+    sender.join().unwrap().unwrap();
+    // Both are whole, in the order of pushing.
+    let (peer, _peer_threads) = Control::start(Arc::new(theirs), CancelToken::new()).unwrap();
+    let limit = Limit::alive("a frame");
+    assert_eq!(peer.expect(Kind::Eof, &limit).unwrap(), [1]);
+    assert!(peer.expect(Kind::CalledOff, &limit).unwrap().is_empty());
+}
+
 #[test]
 fn life_here_keeps_a_data_connection_from_being_called_dead_for_a_while() {
     let (control, _threads, peer, cancel) = control(PATIENCE);
@@ -205,6 +270,17 @@ fn the_first_failure_is_the_cause_unless_it_is_a_broken_connection() {
         let woken = control.next(&Limit::alive("anything")).unwrap_err();
         let cause = control.cause_of(woken.into()).to_string();
         assert_eq!(cause, "malformed page frame: odd");
+    }
+}
+
+#[test]
+fn a_wait_that_was_interrupted_explains_nothing() {
+    let lost = || WireError::Lost(io::ErrorKind::BrokenPipe.into());
+    for failures in [[lost(), WireError::Interrupted], [WireError::Interrupted, lost()]] {
+        let (control, _threads, _peer, _) = control(PATIENCE);
+        failures.into_iter().for_each(|failure| control.fail(failure.into()));
+        let woken = control.next(&Limit::alive("anything")).unwrap_err();
+        assert_eq!(control.own_cause(woken.into()).to_string(), "connection lost");
     }
 }
 

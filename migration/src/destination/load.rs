@@ -6,7 +6,7 @@ use crate::control::{Control, Limit};
 use crate::guest::MachineDescription;
 use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::Channel;
+use crate::transport::{Channel, Transport};
 use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
 use crate::wire::{Frame, Kind, Role, WireError};
 use devices::state::DeviceRecord;
@@ -35,6 +35,8 @@ pub(super) struct Arrival {
     pub(super) control: Control,
     /// Not yet taken by their participants.
     channels: Vec<(Role, Channel)>,
+    /// Of all channels.
+    transports: Vec<Arc<dyn Transport>>,
     counters: Arc<Counters>,
     participants: Vec<(Box<dyn Incoming>, Progress)>,
     /// The device records of this attempt were received.
@@ -56,19 +58,24 @@ impl Arrival {
         channels: Vec<(Role, Channel)>,
         counters: Arc<Counters>,
     ) -> Self {
-        Self { control, channels, counters, participants: Vec::new(), stopped: false }
+        let transports = channels.iter().map(|(_, channel)| channel.transport().clone()).collect();
+        let participants = Vec::new();
+        Self { control, channels, transports, counters, participants, stopped: false }
     }
 
-    /// The migration is over.
+    /// Ends the channels, which the source notices, without waiting for the participants' threads.
+    pub(super) fn hang_up(&self) {
+        self.transports.iter().for_each(|transport| transport.shutdown());
+    }
+
+    /// The migration is over. Waits for the participants' threads.
     pub(super) fn close(mut self, moved: bool) {
         self.clean_up(if moved { Outcome::Moved } else { Outcome::NotMoved });
     }
 
     fn clean_up(&mut self, outcome: Outcome) {
-        for (participant, progress) in
-            self.participants.drain(..).rev().collect::<Vec<_>>().iter_mut()
-        {
-            if *progress != Progress::New {
+        for (mut participant, progress) in self.participants.drain(..).rev() {
+            if progress != Progress::New {
                 participant.cleanup(outcome);
             }
         }

@@ -23,18 +23,15 @@ use crate::error::{ParticipantError, chain};
 use crate::guest::GuestError;
 use crate::source::MigrationEvent;
 use crate::stats::{Counters, MigrationStatus};
-use crate::transport::channel::{receive_hello, send_hello};
-use crate::transport::reception::Reception;
+use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
+use crate::transport::reception::{HasEnded, Reception};
 use crate::transport::{Channel, Listener, Transport};
 use crate::wire::hello::DISKS;
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use load::Arrival;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// How long a source may take for its Hello, and to open its data channels.
-const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+use std::time::Instant;
 
 /// Why an incoming migration failed.
 #[derive(Debug, thiserror::Error)]
@@ -87,8 +84,14 @@ pub struct Destination<'a> {
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
 
-/// Waits for a migration's connection with this role.
-type Open<'d> = &'d mut dyn FnMut(MigrationId, Role) -> Result<Arc<dyn Transport>, WireError>;
+/// Waits for a migration's connection with this role, unless the migration ends.
+type Open<'d> =
+    &'d mut dyn FnMut(MigrationId, Role, HasEnded<'_>) -> Result<Arc<dyn Transport>, WireError>;
+
+/// Nobody opens the control connection of a migration a second time.
+fn not_a_channel() -> WireError {
+    WireError::Unexpected { found: "a control connection".into(), expected: "a channel" }
+}
 
 impl Destination<'_> {
     /// Waits for a source and takes its guest over. Connections that do not speak our protocol are dropped
@@ -102,10 +105,11 @@ impl Destination<'_> {
             error => error.into(),
         });
         let (main, hello) = greeted?;
-        self.arrive(Arc::new(main), &hello, &mut |id, role| {
+        self.arrive(Arc::new(main), &hello, &mut |id, role, has_ended| {
             Ok(Arc::new(match role {
-                Role::Control | Role::Disks => reception.disks(id, GREETING_PATIENCE)?,
-                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE)?,
+                Role::Control => return Err(not_a_channel()),
+                Role::Disks => reception.disks(id, GREETING_PATIENCE, has_ended)?,
+                Role::Data { index } => reception.data(id, index, GREETING_PATIENCE, has_ended)?,
             }))
         })
     }
@@ -126,10 +130,12 @@ impl Destination<'_> {
                 let _ = send_hello(&greeting, &ours);
             }
         })?;
-        self.arrive(main, &hello, &mut |id, role| {
+        // These connections exist: a source that gives up closes them.
+        self.arrive(main, &hello, &mut |id, role, _| {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
             let data = match role {
-                Role::Control | Role::Disks => disks.as_ref(),
+                Role::Control => return Err(not_a_channel()),
+                Role::Disks => disks.as_ref(),
                 Role::Data { index } => data.get(usize::from(index)),
             };
             let data = data.ok_or_else(missing)?;
@@ -189,15 +195,21 @@ impl Destination<'_> {
         let (control, threads) =
             Control::start(main, self.cancel.clone()).map_err(DestinationError::Thread)?;
         let channels = checked.and_then(|()| self.open_channels(&control, hello, &answer, open));
+        let mut arrived = None;
         let result = channels.and_then(|channels| {
-            let mut arrival = Arrival::new(control.clone(), channels, self.counters.clone());
-            let result = self.load_and_take_over(&mut arrival);
-            arrival.close(result.is_ok());
-            result
+            let arrival = Arrival::new(control.clone(), channels, self.counters.clone());
+            self.load_and_take_over(arrived.insert(arrival))
         });
-        let result = result.map_err(|error| self.refuse(&control, error));
+        let result = result.map_err(|error| {
+            arrived.iter().for_each(Arrival::hang_up);
+            self.refuse(&control, error)
+        });
         // All frames are out by now.
         drop(threads);
+        // Last: a write may hang with its disk, and the source has its answer.
+        if let Some(arrival) = arrived {
+            arrival.close(result.is_ok());
+        }
         result
     }
 
@@ -212,7 +224,7 @@ impl Destination<'_> {
         let roles = (0..hello.data_channels).map(|index| Role::Data { index }).chain(disks);
         let channels = roles.map(|role| {
             let named = |error: WireError| error.on_channel(role);
-            let transport = open(hello.id, role).map_err(named)?;
+            let transport = open(hello.id, role, &|| control.is_lost()).map_err(named)?;
             let channel = Channel::new(transport, self.cancel.clone())
                 .with_liveness(control.liveness().clone());
             send_hello(&channel, &Hello { role, ..answer.clone() }).map_err(named)?;

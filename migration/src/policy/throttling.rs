@@ -3,6 +3,7 @@
 
 use crate::params::ThrottleParams;
 use crate::units::saturating_u64;
+use std::time::Duration;
 
 /// Most steps per decision: its figures are estimates, corrected by the next sample.
 const MAX_STEPS: u64 = 4;
@@ -56,14 +57,14 @@ impl Convergence {
         self.bad_looks >= LOOKS && !std::mem::replace(&mut self.reported, true)
     }
 
-    /// After a round that sent `sent` and left `dirtied`, within the limit if `fits`. Returns true as
-    /// [`Convergence::look`] does.
-    pub fn round(&mut self, sent: u64, dirtied: u64, fits: bool) -> bool {
-        if fits || dirtied < sent / 10 * 7 {
+    /// After a round that took `sent` to send and leaves another of `left`, within the limit if `fits`.
+    /// Returns true as [`Convergence::look`] does.
+    pub fn round(&mut self, sent: Duration, left: Duration, fits: bool) -> bool {
+        if fits || left < sent / 10 * 7 {
             *self = Self::default();
             return false;
         }
-        dirtied >= sent / 10 * 9 && !std::mem::replace(&mut self.reported, true)
+        left >= sent / 10 * 9 && !std::mem::replace(&mut self.reported, true)
     }
 
     /// Whether non-convergence has been reported.
@@ -158,12 +159,13 @@ mod tests {
     #[test]
     fn a_reported_migration_says_so_once_until_there_is_hope() {
         let mut convergence = Convergence::default();
+        let [sent, same, half] = [1000, 950, 500].map(Duration::from_millis);
         assert!(!convergence.look(200, 100), "one look may be wrong");
         assert!(convergence.look(200, 100));
         assert!(!convergence.look(200, 100) && convergence.is_reported(), "said already");
-        assert!(!convergence.round(1000, 950, false), "said already");
-        assert!(!convergence.round(1000, 500, false) && !convergence.is_reported(), "it shrinks");
-        assert!(convergence.round(1000, 950, false), "and again");
-        assert!(!convergence.round(1000, 950, true), "what fits the limit need not shrink");
+        assert!(!convergence.round(sent, same, false), "said already");
+        assert!(!convergence.round(sent, half, false) && !convergence.is_reported(), "it shrinks");
+        assert!(convergence.round(sent, same, false), "and again");
+        assert!(!convergence.round(sent, same, true), "what fits the limit need not shrink");
     }
 }

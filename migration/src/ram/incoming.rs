@@ -18,11 +18,6 @@ pub struct RamIncoming {
     end: Option<RamEnd>,
 }
 
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("pages".to_owned(), "the setup of RAM");
-    WireError::Unexpected { found, expected }.into()
-}
-
 impl RamIncoming {
     /// `ram` is untouched: every page reads as zero.
     pub fn new(ram: IncomingRam) -> Self {
@@ -73,8 +68,9 @@ impl Incoming for RamIncoming {
     }
 
     fn finish(&mut self) -> Result<(), ParticipantError> {
-        let theirs = self.end.take().ok_or_else(not_set_up)?;
-        let tallies = self.receivers.as_ref().ok_or_else(not_set_up)?;
+        let theirs = self.end.take().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
+        let tallies =
+            self.receivers.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let tallies = tallies.await_end(theirs.number)?;
         let ours = RamEnd {
             number: theirs.number,

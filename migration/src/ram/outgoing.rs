@@ -72,11 +72,6 @@ pub struct RamOutgoing {
     ends: u32,
 }
 
-fn not_set_up() -> ParticipantError {
-    let (found, expected) = ("RAM".to_owned(), "a participant that was set up");
-    WireError::Unexpected { found, expected }.into()
-}
-
 impl RamOutgoing {
     /// RAM to send on `channels` data channels.
     pub fn new(ram: SourceRam, channels: u16) -> Self {
@@ -109,7 +104,8 @@ impl RamOutgoing {
     }
 
     fn begin_pass(&mut self, first: bool) -> Result<(), ParticipantError> {
-        let Started { pace, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        let Started { pace, .. } =
+            self.started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         pace.begin_pass(&self.pending, first, self.pages.load(Ordering::Relaxed));
         let sent_bytes = self.pending_bytes();
         self.pass = Some(InPass { began: Instant::now(), sent_bytes, cursor: 0 });
@@ -119,7 +115,7 @@ impl RamOutgoing {
     /// All pages of the pass were sent: waits until they are in place, then reads the dirty log.
     fn end_pass(&mut self, number: u64, pass: &InPass) -> Result<Step, ParticipantError> {
         self.populated = None;
-        let started = self.started.as_mut().ok_or_else(not_set_up)?;
+        let started = self.started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         started.shards.mark(number)?;
         let marked = Instant::now();
         started.await_marks(number, self.channels)?;
@@ -127,7 +123,9 @@ impl RamOutgoing {
         started.pace.end_sample(self.pages.load(Ordering::Relaxed));
         // The last harvest before the driver decides.
         let took = self.harvest()?;
-        let Some(Started { pace, .. }) = &mut self.started else { return Err(not_set_up()) };
+        let Some(Started { pace, .. }) = &mut self.started else {
+            return Err(ParticipantError::not_set_up(SECTION));
+        };
         pace.end_pass(&self.pending, took, pass.began.elapsed());
         let send_time = pace.send_time(pass.sent_bytes);
         Ok(Step::Done(Pass { sent_bytes: pass.sent_bytes, send_time }))
@@ -242,16 +240,19 @@ impl Outgoing for RamOutgoing {
         if self.pass.is_none() {
             self.begin_pass(number == 1)?;
         }
-        let Some(mut pass) = self.pass.take() else { return Err(not_set_up()) };
+        let Some(mut pass) = self.pass.take() else {
+            return Err(ParticipantError::not_set_up(SECTION));
+        };
         while let Some(chunk) = self.next_chunk(pass.cursor) {
             pass.cursor = chunk.end;
             let job = self.clear(chunk)?;
-            let started = self.started.as_mut().ok_or_else(not_set_up)?;
+            let started =
+                self.started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
             started.shards.dispatch(job)?;
             if started.pace.look_is_due(budget.time) {
                 let took = self.harvest()?;
                 let Some(Started { pace, context, .. }) = &mut self.started else {
-                    return Err(not_set_up());
+                    return Err(ParticipantError::not_set_up(SECTION));
                 };
                 pace.look(&self.pending, pass.cursor, took);
                 pace.end_sample(self.pages.load(Ordering::Relaxed));
@@ -269,7 +270,8 @@ impl Outgoing for RamOutgoing {
             self.harvest()?;
         }
         let bytes = self.pending_bytes();
-        let Started { pace, .. } = self.started.as_ref().ok_or_else(not_set_up)?;
+        let Started { pace, .. } =
+            self.started.as_ref().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         Ok(pace.pending(bytes, self.pass.is_some()))
     }
 
@@ -285,7 +287,8 @@ impl Outgoing for RamOutgoing {
         self.harvest()?;
         let pending = self.pending_bytes();
         let job = self.take(0..self.pending.words().len());
-        let Started { shards, context, .. } = self.started.as_mut().ok_or_else(not_set_up)?;
+        let Started { shards, context, .. } =
+            self.started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         context.counters.update(|stats| stats.remaining_bytes = pending);
         shards.dispatch(Job { last: true, ..job })?;
         let tallies = shards.end()?;
@@ -300,7 +303,7 @@ impl Outgoing for RamOutgoing {
     }
 
     fn called_off(&mut self) -> Result<(), ParticipantError> {
-        self.started.as_mut().ok_or_else(not_set_up)?.shards.forget()
+        self.started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?.shards.forget()
     }
 
     fn cleanup(&mut self, _: Outcome) {

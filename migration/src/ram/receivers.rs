@@ -4,9 +4,10 @@
 use super::page_receiver::{Arrived, PageReceiver};
 use super::shard::Tally;
 use crate::control::Control;
-use crate::error::ParticipantError;
+use crate::error::{Panicked, ParticipantError};
 use crate::transport::{Channel, TICK};
 use crate::wire::{Encoder, Kind, WireError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -70,8 +71,12 @@ impl Receivers {
             .name(format!("mig-recv-{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                let Err(error) = receive_all(index, &mut pages, &data, &control, &shared);
-                control.fail(error.on_data_channel(index).into());
+                let receiving =
+                    AssertUnwindSafe(|| receive_all(index, &mut pages, &data, &control, &shared));
+                control.fail(match catch_unwind(receiving) {
+                    Ok(Err(error)) => error.on_data_channel(index).into(),
+                    Err(_) => Panicked("receives pages").into(),
+                });
                 shared.state().failed = true;
                 shared.changed.notify_all();
                 // The source sees a closed channel and finds the reason on the control connection.

@@ -91,9 +91,15 @@ impl<'g> StopClock<'g> {
         self.lock().deadline
     }
 
-    /// Starts the next part of the pause.
-    pub(super) fn enter(&self, part: &str) {
-        self.lock().part = (part.to_owned(), Instant::now());
+    /// Starts the next part of the pause. Fails if the deadline passed in the last one, which is then the
+    /// one that took too long.
+    pub(super) fn enter(&self, part: &str) -> Result<(), Overran> {
+        let mut state = self.lock();
+        if let Held::Resumed(_) = state.held {
+            return Err(state.overran());
+        }
+        state.part = (part.to_owned(), Instant::now());
+        Ok(())
     }
 
     /// Runs `work` on the stopped guest. `work` is short or observes the deadline itself.
@@ -127,13 +133,22 @@ impl<'g> StopClock<'g> {
         self.lock().told
     }
 
-    /// Takes the stopped guest out. The deadline no longer applies.
-    pub(super) fn take(&self) -> Result<PausedGuest<'g>, Overran> {
+    /// Takes the stopped guest out, if `allowed`; the deadline no longer applies then. `None` if it is not
+    /// allowed. Not asked once the deadline has resumed the guest: a cancel is not lost to a stop that has
+    /// already been called off.
+    pub(super) fn take_if(
+        &self,
+        allowed: impl FnOnce() -> bool,
+    ) -> Result<Option<PausedGuest<'g>>, Overran> {
         let mut state = self.lock();
         match std::mem::replace(&mut state.held, Held::Taken) {
-            Held::Paused(guest) => {
+            Held::Paused(guest) if allowed() => {
                 self.changed.notify_all();
-                Ok(guest)
+                Ok(Some(guest))
+            }
+            guest @ Held::Paused(_) => {
+                state.held = guest;
+                Ok(None)
             }
             other => {
                 state.held = other;
@@ -144,13 +159,13 @@ impl<'g> StopClock<'g> {
 
     /// Resumes the guest, unless the deadline did; returns the result either way.
     pub(super) fn resume(&self) -> Result<(), GuestError> {
-        match self.take() {
-            Ok(guest) => {
+        match self.take_if(|| true) {
+            Ok(Some(guest)) => {
                 self.lock().call_off(&self.control);
                 guest.resume()
             }
             Err(Overran { not_resumed: Some(error), .. }) => Err(error),
-            Err(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -214,5 +229,121 @@ impl Drop for EndWatch<'_, '_> {
     fn drop(&mut self) {
         self.0.lock().done = true;
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cancel::CancelToken;
+    use crate::guest::{GuestControl, RunPermit, Stopped};
+    use crate::transport::memory::MemoryLink;
+    use devices::state::DeviceRecord;
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    /// A guest that takes its time to run again, until the test says so.
+    struct SlowToResume {
+        resuming: Sender<()>,
+        resumed: Receiver<()>,
+    }
+
+    impl GuestControl for SlowToResume {
+        fn flush_ahead(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+            unreachable!("it is not flushed")
+        }
+
+        fn pause(&mut self, _: Instant) -> Result<Stopped, GuestError> {
+            let permit = RunPermit::cold_boot();
+            Ok(Stopped { permit, was_running: true, drains: Vec::new() })
+        }
+
+        fn save_records(&mut self) -> Result<Vec<DeviceRecord>, GuestError> {
+            unreachable!("it is not saved")
+        }
+
+        fn release_disks(&mut self, _: Instant) -> Result<PartTime, GuestError> {
+            unreachable!("it has no disks")
+        }
+
+        fn resume(&mut self, _: Stopped) -> Result<(), GuestError> {
+            self.resuming.send(()).unwrap();
+            self.resumed.recv().unwrap();
+            Ok(())
+        }
+
+        fn surrendered(&mut self) {
+            unreachable!("it stays here")
+        }
+
+        fn throttle(&mut self, _: u8) -> Result<(), GuestError> {
+            unreachable!("it is not throttled")
+        }
+    }
+
+    fn control() -> (Control, crate::control::ControlThreads, impl Sized) {
+        let (ours, theirs) = MemoryLink::new(None).connect();
+        let (control, threads) = Control::start(Arc::new(ours), CancelToken::new()).unwrap();
+        (control, threads, theirs)
+    }
+
+    #[test]
+    fn a_cancel_while_the_deadline_resumes_the_guest_is_not_lost() {
+        let (control, _threads, _peer) = control();
+        let (tell_resuming, resuming) = channel();
+        let (go_on, resumed) = channel();
+        let mut guest = SlowToResume { resuming: tell_resuming, resumed };
+        let clock = StopClock::new(Duration::ZERO, control);
+        let cancel = CancelToken::new();
+        std::thread::scope(|scope| {
+            clock.hold(PausedGuest::pause(&mut guest, clock.start()).unwrap());
+            scope.spawn(|| clock.watch());
+            resuming.recv().unwrap();
+            let (tell_taking, taking) = channel();
+            let (clock, cancel) = (&clock, &cancel);
+            let taker = scope.spawn(move || {
+                tell_taking.send(()).unwrap();
+                clock.take_if(|| cancel.disarm()).map(|guest| guest.is_some())
+            });
+            taking.recv().unwrap();
+            // It waits for the guest by now, most likely.
+            std::thread::park_timeout(Duration::from_millis(50));
+            let cancelled = cancel.cancel();
+            go_on.send(()).unwrap();
+            assert!(taker.join().unwrap().is_err(), "the deadline took the guest");
+            assert!(cancelled, "the cancel was lost");
+        });
+    }
+
+    #[test]
+    fn a_guest_that_may_not_be_taken_stays_stopped_until_it_is_resumed() {
+        let (control, _threads, _peer) = control();
+        let (tell_resuming, resuming) = channel();
+        let (go_on, resumed) = channel();
+        go_on.send(()).unwrap();
+        let mut guest = SlowToResume { resuming: tell_resuming, resumed };
+        let clock = StopClock::new(Duration::from_secs(60), control);
+        clock.hold(PausedGuest::pause(&mut guest, clock.start()).unwrap());
+        assert!(clock.take_if(|| false).unwrap().is_none());
+        assert!(resuming.try_recv().is_err(), "still stopped");
+        clock.resume().unwrap();
+        resuming.try_recv().expect("it runs");
+    }
+
+    #[test]
+    fn the_next_part_does_not_begin_once_the_guest_runs_again() {
+        let (control, _threads, _peer) = control();
+        let (tell_resuming, _resuming) = channel();
+        let (go_on, resumed) = channel();
+        go_on.send(()).unwrap();
+        let mut guest = SlowToResume { resuming: tell_resuming, resumed };
+        let clock = StopClock::new(Duration::ZERO, control);
+        clock.enter("the first").unwrap();
+        clock.hold(PausedGuest::pause(&mut guest, clock.start()).unwrap());
+        clock.watch();
+        let overran = clock.enter("the second").unwrap_err();
+        assert_eq!(overran.part.part, "the first");
+        let overran = clock.with(|_| ()).unwrap_err();
+        assert_eq!(overran.part.part, "the first");
     }
 }

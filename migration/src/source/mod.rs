@@ -105,8 +105,7 @@ impl Source<'_> {
     }
 
     fn status(&mut self, status: MigrationStatus) {
-        self.counters.update(|stats| stats.status = status);
-        (self.events)(MigrationEvent::Status(status));
+        show(&self.counters, self.events, status);
     }
 
     fn run(&mut self, connect: Connect<'_>) -> Result<Handover, SourceError> {
@@ -187,6 +186,20 @@ impl Drop for Source<'_> {
     /// Throttling never outlives a migration, not even one that panics.
     fn drop(&mut self) {
         self.release_throttle();
+    }
+}
+
+/// Sets the status and reports it. A cancel that is in progress is shown until the end.
+fn show(counters: &Counters, events: &mut dyn FnMut(MigrationEvent), status: MigrationStatus) {
+    let mut shown = true;
+    counters.update(|stats| {
+        shown = stats.status != MigrationStatus::Cancelling || status.is_over();
+        if shown {
+            stats.status = status;
+        }
+    });
+    if shown {
+        events(MigrationEvent::Status(status));
     }
 }
 

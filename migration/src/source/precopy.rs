@@ -113,6 +113,7 @@ impl Source<'_> {
             }
         }
         let look = self.weigh(session, Precision::Estimate, send_time)?;
+        session.rates = look.rates.or(session.rates);
         self.record(session, &look, began.elapsed(), &before);
         Ok(look)
     }
@@ -129,10 +130,8 @@ impl Source<'_> {
         let pending = pending?;
         session.estimate.weigh(pending.iter(), session.link.round_trip());
         let left: Duration = pending.iter().map(|pending| pending.send_time).sum();
-        // In times, not bytes: participants have different bandwidths.
-        let round = Round { sent_bytes: nanos(sent), dirtied_bytes: nanos(left) };
         Ok(Look {
-            round,
+            round: Round { sent, left },
             rates: pending.iter().find_map(|pending| pending.rates),
             expected: session.estimate.total(),
             dirty_bytes: pending
@@ -212,7 +211,7 @@ impl Source<'_> {
         if slowed || !self.cannot_slow_down() {
             session.convergence = Convergence::default();
         } else if session.blocked_by.is_none()
-            && session.convergence.round(round.sent_bytes, round.dirtied_bytes, fits)
+            && session.convergence.round(round.sent, round.left, fits)
         {
             let rates = Rates { dirtied: rates_or_none.dirtied.max(Some(proved)), ..rates_or_none };
             self.report_not_converging(session, Some(rates), *expected, None);
@@ -296,8 +295,8 @@ impl Source<'_> {
 
 /// The dirty rate proved by a finished pass, in bytes per second.
 fn proved_by(round: Round, rates: Rates) -> u64 {
-    let part = u128::from(round.dirtied_bytes) * u128::from(rates.sent);
-    let part = part / u128::from(round.sent_bytes.max(1));
+    let part = u128::from(nanos(round.left)) * u128::from(rates.sent);
+    let part = part / u128::from(nanos(round.sent).max(1));
     let seen = saturating_u64(part);
     match rates.dirtied {
         // Writes from before the throttling prove nothing.

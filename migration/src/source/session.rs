@@ -6,17 +6,14 @@ use crate::cancel::{CancelToken, Registration};
 use crate::control::{Control, ControlThreads, Limit};
 use crate::error::{ParticipantError, chain};
 use crate::pace::{Cap, LinkSpeed};
-use crate::participant::{Outcome, Outgoing, OutgoingContext};
+use crate::participant::{Outcome, Outgoing, OutgoingContext, Rates};
 use crate::policy::Convergence;
 use crate::stats::MigrationStatus;
-use crate::transport::channel::{receive_hello, send_hello};
+use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
 use crate::transport::{Channel, Transport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How long a destination may take to answer a greeting.
-const GREETING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Opens the connection of a role.
 pub(super) type Connect<'c> = &'c mut dyn FnMut(Role) -> Result<Arc<dyn Transport>, SourceError>;
@@ -32,6 +29,8 @@ pub(super) struct Session {
     set_up: usize,
     pub(super) estimate: Estimate,
     pub(super) convergence: Convergence,
+    /// Of the last pass that has measured them.
+    pub(super) rates: Option<Rates>,
     /// Predicted downtime of the last decision to stop.
     pub(super) predicted: Duration,
     /// Passes begun, counted from 1.
@@ -92,6 +91,7 @@ impl Session {
             set_up: 0,
             estimate: Estimate::new(),
             convergence: Convergence::default(),
+            rates: None,
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,
@@ -100,7 +100,11 @@ impl Session {
             _wake: Vec::new(),
         };
         for role in roles {
-            let transport = connect(role)?;
+            let transport = match connect(role) {
+                Ok(transport) => transport,
+                // The destination waits for this connection.
+                Err(error) => return Err(session.abort(error)),
+            };
             let woken = transport.clone();
             session._wake.push(cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, cancel.clone())

@@ -5,7 +5,7 @@
 use super::deadline::{EndWatch, Overran, StopClock};
 use super::handover::{Handover, hand_over};
 use super::session::Session;
-use super::{MigrationEvent, Source, SourceError, encode};
+use super::{MigrationEvent, Source, SourceError, encode, show};
 use crate::cancel::CancelToken;
 use crate::control::Limit;
 use crate::error::{ParticipantError, chain};
@@ -44,12 +44,15 @@ impl From<Overran> for Ended {
     fn from(overran: Overran) -> Self {
         match overran.not_resumed {
             None => Self::TooLong(overran.part),
-            Some(source) => {
-                let cause = "the stop was called off, as it took too long".to_owned();
-                Self::Failed(SourceError::NotResumed { cause, source })
-            }
+            Some(source) => Self::Failed(not_resumed(source)),
         }
     }
+}
+
+/// A stop was called off, and then the guest could not be resumed.
+fn not_resumed(source: GuestError) -> SourceError {
+    let cause = "the stop was called off, as it took too long".to_owned();
+    SourceError::NotResumed { cause, source }
 }
 
 impl From<SourceError> for Ended {
@@ -125,7 +128,7 @@ impl Source<'_> {
                 self.call_off(session, part, &stopped)?;
                 Ok(Stop::CalledOff)
             }
-            Err(Ended::Failed(error @ SourceError::NotResumed { .. })) => Err(session.abort(error)),
+            // The destination knows.
             Err(Ended::Failed(error)) => Err(error),
         }
     }
@@ -171,7 +174,7 @@ impl Source<'_> {
             stopped.map_err(|ended| match ended {
                 Ended::TooLong(part) => match clock.resume() {
                     Ok(()) => Ended::TooLong(part),
-                    Err(source) => Ended::from(Overran { part, not_resumed: Some(source) }),
+                    Err(source) => Ended::Failed(session.abort(not_resumed(source))),
                 },
                 Ended::Failed(error) => Ended::Failed(give_up(session, &clock, error)),
             })
@@ -224,7 +227,7 @@ impl Source<'_> {
             && session.blocked_by.as_ref() != Some(&part.part)
         {
             session.blocked_by = Some(part.part.clone());
-            self.report_not_converging(session, None, took, Some(part));
+            self.report_not_converging(session, session.rates, took, Some(part));
         }
         Ok(())
     }
@@ -276,8 +279,8 @@ impl<'g> LastStep<'_, 'g> {
         self.parts.pause = self.watch.lap();
         self.phase = Phase::Sending;
         session.estimate.stopped_in(self.parts.pause, paused.drains());
+        self.clock.enter("reading the dirty log")?;
         self.clock.hold(paused);
-        self.clock.enter("reading the dirty log");
         let pending: Result<Vec<_>, _> =
             session.participants.iter_mut().map(|one| one.pending(Precision::Exact)).collect();
         session.estimate.weigh(pending?.iter(), session.link.round_trip());
@@ -290,17 +293,14 @@ impl<'g> LastStep<'_, 'g> {
             return Err(Ended::TooLong(session.estimate.largest()));
         }
         let before = self.before;
-        self.counters.update(|stats| {
-            stats.status = MigrationStatus::Device;
-            stats.precopy_bytes = before;
-        });
+        self.counters.update(|stats| stats.precopy_bytes = before);
         self.shown = true;
-        (self.events)(MigrationEvent::Status(MigrationStatus::Device));
+        show(self.counters, self.events, MigrationStatus::Device);
         Ok(())
     }
 
     fn send_all(&mut self, session: &mut Session) -> Result<(), Ended> {
-        self.clock.enter("saving device state");
+        self.clock.enter("saving device state")?;
         let records = self.clock.with(|guest| guest.save_records())??;
         let records = encode("device state", &records)?;
         self.announced = true;
@@ -316,18 +316,18 @@ impl<'g> LastStep<'_, 'g> {
         });
         (self.events)(MigrationEvent::Pass(number));
         for participant in &mut session.participants {
-            self.clock.enter(&format!("sending the rest of section {:?}", participant.section()));
-            // What is left out now is sent by the next attempt.
-            self.clock.with(|_| ())?;
+            // What is left out once the deadline has passed is sent by the next attempt.
+            self.clock
+                .enter(&format!("sending the rest of section {:?}", participant.section()))?;
             participant.complete()?;
         }
-        self.clock.enter("flushing disks");
+        self.clock.enter("flushing disks")?;
         self.phase = Phase::Flushing;
         let deadline = self.clock.deadline();
         let flush = self.clock.with(|guest| guest.release_disks(deadline))??;
         session.estimate.flushed_in(&flush);
         self.phase = Phase::Sending;
-        self.clock.enter("ending the stream");
+        self.clock.enter("ending the stream")?;
         let running = self.clock.with(|guest| guest.was_running())?;
         let eof = Eof { running, attempt: session.attempt };
         self.clock.end_stream(&eof.encode())??;
@@ -338,7 +338,7 @@ impl<'g> LastStep<'_, 'g> {
     fn await_ready(&mut self, session: &mut Session) -> Result<(), Ended> {
         const WHAT: &str = "the destination's readiness";
         const WAITING: &str = "waiting for the destination";
-        self.clock.enter(WAITING);
+        self.clock.enter(WAITING)?;
         self.phase = Phase::AwaitingReady;
         let limit = Limit::until(WHAT, self.clock.deadline());
         let payload = match session.control.expect(Kind::Ready, &limit) {
@@ -361,16 +361,8 @@ impl<'g> LastStep<'_, 'g> {
 
     fn hand_over(&mut self, session: &mut Session) -> Result<Handover, Ended> {
         // The point of no return: a cancel comes either before it or not at all.
-        if !self.cancel.disarm() {
-            return Err(Ended::Failed(SourceError::Cancelled));
-        }
-        let paused = match self.clock.take() {
-            Ok(paused) => paused,
-            Err(overran) => {
-                self.cancel.rearm();
-                return Err(overran.into());
-            }
-        };
+        let taken = self.clock.take_if(|| self.cancel.disarm())?;
+        let paused = taken.ok_or(Ended::Failed(SourceError::Cancelled))?;
         let handover = hand_over(paused, &session.control);
         if let Handover::Completed { started_in } = handover {
             let whole = self.watch.lap();

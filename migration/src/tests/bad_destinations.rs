@@ -154,6 +154,29 @@ fn a_destination_that_lies_is_named_and_the_guest_runs_on() {
 }
 
 #[test]
+fn a_destination_hears_why_a_channel_cannot_be_opened() {
+    let link = MemoryLink::new(None);
+    let (main, main_in) = link.connect();
+    let (data, data_in) = link.connect();
+    let (scenario, disk) = (two_channels(), Arc::default());
+    let ram = boot(&scenario, &disk);
+    // The second channel cannot be connected.
+    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: None };
+    let heard = std::thread::scope(|scope| {
+        let destination = scope.spawn(|| {
+            answer(&main_in, |_| {});
+            answer(&data_in, |_| {});
+            frame(&main_in)
+        });
+        let (outcome, ..) = run_source(&scenario, source, &ram, &disk);
+        assert!(matches!(outcome, SourceOutcome::Failed(_)), "{outcome:?}");
+        destination.join().unwrap()
+    });
+    let (kind, reason) = heard.expect("it is told");
+    assert_eq!((kind, reason.starts_with(b"connection lost")), (Kind::Abort, true), "{reason:?}");
+}
+
+#[test]
 fn nonsense_in_answer_to_go_leaves_the_guest_stopped() {
     let (outcome, runs) = send_to(&two_channels(), |liar| {
         accept(liar);

@@ -4,6 +4,7 @@ use super::fake::*;
 use crate::params::Params;
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -16,6 +17,27 @@ fn a_cancel_at_any_step_leaves_the_guest_running_at_the_source() {
         end.assert_back_at_source(&format!("{at:?}"));
         assert_eq!(end.events.last(), Some(&Status(MigrationStatus::Cancelled)));
     }
+}
+
+#[test]
+fn a_cancel_that_is_in_progress_is_shown_until_the_end() {
+    use MigrationEvent::Status;
+    use MigrationStatus::{Cancelled, Setup};
+    // What `migrate_cancel` does: the status first, then the token.
+    let scenario = Scenario::default();
+    let (counters, cancel) = (scenario.counters.clone(), scenario.cancel.clone());
+    let watch: Watch = Arc::new(move |event| {
+        if *event == Status(Setup) {
+            counters.cancelling();
+        }
+        if matches!(event, MigrationEvent::Pass(_)) {
+            cancel.cancel();
+        }
+    });
+    let end = migrate(&Scenario { watch: Some(watch), ..scenario });
+    assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+    let statuses = end.events.iter().filter(|event| matches!(event, Status(_)));
+    assert_eq!(statuses.collect::<Vec<_>>(), [&Status(Setup), &Status(Cancelled)]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Disks that travel with their guest: whole at the end, or untouched at the source.
 
 use super::fake::*;
-use super::fake_disks::FakeDisks;
+use super::fake_disks::{FakeDisks, PanickingDisk};
 use crate::block::frame::{BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame};
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES, Tuning};
 use crate::error::chain;
@@ -16,7 +16,8 @@ use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::PAGE_SIZE;
 use proptest::prelude::*;
-use std::time::Duration;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 /// Of all kinds: whole chunks, an odd tail, a single sector.
 const SIZES: [u64; 3] = [3 * CHUNK_BYTES + GRANULE_BYTES + 512, 512, 2 * CHUNK_BYTES];
@@ -132,6 +133,56 @@ fn no_more_reads_are_in_flight_than_were_asked_for() {
     disks.assert_same();
     let silly = Tuning { reads: 0, buffers: 100_000 };
     assert_eq!(silly.clamped(), Tuning { reads: 1, buffers: 512 });
+}
+
+#[test]
+fn a_thread_that_panics_ends_the_migration_and_the_guest_runs_on() {
+    for (panics, expected) in [
+        ("read", "the thread that reads disks panicked"),
+        ("write", "the thread that writes disks panicked"),
+        ("flush", "the thread that writes disks panicked"),
+    ] {
+        let mut disks = FakeDisks::new(&[4 * CHUNK_BYTES]);
+        disks.fill();
+        let panicking = PanickingDisk::node("d0", 4 * CHUNK_BYTES, panics);
+        let disk = &mut disks.disks[0];
+        let side = if panics == "read" { &mut disk.here } else { &mut disk.there };
+        *side = panicking;
+        let (tell, ended) = channel();
+        std::thread::spawn(move || drop(tell.send(move_disks(&disks))));
+        let end = ended.recv_timeout(Duration::from_secs(20)).expect("it ends");
+        let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
+        assert!(chain(error).contains(expected), "{} lacks {expected}", chain(error));
+        end.assert_back_at_source(expected);
+    }
+}
+
+#[test]
+fn a_read_that_hangs_keeps_nobody_from_cancelling() {
+    // Less than there are readers, and more.
+    for chunks in [1, 24] {
+        let disks = FakeDisks::new(&[chunks * CHUNK_BYTES]);
+        disks.fill();
+        let script = disks.disks[0].here_script.clone();
+        script.hold(true);
+        let scenario = Scenario { disks: disks.clone(), ..Default::default() };
+        let cancel = scenario.cancel.clone();
+        let (tell, ended) = channel();
+        let moving = std::thread::spawn(move || drop(tell.send(migrate(&scenario))));
+        script.wait_until_held();
+        assert!(cancel.cancel());
+        let end = ended.recv_timeout(Duration::from_secs(20));
+        let hanging = script.held();
+        script.hold(false);
+        moving.join().unwrap();
+        let end = end.expect("it ends though the read hangs");
+        assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+        assert!(hanging > 0, "the read has ended");
+        end.assert_back_at_source("a read that hangs");
+        // What the thread that was left behind has read harms no other attempt.
+        move_disks(&disks).assert_moved();
+        disks.assert_same();
+    }
 }
 
 #[test]
@@ -324,6 +375,51 @@ fn lies_about_disks_are_refused_by_name() {
             });
         }
     });
+}
+
+#[test]
+fn a_write_that_hangs_does_not_keep_the_refusal_from_the_source() {
+    let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
+    let script = disks.disks[0].there_script.clone();
+    script.hold(true);
+    let mut heard = None;
+    let error = receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
+        introduce(liar);
+        chunk(liar, 0, 0, (1, 0), 16_384);
+        script.wait_until_held();
+        liar.frame(Kind::Go, &[]);
+        heard = hear_refusal(liar);
+        liar.main.shutdown();
+        script.hold(false);
+    });
+    let reason = heard.expect("the source is told");
+    assert!(reason.contains("unexpected Go where"), "{reason}");
+    assert!(error.contains("unexpected Go where"), "{error}");
+}
+
+/// The reason of a refusal that comes soon.
+fn hear_refusal(liar: &Liar) -> Option<String> {
+    let (began, mut heard) = (Instant::now(), Vec::new());
+    let mut buffer = [0; 4096];
+    while began.elapsed() < Duration::from_secs(20) {
+        if let Ok(count) = liar.main.receive(&mut buffer) {
+            heard.extend_from_slice(&buffer[..count]);
+        }
+        let mut frames = &heard[..];
+        while let Some((header, rest)) = frames.split_first_chunk() {
+            let (kind, len) = wire::decode_header(header).unwrap();
+            let Some((payload, rest)) = rest.split_at_checked(usize::try_from(len).unwrap()) else {
+                break;
+            };
+            if kind == Kind::Refused {
+                return Some(String::from_utf8_lossy(payload).into_owned());
+            }
+            frames = rest;
+        }
+        // The destination waits for someone who is alive.
+        liar.frame(Kind::KeepAlive, &[]);
+    }
+    None
 }
 
 #[test]

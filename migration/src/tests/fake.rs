@@ -115,6 +115,9 @@ pub struct Scenario {
     pub changes: Vec<(u64, Params)>,
     /// A data channel that is lost alone, after so many bytes.
     pub lose_channel: Option<(usize, u64)>,
+    /// The source's counters, and the token that cancels it.
+    pub counters: Arc<Counters>,
+    pub cancel: CancelToken,
     pub cancel_source_at: Option<MigrationEvent>,
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
@@ -144,6 +147,8 @@ impl Default for Scenario {
             params: Params { multifd_channels: 1, ..Params::default() },
             changes: Vec::new(),
             lose_channel: None,
+            counters: Arc::new(Counters::new()),
+            cancel: CancelToken::new(),
             cancel_source_at: None,
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
@@ -228,7 +233,7 @@ pub fn migrate_over(
 }
 
 /// A guest that runs, or is paused, with its disk locked.
-fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
+pub fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
     let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
     // One page of text; most of the rest was never touched.
@@ -242,7 +247,7 @@ fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     ram
 }
 
-fn run_source(
+pub fn run_source(
     scenario: &Scenario,
     source: Ends,
     ram: &GuestRam,
@@ -264,8 +269,8 @@ fn run_source(
     };
     let machine =
         MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
-    let counters = Arc::new(Counters::new());
-    let cancel = CancelToken::new();
+    let counters = scenario.counters.clone();
+    let cancel = scenario.cancel.clone();
     let canceller = cancel.clone();
     let mut seen = Vec::new();
     let params = SharedParams::new(scenario.params.clone());

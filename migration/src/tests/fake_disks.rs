@@ -2,7 +2,10 @@
 
 use crate::block::{IncomingDisk, SourceDisk, SourceDisks, Tuning};
 use devices::block::BlockNode;
+use devices::block::backend::{BackingChain, BlockBackend, Content, Extent, LockError};
 use devices::block::memory::{MemoryDisk, Script};
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
@@ -21,6 +24,96 @@ pub struct FakeDisks {
     pub tuning: Tuning,
     /// Whether the guest writes them while it runs.
     pub busy: bool,
+}
+
+/// A disk that panics in whatever `panics` names: "read", "write" or "flush".
+#[derive(Debug)]
+pub struct PanickingDisk {
+    inner: MemoryDisk,
+    panics: &'static str,
+}
+
+impl PanickingDisk {
+    pub fn node(id: &str, len_bytes: u64, panics: &'static str) -> Arc<BlockNode> {
+        let inner = MemoryDisk::new(len_bytes);
+        Arc::new(BlockNode::new(id, Box::new(Self { inner, panics })))
+    }
+
+    fn enter(&self, what: &str) {
+        assert!(self.panics != what, "scripted panic");
+    }
+}
+
+impl BlockBackend for PanickingDisk {
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    fn format(&self) -> &'static str {
+        self.inner.format()
+    }
+
+    fn backing(&self) -> Option<&dyn BackingChain> {
+        None
+    }
+
+    fn is_direct(&self) -> bool {
+        false
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.inner.len_bytes()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.enter("read");
+        self.inner.read_at(buffer, offset_bytes)
+    }
+
+    fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        self.enter("write");
+        self.inner.write_at(buffer, offset_bytes)
+    }
+
+    fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.inner.discard(offset_bytes, len_bytes)
+    }
+
+    fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, may_unmap: bool) -> io::Result<()> {
+        self.inner.write_zeroes(offset_bytes, len_bytes, may_unmap)
+    }
+
+    fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
+        let len_bytes = self.inner.len_bytes() - offset_bytes;
+        Ok(Extent { len_bytes, content: Content::Data })
+    }
+
+    fn allocated_bytes(&self) -> io::Result<u64> {
+        self.inner.allocated_bytes()
+    }
+
+    fn plain_file(&self) -> Option<(Arc<File>, usize)> {
+        None
+    }
+
+    fn write_back(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.enter("flush");
+        self.inner.flush()
+    }
+
+    fn lock(&self) -> Result<(), LockError> {
+        Ok(())
+    }
+
+    fn unlock(&self) {}
 }
 
 fn node(id: &str, len_bytes: u64) -> (Arc<BlockNode>, Arc<Script>) {

@@ -4,10 +4,11 @@
 use super::fake::*;
 use crate::error::chain;
 use crate::params::Params;
-use crate::source::{MigrationEvent, SourceOutcome};
+use crate::source::{MigrationEvent, SourceError, SourceOutcome};
 use crate::stats::MigrationStatus;
 use crate::transport::memory::{MemoryLink, MemoryTransport};
 use crate::transport::{PageSlice, TICK, Transport};
+use crate::wire::{self, HEADER_BYTES, Kind};
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicU32};
@@ -21,6 +22,9 @@ fn ms(ms: u64) -> Duration {
 fn limited(limit: Duration) -> Params {
     Params { downtime_limit: limit, multifd_channels: 1, ..Params::default() }
 }
+
+/// Bytes of the payload of Eof.
+const EOF_BYTES: usize = 5;
 
 fn parts_said(end: &End) -> Vec<String> {
     let said = end.events.iter().filter_map(|event| match event {
@@ -74,19 +78,21 @@ fn a_shared_disk_that_is_slow_to_flush_is_flushed_before_the_stop_and_named() {
     assert!(end.counters.snapshot().downtime.unwrap() < ms(1000));
 }
 
-/// A connection that takes nothing while it is closed.
+type Takes = Box<dyn Fn(&[u8]) -> bool + Send + Sync>;
+
+/// A connection that takes only what a test lets through.
 struct Gate {
     inner: MemoryTransport,
-    closed: Arc<AtomicBool>,
+    takes: Takes,
 }
 
 impl Gate {
-    fn wait(&self) -> io::Result<()> {
-        if self.closed.load(SeqCst) {
-            std::thread::park_timeout(TICK);
-            return Err(io::ErrorKind::WouldBlock.into());
+    fn wait(&self, bytes: &[u8]) -> io::Result<()> {
+        if (self.takes)(bytes) {
+            return Ok(());
         }
-        Ok(())
+        std::thread::park_timeout(TICK);
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
@@ -96,7 +102,7 @@ impl Transport for Gate {
     }
 
     fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        self.wait()?;
+        self.wait(bytes)?;
         self.inner.send(bytes)
     }
 
@@ -105,7 +111,7 @@ impl Transport for Gate {
     }
 
     fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
-        self.wait()?;
+        self.wait(head)?;
         self.inner.send_pages(head, pages)
     }
 
@@ -118,12 +124,13 @@ impl Transport for Gate {
     }
 }
 
-/// Moves a guest whose first data channel takes nothing from the first stop on, until `open` says so: it
-/// is asked once the guest runs again, with how long it was stopped. Returns how long that was.
+/// Moves a guest whose first data channel takes nothing in its first `stops` stops, until `open` says so:
+/// it is asked once the guest runs again. Returns how long the guest was stopped then, at most.
 fn migrate_over_gate(
     scenario: Scenario,
     channels: u16,
-    open: impl Fn() -> bool + Send + 'static,
+    stops: u32,
+    open: fn() -> bool,
 ) -> (End, Duration) {
     let link = MemoryLink::new(None).with_patience(scenario.patience);
     let (main, main_in) = link.connect();
@@ -133,27 +140,30 @@ fn migrate_over_gate(
     for index in 0..channels {
         let (out, into) = link.connect();
         let closed = if index == 0 { closed.clone() } else { Arc::default() };
-        source.data.push(Arc::new(Gate { inner: out, closed }));
+        let takes = Box::new(move |_: &[u8]| !closed.load(SeqCst));
+        source.data.push(Arc::new(Gate { inner: out, takes }));
         destination.data.push(Arc::new(into));
     }
     let params = Params { multifd_channels: channels, ..scenario.params.clone() };
     let machine = scenario.machine.clone();
     let stopped_for = Arc::new(Mutex::new(None));
-    let told = stopped_for.clone();
-    let opening = Mutex::new(Some((closed, open)));
+    let (told, left) = (stopped_for.clone(), AtomicU32::new(stops));
     let watch: Watch = Arc::new(move |event| {
-        if *event != MigrationEvent::Status(MigrationStatus::Device) {
+        let device = *event == MigrationEvent::Status(MigrationStatus::Device);
+        let one_less = |left: u32| left.checked_sub(1);
+        if !device || left.fetch_update(SeqCst, SeqCst, one_less).is_err() {
             return;
         }
-        let Some((closed, open)) = opening.lock().unwrap().take() else { return };
         closed.store(true, SeqCst);
-        let (machine, told, stopped) = (machine.clone(), told.clone(), Instant::now());
+        let (machine, closed) = (machine.clone(), closed.clone());
+        let (told, stopped) = (told.clone(), Instant::now());
         std::thread::spawn(move || {
             while !machine.running.load(SeqCst) {
                 assert!(stopped.elapsed() < Duration::from_secs(60), "the guest stays stopped");
                 std::thread::park_timeout(ms(1));
             }
-            *told.lock().unwrap() = Some(stopped.elapsed());
+            let longest = &mut *told.lock().unwrap();
+            *longest = (*longest).max(Some(stopped.elapsed()));
             if open() {
                 closed.store(false, SeqCst);
             }
@@ -176,7 +186,7 @@ fn a_link_that_becomes_slow_after_the_decision_lets_the_guest_run_on_in_time_and
             params,
             ..Default::default()
         };
-        let (end, stopped) = migrate_over_gate(scenario, channels, || true);
+        let (end, stopped) = migrate_over_gate(scenario, channels, 1, || true);
         end.assert_moved();
         // The limit, and what a busy host makes of it.
         assert!(stopped < ms(1500), "{channels} channels: stopped for {stopped:?}");
@@ -193,17 +203,122 @@ fn a_link_that_becomes_slow_after_the_decision_lets_the_guest_run_on_in_time_and
 }
 
 #[test]
+fn the_part_that_was_in_progress_at_the_deadline_is_named_not_the_next_one() {
+    let scenario = Scenario {
+        ram_bytes: 8 << 20,
+        dirtying: Some((300, Duration::from_micros(200))),
+        lively: true,
+        params: limited(ms(300)),
+        ..Default::default()
+    };
+    // The user is told after two called-off stops.
+    let (end, _) = migrate_over_gate(scenario, 1, 2, || true);
+    end.assert_moved();
+    let said = parts_said(&end);
+    let [part] = &said[..] else { panic!("{said:?}") };
+    let sending = "sending the rest of section \"ram\" takes more than ";
+    let took = part.strip_prefix(sending).and_then(|rest| rest.strip_suffix(" ms"));
+    let took: u64 = took.unwrap_or_else(|| panic!("{part:?}")).parse().unwrap();
+    assert!(took >= 100, "{part}");
+    let facts = end.events.iter().find_map(|event| match event {
+        MigrationEvent::NotConverging(facts) => Some(facts),
+        _ => None,
+    });
+    let facts = facts.unwrap();
+    // As measured by the passes before the stop; by then nobody writes.
+    assert!(facts.bytes_per_sec > 0, "{facts:?}");
+}
+
+#[test]
 fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
     let patience = Duration::from_secs(3);
     let scenario = Scenario { params: limited(ms(100)), patience, ..Default::default() };
     let began = Instant::now();
-    let (end, stopped) = migrate_over_gate(scenario, 1, || false);
+    let (end, stopped) = migrate_over_gate(scenario, 1, 1, || false);
     let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
     assert!(chain(error).contains("stalled"), "{}", chain(error));
     assert!(stopped < ms(1500), "stopped for {stopped:?}");
     // It was given up long after the guest went on.
     assert!(began.elapsed() >= patience);
     end.assert_back_at_source("dead link");
+}
+
+/// Moves a guest over a control connection that takes what the test lets through.
+fn migrate_over_main(
+    scenario: &Scenario,
+    takes: impl Fn(&[u8]) -> bool + Send + Sync + 'static,
+) -> End {
+    let link = MemoryLink::new(None).with_patience(scenario.patience);
+    let (main, main_in) = link.connect();
+    let (data, data_in) = link.connect();
+    let main = Gate { inner: main, takes: Box::new(takes) };
+    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: None };
+    let destination = Ends { main: Arc::new(main_in), data: vec![Arc::new(data_in)], disks: None };
+    migrate_over(scenario, source, destination, || 0)
+}
+
+/// The kinds of these frames.
+fn kinds(mut frames: &[u8]) -> Vec<Kind> {
+    let mut kinds = Vec::new();
+    while let Some((header, rest)) = frames.split_first_chunk::<HEADER_BYTES>() {
+        let (kind, len) = wire::decode_header(header).unwrap();
+        kinds.push(kind);
+        frames = &rest[usize::try_from(len).unwrap()..];
+    }
+    kinds
+}
+
+#[test]
+fn a_destination_that_stops_reading_at_the_end_does_not_keep_the_guest_stopped() {
+    let scenario = Scenario { params: limited(ms(100)), ..Default::default() };
+    // Nothing is taken from the end of the stream on, until the guest runs again.
+    let machine = scenario.machine.clone();
+    let stopped = Arc::<Mutex<Option<Instant>>>::default();
+    let waited = Arc::<Mutex<Option<Duration>>>::default();
+    let told = waited.clone();
+    let eof = wire::header(Kind::Eof, u32::try_from(EOF_BYTES).unwrap());
+    let end = migrate_over_main(&scenario, move |bytes| {
+        let ends = bytes.windows(eof.len()).any(|frame| frame == eof);
+        if waited.lock().unwrap().is_some() || !ends {
+            return true;
+        }
+        let since = *stopped.lock().unwrap().get_or_insert_with(Instant::now);
+        assert!(since.elapsed() < Duration::from_secs(60), "the guest stays stopped");
+        if machine.running.load(SeqCst) {
+            *waited.lock().unwrap() = Some(since.elapsed());
+        }
+        false
+    });
+    end.assert_moved();
+    let stopped = told.lock().unwrap().expect("the guest ran again");
+    assert!(stopped < ms(1500), "stopped for {stopped:?}");
+    assert!(end.counters.snapshot().called_off >= 1);
+}
+
+#[test]
+fn the_destination_is_told_once_of_a_guest_that_cannot_be_resumed() {
+    let cancelled = Scenario {
+        cancel_source_at: Some(MigrationEvent::Status(MigrationStatus::Device)),
+        params: limited(ms(5000)),
+        ..Default::default()
+    };
+    let called_off = Scenario { params: limited(ms(60)), ..Default::default() };
+    *called_off.destination.slow_locks.lock().unwrap() = (1, ms(200));
+    for scenario in [cancelled, called_off] {
+        let sent = Arc::<Mutex<Vec<u8>>>::default();
+        let record = sent.clone();
+        let end = migrate_over_main(&Scenario { fail: Fail::Resume, ..scenario }, move |bytes| {
+            record.lock().unwrap().extend(bytes);
+            true
+        });
+        let SourceOutcome::Failed(SourceError::NotResumed { .. }) = &end.source else {
+            panic!("{:?}", end.source)
+        };
+        assert_eq!(end.running_guests(), 0);
+        let kinds = kinds(&sent.lock().unwrap());
+        let aborts = kinds.iter().filter(|kind| **kind == Kind::Abort).count();
+        assert_eq!(aborts, 1, "{kinds:?}");
+    }
 }
 
 #[test]

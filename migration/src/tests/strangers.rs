@@ -9,9 +9,9 @@ use crate::error::chain;
 use crate::transport::channel::{receive_hello, send_hello};
 use crate::transport::{Address, Channel, Listener, SocketTransport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(5);
 const OURS: MigrationId = MigrationId([1; 16]);
@@ -100,4 +100,30 @@ fn a_channel_that_never_comes_is_named() {
         assert!(chain(&refused).contains(expected), "{}", chain(&refused));
     });
     assert!(error.contains("data channel 1: the data connection did not come"), "{error}");
+}
+
+#[test]
+fn a_source_that_gives_up_before_its_channels_are_open_is_heard_at_once() {
+    type Leave = fn(&Control);
+    let ways: [(&str, Leave); 2] = [
+        ("the source has ended the migration: no route to host", |control| {
+            control.say_farewell(Kind::Abort, "no route to host");
+        }),
+        ("data channel 1: connection lost", |_| {}),
+    ];
+    for (expected, leave) in ways {
+        let left = Mutex::new(None);
+        let error = listen_while(|at| {
+            let main = knock(at, Role::Control, OURS).unwrap();
+            let _first = knock(at, Role::Data { index: 0 }, OURS).unwrap();
+            let (control, threads) = control(&main);
+            leave(&control);
+            drop(threads);
+            *left.lock().unwrap() = Some(Instant::now());
+        });
+        assert!(error.contains(expected), "{error}");
+        // Far less than it waits for a channel.
+        let left = left.into_inner().unwrap().unwrap().elapsed();
+        assert!(left < SOON, "{expected}: {left:?}");
+    }
 }

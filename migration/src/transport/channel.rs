@@ -12,6 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// How long a peer may take for its Hello, and a source to open a channel.
+pub const GREETING_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Decides how much may be sent now.
 pub trait Throttle {
     /// How many of `wanted` bytes may be sent now; waits until there are some.

@@ -5,6 +5,7 @@
 //! without blocking; a client that is not Ferry, or too slow, is dropped with a log message, and the wait
 //! goes on.
 
+use super::TICK;
 use super::socket::{Listener, SocketTransport};
 use crate::cancel::CancelToken;
 use crate::wire::{self, HEADER_BYTES, Hello, Kind, MigrationId, Role, WireError};
@@ -16,8 +17,8 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long a connection may take to send its Hello.
-const GREETING_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a new connection, of which nothing is known, may take for its Hello.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
 /// Most connections without a Hello; beyond that the oldest is dropped.
 const MAX_GREETING: usize = 16;
 
@@ -68,6 +69,9 @@ impl Greeting {
     }
 }
 
+/// Whether the migration that a channel belongs to has ended.
+pub type HasEnded<'e> = &'e dyn Fn() -> bool;
+
 /// Sorts a listener's connections.
 pub struct Reception<'a> {
     listener: &'a Listener,
@@ -90,17 +94,18 @@ impl<'a> Reception<'a> {
 
     /// Waits for the control connection of a migration.
     pub fn control(&mut self) -> Result<(SocketTransport, Hello), WireError> {
-        self.next(None, "a source", |hello| match hello.role {
+        self.next(None, "a source", &|| false, |hello| match hello.role {
             Role::Control => hello.check_channels(),
             Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         })
     }
 
-    /// Waits for the disks' channel of migration `id`.
+    /// Waits for the disks' channel of migration `id`, unless that has ended.
     pub fn disks(
         &mut self,
         id: MigrationId,
         longest: Duration,
+        has_ended: HasEnded<'_>,
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
             Role::Control => Err("another migration is arriving here".to_owned()),
@@ -108,15 +113,17 @@ impl<'a> Reception<'a> {
             Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
         };
         let end = Some((Instant::now() + longest, longest));
-        self.next(end, "the connection of the disks", belongs).map(|(transport, _)| transport)
+        let found = self.next(end, "the connection of the disks", has_ended, belongs);
+        found.map(|(transport, _)| transport)
     }
 
-    /// Waits for data channel `index` of migration `id`.
+    /// Waits for data channel `index` of migration `id`, unless that has ended.
     pub fn data(
         &mut self,
         id: MigrationId,
         index: u16,
         longest: Duration,
+        has_ended: HasEnded<'_>,
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
             Role::Control => Err("another migration is arriving here".to_owned()),
@@ -130,14 +137,17 @@ impl<'a> Reception<'a> {
             Role::Data { .. } => Ok(()),
         };
         let end = Some((Instant::now() + longest, longest));
-        self.next(end, "the data connection", belongs).map(|(transport, _)| transport)
+        let found = self.next(end, "the data connection", has_ended, belongs);
+        found.map(|(transport, _)| transport)
     }
 
-    /// Waits for a connection that `fits`; others are refused with the reason.
+    /// Waits for a connection that `fits`; others are refused with the reason. With an `end`, asks every
+    /// tick whether the migration `has_ended`.
     fn next(
         &mut self,
         end: Option<(Instant, Duration)>,
         what: &'static str,
+        has_ended: HasEnded<'_>,
         fits: impl Fn(&Hello) -> Result<(), String>,
     ) -> Result<(SocketTransport, Hello), WireError> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(WireError::Lost)?);
@@ -152,14 +162,18 @@ impl<'a> Reception<'a> {
             if let Some(found) = self.advance_all(&fits) {
                 return Ok(found);
             }
+            if has_ended() {
+                return Err(WireError::Lost(io::ErrorKind::BrokenPipe.into()));
+            }
             let now = Instant::now();
             if let Some((end, longest)) = end
                 && now >= end
             {
                 return Err(WireError::Late { what, within: longest });
             }
-            let oldest = self.greetings.iter().map(|one| one.since + GREETING_PATIENCE).min();
-            let until = [oldest, end.map(|(end, _)| end)].into_iter().flatten().min();
+            let oldest = self.greetings.iter().map(|one| one.since + STRANGER_PATIENCE).min();
+            let next_look = end.map(|(end, _)| end.min(now + TICK));
+            let until = [oldest, next_look].into_iter().flatten().min();
             // Rounded up, so that the deadline has passed on wake-up.
             let timeout = until.map_or(-1, |until| {
                 let millis = until.saturating_duration_since(now).as_millis() + 1;
@@ -204,12 +218,12 @@ impl<'a> Reception<'a> {
         let mut index = 0;
         while let Some(greeting) = self.greetings.get_mut(index) {
             let progress = match greeting.advance() {
-                Ok(Progress::Incomplete) if greeting.since.elapsed() < GREETING_PATIENCE => {
+                Ok(Progress::Incomplete) if greeting.since.elapsed() < STRANGER_PATIENCE => {
                     index += 1;
                     continue;
                 }
                 Ok(Progress::Incomplete) => {
-                    Err(WireError::Late { what: "the greeting", within: GREETING_PATIENCE })
+                    Err(WireError::Late { what: "the greeting", within: STRANGER_PATIENCE })
                 }
                 Ok(Progress::Greeted(hello)) => Ok(hello),
                 Err(error) => Err(error),

@@ -192,10 +192,15 @@ mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let _ = Hello::decode(&bytes);
-            let mut ours = MAGIC.to_vec();
-            ours.extend([1, 0]);
+            // Past the magic and the version.
+            let mut ours = Hello::new(Role::Control, MigrationId([0; 16]), 1).encode();
+            ours.truncate(MAGIC.len() + 2);
             ours.extend(bytes);
-            let _ = Hello::decode(&ours);
+            let stopped_early = matches!(
+                Hello::decode(&ours),
+                Err(WireError::NotFerry | WireError::Version { .. })
+            );
+            prop_assert!(!stopped_early);
         }
     }
 
