@@ -13,7 +13,8 @@ pub struct MemoryDisk {
     len_bytes: u64,
     read_only: bool,
     script: Arc<Script>,
-    file: Option<Arc<File>>,
+    /// And the memory alignment that it needs.
+    file: Option<(Arc<File>, usize)>,
 }
 
 /// Controls a disk's accesses; the test keeps it when the disk has moved into its node.
@@ -117,7 +118,13 @@ impl MemoryDisk {
     /// The same disk, whose reads, writes and flushes may go directly to `file`, past the script.
     #[must_use]
     pub fn with_file(self, file: File) -> Self {
-        Self { file: Some(Arc::new(file)), ..self }
+        self.with_direct_file(file, 1)
+    }
+
+    /// Like [`MemoryDisk::with_file`], from memory with this alignment only.
+    #[must_use]
+    pub fn with_direct_file(self, file: File, alignment: usize) -> Self {
+        Self { file: Some((Arc::new(file), alignment)), ..self }
     }
 
     /// The same disk, refusing writes.
@@ -224,7 +231,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
-        self.file.clone().map(|file| (file, 1))
+        self.file.clone()
     }
 
     fn write_back(&self) -> io::Result<()> {

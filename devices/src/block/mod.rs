@@ -320,7 +320,7 @@ impl BlockNode {
     }
 
     /// Checks an access and admits it if it may be made directly on the file; `None` if it must go through
-    /// this node.
+    /// this node. Call [`BlockNode::count`] when it has begun.
     pub fn access(
         &self,
         kind: AccessKind,
@@ -333,23 +333,19 @@ impl BlockNode {
             AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes)?,
         }
         let Some((file, alignment)) = self.backend.plain_file() else { return Ok(None) };
-        let written = match kind {
-            AccessKind::Write => {
-                self.counters.writes.add(len_bytes);
-                Some(range)
-            }
-            // An access of zero bytes only asks whether the disk has a file.
-            AccessKind::Read if len_bytes == 0 => None,
-            AccessKind::Read => {
-                self.counters.reads.add(len_bytes);
-                None
-            }
-            AccessKind::Flush => {
-                self.counters.flushes.add(0);
-                None
-            }
-        };
+        let written = (kind == AccessKind::Write).then_some(range);
         Ok(Some(Access { file, alignment, _guard: Some(self.in_flight.begin(written)) }))
+    }
+
+    /// Counts an admitted access in the statistics. One that is made through this node instead is counted
+    /// there.
+    pub fn count(&self, kind: AccessKind, len_bytes: u64) {
+        let Counters { reads, writes, flushes, .. } = &self.counters;
+        match kind {
+            AccessKind::Read => reads.add(len_bytes),
+            AccessKind::Write => writes.add(len_bytes),
+            AccessKind::Flush => flushes.add(0),
+        }
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.

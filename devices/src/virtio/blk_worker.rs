@@ -300,17 +300,22 @@ impl Processor {
     fn start(&mut self, mut request: Request) -> Option<Request> {
         let Ok(Some((access, offset_bytes))) = self.admit(&request) else { return Some(request) };
         let Some(ring) = &mut self.ring else { return Some(request) };
-        let operation = match request.ticket.kind {
-            T_IN => Operation::Read(std::mem::take(&mut request.to_guest)),
-            T_OUT => Operation::Write {
-                data: std::mem::take(&mut request.from_guest),
+        let (kind, operation) = match request.ticket.kind {
+            T_IN => (AccessKind::Read, Operation::Read(std::mem::take(&mut request.to_guest))),
+            T_OUT => {
+                let data = std::mem::take(&mut request.from_guest);
                 // A driver without flush considers every completed write durable.
-                durable: self.driver_features & F_FLUSH == 0,
-            },
-            _ => Operation::Flush,
+                let durable = self.driver_features & F_FLUSH == 0;
+                (AccessKind::Write, Operation::Write { data, durable })
+            }
+            _ => (AccessKind::Flush, Operation::Flush),
         };
+        let len_bytes = operation.bytes_left() as u64;
         let transfer = Transfer { access, operation, offset_bytes };
-        let Err((transfer, _)) = ring.push(transfer, request.ticket) else { return None };
+        let Err((transfer, _)) = ring.push(transfer, request.ticket) else {
+            self.node.count(kind, len_bytes);
+            return None;
+        };
         match transfer.operation {
             Operation::Read(room) => request.to_guest = room,
             Operation::Write { data, .. } => request.from_guest = data,
@@ -321,6 +326,9 @@ impl Processor {
 
     /// Whether a request may use the ring, and its offset in the file.
     fn admit(&self, request: &Request) -> Result<Option<(Access, u64)>, Failed> {
+        if self.ring.is_none() {
+            return Ok(None);
+        }
         let (kind, offset, len) = match request.ticket.kind {
             T_IN => (AccessKind::Read, self.check_read(request)?, request.to_guest.len()),
             T_OUT => (AccessKind::Write, self.check_write(request)?, request.from_guest.len()),

@@ -1,13 +1,15 @@
 //! Requests as a driver makes them, good and hostile.
 
-use crate::block::BlockNode;
+use super::{Processor, Request, Ticket};
 use crate::block::failure::{Action, ErrorPolicy, OnError};
 use crate::block::memory::MemoryDisk;
+use crate::block::{BlockNode, NodeStats};
 use crate::bus::BusDevice;
 use crate::ram::GuestAddress;
+use crate::segments::Segments;
 use crate::state::Persist;
 use crate::virtio::driver::*;
-use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
+use crate::virtio::{F_EVENT_IDX, F_VERSION_1, QueueHost};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::Bytes;
@@ -57,6 +59,65 @@ fn requests_past_the_end_fail_and_the_device_goes_on() {
     }
     driver.submit(0, 127, 512, true);
     assert_eq!(driver.wait(), 0);
+}
+
+#[test]
+fn a_request_is_counted_once_through_the_ring_and_past_it() {
+    // Whether the disk has a file that the ring may use, and where the data lies.
+    for (with_file, data) in [(true, DATA), (true, DATA + 8), (false, DATA)] {
+        let mut disk = MemoryDisk::new(64 << 10);
+        if with_file {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(64 << 10).unwrap();
+            disk = disk.with_direct_file(file, 512);
+        }
+        let mut driver = Driver::of(disk).0;
+        driver.start(F_VERSION_1 | F_FLUSH);
+        for (kind, len, flags) in [(0, 512, 3), (1, 1024, 1), (4, 0, 0)] {
+            driver.submit(kind, 0, len, false);
+            if len > 0 {
+                driver.descriptor(1, data, len, flags, 2);
+            }
+            driver.set(0x50, 0);
+            assert_eq!(driver.wait(), 0);
+        }
+        let (reads, read_bytes, writes, written_bytes, flushes) = (1, 512, 1, 1024, 1);
+        let expected =
+            NodeStats { reads, read_bytes, writes, written_bytes, flushes, ..Default::default() };
+        assert_eq!(driver.node.stats(), expected, "with a file: {with_file}, data at {data:#x}");
+    }
+}
+
+/// A worker that need not yield.
+struct Serving;
+
+impl QueueHost for Serving {
+    fn interrupt(&mut self) {}
+
+    fn must_yield(&self) -> bool {
+        false
+    }
+
+    fn is_ending(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_request_is_counted_once_where_there_is_no_ring() {
+    let disk = MemoryDisk::new(64 << 10).with_file(tempfile::tempfile().unwrap());
+    let driver = Driver::of(disk).0;
+    let mut to_guest = Segments::default();
+    assert!(to_guest.push(&driver.ram, GuestAddress(DATA), 512));
+    let status = GuestAddress(STATUS);
+    let ticket = Ticket { head: 0, kind: 0, sector: 0, status, room: 512, was_kept: false };
+    let request = Request { ticket, from_guest: Segments::default(), to_guest };
+    let mut processor = Processor::new(driver.node.clone(), F_VERSION_1, &driver.ram, 16);
+    processor.ring = None;
+    let mut request = processor.start(request).unwrap();
+    processor.execute(&driver.ram, &Serving, &mut request).unwrap();
+    let stats = driver.node.stats();
+    assert_eq!((stats.reads, stats.read_bytes), (1, 512));
 }
 
 #[test]
