@@ -1,9 +1,9 @@
 //! A virtio-mmio and virtio-blk driver for tests: registers, rings in guest RAM, requests.
 #![allow(clippy::little_endian_bytes, reason = "a driver's registers")]
 
-use super::VirtioDevice;
 use super::blk::Block;
 use super::mmio::MmioTransport;
+use super::{QueueHost, VirtioDevice};
 use crate::block::BlockNode;
 use crate::block::memory::{MemoryDisk, Script};
 use crate::bus::BusDevice;
@@ -29,6 +29,21 @@ const LONG_TABLE_SPAN: u64 = 0x8000;
 pub(crate) const QUEUE_SPAN: u64 = 0x1_0000;
 /// The features that our guest kernel accepts.
 pub(crate) const F_FLUSH: u64 = 1 << 9;
+
+/// The worker's side for a processor without a worker, which is never asked to yield.
+pub(crate) struct CalmHost;
+
+impl QueueHost for CalmHost {
+    fn interrupt(&mut self) {}
+
+    fn must_yield(&self) -> bool {
+        false
+    }
+
+    fn is_ending(&self) -> bool {
+        false
+    }
+}
 
 /// A driver of one device, with queues of 16 entries.
 pub(crate) struct Driver<N = Arc<BlockNode>> {

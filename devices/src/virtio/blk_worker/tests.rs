@@ -9,7 +9,7 @@ use crate::ram::GuestAddress;
 use crate::segments::Segments;
 use crate::state::Persist;
 use crate::virtio::driver::*;
-use crate::virtio::{F_EVENT_IDX, F_VERSION_1, QueueHost};
+use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::Bytes;
@@ -88,21 +88,6 @@ fn a_request_is_counted_once_through_the_ring_and_past_it() {
     }
 }
 
-/// A worker that need not yield.
-struct Serving;
-
-impl QueueHost for Serving {
-    fn interrupt(&mut self) {}
-
-    fn must_yield(&self) -> bool {
-        false
-    }
-
-    fn is_ending(&self) -> bool {
-        false
-    }
-}
-
 #[test]
 fn a_request_is_counted_once_where_there_is_no_ring() {
     let disk = MemoryDisk::new(64 << 10).with_file(tempfile::tempfile().unwrap());
@@ -115,7 +100,7 @@ fn a_request_is_counted_once_where_there_is_no_ring() {
     let mut processor = Processor::new(driver.node.clone(), F_VERSION_1, &driver.ram, 16);
     processor.ring = None;
     let mut request = processor.start(request).unwrap();
-    processor.execute(&driver.ram, &Serving, &mut request).unwrap();
+    processor.execute(&driver.ram, &CalmHost, &mut request).unwrap();
     let stats = driver.node.stats();
     assert_eq!((stats.reads, stats.read_bytes), (1, 512));
 }
