@@ -19,6 +19,7 @@ pub mod qcow2;
 pub mod raw;
 pub mod uring;
 
+use crate::log_limit::LogLimit;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
@@ -161,6 +162,9 @@ pub struct BlockNode {
     in_flight: Arc<InFlight>,
     counters: Counters,
     failures: Failures,
+    /// Limits what is logged about failed requests: a dying disk fails every one. It outlives the workers,
+    /// which a guest can replace at will.
+    pub(crate) error_lines: LogLimit,
 }
 
 /// Keeps a bitmap attached to a node; dropping it detaches that.
@@ -195,8 +199,8 @@ impl BlockNode {
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
         let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
-        let failures = Failures::default();
-        Self { id, backend, len_bytes, read_only, in_flight, counters, failures }
+        let (failures, error_lines) = (Failures::default(), LogLimit::new());
+        Self { id, backend, len_bytes, read_only, in_flight, counters, failures, error_lines }
     }
 
     /// The same disk, read-only for the guest.

@@ -80,7 +80,6 @@ pub(super) struct Processor {
     /// `None` if io_uring is not available.
     ring: Option<Ring<Ticket>>,
     driver_features: u64,
-    host_errors: u64,
     held: Vec<(Held, Kept)>,
     /// Length of the next request, which did not fit in the ring and was put back.
     next_bytes: usize,
@@ -201,7 +200,6 @@ impl Processor {
             buffer: AlignedBuffer::new(BUFFER_BYTES),
             ring,
             driver_features,
-            host_errors: 0,
             held: Vec::new(),
             next_bytes: 0,
             bad_request: LogLimit::new(),
@@ -444,7 +442,7 @@ impl Processor {
     }
 
     /// The status byte; logs why a request failed.
-    fn status(&mut self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
+    fn status(&self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
         let (id, sector) = (self.node.id(), ticket.sector);
         match result {
             Ok(()) => S_OK,
@@ -459,11 +457,8 @@ impl Processor {
             // Put back, not completed.
             Err(Failed::Interrupted) => S_IOERR,
             Err(Failed::Host(error)) => {
-                self.host_errors += 1;
-                // A dying disk fails every request: log ever more rarely.
-                if self.host_errors.is_power_of_two() {
-                    let count = self.host_errors;
-                    log::error!("disk {id}: request at sector {sector}: {error} (error {count})");
+                if let Some(suppressed) = self.node.error_lines.allow() {
+                    log::error!("disk {id}: request at sector {sector}: {error}{suppressed}");
                 }
                 S_IOERR
             }

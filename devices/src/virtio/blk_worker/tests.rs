@@ -145,6 +145,22 @@ fn a_failing_disk_fails_requests_and_recovers() {
 }
 
 #[test]
+fn a_reset_does_not_let_a_failing_disk_log_more() {
+    let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
+    script.fail(true);
+    for _ in 0..crate::log_limit::LINES {
+        driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
+        driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
+        driver.avail = 0;
+        driver.start(F_VERSION_1);
+        driver.submit(0, 0, 512, true);
+        assert_eq!(driver.wait(), 1);
+        driver.reset();
+    }
+    assert_eq!(driver.node.error_lines.allow(), None);
+}
+
+#[test]
 fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
     let disk = MemoryDisk::new(64 << 10);
     let script = disk.script();
