@@ -132,9 +132,11 @@ impl QueueProcessor for Processor {
         while let Some(ring) = &mut self.ring
             && ring.in_flight() > 0
         {
-            ring.wait().map_err(broken_ring)?;
+            let waited = ring.wait().map_err(broken_ring);
             // All must end, even if the queue is broken.
             result = result.and(self.take_back(ram, queue, host, Long::Stop));
+            // What has completed is seen nevertheless.
+            waited?;
         }
         result
     }

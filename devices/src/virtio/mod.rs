@@ -80,7 +80,8 @@ pub trait QueueProcessor: Send {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
     /// Waits until no request is in flight and starts no new one. Requests that end are completed; one that
-    /// is served in pieces may be put back into the ring instead, to be served again from its start.
+    /// is served in pieces may be put back into the ring instead, to be served again from its start. After
+    /// an error requests may still be in flight: call it again.
     fn drain(
         &mut self,
         ram: &GuestRam,
