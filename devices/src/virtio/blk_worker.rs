@@ -175,6 +175,23 @@ fn pieces(range: &ZeroRange) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
+/// Bytes of a request's buffers that its transfer has not written.
+fn unwritten(ticket: &Ticket, transfer: &Transfer) -> usize {
+    match &transfer.operation {
+        Operation::Read(segments) => segments.len(),
+        Operation::Write { .. } | Operation::Flush => ticket.room,
+    }
+}
+
+/// Returns the buffers of a transfer to its request.
+fn take_buffers(request: &mut Request, operation: Operation) {
+    match operation {
+        Operation::Read(room) => request.to_guest = room,
+        Operation::Write { data, .. } => request.from_guest = data,
+        Operation::Flush => {}
+    }
+}
+
 fn broken_ring(error: io::Error) -> BrokenQueue {
     BrokenQueue(format!("io_uring: {error}"))
 }
@@ -269,12 +286,40 @@ impl Processor {
                         Some(ring) => ring.push(transfer, ticket).err(),
                         None => Some((transfer, ticket)),
                     };
-                    let again = refused.map(|(transfer, ticket)| Held::Transfer(ticket, transfer));
+                    let Some((transfer, ticket)) = refused else { continue };
+                    let again = if self.in_flight() {
+                        Some(Held::Transfer(ticket, transfer))
+                    } else {
+                        // There is room: it is its buffers that the ring refuses, and always will.
+                        self.serve_rest(ram, queue, host, ticket, transfer)?.map(Held::Request)
+                    };
                     self.held.extend(again.map(|held| (held, kept)));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Serves the rest of a short transfer synchronously. Returns it if it had to yield.
+    fn serve_rest(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+        mut ticket: Ticket,
+        transfer: Transfer,
+    ) -> Result<Option<Request>, BrokenQueue> {
+        if !transfer.offset_bytes.is_multiple_of(SECTOR_BYTES) {
+            let (left, error) = (unwritten(&ticket, &transfer), io::ErrorKind::UnexpectedEof);
+            let failed = Err(Failed::Host(error.into()));
+            self.answer(ram, queue, host, ticket, left, failed)?;
+            return Ok(None);
+        }
+        ticket.sector = transfer.offset_bytes / SECTOR_BYTES;
+        let (from_guest, to_guest) = Default::default();
+        let mut request = Request { ticket, from_guest, to_guest };
+        take_buffers(&mut request, transfer.operation);
+        self.serve(ram, queue, host, request)
     }
 
     /// The result to report to the guest; `None` if the request is kept.
@@ -316,11 +361,7 @@ impl Processor {
             self.node.count(kind, len_bytes);
             return None;
         };
-        match transfer.operation {
-            Operation::Read(room) => request.to_guest = room,
-            Operation::Write { data, .. } => request.from_guest = data,
-            Operation::Flush => {}
-        }
+        take_buffers(&mut request, transfer.operation);
         Some(request)
     }
 
@@ -368,10 +409,7 @@ impl Processor {
                 self.hold(Held::Transfer(ticket, transfer));
                 continue;
             };
-            let left = match &transfer.operation {
-                Operation::Read(segments) => segments.len(),
-                Operation::Write { .. } | Operation::Flush => ticket.room,
-            };
+            let left = unwritten(&ticket, &transfer);
             let answered = self.answer(ram, queue, host, ticket, left, ended);
             result = result.and(answered);
         }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::block::backend::ByteRange;
 use crate::block::memory::{MemoryDisk, Script};
+use crate::block::uring::tests::ring_or_skip;
 use crate::block::uring::{MAX_BYTES_AT_ONCE, MAX_BYTES_IN_FLIGHT};
 use crate::ram::GuestAddress;
 use crate::state::Persist;
@@ -34,13 +35,10 @@ fn driver(disk: MemoryDisk) -> (Driver, Arc<Script>) {
     (driver, script)
 }
 
-/// A disk backed by a pipe: a read completes when the test writes to that. `None`, with a note, where
-/// io_uring is not available.
+/// A disk backed by a pipe: a read completes when the test writes to that. `None` where io_uring is not
+/// available.
 fn piped() -> Option<(Driver, PipeWriter)> {
-    if let Err(error) = Ring::<Ticket>::new(ram(), 1) {
-        eprintln!("SKIPPED: no io_uring here: {error}");
-        return None;
-    }
+    ring_or_skip::<Ticket>(ram(), 1)?;
     let (reader, writer) = std::io::pipe().unwrap();
     let file = File::from(OwnedFd::from(reader));
     let (driver, _) = driver(MemoryDisk::without_storage(8 << 30).with_file(file));
@@ -175,6 +173,42 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     driver.transport.drain();
     assert!(!driver.node.has_kept_requests());
     assert_eq!(driver.long_status(0), 0);
+}
+
+#[test]
+fn the_rest_of_a_kept_request_is_served_or_fails_if_the_ring_refuses_its_buffers() {
+    use crate::block::failure::{ErrorPolicy, OnError};
+    // What the disk reads before it fails, and the status in the end.
+    for (len, status) in [(512, S_OK), (100, S_IOERR)] {
+        if ring_or_skip::<Ticket>(ram(), 1).is_none() {
+            return;
+        }
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        // A short read leaves an address that is not aligned.
+        let disk = MemoryDisk::new(64 << 10).with_direct_file(OwnedFd::from(reader).into(), 4096);
+        let policy = ErrorPolicy { on_read: OnError::Stop, on_write: OnError::Stop };
+        let node = Arc::new(BlockNode::new("disk0", Box::new(disk)).with_policy(policy));
+        node.fill_at(&[7; 64 << 10], 0).unwrap();
+        let (sender, failures) = std::sync::mpsc::channel();
+        node.on_failure(move |failure| sender.send(failure).unwrap());
+        let mut driver = Driver::with(ram(), node, 0);
+        driver.start(F_VERSION_1 | F_FLUSH | F_INDIRECT);
+        writer.write_all(&vec![1; len]).unwrap();
+        driver.submit_long(0, T_IN, 0, &[(LONG_DATA, 4096)], true);
+        failures.recv_timeout(Duration::from_secs(30)).unwrap();
+        driver.transport.drain();
+        assert!(driver.node.has_kept_requests());
+        driver.node.retry_failed();
+        driver.transport.resume();
+        driver.wait_for_used(1);
+        assert_eq!(driver.long_status(0), status, "after {len} bytes");
+        driver.transport.drain();
+        assert!(!driver.node.has_kept_requests());
+        let at =
+            |at: usize| driver.ram.read_obj::<u8>(GuestAddress(LONG_DATA + at as u64)).unwrap();
+        let rest = if status == S_OK { 7 } else { 0 };
+        assert_eq!([at(len - 1), at(len), at(4095)], [1, rest, rest], "after {len} bytes");
+    }
 }
 
 #[test]
