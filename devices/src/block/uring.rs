@@ -183,9 +183,7 @@ impl<T> Ring<T> {
                 self.slots.len() - 1
             }
         };
-        if let Some(place) = self.slots.get_mut(index) {
-            *place = slot;
-        }
+        self.slots[index] = slot;
         self.in_flight += 1;
         self.bytes_in_flight += bytes;
         self.enqueue(index);
@@ -229,7 +227,7 @@ impl<T> Ring<T> {
 
     /// Queues the rest of a slot's transfer. The queue has an entry for each slot, so it is never full.
     fn enqueue(&mut self, index: usize) {
-        let Some(Some(slot)) = self.slots.get(index) else { return };
+        let slot = self.slots[index].as_ref().expect("a transfer to queue");
         let fd = Fd(slot.transfer.access.file.as_raw_fd());
         let Pieces { vectors: pieces, count } = &slot.pieces;
         let (count, offset) = (*count, slot.transfer.offset_bytes);
@@ -256,7 +254,7 @@ impl<T> Ring<T> {
         // and the open file stay with the slot until its completion has been seen. `Drop` waits for
         // that.
         let pushed = unsafe { self.uring.submission().push(&entry) };
-        debug_assert!(pushed.is_ok(), "an entry for each slot");
+        pushed.expect("an entry for each slot");
     }
 
     /// Submits everything that was pushed.
@@ -310,9 +308,7 @@ impl<T> Ring<T> {
                 Progress::Continue => match self.pieces_of(&slot.transfer) {
                     Some(pieces) => {
                         slot.pieces = pieces;
-                        if let Some(place) = self.slots.get_mut(index) {
-                            *place = Some(slot);
-                        }
+                        self.slots[index] = Some(slot);
                         self.enqueue(index);
                         continue;
                     }
