@@ -24,9 +24,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub const BUFFER_BYTES: usize = 64 << 10;
 /// Bytes that a driver may write once THRE is set: a 16550's FIFO.
 pub const FIFO_BYTES: usize = 16;
-/// How long [`Transmitter::hold`] waits for a write in progress. Only a file on a hung disk takes longer,
-/// and bytes passed to it count as sent.
-const WRITE_PATIENCE: Duration = Duration::from_millis(100);
+/// How long [`Transmitter::hold`] waits for a write in progress: it is part of a migration's downtime. Only a
+/// file on a slow disk takes longer, and bytes passed to it count as sent.
+const WRITE_PATIENCE: Duration = Duration::from_millis(5);
 
 static LOST: LogLimit = LogLimit::new();
 
@@ -255,7 +255,11 @@ impl Transmitter {
     /// Holds unsent output: on return no write is in progress that could still send part of what
     /// [`Self::unsent`] returns.
     pub fn hold(&self) {
-        let deadline = Instant::now() + WRITE_PATIENCE;
+        self.hold_within(WRITE_PATIENCE);
+    }
+
+    fn hold_within(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         let mut state = self.state();
         state.held = true;
         while state.in_flight > 0 {
@@ -432,7 +436,7 @@ mod tests {
         let holding = transmitter.clone();
         let thread = std::thread::spawn(move || {
             telling.send(()).unwrap();
-            holding.hold();
+            holding.hold_within(Duration::from_secs(30));
             holding.unsent()
         });
         told.recv().unwrap();
