@@ -56,7 +56,6 @@ struct State {
     /// There is no reader: output is dropped.
     discarding: bool,
     closed: bool,
-    lost_bytes: u64,
     /// The guest may have seen the transmitter not ready.
     full: bool,
     irq: Option<Arc<dyn IrqLine>>,
@@ -162,7 +161,6 @@ impl Transmitter {
     pub(crate) fn push(&self, byte: u8) {
         let mut state = self.state();
         if state.unsent.len() >= BUFFER_BYTES {
-            state.lost_bytes += 1;
             drop(state);
             if let Some(suppressed) = LOST.allow() {
                 log::warn!(
@@ -297,11 +295,6 @@ impl Transmitter {
             self.wake();
             state = self.wait(state, left);
         }
-    }
-
-    /// Bytes that the guest wrote while the transmitter was not ready.
-    pub fn lost_bytes(&self) -> u64 {
-        self.state().lost_bytes
     }
 
     /// Appends `bytes` from a producer other than a guest; blocks until there is room.

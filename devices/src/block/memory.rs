@@ -5,6 +5,7 @@ use crate::lock;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 /// A disk in memory.
 #[derive(Debug)]
@@ -64,10 +65,17 @@ impl Script {
     }
 
     /// Waits until `count` accesses are held.
+    ///
+    /// # Panics
+    /// If they are not within half a minute.
     pub fn wait_until_held_by(&self, count: usize) {
-        let state = lock(&self.state);
-        let waited = self.changed.wait_while(state, |state| state.waiting < count);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        let (state, limit) = (lock(&self.state), Duration::from_secs(30));
+        let is_missing = |state: &mut ScriptState| state.waiting < count;
+        let waited = self.changed.wait_timeout_while(state, limit, is_missing);
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        let held = state.waiting;
+        drop(state);
+        assert!(!timeout.timed_out(), "{held} of {count} accesses are held");
     }
 
     /// Accesses that are held now.

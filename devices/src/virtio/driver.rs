@@ -224,6 +224,12 @@ impl<N> Driver<N> {
         }
     }
 
+    /// Stops serving and waits until no request is in flight.
+    pub(crate) fn drain(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert!(self.transport.begin_drain().wait_until(deadline), "requests do not end");
+    }
+
     /// Resets the device and waits until that is complete, as the specification requires.
     pub(crate) fn reset(&mut self) {
         self.set(0x70, 0);

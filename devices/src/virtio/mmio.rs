@@ -232,11 +232,6 @@ impl MmioTransport {
         Drain { began, awaited }
     }
 
-    /// Stops serving and waits until no request is in flight.
-    pub fn drain(&mut self) {
-        self.begin_drain().wait();
-    }
-
     /// Resumes serving, also during a drain: the workers finish that first. A notification or interrupt in
     /// flight may have been lost, so both are repeated.
     pub fn resume(&mut self) {
@@ -490,11 +485,6 @@ impl Drain {
     /// called again.
     pub fn wait_until(&mut self, deadline: Instant) -> bool {
         all_set(&self.awaited, deadline)
-    }
-
-    /// Waits until no request is in flight, however long that takes.
-    pub fn wait(self) {
-        self.awaited.iter().for_each(|moment| moment.wait());
     }
 
     /// Duration from the start until the last request ended, whether or not anyone waited. `None` while

@@ -227,7 +227,7 @@ mod tests {
         let mut source = driver(None);
         source.start(F_VERSION_1);
         source.ask(64, 2);
-        source.transport.drain();
+        source.drain();
         let record = source.transport.save_record("rng");
         let mut destination = driver(Some(source.ram.clone()));
         destination.avail = source.avail;

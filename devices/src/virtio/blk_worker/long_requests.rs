@@ -97,7 +97,7 @@ fn an_interrupted_write_is_made_again_from_its_start_and_answered_once() {
         let mut here = if moves { moved(driver) } else { driver };
         here.transport.resume();
         here.wait_for_used(2);
-        here.transport.drain();
+        here.drain();
         assert_eq!([here.long_status(0), here.long_status(1)], [0, 0]);
         assert_eq!(script.accesses()[3..], pieces_of(1 << 20, 128 << 10));
         let mut back = vec![0; 1 << 20];
@@ -157,7 +157,7 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     script.fail(true);
     driver.submit_long(0, T_OUT, 0, &[(LONG_DATA, MIB)], true);
     failures.recv().unwrap();
-    driver.transport.drain();
+    driver.drain();
     script.fail(false);
     script.hold(true);
     driver.node.retry_failed();
@@ -170,7 +170,7 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     assert!(driver.node.has_kept_requests(), "it is this process's alone");
     driver.transport.resume();
     driver.wait_for_used(1);
-    driver.transport.drain();
+    driver.drain();
     assert!(!driver.node.has_kept_requests());
     assert_eq!(driver.long_status(0), 0);
 }
@@ -196,13 +196,13 @@ fn the_rest_of_a_kept_request_is_served_or_fails_if_the_ring_refuses_its_buffers
         writer.write_all(&vec![1; len]).unwrap();
         driver.submit_long(0, T_IN, 0, &[(LONG_DATA, 4096)], true);
         failures.recv_timeout(Duration::from_secs(30)).unwrap();
-        driver.transport.drain();
+        driver.drain();
         assert!(driver.node.has_kept_requests());
         driver.node.retry_failed();
         driver.transport.resume();
         driver.wait_for_used(1);
         assert_eq!(driver.long_status(0), status, "after {len} bytes");
-        driver.transport.drain();
+        driver.drain();
         assert!(!driver.node.has_kept_requests());
         let at =
             |at: usize| driver.ram.read_obj::<u8>(GuestAddress(LONG_DATA + at as u64)).unwrap();

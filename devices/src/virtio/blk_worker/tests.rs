@@ -109,7 +109,7 @@ fn a_request_is_counted_once_where_there_is_no_ring() {
 fn a_disk_that_became_another_is_refused() {
     let (mut source, _) = Driver::of(MemoryDisk::new(64 << 10));
     source.start(F_VERSION_1);
-    source.transport.drain();
+    source.drain();
     let others = [MemoryDisk::new(32 << 10), MemoryDisk::new(64 << 10).into_read_only()];
     for other in others {
         let (mut destination, _) = Driver::of(other);
@@ -179,7 +179,7 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
     assert_eq!(failures.recv().unwrap().action, Action::Stop);
     // As the VMM does: it stops the guest, and goes on, for nothing at first.
     for disk_works in [false, true] {
-        driver.transport.drain();
+        driver.drain();
         assert_ne!(driver.used(), driver.avail, "the request is kept");
         script.fail(!disk_works);
         driver.node.retry_failed();
@@ -191,7 +191,7 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
         }
     }
     assert_eq!(driver.wait(), 0);
-    driver.transport.drain();
+    driver.drain();
     assert!(!driver.node.has_kept_requests());
     let mut back = [0; 512];
     driver.node.read_at(&mut back, 3 * 512).unwrap();

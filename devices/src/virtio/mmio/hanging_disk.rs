@@ -101,7 +101,7 @@ fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
             continue;
         }
         // Parked: no request is in flight, so the reset does not need its thread.
-        driver.transport.drain();
+        driver.drain();
         assert!(driver.transport.workers().all(|worker| worker.retire().is_none()));
         driver.set(0x70, 0);
         assert_eq!((driver.get(0x70), driver.get(0x44)), (0, 0));
@@ -171,7 +171,7 @@ fn a_guest_goes_on_although_its_drain_has_not_ended() {
     assert_eq!(driver.wait(), 0);
     assert_eq!(script.flush_count(), 2);
     assert!(first.wait_until(soon()) && first.took().is_some());
-    driver.transport.drain();
+    driver.drain();
     driver.submit(REQUEST_T_FLUSH, 0, 0, true);
     assert_eq!(driver.used(), 2, "it is parked all the same");
     driver.transport.resume();
@@ -201,12 +201,12 @@ fn a_device_can_be_dropped_while_its_disk_hangs() {
 fn a_record_can_be_restored_again_before_the_device_runs() {
     let (mut source, script) = Driver::of(MemoryDisk::new(64 << 10));
     source.start(F_VERSION_1 | F_EVENT_IDX);
-    source.transport.drain();
+    source.drain();
     let early = source.transport.save_record("disk0");
     source.transport.resume();
     source.submit(REQUEST_T_FLUSH, 0, 0, true);
     source.wait();
-    source.transport.drain();
+    source.drain();
     source.ram.write_slice(&[7; 512], GuestAddress(DATA)).unwrap();
     source.submit(REQUEST_T_OUT, 0, 512, true);
     let late = source.transport.save_record("disk0");
@@ -218,7 +218,7 @@ fn a_record_can_be_restored_again_before_the_device_runs() {
     let accesses = script.accesses().len();
     destination.transport.resume();
     assert_eq!(destination.wait(), 0);
-    destination.transport.drain();
+    destination.drain();
     assert_eq!(destination.used(), 2, "one was answered at the source");
     assert_eq!(script.accesses().len() - accesses, 1, "by one worker, once");
 }
