@@ -8,9 +8,8 @@
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
-use crate::log_limit::LogLimit;
 use crate::state::Persist;
-use crate::transmitter::Transmitter;
+use crate::transmitter::{self, Transmitter};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
@@ -60,8 +59,6 @@ const MSR_LOW: u8 = 0x0f;
 const SCR: u64 = 7;
 /// The divisor for 9600 bits per second.
 const DEFAULT_DIVISOR: [u8; 2] = [12, 0];
-
-static IRQ_FAILED: LogLimit = LogLimit::new();
 
 /// Registers that only the device changes.
 struct Registers {
@@ -155,11 +152,7 @@ impl SerialConsole {
     }
 
     fn raise(&self) {
-        if let Err(error) = self.irq.raise()
-            && let Some(suppressed) = IRQ_FAILED.allow()
-        {
-            log::warn!("serial interrupt: {error}{suppressed}");
-        }
+        transmitter::raise(&*self.irq);
     }
 
     fn has_received_interrupt(&self) -> bool {

@@ -29,6 +29,16 @@ pub const FIFO_BYTES: usize = 16;
 const WRITE_PATIENCE: Duration = Duration::from_millis(5);
 
 static LOST: LogLimit = LogLimit::new();
+static IRQ_FAILED: LogLimit = LogLimit::new();
+
+/// Raises COM1's interrupt.
+pub(crate) fn raise(irq: &dyn IrqLine) {
+    if let Err(error) = irq.raise()
+        && let Some(suppressed) = IRQ_FAILED.allow()
+    {
+        log::warn!("serial interrupt: {error}{suppressed}");
+    }
+}
 
 /// Called on the vCPU's thread with all output as it is written; must not block.
 pub type Observer = Box<dyn FnMut(&[u8]) + Send>;
@@ -113,15 +123,6 @@ impl Transmitter {
         self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    fn raise(irq: Option<Arc<dyn IrqLine>>) {
-        if let Some(irq) = irq
-            && let Err(error) = irq.raise()
-            && let Some(suppressed) = LOST.allow()
-        {
-            log::warn!("serial interrupt: {error}{suppressed}");
-        }
-    }
-
     fn observe(&self, bytes: &[u8]) {
         if let Some(observer) = &mut *crate::lock(&self.observer) {
             observer(bytes);
@@ -184,7 +185,7 @@ impl Transmitter {
         if wakes {
             self.wake();
         }
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
         self.observe(&[byte]);
     }
 
@@ -203,7 +204,7 @@ impl Transmitter {
         state.interrupt_pending = false;
         let irq = state.become_ready();
         drop(state);
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
     }
 
     /// Whether IIR has to report an empty transmitter.
@@ -385,7 +386,7 @@ impl Transmitter {
     fn tell(&self, mut state: MutexGuard<'_, State>) {
         let irq = state.after_sending();
         drop(state);
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
         self.changed.notify_all();
     }
 

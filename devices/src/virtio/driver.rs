@@ -27,8 +27,6 @@ const LONG_TABLES: u64 = 0x10_0000;
 const LONG_TABLE_SPAN: u64 = 0x8000;
 /// Each queue has its own set of the above.
 pub(crate) const QUEUE_SPAN: u64 = 0x1_0000;
-/// The features that our guest kernel accepts.
-pub(crate) const F_FLUSH: u64 = 1 << 9;
 
 /// The worker's side for a processor without a worker, which is never asked to yield.
 pub(crate) struct CalmHost;

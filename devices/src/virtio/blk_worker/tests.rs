@@ -8,6 +8,7 @@ use crate::bus::BusDevice;
 use crate::ram::GuestAddress;
 use crate::segments::Segments;
 use crate::state::Persist;
+use crate::virtio::blk_request::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES, T_DISCARD, T_WRITE_ZEROES};
 use crate::virtio::driver::*;
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
 use std::sync::Arc;
@@ -208,11 +209,6 @@ fn writes_are_durable_at_once_for_a_driver_that_cannot_flush() {
         assert_eq!(script.flush_count(), flush_count);
     }
 }
-
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-const F_DISCARD: u64 = 1 << 13;
-const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Sectors of the disk that are zero, of eight that are not at first.
 fn zero_sectors(driver: &Driver) -> Vec<u64> {

@@ -4,12 +4,10 @@
 use super::*;
 use crate::block::memory::{MemoryDisk, Script};
 use crate::ram::GuestAddress;
+use crate::virtio::blk_request::{F_FLUSH, T_FLUSH, T_OUT};
 use crate::virtio::driver::*;
 use std::sync::mpsc;
 use vm_memory::Bytes;
-
-const REQUEST_T_OUT: u32 = 1;
-const REQUEST_T_FLUSH: u32 = 4;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
@@ -20,7 +18,7 @@ fn hanging() -> (Driver, Arc<Script>) {
     let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
     driver.start(F_VERSION_1 | F_FLUSH);
     script.hold(true);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     script.wait_until_held();
     (driver, script)
 }
@@ -81,7 +79,7 @@ fn a_reset_returns_while_the_disk_hangs_and_is_complete_when_it_wakes_up() {
     driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
     driver.avail = 0;
     driver.start(F_VERSION_1 | F_FLUSH);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.wait(), 0);
 }
 
@@ -94,7 +92,7 @@ fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
         driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
         driver.avail = 0;
         driver.start(F_VERSION_1 | F_FLUSH);
-        driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+        driver.submit(T_FLUSH, 0, 0, true);
         assert_eq!(driver.wait(), 0);
         if round % 2 == 0 {
             driver.reset();
@@ -129,7 +127,7 @@ fn a_drain_waits_for_a_reset_that_is_under_way_and_what_is_saved_is_a_reset_devi
     driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
     driver.avail = 0;
     driver.start(F_VERSION_1);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.wait(), 0);
 }
 
@@ -172,7 +170,7 @@ fn a_guest_goes_on_although_its_drain_has_not_ended() {
     assert_eq!(script.flush_count(), 2);
     assert!(first.wait_until(soon()) && first.took().is_some());
     driver.drain();
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.used(), 2, "it is parked all the same");
     driver.transport.resume();
     assert_eq!(driver.wait(), 0);
@@ -204,11 +202,11 @@ fn a_record_can_be_restored_again_before_the_device_runs() {
     source.drain();
     let early = source.transport.save_record("disk0");
     source.transport.resume();
-    source.submit(REQUEST_T_FLUSH, 0, 0, true);
+    source.submit(T_FLUSH, 0, 0, true);
     source.wait();
     source.drain();
     source.ram.write_slice(&[7; 512], GuestAddress(DATA)).unwrap();
-    source.submit(REQUEST_T_OUT, 0, 512, true);
+    source.submit(T_OUT, 0, 512, true);
     let late = source.transport.save_record("disk0");
     let mut destination = Driver::with(source.ram.clone(), source.node.clone(), source.avail);
     for record in [&early, &late, &early, &late] {
