@@ -7,6 +7,7 @@ use crate::block::uring::tests::ring_or_skip;
 use crate::block::uring::{MAX_BYTES_AT_ONCE, MAX_BYTES_IN_FLIGHT};
 use crate::ram::GuestAddress;
 use crate::state::Persist;
+use crate::virtio::blk_request::{F_DISCARD, F_WRITE_ZEROES, T_DISCARD, T_WRITE_ZEROES};
 use crate::virtio::driver::{Driver, LONG_HEADERS, USED};
 use crate::virtio::{F_INDIRECT, F_VERSION_1};
 use std::fs::File;
@@ -286,16 +287,4 @@ fn a_request_that_did_not_fit_is_served_although_the_others_have_ended_meanwhile
         driver.wait_for_used(8 * (round + 1));
         assert!((0..8).all(|head| driver.long_status(head) == 0));
     }
-}
-
-#[test]
-fn ranges_are_cut_at_multiples_of_a_piece() {
-    let cut = |offset_bytes, len_bytes| {
-        pieces(&ZeroRange { offset_bytes, len_bytes, unmap: false }).collect::<Vec<_>>()
-    };
-    const PIECE: u64 = RANGE_PIECE_BYTES;
-    assert_eq!(cut(512, 0), []);
-    assert_eq!(cut(0, PIECE), [(0, PIECE)]);
-    assert_eq!(cut(PIECE - 512, 1024), [(PIECE - 512, 512), (PIECE, 512)]);
-    assert_eq!(cut(512, 2 * PIECE).iter().map(|(_, len)| len).sum::<u64>(), 2 * PIECE);
 }

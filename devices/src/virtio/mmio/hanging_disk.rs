@@ -4,6 +4,7 @@
 use super::*;
 use crate::block::memory::{MemoryDisk, Script};
 use crate::ram::GuestAddress;
+use crate::state::Persist;
 use crate::virtio::blk_request::{F_FLUSH, T_FLUSH, T_OUT};
 use crate::virtio::driver::*;
 use std::sync::mpsc;

@@ -4,6 +4,7 @@ use super::*;
 use crate::block::memory::MemoryDisk;
 use crate::hostile::{any_changes, any_json, change};
 use crate::ram::{GuestAddress, PAGE_SIZE};
+use crate::state::Persist;
 use crate::virtio::blk_request::F_FLUSH;
 use crate::virtio::driver::*;
 use proptest::prelude::*;
