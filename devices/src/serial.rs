@@ -49,7 +49,8 @@ const MCR_OUT2: u8 = 1 << 3;
 /// Line status register.
 const LSR: u64 = 5;
 const LSR_DATA_READY: u8 = 1 << 0;
-/// The transmitter takes [`crate::transmitter::FIFO_BYTES`] (THRE), and has sent all it had (TEMT).
+/// The transmitter takes [`crate::transmitter::FIFO_BYTES`] (THRE). TEMT comes with it, although bytes may be
+/// buffered: a driver that waits for it would wait for the console's reader.
 const LSR_TRANSMITTER_READY: u8 = 1 << 5 | 1 << 6;
 /// Modem status register: carrier, ready and clear to send; in loopback mode MCR's outputs.
 const MSR: u64 = 6;

@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport, [`worker`] the thread that serves a queue,
-//! [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the entropy device. `chains` is
-//! common to all queue processors; a `latch` signals that a worker has parked or ended.
+//! [`blk`] the block device, whose requests `blk_request` parses and `blk_worker` serves, [`rng`] the entropy
+//! device. `chains` is common to all queue processors; a `latch` signals that a worker has parked or ended.
 
 pub mod blk;
 mod blk_request;
