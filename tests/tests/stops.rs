@@ -21,11 +21,6 @@ const NOISE: Duration = Duration::from_millis(150);
 /// How often a stop may fit by good luck, between two requests.
 const LUCKY: u32 = 6;
 
-/// A disk that can be slow, at `NAME/image` in the folder of a host.
-fn slow_disk(hosts: &Hosts, name: &str) -> Option<HangingImage> {
-    HangingImage::for_test(hosts, name, DISK_BYTES)
-}
-
 /// A destination that uses the same image.
 fn sharing(path: &Path) -> Destination {
     let disk = format!("root={}", text(path));
@@ -83,7 +78,7 @@ struct Slow {
 
 /// The disk travels: a shared one would have to be flushed, and its flush would wait for its writes.
 fn move_off_slow_disk(hosts: &Hosts, name: &str, write: Duration) -> Option<Slow> {
-    let image = slow_disk(hosts, name)?;
+    let image = HangingImage::for_test(hosts, name, DISK_BYTES)?;
     let source = started(&Guest::new("work=disk", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     image.writes_take(write);
@@ -176,7 +171,7 @@ fn a_disk_that_is_a_little_too_slow_never_keeps_its_guest_stopped() {
 #[test]
 fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let mut destination = sharing(&image.path());
     let flush = Duration::from_secs(2);
@@ -203,7 +198,7 @@ fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
 #[test]
 fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_stopped() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     let mut destination = sharing(&image.path());
@@ -234,7 +229,7 @@ fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_s
 #[test]
 fn ferry_migrate_says_which_disk_takes_too_long_and_what_helps() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let mut source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let destination = sharing(&image.path());
     image.flushes_take(Duration::from_millis(300));
