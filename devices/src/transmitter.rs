@@ -24,11 +24,21 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 pub const BUFFER_BYTES: usize = 64 << 10;
 /// Bytes that a driver may write once THRE is set: a 16550's FIFO.
 pub const FIFO_BYTES: usize = 16;
-/// How long [`Transmitter::hold`] waits for a write in progress. Only a file on a hung disk takes longer,
-/// and bytes passed to it count as sent.
-const WRITE_PATIENCE: Duration = Duration::from_millis(100);
+/// How long [`Transmitter::hold`] waits for a write in progress: it is part of a migration's downtime. Only a
+/// file on a slow disk takes longer, and bytes passed to it count as sent.
+const WRITE_PATIENCE: Duration = Duration::from_millis(5);
 
 static LOST: LogLimit = LogLimit::new();
+static IRQ_FAILED: LogLimit = LogLimit::new();
+
+/// Raises COM1's interrupt.
+pub(crate) fn raise(irq: &dyn IrqLine) {
+    if let Err(error) = irq.raise()
+        && let Some(suppressed) = IRQ_FAILED.allow()
+    {
+        log::warn!("serial interrupt: {error}{suppressed}");
+    }
+}
 
 /// Called on the vCPU's thread with all output as it is written; must not block.
 pub type Observer = Box<dyn FnMut(&[u8]) + Send>;
@@ -56,7 +66,6 @@ struct State {
     /// There is no reader: output is dropped.
     discarding: bool,
     closed: bool,
-    lost_bytes: u64,
     /// The guest may have seen the transmitter not ready.
     full: bool,
     irq: Option<Arc<dyn IrqLine>>,
@@ -114,15 +123,6 @@ impl Transmitter {
         self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner).0
     }
 
-    fn raise(irq: Option<Arc<dyn IrqLine>>) {
-        if let Some(irq) = irq
-            && let Err(error) = irq.raise()
-            && let Some(suppressed) = LOST.allow()
-        {
-            log::warn!("serial interrupt: {error}{suppressed}");
-        }
-    }
-
     fn observe(&self, bytes: &[u8]) {
         if let Some(observer) = &mut *crate::lock(&self.observer) {
             observer(bytes);
@@ -162,7 +162,6 @@ impl Transmitter {
     pub(crate) fn push(&self, byte: u8) {
         let mut state = self.state();
         if state.unsent.len() >= BUFFER_BYTES {
-            state.lost_bytes += 1;
             drop(state);
             if let Some(suppressed) = LOST.allow() {
                 log::warn!(
@@ -186,7 +185,7 @@ impl Transmitter {
         if wakes {
             self.wake();
         }
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
         self.observe(&[byte]);
     }
 
@@ -205,7 +204,7 @@ impl Transmitter {
         state.interrupt_pending = false;
         let irq = state.become_ready();
         drop(state);
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
     }
 
     /// Whether IIR has to report an empty transmitter.
@@ -255,7 +254,11 @@ impl Transmitter {
     /// Holds unsent output: on return no write is in progress that could still send part of what
     /// [`Self::unsent`] returns.
     pub fn hold(&self) {
-        let deadline = Instant::now() + WRITE_PATIENCE;
+        self.hold_within(WRITE_PATIENCE);
+    }
+
+    fn hold_within(&self, patience: Duration) {
+        let deadline = Instant::now() + patience;
         let mut state = self.state();
         state.held = true;
         while state.in_flight > 0 {
@@ -293,11 +296,6 @@ impl Transmitter {
             self.wake();
             state = self.wait(state, left);
         }
-    }
-
-    /// Bytes that the guest wrote while the transmitter was not ready.
-    pub fn lost_bytes(&self) -> u64 {
-        self.state().lost_bytes
     }
 
     /// Appends `bytes` from a producer other than a guest; blocks until there is room.
@@ -388,7 +386,7 @@ impl Transmitter {
     fn tell(&self, mut state: MutexGuard<'_, State>) {
         let irq = state.after_sending();
         drop(state);
-        Self::raise(irq);
+        irq.iter().for_each(|irq| raise(&**irq));
         self.changed.notify_all();
     }
 
@@ -432,7 +430,7 @@ mod tests {
         let holding = transmitter.clone();
         let thread = std::thread::spawn(move || {
             telling.send(()).unwrap();
-            holding.hold();
+            holding.hold_within(Duration::from_secs(30));
             holding.unsent()
         });
         told.recv().unwrap();

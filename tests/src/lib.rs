@@ -7,7 +7,7 @@
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
-//! - [`hanging`]: a disk image whose storage stops answering.
+//! - [`hanging`]: a disk image whose storage is slow, or stops answering.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.

@@ -352,7 +352,15 @@ fn a_reset_that_cannot_be_done_is_an_error_and_the_old_machine_goes_on() {
     std::fs::write(&own, b"not a kernel").unwrap();
     let mut qmp = there.qmp().unwrap();
     let refusal = qmp.refused("system_reset", json!({})).unwrap();
+    assert!(refusal.description.contains("cannot reset the guest"), "{refusal}");
     assert!(refusal.description.contains(text(&own)), "{refusal}");
+    assert_eq!(qmp.run_state().unwrap(), "running");
+    there.wait_next_line("^HB ").unwrap();
+    // A paused one stays paused.
+    qmp.execute("stop", json!({})).unwrap();
+    qmp.refused("system_reset", json!({})).unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "paused");
+    qmp.execute("cont", json!({})).unwrap();
     there.wait_next_line("^HB ").unwrap();
     assert_eq!(there.check().unwrap().corrupt, 0);
     // A guest that asks for it itself cannot go on.

@@ -21,11 +21,6 @@ const NOISE: Duration = Duration::from_millis(150);
 /// How often a stop may fit by good luck, between two requests.
 const LUCKY: u32 = 6;
 
-/// A disk that can be slow, at `NAME/image` in the folder of a host.
-fn slow_disk(hosts: &Hosts, name: &str) -> Option<HangingImage> {
-    HangingImage::for_test(hosts, name, DISK_BYTES)
-}
-
 /// A destination that uses the same image.
 fn sharing(path: &Path) -> Destination {
     let disk = format!("root={}", text(path));
@@ -83,7 +78,7 @@ struct Slow {
 
 /// The disk travels: a shared one would have to be flushed, and its flush would wait for its writes.
 fn move_off_slow_disk(hosts: &Hosts, name: &str, write: Duration) -> Option<Slow> {
-    let image = slow_disk(hosts, name)?;
+    let image = HangingImage::for_test(hosts, name, DISK_BYTES)?;
     let source = started(&Guest::new("work=disk", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     image.writes_take(write);
@@ -176,7 +171,7 @@ fn a_disk_that_is_a_little_too_slow_never_keeps_its_guest_stopped() {
 #[test]
 fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let mut destination = sharing(&image.path());
     let flush = Duration::from_secs(2);
@@ -203,7 +198,7 @@ fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
 #[test]
 fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_stopped() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     let mut destination = sharing(&image.path());
@@ -234,7 +229,7 @@ fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_s
 #[test]
 fn ferry_migrate_says_which_disk_takes_too_long_and_what_helps() {
     let hosts = Hosts::new();
-    let Some(image) = slow_disk(&hosts, "disk") else { return };
+    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
     let mut source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let destination = sharing(&image.path());
     image.flushes_take(Duration::from_millis(300));
@@ -254,8 +249,8 @@ fn ferry_migrate_says_which_disk_takes_too_long_and_what_helps() {
     assert_goes_on(&mut source);
 }
 
-/// A guest whose stop takes some 100 ms, of the 300 that it may take, as its last 8 MB go over a link of
-/// 80 MB/s; the link changes in the middle of that.
+/// A guest whose stop takes some 500 ms, of the [`LINK_LIMIT`] that it may take, as its last 8 MB go over a link
+/// of 16 MB/s; the link changes in the middle of that.
 fn stopped_over(change: impl FnOnce(&Proxy)) -> (Vmm, Destination, Proxy, Qmp, u64) {
     let guest = Guest::new("work=dirty fill=random fill_pct=30 ws_mb=8 rate_mbps=400 hb_ms=20", 64);
     let source = started(&guest);
@@ -263,14 +258,15 @@ fn stopped_over(change: impl FnOnce(&Proxy)) -> (Vmm, Destination, Proxy, Qmp, u
     let destination = ferry::receive().unwrap();
     let proxy = proxy::start(&destination.address).unwrap();
     let mut qmp = listener(&source);
-    let parameters = json!({"downtime-limit": 300, "max-bandwidth": 80_000_000});
+    let mut parameters = limited(LINK_LIMIT);
+    parameters["max-bandwidth"] = json!(16_000_000);
     start_moving(&mut qmp, proxy.address(), parameters);
     qmp.wait_event("STOP", SOON).unwrap();
     change(&proxy);
     (source, destination, proxy, qmp, first)
 }
 
-const LINK_LIMIT: Duration = Duration::from_millis(300);
+const LINK_LIMIT: Duration = Duration::from_secs(1);
 
 #[test]
 fn a_link_that_becomes_slow_in_the_pause_does_not_keep_the_guest_stopped() {
@@ -286,7 +282,7 @@ fn a_link_that_becomes_slow_in_the_pause_does_not_keep_the_guest_stopped() {
     assert_eq!(end["status"], "completed", "{end}");
     let tried = called_off(&end);
     skip::say(&format!(
-        "a link that becomes slow in the pause, limit 300 ms: the guest's largest gap {gap:?}, {tried} stops called \
+        "a link that becomes slow in the pause, limit 1 s: the guest's largest gap {gap:?}, {tried} stops called \
          off, then moved with a downtime of {} us",
         end["x-downtime-us"]
     ));
@@ -308,7 +304,7 @@ fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
     let gap = gap_after(&source, first);
     let end = qmp.migration_end().unwrap();
     skip::say(&format!(
-        "a link that dies in the pause, limit 300 ms: resumed after {resumed:?}, the guest's largest gap {gap:?}; given \
+        "a link that dies in the pause, limit 1 s: resumed after {resumed:?}, the guest's largest gap {gap:?}; given \
          up after {:?}: {}",
         stopped.elapsed(),
         end["error-desc"]

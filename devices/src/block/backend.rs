@@ -79,8 +79,8 @@ pub(super) fn write_zeroes_as_data(
     let (mut offset, mut left) = (offset_bytes, len_bytes);
     while left > 0 {
         let len = left.min(zeroes.len() as u64);
-        let part = usize::try_from(len).ok().and_then(|len| zeroes.get(..len));
-        backend.write_at(part.unwrap_or(&zeroes), offset)?;
+        let part = usize::try_from(len).map_err(io::Error::other)?;
+        backend.write_at(&zeroes[..part], offset)?;
         (offset, left) = (offset + len, left - len);
     }
     Ok(())

@@ -5,6 +5,7 @@ use crate::lock;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 /// A disk in memory.
 #[derive(Debug)]
@@ -13,7 +14,8 @@ pub struct MemoryDisk {
     len_bytes: u64,
     read_only: bool,
     script: Arc<Script>,
-    file: Option<Arc<File>>,
+    /// And the memory alignment that it needs.
+    file: Option<(Arc<File>, usize)>,
 }
 
 /// Controls a disk's accesses; the test keeps it when the disk has moved into its node.
@@ -63,10 +65,17 @@ impl Script {
     }
 
     /// Waits until `count` accesses are held.
+    ///
+    /// # Panics
+    /// If they are not within half a minute.
     pub fn wait_until_held_by(&self, count: usize) {
-        let state = lock(&self.state);
-        let waited = self.changed.wait_while(state, |state| state.waiting < count);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        let (state, limit) = (lock(&self.state), Duration::from_secs(30));
+        let is_missing = |state: &mut ScriptState| state.waiting < count;
+        let waited = self.changed.wait_timeout_while(state, limit, is_missing);
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        let held = state.waiting;
+        drop(state);
+        assert!(!timeout.timed_out(), "{held} of {count} accesses are held");
     }
 
     /// Accesses that are held now.
@@ -117,7 +126,13 @@ impl MemoryDisk {
     /// The same disk, whose reads, writes and flushes may go directly to `file`, past the script.
     #[must_use]
     pub fn with_file(self, file: File) -> Self {
-        Self { file: Some(Arc::new(file)), ..self }
+        self.with_direct_file(file, 1)
+    }
+
+    /// Like [`MemoryDisk::with_file`], from memory with this alignment only.
+    #[must_use]
+    pub fn with_direct_file(self, file: File, alignment: usize) -> Self {
+        Self { file: Some((Arc::new(file), alignment)), ..self }
     }
 
     /// The same disk, refusing writes.
@@ -224,7 +239,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {
-        self.file.clone().map(|file| (file, 1))
+        self.file.clone()
     }
 
     fn write_back(&self) -> io::Result<()> {

@@ -12,24 +12,24 @@ pub mod aligned;
 pub mod backend;
 pub mod bitmap;
 pub mod failure;
-mod in_flight;
 pub mod memory;
 mod ofd_lock;
 pub mod qcow2;
 pub mod raw;
 pub mod uring;
+mod writes;
 
+use crate::log_limit::LogLimit;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
-use in_flight::{InFlight, InFlightGuard};
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use writes::{WriteGuard, Writes};
 
 /// The unit by which guests address disks.
 pub const SECTOR_BYTES: u64 = 512;
@@ -85,8 +85,8 @@ pub struct Access {
     file: Arc<File>,
     /// Memory alignment that the file needs.
     alignment: usize,
-    /// Marks what was written when it ends; `None` in tests without a node.
-    _guard: Option<InFlightGuard>,
+    /// Marks what a write has written when it ends.
+    _guard: Option<WriteGuard>,
 }
 
 #[cfg(test)]
@@ -158,16 +158,19 @@ pub struct BlockNode {
     backend: Box<dyn BlockBackend>,
     len_bytes: u64,
     read_only: bool,
-    in_flight: Arc<InFlight>,
+    writes: Arc<Writes>,
     counters: Counters,
     failures: Failures,
+    /// Limits what is logged about failed requests: a dying disk fails every one. It outlives the workers,
+    /// which a guest can replace at will.
+    pub(crate) error_lines: LogLimit,
 }
 
 /// Keeps a bitmap attached to a node; dropping it detaches that.
 #[derive(Debug)]
 pub struct Tracking {
     bitmap: Arc<DirtyBitmap>,
-    in_flight: Arc<InFlight>,
+    writes: Arc<Writes>,
 }
 
 impl std::ops::Deref for Tracking {
@@ -180,7 +183,7 @@ impl std::ops::Deref for Tracking {
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        self.in_flight.remove(&self.bitmap);
+        self.writes.remove(&self.bitmap);
     }
 }
 
@@ -194,9 +197,9 @@ impl BlockNode {
     /// A disk `id` stored in `backend`.
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
-        let (id, in_flight, counters) = (id.into(), Arc::default(), Counters::default());
-        let failures = Failures::default();
-        Self { id, backend, len_bytes, read_only, in_flight, counters, failures }
+        let (id, writes, counters) = (id.into(), Arc::default(), Counters::default());
+        let (failures, error_lines) = (Failures::default(), LogLimit::new());
+        Self { id, backend, len_bytes, read_only, writes, counters, failures, error_lines }
     }
 
     /// The same disk, read-only for the guest.
@@ -282,18 +285,8 @@ impl BlockNode {
     /// it ends. `None` if the granule is invalid.
     pub fn track(&self, granule_bytes: u64) -> Option<Tracking> {
         let bitmap = Arc::new(DirtyBitmap::new(self.len_bytes, granule_bytes)?);
-        self.in_flight.add(bitmap.clone());
-        Some(Tracking { bitmap, in_flight: self.in_flight.clone() })
-    }
-
-    /// Waits until no access is in flight. The caller has stopped the guest, so that no new one begins.
-    pub fn drain(&self) {
-        self.in_flight.drain();
-    }
-
-    /// Like [`BlockNode::drain`], at most until `deadline`. Returns false on timeout.
-    pub fn drain_until(&self, deadline: Instant) -> bool {
-        self.in_flight.drain_until(deadline)
+        self.writes.add(bitmap.clone());
+        Some(Tracking { bitmap, writes: self.writes.clone() })
     }
 
     /// The guest's I/O so far.
@@ -320,7 +313,7 @@ impl BlockNode {
     }
 
     /// Checks an access and admits it if it may be made directly on the file; `None` if it must go through
-    /// this node.
+    /// this node. Call [`BlockNode::count`] when it has begun.
     pub fn access(
         &self,
         kind: AccessKind,
@@ -333,30 +326,25 @@ impl BlockNode {
             AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes)?,
         }
         let Some((file, alignment)) = self.backend.plain_file() else { return Ok(None) };
-        let written = match kind {
-            AccessKind::Write => {
-                self.counters.writes.add(len_bytes);
-                Some(range)
-            }
-            // An access of zero bytes only asks whether the disk has a file.
-            AccessKind::Read if len_bytes == 0 => None,
-            AccessKind::Read => {
-                self.counters.reads.add(len_bytes);
-                None
-            }
-            AccessKind::Flush => {
-                self.counters.flushes.add(0);
-                None
-            }
-        };
-        Ok(Some(Access { file, alignment, _guard: Some(self.in_flight.begin(written)) }))
+        let guard = (kind == AccessKind::Write).then(|| self.writes.begin(range));
+        Ok(Some(Access { file, alignment, _guard: guard }))
+    }
+
+    /// Counts an admitted access in the statistics. One that is made through this node instead is counted
+    /// there.
+    pub fn count(&self, kind: AccessKind, len_bytes: u64) {
+        let Counters { reads, writes, flushes, .. } = &self.counters;
+        match kind {
+            AccessKind::Read => reads.add(len_bytes),
+            AccessKind::Write => writes.add(len_bytes),
+            AccessKind::Flush => flushes.add(0),
+        }
     }
 
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.counters.reads.add(buffer.len() as u64);
-        let _guard = self.in_flight.begin(None);
         self.backend.read_at(buffer, offset_bytes)
     }
 
@@ -371,7 +359,7 @@ impl BlockNode {
         let len_bytes = buffer.len() as u64;
         self.check_write(offset_bytes, len_bytes)?;
         self.counters.writes.add(len_bytes);
-        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
         self.backend.write_at(buffer, offset_bytes)
     }
 
@@ -409,7 +397,7 @@ impl BlockNode {
             return Ok(());
         }
         self.counters.discards.add(len_bytes);
-        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
         self.backend.discard(offset_bytes, len_bytes)
     }
 
@@ -425,14 +413,13 @@ impl BlockNode {
             return Ok(());
         }
         self.counters.writes.add(len_bytes);
-        let _guard = self.in_flight.begin(Some(ByteRange { offset_bytes, len_bytes }));
+        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
         self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
     }
 
     /// Makes every acknowledged write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.counters.flushes.add(0);
-        let _guard = self.in_flight.begin(None);
         self.backend.flush()
     }
 
@@ -508,7 +495,6 @@ mod tests {
         drop(tracking);
         assert!(node.write_at(&[1; 512], 0).is_err());
         assert!(other.is_marked(0));
-        node.drain();
         let stats = node.stats();
         assert_eq!((stats.reads, stats.read_bytes), (1, 512));
         assert_eq!((stats.writes, stats.written_bytes), (4, 2048));

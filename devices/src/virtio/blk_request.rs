@@ -42,6 +42,7 @@ pub(super) const DISCARD_LIMITS: RangeLimits =
 /// …but zeroes may have to be written.
 pub(super) const WRITE_ZEROES_LIMITS: RangeLimits =
     RangeLimits { sectors: (16 << 20) / 512, ranges: 1 };
+
 /// Identifies a request and where its status goes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ticket {

@@ -1,4 +1,5 @@
-//! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used.
+//! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used. Requests that cannot
+//! use the ring are in [`execute`].
 //!
 //! **A pause waits for a bounded number of bytes**, whatever the guest has asked for. Requests go into the
 //! [`Ring`] up to `MAX_BYTES_IN_FLIGHT`; a longer one is in flight alone, in pieces; one that cannot use
@@ -14,9 +15,7 @@
 //! A request that was kept after an error is no longer the last one taken: it is kept once more.
 
 use super::blk_request::{
-    DISCARD_LIMITS, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, ID_BYTES, RANGE_BYTES, RANGE_F_UNMAP,
-    RangeLimits, Request, S_IOERR, S_OK, S_UNSUPP, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT,
-    T_WRITE_ZEROES, Ticket, WRITE_ZEROES_LIMITS,
+    F_FLUSH, Request, S_IOERR, S_OK, S_UNSUPP, T_FLUSH, T_GET_ID, T_IN, T_OUT, Ticket,
 };
 use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
@@ -33,11 +32,10 @@ use std::sync::Arc;
 use virtio_queue::{Queue, QueueOwnedT};
 use vm_memory::Bytes;
 
+mod execute;
+
 /// Data moves through a buffer of this size, which fits in a core's second-level cache.
 const BUFFER_BYTES: usize = 128 << 10;
-/// Discards and zeroes are made in pieces that end at multiples of this: a multiple of an image's
-/// clusters, and little enough to be written where there is no quicker way to make zeroes.
-const RANGE_PIECE_BYTES: u64 = 4 << 20;
 
 /// Why a request did not succeed.
 #[derive(Debug)]
@@ -66,13 +64,6 @@ enum Held {
     Request(Request),
 }
 
-/// One range of a discard or write-zeroes request, checked.
-struct ZeroRange {
-    offset_bytes: u64,
-    len_bytes: u64,
-    unmap: bool,
-}
-
 /// Serves one queue: through a [`Ring`] where possible, otherwise request by request through a buffer.
 pub(super) struct Processor {
     node: Arc<BlockNode>,
@@ -80,7 +71,6 @@ pub(super) struct Processor {
     /// `None` if io_uring is not available.
     ring: Option<Ring<Ticket>>,
     driver_features: u64,
-    host_errors: u64,
     held: Vec<(Held, Kept)>,
     /// Length of the next request, which did not fit in the ring and was put back.
     next_bytes: usize,
@@ -133,9 +123,11 @@ impl QueueProcessor for Processor {
         while let Some(ring) = &mut self.ring
             && ring.in_flight() > 0
         {
-            ring.wait().map_err(broken_ring)?;
+            let waited = ring.wait().map_err(broken_ring);
             // All must end, even if the queue is broken.
             result = result.and(self.take_back(ram, queue, host, Long::Stop));
+            // What has completed is seen nevertheless.
+            waited?;
         }
         result
     }
@@ -158,20 +150,21 @@ enum Long {
     Stop,
 }
 
-/// Between two pieces of a request: fails if the worker must yield.
-fn check_yield(host: &dyn QueueHost) -> Result<(), Failed> {
-    if host.must_yield() { Err(Failed::Interrupted) } else { Ok(()) }
+/// Bytes of a request's buffers that its transfer has not written.
+fn unwritten(ticket: &Ticket, transfer: &Transfer) -> usize {
+    match &transfer.operation {
+        Operation::Read(segments) => segments.len(),
+        Operation::Write { .. } | Operation::Flush => ticket.room,
+    }
 }
 
-/// Splits a range at multiples of [`RANGE_PIECE_BYTES`].
-fn pieces(range: &ZeroRange) -> impl Iterator<Item = (u64, u64)> {
-    let end = range.offset_bytes.saturating_add(range.len_bytes);
-    let mut at = range.offset_bytes;
-    std::iter::from_fn(move || {
-        let start = at;
-        at = end.min((start / RANGE_PIECE_BYTES + 1).saturating_mul(RANGE_PIECE_BYTES));
-        (start < end).then(|| (start, at - start))
-    })
+/// Returns the buffers of a transfer to its request.
+fn take_buffers(request: &mut Request, operation: Operation) {
+    match operation {
+        Operation::Read(room) => request.to_guest = room,
+        Operation::Write { data, .. } => request.from_guest = data,
+        Operation::Flush => {}
+    }
 }
 
 fn broken_ring(error: io::Error) -> BrokenQueue {
@@ -201,7 +194,6 @@ impl Processor {
             buffer: AlignedBuffer::new(BUFFER_BYTES),
             ring,
             driver_features,
-            host_errors: 0,
             held: Vec::new(),
             next_bytes: 0,
             bad_request: LogLimit::new(),
@@ -269,12 +261,40 @@ impl Processor {
                         Some(ring) => ring.push(transfer, ticket).err(),
                         None => Some((transfer, ticket)),
                     };
-                    let again = refused.map(|(transfer, ticket)| Held::Transfer(ticket, transfer));
+                    let Some((transfer, ticket)) = refused else { continue };
+                    let again = if self.in_flight() {
+                        Some(Held::Transfer(ticket, transfer))
+                    } else {
+                        // There is room: it is its buffers that the ring refuses, and always will.
+                        self.serve_rest(ram, queue, host, ticket, transfer)?.map(Held::Request)
+                    };
                     self.held.extend(again.map(|held| (held, kept)));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Serves the rest of a short transfer synchronously. Returns it if it had to yield.
+    fn serve_rest(
+        &mut self,
+        ram: &GuestRam,
+        queue: &mut Queue,
+        host: &mut dyn QueueHost,
+        mut ticket: Ticket,
+        transfer: Transfer,
+    ) -> Result<Option<Request>, BrokenQueue> {
+        if !transfer.offset_bytes.is_multiple_of(SECTOR_BYTES) {
+            let (left, error) = (unwritten(&ticket, &transfer), io::ErrorKind::UnexpectedEof);
+            let failed = Err(Failed::Host(error.into()));
+            self.answer(ram, queue, host, ticket, left, failed)?;
+            return Ok(None);
+        }
+        ticket.sector = transfer.offset_bytes / SECTOR_BYTES;
+        let (from_guest, to_guest) = Default::default();
+        let mut request = Request { ticket, from_guest, to_guest };
+        take_buffers(&mut request, transfer.operation);
+        self.serve(ram, queue, host, request)
     }
 
     /// The result to report to the guest; `None` if the request is kept.
@@ -300,27 +320,31 @@ impl Processor {
     fn start(&mut self, mut request: Request) -> Option<Request> {
         let Ok(Some((access, offset_bytes))) = self.admit(&request) else { return Some(request) };
         let Some(ring) = &mut self.ring else { return Some(request) };
-        let operation = match request.ticket.kind {
-            T_IN => Operation::Read(std::mem::take(&mut request.to_guest)),
-            T_OUT => Operation::Write {
-                data: std::mem::take(&mut request.from_guest),
+        let (kind, operation) = match request.ticket.kind {
+            T_IN => (AccessKind::Read, Operation::Read(std::mem::take(&mut request.to_guest))),
+            T_OUT => {
+                let data = std::mem::take(&mut request.from_guest);
                 // A driver without flush considers every completed write durable.
-                durable: self.driver_features & F_FLUSH == 0,
-            },
-            _ => Operation::Flush,
+                let durable = self.driver_features & F_FLUSH == 0;
+                (AccessKind::Write, Operation::Write { data, durable })
+            }
+            _ => (AccessKind::Flush, Operation::Flush),
         };
+        let len_bytes = operation.bytes_left() as u64;
         let transfer = Transfer { access, operation, offset_bytes };
-        let Err((transfer, _)) = ring.push(transfer, request.ticket) else { return None };
-        match transfer.operation {
-            Operation::Read(room) => request.to_guest = room,
-            Operation::Write { data, .. } => request.from_guest = data,
-            Operation::Flush => {}
-        }
+        let Err((transfer, _)) = ring.push(transfer, request.ticket) else {
+            self.node.count(kind, len_bytes);
+            return None;
+        };
+        take_buffers(&mut request, transfer.operation);
         Some(request)
     }
 
     /// Whether a request may use the ring, and its offset in the file.
     fn admit(&self, request: &Request) -> Result<Option<(Access, u64)>, Failed> {
+        if self.ring.is_none() {
+            return Ok(None);
+        }
         let (kind, offset, len) = match request.ticket.kind {
             T_IN => (AccessKind::Read, self.check_read(request)?, request.to_guest.len()),
             T_OUT => (AccessKind::Write, self.check_write(request)?, request.from_guest.len()),
@@ -360,10 +384,7 @@ impl Processor {
                 self.hold(Held::Transfer(ticket, transfer));
                 continue;
             };
-            let left = match &transfer.operation {
-                Operation::Read(segments) => segments.len(),
-                Operation::Write { .. } | Operation::Flush => ticket.room,
-            };
+            let left = unwritten(&ticket, &transfer);
             let answered = self.answer(ram, queue, host, ticket, left, ended);
             result = result.and(answered);
         }
@@ -393,50 +414,8 @@ impl Processor {
         give_back(ram, queue, host, ticket.head, ticket.room.saturating_sub(left) + 1)
     }
 
-    fn accepted(&self, feature: u64) -> bool {
-        self.driver_features & feature != 0
-    }
-
-    fn execute(
-        &mut self,
-        ram: &GuestRam,
-        host: &dyn QueueHost,
-        request: &mut Request,
-    ) -> Result<(), Failed> {
-        match request.ticket.kind {
-            T_IN => self.read(ram, host, request),
-            T_OUT => self.write(ram, host, request),
-            T_FLUSH => Ok(self.node.flush()?),
-            T_GET_ID => {
-                let mut id = [0u8; ID_BYTES];
-                id.iter_mut().zip(self.node.id().bytes()).for_each(|(to, from)| *to = from);
-                let len = request.to_guest.len().min(ID_BYTES);
-                let id = &id[..len];
-                request.to_guest.write(ram, id).ok_or(Failed::Guest("no room for an id"))
-            }
-            T_DISCARD if self.accepted(F_DISCARD) => {
-                let ranges = self.ranges(ram, request, DISCARD_LIMITS)?;
-                for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
-                    check_yield(host)?;
-                    self.node.discard(offset_bytes, len_bytes)?;
-                }
-                self.finish_write()
-            }
-            T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
-                for range in self.ranges(ram, request, WRITE_ZEROES_LIMITS)? {
-                    for (offset_bytes, len_bytes) in pieces(&range) {
-                        check_yield(host)?;
-                        self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
-                    }
-                }
-                self.finish_write()
-            }
-            _ => Err(Failed::Unsupported("of a type that was not offered")),
-        }
-    }
-
     /// The status byte; logs why a request failed.
-    fn status(&mut self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
+    fn status(&self, ticket: &Ticket, result: Result<(), Failed>) -> u8 {
         let (id, sector) = (self.node.id(), ticket.sector);
         match result {
             Ok(()) => S_OK,
@@ -451,11 +430,8 @@ impl Processor {
             // Put back, not completed.
             Err(Failed::Interrupted) => S_IOERR,
             Err(Failed::Host(error)) => {
-                self.host_errors += 1;
-                // A dying disk fails every request: log ever more rarely.
-                if self.host_errors.is_power_of_two() {
-                    let count = self.host_errors;
-                    log::error!("disk {id}: request at sector {sector}: {error} (error {count})");
+                if let Some(suppressed) = self.node.error_lines.allow() {
+                    log::error!("disk {id}: request at sector {sector}: {error}{suppressed}");
                 }
                 S_IOERR
             }
@@ -470,133 +446,6 @@ impl Processor {
             let (id, kind, sector) = (self.node.id(), ticket.kind, ticket.sector);
             log::debug!("disk {id}: request {kind} at sector {sector}: {mistake}{suppressed}");
         }
-    }
-
-    /// Byte offset of `sector`, if `len` bytes from there lie on the disk.
-    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
-        let offset = sector.checked_mul(SECTOR_BYTES);
-        let end = offset.and_then(|offset| offset.checked_add(len));
-        match (offset, end) {
-            (Some(offset), Some(end))
-                if end <= self.node.len_bytes() && len.is_multiple_of(SECTOR_BYTES) =>
-            {
-                Ok(offset)
-            }
-            _ => Err(Failed::Guest("past the end of the disk, or not whole sectors")),
-        }
-    }
-
-    /// Checks a read; returns its offset.
-    fn check_read(&self, request: &Request) -> Result<u64, Failed> {
-        if !request.from_guest.is_empty() {
-            return Err(Failed::Guest("a read with data to write"));
-        }
-        self.offset(request.ticket.sector, request.to_guest.len() as u64)
-    }
-
-    fn read(
-        &mut self,
-        ram: &GuestRam,
-        host: &dyn QueueHost,
-        request: &mut Request,
-    ) -> Result<(), Failed> {
-        let mut offset = self.check_read(request)?;
-        let room = &mut request.to_guest;
-        while !room.is_empty() {
-            check_yield(host)?;
-            let len = room.len().min(self.buffer.len());
-            let (piece, _) = self.buffer.split_at_mut(len);
-            self.node.read_at(piece, offset)?;
-            if host.is_ending() {
-                return Err(Failed::Interrupted);
-            }
-            room.write(ram, piece).ok_or(Failed::Guest("no room for what was read"))?;
-            offset += len as u64;
-        }
-        Ok(())
-    }
-
-    /// Checks a write; returns its offset.
-    fn check_write(&self, request: &Request) -> Result<u64, Failed> {
-        if !request.to_guest.is_empty() {
-            return Err(Failed::Guest("a write with room to read"));
-        }
-        self.check_writable()?;
-        self.offset(request.ticket.sector, request.from_guest.len() as u64)
-    }
-
-    fn write(
-        &mut self,
-        ram: &GuestRam,
-        host: &dyn QueueHost,
-        request: &mut Request,
-    ) -> Result<(), Failed> {
-        let mut offset = self.check_write(request)?;
-        let data = &mut request.from_guest;
-        while !data.is_empty() {
-            check_yield(host)?;
-            let len = data.len().min(self.buffer.len());
-            let (piece, _) = self.buffer.split_at_mut(len);
-            data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
-            self.node.write_at(piece, offset)?;
-            offset += len as u64;
-        }
-        self.finish_write()
-    }
-
-    fn check_writable(&self) -> Result<(), Failed> {
-        if self.node.read_only() {
-            return Err(Failed::Guest("a write to a read-only disk"));
-        }
-        Ok(())
-    }
-
-    /// A driver without flush considers every completed write durable (5.2.6.2).
-    fn finish_write(&self) -> Result<(), Failed> {
-        if !self.accepted(F_FLUSH) {
-            self.node.flush()?;
-        }
-        Ok(())
-    }
-
-    /// The ranges of a discard or write-zeroes request. All are checked before the first is touched.
-    #[expect(clippy::little_endian_bytes, reason = "the ranges are little-endian")]
-    fn ranges(
-        &self,
-        ram: &GuestRam,
-        request: &mut Request,
-        limits: RangeLimits,
-    ) -> Result<Vec<ZeroRange>, Failed> {
-        if !request.to_guest.is_empty() {
-            return Err(Failed::Guest("a discard or write-zeroes with room to read"));
-        }
-        self.check_writable()?;
-        let len = request.from_guest.len();
-        let count = len / RANGE_BYTES;
-        let most = limits.ranges as usize;
-        if count == 0 || count > most || !len.is_multiple_of(RANGE_BYTES) {
-            return Err(Failed::Guest("no ranges, too many, or not whole ones"));
-        }
-        let mut ranges = Vec::with_capacity(count);
-        for _ in 0..count {
-            let mut bytes = [0u8; RANGE_BYTES];
-            let read = request.from_guest.read(ram, &mut bytes);
-            read.ok_or(Failed::Guest("not all ranges are there"))?;
-            let [sector @ .., n0, n1, n2, n3, f0, f1, f2, f3] = bytes;
-            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
-            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-            let known = if request.ticket.kind == T_WRITE_ZEROES { RANGE_F_UNMAP } else { 0 };
-            if flags & !known != 0 {
-                return Err(Failed::Unsupported("with an unknown flag"));
-            }
-            if sectors > limits.sectors {
-                return Err(Failed::Guest("a range that is too long"));
-            }
-            let len_bytes = u64::from(sectors) * SECTOR_BYTES;
-            let offset_bytes = self.offset(u64::from_le_bytes(sector), len_bytes)?;
-            ranges.push(ZeroRange { offset_bytes, len_bytes, unmap: flags & RANGE_F_UNMAP != 0 });
-        }
-        Ok(ranges)
     }
 }
 

@@ -58,10 +58,31 @@ pub(super) fn give_back(
     head: u16,
     len: usize,
 ) -> Result<(), BrokenQueue> {
+    // Checked here because `add_used` logs every rejected head.
+    if head >= queue.size() {
+        return Err(BrokenQueue(format!("an available entry with head {head}, past the table")));
+    }
     // The used ring's length has 32 bits. Overlapping buffers can add up to more: it saturates.
     queue.add_used(ram, head, u32::try_from(len).unwrap_or(u32::MAX))?;
     if queue.needs_notification(ram)? {
         host.interrupt();
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::GuestAddress;
+    use crate::virtio::driver::CalmHost;
+
+    #[test]
+    fn a_head_past_the_table_is_refused_by_us_and_not_logged_at_will() {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let mut queue = Queue::new(16).unwrap();
+        for head in [16, u16::MAX] {
+            let refused = give_back(&ram, &mut queue, &mut CalmHost, head, 0).unwrap_err();
+            assert!(refused.to_string().contains("past the table"), "{refused}");
+        }
+    }
 }

@@ -1,9 +1,9 @@
 //! A virtio-mmio and virtio-blk driver for tests: registers, rings in guest RAM, requests.
 #![allow(clippy::little_endian_bytes, reason = "a driver's registers")]
 
-use super::VirtioDevice;
 use super::blk::Block;
 use super::mmio::MmioTransport;
+use super::{QueueHost, VirtioDevice};
 use crate::block::BlockNode;
 use crate::block::memory::{MemoryDisk, Script};
 use crate::bus::BusDevice;
@@ -27,8 +27,21 @@ const LONG_TABLES: u64 = 0x10_0000;
 const LONG_TABLE_SPAN: u64 = 0x8000;
 /// Each queue has its own set of the above.
 pub(crate) const QUEUE_SPAN: u64 = 0x1_0000;
-/// The features that our guest kernel accepts.
-pub(crate) const F_FLUSH: u64 = 1 << 9;
+
+/// The worker's side for a processor without a worker, which is never asked to yield.
+pub(crate) struct CalmHost;
+
+impl QueueHost for CalmHost {
+    fn interrupt(&mut self) {}
+
+    fn must_yield(&self) -> bool {
+        false
+    }
+
+    fn is_ending(&self) -> bool {
+        false
+    }
+}
 
 /// A driver of one device, with queues of 16 entries.
 pub(crate) struct Driver<N = Arc<BlockNode>> {
@@ -207,6 +220,12 @@ impl<N> Driver<N> {
             assert!(Instant::now() < deadline, "{} of {count} answers", self.used());
             std::thread::yield_now();
         }
+    }
+
+    /// Stops serving and waits until no request is in flight.
+    pub(crate) fn drain(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert!(self.transport.begin_drain().wait_until(deadline), "requests do not end");
     }
 
     /// Resets the device and waits until that is complete, as the specification requires.

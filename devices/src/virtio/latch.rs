@@ -31,13 +31,6 @@ impl Latch {
             (at, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
-
-    /// Waits until it is set.
-    pub fn wait(&self) {
-        let at = lock(&self.at);
-        let waited = self.set.wait_while(at, |at| at.is_none());
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
 }
 
 /// Sets the latch when dropped, so that waiters are released however the holding thread ends.
@@ -66,7 +59,6 @@ mod tests {
         assert!(at >= start);
         drop(SetOnDrop(latch.clone()));
         assert_eq!(latch.wait_until(start), Some(at), "the first time counts");
-        latch.wait();
     }
 
     #[test]

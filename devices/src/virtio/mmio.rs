@@ -1,4 +1,4 @@
-//! The virtio-mmio transport, version 2 (virtio 1.2, 4.2), and its record.
+//! The virtio-mmio transport, version 2 (virtio 1.2, 4.2). Its state is saved and restored in [`record`].
 //!
 //! Register accesses run on the vCPU's thread; each queue has a [`Worker`], started when the driver sets
 //! DRIVER_OK and ended by a reset. Invalid programming is ignored or sets NEEDS_RESET, as the specification
@@ -20,15 +20,17 @@ use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::log_limit::LogLimit;
 use crate::ram::{GuestAddress, GuestRam};
-use crate::state::{DeviceRecord, Persist};
-use serde::{Deserialize, Deserializer, Serialize};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+mod record;
+
+pub use record::MmioState;
 
 /// Bytes of address space of one device.
 pub const MMIO_LEN: u64 = 0x1000;
@@ -230,11 +232,6 @@ impl MmioTransport {
         let mut awaited: Vec<_> = self.workers().map(Worker::park).collect();
         awaited.extend(self.resetting.iter().flat_map(|reset| reset.busy.iter().cloned()));
         Drain { began, awaited }
-    }
-
-    /// Stops serving and waits until no request is in flight.
-    pub fn drain(&mut self) {
-        self.begin_drain().wait();
     }
 
     /// Resumes serving, also during a drain: the workers finish that first. A notification or interrupt in
@@ -492,11 +489,6 @@ impl Drain {
         all_set(&self.awaited, deadline)
     }
 
-    /// Waits until no request is in flight, however long that takes.
-    pub fn wait(self) {
-        self.awaited.iter().for_each(|moment| moment.wait());
-    }
-
     /// Duration from the start until the last request ended, whether or not anyone waited. `None` while
     /// requests are in flight.
     pub fn took(&self) -> Option<Duration> {
@@ -517,16 +509,6 @@ fn in_order(status: u32) -> bool {
 /// Whether a device with this status serves its queues.
 fn is_live(status: u32) -> bool {
     status & STATUS_DRIVER_OK != 0 && status & (STATUS_NEEDS_RESET | STATUS_FAILED) == 0
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "one half at a time")]
@@ -555,152 +537,6 @@ impl BusDevice for MmioTransport {
         if offset < CONFIG_OFFSET && offset.is_multiple_of(4) {
             self.set_register(offset, u32::from_le_bytes(bytes));
         }
-    }
-}
-
-/// All registers, the queues, and the device's own record.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MmioState {
-    device_id: u32,
-    status: u32,
-    interrupt_status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
-    /// Since version 2; version 1 had one queue.
-    #[serde(alias = "queue", deserialize_with = "one_or_more")]
-    queues: Vec<SavedQueue>,
-    device: DeviceRecord,
-}
-
-/// A virtqueue, as virtio-queue describes it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SavedQueue {
-    size: u16,
-    ready: bool,
-    event_idx: bool,
-    next_avail: u16,
-    next_used: u16,
-    desc_table: u64,
-    avail_ring: u64,
-    used_ring: u64,
-}
-
-impl SavedQueue {
-    fn of(slot: &QueueSlot) -> Self {
-        let (state, position) = (slot.config.state(), slot.position());
-        Self {
-            size: state.size,
-            ready: state.ready,
-            event_idx: state.event_idx_enabled,
-            next_avail: position.next_avail,
-            next_used: position.next_used,
-            desc_table: state.desc_table,
-            avail_ring: state.avail_ring,
-            used_ring: state.used_ring,
-        }
-    }
-
-    fn check(self, max_size: u16) -> Result<Queue, String> {
-        Queue::try_from(QueueState {
-            max_size,
-            next_avail: self.next_avail,
-            next_used: self.next_used,
-            event_idx_enabled: self.event_idx,
-            size: self.size,
-            ready: self.ready,
-            desc_table: self.desc_table,
-            avail_ring: self.avail_ring,
-            used_ring: self.used_ring,
-        })
-        .map_err(|error| format!("virtqueue: {error}"))
-    }
-}
-
-fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SavedQueue>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMore {
-        More(Vec<SavedQueue>),
-        One(SavedQueue),
-    }
-    Ok(match OneOrMore::deserialize(deserializer)? {
-        OneOrMore::More(queues) => queues,
-        OneOrMore::One(queue) => vec![queue],
-    })
-}
-
-impl Persist for MmioTransport {
-    const KIND: &'static str = "virtio-mmio";
-    const VERSION: u16 = 2;
-    type State = MmioState;
-
-    fn save(&self) -> MmioState {
-        MmioState {
-            device_id: self.device.device_id(),
-            // A drain has waited for a background reset.
-            status: self.shared.status.load(Ordering::SeqCst),
-            interrupt_status: self.shared.interrupt_status.load(Ordering::SeqCst),
-            device_features_select: self.device_features_select,
-            driver_features_select: self.driver_features_select,
-            driver_features: self.driver_features,
-            queue_select: self.queue_select,
-            queues: self.queues.iter().map(SavedQueue::of).collect(),
-            device: self.device.save(),
-        }
-    }
-
-    fn restore(&mut self, state: MmioState) -> Result<(), String> {
-        if state.device_id != self.device.device_id() {
-            return Err(format!(
-                "virtio device id {} here and {} there",
-                self.device.device_id(),
-                state.device_id
-            ));
-        }
-        if state.queues.len() != self.queues.len() {
-            let (here, there) = (self.queues.len(), state.queues.len());
-            return Err(format!("{here} virtqueues here and {there} there"));
-        }
-        let status = state.status;
-        if status & !(STATUS_BY_DRIVER | STATUS_NEEDS_RESET) != 0 || !in_order(status) {
-            return Err(format!("impossible virtio status {status:#x}"));
-        }
-        self.driver_features = state.driver_features;
-        if status & STATUS_FEATURES_OK != 0 && !self.accepts_features() {
-            let (used, offered) = (state.driver_features, self.features());
-            return Err(format!(
-                "the guest uses virtio features {used:#x} of {offered:#x} offered"
-            ));
-        }
-        self.device.restore(state.device).map_err(|error| error_chain(&error))?;
-        let max_size = self.device.queue_max_size();
-        let queues = state.queues.into_iter().map(|saved| saved.check(max_size));
-        let queues = queues.collect::<Result<Vec<_>, _>>()?;
-        // Workers of an earlier restore are parked and end at once.
-        if !all_set(&self.retire_workers(), Instant::now() + END_PATIENCE) {
-            return Err("its earlier requests are still in flight".into());
-        }
-        for (slot, queue) in self.queues.iter_mut().zip(queues) {
-            slot.config = queue;
-        }
-        self.shared = Shared::new(self.shared.irq.clone(), self.shared.limits.clone());
-        self.shared.status.store(status, Ordering::SeqCst);
-        let interrupts = state.interrupt_status & (INTERRUPT_USED | INTERRUPT_CONFIG);
-        self.shared.interrupt_status.store(interrupts, Ordering::SeqCst);
-        self.device_features_select = state.device_features_select;
-        self.driver_features_select = state.driver_features_select;
-        self.queue_select = state.queue_select;
-        self.drained = true;
-        if is_live(status) {
-            // A failure here is the host's or the stream's, not the guest's: refuse the record instead of
-            // setting NEEDS_RESET.
-            self.activate().map_err(|error| format!("virtqueue: {error}"))?;
-        }
-        Ok(())
     }
 }
 

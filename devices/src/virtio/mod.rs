@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2): [`mmio`] is the transport, [`worker`] the thread that serves a queue,
-//! [`blk`] the block device, whose requests `blk_worker` serves, [`rng`] the entropy device. `chains` is
-//! common to all queue processors; a `latch` signals that a worker has parked or ended.
+//! [`blk`] the block device, whose requests `blk_request` parses and `blk_worker` serves, [`rng`] the entropy
+//! device. `chains` is common to all queue processors; a `latch` signals that a worker has parked or ended.
 
 pub mod blk;
 mod blk_request;
@@ -80,7 +80,8 @@ pub trait QueueProcessor: Send {
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
     /// Waits until no request is in flight and starts no new one. Requests that end are completed; one that
-    /// is served in pieces may be put back into the ring instead, to be served again from its start.
+    /// is served in pieces may be put back into the ring instead, to be served again from its start. After
+    /// an error requests may still be in flight: call it again.
     fn drain(
         &mut self,
         ram: &GuestRam,

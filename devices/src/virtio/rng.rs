@@ -207,6 +207,15 @@ mod tests {
     }
 
     #[test]
+    fn a_head_past_the_table_breaks_the_queue() {
+        let mut driver = driver(None);
+        driver.start(F_VERSION_1);
+        driver.publish(16, true);
+        driver.wait_for_needs_reset();
+        assert_eq!(driver.used(), 0);
+    }
+
+    #[test]
     fn a_chain_that_loops_ends() {
         let mut driver = driver(None);
         driver.start(F_VERSION_1);
@@ -218,7 +227,7 @@ mod tests {
         let mut source = driver(None);
         source.start(F_VERSION_1);
         source.ask(64, 2);
-        source.transport.drain();
+        source.drain();
         let record = source.transport.save_record("rng");
         let mut destination = driver(Some(source.ram.clone()));
         destination.avail = source.avail;

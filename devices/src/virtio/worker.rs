@@ -22,6 +22,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::Duration;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -54,6 +55,9 @@ impl Position {
         Self { next_avail: queue.next_avail(), next_used: queue.next_used() }
     }
 }
+
+/// Pause between two attempts to wait for the requests in flight.
+const DRAIN_RETRY: Duration = Duration::from_millis(10);
 
 /// The worker uses neither RAM nor notifications.
 const IDLE: u8 = 0;
@@ -261,11 +265,18 @@ impl Serving {
         }
     }
 
-    /// Waits until no request is in flight.
+    /// Waits until no request is in flight. If the host fails to wait, tries again: RAM that the kernel may
+    /// still write must not be saved, nor given back to the guest.
     fn drain(&mut self) {
-        let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
-        if let Err(reason) = self.processor.drain(&self.ram, &mut self.queue, &mut host) {
-            self.broken(&reason);
+        loop {
+            let mut host = Host { signals: self.signals.as_ref(), common: &self.common };
+            if let Err(reason) = self.processor.drain(&self.ram, &mut self.queue, &mut host) {
+                self.broken(&reason);
+            }
+            if !self.processor.in_flight() {
+                return;
+            }
+            std::thread::sleep(DRAIN_RETRY);
         }
     }
 
@@ -336,5 +347,82 @@ impl QueueHost for Host<'_> {
 
     fn is_ending(&self) -> bool {
         self.common.ending.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::GuestAddress;
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Instant;
+
+    /// A processor with one request in flight, which the host cannot wait for at first.
+    struct Stuck {
+        /// How often the wait will still fail.
+        failures: Arc<AtomicUsize>,
+    }
+
+    impl QueueProcessor for Stuck {
+        fn process(
+            &mut self,
+            _ram: &GuestRam,
+            _queue: &mut Queue,
+            _host: &mut dyn QueueHost,
+        ) -> Result<(), BrokenQueue> {
+            Ok(())
+        }
+
+        fn drain(
+            &mut self,
+            _ram: &GuestRam,
+            _queue: &mut Queue,
+            _host: &mut dyn QueueHost,
+        ) -> Result<(), BrokenQueue> {
+            let less = |left: usize| left.checked_sub(1);
+            match self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
+                Ok(1) | Err(_) => Ok(()),
+                Ok(_) => Err(BrokenQueue("scripted fault".into())),
+            }
+        }
+
+        fn completions(&self) -> Option<std::os::fd::RawFd> {
+            None
+        }
+
+        fn in_flight(&self) -> bool {
+            self.failures.load(Ordering::SeqCst) > 0
+        }
+    }
+
+    struct Silent;
+
+    impl QueueSignals for Silent {
+        fn used(&self) {}
+
+        fn is_live(&self) -> bool {
+            true
+        }
+
+        fn broken(&self, _reason: &BrokenQueue) {}
+    }
+
+    #[test]
+    fn a_worker_is_not_parked_while_a_request_that_it_cannot_wait_for_is_in_flight() {
+        let failures = Arc::new(AtomicUsize::new(3));
+        let worker = Worker::start(
+            "stuck".into(),
+            GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap(),
+            Queue::new(16).unwrap(),
+            EventFd::new(EFD_NONBLOCK).unwrap(),
+            Box::new(Stuck { failures: failures.clone() }),
+            Arc::new(Silent),
+            false,
+        );
+        let worker = worker.unwrap();
+        let parked = worker.park();
+        assert!(parked.wait_until(Instant::now() + Duration::from_secs(30)).is_some());
+        assert_eq!(failures.load(Ordering::SeqCst), 0, "it is still in flight");
+        assert!(worker.retire().is_none());
     }
 }

@@ -3,9 +3,11 @@
 use super::*;
 use crate::block::backend::ByteRange;
 use crate::block::memory::{MemoryDisk, Script};
+use crate::block::uring::tests::ring_or_skip;
 use crate::block::uring::{MAX_BYTES_AT_ONCE, MAX_BYTES_IN_FLIGHT};
 use crate::ram::GuestAddress;
 use crate::state::Persist;
+use crate::virtio::blk_request::{F_DISCARD, F_WRITE_ZEROES, T_DISCARD, T_WRITE_ZEROES};
 use crate::virtio::driver::{Driver, LONG_HEADERS, USED};
 use crate::virtio::{F_INDIRECT, F_VERSION_1};
 use std::fs::File;
@@ -34,13 +36,10 @@ fn driver(disk: MemoryDisk) -> (Driver, Arc<Script>) {
     (driver, script)
 }
 
-/// A disk backed by a pipe: a read completes when the test writes to that. `None`, with a note, where
-/// io_uring is not available.
+/// A disk backed by a pipe: a read completes when the test writes to that. `None` where io_uring is not
+/// available.
 fn piped() -> Option<(Driver, PipeWriter)> {
-    if let Err(error) = Ring::<Ticket>::new(ram(), 1) {
-        eprintln!("SKIPPED: no io_uring here: {error}");
-        return None;
-    }
+    ring_or_skip::<Ticket>(ram(), 1)?;
     let (reader, writer) = std::io::pipe().unwrap();
     let file = File::from(OwnedFd::from(reader));
     let (driver, _) = driver(MemoryDisk::without_storage(8 << 30).with_file(file));
@@ -99,7 +98,7 @@ fn an_interrupted_write_is_made_again_from_its_start_and_answered_once() {
         let mut here = if moves { moved(driver) } else { driver };
         here.transport.resume();
         here.wait_for_used(2);
-        here.transport.drain();
+        here.drain();
         assert_eq!([here.long_status(0), here.long_status(1)], [0, 0]);
         assert_eq!(script.accesses()[3..], pieces_of(1 << 20, 128 << 10));
         let mut back = vec![0; 1 << 20];
@@ -159,7 +158,7 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     script.fail(true);
     driver.submit_long(0, T_OUT, 0, &[(LONG_DATA, MIB)], true);
     failures.recv().unwrap();
-    driver.transport.drain();
+    driver.drain();
     script.fail(false);
     script.hold(true);
     driver.node.retry_failed();
@@ -172,9 +171,45 @@ fn a_request_kept_after_an_error_is_kept_again_when_it_must_yield() {
     assert!(driver.node.has_kept_requests(), "it is this process's alone");
     driver.transport.resume();
     driver.wait_for_used(1);
-    driver.transport.drain();
+    driver.drain();
     assert!(!driver.node.has_kept_requests());
     assert_eq!(driver.long_status(0), 0);
+}
+
+#[test]
+fn the_rest_of_a_kept_request_is_served_or_fails_if_the_ring_refuses_its_buffers() {
+    use crate::block::failure::{ErrorPolicy, OnError};
+    // What the disk reads before it fails, and the status in the end.
+    for (len, status) in [(512, S_OK), (100, S_IOERR)] {
+        if ring_or_skip::<Ticket>(ram(), 1).is_none() {
+            return;
+        }
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        // A short read leaves an address that is not aligned.
+        let disk = MemoryDisk::new(64 << 10).with_direct_file(OwnedFd::from(reader).into(), 4096);
+        let policy = ErrorPolicy { on_read: OnError::Stop, on_write: OnError::Stop };
+        let node = Arc::new(BlockNode::new("disk0", Box::new(disk)).with_policy(policy));
+        node.fill_at(&[7; 64 << 10], 0).unwrap();
+        let (sender, failures) = std::sync::mpsc::channel();
+        node.on_failure(move |failure| sender.send(failure).unwrap());
+        let mut driver = Driver::with(ram(), node, 0);
+        driver.start(F_VERSION_1 | F_FLUSH | F_INDIRECT);
+        writer.write_all(&vec![1; len]).unwrap();
+        driver.submit_long(0, T_IN, 0, &[(LONG_DATA, 4096)], true);
+        failures.recv_timeout(Duration::from_secs(30)).unwrap();
+        driver.drain();
+        assert!(driver.node.has_kept_requests());
+        driver.node.retry_failed();
+        driver.transport.resume();
+        driver.wait_for_used(1);
+        assert_eq!(driver.long_status(0), status, "after {len} bytes");
+        driver.drain();
+        assert!(!driver.node.has_kept_requests());
+        let at =
+            |at: usize| driver.ram.read_obj::<u8>(GuestAddress(LONG_DATA + at as u64)).unwrap();
+        let rest = if status == S_OK { 7 } else { 0 };
+        assert_eq!([at(len - 1), at(len), at(4095)], [1, rest, rest], "after {len} bytes");
+    }
 }
 
 #[test]
@@ -252,16 +287,4 @@ fn a_request_that_did_not_fit_is_served_although_the_others_have_ended_meanwhile
         driver.wait_for_used(8 * (round + 1));
         assert!((0..8).all(|head| driver.long_status(head) == 0));
     }
-}
-
-#[test]
-fn ranges_are_cut_at_multiples_of_a_piece() {
-    let cut = |offset_bytes, len_bytes| {
-        pieces(&ZeroRange { offset_bytes, len_bytes, unmap: false }).collect::<Vec<_>>()
-    };
-    const PIECE: u64 = RANGE_PIECE_BYTES;
-    assert_eq!(cut(512, 0), []);
-    assert_eq!(cut(0, PIECE), [(0, PIECE)]);
-    assert_eq!(cut(PIECE - 512, 1024), [(PIECE - 512, 512), (PIECE, 512)]);
-    assert_eq!(cut(512, 2 * PIECE).iter().map(|(_, len)| len).sum::<u64>(), 2 * PIECE);
 }

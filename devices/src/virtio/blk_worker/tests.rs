@@ -1,11 +1,14 @@
 //! Requests as a driver makes them, good and hostile.
 
-use crate::block::BlockNode;
+use super::{Processor, Request, Ticket};
 use crate::block::failure::{Action, ErrorPolicy, OnError};
 use crate::block::memory::MemoryDisk;
+use crate::block::{BlockNode, NodeStats};
 use crate::bus::BusDevice;
 use crate::ram::GuestAddress;
+use crate::segments::Segments;
 use crate::state::Persist;
+use crate::virtio::blk_request::{F_DISCARD, F_FLUSH, F_WRITE_ZEROES, T_DISCARD, T_WRITE_ZEROES};
 use crate::virtio::driver::*;
 use crate::virtio::{F_EVENT_IDX, F_VERSION_1};
 use std::sync::Arc;
@@ -60,10 +63,54 @@ fn requests_past_the_end_fail_and_the_device_goes_on() {
 }
 
 #[test]
+fn a_request_is_counted_once_through_the_ring_and_past_it() {
+    // Whether the disk has a file that the ring may use, and where the data lies.
+    for (with_file, data) in [(true, DATA), (true, DATA + 8), (false, DATA)] {
+        let mut disk = MemoryDisk::new(64 << 10);
+        if with_file {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(64 << 10).unwrap();
+            disk = disk.with_direct_file(file, 512);
+        }
+        let mut driver = Driver::of(disk).0;
+        driver.start(F_VERSION_1 | F_FLUSH);
+        for (kind, len, flags) in [(0, 512, 3), (1, 1024, 1), (4, 0, 0)] {
+            driver.submit(kind, 0, len, false);
+            if len > 0 {
+                driver.descriptor(1, data, len, flags, 2);
+            }
+            driver.set(0x50, 0);
+            assert_eq!(driver.wait(), 0);
+        }
+        let (reads, read_bytes, writes, written_bytes, flushes) = (1, 512, 1, 1024, 1);
+        let expected =
+            NodeStats { reads, read_bytes, writes, written_bytes, flushes, ..Default::default() };
+        assert_eq!(driver.node.stats(), expected, "with a file: {with_file}, data at {data:#x}");
+    }
+}
+
+#[test]
+fn a_request_is_counted_once_where_there_is_no_ring() {
+    let disk = MemoryDisk::new(64 << 10).with_file(tempfile::tempfile().unwrap());
+    let driver = Driver::of(disk).0;
+    let mut to_guest = Segments::default();
+    assert!(to_guest.push(&driver.ram, GuestAddress(DATA), 512));
+    let status = GuestAddress(STATUS);
+    let ticket = Ticket { head: 0, kind: 0, sector: 0, status, room: 512, was_kept: false };
+    let request = Request { ticket, from_guest: Segments::default(), to_guest };
+    let mut processor = Processor::new(driver.node.clone(), F_VERSION_1, &driver.ram, 16);
+    processor.ring = None;
+    let mut request = processor.start(request).unwrap();
+    processor.execute(&driver.ram, &CalmHost, &mut request).unwrap();
+    let stats = driver.node.stats();
+    assert_eq!((stats.reads, stats.read_bytes), (1, 512));
+}
+
+#[test]
 fn a_disk_that_became_another_is_refused() {
     let (mut source, _) = Driver::of(MemoryDisk::new(64 << 10));
     source.start(F_VERSION_1);
-    source.transport.drain();
+    source.drain();
     let others = [MemoryDisk::new(32 << 10), MemoryDisk::new(64 << 10).into_read_only()];
     for other in others {
         let (mut destination, _) = Driver::of(other);
@@ -99,6 +146,22 @@ fn a_failing_disk_fails_requests_and_recovers() {
 }
 
 #[test]
+fn a_reset_does_not_let_a_failing_disk_log_more() {
+    let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
+    script.fail(true);
+    for _ in 0..crate::log_limit::LINES {
+        driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
+        driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
+        driver.avail = 0;
+        driver.start(F_VERSION_1);
+        driver.submit(0, 0, 512, true);
+        assert_eq!(driver.wait(), 1);
+        driver.reset();
+    }
+    assert_eq!(driver.node.error_lines.allow(), None);
+}
+
+#[test]
 fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
     let disk = MemoryDisk::new(64 << 10);
     let script = disk.script();
@@ -117,7 +180,7 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
     assert_eq!(failures.recv().unwrap().action, Action::Stop);
     // As the VMM does: it stops the guest, and goes on, for nothing at first.
     for disk_works in [false, true] {
-        driver.transport.drain();
+        driver.drain();
         assert_ne!(driver.used(), driver.avail, "the request is kept");
         script.fail(!disk_works);
         driver.node.retry_failed();
@@ -129,7 +192,7 @@ fn a_failed_request_is_kept_while_the_guest_is_stopped_and_tried_again() {
         }
     }
     assert_eq!(driver.wait(), 0);
-    driver.transport.drain();
+    driver.drain();
     assert!(!driver.node.has_kept_requests());
     let mut back = [0; 512];
     driver.node.read_at(&mut back, 3 * 512).unwrap();
@@ -146,11 +209,6 @@ fn writes_are_durable_at_once_for_a_driver_that_cannot_flush() {
         assert_eq!(script.flush_count(), flush_count);
     }
 }
-
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-const F_DISCARD: u64 = 1 << 13;
-const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Sectors of the disk that are zero, of eight that are not at first.
 fn zero_sectors(driver: &Driver) -> Vec<u64> {

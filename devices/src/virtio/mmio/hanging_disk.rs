@@ -4,12 +4,11 @@
 use super::*;
 use crate::block::memory::{MemoryDisk, Script};
 use crate::ram::GuestAddress;
+use crate::state::Persist;
+use crate::virtio::blk_request::{F_FLUSH, T_FLUSH, T_OUT};
 use crate::virtio::driver::*;
 use std::sync::mpsc;
 use vm_memory::Bytes;
-
-const REQUEST_T_OUT: u32 = 1;
-const REQUEST_T_FLUSH: u32 = 4;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
@@ -20,7 +19,7 @@ fn hanging() -> (Driver, Arc<Script>) {
     let (mut driver, script) = Driver::of(MemoryDisk::new(64 << 10));
     driver.start(F_VERSION_1 | F_FLUSH);
     script.hold(true);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     script.wait_until_held();
     (driver, script)
 }
@@ -81,7 +80,7 @@ fn a_reset_returns_while_the_disk_hangs_and_is_complete_when_it_wakes_up() {
     driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
     driver.avail = 0;
     driver.start(F_VERSION_1 | F_FLUSH);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.wait(), 0);
 }
 
@@ -94,14 +93,14 @@ fn a_reset_without_requests_in_flight_needs_no_thread_to_be_complete() {
         driver.ram.write_obj(0u32, GuestAddress(USED)).unwrap();
         driver.avail = 0;
         driver.start(F_VERSION_1 | F_FLUSH);
-        driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+        driver.submit(T_FLUSH, 0, 0, true);
         assert_eq!(driver.wait(), 0);
         if round % 2 == 0 {
             driver.reset();
             continue;
         }
         // Parked: no request is in flight, so the reset does not need its thread.
-        driver.transport.drain();
+        driver.drain();
         assert!(driver.transport.workers().all(|worker| worker.retire().is_none()));
         driver.set(0x70, 0);
         assert_eq!((driver.get(0x70), driver.get(0x44)), (0, 0));
@@ -129,7 +128,7 @@ fn a_drain_waits_for_a_reset_that_is_under_way_and_what_is_saved_is_a_reset_devi
     driver.ram.write_obj(0u32, GuestAddress(AVAIL)).unwrap();
     driver.avail = 0;
     driver.start(F_VERSION_1);
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.wait(), 0);
 }
 
@@ -171,8 +170,8 @@ fn a_guest_goes_on_although_its_drain_has_not_ended() {
     assert_eq!(driver.wait(), 0);
     assert_eq!(script.flush_count(), 2);
     assert!(first.wait_until(soon()) && first.took().is_some());
-    driver.transport.drain();
-    driver.submit(REQUEST_T_FLUSH, 0, 0, true);
+    driver.drain();
+    driver.submit(T_FLUSH, 0, 0, true);
     assert_eq!(driver.used(), 2, "it is parked all the same");
     driver.transport.resume();
     assert_eq!(driver.wait(), 0);
@@ -201,14 +200,14 @@ fn a_device_can_be_dropped_while_its_disk_hangs() {
 fn a_record_can_be_restored_again_before_the_device_runs() {
     let (mut source, script) = Driver::of(MemoryDisk::new(64 << 10));
     source.start(F_VERSION_1 | F_EVENT_IDX);
-    source.transport.drain();
+    source.drain();
     let early = source.transport.save_record("disk0");
     source.transport.resume();
-    source.submit(REQUEST_T_FLUSH, 0, 0, true);
+    source.submit(T_FLUSH, 0, 0, true);
     source.wait();
-    source.transport.drain();
+    source.drain();
     source.ram.write_slice(&[7; 512], GuestAddress(DATA)).unwrap();
-    source.submit(REQUEST_T_OUT, 0, 512, true);
+    source.submit(T_OUT, 0, 512, true);
     let late = source.transport.save_record("disk0");
     let mut destination = Driver::with(source.ram.clone(), source.node.clone(), source.avail);
     for record in [&early, &late, &early, &late] {
@@ -218,7 +217,7 @@ fn a_record_can_be_restored_again_before_the_device_runs() {
     let accesses = script.accesses().len();
     destination.transport.resume();
     assert_eq!(destination.wait(), 0);
-    destination.transport.drain();
+    destination.drain();
     assert_eq!(destination.used(), 2, "one was answered at the source");
     assert_eq!(script.accesses().len() - accesses, 1, "by one worker, once");
 }

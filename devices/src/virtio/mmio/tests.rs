@@ -4,6 +4,8 @@ use super::*;
 use crate::block::memory::MemoryDisk;
 use crate::hostile::{any_changes, any_json, change};
 use crate::ram::{GuestAddress, PAGE_SIZE};
+use crate::state::Persist;
+use crate::virtio::blk_request::F_FLUSH;
 use crate::virtio::driver::*;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
@@ -38,7 +40,7 @@ fn a_request_in_the_ring_is_served_after_a_move() {
     source.start(F_VERSION_1 | F_EVENT_IDX);
     source.submit(4, 0, 0, true);
     source.wait();
-    source.transport.drain();
+    source.drain();
     source.ram.write_slice(&[7; 512], GuestAddress(DATA)).unwrap();
     source.submit(1, 0, 512, true);
     let record = source.transport.save_record("disk0");
@@ -95,7 +97,7 @@ fn a_hostile_ring_makes_the_device_need_a_reset() {
         driver.start(F_VERSION_1);
         attack(&mut driver);
         driver.wait_for_needs_reset();
-        driver.transport.drain();
+        driver.drain();
     }
 }
 
@@ -129,7 +131,7 @@ fn status_out_of_order_and_unknown_features_are_refused() {
 fn records_of_impossible_devices_are_refused() {
     let mut driver = Driver::new();
     driver.start(F_VERSION_1);
-    driver.transport.drain();
+    driver.drain();
     let good = driver.transport.save();
     let refused = |change: &dyn Fn(&mut MmioState)| {
         let mut state = good.clone();
@@ -156,7 +158,7 @@ fn a_record_of_version_1_has_its_one_queue() {
     driver.start(F_VERSION_1);
     driver.submit(4, 0, 0, true);
     driver.wait();
-    driver.transport.drain();
+    driver.drain();
     let now = driver.transport.save_record("disk0");
     let mut old = now.clone();
     old.version = 1;
@@ -226,13 +228,13 @@ fn all_queues_are_drained_together_and_move_together() {
         source.submit(4, 0, 0, true);
     }
     script.wait_until_held_by(3);
-    let drain = source.transport.begin_drain();
+    let mut drain = source.transport.begin_drain();
     for queue in 0..3 {
         source.select(queue);
         source.submit(4, 0, 0, true);
     }
     script.hold(false);
-    drain.wait();
+    assert!(drain.wait_until(Instant::now() + Duration::from_secs(30)));
     for queue in 0..3 {
         source.select(queue);
         assert_eq!(source.used(), 1, "one was in flight, the other stays in the ring");
@@ -262,7 +264,7 @@ fn one_broken_queue_stops_the_whole_device() {
     driver.wait_for_needs_reset();
     driver.select(0);
     driver.submit(4, 0, 0, true);
-    driver.transport.drain();
+    driver.drain();
     assert_eq!(driver.used(), 0);
     driver.set(0x70, 0);
     assert_eq!(driver.get(0x70), 0);
@@ -276,7 +278,7 @@ fn whatever_the_device_writes_is_marked_for_migration() {
     driver.ram.iter().for_each(|region| region.get_mmap().bitmap().reset());
     driver.set(0x50, 0);
     driver.wait();
-    driver.transport.drain();
+    driver.drain();
     for (page, marked) in [(USED, true), (DATA, true), (STATUS, true)] {
         assert_eq!(driver.marked(page), marked, "page {:#x}", page / PAGE_SIZE);
     }
@@ -294,7 +296,7 @@ fn with_event_index_no_interrupt_comes_before_the_driver_wants_it() {
     for expected in [0, 0, 1] {
         driver.submit(4, 0, 0, true);
         driver.wait();
-        driver.transport.drain();
+        driver.drain();
         assert_eq!(driver.irq.count(), expected);
         driver.transport.resume();
     }
@@ -310,9 +312,9 @@ fn a_drain_waits_for_the_request_in_flight_and_leaves_the_rest() {
     script.wait_until_held();
     let (sender, drained) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        let transport = &mut driver.transport;
+        let driver = &mut driver;
         scope.spawn(move || {
-            transport.drain();
+            driver.drain();
             sender.send(()).unwrap();
         });
         assert!(drained.recv_timeout(Duration::from_millis(50)).is_err(), "one is in flight");
@@ -354,7 +356,7 @@ fn a_guest_that_never_stops_asking_cannot_hold_up_a_reset() {
             }
         }
     });
-    driver.transport.drain();
+    driver.drain();
     driver.transport.resume();
     driver.reset();
     stop.store(true, Ordering::SeqCst);
@@ -368,7 +370,7 @@ fn draining_an_idle_device_is_quick() {
     let mut times: Vec<Duration> = (0..101)
         .map(|_| {
             let start = Instant::now();
-            driver.transport.drain();
+            driver.drain();
             let time = start.elapsed();
             driver.transport.resume();
             time
@@ -389,7 +391,7 @@ proptest! {
         for (offset, value, write) in accesses {
             if write { driver.set(offset, value) } else { let _ = driver.get(offset); }
         }
-        driver.transport.drain();
+        driver.drain();
         let record = driver.transport.save_record("disk0");
         // Whatever a guest can program can also be moved: it cannot pin itself to its host.
         let (mut destination, _) = Driver::several(2);
@@ -412,7 +414,7 @@ proptest! {
         for (offset, value) in accesses {
             driver.set(offset, value);
         }
-        driver.transport.drain();
+        driver.drain();
         let record = driver.transport.save_record("disk0");
         let (ram, node) = (driver.ram.clone(), driver.node.clone());
         let mut destination = Driver::with_queues(ram, node, 0, 3);
@@ -424,7 +426,7 @@ proptest! {
     fn any_record_is_survived(changes in any_changes(), other in prop::option::of(any_json())) {
         let mut driver = Driver::new();
         driver.start(F_VERSION_1);
-        driver.transport.drain();
+        driver.drain();
         let mut record = driver.transport.save_record("disk0");
         match other {
             Some(other) => record.state = other,
@@ -433,7 +435,7 @@ proptest! {
         if driver.transport.restore_record(record).is_ok() {
             driver.transport.resume();
             driver.set(0x50, 0);
-            driver.transport.drain();
+            driver.drain();
         }
         driver.set(0x70, 0);
         prop_assert_eq!(driver.get(0x70), 0);
@@ -460,7 +462,7 @@ proptest! {
         }
         driver.ram.write_obj(avail, GuestAddress(AVAIL + 2)).unwrap();
         driver.set(0x50, 0);
-        driver.transport.drain();
+        driver.drain();
         let record = driver.transport.save_record("disk0");
         let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), 0);
         prop_assert!(destination.transport.restore_record(record).is_ok());
