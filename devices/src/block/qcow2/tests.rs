@@ -173,9 +173,9 @@ fn two_programs_that_take_turns_see_each_others_clusters_and_allocate_none_twice
     let (_, longer) = made(folder.path(), None);
     drop(longer);
     let file = OpenOptions::new().write(true).open(&path).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &(1_u64 << 20).to_be_bytes(), 24).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 0, 0, 0x10, 0, 0], 24).unwrap();
     let reopened = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, &(512_u64 << 10).to_be_bytes(), 24).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 0, 0, 8, 0, 0], 24).unwrap();
     assert!(matches!(reopened.lock(), Err(LockError::Unreadable { .. })));
     opened(&path, false);
 }
