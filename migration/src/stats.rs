@@ -2,6 +2,7 @@
 //! They outlive the migration. For reports only: no decision reads them.
 
 use crate::block::stats::DiskStats;
+use crate::error::Panicked;
 use crate::guest::PartTime;
 use crate::units::{micros, millis};
 use serde_json::{Value, json};
@@ -488,6 +489,16 @@ impl Counters {
             throttle_percent: stats.throttle_percent,
             ..StatsSnapshot::default()
         }
+    }
+
+    /// The migration's thread panicked; `unknown` if the right to run was spent already.
+    pub fn panicked(&self, unknown: bool) {
+        self.update(|stats| {
+            stats.status = MigrationStatus::Failed;
+            stats.total_time = stats.started.map(|started| started.elapsed());
+            stats.error = Some(Panicked("migrates the guest").to_string());
+            stats.outcome_unknown = unknown;
+        });
     }
 
     /// Records that a destination listens at `address`, QEMU's `SocketAddress`.

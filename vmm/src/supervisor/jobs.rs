@@ -27,6 +27,7 @@ use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
@@ -108,7 +109,8 @@ impl Jobs {
         incoming: bool,
         params: Params,
         owner: Owner,
-        work: impl FnOnce(JobId, Arc<Counters>, CancelToken, SharedParams) + Send + 'static,
+        mailbox: Mailbox,
+        work: impl FnOnce(JobId, Arc<Counters>, CancelToken, SharedParams) -> Message + Send + 'static,
     ) -> io::Result<()> {
         let id = JobId(self.last_id.0 + 1);
         self.last_id = id;
@@ -125,7 +127,10 @@ impl Jobs {
             .stack_size(512 << 10)
             .spawn(move || {
                 yield_to_guests();
-                work(id, counters, token, shared);
+                // Unwinding resumes the guest or drops what has arrived; here its end is reported.
+                let work = AssertUnwindSafe(|| work(id, counters, token, shared));
+                let end = catch_unwind(work);
+                mailbox.post(end.unwrap_or(Message::MigrationPanicked(id)));
             })?;
         self.current = Some(Job { id, incoming, thread, cancel, params, owner });
         Ok(())
@@ -143,7 +148,8 @@ impl Jobs {
         let Leaving { vm, mut description, payload, nodes, measurement, params, owner } = leaving;
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
-        self.spawn(false, params, owner, move |id, counters, cancel, params| {
+        let to_us = mailbox.clone();
+        self.spawn(false, params, owner, to_us, move |id, counters, cancel, params| {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
@@ -165,8 +171,7 @@ impl Jobs {
                 cancel,
                 events: &mut events,
             };
-            let outcome = source.migrate(&to);
-            mailbox.post(Message::OutgoingEnded(id, outcome));
+            Message::OutgoingEnded(id, source.migrate(&to))
         })
     }
 
@@ -178,7 +183,8 @@ impl Jobs {
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
-        self.spawn(true, Params::default(), Owner::default(), move |id, counters, cancel, _| {
+        let (params, owner, to_us) = (Params::default(), Owner::default(), mailbox.clone());
+        self.spawn(true, params, owner, to_us, move |id, counters, cancel, _| {
             counters.listening(address);
             let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
             let mut events = |event| mailbox.post(Message::Migration(event));
@@ -189,7 +195,7 @@ impl Jobs {
             drop(listener);
             let result = result.map_err(|error: DestinationError| crate::error::chain(&error));
             host.clean_up();
-            mailbox.post(Message::IncomingEnded(id, result));
+            Message::IncomingEnded(id, result)
         })
     }
 
@@ -266,6 +272,11 @@ impl Jobs {
         // The status that clients see.
         let ended = self.counters.snapshot().status.is_over();
         self.current.as_ref().is_some_and(|job| job.incoming || ended)
+    }
+
+    /// Whether migration `id` brings a guest.
+    pub fn brings(&self, id: JobId) -> bool {
+        self.current.as_ref().is_some_and(|job| job.id == id && job.incoming)
     }
 
     /// Whether a guest is incoming.
@@ -358,4 +369,33 @@ fn socket_address(address: &Address) -> Value {
 /// The right to run, claimed by the operator: a guest whose migration ended as unknown runs nowhere else.
 pub fn operators_permit() -> RunPermit {
     RunPermit::claimed_by_operator()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_thread_that_panics_is_reported_and_keeps_no_migration_busy() {
+        for (surrendered, incoming) in [(false, false), (true, false), (false, true)] {
+            let (mailbox, inbox) = crate::event_loop::mailbox_for_test();
+            let mut jobs = Jobs::default();
+            let owner = Owner { name: Some("one".into()), ends_with: None };
+            let work = |_, _, _, _| panic!("as a test wants it");
+            jobs.spawn(incoming, Params::default(), owner, mailbox, work).unwrap();
+            let Ok(Message::MigrationPanicked(id)) = inbox.recv_timeout(Duration::from_secs(30))
+            else {
+                panic!("nothing was said of it");
+            };
+            assert_eq!(jobs.brings(id), incoming);
+            jobs.counters.panicked(surrendered);
+            jobs.reap(id);
+            assert!(!jobs.busy());
+            let info = jobs.info(Some("one")).unwrap();
+            assert_eq!(info["status"], "failed", "{info}");
+            assert_eq!(info["x-outcome"] == "unknown", surrendered, "{info}");
+            assert!(info["error-desc"].as_str().unwrap().contains("panicked"), "{info}");
+        }
+    }
 }

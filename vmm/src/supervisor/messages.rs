@@ -32,6 +32,8 @@ pub enum Message {
     Migration(MigrationEvent),
     /// The outgoing migration has ended.
     OutgoingEnded(JobId, SourceOutcome),
+    /// The thread of a migration panicked.
+    MigrationPanicked(JobId),
     /// The incoming migration has ended; the text says why it failed.
     IncomingEnded(JobId, Result<(), String>),
 }

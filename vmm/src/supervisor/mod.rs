@@ -41,7 +41,7 @@ use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
 use ending::Ending;
 use guest::arriving::BuildContext;
-use jobs::{Jobs, Owner};
+use jobs::{JobId, Jobs, Owner};
 use messages::{Mailbox, Message};
 use migration::source::{MigrationEvent, SourceOutcome};
 use migration::stats::MigrationStatus;
@@ -379,15 +379,17 @@ impl Handler for Supervisor {
                     self.migration_ended(owner, &outcome);
                 }
             }
-            Message::IncomingEnded(id, result) => {
+            Message::IncomingEnded(id, result) => self.on_incoming_ended(id, result),
+            Message::MigrationPanicked(id) if self.jobs.brings(id) => {
+                let why = "the migration's thread panicked, which is a bug".to_owned();
+                self.on_incoming_ended(id, Err(why));
+            }
+            Message::MigrationPanicked(id) => {
+                // After the handover the guest may run at the destination.
+                self.jobs.counters.panicked(self.state == RunState::Postmigrate);
                 self.jobs.reap(id);
-                if let Some(ending) = &mut self.ending {
-                    ending.arrival_at_work = false;
-                    self.finish_ending();
-                } else if let Err(why) = result {
-                    let why = format!("the guest did not arrive: {why}");
-                    let event = Event::ending("SHUTDOWN", false, "host-error");
-                    self.end(Exit::new(exit_code::CANNOT_RUN, why), &event);
+                if let Some(machine) = &self.machine {
+                    machine.throttle(0);
                 }
             }
         }
@@ -502,6 +504,18 @@ impl Supervisor {
         {
             self.alarm = Some(next);
             self.event_loop.set_alarm(next.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    fn on_incoming_ended(&mut self, id: JobId, result: Result<(), String>) {
+        self.jobs.reap(id);
+        if let Some(ending) = &mut self.ending {
+            ending.arrival_at_work = false;
+            self.finish_ending();
+        } else if let Err(why) = result {
+            let why = format!("the guest did not arrive: {why}");
+            let event = Event::ending("SHUTDOWN", false, "host-error");
+            self.end(Exit::new(exit_code::CANNOT_RUN, why), &event);
         }
     }
 

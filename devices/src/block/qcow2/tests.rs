@@ -170,8 +170,8 @@ fn two_programs_that_take_turns_see_each_others_clusters_and_allocate_none_twice
         mine.unlock();
     }
     // What has become another image in between is not taken for the same.
-    let (_, longer) = made(folder.path(), None);
-    drop(longer);
+    let (path, image) = made(folder.path(), None);
+    drop(image);
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 0, 0, 0x10, 0, 0], 24).unwrap();
     let reopened = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
