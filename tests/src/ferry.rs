@@ -155,7 +155,8 @@ pub fn receive() -> Result<Destination> {
 
 /// Waits for a guest; a TCP port of 0 is any free one.
 pub fn receive_at(address: &str, more: &[&str]) -> Result<Destination> {
-    let vmm = start("receive", &[&[address], more].concat())?;
+    // More vCPUs than processors are usual here.
+    let vmm = start("receive", &[&[address, "--max-cpus=16"], more].concat())?;
     let said = vmm.process.err.wait_for("listening on ", SOON)?;
     let address = said.text.split("listening on ").nth(1).and_then(|rest| rest.split(' ').next());
     let address = address.context("no address announced")?.trim_end_matches([',', ';']).to_owned();

@@ -385,3 +385,20 @@ fn json_steps_end_with_a_summary_in_qemus_names() {
         assert!(ended.summary[key].is_number(), "{key}: {}", ended.summary);
     }
 }
+
+#[test]
+fn a_guest_that_is_larger_than_allowed_is_refused_before_anything_is_built() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let mut source = ferry::run(&Guest::new("work=idle", 128)).unwrap();
+    source.wait_line("^HB ").unwrap();
+    let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--max-memory", "127M"]).unwrap();
+    let ended = ferry::migrate(&source, &destination.address, &[]).unwrap();
+    assert_eq!(ended.code, 1);
+    for word in ["128 MiB", "127 MiB", "--max-memory"] {
+        assert!(ended.errors.contains(word), "{}", ended.errors);
+    }
+    assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 126);
+    assert_goes_on(&mut source);
+}

@@ -2,10 +2,11 @@
 
 use crate::config::{
     BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
-    parse_duration, parse_rate,
+    parse_duration, parse_memory, parse_rate,
 };
 use crate::disk_selection::DiskSelection;
 use crate::exit_code;
+use crate::limits::Limits;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;
@@ -86,6 +87,12 @@ pub struct ReceiveArgs {
     /// Leave the guest paused after its migration
     #[arg(long)]
     pub paused: bool,
+    /// Most memory of a guest, e.g. 4G [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    pub max_memory: Option<u64>,
+    /// Most vCPUs of a guest [default: this host's processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub max_cpus: Option<u8>,
     /// Kernel to boot if the guest resets itself here
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
@@ -116,6 +123,7 @@ impl ReceiveArgs {
             disk_dir: self.disk_dir,
             overwrite: self.overwrite,
             paused: self.paused,
+            limits: Limits { memory_bytes: self.max_memory, cpus: self.max_cpus },
             boot: self.kernel.map(|kernel| BootFiles { kernel, initrd: self.initrd }),
             host,
         })

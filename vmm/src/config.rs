@@ -6,6 +6,7 @@ mod units;
 pub use disk::{DiskConfig, ReceiveDisk, is_id};
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
 
+use crate::limits::Limits;
 use crate::machine::description::check_rng;
 use migration::transport::Address;
 use regex_lite::Regex;
@@ -123,6 +124,8 @@ pub struct ReceiveConfig {
     pub overwrite: bool,
     /// Leave it paused after its migration.
     pub paused: bool,
+    /// The largest guest to accept.
+    pub limits: Limits,
     /// What to boot if the guest requests a reset.
     pub boot: Option<BootFiles>,
     /// Options of this process.

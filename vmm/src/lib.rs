@@ -20,6 +20,7 @@ pub mod exit_code;
 pub mod footprint;
 pub mod images;
 pub mod kvm;
+pub mod limits;
 pub mod log_queue;
 pub mod machine;
 pub mod shuttle;

@@ -17,6 +17,7 @@ pub mod vcpus;
 use crate::boot::BootError;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
+use crate::limits::LimitError;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::irq::{EventIrq, IrqLine};
@@ -48,6 +49,8 @@ pub enum MachineError {
     Vcpus(#[from] VcpusError),
     #[error(transparent)]
     Description(#[from] DescriptionError),
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// The CPU lacks features of the guest's CPUID.
     #[error("this host's CPU lacks features that the guest uses: {}", .0.join(", "))]
     CpuFeatures(Vec<String>),

@@ -90,6 +90,9 @@ impl Child {
     ) -> io::Result<Self> {
         let mut command = ferry("receive")?;
         command.arg(format!("unix:{}", address(folder, id).display()));
+        // The guest has its memory on this host already.
+        command.arg(format!("--max-memory={}B", config.memory_bytes));
+        command.arg(format!("--max-cpus={}", config.cpus));
         for (id, disk) in &config.disks {
             let cache = match disk.cache {
                 Cache::Writeback => "writeback",

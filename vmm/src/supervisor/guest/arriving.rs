@@ -58,6 +58,7 @@ impl BuildContext {
         go_on: GoOn<'_>,
     ) -> Result<Built, MachineError> {
         let mut description = Description::from_stream(description)?;
+        self.config.limits.check(&description)?;
         let mut images = Images::prepare(&description.disks, &self.config, go_on)?;
         // Applies to this migration only: the next one chooses its disks anew.
         description.disks.iter_mut().for_each(|disk| disk.travels = None);
