@@ -9,7 +9,7 @@
 
 use super::page::Page;
 use devices::ram::PageIndex;
-use std::collections::HashMap;
+use std::collections::{HashMap, TryReserveError};
 
 /// Memory is allocated on demand, in pieces of this many pages.
 const PIECE_PAGES: usize = 256;
@@ -99,7 +99,7 @@ impl<T: Copy> Cache<T> {
     }
 
     /// Records that the destination has `value` for `page`. Returns false if `page` is not cached and no
-    /// entry may be evicted.
+    /// entry may be evicted. Where this host has no memory for more, the cache stays as large as it is.
     pub fn insert(&mut self, page: PageIndex, value: &T) -> bool {
         if let Some(known) = self.lookup(page) {
             *known = *value;
@@ -109,7 +109,7 @@ impl<T: Copy> Cache<T> {
         let place = if let Some(place) = self.free.pop() {
             self.entries[place] = entry;
             place
-        } else if self.entries.len() < self.capacity {
+        } else if self.entries.len() < self.capacity && self.has_memory_for_one_more(value) {
             self.entries.push(entry);
             self.entries.len() - 1
         } else {
@@ -117,12 +117,31 @@ impl<T: Copy> Cache<T> {
             self.entries[place] = entry;
             place
         };
-        if place / PIECE_PAGES == self.pieces.len() {
-            self.pieces.push(vec![*value; PIECE_PAGES].into_boxed_slice());
-        }
         self.places.insert(page, place);
         *self.at(place) = *value;
         true
+    }
+
+    /// Allocates what a further entry needs. If that fails, says so and gives up growing.
+    fn has_memory_for_one_more(&mut self, value: &T) -> bool {
+        let mut grow = || {
+            self.entries.try_reserve(1)?;
+            self.places.try_reserve(1)?;
+            if self.entries.len() / PIECE_PAGES == self.pieces.len() {
+                let mut piece = Vec::new();
+                piece.try_reserve_exact(PIECE_PAGES)?;
+                piece.resize(PIECE_PAGES, *value);
+                self.pieces.push(piece.into_boxed_slice());
+            }
+            Ok::<_, TryReserveError>(())
+        };
+        let Err(error) = grow() else { return true };
+        self.capacity = self.entries.len();
+        let bytes = self.capacity_bytes();
+        log::warn!(
+            "the XBZRLE cache stays at {bytes} bytes, this host has no memory for more: {error}"
+        );
+        false
     }
 
     /// Drops `page`: the destination's version is no longer known.

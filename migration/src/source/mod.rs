@@ -26,7 +26,7 @@ use crate::guest::{GuestControl, GuestError, MachineDescription};
 use crate::params::SharedParams;
 use crate::participant::{Outcome, Outgoing};
 use crate::stats::{Counters, MigrationStatus, NotConverging};
-use crate::transport::{Address, SocketTransport, Transport};
+use crate::transport::{Address, Peer, Transport};
 use crate::wire::{Role, WireError};
 use handover::Handover;
 use session::{Connect, Session};
@@ -73,10 +73,17 @@ impl Source<'_> {
     /// Moves the guest to `address`. On return the guest runs there, here, or (unknown) nowhere.
     pub fn migrate(self, address: &Address) -> SourceOutcome {
         let cancel = self.cancel.clone();
-        self.migrate_by(&mut |_| match SocketTransport::connect(address, &cancel) {
-            Ok(transport) => Ok(Arc::new(transport)),
-            Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
-            Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
+        let mut resolved = None;
+        self.migrate_by(&mut |_| {
+            let peer = match resolved.take() {
+                Some(peer) => Ok(peer),
+                None => Peer::resolve(address),
+            };
+            match peer.and_then(|peer| resolved.insert(peer).connect(&cancel)) {
+                Ok(transport) => Ok(Arc::new(transport)),
+                Err(_) if cancel.is_cancelled() => Err(SourceError::Cancelled),
+                Err(source) => Err(SourceError::Connect { address: address.to_string(), source }),
+            }
         })
     }
 

@@ -20,7 +20,7 @@ pub mod vectored;
 pub use address::Address;
 pub use channel::{Channel, Throttle};
 pub use liveness::Liveness;
-pub use socket::{Listener, SocketTransport};
+pub use socket::{Listener, Peer, SocketTransport};
 pub use vectored::PageSlice;
 
 use std::io;

@@ -34,26 +34,44 @@ impl SocketTransport {
         Ok(Self { socket, patience: PATIENCE })
     }
 
-    /// Connects. Cancellable, except during the resolution of a host name.
+    /// Connects once; see [`Peer`].
     pub fn connect(address: &Address, cancel: &CancelToken) -> io::Result<Self> {
-        match address {
-            Address::Unix(path) => connect_to(Domain::UNIX, &SockAddr::unix(path)?, cancel),
-            Address::Tcp(host_port) => {
-                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-                for to in host_port.to_socket_addrs()? {
-                    match connect_to(Domain::for_address(to), &to.into(), cancel) {
-                        Ok(transport) => return Ok(transport),
-                        Err(error) => last = error,
-                    }
-                }
-                Err(last)
-            }
-        }
+        Peer::resolve(address)?.connect(cancel)
     }
 
     /// Changes how long the peer may stall.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;
+    }
+}
+
+/// The destination of several connections, resolved once: a name may stand for several hosts, and all
+/// connections of a migration must go to the same one.
+#[derive(Debug)]
+pub struct Peer(Vec<SockAddr>);
+
+impl Peer {
+    /// Resolves `address`. A host name may take as long as the resolver does.
+    pub fn resolve(address: &Address) -> io::Result<Self> {
+        Ok(Self(match address {
+            Address::Unix(path) => vec![SockAddr::unix(path)?],
+            Address::Tcp(host_port) => host_port.to_socket_addrs()?.map(SockAddr::from).collect(),
+        }))
+    }
+
+    /// Connects to the first address that accepts, and from then on to that one only. Cancellable.
+    pub fn connect(&mut self, cancel: &CancelToken) -> io::Result<SocketTransport> {
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for to in &self.0 {
+            match connect_to(to.domain(), to, cancel) {
+                Ok(transport) => {
+                    self.0 = vec![to.clone()];
+                    return Ok(transport);
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 }
 
@@ -148,5 +166,28 @@ impl Listener {
 
     pub(super) fn raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn all_connections_go_to_the_host_that_accepted_the_first_one() {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let (closed, first, second) = (listen(), listen(), listen());
+        let address = |listener: &TcpListener| SockAddr::from(listener.local_addr().unwrap());
+        let mut peer = Peer(vec![address(&closed), address(&first), address(&second)]);
+        drop(closed);
+        let cancel = CancelToken::new();
+        peer.connect(&cancel).unwrap();
+        first.accept().unwrap();
+        drop(first);
+        // Not to the other host, which knows nothing of this migration.
+        peer.connect(&cancel).unwrap_err();
+        second.set_nonblocking(true).unwrap();
+        assert_eq!(second.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 }
