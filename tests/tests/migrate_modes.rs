@@ -292,7 +292,7 @@ fn a_source_that_is_killed_never_leaves_half_a_guest_in_any_mode() {
             if destination.serial().wait_for("^HB ", SOON).is_ok() {
                 ferry::verify_at(destination, &[pair.source.serial()]).unwrap();
             } else {
-                assert_eq!(destination.process.exit_code(SOON).unwrap(), 1);
+                assert_eq!(destination.process.exit_code(SOON).unwrap(), 126);
                 assert_eq!(destination.serial().text(), "");
             }
         }
@@ -326,7 +326,7 @@ fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
                     let why = info["error-desc"].as_str().unwrap();
                     assert!(why.contains(&format!("data channel {}", last - 1)), "{why}");
                 }
-                assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+                assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 126);
             }
         }
         assert!(stayed >= 6, "no moment was early enough to test anything");
@@ -351,7 +351,7 @@ fn a_cancel_leaves_the_guest_at_the_source_in_any_mode_and_a_retry_succeeds() {
             }
             assert_eq!(info["status"], "cancelled", "{info}");
             pair.check_stayed().unwrap();
-            assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 1);
+            assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 126);
             pair.move_after_all().unwrap();
             stayed += 1;
         }

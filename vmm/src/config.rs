@@ -165,7 +165,7 @@ pub struct RunOptions {
     /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
-    /// A disk: path=PATH[,id=ID][,format=raw|qcow2][,readonly=on][,queues=N][,cache=writeback|none]
+    /// A disk: path=PATH[,id=ID][,format=raw|qcow2][,backing=none|PATH][,readonly=on][,queues=N][,cache=writeback|none]
     #[arg(long = "disk", value_name = "path=PATH,…")]
     #[serde(deserialize_with = "disks_from_text")]
     pub disk: Vec<DiskConfig>,

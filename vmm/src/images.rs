@@ -12,7 +12,7 @@ use crate::machine::MachineError;
 use crate::machine::description::{BackingDescription, DiskDescription, Travels};
 use devices::block::backend::{BackingChain, BlockBackend, GoOn, LockError};
 use devices::block::failure::ErrorPolicy;
-use devices::block::qcow2::{Backing, Qcow2File};
+use devices::block::qcow2::{Backing, BackingChoice, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};
 use devices::block::{BlockNode, Format, open_image};
 use migration::block::IncomingDisk;
@@ -146,7 +146,9 @@ impl Images {
             let node = match &disk.travels {
                 None => {
                     let Place { path, format, cache, .. } = &place;
-                    let backend = open_image(path, *format, disk.read_only, *cache);
+                    let given = place.backing.clone().map(BackingChoice::Given);
+                    let backing = given.unwrap_or_default();
+                    let backend = open_image(path, *format, disk.read_only, *cache, backing);
                     let backend = backend.map_err(|error| failed(id, error))?;
                     Arc::new(BlockNode::new(id, backend).with_policy(place.errors))
                 }

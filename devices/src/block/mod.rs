@@ -23,6 +23,7 @@ use crate::log_limit::LogLimit;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
+use qcow2::BackingChoice;
 use raw::{Cache, OpenError, RawFile};
 use std::fs::File;
 use std::io;
@@ -66,16 +67,17 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// Opens the image of a disk, without locking it.
+/// Opens the image of a disk, without locking it. Only a qcow2 image has a backing file.
 pub fn open_image(
     path: &Path,
     format: Format,
     read_only: bool,
     cache: Cache,
+    backing: BackingChoice,
 ) -> Result<Box<dyn BlockBackend>, OpenError> {
     Ok(match format {
         Format::Raw => Box::new(RawFile::open(path, read_only, cache)?),
-        Format::Qcow2 => Box::new(qcow2::Qcow2File::open(path, read_only, cache)?),
+        Format::Qcow2 => Box::new(qcow2::Qcow2File::open(path, read_only, cache, backing)?),
     })
 }
 

@@ -15,8 +15,8 @@ use super::backend::{
 use super::ofd_lock::Operation;
 use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_file};
 use super::{Format, SECTOR_BYTES};
-pub use chain::Backing;
-use chain::{Chain, recorded_backing};
+use chain::Chain;
+pub use chain::{Backing, BackingChoice};
 use imago::file::File as ImagoFile;
 use imago::format::drivers::FormatDriverInstance;
 use imago::qcow2::Qcow2;
@@ -41,6 +41,8 @@ pub struct Qcow2File {
     len_bytes: u64,
     read_only: bool,
     cache: Cache,
+    /// What the user said about its backing file.
+    choice: BackingChoice,
     /// Its backing chain.
     chain: Option<Chain>,
 }
@@ -75,12 +77,17 @@ fn refused(what: String) -> io::Error {
 }
 
 impl Qcow2File {
-    /// Opens the image and the backing chain that it records, without locking: nothing but the headers is
-    /// read, and nothing written. It can be used once it is locked.
-    pub fn open(path: &Path, read_only: bool, cache: Cache) -> Result<Self, OpenError> {
+    /// Opens the image and its backing chain, without locking: nothing but the headers is read, and nothing
+    /// written. It can be used once it is locked.
+    pub fn open(
+        path: &Path,
+        read_only: bool,
+        cache: Cache,
+        choice: BackingChoice,
+    ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let file = open_file(path, !read_only, cache).map_err(failed)?;
-        Self::assemble(file, path, path, read_only, cache)
+        Self::assemble(file, path, path, read_only, cache, choice)
     }
 
     /// Creates a blank image of `len_bytes`, with backing file `backing` if given, in the file `partial`;
@@ -112,7 +119,7 @@ impl Qcow2File {
                 if cache == Cache::None {
                     make_direct(&file, path)?;
                 }
-                Self::assemble(file, partial, path, false, cache)
+                Self::assemble(file, partial, path, false, cache, BackingChoice::Recorded)
             })
             .inspect_err(|_| drop(std::fs::remove_file(partial)))
     }
@@ -123,12 +130,13 @@ impl Qcow2File {
         path: &Path,
         read_only: bool,
         cache: Cache,
+        choice: BackingChoice,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Open { path: path.to_owned(), source };
         let same = file.try_clone().map_err(failed)?;
         let header = storage(same, at, false, cache).and_then(|it| Qcow2::open_image(it, false));
         let header = header.map_err(failed)?;
-        let backing = recorded_backing(&header, at).map_err(failed)?;
+        let backing = choice.of(&header, at).map_err(failed)?;
         let len_bytes = header.size();
         if len_bytes == 0 {
             return Err(OpenError::Empty { path: path.to_owned() });
@@ -138,14 +146,14 @@ impl Qcow2File {
         }
         let chain = backing.map(Chain::open).transpose().map_err(failed)?;
         let (image, path, at) = (RwLock::new(None), path.to_owned(), at.to_owned());
-        Ok(Self { image, file, path, at, len_bytes, read_only, cache, chain })
+        Ok(Self { image, file, path, at, len_bytes, read_only, cache, choice, chain })
     }
 
     /// Reads the metadata of the image, which is locked.
     fn load(&self) -> io::Result<FormatAccess<ImagoFile>> {
         let storage = storage(self.file.try_clone()?, &self.at, !self.read_only, self.cache)?;
         let mut image = Qcow2::open_image(storage, !self.read_only)?;
-        let backing = recorded_backing(&image, &self.at)?;
+        let backing = self.choice.of(&image, &self.at)?;
         if image.size() != self.len_bytes || backing.as_ref() != self.chain.as_ref().map(Chain::top)
         {
             return Err(refused("its size or backing file has changed since it was opened".into()));

@@ -2,7 +2,7 @@
 
 use devices::block::Format;
 use devices::block::failure::ErrorPolicy;
-use devices::block::qcow2::Backing;
+use devices::block::qcow2::{Backing, BackingChoice};
 use devices::block::raw::Cache;
 use devices::virtio::blk::MAX_QUEUES;
 use std::path::PathBuf;
@@ -17,6 +17,8 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// Image format; never probed.
     pub format: Format,
+    /// Its backing file, if not the recorded one.
+    pub backing: BackingChoice,
     /// Whether it is read-only for the guest.
     pub read_only: bool,
     /// What to do about failed requests.
@@ -36,11 +38,14 @@ impl FromStr for DiskConfig {
         let (mut path, mut id, mut read_only) = (None, None, false);
         let (mut queues, mut cache, mut format) = (1, Cache::Writeback, Format::Raw);
         let mut errors = ErrorPolicy::default();
+        let (mut backing, mut backing_format) = (None, None);
         for pair in text.split(',') {
             match pair.split_once('=') {
                 Some(("path" | "file", value)) if !value.is_empty() => path = Some(value.into()),
                 Some(("id", value)) => id = Some(value.to_owned()),
                 Some(("format", value)) => format = value.parse()?,
+                Some(("backing", value)) => backing = Some(value.to_owned()),
+                Some(("backing-format", value)) => backing_format = Some(value.parse()?),
                 Some(("readonly", "on")) => read_only = true,
                 Some(("readonly", "off")) => read_only = false,
                 Some(("queues", value)) => queues = parse_queues(value)?,
@@ -48,14 +53,29 @@ impl FromStr for DiskConfig {
                 Some(("rerror", value)) => errors.on_read = value.parse()?,
                 Some(("werror", value)) => errors.on_write = value.parse()?,
                 _ => {
-                    let keys = "path=PATH[,id=ID][,format=raw|qcow2][,readonly=on|off][,queues=N]\
+                    let keys = "path=PATH[,id=ID][,format=raw|qcow2][,backing=none|PATH]\
+                                [,backing-format=raw|qcow2][,readonly=on|off][,queues=N]\
                                 [,cache=writeback|none][,rerror=report|ignore|stop|enospc][,werror=…]";
                     return Err(format!("{pair:?} in {text:?}: expected {keys}"));
                 }
             }
         }
         let path = path.ok_or_else(|| format!("{text:?} has no path=PATH"))?;
-        Ok(Self { path, id, format, read_only, errors, queues, cache, text: text.to_owned() })
+        let backing = match (backing.as_deref(), backing_format, format) {
+            (None, None, _) => BackingChoice::Recorded,
+            (Some("none"), None, Format::Qcow2) => BackingChoice::None,
+            (Some(path), Some(format), Format::Qcow2) => {
+                BackingChoice::Given(Backing { path: path.into(), format })
+            }
+            _ => {
+                return Err(format!(
+                    "{text:?}: a backing file needs format=qcow2 and backing=none, or backing=PATH and \
+                     backing-format=raw|qcow2"
+                ));
+            }
+        };
+        let text = text.to_owned();
+        Ok(Self { path, id, format, backing, read_only, errors, queues, cache, text })
     }
 }
 
@@ -139,6 +159,14 @@ mod tests {
         assert_eq!((disk.queues, disk.cache), (1, Cache::Writeback));
         let disk: DiskConfig = "path=/a,queues=16,cache=none".parse().unwrap();
         assert_eq!((disk.queues, disk.cache), (16, Cache::None));
+        let disk = |more: &str| format!("path=/a,{more}").parse::<DiskConfig>();
+        let given = BackingChoice::Given(Backing { path: "/b".into(), format: Format::Raw });
+        assert_eq!(disk("format=qcow2").unwrap().backing, BackingChoice::Recorded);
+        assert_eq!(disk("format=qcow2,backing=none").unwrap().backing, BackingChoice::None);
+        assert_eq!(disk("format=qcow2,backing=/b,backing-format=raw").unwrap().backing, given);
+        for bad in ["backing=none", "format=qcow2,backing=/b", "format=qcow2,backing-format=raw"] {
+            assert!(disk(bad).unwrap_err().contains("backing"), "{bad}");
+        }
         for bad in ["queues=0", "queues=17", "queues=", "queues=-1", "cache=unsafe", "cache="] {
             assert!(format!("path=/a,{bad}").parse::<DiskConfig>().is_err(), "{bad}");
         }

@@ -456,7 +456,8 @@ fn build_first(
 ) -> Result<Box<Machine>, SetupError> {
     let mut nodes = Vec::with_capacity(config.disks.len());
     for (id, disk) in &config.disks {
-        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache)?;
+        let backing = disk.backing.clone();
+        let backend = open_image(&disk.path, disk.format, disk.read_only, disk.cache, backing)?;
         let node = BlockNode::new(id.clone(), backend).with_policy(disk.errors);
         nodes.push(Arc::new(node));
     }

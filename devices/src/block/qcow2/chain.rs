@@ -34,6 +34,29 @@ pub struct Backing {
     pub format: Format,
 }
 
+/// Which backing file an image has.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum BackingChoice {
+    /// The one that its header records, if any.
+    #[default]
+    Recorded,
+    /// None, whatever its header records: what it does not hold itself reads as zeroes.
+    None,
+    /// This one, whatever its header records.
+    Given(Backing),
+}
+
+impl BackingChoice {
+    pub(super) fn of(&self, image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<Backing>> {
+        refuse_data_file(image)?;
+        match self {
+            Self::Recorded => recorded_backing(image, path),
+            Self::None => Ok(None),
+            Self::Given(backing) => Ok(Some(backing.clone())),
+        }
+    }
+}
+
 /// The files below an image.
 pub(super) struct Chain {
     top: Backing,
@@ -44,18 +67,20 @@ pub(super) struct Chain {
     digest: Mutex<Option<String>>,
 }
 
-/// The backing file that an image's header records.
-pub(super) fn recorded_backing(
-    image: &Qcow2<ImagoFile>,
-    path: &Path,
-) -> io::Result<Option<Backing>> {
+fn refuse_data_file(image: &Qcow2<ImagoFile>) -> io::Result<()> {
     if image.requires_external_data_file() {
         return Err(refused("it keeps its data in another file, which is not supported".into()));
     }
+    Ok(())
+}
+
+/// The backing file that an image's header records.
+fn recorded_backing(image: &Qcow2<ImagoFile>, path: &Path) -> io::Result<Option<Backing>> {
     let Some(name) = image.implicit_backing_file() else { return Ok(None) };
     let Some(format) = image.implicit_backing_format() else {
         return Err(refused(format!(
-            "its backing file {name:?} has no format recorded: `qemu-img rebase -u -b {name} -F FORMAT`"
+            "its backing file {name:?} has no format recorded: give backing={name},backing-format=FORMAT, \
+             or `qemu-img rebase -u -b {name} -F FORMAT`"
         )));
     };
     let format = format.parse().map_err(refused)?;
@@ -96,7 +121,7 @@ fn open_backing(
         }
         Format::Qcow2 => {
             let mut image = Qcow2::open_image(storage, false).map_err(named)?;
-            let below = recorded_backing(&image, &backing.path).map_err(named)?;
+            let below = BackingChoice::Recorded.of(&image, &backing.path).map_err(named)?;
             image.set_data_file(None);
             image.set_backing(
                 below.map(|below| open_backing(&below, chain, depth + 1)).transpose()?,

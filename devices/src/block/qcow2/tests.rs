@@ -17,7 +17,8 @@ fn made(folder: &Path, backing: Option<&Backing>) -> (PathBuf, Qcow2File) {
 }
 
 fn opened(path: &Path, read_only: bool) -> Qcow2File {
-    let image = Qcow2File::open(path, read_only, Cache::Writeback).unwrap();
+    let image =
+        Qcow2File::open(path, read_only, Cache::Writeback, BackingChoice::Recorded).unwrap();
     image.lock().unwrap();
     image
 }
@@ -152,7 +153,7 @@ fn two_programs_that_take_turns_see_each_others_clusters_and_allocate_none_twice
     let backing = base(folder.path(), "base", 3);
     let (path, one) = made(folder.path(), Some(&backing));
     // Opened while the other one still writes: what it knew then would be stale.
-    let other = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    let other = Qcow2File::open(&path, false, Cache::Writeback, BackingChoice::Recorded).unwrap();
     assert!(other.read_at(&mut [0; 512], 0).is_err(), "it is the other one's");
     assert!(matches!(other.lock(), Err(LockError::Held { .. })));
     let mut at = 0;
@@ -174,7 +175,8 @@ fn two_programs_that_take_turns_see_each_others_clusters_and_allocate_none_twice
     drop(image);
     let file = OpenOptions::new().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 0, 0, 0x10, 0, 0], 24).unwrap();
-    let reopened = Qcow2File::open(&path, false, Cache::Writeback).unwrap();
+    let reopened =
+        Qcow2File::open(&path, false, Cache::Writeback, BackingChoice::Recorded).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0, 0, 0, 0, 0, 8, 0, 0], 24).unwrap();
     assert!(matches!(reopened.lock(), Err(LockError::Unreadable { .. })));
     opened(&path, false);
@@ -187,7 +189,8 @@ fn an_image_or_backing_file_that_is_a_fifo_is_refused_at_once() {
     let mode = rustix::fs::Mode::from_raw_mode(0o600);
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     let refused = |path: &Path| {
-        let error = Qcow2File::open(path, true, Cache::Writeback).unwrap_err();
+        let error =
+            Qcow2File::open(path, true, Cache::Writeback, BackingChoice::Recorded).unwrap_err();
         let source = std::error::Error::source(&error).unwrap().to_string();
         assert!(source.contains("neither a regular file nor a block device"), "{source}");
     };
@@ -204,7 +207,8 @@ fn what_is_no_image_or_stands_on_nothing_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let raw = base(folder.path(), "raw", 0);
     let refuse = |path: &Path, expected: &str| {
-        let error = Qcow2File::open(path, false, Cache::Writeback).unwrap_err();
+        let error =
+            Qcow2File::open(path, false, Cache::Writeback, BackingChoice::Recorded).unwrap_err();
         let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         let text = format!("{error}: {source}");
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
@@ -223,4 +227,25 @@ fn what_is_no_image_or_stands_on_nothing_is_refused_by_name() {
     assert!(made.is_err() && !partial.exists());
     let made = Qcow2File::create(&partial, &own.path, 700, Cache::Writeback, None);
     assert!(matches!(made, Err(OpenError::OddSize { .. })));
+}
+
+#[test]
+fn a_recorded_backing_file_can_be_overruled_or_left_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let backing = base(folder.path(), "base", 3);
+    let (path, image) = made(folder.path(), Some(&backing));
+    drop(image);
+    let other = base(folder.path(), "other", 5);
+    let first_byte = |choice: BackingChoice| {
+        let image = Qcow2File::open(&path, false, Cache::Writeback, choice).unwrap();
+        image.lock().unwrap();
+        (bytes(&image, 0), image.backing().map(BackingChain::files))
+    };
+    let name = |backing: &Backing| Some(vec![backing.path.display().to_string()]);
+    assert_eq!(first_byte(BackingChoice::Recorded), (3, name(&backing)));
+    assert_eq!(first_byte(BackingChoice::Given(other.clone())), (5, name(&other)));
+    assert_eq!(first_byte(BackingChoice::None), (0, None));
+    // It is not even looked at.
+    std::fs::remove_file(&backing.path).unwrap();
+    assert_eq!(first_byte(BackingChoice::None), (0, None));
 }
