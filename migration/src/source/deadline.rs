@@ -82,8 +82,12 @@ impl<'g> StopClock<'g> {
 
     /// Takes the stopped guest.
     pub(super) fn hold(&self, guest: PausedGuest<'g>) {
-        self.lock().held = Held::Paused(guest);
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.held = Held::Paused(guest);
+        // The watcher sleeps until the deadline anyway: waking it costs time in the pause.
+        if state.deadline <= Instant::now() {
+            self.changed.notify_all();
+        }
     }
 
     /// When the guest has to run again, on either side.
@@ -142,10 +146,8 @@ impl<'g> StopClock<'g> {
     ) -> Result<Option<PausedGuest<'g>>, Overran> {
         let mut state = self.lock();
         match std::mem::replace(&mut state.held, Held::Taken) {
-            Held::Paused(guest) if allowed() => {
-                self.changed.notify_all();
-                Ok(Some(guest))
-            }
+            // The watcher is not woken: it ends with the attempt.
+            Held::Paused(guest) if allowed() => Ok(Some(guest)),
             guest @ Held::Paused(_) => {
                 state.held = guest;
                 Ok(None)
@@ -173,25 +175,26 @@ impl<'g> StopClock<'g> {
     pub(super) fn watch(&self) {
         let mut state = self.lock();
         while !state.done {
+            let left = state.deadline.saturating_duration_since(Instant::now());
             match state.held {
                 Held::Taken | Held::Resumed(_) => return,
+                Held::Running | Held::Paused(_) if !left.is_zero() => {
+                    let waited = self.changed.wait_timeout(state, left);
+                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                // Not paused yet, which has a limit of its own.
                 Held::Running => {
                     let waited = self.changed.wait(state);
                     state = waited.unwrap_or_else(PoisonError::into_inner);
                 }
                 Held::Paused(_) => {
-                    let left = state.deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        state.call_off(&self.control);
-                        if let Held::Paused(guest) =
-                            std::mem::replace(&mut state.held, Held::Resumed(None))
-                        {
-                            state.held = Held::Resumed(guest.resume().err());
-                        }
-                        return;
+                    state.call_off(&self.control);
+                    if let Held::Paused(guest) =
+                        std::mem::replace(&mut state.held, Held::Resumed(None))
+                    {
+                        state.held = Held::Resumed(guest.resume().err());
                     }
-                    let waited = self.changed.wait_timeout(state, left);
-                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    return;
                 }
             }
         }
