@@ -23,5 +23,6 @@ pub mod kvm;
 pub mod limits;
 pub mod log_queue;
 pub mod machine;
+pub mod setup;
 pub mod shuttle;
 pub mod supervisor;

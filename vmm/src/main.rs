@@ -7,8 +7,9 @@ use vmm::cli::{Cli, Command};
 use vmm::error::chain;
 use vmm::exit_code::{self, Exit};
 use vmm::log_queue::{self, say, say_line};
+use vmm::setup::SetupError;
 use vmm::shuttle;
-use vmm::supervisor::{self, SetupError};
+use vmm::supervisor;
 
 /// How long the process waits at its end for the log to be written.
 const LOG_PATIENCE: Duration = Duration::from_millis(500);

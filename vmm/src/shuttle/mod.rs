@@ -22,7 +22,7 @@ use crate::error::chain;
 use crate::event_loop::{self, EventLoop, Handler};
 use crate::exit_code::{self, Exit};
 use crate::log_queue::say;
-use crate::supervisor::SetupError;
+use crate::setup::SetupError;
 use child::{Child, Connection, Pump};
 use hop::HopError;
 use serde_json::{Value, json};

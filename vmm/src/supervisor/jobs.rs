@@ -4,7 +4,7 @@
 use super::dirty_rate::Aborted;
 use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
-use super::messages::{Mailbox, Message};
+use super::messages::{JobId, Mailbox, Message};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::LeavingFiles;
 use crate::control::ClientId;
@@ -34,10 +34,6 @@ use std::thread::JoinHandle;
 /// Nice value of migration threads: about a third of a vCPU's share of a contended processor, so that a
 /// busy guest rarely loses a whole scheduler tick.
 const NICE: i32 = 5;
-
-/// Identifies one of this process's migrations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct JobId(u64);
 
 struct Job {
     id: JobId,

@@ -1,8 +1,6 @@
 //! Messages from other threads to the supervisor.
 
-use super::MachineId;
 use super::guest::GuestRequest;
-use super::jobs::JobId;
 use super::tasks::{Done, TaskId};
 use crate::console::ConsoleEvent;
 use crate::event_loop;
@@ -10,6 +8,14 @@ use crate::machine::vcpus::VcpuEnd;
 use devices::block::failure::Failure;
 use devices::reset::GuestExit;
 use migration::source::{MigrationEvent, SourceOutcome};
+
+/// Identifies a machine; each reset creates a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineId(pub(super) u64);
+
+/// Identifies one of this process's migrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobId(pub(super) u64);
 
 /// The supervisor's mailbox.
 pub type Mailbox = event_loop::Mailbox<Message>;

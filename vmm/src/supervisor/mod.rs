@@ -7,6 +7,7 @@
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
 //! migrations, [`dirty_rate`] measures the dirty rate.
 
+mod backends;
 mod commands;
 mod dirty_rate;
 mod ending;
@@ -26,23 +27,22 @@ use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{ClientId, Event, Incoming, QmpResult};
 use crate::error::chain;
-use crate::event_loop::{self, EventLoop, EventLoopError, Handler};
+use crate::event_loop::{self, EventLoop, Handler};
 use crate::exit_code::{self, Exit};
 use crate::kvm::Host;
 use crate::log_queue::say;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
-use crate::machine::{Backends, GuestEvents, Machine, MachineError};
-use devices::block::BlockNode;
+use crate::machine::{GuestEvents, Machine, MachineError};
+use crate::setup::SetupError;
+use backends::BackendParts;
 use devices::block::failure::{Action, Failure};
-use devices::block::raw::OpenError;
 use devices::reset::GuestExit;
-use devices::transmitter::Transmitter;
 use dirty_rate::DirtyRate;
 use ending::Ending;
 use guest::arriving::BuildContext;
-use jobs::{JobId, Jobs, Owner};
-use messages::{Mailbox, Message};
+use jobs::{Jobs, Owner};
+use messages::{JobId, MachineId, Message};
 use migration::source::{MigrationEvent, SourceOutcome};
 use migration::stats::MigrationStatus;
 use moving::Pausing;
@@ -53,41 +53,6 @@ use std::time::{Duration, Instant};
 use tasks::{Done, TaskId, Tasks};
 use transition::{Stopping, Transition};
 use waiting::{Behind, Waiting};
-
-/// Why the process could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    #[error(transparent)]
-    EventLoop(#[from] EventLoopError),
-    #[error(transparent)]
-    Console(#[from] crate::console::ConsoleError),
-    #[error(transparent)]
-    Disk(#[from] OpenError),
-    #[error(transparent)]
-    Kvm(#[from] crate::kvm::KvmError),
-    /// The migration address cannot be listened on.
-    #[error("cannot listen on {address}")]
-    Listen {
-        address: String,
-        #[source]
-        source: io::Error,
-    },
-    #[error("cannot {what}")]
-    Start {
-        what: &'static str,
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl SetupError {
-    /// Names what this host did not allow.
-    pub fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Start { what, source }
-    }
-}
 
 /// The process's mode.
 enum Mode {
@@ -101,28 +66,6 @@ impl Mode {
             Self::Run(config) => &config.host,
             Self::Receive(config) => &config.host,
         }
-    }
-}
-
-/// Identifies a machine; each reset creates a new one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MachineId(u64);
-
-/// A machine's backends without its disks.
-pub struct BackendParts {
-    serial_output: Arc<Transmitter>,
-    events: GuestEvents,
-    mailbox: Mailbox,
-}
-
-impl BackendParts {
-    /// Adds the disks and subscribes to their failures.
-    fn with(self, disks: Vec<Arc<BlockNode>>) -> Backends {
-        for disk in &disks {
-            let to_us = self.mailbox.clone();
-            disk.on_failure(move |failure| to_us.post(Message::DiskFailed(failure)));
-        }
-        Backends { disks, serial_output: self.serial_output, events: self.events }
     }
 }
 

@@ -8,6 +8,7 @@
 use super::messages::{Mailbox, Message};
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
+use crate::setup::SetupError;
 use devices::block::BlockNode;
 use migration::guest::PartTime;
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ pub struct TaskId(u64);
 /// The result of a task.
 pub enum Done {
     /// A machine, or an error.
-    Built(Result<Box<Machine>, super::SetupError>),
+    Built(Result<Box<Machine>, SetupError>),
     /// The drain has finished, except for these parts.
     Drained(Result<(), Vec<PartTime>>),
     /// The disks are locked, or an error.

@@ -9,8 +9,10 @@
 //! `stop` stops the vCPUs at once and replies when the requests in flight have ended; `cont` need not wait
 //! for that.
 
+use super::backends::BackendParts;
+use super::messages::MachineId;
 use super::tasks::{self, Done, TaskId, wait_in_steps};
-use super::{BackendParts, MachineId, Mode, SetupError, Supervisor, ending};
+use super::{Mode, Supervisor, ending};
 use crate::boot::payload::BootPayload;
 use crate::config::RunConfig;
 use crate::control::command::Command;
@@ -27,6 +29,7 @@ use crate::machine::drain::Drains;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpusError;
 use crate::machine::{Machine, MachineError, lock_disks};
+use crate::setup::SetupError;
 use devices::block::backend::GoOn;
 use devices::block::{BlockNode, open_image};
 use migration::guest::{PartTime, RunPermit};

@@ -1,7 +1,7 @@
 //! An incoming guest, served on the thread `mig-in`: prepares, compares, locks and renames its images, and
 //! cleans up after a failure.
 
-use super::super::BackendParts;
+use super::super::backends::BackendParts;
 use super::super::messages::{Mailbox, Message};
 use super::{GuestRequest, ask, shutting_down};
 use crate::boot::payload::BootPayload;

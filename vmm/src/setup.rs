@@ -1,0 +1,43 @@
+//! Why a process could not start. Returned by the supervisor and the shuttle to `main`.
+
+use crate::console::ConsoleError;
+use crate::event_loop::EventLoopError;
+use crate::kvm::KvmError;
+use crate::machine::MachineError;
+use devices::block::raw::OpenError;
+use std::io;
+
+/// Why the process could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    EventLoop(#[from] EventLoopError),
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The migration address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        address: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot {what}")]
+    Start {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl SetupError {
+    /// Names what this host did not allow.
+    pub fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Start { what, source }
+    }
+}
