@@ -1,6 +1,6 @@
 //! Messages from other threads to the supervisor.
 
-use super::guest::GuestRequest;
+use super::guest::request::GuestRequest;
 use super::tasks::{Done, TaskId};
 use crate::console::ConsoleEvent;
 use crate::event_loop;

@@ -147,7 +147,7 @@ impl Supervisor {
         }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
         let event_loop = EventLoop::open(control, config.timeout)?;
-        let to_us = event_loop.mailbox().clone();
+        let (to_us, of_tasks) = (event_loop.mailbox().clone(), event_loop.mailbox().clone());
         let console = Console::open(
             &config.serial,
             config.expect.clone(),
@@ -164,7 +164,7 @@ impl Supervisor {
             disk_failure_told: None,
             jobs: Jobs::default(),
             dirty_rate: DirtyRate::default(),
-            tasks: Tasks::new(event_loop.mailbox().clone()),
+            tasks: Tasks::new(move |id, done| of_tasks.post(Message::TaskEnded(id, done))),
             transition: None,
             stopping: None,
             pausing: None,

@@ -2,7 +2,7 @@
 //! restores its records, takes over and runs an incoming machine. Requests come through [`super::guest`];
 //! the migration engine decides when, and does slow work itself.
 
-use super::guest::GuestRequest;
+use super::guest::request::GuestRequest;
 use super::{Mode, Supervisor, tasks};
 use crate::control::Event;
 use crate::error::{chain, guest_error};

@@ -1,11 +1,10 @@
 //! Threads for slow work, so that the main thread never waits for storage or for KVM.
 //!
-//! A [`Task`] has a deadline and a cancel flag, and reports with [`Message::TaskEnded`]. It may hang in the
+//! A [`Task`] has a deadline and a cancel flag, and reports its end to a [`Sink`]. It may hang in the
 //! kernel, where nothing can interrupt it: an overdue task is abandoned and its result discarded.
 //! [`DiskWork`] runs the same work on several disks, each on its own thread, so that a hanging disk does
 //! not delay the others.
 
-use super::messages::{Mailbox, Message};
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
 use crate::setup::SetupError;
@@ -57,6 +56,9 @@ impl Cancel {
     }
 }
 
+/// Called on a task's thread when it has ended.
+type Sink = Arc<dyn Fn(TaskId, Done) + Send + Sync>;
+
 struct Task {
     what: &'static str,
     deadline: Option<Instant>,
@@ -65,14 +67,14 @@ struct Task {
 
 /// The running tasks.
 pub struct Tasks {
-    mailbox: Mailbox,
+    sink: Sink,
     last_id: u64,
     running: BTreeMap<TaskId, Task>,
 }
 
 /// Reports a task's end, even if it panics.
 struct Report {
-    mailbox: Mailbox,
+    sink: Sink,
     id: TaskId,
     done: Done,
 }
@@ -80,14 +82,14 @@ struct Report {
 impl Drop for Report {
     fn drop(&mut self) {
         let done = std::mem::replace(&mut self.done, Done::Nothing);
-        self.mailbox.post(Message::TaskEnded(self.id, done));
+        (self.sink)(self.id, done);
     }
 }
 
 impl Tasks {
-    /// No tasks yet; they report to `mailbox`.
-    pub fn new(mailbox: Mailbox) -> Self {
-        Self { mailbox, last_id: 0, running: BTreeMap::new() }
+    /// No tasks yet; they report to `sink`.
+    pub fn new(sink: impl Fn(TaskId, Done) + Send + Sync + 'static) -> Self {
+        Self { sink: Arc::new(sink), last_id: 0, running: BTreeMap::new() }
     }
 
     /// Runs `work` on a thread. After `limit` it is overdue.
@@ -99,10 +101,10 @@ impl Tasks {
     ) -> io::Result<TaskId> {
         let id = TaskId(self.last_id + 1);
         self.last_id = id.0;
-        let (mailbox, cancel) = (self.mailbox.clone(), Cancel::default());
+        let (sink, cancel) = (self.sink.clone(), Cancel::default());
         let token = cancel.clone();
         spawn(what, move || {
-            let mut report = Report { mailbox, id, done: Done::Nothing };
+            let mut report = Report { sink, id, done: Done::Nothing };
             report.done = work(&token);
         })?;
         let deadline = limit.map(|limit| Instant::now() + limit);

@@ -3,7 +3,8 @@
 
 use super::super::backends::BackendParts;
 use super::super::messages::{Mailbox, Message};
-use super::{GuestRequest, ask, shutting_down};
+use super::request::GuestRequest;
+use super::{ask, shutting_down};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::ArrivingFiles;
 use crate::config::ReceiveConfig;

@@ -3,7 +3,8 @@
 
 use super::super::messages::Mailbox;
 use super::super::tasks::{DiskWork, longest, wait_in_steps};
-use super::{GuestRequest, ask};
+use super::ask;
+use super::request::GuestRequest;
 use crate::error::chain;
 use crate::machine::{MachineError, lock_disks, unlock_disks};
 use devices::block::{BlockNode, Format};
