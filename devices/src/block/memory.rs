@@ -28,6 +28,7 @@ pub struct Script {
 #[derive(Debug, Default)]
 struct ScriptState {
     failing: bool,
+    hides_extents: bool,
     held: bool,
     /// Number of accesses let through while others are held.
     let_through: usize,
@@ -40,6 +41,11 @@ impl Script {
     /// Makes every access fail, or succeed again.
     pub fn fail(&self, failing: bool) {
         lock(&self.state).failing = failing;
+    }
+
+    /// Whether asking for extents fails.
+    pub fn hide_extents(&self, hidden: bool) {
+        lock(&self.state).hides_extents = hidden;
     }
 
     /// Makes every access block, or releases them all.
@@ -215,6 +221,9 @@ impl BlockBackend for MemoryDisk {
     fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
         // Page-sized blocks, like a file system's.
         const BLOCK: u64 = 4096;
+        if lock(&self.script.state).hides_extents {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let bytes = lock(&self.bytes);
         let zero = |at: u64| {
             let end = (at / BLOCK + 1) * BLOCK;

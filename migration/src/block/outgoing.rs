@@ -25,6 +25,9 @@ use std::time::{Duration, Instant};
 /// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
 
+/// How often the bandwidth of a pass is shown while it runs.
+const SHOWN_EVERY: Duration = Duration::from_millis(200);
+
 /// Name of the disks' sections.
 pub const SECTION: &str = "block";
 
@@ -131,7 +134,8 @@ impl DisksOutgoing {
             started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
         let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
-        let mut sent = 0;
+        let (mut sent, began) = (0, Instant::now());
+        let mut shown = began;
         loop {
             while readers.ahead() < tuning.reads + tuning.buffers
                 && let Some(work) = scan.take()
@@ -144,6 +148,13 @@ impl DisksOutgoing {
             let filled = readers.next(&context.control)?;
             sent += send_one(&filled, channel, &context.counters, totals, &mut throttle)?;
             readers.reuse(filled);
+            if shown.elapsed() >= SHOWN_EVERY {
+                shown = Instant::now();
+                let rate = policy::per_second(sent, began.elapsed());
+                context.counters.update(|stats| {
+                    stats.disk.get_or_insert_default().bytes_per_sec = rate;
+                });
+            }
         }
     }
 }
@@ -172,7 +183,7 @@ impl Outgoing for DisksOutgoing {
         let Started { context, disks, .. } =
             self.started.insert(Started { context, channel, disks, readers });
         for disk in disks.iter() {
-            disk.skip_unwritten(&|| !context.cancel.is_cancelled())?;
+            disk.skip_unwritten(&|| !context.cancel.is_cancelled());
         }
         let progress = |disk: &TrackedDisk| {
             let total_bytes = disk.dirty.marked_bytes();

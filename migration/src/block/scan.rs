@@ -2,9 +2,10 @@
 //! the bits it returns. Called by `outgoing`. Reads no data, only allocation status.
 
 use super::frame::granules_of;
-use super::{BlockError, GRANULE_BYTES, ReadError, SourceDisk};
-use devices::block::backend::{ByteRange, Content, GoOn};
+use super::{BlockError, GRANULE_BYTES, SourceDisk};
+use devices::block::backend::{ByteRange, Content, Extent, GoOn};
 use devices::block::{BlockNode, Tracking};
+use std::io;
 
 /// A disk and its dirty bitmap.
 #[derive(Debug)]
@@ -25,46 +26,47 @@ impl TrackedDisk {
 
     /// Clears the bits of ranges that the destination's blank disk holds already: ranges that read as
     /// zeroes or, if only the top layer is sent, from the backing file. Returns early once `go_on` returns
-    /// false: a large image may have millions of holes.
-    pub fn skip_unwritten(&self, go_on: GoOn<'_>) -> Result<(), BlockError> {
+    /// false: a large image may have millions of holes. Where the storage does not say what it holds, all
+    /// counts as data.
+    pub fn skip_unwritten(&self, go_on: GoOn<'_>) {
         let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
         let node = &self.disk.node;
         let mut at = 0;
         while at < node.len_bytes() && go_on() {
-            let extent = extent(node, at)?;
+            let extent = match extent(node, at) {
+                Ok(extent) => extent,
+                Err(error) => {
+                    log::warn!("disk {}: its holes are sent as data: {error}", node.id());
+                    return;
+                }
+            };
             let end = at + extent.len_bytes;
             if extent.content == skipped {
                 self.dirty.clear_within(ByteRange { offset_bytes: at, len_bytes: end - at });
                 // A write before the clear is in the file by now, and a later one marks its granules. So
                 // look once more for data written between the query and the clear.
-                self.mark_written(ByteRange { offset_bytes: at, len_bytes: end - at }, skipped)?;
+                self.mark_written(ByteRange { offset_bytes: at, len_bytes: end - at }, skipped);
             }
             at = end;
         }
-        Ok(())
     }
 
-    fn mark_written(&self, range: ByteRange, skipped: Content) -> Result<(), BlockError> {
+    fn mark_written(&self, range: ByteRange, skipped: Content) {
         let mut at = range.offset_bytes;
         while at < range.end() {
-            let extent = extent(&self.disk.node, at)?;
+            let rest = ByteRange { offset_bytes: at, len_bytes: range.end() - at };
+            let Ok(extent) = extent(&self.disk.node, at) else { return self.dirty.mark(rest) };
             let end = (at + extent.len_bytes).min(range.end());
             if extent.content != skipped {
                 self.dirty.mark(ByteRange { offset_bytes: at, len_bytes: end - at });
             }
             at = end;
         }
-        Ok(())
     }
 }
 
-fn extent(node: &BlockNode, at: u64) -> Result<devices::block::backend::Extent, ReadError> {
-    let mut extent = node.extent_at(at).map_err(|source| ReadError {
-        disk: node.id().to_owned(),
-        offset_bytes: at,
-        len_bytes: node.len_bytes() - at,
-        source,
-    })?;
+fn extent(node: &BlockNode, at: u64) -> io::Result<Extent> {
+    let mut extent = node.extent_at(at)?;
     // Clamped, so that the loop ends whatever the backend returns.
     extent.len_bytes = extent.len_bytes.clamp(1, node.len_bytes() - at);
     Ok(extent)
@@ -140,7 +142,7 @@ mod tests {
         let disk = tracked(10 * CHUNK_BYTES + 512);
         disk.disk.node.write_at(&[1; 512], 2 * CHUNK_BYTES + GRANULE_BYTES).unwrap();
         disk.disk.node.write_at(&[1; 512], 10 * CHUNK_BYTES).unwrap();
-        disk.skip_unwritten(&|| true).unwrap();
+        disk.skip_unwritten(&|| true);
         let disks = [disk];
         let mut scan = Scan::new(&disks);
         assert_eq!(scan.take(), Some(Work { disk: 0, index: 2, granules: 2 }));
@@ -150,6 +152,20 @@ mod tests {
         assert_eq!(scan.take(), None);
         assert_eq!(disks[0].dirty.marked_bytes(), GRANULE_BYTES);
         assert_eq!(Scan::new(&disks).take(), Some(Work { disk: 0, index: 0, granules: 1 }));
+    }
+
+    #[test]
+    fn a_disk_that_does_not_say_what_it_holds_is_sent_whole() {
+        let memory = MemoryDisk::new(3 * CHUNK_BYTES);
+        let script = memory.script();
+        let node = Arc::new(BlockNode::new("d", Box::new(memory)));
+        let disk = TrackedDisk::start(SourceDisk { node, only_top: false }).unwrap();
+        script.hide_extents(true);
+        disk.skip_unwritten(&|| true);
+        assert_eq!(disk.dirty.marked_bytes(), 3 * CHUNK_BYTES);
+        script.hide_extents(false);
+        disk.skip_unwritten(&|| true);
+        assert_eq!(disk.dirty.marked_bytes(), 0);
     }
 
     #[test]
