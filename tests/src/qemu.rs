@@ -5,10 +5,38 @@ use crate::process::{Process, SOON, Vmm};
 use crate::qmp::Qmp;
 use anyhow::{Context, Result};
 use serde_json::json;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
-const PROGRAM: &str = "qemu-system-x86_64";
+/// QEMU: `QEMU`, or Debian's.
+fn program() -> OsString {
+    std::env::var_os("QEMU").unwrap_or_else(|| "qemu-system-x86_64".into())
+}
+
+/// The CPU model: `host`, without what some hosts offer and then refuse (MSR 0x10a). Tried once.
+fn cpu() -> &'static str {
+    static CPU: OnceLock<&str> = OnceLock::new();
+    CPU.get_or_init(|| {
+        let works = |cpu: &str| {
+            // Stopped from the start; it ends at once if it cannot be built.
+            let mut command = Command::new(program());
+            command.args(["-M", "microvm", "-accel", "kvm", "-cpu", cpu, "-nodefaults", "-S"]);
+            command.args(["-no-user-config", "-display", "none", "-m", "64M", "-qmp", "stdio"]);
+            let asked = Process::start(&mut command).and_then(|mut qemu| {
+                qemu.type_in("{\"execute\":\"qmp_capabilities\"}{\"execute\":\"quit\"}\n")?;
+                qemu.exit_code(SOON)
+            });
+            matches!(asked, Ok(0))
+        };
+        if works("host") {
+            return "host";
+        }
+        eprintln!("QEMU cannot use -cpu host here: host,-arch-capabilities instead");
+        "host,-arch-capabilities"
+    })
+}
 
 /// The program and the firmware with which `microvm` starts a kernel.
 pub fn files() -> Result<(PathBuf, Vec<PathBuf>)> {
@@ -18,20 +46,20 @@ pub fn files() -> Result<(PathBuf, Vec<PathBuf>)> {
         paths.find(|path| path.is_file()).with_context(|| format!("no {name} in {folders:?}"))
     };
     let firmware = ["bios-microvm.bin", "linuxboot_dma.bin", "kvmvapic.bin"].map(find);
-    let program = crate::linux::program(PROGRAM)?;
+    let program = crate::linux::program("qemu-system-x86_64")?;
     Ok((program, firmware.into_iter().collect::<Result<_>>()?))
 }
 
 /// QEMU's version line, or nothing if it is not installed.
 pub fn version() -> Option<String> {
-    let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+    let output = Command::new(program()).arg("--version").output().ok()?;
     Some(String::from_utf8_lossy(&output.stdout).lines().next()?.to_owned())
 }
 
 fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("qmp");
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     // With ACPI, QEMU does not tell a kernel of its disks on the command line.
     let machine = if guest.disks.is_empty() { "microvm" } else { "microvm,acpi=off" };
     for disk in &guest.disks {
@@ -40,11 +68,12 @@ fn start(guest: &Guest, more: &[&str]) -> Result<Vmm> {
         let cache =
             disk.split(',').find(|pair| pair.starts_with("cache=")).unwrap_or("cache=writeback");
         let drive = format!("id=disk,file={path},format=raw,if=none,aio=io_uring,{cache}");
-        command.args(["-drive", &drive, "-device", "virtio-blk-device,drive=disk"]);
+        command.args(["-object", "iothread,id=io", "-drive", &drive]);
+        command.args(["-device", "virtio-blk-device,drive=disk,iothread=io"]);
         command.args(["-global", "virtio-mmio.force-legacy=false"]);
     }
     command
-        .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-nodefaults", "-no-user-config"])
+        .args(["-M", machine, "-accel", "kvm", "-cpu", cpu(), "-nodefaults", "-no-user-config"])
         .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
         .args(["-m", &format!("{}M", guest.memory_mb), "-smp", &guest.cpus.to_string()])

@@ -29,11 +29,41 @@ struct Options {
     rows: Vec<&'static Row>,
     runs: usize,
     programs: Vec<Program>,
+    /// Prints the table as Markdown.
+    markdown: bool,
+}
+
+/// The figures of one program in one row.
+#[derive(Default)]
+struct Figures {
+    all: Vec<f64>,
+    /// Its first failure; it was not asked again.
+    failure: Option<anyhow::Error>,
+}
+
+impl Figures {
+    fn median(&self) -> Option<f64> {
+        let mut all = self.all.clone();
+        (!all.is_empty() && self.failure.is_none()).then(|| median(&mut all))
+    }
+
+    /// Median and spread, or how it failed.
+    fn cell(&self) -> String {
+        let Some(median) = self.median() else {
+            return if self.failure.is_some() { "FAILED".into() } else { "-".into() };
+        };
+        let least = self.all.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = self.all.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        match self.all.len() {
+            1 => format!("{median:.2}"),
+            _ => format!("{median:.2} ({least:.2}-{most:.2})"),
+        }
+    }
 }
 
 fn options() -> Result<Options> {
-    let mut options =
-        Options { rows: Vec::new(), runs: 5, programs: vec![Program::Qemu, Program::Ferry] };
+    let programs = vec![Program::Qemu, Program::Ferry];
+    let mut options = Options { rows: Vec::new(), runs: 5, programs, markdown: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
@@ -54,7 +84,10 @@ fn options() -> Result<Options> {
                     other => bail!("--only {other}: ferry or qemu"),
                 }
             }
-            _ => bail!("{argument}: expected --row NAME, --runs N or --only ferry|qemu"),
+            "--markdown" => options.markdown = true,
+            _ => {
+                bail!("{argument}: expected --row NAME, --runs N, --only ferry|qemu or --markdown")
+            }
         }
     }
     if options.rows.is_empty() {
@@ -66,26 +99,33 @@ fn options() -> Result<Options> {
     Ok(options)
 }
 
-/// Medians of one row for QEMU and Ferry, and the spread for those who want to judge them.
-fn measure(row: &Row, options: &Options) -> Result<(Option<f64>, Option<f64>)> {
-    let mut figures = [Vec::new(), Vec::new()];
+/// Measures one row under QEMU and Ferry. One that fails costs the other nothing.
+fn measure(row: &Row, options: &Options) -> [Figures; 2] {
+    let mut figures = [Figures::default(), Figures::default()];
+    let alone = matches!(row.target, Target::AtLeast(_));
+    let mut programs = options.programs.clone();
+    programs.retain(|program| !alone || *program == Program::Ferry);
     for _ in 0..options.runs {
-        let alone = matches!(row.target, Target::AtLeast(_));
-        let programs = options.programs.iter();
-        for program in programs.filter(|program| !alone || **program == Program::Ferry) {
-            let figure = (row.measure)(*program)?;
-            figures[usize::from(*program == Program::Ferry)].push(figure);
+        for program in &programs {
+            let own = &mut figures[usize::from(*program == Program::Ferry)];
+            if own.failure.is_none() {
+                match (row.measure)(*program) {
+                    Ok(figure) => own.all.push(figure),
+                    Err(error) => {
+                        eprintln!("bench: row {}, {program:?}: {error:#}", row.name);
+                        own.failure = Some(error);
+                    }
+                }
+            }
         }
+        // Who comes first may meet other memory: in turns.
+        programs.reverse();
     }
-    let [qemu, ferry] = figures.map(|mut figures| {
-        (!figures.is_empty()).then(|| {
-            let median = median(&mut figures);
-            let text: Vec<_> = figures.iter().map(|figure| format!("{figure:.2}")).collect();
-            eprintln!("    {:10} {}", row.name, text.join(" "));
-            median
-        })
-    });
-    Ok((qemu, ferry))
+    for own in figures.iter().filter(|own| !own.all.is_empty()) {
+        let text: Vec<_> = own.all.iter().map(|figure| format!("{figure:.2}")).collect();
+        eprintln!("    {:10} {}", row.name, text.join(" "));
+    }
+    figures
 }
 
 fn verdict(target: &Target, qemu: Option<f64>, ferry: Option<f64>) -> (String, Option<bool>) {
@@ -109,38 +149,54 @@ fn bench() -> Result<()> {
         println!("qemu-system-x86_64 is not installed: no figures to compare with");
         options.programs.retain(|program| *program != Program::Qemu);
     }
-    println!("Medians of {}; QEMU is {}\n", options.runs, qemu.as_deref().unwrap_or("absent"));
-    let cell = |figure: Option<f64>| figure.map_or("-".into(), |figure| format!("{figure:.2}"));
-    let (mut table, mut failed) = (vec![], 0);
+    println!(
+        "Medians of {} and their spread; QEMU is {}\n",
+        options.runs,
+        qemu.as_deref().unwrap_or("absent")
+    );
+    let (mut table, mut failed, mut missed) = (vec![], 0, 0);
     for row in &options.rows {
-        let (qemu, ferry) = match measure(row, &options) {
-            Ok(figures) => figures,
-            Err(error) => {
-                eprintln!("bench: row {}: {error:#}", row.name);
-                table.push(format!("{:46} {:>5} FAILED, see above", row.title, row.unit));
-                failed += 1;
-                continue;
-            }
-        };
-        let (target, met) = verdict(&row.target, qemu, ferry);
+        let [qemu, ferry] = measure(row, &options);
+        failed += u32::from(qemu.failure.is_some()) + u32::from(ferry.failure.is_some());
+        let (target, met) = verdict(&row.target, qemu.median(), ferry.median());
+        missed += u32::from(met == Some(false));
         let met = met.map_or("-", |met| if met { "met" } else { "MISSED" });
-        let ratio = qemu.zip(ferry).map(|(qemu, ferry)| ferry / qemu);
-        table.push(format!(
-            "{:46} {:>5} {:>8} {:>8} {:>7}  {:13} {met}",
-            row.title,
-            row.unit,
-            cell(qemu),
-            cell(ferry),
-            cell(ratio),
-            target
-        ));
+        let ratio = qemu.median().zip(ferry.median()).map(|(qemu, ferry)| ferry / qemu);
+        let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        table.push([
+            row.title.to_owned(),
+            row.unit.to_owned(),
+            qemu.cell(),
+            ferry.cell(),
+            ratio,
+            target,
+            met.to_owned(),
+        ]);
     }
-    println!("{:46} {:>5} {:>8} {:>8} {:>7}  target", "", "", "QEMU", "Ferry", "ratio");
-    table.iter().for_each(|line| println!("{line}"));
+    print(&table, options.markdown);
     if failed > 0 {
-        bail!("{failed} rows have no figure");
+        bail!("{failed} times a program gave no figure");
+    }
+    if missed > 0 {
+        bail!("{missed} rows missed their target");
     }
     Ok(())
+}
+
+fn print(table: &[[String; 7]], markdown: bool) {
+    let head = ["", "", "QEMU", "Ferry", "ratio", "target", ""].map(str::to_owned);
+    if markdown {
+        for (index, row) in std::iter::once(&head).chain(table).enumerate() {
+            println!("| {} |", row.join(" | "));
+            if index == 0 {
+                println!("|---|---|---|---|---|---|---|");
+            }
+        }
+        return;
+    }
+    for [title, unit, qemu, ferry, ratio, target, met] in std::iter::once(&head).chain(table) {
+        println!("{title:46} {unit:>5} {qemu:>22} {ferry:>22} {ratio:>7}  {target:13} {met}");
+    }
 }
 
 fn main() -> ExitCode {

@@ -107,7 +107,8 @@ pub fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>
     let mut qmp = source.qmp()?;
     qmp.want_migration_events()?;
     let on = |name: &&str| json!({"capability": name, "state": true});
-    let capabilities: Vec<_> = how.capabilities.iter().map(on).collect();
+    // Ferry always has a return path; QEMU waits for its destination only with one.
+    let capabilities: Vec<_> = ["return-path"].iter().chain(how.capabilities).map(on).collect();
     qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
     // QEMU's own cap of 128 MiB/s is lifted; Ferry has none.
     let most = if how.max_bandwidth == 0 { 10_000_000_000 } else { how.max_bandwidth };

@@ -6,7 +6,7 @@ use crate::{alone, disks, engine, moves};
 use anyhow::Result;
 
 /// Which program is measured.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     /// This one.
     Ferry,
