@@ -247,7 +247,7 @@ fn disks_change_their_format_on_the_way() {
     for (from, to) in [("raw", "qcow2"), ("qcow2", "raw"), ("qcow2", "qcow2")] {
         let hosts = Hosts::new();
         let (base, top) = overlay_on_base(&hosts);
-        let here = if from == "raw" { base } else { top };
+        let here = if from == "raw" { base.clone() } else { top };
         let source = busy_on(&here, &format!(",format={from}"));
         let there = hosts.at("b", "x");
         let give = format!("root={},format={to}", text(&there));
@@ -255,7 +255,10 @@ fn disks_change_their_format_on_the_way() {
         let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
         // The source lives, and has written back all that its image's map has to say.
         let options = ["--disks", "full", "--keep-source"];
-        ferry::migrate_well(&source, &destination.address, &options).unwrap();
+        let ended = ferry::migrate_well(&source, &destination.address, &options).unwrap();
+        let files = &ended.summary["disk"]["x-disks"][0]["files"];
+        let chain = if from == "raw" { vec![text(&here)] } else { vec![text(&here), text(&base)] };
+        assert_eq!(*files, json!(chain), "all files that were read");
         assert_same_as((&here, from), (&there, to));
         destination.vmm.qmp().unwrap().execute("cont", json!({})).unwrap();
         ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();

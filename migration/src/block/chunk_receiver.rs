@@ -131,6 +131,8 @@ impl ChunkReceiver {
         let progress = |disk: &DiskSetup| DiskProgress {
             name: disk.name.clone(),
             total_bytes: disk.len_bytes,
+            // Ranges that the source never wrote do not come: the rest is there at the end.
+            remaining_bytes: disk.len_bytes,
             ..Default::default()
         };
         let progress: Vec<_> = setup.disks.iter().map(progress).collect();
@@ -212,13 +214,14 @@ impl Receiving<'_> {
                     let flush = self.flush_all(true)?;
                     self.begin_pass();
                     self.channel.write_all(&Frame::Flushed(number, flush).encode(0))?;
-                    self.counters.update(|stats| stats.disk.get_or_insert_default().passes += 1);
+                    self.all_has_come(1);
                 }
                 Frame::End => {
                     self.totals.ends += 1;
                     self.ended.store(self.totals.ends, Ordering::Release);
                     self.flush_all(false)?;
                     self.begin_pass();
+                    self.all_has_come(0);
                     if at_end(self.totals).is_break() {
                         return Ok(());
                     }
@@ -229,6 +232,15 @@ impl Receiving<'_> {
                 }
             }
         }
+    }
+
+    /// All chunks have come once, with `passes` more.
+    fn all_has_come(&self, passes: u64) {
+        self.counters.update(|stats| {
+            let stats = stats.disk.get_or_insert_default();
+            stats.passes += passes;
+            stats.disks.iter_mut().for_each(|disk| disk.remaining_bytes = 0);
+        });
     }
 
     /// Each chunk may come once per pass.
@@ -277,6 +289,8 @@ impl Receiving<'_> {
             disk.transferred_bytes += HEADER_BYTES as u64 + data_bytes;
             if let Some(disk) = disk.disks.get_mut(index) {
                 disk.sent = totals;
+                let now = data_bytes + zero_bytes;
+                disk.remaining_bytes = disk.remaining_bytes.saturating_sub(now);
             }
         });
         let mut state = self.shared.lock();

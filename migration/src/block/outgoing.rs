@@ -19,6 +19,7 @@ use crate::transport::{Channel, Throttle};
 use crate::wire::hello::DISKS;
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
+use devices::block::backend::BackingChain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -189,7 +190,11 @@ impl Outgoing for DisksOutgoing {
             let total_bytes = disk.dirty.marked_bytes();
             let name = disk.disk.node.id().to_owned();
             let sent = DiskTotals::default();
-            DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent }
+            let node = &disk.disk.node;
+            let below = node.backing().filter(|_| !disk.disk.only_top);
+            let files = below.map_or_else(Vec::new, BackingChain::files);
+            let files = std::iter::once(node.location()).chain(files).collect();
+            DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent, files }
         };
         let progress: Vec<_> = disks.iter().map(progress).collect();
         context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);

@@ -12,6 +12,8 @@ pub struct DiskProgress {
     /// Bytes still to send.
     pub remaining_bytes: u64,
     pub sent: DiskTotals,
+    /// The files that are read, the image first. Empty at the destination.
+    pub files: Vec<String>,
 }
 
 impl DiskProgress {
@@ -66,6 +68,7 @@ impl DiskStats {
                 "normal-bytes": disk.sent.data_bytes,
                 "zero-bytes": disk.sent.zero_bytes,
                 "percent": disk.percent(),
+                "files": disk.files,
             })).collect::<Vec<_>>(),
         })
     }

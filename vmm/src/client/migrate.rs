@@ -300,6 +300,7 @@ fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: 
         Some("completed") => {
             if !json_lines {
                 println!("{}", summary(info));
+                chains(info).for_each(|line| println!("{line}"));
             }
             MOVED
         }
@@ -332,6 +333,17 @@ fn what_holds(client: &mut QmpClient) -> String {
         }
         Err(error) => format!("the state of the guest is unknown: {}", chain(&error)),
     }
+}
+
+/// For each disk that was read through backing files, which those were.
+fn chains(info: &Value) -> impl Iterator<Item = String> {
+    let disks = info["disk"]["x-disks"].as_array().into_iter().flatten();
+    disks.filter_map(|disk| {
+        let files: Vec<_> = disk["files"].as_array()?.iter().filter_map(Value::as_str).collect();
+        let (image, below) = files.split_first().filter(|(_, below)| !below.is_empty())?;
+        let name = disk["device"].as_str()?;
+        Some(format!("disk {name}: all of {image} and of its backing files: {}", below.join(", ")))
+    })
 }
 
 /// The summary for people, one line.
