@@ -200,10 +200,7 @@ impl Destination<'_> {
             let arrival = Arrival::new(control.clone(), channels, self.counters.clone());
             self.load_and_take_over(arrived.insert(arrival))
         });
-        let result = result.map_err(|error| {
-            arrived.iter().for_each(Arrival::hang_up);
-            self.refuse(&control, error)
-        });
+        let result = result.map_err(|error| self.refuse(&control, error, arrived.as_ref()));
         // All frames are out by now.
         drop(threads);
         // Last: a write may hang with its disk, and the source has its answer.
@@ -233,10 +230,18 @@ impl Destination<'_> {
         Ok(channels.collect::<Result<_, _>>()?)
     }
 
-    /// Abandons the machine and its disks, then sends the reason. Both are harmless without a machine or a
+    /// Abandons the machine and its disks, sends the reason, and then closes the other connections: the
+    /// source should hear the reason before it meets a closed one. All are harmless without a machine or a
     /// peer. After `Declined` the source knows already.
-    fn refuse(&mut self, control: &Control, error: DestinationError) -> DestinationError {
+    fn refuse(
+        &mut self,
+        control: &Control,
+        error: DestinationError,
+        arrival: Option<&Arrival>,
+    ) -> DestinationError {
+        let hang_up = || arrival.into_iter().for_each(Arrival::hang_up);
         if let DestinationError::Declined(told) = error {
+            hang_up();
             return *told;
         }
         let mut told = false;
@@ -262,6 +267,7 @@ impl Destination<'_> {
                 told = true;
             }
         }
+        hang_up();
         if told {
             // Until the source closes: a refusal must not be overtaken by a reset.
             control.await_close();
