@@ -334,6 +334,24 @@ fn missing(name: &str) -> QmpError {
     QmpError::generic(format!("Parameter '{name}' is missing"))
 }
 
+/// Checks `qmp_capabilities`: the greeting offers no capability, so none can be enabled.
+pub fn negotiate(request: &Request) -> Result<(), QmpError> {
+    let mut arguments = Arguments(request.arguments.clone());
+    let enable = arguments.optional("enable", "array", |value| value.as_array().cloned())?;
+    arguments.none_left()?;
+    match enable.unwrap_or_default().first() {
+        None => Ok(()),
+        Some(Value::String(name)) if name == "oob" => {
+            Err(QmpError::generic(format!("Capability {name} not available")))
+        }
+        Some(Value::String(name)) => {
+            let desc = format!("Parameter 'enable' does not accept value '{name}'");
+            Err(QmpError::generic(desc))
+        }
+        Some(_) => Err(QmpError::generic("Invalid parameter type for 'enable', expected: string")),
+    }
+}
+
 impl Command {
     /// Parses a request; errors use QEMU's wording.
     pub fn parse(request: &Request) -> Result<Self, QmpError> {

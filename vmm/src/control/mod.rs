@@ -250,6 +250,7 @@ impl ControlServer {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(None) };
         match (request.execute.as_str(), client.negotiated) {
             ("qmp_capabilities", false) => {
+                command::negotiate(request)?;
                 client.negotiated = true;
                 Ok(None)
             }
@@ -356,6 +357,31 @@ mod tests {
         client.get_mut().write_all(br#"{"execute":"stop","id":2}"#).unwrap();
         let incoming = server.on_readable(id);
         assert_eq!(incoming[0].command, Command::Stop);
+    }
+
+    #[test]
+    fn a_capability_that_is_not_offered_is_refused_and_negotiation_goes_on() {
+        let (_folder, mut server, mut client, id) = connected();
+        for (arguments, refusal) in [
+            (json!({"enable": ["oob"]}), "Capability oob not available"),
+            (json!({"enable": ["x"]}), "Parameter 'enable' does not accept value 'x'"),
+            (json!({"enable": "oob"}), "Invalid parameter type for 'enable', expected: array"),
+            (json!({"enable": [], "disable": []}), "Parameter 'disable' is unexpected"),
+        ] {
+            let request = json!({"execute": "qmp_capabilities", "arguments": arguments});
+            client.get_mut().write_all(request.to_string().as_bytes()).unwrap();
+            client.get_mut().write_all(br#"{"execute":"stop"}"#).unwrap();
+            assert!(server.on_readable(id).is_empty());
+            let refused = read(&mut client);
+            assert_eq!(refused["error"], json!({"class": "GenericError", "desc": refusal}));
+            assert_eq!(read(&mut client)["error"]["class"], "CommandNotFound");
+        }
+        let none = br#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;
+        client.get_mut().write_all(none).unwrap();
+        assert!(server.on_readable(id).is_empty());
+        assert_eq!(read(&mut client), json!({"return": {}}));
+        client.get_mut().write_all(br#"{"execute":"stop"}"#).unwrap();
+        assert_eq!(server.on_readable(id).len(), 1);
     }
 
     #[test]
