@@ -8,12 +8,15 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 24] = [
+pub const NAMES: [&str; 27] = [
     "qmp_capabilities",
     "query-version",
     "query-commands",
     "query-status",
     "query-name",
+    "query-uuid",
+    "query-kvm",
+    "query-memory-size-summary",
     "query-cpus-fast",
     "query-block",
     "query-named-block-nodes",
@@ -46,6 +49,12 @@ pub enum Command {
     QueryStatus,
     /// `query-name`
     QueryName,
+    /// `query-uuid`
+    QueryUuid,
+    /// `query-kvm`
+    QueryKvm,
+    /// `query-memory-size-summary`
+    QueryMemorySize,
     /// `query-cpus-fast`
     QueryCpus,
     /// `query-block`
@@ -361,6 +370,9 @@ impl Command {
             "query-commands" => Self::QueryCommands,
             "query-status" => Self::QueryStatus,
             "query-name" => Self::QueryName,
+            "query-uuid" => Self::QueryUuid,
+            "query-kvm" => Self::QueryKvm,
+            "query-memory-size-summary" => Self::QueryMemorySize,
             "query-cpus-fast" => Self::QueryCpus,
             "query-block" => Self::QueryBlock,
             "query-named-block-nodes" => {

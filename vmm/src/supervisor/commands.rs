@@ -117,6 +117,14 @@ impl Supervisor {
                 let name = self.machine.as_ref().and_then(|m| m.description().name.clone());
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
+            // Guests have no UUID: all zeroes, as in QEMU.
+            Command::QueryUuid => Ok(json!({"UUID": "00000000-0000-0000-0000-000000000000"})),
+            Command::QueryKvm => Ok(json!({"enabled": true, "present": true})),
+            Command::QueryMemorySize => {
+                // Unknown until a guest arrives.
+                let memory = self.memory_bytes().unwrap_or(0);
+                Ok(json!({"base-memory": memory, "plugged-memory": 0}))
+            }
             Command::QueryCpus => Ok(self.query_cpus()),
             Command::QueryBlockStats => Ok(block::stats(self.nodes())),
             Command::Quit
@@ -182,15 +190,19 @@ impl Supervisor {
         }
     }
 
-    /// A cache larger than guest RAM would be useless.
-    fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
-        let memory = match (&self.machine, &self.mode) {
+    /// The size of guest RAM, unless a guest is yet to arrive.
+    fn memory_bytes(&self) -> Option<u64> {
+        match (&self.machine, &self.mode) {
             (Some(machine), _) => Some(machine.vm().layout().size_bytes()),
             // Its machine is being built.
             (None, Mode::Run(config)) => Some(config.memory_bytes),
             (None, Mode::Receive(_)) => None,
-        };
-        match memory.filter(|memory| bytes > *memory) {
+        }
+    }
+
+    /// A cache larger than guest RAM would be useless.
+    fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
+        match self.memory_bytes().filter(|memory| bytes > *memory) {
             None => Ok(()),
             Some(memory) => Err(QmpError::generic(format!(
                 "Parameter 'xbzrle-cache-size' expects at most the guest's memory, {memory} bytes"
