@@ -6,6 +6,7 @@ use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, skip};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -46,10 +47,20 @@ fn every_command_answers_as_documented() {
     assert_eq!(ask("query-migrate"), json!({}));
     assert_eq!(ask("query-migrate-parameters")["downtime-limit"], 300);
     assert_eq!(ask("migrate_cancel"), json!({}));
-    let commands = ask("query-commands");
+    let names = |list: Value| -> BTreeSet<String> {
+        let name = |one: &Value| one["name"].as_str().unwrap().to_owned();
+        list.as_array().unwrap().iter().map(name).collect()
+    };
+    let commands = names(ask("query-commands"));
     for command in ["query-status", "stop", "migrate", "system_reset", "query-commands"] {
-        assert!(commands.as_array().unwrap().contains(&json!({"name": command})), "{command}");
+        assert!(commands.contains(command), "{command}");
     }
+    for query in commands.iter().filter(|name| name.starts_with("query-")) {
+        ask(query);
+    }
+    let mut schema = ask("query-qmp-schema");
+    schema.as_array_mut().unwrap().retain(|one| one["meta-type"] == "command");
+    assert_eq!(names(schema), commands);
 
     qmp.execute("stop", json!({})).unwrap();
     qmp.wait_event("STOP", SOON).unwrap();

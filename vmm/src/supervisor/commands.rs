@@ -3,8 +3,10 @@
 use super::ending::shutting_down;
 use super::{Event, Mode, RunState, Supervisor, jobs};
 use crate::control::block;
-use crate::control::command::{Command, NAMES, OwnOptions, parameters, set_capabilities};
+use crate::control::command::{COMMANDS, Command};
 use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError, version};
+use crate::control::options::{Capability, OwnOptions, parameters, set_capabilities};
+use crate::control::schema::schema;
 use crate::control::{ClientId, Incoming, QmpResult};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
@@ -107,7 +109,10 @@ impl Supervisor {
     fn execute_at_once(&mut self, command: Command) -> QmpResult {
         match command {
             Command::QueryVersion => Ok(version()),
-            Command::QueryCommands => Ok(NAMES.iter().map(|name| json!({"name": name})).collect()),
+            Command::QueryCommands => {
+                Ok(COMMANDS.iter().map(|entry| json!({"name": entry.name})).collect())
+            }
+            Command::QuerySchema => Ok(schema()),
             Command::QueryStatus => Ok(json!({
                 "status": self.state.name(),
                 "running": self.state == RunState::Running,
@@ -133,6 +138,7 @@ impl Supervisor {
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),
+            Command::Negotiate => Err(QmpError::generic("the control server answers this command")),
             Command::Powerdown => {
                 if let Some(machine) = &self.machine {
                     machine.press_power_button().map_err(|error| failed(&error))?;
@@ -169,7 +175,8 @@ impl Supervisor {
             Command::QueryParameters => Ok(parameters(&self.jobs.params_now())),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
-                if let Some((_, state)) = list.iter().rfind(|(name, _)| name == "events") {
+                if let Some((_, state)) = list.iter().rfind(|(name, _)| *name == Capability::Events)
+                {
                     self.jobs.events_wanted = *state;
                 }
                 set_capabilities(&mut self.jobs.params, &list);
@@ -179,13 +186,12 @@ impl Supervisor {
             Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
             Command::QueryCapabilities => {
                 let params = self.jobs.params_now();
-                Ok(json!([
-                    {"capability": "events", "state": self.jobs.events_wanted},
-                    {"capability": "return-path", "state": true},
-                    {"capability": "auto-converge", "state": params.auto_converge},
-                    {"capability": "xbzrle", "state": params.xbzrle},
-                    {"capability": "multifd", "state": params.multifd},
-                ]))
+                let events = self.jobs.events_wanted;
+                let one = |capability: &Capability| {
+                    let state = capability.is_on(&params, events);
+                    json!({"capability": capability.name(), "state": state})
+                };
+                Ok(Capability::ALL.iter().map(one).collect())
             }
         }
     }
