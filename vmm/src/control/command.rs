@@ -43,7 +43,7 @@ pub enum Command {
     Stop,
     /// `cont`
     Cont {
-        /// Ferry's own: run a guest whose migration ended as unknown; the operator confirms that it runs
+        /// `x-force`: run a guest whose migration ended as unknown; the operator confirms that it runs
         /// nowhere else.
         force: bool,
     },
@@ -60,7 +60,7 @@ pub enum Command {
     Migrate {
         /// The destination.
         uri: String,
-        /// `disks`, or QEMU's `blk` and `inc`: which disks to migrate.
+        /// `x-disks`, or QEMU's `blk` and `inc`: which disks to migrate.
         disks: DiskSelection,
         /// `x-disk-reads` and `x-disk-buffers`.
         tuning: Tuning,
@@ -200,8 +200,8 @@ pub const COMMANDS: &[Entry] = &[
         },
     ),
     Entry::new("stop", &[], EMPTY, |_| Ok(Command::Stop)),
-    Entry::new("cont", &[optional("force", Kind::Flag)], EMPTY, |arguments| {
-        Ok(Command::Cont { force: arguments.flag("force").unwrap_or(false) })
+    Entry::new("cont", &[optional("x-force", Kind::Flag)], EMPTY, |arguments| {
+        Ok(Command::Cont { force: arguments.flag("x-force").unwrap_or(false) })
     }),
     Entry::new("system_reset", &[], EMPTY, |_| Ok(Command::Reset)),
     Entry::new("system_powerdown", &[], EMPTY, |_| Ok(Command::Powerdown)),
@@ -221,7 +221,7 @@ pub const COMMANDS: &[Entry] = &[
             optional("detach", Kind::Flag),
             optional("resume", Kind::Flag),
             // A mode, or an object of modes by disk.
-            optional("disks", Kind::Any),
+            optional("x-disks", Kind::Any),
             optional("x-disk-reads", Kind::Whole),
             optional("x-disk-buffers", Kind::Whole),
             optional("x-id", Kind::Text),
@@ -323,7 +323,7 @@ fn migrate(arguments: &mut Arguments) -> Result<Command, QmpError> {
     Ok(Command::Migrate { uri, disks, tuning, own })
 }
 
-/// `blk` copies whole disks, `inc` the data above their backing files; `disks` chooses per disk.
+/// `blk` copies whole disks, `inc` the data above their backing files; `x-disks` chooses per disk.
 fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> {
     let blk = arguments.flag("blk").unwrap_or(false);
     let inc = arguments.flag("inc").unwrap_or(false);
@@ -332,14 +332,14 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
         (true, false) => DiskMode::Full,
         (false, false) => DiskMode::None,
     };
-    let Some(value) = arguments.any("disks") else {
+    let Some(value) = arguments.any("x-disks") else {
         return Ok(DiskSelection { others, named: Vec::new() });
     };
     let mut selection = DiskSelection::from_json(&value)
-        .map_err(|error| QmpError::generic(format!("Parameter 'disks': {error}")))?;
+        .map_err(|error| QmpError::generic(format!("Parameter 'x-disks': {error}")))?;
     if others != DiskMode::None {
         if !value.is_object() {
-            let desc = "Parameter 'disks' says for all disks what 'blk' or 'inc' says already";
+            let desc = "Parameter 'x-disks' says for all disks what 'blk' or 'inc' says already";
             return Err(QmpError::generic(desc));
         }
         selection.others = others;
@@ -410,11 +410,11 @@ mod tests {
         assert_eq!(choose(json!({})), Ok(["none", "none"]));
         assert_eq!(choose(json!({"blk": true})), Ok(["full", "full"]));
         assert_eq!(choose(json!({"blk": true, "inc": true})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"disks": "top"})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"disks": {"data": "full"}})), Ok(["none", "full"]));
-        assert_eq!(choose(json!({"blk": true, "disks": {"data": "none"}})), Ok(["full", "none"]));
-        assert!(choose(json!({"blk": true, "disks": "top"})).unwrap_err().contains("already"));
-        assert!(choose(json!({"disks": {"data": "half"}})).unwrap_err().contains("half"));
+        assert_eq!(choose(json!({"x-disks": "top"})), Ok(["top", "top"]));
+        assert_eq!(choose(json!({"x-disks": {"data": "full"}})), Ok(["none", "full"]));
+        assert_eq!(choose(json!({"blk": true, "x-disks": {"data": "none"}})), Ok(["full", "none"]));
+        assert!(choose(json!({"blk": true, "x-disks": "top"})).unwrap_err().contains("already"));
+        assert!(choose(json!({"x-disks": {"data": "half"}})).unwrap_err().contains("half"));
         assert!(choose(json!({"x-disk-reads": 17})).unwrap_err().contains("1 to 16"));
         assert!(choose(json!({"x-disk-buffers": 0})).unwrap_err().contains("1 to 512"));
     }

@@ -54,7 +54,7 @@ pub const EVENTS: &[(&str, &[Member])] = &[
     ("x-migration", &[needed("x-id", Kind::Text), needed("ended", Kind::Flag)]),
 ];
 
-const NOT_CONVERGING: &str = "MIGRATION_NOT_CONVERGING";
+const NOT_CONVERGING: &str = "x-migration-not-converging";
 
 /// A QMP event.
 #[derive(Debug, Clone, PartialEq)]

@@ -136,4 +136,44 @@ mod tests {
         assert_eq!(entity(&schema, "int")["json-type"], "int");
         assert_eq!(entity(&schema, "RESET")["arg-type"], "q_obj_RESET-arg");
     }
+
+    #[test]
+    fn what_qemu_does_not_have_begins_with_x() {
+        let of_qemu = |command: &str| -> &[&str] {
+            match command {
+                "qmp_capabilities" => &["enable"],
+                "query-named-block-nodes" => &["flat"],
+                "query-blockstats" => &["query-nodes"],
+                "migrate" => &["uri", "blk", "inc", "detach", "resume"],
+                "migrate-set-capabilities" => &["capabilities"],
+                "migrate-set-parameters" => &[
+                    "max-bandwidth",
+                    "downtime-limit",
+                    "multifd-channels",
+                    "multifd-compression",
+                    "multifd-zlib-level",
+                    "multifd-zstd-level",
+                    "xbzrle-cache-size",
+                    "throttle-trigger-threshold",
+                    "cpu-throttle-initial",
+                    "cpu-throttle-increment",
+                    "max-cpu-throttle",
+                    "cpu-throttle-tailslow",
+                ],
+                "calc-dirty-rate" => &["calc-time", "calc-time-unit", "sample-pages", "mode"],
+                "query-dirty-rate" => &["calc-time-unit"],
+                _ => &[],
+            }
+        };
+        for entry in COMMANDS.iter().filter(|entry| !entry.name.starts_with("x-")) {
+            for name in entry.arguments.iter().map(|member| member.name) {
+                let known = name.starts_with("x-") || of_qemu(entry.name).contains(&name);
+                assert!(known, "{}: {name}", entry.name);
+            }
+        }
+        for (name, _) in EVENTS {
+            let upper = name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_');
+            assert_eq!(upper, !name.starts_with("x-"), "{name}");
+        }
+    }
 }

@@ -267,7 +267,7 @@ impl Supervisor {
             RunState::IoError => self.lock_and_resume(request),
             RunState::Postmigrate if !force => refused(
                 "The guest has been handed over and may run at the destination; if you are sure \
-                 that it does not, use cont with force=true",
+                 that it does not, use cont with x-force=true",
             ),
             RunState::Postmigrate => {
                 if let Err(error) = self.no_migration("take the guest back") {
