@@ -151,7 +151,7 @@ pub struct NotConverging {
 }
 
 impl NotConverging {
-    /// As in the event `MIGRATION_NOT_CONVERGING` and in `x-not-converging` of `query-migrate`.
+    /// As in the event `x-migration-not-converging` and in `x-not-converging` of `query-migrate`.
     pub fn to_json(&self) -> Value {
         let mut json = json!({
             "dirty-bytes-per-second": self.dirty_bytes_per_sec,

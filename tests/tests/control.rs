@@ -6,7 +6,8 @@ use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, skip};
 use serde_json::{Value, json};
-use std::io::{PipeReader, Read, Write};
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Child, Command};
@@ -34,17 +35,32 @@ fn every_command_answers_as_documented() {
     let mut ask = |command: &str| qmp.execute(command, json!({})).unwrap();
     assert!(ask("query-version")["qemu"].is_object());
     assert_eq!(ask("query-name")["name"], "vm1");
+    assert_eq!(ask("query-uuid"), json!({"UUID": "00000000-0000-0000-0000-000000000000"}));
+    assert_eq!(ask("query-kvm"), json!({"enabled": true, "present": true}));
+    let memory = json!({"base-memory": 64 << 20, "plugged-memory": 0});
+    assert_eq!(ask("query-memory-size-summary"), memory);
     assert_eq!(ask("query-cpus-fast").as_array().unwrap().len(), 2);
     assert_eq!(ask("query-block")[0]["device"], "root");
+    assert_eq!(ask("query-blockstats")[0]["stats"]["failed_rd_operations"], 0);
     let status = ask("query-status");
     assert_eq!((&status["status"], &status["running"]), (&json!("running"), &json!(true)));
     assert_eq!(ask("query-migrate"), json!({}));
     assert_eq!(ask("query-migrate-parameters")["downtime-limit"], 300);
     assert_eq!(ask("migrate_cancel"), json!({}));
-    let commands = ask("query-commands");
+    let names = |list: Value| -> BTreeSet<String> {
+        let name = |one: &Value| one["name"].as_str().unwrap().to_owned();
+        list.as_array().unwrap().iter().map(name).collect()
+    };
+    let commands = names(ask("query-commands"));
     for command in ["query-status", "stop", "migrate", "system_reset", "query-commands"] {
-        assert!(commands.as_array().unwrap().contains(&json!({"name": command})), "{command}");
+        assert!(commands.contains(command), "{command}");
     }
+    for query in commands.iter().filter(|name| name.starts_with("query-")) {
+        ask(query);
+    }
+    let mut schema = ask("query-qmp-schema");
+    schema.as_array_mut().unwrap().retain(|one| one["meta-type"] == "command");
+    assert_eq!(names(schema), commands);
 
     qmp.execute("stop", json!({})).unwrap();
     qmp.wait_event("STOP", SOON).unwrap();
@@ -99,6 +115,32 @@ fn wrong_requests_get_qemus_classes_and_words() {
         assert_eq!(class(&mut qmp, "migrate-set-parameters", bad), "GenericError");
     }
     assert_eq!(qmp.run_state().unwrap(), "running");
+}
+
+#[test]
+fn requests_and_negotiation_are_qemus_in_detail() {
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let vmm = idle();
+    let mut client = BufReader::new(Qmp::connect_raw(vmm.socket(), SOON).unwrap());
+    client.get_ref().set_read_timeout(Some(SOON)).unwrap();
+    let mut line = |request: &str| {
+        client.get_ref().write_all(request.as_bytes()).unwrap();
+        let mut line = String::new();
+        client.read_line(&mut line).unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()
+    };
+    assert_eq!(line("")["QMP"]["capabilities"], json!([]));
+    let refused = line("{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}");
+    assert_eq!(refused["error"]["desc"], "Capability oob not available");
+    let refused = line("{'execute':'qmp_capabilities','arguments':{'disable':[]}}");
+    assert_eq!(refused["error"]["class"], "GenericError");
+    assert_eq!(line("{ 'execute' : 'qmp_capabilities' }"), json!({"return": {}}));
+    let answer = line("{'execute': 'query-name', \"id\": '\"}\\''}");
+    assert_eq!(answer, json!({"return": {"name": "vm1"}, "id": "\"}'"}));
+    assert!(line("{'execute': 'query-name}\n")["error"].is_object());
+    assert_eq!(line("{'execute':'query-name'}")["return"]["name"], "vm1");
 }
 
 #[test]

@@ -137,7 +137,7 @@ fn a_guest_that_cannot_be_moved_is_not_stopped_and_its_user_is_told() {
     let limit_ms = 50;
     let parameters = json!({"max-bandwidth": CAP, "downtime-limit": limit_ms});
     let (source, mut destination, mut qmp) = start(parameters, false);
-    let event = qmp.wait_event("MIGRATION_NOT_CONVERGING", SOON).unwrap();
+    let event = qmp.wait_event("x-migration-not-converging", SOON).unwrap();
     let facts = &event["data"];
     assert!(facts["expected-downtime"].as_u64().unwrap() > limit_ms, "{event}");
     assert_eq!(facts["downtime-limit"], limit_ms, "{event}");

@@ -103,7 +103,7 @@ fn a_destination_killed_at_any_moment_never_costs_the_guest() {
             pair.qmp.refused("cont", json!({})).unwrap();
             // Its operator has made sure that it does not run there.
             let silent = pair.destination.vmm.serial().text().is_empty();
-            pair.qmp.execute("cont", json!({"force": true})).unwrap();
+            pair.qmp.execute("cont", json!({"x-force": true})).unwrap();
             pair.source.wait_next_line("^HB ").unwrap();
             assert_eq!(pair.source.check().unwrap().corrupt, 0);
             if silent {
@@ -335,7 +335,7 @@ fn the_lock_comes_back_when_the_last_step_fails() {
             assert_eq!(qmp.run_state().unwrap(), "running");
         } else {
             // Only a dead process can have it: its operator takes it back, and the lock with it.
-            qmp.execute("cont", json!({"force": true})).unwrap();
+            qmp.execute("cont", json!({"x-force": true})).unwrap();
             if !destination.vmm.serial().text().is_empty() {
                 // It had run and written there, so going back in time would show in the disk.
                 return;

@@ -110,7 +110,7 @@ fn a_disk_whose_requests_outlast_the_limit_is_named_and_its_guest_is_left_alone(
             return;
         };
         let told = slow.qmp.wait_event_where(SOON, |event| {
-            event["event"] == "MIGRATION_NOT_CONVERGING" || has_ended(&event["data"])
+            event["event"] == "x-migration-not-converging" || has_ended(&event["data"])
         });
         let told = told.unwrap();
         if told["event"] == "MIGRATION" {
@@ -205,7 +205,7 @@ fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_s
     image.flushes_take(Duration::from_secs(2));
     let mut qmp = listener(&source);
     start_moving(&mut qmp, &destination.address, limited(LIMIT));
-    let told = qmp.wait_event("MIGRATION_NOT_CONVERGING", SOON).unwrap();
+    let told = qmp.wait_event("x-migration-not-converging", SOON).unwrap();
     assert!(told["data"]["part"]["name"].as_str().unwrap().contains("disk `root`"), "{told}");
     let flushes = image.flushes();
     while image.flushes() < flushes + 2 {

@@ -39,7 +39,7 @@ fn translate(words: &[String]) -> Result<(String, Value), String> {
         ["status"] => request("query-status", json!({})),
         ["migration"] => request("query-migrate", json!({})),
         ["cancel"] => request("migrate_cancel", json!({})),
-        ["cont", "--force"] => request("cont", json!({"force": true})),
+        ["cont", "--force"] => request("cont", json!({"x-force": true})),
         [command] => request(command, json!({})),
         [command, arguments] => match serde_json::from_str(arguments) {
             Ok(arguments @ Value::Object(_)) => request(command, arguments),
@@ -59,7 +59,7 @@ mod tests {
             translate(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>())
         };
         assert_eq!(of(&["status"]).unwrap().0, "query-status");
-        assert_eq!(of(&["cont", "--force"]).unwrap().1, json!({"force": true}));
+        assert_eq!(of(&["cont", "--force"]).unwrap().1, json!({"x-force": true}));
         assert_eq!(of(&["migrate", r#"{"uri":"tcp:h:1"}"#]).unwrap().1["uri"], "tcp:h:1");
         assert!(of(&["migrate", "tcp:h:1"]).is_err());
     }

@@ -102,7 +102,7 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientErr
             DiskMode::Full => migrate["blk"] = true.into(),
         }
         for (id, mode) in &selection.named {
-            migrate["disks"][id] = mode.name().into();
+            migrate["x-disks"][id] = mode.name().into();
         }
     }
     for (name, number) in [("x-disk-reads", args.disk_reads), ("x-disk-buffers", args.disk_buffers)]

@@ -65,7 +65,9 @@ pub fn named_nodes<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes
     nodes.map(|node| info(node, sizes)).collect()
 }
 
-/// The reply to `query-blockstats`.
+/// The reply to `query-blockstats`, with every member that QEMU 7.2 always sends. Operations and their
+/// bytes are counted; times, merged, failed and invalid requests are not, nor the highest offset written,
+/// and these are 0.
 pub fn stats<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
     let one = |node: &BlockNode| {
         let stats = node.stats();
@@ -81,6 +83,25 @@ pub fn stats<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
                 "wr_operations": stats.writes,
                 "flush_operations": stats.flushes,
                 "unmap_operations": stats.discards,
+                "rd_total_time_ns": 0,
+                "wr_total_time_ns": 0,
+                "flush_total_time_ns": 0,
+                "unmap_total_time_ns": 0,
+                "wr_highest_offset": 0,
+                "rd_merged": 0,
+                "wr_merged": 0,
+                "unmap_merged": 0,
+                "failed_rd_operations": 0,
+                "failed_wr_operations": 0,
+                "failed_flush_operations": 0,
+                "failed_unmap_operations": 0,
+                "invalid_rd_operations": 0,
+                "invalid_wr_operations": 0,
+                "invalid_flush_operations": 0,
+                "invalid_unmap_operations": 0,
+                "account_invalid": false,
+                "account_failed": false,
+                "timed_stats": [],
             },
         })
     };
@@ -107,5 +128,29 @@ mod tests {
         assert_eq!((&nodes[0]["drv"], &nodes[0]["ro"]), (&json!("memory"), &json!(false)));
         assert_eq!(stats[0]["stats"]["wr_bytes"], 512);
         assert_eq!(stats[0]["stats"]["wr_operations"], 1);
+    }
+
+    #[test]
+    fn block_statistics_have_every_mandatory_member_of_qemus() {
+        let node = BlockNode::new("root", Box::new(MemoryDisk::new(4096)));
+        let stats = stats(std::iter::once(&node));
+        let stats = stats[0]["stats"].as_object().unwrap();
+        for kind in ["rd", "wr", "flush", "unmap"] {
+            let names = ["failed_{}_operations", "invalid_{}_operations", "{}_total_time_ns"];
+            for name in names.map(|name| name.replace("{}", kind)) {
+                assert_eq!(stats[&name], 0, "{name}");
+            }
+            assert!(stats[&format!("{kind}_operations")].is_u64(), "{kind}");
+        }
+        for kind in ["rd", "wr", "unmap"] {
+            assert_eq!(stats[&format!("{kind}_merged")], 0, "{kind}");
+            assert!(stats[&format!("{kind}_bytes")].is_u64(), "{kind}");
+        }
+        assert_eq!(stats["wr_highest_offset"], 0);
+        assert_eq!(
+            (&stats["account_failed"], &stats["account_invalid"]),
+            (&json!(false), &json!(false))
+        );
+        assert_eq!((&stats["timed_stats"], stats.len()), (&json!([]), 26));
     }
 }

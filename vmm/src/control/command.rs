@@ -1,51 +1,36 @@
-//! QMP commands: parses requests into typed commands. The supervisor executes them.
+//! QMP commands: one table of their names, arguments and replies, by which requests become typed commands.
+//! The supervisor executes them.
 
+use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
 use super::message::{QmpError, Request};
+use super::options::{
+    CAPABILITIES, Capability, OwnOptions, PARAMETERS, ParameterChange, capabilities, migration_id,
+};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use migration::block::Tuning;
-use migration::params::{Compression, Params};
-use serde_json::{Map, Value, json};
 use std::time::Duration;
-
-/// All commands, as `query-commands` lists them.
-pub const NAMES: [&str; 24] = [
-    "qmp_capabilities",
-    "query-version",
-    "query-commands",
-    "query-status",
-    "query-name",
-    "query-cpus-fast",
-    "query-block",
-    "query-named-block-nodes",
-    "query-blockstats",
-    "stop",
-    "cont",
-    "system_reset",
-    "system_powerdown",
-    "quit",
-    "x-console-input",
-    "migrate",
-    "migrate_cancel",
-    "query-migrate",
-    "migrate-set-parameters",
-    "query-migrate-parameters",
-    "migrate-set-capabilities",
-    "query-migrate-capabilities",
-    "calc-dirty-rate",
-    "query-dirty-rate",
-];
 
 /// A parsed command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
+    /// `qmp_capabilities`, which is valid only as the first command.
+    Negotiate,
     /// `query-version`
     QueryVersion,
     /// `query-commands`
     QueryCommands,
+    /// `query-qmp-schema`
+    QuerySchema,
     /// `query-status`
     QueryStatus,
     /// `query-name`
     QueryName,
+    /// `query-uuid`
+    QueryUuid,
+    /// `query-kvm`
+    QueryKvm,
+    /// `query-memory-size-summary`
+    QueryMemorySize,
     /// `query-cpus-fast`
     QueryCpus,
     /// `query-block`
@@ -58,7 +43,7 @@ pub enum Command {
     Stop,
     /// `cont`
     Cont {
-        /// Ferry's own: run a guest whose migration ended as unknown; the operator confirms that it runs
+        /// `x-force`: run a guest whose migration ended as unknown; the operator confirms that it runs
         /// nowhere else.
         force: bool,
     },
@@ -75,7 +60,7 @@ pub enum Command {
     Migrate {
         /// The destination.
         uri: String,
-        /// `disks`, or QEMU's `blk` and `inc`: which disks to migrate.
+        /// `x-disks`, or QEMU's `blk` and `inc`: which disks to migrate.
         disks: DiskSelection,
         /// `x-disk-reads` and `x-disk-buffers`.
         tuning: Tuning,
@@ -94,7 +79,7 @@ pub enum Command {
     /// `query-migrate-parameters`
     QueryParameters,
     /// `migrate-set-capabilities`
-    SetCapabilities(Vec<(String, bool)>),
+    SetCapabilities(Vec<(Capability, bool)>),
     /// `query-migrate-capabilities`
     QueryCapabilities,
     /// `calc-dirty-rate`, with the duration of the measurement.
@@ -106,326 +91,255 @@ pub enum Command {
     },
 }
 
-/// Options of one migration, Ferry's own: what `migrate-set-parameters` and `migrate-set-capabilities` have
-/// set stays as it is for the next one.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct OwnOptions {
-    /// `x-id`: the name by which its client follows it.
-    pub id: Option<String>,
-    /// `x-parameters`
-    pub parameters: ParameterChange,
-    /// `x-capabilities`
-    pub capabilities: Vec<(String, bool)>,
-    /// `x-end-source`: the process ends once the guest has moved and the client has gone.
-    pub end_source: bool,
+/// A command, as the table has it.
+pub struct Entry {
+    /// Its name.
+    pub name: &'static str,
+    /// Its arguments.
+    pub arguments: &'static [Member],
+    /// Its reply.
+    pub returns: Kind,
+    /// Reads the arguments, which have been checked.
+    read: fn(&mut Arguments) -> Result<Command, QmpError>,
 }
 
-/// Longest `x-id`.
-const MAX_ID_BYTES: usize = 64;
-
-impl OwnOptions {
-    fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        let id = migration_id(arguments)?;
-        let parameters =
-            arguments.optional("x-parameters", "object", |value| value.as_object().cloned())?;
-        let mut parameters = Arguments(parameters.unwrap_or_default());
-        let change = ParameterChange::parse(&mut parameters)?;
-        parameters.none_left()?;
-        let capabilities = arguments.capabilities("x-capabilities")?.unwrap_or_default();
-        if capabilities.iter().any(|(name, _)| name == "events") {
-            let desc =
-                "Capability 'events' is not one of a migration: use migrate-set-capabilities";
-            return Err(QmpError::generic(desc));
-        }
-        let end_source = arguments.flag("x-end-source")?.unwrap_or(false);
-        Ok(Self { id, parameters: change, capabilities, end_source })
-    }
-
-    /// `params` for this migration, checked.
-    pub fn apply(&self, mut params: Params) -> Result<Params, QmpError> {
-        set_capabilities(&mut params, &self.capabilities);
-        self.parameters.apply(params)
+impl Entry {
+    const fn new(
+        name: &'static str,
+        arguments: &'static [Member],
+        returns: Kind,
+        read: fn(&mut Arguments) -> Result<Command, QmpError>,
+    ) -> Self {
+        Self { name, arguments, returns, read }
     }
 }
 
-fn migration_id(arguments: &mut Arguments) -> Result<Option<String>, QmpError> {
-    match arguments.text("x-id")? {
-        Some(id) if id.is_empty() || id.len() > MAX_ID_BYTES => Err(QmpError::generic(format!(
-            "Parameter 'x-id' expects a name of 1 to {MAX_ID_BYTES} bytes"
-        ))),
-        id => Ok(id),
-    }
+const fn object(name: &'static str, members: &'static [Member]) -> Kind {
+    Kind::Object { name, members }
 }
 
-/// Switches capabilities of migrations on or off.
-pub fn set_capabilities(params: &mut Params, list: &[(String, bool)]) {
-    for (name, state) in list {
-        match name.as_str() {
-            "auto-converge" => params.auto_converge = *state,
-            "xbzrle" => params.xbzrle = *state,
-            "multifd" => params.multifd = *state,
-            // `events` is the control socket's, and `return-path` cannot be changed.
-            _ => {}
-        }
-    }
-}
+/// The command that ends the negotiation.
+pub const NEGOTIATION: &str = "qmp_capabilities";
 
-/// Parameters to change; the others stay.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ParameterChange {
-    /// `max-bandwidth`, bytes per second.
-    pub max_bandwidth: Option<u64>,
-    /// `downtime-limit`.
-    pub downtime_limit: Option<Duration>,
-    /// `multifd-channels`
-    pub multifd_channels: Option<u16>,
-    /// `multifd-compression`
-    pub multifd_compression: Option<Compression>,
-    /// `multifd-zlib-level`
-    pub multifd_zlib_level: Option<u8>,
-    /// `multifd-zstd-level`
-    pub multifd_zstd_level: Option<u8>,
-    /// `xbzrle-cache-size`, bytes.
-    pub xbzrle_cache_size: Option<u64>,
-    /// `throttle-trigger-threshold`, percent, like the three below.
-    pub throttle_trigger_threshold: Option<u8>,
-    /// `cpu-throttle-initial`
-    pub cpu_throttle_initial: Option<u8>,
-    /// `cpu-throttle-increment`
-    pub cpu_throttle_increment: Option<u8>,
-    /// `max-cpu-throttle`
-    pub max_cpu_throttle: Option<u8>,
-    /// `cpu-throttle-tailslow`
-    pub cpu_throttle_tailslow: Option<bool>,
-}
+const TIME_UNIT: Kind = Kind::Choice { name: "TimeUnit", values: &["second", "millisecond"] };
 
-fn change<T>(value: &mut T, new: Option<T>) {
-    if let Some(new) = new {
-        *value = new;
-    }
-}
-
-impl ParameterChange {
-    fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        Ok(Self {
-            max_bandwidth: arguments.number("max-bandwidth")?,
-            downtime_limit: arguments.number("downtime-limit")?.map(Duration::from_millis),
-            // Saturates: `Params::validate` refuses far smaller numbers.
-            multifd_channels: arguments
-                .number("multifd-channels")?
-                .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
-            multifd_compression: arguments
-                .text("multifd-compression")?
-                .map(|name| {
-                    Compression::from_name(&name).ok_or_else(|| {
-                        QmpError::generic(format!(
-                            "Parameter 'multifd-compression' does not accept value '{name}': it is \
-                             none, zlib or zstd"
-                        ))
-                    })
-                })
-                .transpose()?,
-            multifd_zlib_level: arguments.small("multifd-zlib-level")?,
-            multifd_zstd_level: arguments.small("multifd-zstd-level")?,
-            xbzrle_cache_size: arguments.number("xbzrle-cache-size")?,
-            throttle_trigger_threshold: arguments.small("throttle-trigger-threshold")?,
-            cpu_throttle_initial: arguments.small("cpu-throttle-initial")?,
-            cpu_throttle_increment: arguments.small("cpu-throttle-increment")?,
-            max_cpu_throttle: arguments.small("max-cpu-throttle")?,
-            cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow")?,
-        })
-    }
-
-    /// `params` with the changes, checked.
-    pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
-        change(&mut params.max_bandwidth, self.max_bandwidth);
-        change(&mut params.downtime_limit, self.downtime_limit);
-        change(&mut params.multifd_channels, self.multifd_channels);
-        change(&mut params.compression, self.multifd_compression);
-        change(&mut params.zlib_level, self.multifd_zlib_level);
-        change(&mut params.zstd_level, self.multifd_zstd_level);
-        change(&mut params.xbzrle_cache_size, self.xbzrle_cache_size);
-        let throttle = &mut params.throttle;
-        change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
-        change(&mut throttle.initial, self.cpu_throttle_initial);
-        change(&mut throttle.increment, self.cpu_throttle_increment);
-        change(&mut throttle.max, self.max_cpu_throttle);
-        change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
-        params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
-        Ok(params)
-    }
-}
-
-/// The reply to `query-migrate-parameters`.
-pub fn parameters(params: &Params) -> Value {
-    // Milliseconds: `u64` holds 580 million years.
-    json!({
-        "max-bandwidth": params.max_bandwidth,
-        "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
-        "multifd-channels": params.multifd_channels,
-        "multifd-compression": params.compression.name(),
-        "multifd-zlib-level": params.zlib_level,
-        "multifd-zstd-level": params.zstd_level,
-        "xbzrle-cache-size": params.xbzrle_cache_size,
-        "throttle-trigger-threshold": params.throttle.trigger_threshold,
-        "cpu-throttle-initial": params.throttle.initial,
-        "cpu-throttle-increment": params.throttle.increment,
-        "cpu-throttle-tailslow": params.throttle.tailslow,
-        "max-cpu-throttle": params.throttle.max,
-    })
-}
-
-/// Consumes arguments one by one and rejects unknown ones.
-struct Arguments(Map<String, Value>);
-
-impl Arguments {
-    fn optional<T>(
-        &mut self,
-        name: &str,
-        kind: &str,
-        read: impl Fn(&Value) -> Option<T>,
-    ) -> Result<Option<T>, QmpError> {
-        let Some(value) = self.0.remove(name) else { return Ok(None) };
-        read(&value).map(Some).ok_or_else(|| {
-            QmpError::generic(format!("Invalid parameter type for '{name}', expected: {kind}"))
-        })
-    }
-
-    fn number(&mut self, name: &str) -> Result<Option<u64>, QmpError> {
-        self.optional(name, "integer", Value::as_u64)
-    }
-
-    fn count(&mut self, name: &str, most: usize) -> Result<Option<usize>, QmpError> {
-        let Some(number) = self.number(name)? else { return Ok(None) };
-        let fitting = usize::try_from(number).ok().filter(|number| (1..=most).contains(number));
-        fitting.map(Some).ok_or_else(|| {
-            let desc = format!("Parameter '{name}' expects an integer in the range of 1 to {most}");
-            QmpError::generic(desc)
-        })
-    }
-
-    /// A percentage or level. Saturates at 255: the range check comes later and refuses that.
-    fn small(&mut self, name: &str) -> Result<Option<u8>, QmpError> {
-        Ok(self.number(name)?.map(|number| u8::try_from(number).unwrap_or(u8::MAX)))
-    }
-
-    fn flag(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
-        self.optional(name, "boolean", Value::as_bool)
-    }
-
-    fn text(&mut self, name: &str) -> Result<Option<String>, QmpError> {
-        self.optional(name, "string", |value| value.as_str().map(str::to_owned))
-    }
-
-    fn capabilities(&mut self, name: &str) -> Result<Option<Vec<(String, bool)>>, QmpError> {
-        let list = self.optional(name, "array", |value| value.as_array().cloned())?;
-        list.map(|list| list.iter().map(capability).collect()).transpose()
-    }
-
-    fn none_left(self) -> Result<(), QmpError> {
-        match self.0.keys().next() {
-            None => Ok(()),
-            Some(name) => Err(QmpError::generic(format!("Parameter '{name}' is unexpected"))),
-        }
-    }
-}
-
-fn missing(name: &str) -> QmpError {
-    QmpError::generic(format!("Parameter '{name}' is missing"))
-}
+/// All commands: what requests are checked and parsed by, and `query-commands` and `query-qmp-schema` show.
+/// Ferry's own commands and arguments begin with `x-`.
+pub const COMMANDS: &[Entry] = &[
+    Entry::new(
+        NEGOTIATION,
+        &[optional(
+            "enable",
+            Kind::List(&Kind::Choice { name: "QMPCapability", values: &["oob"] }),
+        )],
+        EMPTY,
+        negotiation,
+    ),
+    Entry::new("query-version", &[], Kind::Any, |_| Ok(Command::QueryVersion)),
+    Entry::new(
+        "query-commands",
+        &[],
+        Kind::List(&object("CommandInfo", &[needed("name", Kind::Text)])),
+        |_| Ok(Command::QueryCommands),
+    ),
+    Entry::new("query-qmp-schema", &[], Kind::List(&Kind::Any), |_| Ok(Command::QuerySchema)),
+    Entry::new(
+        "query-status",
+        &[],
+        object(
+            "StatusInfo",
+            &[
+                needed("status", Kind::Text),
+                needed("running", Kind::Flag),
+                needed("singlestep", Kind::Flag),
+            ],
+        ),
+        |_| Ok(Command::QueryStatus),
+    ),
+    Entry::new("query-name", &[], object("NameInfo", &[optional("name", Kind::Text)]), |_| {
+        Ok(Command::QueryName)
+    }),
+    Entry::new("query-uuid", &[], object("UuidInfo", &[needed("UUID", Kind::Text)]), |_| {
+        Ok(Command::QueryUuid)
+    }),
+    Entry::new(
+        "query-kvm",
+        &[],
+        object("KvmInfo", &[needed("enabled", Kind::Flag), needed("present", Kind::Flag)]),
+        |_| Ok(Command::QueryKvm),
+    ),
+    Entry::new(
+        "query-memory-size-summary",
+        &[],
+        object(
+            "MemoryInfo",
+            &[needed("base-memory", Kind::Whole), optional("plugged-memory", Kind::Whole)],
+        ),
+        |_| Ok(Command::QueryMemorySize),
+    ),
+    Entry::new("query-cpus-fast", &[], Kind::List(&Kind::Any), |_| Ok(Command::QueryCpus)),
+    Entry::new("query-block", &[], Kind::List(&Kind::Any), |_| Ok(Command::QueryBlock)),
+    Entry::new(
+        "query-named-block-nodes",
+        &[optional("flat", Kind::Flag)],
+        Kind::List(&Kind::Any),
+        |arguments| {
+            // Without effect: our node list is flat anyway.
+            arguments.flag("flat");
+            Ok(Command::QueryNamedBlockNodes)
+        },
+    ),
+    Entry::new(
+        "query-blockstats",
+        &[optional("query-nodes", Kind::Flag)],
+        Kind::List(&Kind::Any),
+        |arguments| {
+            // Without effect: every disk is one node.
+            arguments.flag("query-nodes");
+            Ok(Command::QueryBlockStats)
+        },
+    ),
+    Entry::new("stop", &[], EMPTY, |_| Ok(Command::Stop)),
+    Entry::new("cont", &[optional("x-force", Kind::Flag)], EMPTY, |arguments| {
+        Ok(Command::Cont { force: arguments.flag("x-force").unwrap_or(false) })
+    }),
+    Entry::new("system_reset", &[], EMPTY, |_| Ok(Command::Reset)),
+    Entry::new("system_powerdown", &[], EMPTY, |_| Ok(Command::Powerdown)),
+    Entry::new("quit", &[], EMPTY, |_| Ok(Command::Quit)),
+    Entry::new(
+        "x-console-input",
+        &[needed("data", Kind::Text)],
+        object("x-ConsoleInput", &[needed("taken", Kind::Whole)]),
+        console_input,
+    ),
+    Entry::new(
+        "migrate",
+        &[
+            needed("uri", Kind::Text),
+            optional("blk", Kind::Flag),
+            optional("inc", Kind::Flag),
+            optional("detach", Kind::Flag),
+            optional("resume", Kind::Flag),
+            // A mode, or an object of modes by disk.
+            optional("x-disks", Kind::Any),
+            optional("x-disk-reads", Kind::Whole),
+            optional("x-disk-buffers", Kind::Whole),
+            optional("x-id", Kind::Text),
+            optional("x-parameters", object("MigrateSetParameters", PARAMETERS)),
+            optional("x-capabilities", CAPABILITIES),
+            optional("x-end-source", Kind::Flag),
+        ],
+        EMPTY,
+        migrate,
+    ),
+    Entry::new("migrate_cancel", &[], EMPTY, |_| Ok(Command::MigrateCancel)),
+    Entry::new("query-migrate", &[optional("x-id", Kind::Text)], Kind::Any, |arguments| {
+        Ok(Command::QueryMigrate { id: migration_id(arguments)? })
+    }),
+    Entry::new("migrate-set-parameters", PARAMETERS, EMPTY, |arguments| {
+        Ok(Command::SetParameters(ParameterChange::parse(arguments)?))
+    }),
+    Entry::new("query-migrate-parameters", &[], object("MigrationParameters", PARAMETERS), |_| {
+        Ok(Command::QueryParameters)
+    }),
+    Entry::new(
+        "migrate-set-capabilities",
+        &[needed("capabilities", CAPABILITIES)],
+        EMPTY,
+        |arguments| {
+            let list = arguments.list("capabilities").ok_or_else(|| missing("capabilities"))?;
+            Ok(Command::SetCapabilities(capabilities(list)?))
+        },
+    ),
+    Entry::new("query-migrate-capabilities", &[], CAPABILITIES, |_| Ok(Command::QueryCapabilities)),
+    Entry::new(
+        "calc-dirty-rate",
+        &[
+            needed("calc-time", Kind::Whole),
+            optional("calc-time-unit", TIME_UNIT),
+            optional("sample-pages", Kind::Whole),
+            // QEMU's other ways do not look at every page.
+            optional(
+                "mode",
+                Kind::Choice { name: "DirtyRateMeasureMode", values: &["dirty-bitmap"] },
+            ),
+        ],
+        EMPTY,
+        |arguments| Ok(Command::CalcDirtyRate(calc_time(arguments)?)),
+    ),
+    Entry::new(
+        "query-dirty-rate",
+        &[optional("calc-time-unit", TIME_UNIT)],
+        Kind::Any,
+        |arguments| Ok(Command::QueryDirtyRate { in_millis: in_millis(arguments) }),
+    ),
+];
 
 impl Command {
     /// Parses a request; errors use QEMU's wording.
     pub fn parse(request: &Request) -> Result<Self, QmpError> {
-        let mut arguments = Arguments(request.arguments.clone());
-        let command = match request.execute.as_str() {
-            "query-version" => Self::QueryVersion,
-            "query-commands" => Self::QueryCommands,
-            "query-status" => Self::QueryStatus,
-            "query-name" => Self::QueryName,
-            "query-cpus-fast" => Self::QueryCpus,
-            "query-block" => Self::QueryBlock,
-            "query-named-block-nodes" => {
-                // Accepted without effect: our node list is flat anyway.
-                arguments.flag("flat")?;
-                Self::QueryNamedBlockNodes
-            }
-            "query-blockstats" => {
-                arguments.flag("query-nodes")?;
-                Self::QueryBlockStats
-            }
-            "stop" => Self::Stop,
-            "cont" => Self::Cont { force: arguments.flag("force")?.unwrap_or(false) },
-            "system_reset" => Self::Reset,
-            "system_powerdown" => Self::Powerdown,
-            "quit" => Self::Quit,
-            "x-console-input" => {
-                let data = arguments.text("data")?.ok_or_else(|| missing("data"))?;
-                let bytes: Result<_, _> = data.chars().map(u8::try_from).collect();
-                Self::ConsoleInput(bytes.map_err(|_| {
-                    QmpError::generic("Parameter 'data' expects characters up to U+00FF")
-                })?)
-            }
-            "migrate" => {
-                let uri = arguments.text("uri")?.ok_or_else(|| missing("uri"))?;
-                // Always detached, as in QEMU.
-                arguments.flag("detach")?;
-                if arguments.flag("resume")? == Some(true) {
-                    return Err(QmpError::generic("Parameter 'resume' is not supported"));
-                }
-                let disks = disk_selection(&mut arguments)?;
-                let limits = Tuning::default();
-                let tuning = Tuning {
-                    reads: arguments
-                        .count("x-disk-reads", Tuning::MAX_READS)?
-                        .unwrap_or(limits.reads),
-                    buffers: arguments
-                        .count("x-disk-buffers", Tuning::MAX_BUFFERS)?
-                        .unwrap_or(limits.buffers),
-                };
-                let own = OwnOptions::parse(&mut arguments)?;
-                Self::Migrate { uri, disks, tuning, own }
-            }
-            "migrate_cancel" => Self::MigrateCancel,
-            "query-migrate" => Self::QueryMigrate { id: migration_id(&mut arguments)? },
-            "migrate-set-parameters" => {
-                Self::SetParameters(ParameterChange::parse(&mut arguments)?)
-            }
-            "query-migrate-parameters" => Self::QueryParameters,
-            "migrate-set-capabilities" => {
-                let list = arguments.capabilities("capabilities")?;
-                Self::SetCapabilities(list.ok_or_else(|| missing("capabilities"))?)
-            }
-            "query-migrate-capabilities" => Self::QueryCapabilities,
-            "calc-dirty-rate" => Self::CalcDirtyRate(calc_time(&mut arguments)?),
-            "query-dirty-rate" => Self::QueryDirtyRate { in_millis: in_millis(&mut arguments)? },
-            other => {
-                let desc = format!("The command {other} has not been found");
-                return Err(QmpError::not_found(desc));
-            }
+        let Some(entry) = COMMANDS.iter().find(|entry| entry.name == request.execute) else {
+            let desc = format!("The command {} has not been found", request.execute);
+            return Err(QmpError::not_found(desc));
         };
-        arguments.none_left()?;
+        let mut arguments = Arguments::new(entry.arguments, request.arguments.clone())?;
+        let command = (entry.read)(&mut arguments)?;
+        debug_assert!(arguments.are_read(), "{}: an argument is listed but not read", entry.name);
         Ok(command)
     }
 }
 
-/// `blk` copies whole disks, `inc` the data above their backing files; `disks` chooses per disk.
+/// The greeting offers no capability, so none can be enabled.
+fn negotiation(arguments: &mut Arguments) -> Result<Command, QmpError> {
+    let wanted = arguments.list("enable").unwrap_or_default();
+    match wanted.iter().find_map(|name| name.as_str()) {
+        Some(name) => Err(QmpError::generic(format!("Capability {name} not available"))),
+        None => Ok(Command::Negotiate),
+    }
+}
+
+fn console_input(arguments: &mut Arguments) -> Result<Command, QmpError> {
+    let data = arguments.text("data").ok_or_else(|| missing("data"))?;
+    let bytes: Result<_, _> = data.chars().map(u8::try_from).collect();
+    let bytes =
+        bytes.map_err(|_| QmpError::generic("Parameter 'data' expects characters up to U+00FF"))?;
+    Ok(Command::ConsoleInput(bytes))
+}
+
+fn migrate(arguments: &mut Arguments) -> Result<Command, QmpError> {
+    let uri = arguments.text("uri").ok_or_else(|| missing("uri"))?;
+    // Always detached, as in QEMU.
+    arguments.flag("detach");
+    if arguments.flag("resume") == Some(true) {
+        return Err(QmpError::generic("Parameter 'resume' is not supported"));
+    }
+    let disks = disk_selection(arguments)?;
+    let limits = Tuning::default();
+    let reads = arguments.count("x-disk-reads", Tuning::MAX_READS)?;
+    let buffers = arguments.count("x-disk-buffers", Tuning::MAX_BUFFERS)?;
+    let tuning =
+        Tuning { reads: reads.unwrap_or(limits.reads), buffers: buffers.unwrap_or(limits.buffers) };
+    let own = OwnOptions::parse(arguments)?;
+    Ok(Command::Migrate { uri, disks, tuning, own })
+}
+
+/// `blk` copies whole disks, `inc` the data above their backing files; `x-disks` chooses per disk.
 fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> {
-    let blk = arguments.flag("blk")?.unwrap_or(false);
-    let inc = arguments.flag("inc")?.unwrap_or(false);
+    let blk = arguments.flag("blk").unwrap_or(false);
+    let inc = arguments.flag("inc").unwrap_or(false);
     let others = match (blk, inc) {
         (_, true) => DiskMode::Top,
         (true, false) => DiskMode::Full,
         (false, false) => DiskMode::None,
     };
-    let Some(value) = arguments.0.remove("disks") else {
+    let Some(value) = arguments.any("x-disks") else {
         return Ok(DiskSelection { others, named: Vec::new() });
     };
     let mut selection = DiskSelection::from_json(&value)
-        .map_err(|error| QmpError::generic(format!("Parameter 'disks': {error}")))?;
+        .map_err(|error| QmpError::generic(format!("Parameter 'x-disks': {error}")))?;
     if others != DiskMode::None {
         if !value.is_object() {
-            let desc = "Parameter 'disks' says for all disks what 'blk' or 'inc' says already";
+            let desc = "Parameter 'x-disks' says for all disks what 'blk' or 'inc' says already";
             return Err(QmpError::generic(desc));
         }
         selection.others = others;
@@ -434,34 +348,22 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
 }
 
 /// Whether `calc-time-unit` is milliseconds.
-fn in_millis(arguments: &mut Arguments) -> Result<bool, QmpError> {
-    match arguments.text("calc-time-unit")?.as_deref() {
-        None | Some("second") => Ok(false),
-        Some("millisecond") => Ok(true),
-        Some(_) => {
-            Err(QmpError::generic("Parameter 'calc-time-unit' expects 'second' or 'millisecond'"))
-        }
-    }
+fn in_millis(arguments: &mut Arguments) -> bool {
+    arguments.text("calc-time-unit").is_some_and(|unit| unit == "millisecond")
 }
 
 /// The duration of `calc-dirty-rate`.
 fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
     const RANGE: std::ops::RangeInclusive<Duration> =
         Duration::from_millis(50)..=Duration::from_secs(60);
-    let time = arguments.number("calc-time")?.ok_or_else(|| missing("calc-time"))?;
-    let time = match in_millis(arguments)? {
+    let time = arguments.number("calc-time").ok_or_else(|| missing("calc-time"))?;
+    let time = match in_millis(arguments) {
         true => Duration::from_millis(time),
         false => Duration::from_secs(time),
     };
-    // Accepted without effect: the dirty log covers every page, so nothing is sampled.
-    arguments.number("sample-pages")?;
-    if let Some(mode) = arguments.text("mode")?
-        && mode != "dirty-bitmap"
-    {
-        return Err(QmpError::generic(format!(
-            "Mode {mode:?} is not supported: the dirty rate is measured with 'dirty-bitmap'"
-        )));
-    }
+    // Without effect: the dirty log covers every page, so nothing is sampled, and there is one mode.
+    arguments.number("sample-pages");
+    arguments.text("mode");
     if !RANGE.contains(&time) {
         return Err(QmpError::generic(
             "Parameter 'calc-time' expects a time in the range of 50 milliseconds to 60 seconds",
@@ -470,21 +372,11 @@ fn calc_time(arguments: &mut Arguments) -> Result<Duration, QmpError> {
     Ok(time)
 }
 
-fn capability(value: &Value) -> Result<(String, bool), QmpError> {
-    let name =
-        value.get("capability").and_then(Value::as_str).ok_or_else(|| missing("capability"))?;
-    let state = value.get("state").and_then(Value::as_bool).ok_or_else(|| missing("state"))?;
-    match name {
-        "events" | "auto-converge" | "xbzrle" | "multifd" => Ok((name.to_owned(), state)),
-        "return-path" if state => Ok((name.to_owned(), state)),
-        "return-path" => Err(QmpError::generic("Capability 'return-path' is always on")),
-        other => Err(QmpError::generic(format!("Invalid parameter '{other}'"))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use migration::params::Params;
+    use serde_json::{Map, Value, json};
 
     fn parse(execute: &str, arguments: Value) -> Result<Command, QmpError> {
         let arguments = arguments.as_object().cloned().unwrap_or_default();
@@ -518,21 +410,66 @@ mod tests {
         assert_eq!(choose(json!({})), Ok(["none", "none"]));
         assert_eq!(choose(json!({"blk": true})), Ok(["full", "full"]));
         assert_eq!(choose(json!({"blk": true, "inc": true})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"disks": "top"})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"disks": {"data": "full"}})), Ok(["none", "full"]));
-        assert_eq!(choose(json!({"blk": true, "disks": {"data": "none"}})), Ok(["full", "none"]));
-        assert!(choose(json!({"blk": true, "disks": "top"})).unwrap_err().contains("already"));
-        assert!(choose(json!({"disks": {"data": "half"}})).unwrap_err().contains("half"));
+        assert_eq!(choose(json!({"x-disks": "top"})), Ok(["top", "top"]));
+        assert_eq!(choose(json!({"x-disks": {"data": "full"}})), Ok(["none", "full"]));
+        assert_eq!(choose(json!({"blk": true, "x-disks": {"data": "none"}})), Ok(["full", "none"]));
+        assert!(choose(json!({"blk": true, "x-disks": "top"})).unwrap_err().contains("already"));
+        assert!(choose(json!({"x-disks": {"data": "half"}})).unwrap_err().contains("half"));
         assert!(choose(json!({"x-disk-reads": 17})).unwrap_err().contains("1 to 16"));
         assert!(choose(json!({"x-disk-buffers": 0})).unwrap_err().contains("1 to 512"));
     }
 
-    #[test]
-    fn every_listed_command_is_understood() {
-        for name in NAMES.iter().filter(|name| **name != "qmp_capabilities") {
-            if let Err(error) = parse(name, json!({})) {
-                assert!(error.desc.ends_with("is missing"), "{name}: {error:?}");
+    /// Values that fit, of which at least one is accepted.
+    fn samples(member: &Member) -> Vec<Value> {
+        fn of(kind: Kind) -> Vec<Value> {
+            match kind {
+                Kind::Text => vec!["x".into()],
+                Kind::Whole => vec![10.into()],
+                Kind::Flag => vec![false.into(), true.into()],
+                Kind::Choice { values, .. } => values.iter().map(|value| json!(value)).collect(),
+                Kind::Object { members, .. } => {
+                    let last = members.iter().map(|one| (one.name, samples(one).pop().unwrap()));
+                    vec![last.collect()]
+                }
+                Kind::List(kind) => {
+                    let mut lists = vec![json!([])];
+                    lists.extend(of(*kind).into_iter().map(|one| json!([one])));
+                    lists
+                }
+                Kind::Any => vec!["full".into()],
             }
+        }
+        of(member.kind)
+    }
+
+    #[test]
+    fn every_command_of_the_table_reads_the_arguments_that_it_lists() {
+        for entry in COMMANDS {
+            assert_eq!(COMMANDS.iter().filter(|other| other.name == entry.name).count(), 1);
+            let needed = entry.arguments.iter().filter(|member| !member.optional);
+            let needed: Map<_, _> = needed
+                .map(|member| (member.name.to_owned(), samples(member).pop().unwrap()))
+                .collect();
+            assert!(parse(entry.name, json!(needed)).is_ok(), "{}", entry.name);
+            for member in entry.arguments {
+                // That it is read and no other is listed, `Command::parse` asserts.
+                let accepted = samples(member).into_iter().any(|value| {
+                    let mut arguments = needed.clone();
+                    arguments.insert(member.name.to_owned(), value);
+                    parse(entry.name, arguments.into()).is_ok()
+                });
+                assert!(accepted, "{}: {}", entry.name, member.name);
+                let mut lacking = needed.clone();
+                let refused = parse(entry.name, {
+                    lacking.remove(member.name);
+                    lacking.into()
+                });
+                assert_eq!(refused.is_err(), !member.optional, "{}: {}", entry.name, member.name);
+            }
+            let mut more = needed;
+            more.insert("nonesuch".to_owned(), true.into());
+            let refused = parse(entry.name, more.into()).unwrap_err();
+            assert_eq!(refused.desc, "Parameter 'nonesuch' is unexpected", "{}", entry.name);
         }
     }
 

@@ -1,7 +1,9 @@
 //! QMP framing: splits a byte stream into JSON requests and encodes replies and events. Used by `control`.
+//! As in QEMU, strings may have single quotes, and `\'` is an apostrophe in both kinds.
 
 use serde::de::{self, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
+use std::borrow::Cow;
 use std::fmt;
 
 /// Longest request.
@@ -59,7 +61,8 @@ pub struct BadRequest {
 pub struct Framer {
     bytes: Vec<u8>,
     depth: usize,
-    in_string: bool,
+    /// In a string: the quote that ends it.
+    quote: Option<u8>,
     escaped: bool,
 }
 
@@ -86,19 +89,21 @@ impl Framer {
         found
     }
 
-    /// Whether the byte just added ends a value: its closing bracket, or the end of a line without one.
+    /// Whether the byte just added ends a value: its closing bracket, or the end of a line without one. A
+    /// string ends with its line, too: JSON has no line breaks in strings, so that is an error.
     fn ends_value(&mut self, byte: u8) -> bool {
-        if self.in_string {
+        if let Some(quote) = self.quote {
             match byte {
+                b'\n' => return true,
                 _ if self.escaped => self.escaped = false,
                 b'\\' => self.escaped = true,
-                b'"' => self.in_string = false,
+                _ if byte == quote => self.quote = None,
                 _ => {}
             }
             return false;
         }
         match byte {
-            b'"' => self.in_string = true,
+            b'"' | b'\'' => self.quote = Some(byte),
             b'{' | b'[' => self.depth += 1,
             b'}' | b']' => {
                 self.depth = self.depth.saturating_sub(1);
@@ -109,6 +114,38 @@ impl Framer {
         }
         false
     }
+}
+
+/// Rewrites strings with single quotes as JSON has them.
+fn double_quoted(bytes: &[u8]) -> Cow<'_, [u8]> {
+    if !bytes.contains(&b'\'') {
+        return bytes.into();
+    }
+    let mut json = Vec::with_capacity(bytes.len());
+    let (mut quote, mut escaped) = (None, false);
+    for byte in bytes.iter().copied() {
+        match (quote, byte) {
+            (Some(_), b'\'') if escaped => json.push(byte),
+            (Some(_), _) if escaped => json.extend([b'\\', byte]),
+            (Some(_), b'\\') => {
+                escaped = true;
+                continue;
+            }
+            (Some(end), _) if byte == end => {
+                quote = None;
+                json.push(b'"');
+            }
+            // The other kind of quote is a character like any other.
+            (Some(_), b'"') => json.extend(br#"\""#),
+            (None, b'"' | b'\'') => {
+                quote = Some(byte);
+                json.push(b'"');
+            }
+            _ => json.push(byte),
+        }
+        escaped = false;
+    }
+    json.into()
 }
 
 /// A JSON object without duplicate keys, which `serde_json` would accept.
@@ -140,7 +177,7 @@ fn parse(bytes: &[u8]) -> Result<Request, BadRequest> {
     let bad = |id: Option<&Value>, desc: String| {
         Err(BadRequest { id: id.cloned(), error: QmpError::generic(desc), fatal: false })
     };
-    let mut object = match serde_json::from_slice::<Unique>(bytes) {
+    let mut object = match serde_json::from_slice::<Unique>(&double_quoted(bytes)) {
         Ok(Unique(object)) => object,
         Err(error) => return bad(None, format!("Invalid JSON syntax: {error}")),
     };
@@ -173,7 +210,7 @@ pub fn line(value: &Value) -> Vec<u8> {
     bytes
 }
 
-/// The greeting.
+/// The greeting. No capabilities are offered.
 pub fn greeting() -> Value {
     json!({"QMP": {"version": version(), "capabilities": []}})
 }
@@ -219,6 +256,37 @@ mod tests {
     }
 
     #[test]
+    fn strings_may_have_single_quotes_as_in_qemu() {
+        let input = br#"{'execute':'a','arguments':{'x':{"y":'}"{','z':"it's"}},"id":'don\'t \"\u0041\\'}{'execute':"b"}"#;
+        // In one piece, and byte by byte.
+        for size in [input.len(), 1] {
+            let mut framer = Framer::default();
+            let found: Vec<_> = input.chunks(size).flat_map(|piece| framer.push(piece)).collect();
+            let [Ok(first), Ok(second)] = found.as_slice() else { panic!("{found:?}") };
+            assert_eq!((first.execute.as_str(), second.execute.as_str()), ("a", "b"));
+            assert_eq!(first.arguments["x"], json!({"y": "}\"{", "z": "it's"}));
+            assert_eq!(first.id, Some(json!("don't \"A\\")));
+        }
+        let found = Framer::default().push(br#"{"execute":"isn\'t"}"#);
+        assert_eq!(found[0].as_ref().unwrap().execute, "isn't");
+    }
+
+    #[test]
+    fn a_string_without_an_end_is_an_error_once_its_line_or_the_limit_is_reached() {
+        let mut framer = Framer::default();
+        for bad in [r#"{"execute":'a"}"#, r#"{'execute":"a"}"#, r#"{'execute':'a\'}"#, "don't"] {
+            assert!(framer.push(bad.as_bytes()).is_empty(), "{bad}");
+            let found = framer.push(b"\n{'execute':'b'}");
+            let [Err(bad), Ok(good)] = found.as_slice() else { panic!("{bad}: {found:?}") };
+            assert!(bad.error.desc.starts_with("Invalid JSON syntax") && !bad.fatal, "{bad:?}");
+            assert_eq!(good.execute, "b");
+        }
+        let found = framer.push(&vec![b'\''; MAX_REQUEST_BYTES | 1]);
+        assert!(matches!(found.as_slice(), [Err(BadRequest { fatal: true, .. })]), "{found:?}");
+        assert!(framer.bytes.is_empty());
+    }
+
+    #[test]
     fn what_is_no_request_is_answered_with_an_error() {
         for bad in [
             "[1]",
@@ -229,6 +297,8 @@ mod tests {
             r#"{"execute":"a","execute":"b"}"#,
             r#"{"exec-oob":"a"}"#,
             "}",
+            "{'execute':'a' 'b'}",
+            r#"{'execute':'a','execute':"b"}"#,
         ] {
             let found = Framer::default().push(bad.as_bytes());
             assert!(matches!(found.as_slice(), [Err(_)]), "{bad}: {found:?}");
@@ -248,6 +318,18 @@ mod tests {
         fn any_bytes_in_any_pieces_are_survived(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..50), 0..9)) {
             let mut framer = Framer::default();
             for piece in pieces { let _ = framer.push(&piece); }
+        }
+
+        #[test]
+        fn any_text_is_read_in_either_kind_of_quotes(text in any::<String>()) {
+            let double = Value::from(text.as_str()).to_string();
+            let inner = double[1..double.len() - 1].replace("\\\"", "\"").replace('\'', "\\'");
+            for quoted in [double, format!("'{inner}'")] {
+                let request = format!("{{'execute':{quoted}}}");
+                let found = Framer::default().push(request.as_bytes());
+                let [Ok(found)] = found.as_slice() else { panic!("{request}: {found:?}") };
+                prop_assert_eq!(&found.execute, &text);
+            }
         }
     }
 }

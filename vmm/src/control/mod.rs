@@ -1,22 +1,24 @@
 //! The control socket: clients, negotiation, replies and events. Non-blocking and driven by file
 //! descriptors; owned by the event loop.
 
+mod arguments;
 pub mod block;
 pub mod command;
+pub mod event;
 pub mod message;
+pub mod options;
+pub mod schema;
 
 use command::Command;
-use devices::block::failure::Failure;
+pub use event::Event;
 use message::{Framer, QmpError, greeting, line, reply};
 use migration::transport::unix::{ListenError, SocketFile, listen_unix};
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Limit of unread output; a client above it is disconnected.
 const MAX_UNREAD_BYTES: usize = 4 << 20;
@@ -26,77 +28,6 @@ const MAX_CLIENTS: usize = 16;
 #[derive(Debug, thiserror::Error)]
 #[error("control socket")]
 pub struct ControlError(#[from] ListenError);
-
-/// A QMP event.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    name: Cow<'static, str>,
-    data: Option<Value>,
-}
-
-impl Event {
-    /// An event without data.
-    pub fn plain(name: &'static str) -> Self {
-        Self { name: name.into(), data: None }
-    }
-
-    /// `SHUTDOWN` or `RESET`, with its originator and reason.
-    pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
-        Self { name: name.into(), data: Some(json!({"guest": guest, "reason": reason})) }
-    }
-
-    /// `BLOCK_IO_ERROR`.
-    pub fn block_io_error(failure: &Failure) -> Self {
-        let data = json!({
-            "device": failure.disk,
-            "node-name": failure.disk,
-            "operation": if failure.is_read { "read" } else { "write" },
-            "action": failure.action.name(),
-            "nospace": failure.no_space,
-            "reason": failure.reason,
-        });
-        Self { name: "BLOCK_IO_ERROR".into(), data: Some(data) }
-    }
-
-    /// `MIGRATION`.
-    pub fn migration(status: &str) -> Self {
-        Self { name: "MIGRATION".into(), data: Some(json!({"status": status})) }
-    }
-
-    /// `MIGRATION_PASS`.
-    pub fn pass(number: u64) -> Self {
-        Self { name: "MIGRATION_PASS".into(), data: Some(json!({"pass": number})) }
-    }
-
-    /// Ferry's own `MIGRATION_NOT_CONVERGING`.
-    pub fn not_converging(facts: Value) -> Self {
-        Self { name: "MIGRATION_NOT_CONVERGING".into(), data: Some(facts) }
-    }
-
-    /// Ferry's own `x-migration`: the migration called `id` has made a step, or has ended.
-    pub fn migration_step(id: &str, ended: bool) -> Self {
-        let data = json!({"x-id": id, "ended": ended});
-        Self { name: "x-migration".into(), data: Some(data) }
-    }
-
-    /// An event forwarded from another process.
-    pub fn forwarded(name: &str, data: Option<Value>) -> Self {
-        Self { name: name.to_owned().into(), data }
-    }
-
-    fn to_json(&self) -> Value {
-        // A wall clock before 1970 is shown as 1970.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut event = json!({
-            "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
-            "event": self.name,
-        });
-        if let Some(data) = &self.data {
-            event["data"] = data.clone();
-        }
-        event
-    }
-}
 
 /// Identifies a client; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -248,18 +179,19 @@ impl ControlServer {
         request: &message::Request,
     ) -> Result<Option<Command>, QmpError> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(None) };
-        match (request.execute.as_str(), client.negotiated) {
-            ("qmp_capabilities", false) => {
+        match (request.execute == command::NEGOTIATION, client.negotiated) {
+            (true, false) => {
+                Command::parse(request)?;
                 client.negotiated = true;
                 Ok(None)
             }
-            ("qmp_capabilities", true) => {
+            (true, true) => {
                 Err(QmpError::not_found("Capabilities negotiation is already complete"))
             }
-            (_, false) => Err(QmpError::not_found(
+            (false, false) => Err(QmpError::not_found(
                 "Expecting capabilities negotiation with 'qmp_capabilities'",
             )),
-            (_, true) => Command::parse(request).map(Some),
+            (false, true) => Command::parse(request).map(Some),
         }
     }
 
@@ -356,6 +288,31 @@ mod tests {
         client.get_mut().write_all(br#"{"execute":"stop","id":2}"#).unwrap();
         let incoming = server.on_readable(id);
         assert_eq!(incoming[0].command, Command::Stop);
+    }
+
+    #[test]
+    fn a_capability_that_is_not_offered_is_refused_and_negotiation_goes_on() {
+        let (_folder, mut server, mut client, id) = connected();
+        for (arguments, refusal) in [
+            (json!({"enable": ["oob"]}), "Capability oob not available"),
+            (json!({"enable": ["x"]}), "Parameter 'enable' does not accept value 'x', only: oob"),
+            (json!({"enable": "oob"}), "Invalid parameter type for 'enable', expected: array"),
+            (json!({"enable": [], "disable": []}), "Parameter 'disable' is unexpected"),
+        ] {
+            let request = json!({"execute": "qmp_capabilities", "arguments": arguments});
+            client.get_mut().write_all(request.to_string().as_bytes()).unwrap();
+            client.get_mut().write_all(br#"{"execute":"stop"}"#).unwrap();
+            assert!(server.on_readable(id).is_empty());
+            let refused = read(&mut client);
+            assert_eq!(refused["error"], json!({"class": "GenericError", "desc": refusal}));
+            assert_eq!(read(&mut client)["error"]["class"], "CommandNotFound");
+        }
+        let none = br#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#;
+        client.get_mut().write_all(none).unwrap();
+        assert!(server.on_readable(id).is_empty());
+        assert_eq!(read(&mut client), json!({"return": {}}));
+        client.get_mut().write_all(br#"{"execute":"stop"}"#).unwrap();
+        assert_eq!(server.on_readable(id).len(), 1);
     }
 
     #[test]

@@ -3,8 +3,10 @@
 use super::ending::shutting_down;
 use super::{Event, Mode, RunState, Supervisor, jobs};
 use crate::control::block;
-use crate::control::command::{Command, NAMES, OwnOptions, parameters, set_capabilities};
+use crate::control::command::{COMMANDS, Command};
 use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError, version};
+use crate::control::options::{Capability, OwnOptions, parameters, set_capabilities};
+use crate::control::schema::schema;
 use crate::control::{ClientId, Incoming, QmpResult};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
@@ -107,7 +109,10 @@ impl Supervisor {
     fn execute_at_once(&mut self, command: Command) -> QmpResult {
         match command {
             Command::QueryVersion => Ok(version()),
-            Command::QueryCommands => Ok(NAMES.iter().map(|name| json!({"name": name})).collect()),
+            Command::QueryCommands => {
+                Ok(COMMANDS.iter().map(|entry| json!({"name": entry.name})).collect())
+            }
+            Command::QuerySchema => Ok(schema()),
             Command::QueryStatus => Ok(json!({
                 "status": self.state.name(),
                 "running": self.state == RunState::Running,
@@ -117,6 +122,14 @@ impl Supervisor {
                 let name = self.machine.as_ref().and_then(|m| m.description().name.clone());
                 Ok(name.map_or_else(empty, |name| json!({"name": name})))
             }
+            // Guests have no UUID: all zeroes, as in QEMU.
+            Command::QueryUuid => Ok(json!({"UUID": "00000000-0000-0000-0000-000000000000"})),
+            Command::QueryKvm => Ok(json!({"enabled": true, "present": true})),
+            Command::QueryMemorySize => {
+                // Unknown until a guest arrives.
+                let memory = self.memory_bytes().unwrap_or(0);
+                Ok(json!({"base-memory": memory, "plugged-memory": 0}))
+            }
             Command::QueryCpus => Ok(self.query_cpus()),
             Command::QueryBlockStats => Ok(block::stats(self.nodes())),
             Command::Quit
@@ -125,6 +138,7 @@ impl Supervisor {
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),
+            Command::Negotiate => Err(QmpError::generic("the control server answers this command")),
             Command::Powerdown => {
                 if let Some(machine) = &self.machine {
                     machine.press_power_button().map_err(|error| failed(&error))?;
@@ -161,7 +175,8 @@ impl Supervisor {
             Command::QueryParameters => Ok(parameters(&self.jobs.params_now())),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
-                if let Some((_, state)) = list.iter().rfind(|(name, _)| name == "events") {
+                if let Some((_, state)) = list.iter().rfind(|(name, _)| *name == Capability::Events)
+                {
                     self.jobs.events_wanted = *state;
                 }
                 set_capabilities(&mut self.jobs.params, &list);
@@ -171,26 +186,29 @@ impl Supervisor {
             Command::QueryDirtyRate { in_millis } => Ok(self.dirty_rate.query(in_millis)),
             Command::QueryCapabilities => {
                 let params = self.jobs.params_now();
-                Ok(json!([
-                    {"capability": "events", "state": self.jobs.events_wanted},
-                    {"capability": "return-path", "state": true},
-                    {"capability": "auto-converge", "state": params.auto_converge},
-                    {"capability": "xbzrle", "state": params.xbzrle},
-                    {"capability": "multifd", "state": params.multifd},
-                ]))
+                let events = self.jobs.events_wanted;
+                let one = |capability: &Capability| {
+                    let state = capability.is_on(&params, events);
+                    json!({"capability": capability.name(), "state": state})
+                };
+                Ok(Capability::ALL.iter().map(one).collect())
             }
+        }
+    }
+
+    /// The size of guest RAM, unless a guest is yet to arrive.
+    fn memory_bytes(&self) -> Option<u64> {
+        match (&self.machine, &self.mode) {
+            (Some(machine), _) => Some(machine.vm().layout().size_bytes()),
+            // Its machine is being built.
+            (None, Mode::Run(config)) => Some(config.memory_bytes),
+            (None, Mode::Receive(_)) => None,
         }
     }
 
     /// A cache larger than guest RAM would be useless.
     fn check_cache_size(&self, bytes: u64) -> Result<(), QmpError> {
-        let memory = match (&self.machine, &self.mode) {
-            (Some(machine), _) => Some(machine.vm().layout().size_bytes()),
-            // Its machine is being built.
-            (None, Mode::Run(config)) => Some(config.memory_bytes),
-            (None, Mode::Receive(_)) => None,
-        };
-        match memory.filter(|memory| bytes > *memory) {
+        match self.memory_bytes().filter(|memory| bytes > *memory) {
             None => Ok(()),
             Some(memory) => Err(QmpError::generic(format!(
                 "Parameter 'xbzrle-cache-size' expects at most the guest's memory, {memory} bytes"
@@ -249,7 +267,7 @@ impl Supervisor {
             RunState::IoError => self.lock_and_resume(request),
             RunState::Postmigrate if !force => refused(
                 "The guest has been handed over and may run at the destination; if you are sure \
-                 that it does not, use cont with force=true",
+                 that it does not, use cont with x-force=true",
             ),
             RunState::Postmigrate => {
                 if let Err(error) = self.no_migration("take the guest back") {

@@ -1,0 +1,310 @@
+//! Capabilities and parameters of migrations, as the control socket names them. Used by `command`; the
+//! supervisor applies them.
+
+use super::arguments::{Arguments, Kind, Member, missing, needed, optional};
+use super::message::QmpError;
+use migration::params::{Compression, Params};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// A capability of migrations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capability {
+    /// The control socket's: whether it sends events of migrations.
+    Events,
+    /// Always on.
+    ReturnPath,
+    /// Throttles a guest that writes too fast.
+    AutoConverge,
+    /// Sends differences to earlier pages.
+    Xbzrle,
+    /// Sends pages over several channels.
+    Multifd,
+}
+
+impl Capability {
+    /// All of them.
+    pub const ALL: &[Self] =
+        &[Self::Events, Self::ReturnPath, Self::AutoConverge, Self::Xbzrle, Self::Multifd];
+
+    const NAMES: &[&str] = &{
+        let mut names = [""; Self::ALL.len()];
+        let mut index = 0;
+        while index < names.len() {
+            names[index] = Self::ALL[index].name();
+            index += 1;
+        }
+        names
+    };
+
+    /// QEMU's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Events => "events",
+            Self::ReturnPath => "return-path",
+            Self::AutoConverge => "auto-converge",
+            Self::Xbzrle => "xbzrle",
+            Self::Multifd => "multifd",
+        }
+    }
+
+    /// Whether it is on.
+    pub fn is_on(self, params: &Params, events_wanted: bool) -> bool {
+        match self {
+            Self::Events => events_wanted,
+            Self::ReturnPath => true,
+            Self::AutoConverge => params.auto_converge,
+            Self::Xbzrle => params.xbzrle,
+            Self::Multifd => params.multifd,
+        }
+    }
+}
+
+/// A list of capabilities to switch on or off.
+pub const CAPABILITIES: Kind = Kind::List(&Kind::Object {
+    name: "MigrationCapabilityStatus",
+    members: &[
+        needed(
+            "capability",
+            Kind::Choice { name: "MigrationCapability", values: Capability::NAMES },
+        ),
+        needed("state", Kind::Flag),
+    ],
+});
+
+/// Reads such a list.
+pub fn capabilities(list: Vec<Value>) -> Result<Vec<(Capability, bool)>, QmpError> {
+    let one = |value: Value| {
+        let name = value["capability"].as_str();
+        let named = |capability: &&Capability| Some(capability.name()) == name;
+        let capability = Capability::ALL.iter().find(named).ok_or_else(|| missing("capability"))?;
+        let state = value["state"].as_bool().ok_or_else(|| missing("state"))?;
+        if *capability == Capability::ReturnPath && !state {
+            return Err(QmpError::generic("Capability 'return-path' is always on"));
+        }
+        Ok((*capability, state))
+    };
+    list.into_iter().map(one).collect()
+}
+
+/// Switches capabilities of migrations on or off.
+pub fn set_capabilities(params: &mut Params, list: &[(Capability, bool)]) {
+    for (capability, state) in list {
+        match capability {
+            // The control socket's, and one that cannot be changed.
+            Capability::Events | Capability::ReturnPath => {}
+            Capability::AutoConverge => params.auto_converge = *state,
+            Capability::Xbzrle => params.xbzrle = *state,
+            Capability::Multifd => params.multifd = *state,
+        }
+    }
+}
+
+/// Options of one migration, Ferry's own: what `migrate-set-parameters` and `migrate-set-capabilities` have
+/// set stays as it is for the next one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnOptions {
+    /// `x-id`: the name by which its client follows it.
+    pub id: Option<String>,
+    /// `x-parameters`
+    pub parameters: ParameterChange,
+    /// `x-capabilities`
+    pub capabilities: Vec<(Capability, bool)>,
+    /// `x-end-source`: the process ends once the guest has moved and the client has gone.
+    pub end_source: bool,
+}
+
+/// Longest `x-id`.
+const MAX_ID_BYTES: usize = 64;
+
+impl OwnOptions {
+    /// Reads them.
+    pub fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        let id = migration_id(arguments)?;
+        let parameters = arguments.object("x-parameters").unwrap_or_default();
+        let parameters = ParameterChange::parse(&mut Arguments::new(PARAMETERS, parameters)?)?;
+        let capabilities = capabilities(arguments.list("x-capabilities").unwrap_or_default())?;
+        if capabilities.iter().any(|(capability, _)| *capability == Capability::Events) {
+            let desc =
+                "Capability 'events' is not one of a migration: use migrate-set-capabilities";
+            return Err(QmpError::generic(desc));
+        }
+        let end_source = arguments.flag("x-end-source").unwrap_or(false);
+        Ok(Self { id, parameters, capabilities, end_source })
+    }
+
+    /// `params` for this migration, checked.
+    pub fn apply(&self, mut params: Params) -> Result<Params, QmpError> {
+        set_capabilities(&mut params, &self.capabilities);
+        self.parameters.apply(params)
+    }
+}
+
+/// `x-id`.
+pub fn migration_id(arguments: &mut Arguments) -> Result<Option<String>, QmpError> {
+    match arguments.text("x-id") {
+        Some(id) if id.is_empty() || id.len() > MAX_ID_BYTES => Err(QmpError::generic(format!(
+            "Parameter 'x-id' expects a name of 1 to {MAX_ID_BYTES} bytes"
+        ))),
+        id => Ok(id),
+    }
+}
+
+/// The parameters that can be changed.
+pub const PARAMETERS: &[Member] = &[
+    optional("max-bandwidth", Kind::Whole),
+    optional("downtime-limit", Kind::Whole),
+    optional("multifd-channels", Kind::Whole),
+    optional(
+        "multifd-compression",
+        Kind::Choice { name: "MultiFDCompression", values: &["none", "zlib", "zstd"] },
+    ),
+    optional("multifd-zlib-level", Kind::Whole),
+    optional("multifd-zstd-level", Kind::Whole),
+    optional("xbzrle-cache-size", Kind::Whole),
+    optional("throttle-trigger-threshold", Kind::Whole),
+    optional("cpu-throttle-initial", Kind::Whole),
+    optional("cpu-throttle-increment", Kind::Whole),
+    optional("max-cpu-throttle", Kind::Whole),
+    optional("cpu-throttle-tailslow", Kind::Flag),
+];
+
+/// Parameters to change; the others stay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ParameterChange {
+    /// `max-bandwidth`, bytes per second.
+    pub max_bandwidth: Option<u64>,
+    /// `downtime-limit`.
+    pub downtime_limit: Option<Duration>,
+    /// `multifd-channels`
+    pub multifd_channels: Option<u16>,
+    /// `multifd-compression`
+    pub multifd_compression: Option<Compression>,
+    /// `multifd-zlib-level`
+    pub multifd_zlib_level: Option<u8>,
+    /// `multifd-zstd-level`
+    pub multifd_zstd_level: Option<u8>,
+    /// `xbzrle-cache-size`, bytes.
+    pub xbzrle_cache_size: Option<u64>,
+    /// `throttle-trigger-threshold`, percent, like the three below.
+    pub throttle_trigger_threshold: Option<u8>,
+    /// `cpu-throttle-initial`
+    pub cpu_throttle_initial: Option<u8>,
+    /// `cpu-throttle-increment`
+    pub cpu_throttle_increment: Option<u8>,
+    /// `max-cpu-throttle`
+    pub max_cpu_throttle: Option<u8>,
+    /// `cpu-throttle-tailslow`
+    pub cpu_throttle_tailslow: Option<bool>,
+}
+
+fn change<T>(value: &mut T, new: Option<T>) {
+    if let Some(new) = new {
+        *value = new;
+    }
+}
+
+impl ParameterChange {
+    /// Reads them.
+    pub fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        let compression = arguments.text("multifd-compression");
+        let compression = compression.map(|name| {
+            Compression::from_name(&name).ok_or_else(|| {
+                let desc =
+                    format!("Parameter 'multifd-compression' does not accept value '{name}'");
+                QmpError::generic(desc)
+            })
+        });
+        Ok(Self {
+            max_bandwidth: arguments.number("max-bandwidth"),
+            downtime_limit: arguments.number("downtime-limit").map(Duration::from_millis),
+            // Saturates: `Params::validate` refuses far smaller numbers.
+            multifd_channels: arguments
+                .number("multifd-channels")
+                .map(|number| u16::try_from(number).unwrap_or(u16::MAX)),
+            multifd_compression: compression.transpose()?,
+            multifd_zlib_level: arguments.small("multifd-zlib-level"),
+            multifd_zstd_level: arguments.small("multifd-zstd-level"),
+            xbzrle_cache_size: arguments.number("xbzrle-cache-size"),
+            throttle_trigger_threshold: arguments.small("throttle-trigger-threshold"),
+            cpu_throttle_initial: arguments.small("cpu-throttle-initial"),
+            cpu_throttle_increment: arguments.small("cpu-throttle-increment"),
+            max_cpu_throttle: arguments.small("max-cpu-throttle"),
+            cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow"),
+        })
+    }
+
+    /// `params` with the changes, checked.
+    pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
+        change(&mut params.max_bandwidth, self.max_bandwidth);
+        change(&mut params.downtime_limit, self.downtime_limit);
+        change(&mut params.multifd_channels, self.multifd_channels);
+        change(&mut params.compression, self.multifd_compression);
+        change(&mut params.zlib_level, self.multifd_zlib_level);
+        change(&mut params.zstd_level, self.multifd_zstd_level);
+        change(&mut params.xbzrle_cache_size, self.xbzrle_cache_size);
+        let throttle = &mut params.throttle;
+        change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
+        change(&mut throttle.initial, self.cpu_throttle_initial);
+        change(&mut throttle.increment, self.cpu_throttle_increment);
+        change(&mut throttle.max, self.max_cpu_throttle);
+        change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
+        params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
+        Ok(params)
+    }
+}
+
+/// The reply to `query-migrate-parameters`.
+pub fn parameters(params: &Params) -> Value {
+    // Milliseconds: `u64` holds 580 million years.
+    json!({
+        "max-bandwidth": params.max_bandwidth,
+        "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
+        "multifd-channels": params.multifd_channels,
+        "multifd-compression": params.compression.name(),
+        "multifd-zlib-level": params.zlib_level,
+        "multifd-zstd-level": params.zstd_level,
+        "xbzrle-cache-size": params.xbzrle_cache_size,
+        "throttle-trigger-threshold": params.throttle.trigger_threshold,
+        "cpu-throttle-initial": params.throttle.initial,
+        "cpu-throttle-increment": params.throttle.increment,
+        "cpu-throttle-tailslow": params.throttle.tailslow,
+        "max-cpu-throttle": params.throttle.max,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Map;
+
+    #[test]
+    fn every_parameter_is_read_and_shown() {
+        let shown = parameters(&Params::default());
+        let listed: Vec<_> = PARAMETERS.iter().map(|member| member.name).collect();
+        assert_eq!(shown.as_object().unwrap().len(), listed.len());
+        // What is shown can be set.
+        let values: Map<_, _> = shown.as_object().unwrap().clone();
+        let mut arguments = Arguments::new(PARAMETERS, values).unwrap();
+        let change = ParameterChange::parse(&mut arguments).unwrap();
+        assert!(arguments.are_read());
+        let mut different = Params::default();
+        different.downtime_limit *= 2;
+        different.throttle.tailslow = !different.throttle.tailslow;
+        assert_eq!(parameters(&change.apply(different).unwrap()), shown);
+    }
+
+    #[test]
+    fn every_capability_that_can_be_changed_changes() {
+        for capability in Capability::ALL {
+            let mut params = Params::default();
+            let changes = !matches!(capability, Capability::Events | Capability::ReturnPath);
+            for state in [true, false] {
+                set_capabilities(&mut params, &[(*capability, state)]);
+                assert!(!changes || capability.is_on(&params, false) == state, "{capability:?}");
+            }
+            let on = json!({"capability": capability.name(), "state": true});
+            assert_eq!(capabilities(vec![on]), Ok(vec![(*capability, true)]));
+        }
+    }
+}
