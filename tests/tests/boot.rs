@@ -54,6 +54,13 @@ fn the_guests_self_test_notices_flipped_bits() {
     }
     let (code, text) = run_to_end("work=selftest", &[]).unwrap();
     assert_eq!(code, 1, "code 0 through the debug port: {text}");
+    // Three fills, three kinds of rewriting, six bits.
+    let bits = text.lines().filter(|line| line.contains("flipped bit detected at page ")).count();
+    assert_eq!(bits, 54, "{text}");
+    for word in ["flipped bit detected in a sector", "lost registers detected"] {
+        assert!(text.contains(&format!("SELFTEST {word}")), "{word}: {text}");
+    }
+    assert!(!text.contains("failed"), "{text}");
 }
 
 #[test]
@@ -79,11 +86,16 @@ fn many_cpus_and_memory_past_the_hole_below_4_gib_work() {
         (Guest::new("work=dirty ws_mb=1 rate_mbps=1 fill_pct=10", 64).cpus(8), 64),
         // Only touched pages cost memory; the guest's table of pages is larger than what it fills.
         (Guest::new("work=dirty fill_pct=1 ws_mb=1 rate_mbps=1", 5120), 5120),
+        // It writes all over its RAM, a thirteenth of which lies above the hole.
+        (ferry::writes_past_the_hole(), 3328),
     ] {
         let mut vmm = ferry::run(&guest).unwrap();
         let ready = vmm.wait_line("^READY ").unwrap().text;
         let found = ferry_tests::verdict::field(&ready, "ram_mb").unwrap();
         assert!((megabytes - 2..=megabytes).contains(&found), "{ready}");
+        if guest.memory_mb == 3328 {
+            ferry::wait_for_writes_past_the_hole(&vmm).unwrap();
+        }
         vmm.wait_line("^HB n=2 ").unwrap();
         assert_eq!(vmm.check().unwrap().corrupt, 0);
     }
