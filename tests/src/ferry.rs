@@ -100,6 +100,25 @@ impl Guest {
     }
 }
 
+/// One with 256 MiB above the hole at 3 GiB, that rewrites pages at random all over its RAM.
+pub fn writes_past_the_hole() -> Guest {
+    let work = "work=dirty fill=zero fill_pct=100 ws_mb=4096 rate_mbps=40 pattern=rand";
+    Guest::new(work, 3328)
+}
+
+/// Waits until it has written some hundred pages above the hole: every thirteenth is.
+pub fn wait_for_writes_past_the_hole(vmm: &Vmm) -> Result<()> {
+    let mut from = 0;
+    loop {
+        let line = vmm.serial().wait_from(from, "^HB ", SOON)?;
+        let beat = Heartbeat::parse(&line.text).context("a heartbeat")?;
+        if beat.generation > 2600 {
+            return Ok(());
+        }
+        from = line.index + 1;
+    }
+}
+
 /// `ferry` with `arguments`, to be completed by the caller.
 pub fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(binary());

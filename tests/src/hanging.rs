@@ -1,4 +1,4 @@
-//! A disk image whose storage can be made to hang, or to be slow.
+//! A disk image whose storage can be made to hang, to be slow or to fail.
 //!
 //! It is a file system of our own, with one file in memory, that stops answering when told to. Like a
 //! network file system whose server is gone: whoever reads, writes, flushes, opens or asks for a size
@@ -66,6 +66,9 @@ struct State {
     flush_takes: Duration,
     /// The next flush alone.
     backlog: Duration,
+    /// Reads, or writes, fail.
+    fails_reads: bool,
+    fails_writes: bool,
     /// How many there have been, of those writes and of flushes.
     writes: u32,
     flushes: u32,
@@ -231,6 +234,16 @@ impl HangingImage {
         assert!(!late, "fewer than {count} writes in {limit:?}");
     }
 
+    /// From now on each read fails, or none does any more.
+    pub fn fail_reads(&self, fails: bool) {
+        self.change(|state| state.fails_reads = fails);
+    }
+
+    /// The same for each write.
+    pub fn fail_writes(&self, fails: bool) {
+        self.change(|state| state.fails_writes = fails);
+    }
+
     /// How many flushes there have been.
     pub fn flushes(&self) -> u32 {
         self.shared.state().flushes
@@ -339,7 +352,13 @@ fn serve_one(mut device: &File, bytes: &mut [u8], shared: &Shared) -> Result<()>
     let (opcode, unique, node) = (u32_at(request, 4)?, u64_at(request, 8)?, u64_at(request, 16)?);
     let body = request.get(IN_HEADER..).context("a short request")?;
     shared.take_time(opcode, body)?;
+    let (fails_reads, fails_writes) = {
+        let state = shared.state();
+        (state.fails_reads, state.fails_writes)
+    };
     let answer = match opcode {
+        opcode::READ if fails_reads => Err(libc::EIO),
+        opcode::WRITE if fails_writes => Err(libc::EIO),
         opcode::FORGET | opcode::BATCH_FORGET | opcode::INTERRUPT => return Ok(()),
         opcode::INIT => Ok(init(body)?),
         opcode::LOOKUP if body == [NAME.as_bytes(), &[0]].concat() => {

@@ -4,10 +4,12 @@
 //! - [`lines`]: a reader thread per pipe; waiting for a line, never polling.
 //! - [`process`]: one VMM process with its pipes and control socket, ended by its own id when dropped.
 //! - [`proxy`]: a link that counts what passes, and can be cut.
+//! - [`bare`]: guests of a few bytes.
+//! - [`frames`]: what both sides say to each other, changed or cut off on its way.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
-//! - [`hanging`]: a disk image whose storage is slow, or stops answering.
+//! - [`hanging`]: a disk image whose storage is slow, fails or stops answering.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
@@ -16,8 +18,10 @@
 //! - [`disk`]: images, and the numbered sectors that the guest writes, read by the host.
 //! - [`skip`]: checks that this host cannot run, said loudly.
 
+pub mod bare;
 pub mod disk;
 pub mod ferry;
+pub mod frames;
 pub mod hanging;
 pub mod hosts;
 pub mod image;

@@ -3,7 +3,7 @@
 
 use ferry_tests::ferry::{self, Destination, Guest};
 use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::qmp::Qmp;
+use ferry_tests::qmp::{Qmp, is_end};
 use ferry_tests::verdict::{Heartbeat, Transcript, field};
 use ferry_tests::{proxy, skip};
 use serde_json::{Value, json};
@@ -95,23 +95,23 @@ fn throttling_ends_with_a_cancel_and_does_not_hold_up_a_stop() {
         "max-bandwidth": CAP, "downtime-limit": 0, "cpu-throttle-initial": 99,
     });
     let (source, destination, mut qmp) = start(parameters, true);
-    let info = qmp.wait_info(|info| throttle_of(info) > 0 || info["status"] != "active").unwrap();
-    if info["status"] == "active" {
-        assert_eq!(throttle_of(&info), 99);
-        for _ in 0..10 {
-            let began = Instant::now();
-            qmp.execute("stop", json!({})).unwrap();
-            assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
-            qmp.execute("cont", json!({})).unwrap();
-        }
-        qmp.execute("migrate_cancel", json!({})).unwrap();
+    let info = qmp.wait_info(|info| throttle_of(info) > 0 || is_end(&info["status"])).unwrap();
+    assert_eq!((&info["status"], throttle_of(&info)), (&json!("active"), 99), "{info}");
+    // What is left takes a minute: a guest that hardly writes any more cannot escape meanwhile.
+    qmp.execute("migrate-set-parameters", json!({"max-bandwidth": CAP / 40})).unwrap();
+    for _ in 0..10 {
+        let began = Instant::now();
+        qmp.execute("stop", json!({})).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        qmp.execute("cont", json!({})).unwrap();
     }
-    let info = qmp
-        .wait_info(|info| info["status"] == "cancelled" || info["status"] == "completed")
-        .unwrap();
-    assert_eq!(throttle_of(&info), 0, "{info}");
-    let here = if info["status"] == "cancelled" { &source } else { &destination.vmm };
-    assert_at_full_speed(here);
+    let info = qmp.execute("query-migrate", json!({})).unwrap();
+    assert_eq!((&info["status"], throttle_of(&info)), (&json!("active"), 99), "{info}");
+    qmp.execute("migrate_cancel", json!({})).unwrap();
+    let info = qmp.migration_end().unwrap();
+    assert_eq!((&info["status"], throttle_of(&info)), (&json!("cancelled"), 0), "{info}");
+    assert_at_full_speed(&source);
+    assert_eq!(destination.vmm.serial().text(), "", "no guest ran there");
 }
 
 #[test]
@@ -209,6 +209,9 @@ fn assert_cap_is_exact(channels: &str) {
         let whole = &bins[1..bins.len() - 2];
         assert!(whole.len() > 20, "{bins:?}");
         let seconds: Vec<u64> = whole.windows(10).map(|second| second.iter().sum()).collect();
+        // Delays move bytes from one second to the next, and add none.
+        let (sent, most) = (whole.iter().sum::<u64>(), cap * whole.len() as u64 / 10);
+        assert!(sent * 100 <= most * 103, "{channels}: {sent} bytes, the cap allows {most}");
         let extremes = (seconds.iter().min().unwrap(), seconds.iter().max().unwrap());
         println!("{extremes:?} bytes in the slowest and the fastest second, the cap is {cap}");
         let exact = |bytes: &u64| (bytes.abs_diff(cap)) * 100 <= cap * 3;
@@ -232,6 +235,7 @@ fn the_dirty_rate_is_measured_and_never_during_a_migration() {
     let query = |qmp: &mut Qmp| qmp.execute("query-dirty-rate", json!({})).unwrap();
     assert_eq!(query(&mut qmp)["status"], "unstarted");
     let briefly = json!({"calc-time": 200, "calc-time-unit": "millisecond"});
+    let measured_from = source.serial().count();
     qmp.execute("calc-dirty-rate", briefly.clone()).unwrap();
     let refused = qmp.refused("calc-dirty-rate", briefly).unwrap();
     assert!(refused.description.contains("being measured"), "{refused}");
@@ -245,9 +249,14 @@ fn the_dirty_rate_is_measured_and_never_during_a_migration() {
         let _ = qmp.wait_event_where(Duration::from_millis(20), |_| true);
     };
     assert_eq!(answer["status"], "measured", "{answer}");
-    // 20 MB in 200 ms, were it alone on its host.
+    // 20 MB in 200 ms, were it alone on its host; it cannot be more, but for work that was late.
     let rate = answer["dirty-rate"].as_u64().unwrap();
-    assert!((10..=170).contains(&rate), "{answer}");
+    assert!((10..=120).contains(&rate), "{answer}");
+    source.wait_next_line("^HB ").unwrap();
+    let beats = source.serial().from(measured_from);
+    let own = beats.iter().filter_map(|line| field(line, "ws_mbps")).min().unwrap();
+    // In MiB, and a heartbeat at either end lies partly outside.
+    assert!(rate * 105 / 100 + 1 >= own * 7 / 10, "the guest writes {own} MB/s: {answer}");
 
     // A migration comes first.
     qmp.execute("calc-dirty-rate", json!({"calc-time": 60})).unwrap();
@@ -257,4 +266,9 @@ fn the_dirty_rate_is_measured_and_never_during_a_migration() {
     assert_eq!(query(&mut qmp)["status"], "unstarted");
     let refused = qmp.refused("calc-dirty-rate", json!({"calc-time": 1})).unwrap();
     assert!(refused.description.contains("migration process in progress"), "{refused}");
+    // Afterwards it may be measured again.
+    qmp.execute("migrate_cancel", json!({})).unwrap();
+    assert_eq!(qmp.migration_end().unwrap()["status"], "cancelled");
+    qmp.execute("calc-dirty-rate", json!({"calc-time": 1})).unwrap();
+    assert_eq!(query(&mut qmp)["status"], "measuring");
 }

@@ -3,8 +3,7 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON, Vmm};
-use ferry_tests::{disk, skip};
-use std::path::{Path, PathBuf};
+use ferry_tests::{bare, disk, skip};
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
 
@@ -23,21 +22,6 @@ fn assert_ended(process: &mut Process, code: i32, words: &[&str]) {
 
 fn run(work: &str, more: &[&str]) -> Vmm {
     ferry::run_with(&Guest::new(work, 64), more).unwrap()
-}
-
-/// A kernel whose code jumps nowhere once it has a processor in 32-bit mode: Multiboot, with `ud2` and no IDT.
-fn crashing_kernel(folder: &Path) -> PathBuf {
-    const BASE: u32 = 0x10_0000;
-    const FLAGS: u32 = 0x1_0000; // The addresses below are given.
-    const MAGIC: u32 = 0x1bad_b002;
-    let checksum = 0u32.wrapping_sub(MAGIC + FLAGS);
-    let header = [MAGIC, FLAGS, checksum, BASE, BASE, 0, 0, BASE + 32];
-    // mov dx, 0x3f8; mov al, '!'; out dx, al; ud2
-    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'!', 0xee, 0x0f, 0x0b];
-    let bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).chain(code).collect();
-    let path = folder.join("crash");
-    std::fs::write(&path, bytes).unwrap();
-    path
 }
 
 #[test]
@@ -84,7 +68,7 @@ fn a_crash_is_134_and_says_where() {
     }
     let folder = tempfile::tempdir().unwrap();
     let mut guest = Guest::new("", 64);
-    guest.kernel = crashing_kernel(folder.path());
+    guest.kernel = bare::kernel(folder.path(), &[&bare::SAY[..7], &bare::CRASH]).unwrap();
     for more in [&[][..], &["--expect", "never said"], &["--migrate-every", "1s"]] {
         let mut vmm = ferry::run_with(&guest, more).unwrap();
         let words = ["the guest crashed", "vCPU 0 at rip 0x", r#"last serial output "!""#];

@@ -7,6 +7,7 @@ use ferry_tests::process::Vmm;
 use ferry_tests::verdict::{Check, Heartbeat, Transcript};
 use ferry_tests::{disk, skip};
 use std::path::Path;
+use std::time::Instant;
 
 /// Moves `host`'s guest `count` times, each time to a fresh process, and judges its whole life.
 fn hop(mut host: Vmm, count: u32, disk: Option<&Path>) -> Result<(Vmm, Vec<Heartbeat>)> {
@@ -40,22 +41,50 @@ fn a_guest_survives_200_hops_with_memory_registers_and_clocks() {
     let work = "work=dirty fill=random fill_pct=50 ws_mb=4 rate_mbps=40 pattern=rand hb_ms=20";
     let guest = Guest::new(work, 64).cpus(2);
     let host = ferry::run(&guest).unwrap();
-    host.wait_line("^HB n=2 ").unwrap();
-    let started = std::time::Instant::now();
-    let (_host, beats) = hop(host, 200, None).unwrap();
-    let wall_us = started.elapsed().as_micros();
+    let first = next_beat(&host);
+    let (host, beats) = hop(host, 200, None).unwrap();
+    let last = next_beat(&host);
     // The guest's clock ran all the time, and no faster than the host's.
-    let guest_us = u128::from(beats[beats.len() - 1].time_us - beats[2].time_us);
-    assert!(guest_us < wall_us * 11 / 10 + 500_000, "{guest_us} µs in {wall_us} µs");
-    assert!(guest_us > wall_us * 9 / 10 - 500_000, "{guest_us} µs in {wall_us} µs");
+    let wall_us = (last.1 - first.1).as_micros() as i64;
+    let guest_us = last.0.time_us as i64 - first.0.time_us as i64;
+    let (drift_us, kvmclock_us) = (
+        guest_us - wall_us,
+        last.0.kvmclock_us.unwrap() as i64 - first.0.kvmclock_us.unwrap() as i64,
+    );
+    skip::say(&format!(
+        "200 hops: the host's clock went on by {wall_us} µs, the guest's TSC by {drift_us} µs more, its kvmclock by {} µs more",
+        kvmclock_us - wall_us
+    ));
+    assert!(drift_us.abs() < DRIFT_US, "{guest_us} µs in {wall_us} µs");
+    let no_kvmclock = first.0.kvmclock_us == Some(0);
+    let drift_us = kvmclock_us - wall_us;
+    assert!(no_kvmclock || drift_us.abs() < DRIFT_US, "{kvmclock_us} µs in {wall_us} µs");
     for pair in beats.windows(2) {
         let (kvmclock, tsc) = (
-            pair[1].kvmclock_us.unwrap_or(0) as i64 - pair[0].kvmclock_us.unwrap_or(0) as i64,
+            pair[1].kvmclock_us.unwrap() as i64 - pair[0].kvmclock_us.unwrap() as i64,
             pair[1].time_us as i64 - pair[0].time_us as i64,
         );
-        let agree = pair[0].kvmclock_us.is_none_or(|us| us == 0) || (kvmclock - tsc).abs() < 20_000;
+        let agree = no_kvmclock || (kvmclock - tsc).abs() < 20_000;
         assert!(agree, "kvmclock and TSC part ways:\n{:?}\n{:?}", pair[0], pair[1]);
     }
+}
+
+/// How far the guest's clocks may be from the host's after all hops: a quarter of a millisecond a hop. The
+/// reading of a heartbeat at either end may be late by some of it, as nothing is lost for good by that.
+const DRIFT_US: i64 = 50_000;
+
+/// The next heartbeat, and when it came.
+fn next_beat(vmm: &Vmm) -> (Heartbeat, Instant) {
+    // Of several, so that one which was read late does not count: it is the smallest delay that is near.
+    let beats = (0..10).map(|_| {
+        let line = vmm.wait_next_line("^HB ").unwrap();
+        (Heartbeat::parse(&line.text).unwrap(), Instant::now())
+    });
+    let beats: Vec<_> = beats.collect();
+    let since = |beat: &(Heartbeat, Instant)| {
+        (beat.1 - beats[0].1).as_micros() as i64 - beat.0.time_us as i64
+    };
+    *beats.iter().min_by_key(|beat| since(beat)).unwrap()
 }
 
 #[test]

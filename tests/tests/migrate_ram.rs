@@ -72,6 +72,14 @@ fn memory_past_the_hole_below_4_gib_moves() {
     }
     let guest = Guest::new("work=dirty fill=random fill_pct=3 ws_mb=16 rate_mbps=50", 5120);
     move_and_verify(&guest, "tcp:127.0.0.1:0", &[]);
+    // That one fills its RAM from below; this one has content above the hole too, and checks it there.
+    let source = ferry::run(&ferry::writes_past_the_hole()).unwrap();
+    ferry::wait_for_writes_past_the_hole(&source).unwrap();
+    let mut destination = ferry::receive().unwrap();
+    let ended = ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+    assert!(ended.summary["ram"]["normal"].as_u64().unwrap() > 2000, "{}", ended.summary);
+    let (check, _) = ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    assert!(check.count > (3 << 30) / 4096 + 60_000, "{check:?}");
 }
 
 #[test]
@@ -322,7 +330,7 @@ fn a_disk_that_the_destination_may_not_open_is_refused_before_any_page() {
         let named =
             ["root", "/nonexistent", "other.img"].iter().any(|name| ended.errors.contains(name));
         assert!(named, "{options:?}: {}", ended.errors);
-        let sent = ended.summary["ram"]["transferred"].as_u64().unwrap_or(0);
+        let sent = ended.summary["ram"]["transferred"].as_u64().unwrap();
         assert!(sent < 1 << 20, "{options:?}: refused after {sent} bytes");
         assert_goes_on(&mut source);
     }

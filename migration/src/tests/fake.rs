@@ -109,6 +109,8 @@ pub struct Scenario {
     pub lively: bool,
     pub script: Option<Script>,
     pub hot_pages: u64,
+    /// Written pages above the hole, from its end on.
+    pub high_pages: u64,
     pub bursts: u32,
     pub params: Params,
     /// Parameters that are set as a pass begins.
@@ -143,6 +145,7 @@ impl Default for Scenario {
             lively: false,
             script: None,
             hot_pages: 0,
+            high_pages: 0,
             bursts: 0,
             params: Params { multifd_channels: 1, ..Params::default() },
             changes: Vec::new(),
@@ -232,6 +235,16 @@ pub fn migrate_over(
     }
 }
 
+/// Where a page above the hole is, counted from its end.
+pub fn high_page(page: u64) -> GuestAddress {
+    GuestAddress((4 << 30) + page * PAGE_SIZE)
+}
+
+/// What each of them begins with.
+pub fn high_content(page: u64) -> u64 {
+    0xabcd_0000 + page
+}
+
 /// A guest that runs, or is paused, with its disk locked.
 pub fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     let layout = RamLayout::for_size(scenario.ram_bytes).unwrap();
@@ -240,6 +253,9 @@ pub fn boot(scenario: &Scenario, disk: &Disk) -> GuestRam {
     ram.write_slice(b"the guest's own memory", GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
     for page in 16..16 + scenario.hot_pages {
         ram.write_obj(page, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    for page in 0..scenario.high_pages {
+        ram.write_obj(high_content(page), high_page(page)).unwrap();
     }
     disk.lock("source", Duration::ZERO).unwrap();
     scenario.machine.running.store(!scenario.paused, SeqCst);

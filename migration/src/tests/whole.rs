@@ -5,8 +5,10 @@ use crate::error::chain;
 use crate::params::Params;
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
+use devices::ram::{GuestAddress, PAGE_SIZE};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
+use vm_memory::Bytes;
 
 #[test]
 fn a_guest_moves_whole_and_runs_once() {
@@ -53,9 +55,21 @@ fn a_guest_that_writes_all_the_time_arrives_whole() {
 #[test]
 fn memory_on_both_sides_of_the_hole_arrives_whole() {
     // Mapped, but hardly touched.
-    let end = migrate(&Scenario { ram_bytes: (3 << 30) + (4 << 20), ..Default::default() });
+    let (ram_bytes, high_pages) = ((3 << 30) + (4 << 20), 700);
+    let end = migrate(&Scenario { ram_bytes, high_pages, ..Default::default() });
     assert!(matches!(end.source, SourceOutcome::Completed), "{:?}", end.source);
-    assert_eq!(end.counters.snapshot().zero_pages, ((3 << 30) + (4 << 20)) / 4096 - 1);
+    let stats = end.counters.snapshot();
+    assert_eq!(stats.zero_pages, ram_bytes / 4096 - 1 - high_pages);
+    // As above, the page that saving writes is sent a second time.
+    assert_eq!(stats.normal_pages, 2 + high_pages);
+    let there = end.host.ram.as_ref().unwrap();
+    for page in 0..1024 {
+        let found: u64 = there.read_obj(high_page(page)).unwrap();
+        let expected = if page < high_pages { high_content(page) } else { 0 };
+        assert_eq!(found, expected, "page {page} above the hole");
+    }
+    let text: [u8; 22] = there.read_obj(GuestAddress(3 * PAGE_SIZE + 5)).unwrap();
+    assert_eq!(&text, b"the guest's own memory");
 }
 
 #[test]
@@ -138,10 +152,13 @@ fn a_failure_at_any_step_leaves_the_guest_running_at_the_source() {
 
 #[test]
 fn a_panic_at_the_source_resumes_its_guest() {
-    let end = std::panic::catch_unwind(|| {
-        migrate(&Scenario { fail: Fail::PanicInSave, ..Default::default() })
-    });
+    let scenario = Scenario { fail: Fail::PanicInSave, ..Default::default() };
+    let (here, there) = (scenario.machine.clone(), scenario.destination.clone());
+    let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| migrate(&scenario)));
     assert!(end.is_err(), "the panic goes on");
+    assert!(here.running.load(SeqCst), "and the guest runs");
+    assert!(here.permit.lock().unwrap().is_some() && !here.surrendered.load(SeqCst));
+    assert!(!there.running.load(SeqCst) && there.permit.lock().unwrap().is_none());
 }
 
 #[test]
