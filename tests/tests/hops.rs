@@ -45,7 +45,7 @@ fn a_guest_survives_200_hops_with_memory_registers_and_clocks() {
     let (host, beats) = hop(host, 200, None).unwrap();
     let last = next_beat(&host);
     // The guest's clock ran all the time, and no faster than the host's.
-    let wall_us = (last.1 - first.1).as_micros() as i64;
+    let wall_us = i64::try_from((last.1 - first.1).as_micros()).unwrap();
     let guest_us = last.0.time_us as i64 - first.0.time_us as i64;
     let (drift_us, kvmclock_us) = (
         guest_us - wall_us,
@@ -82,7 +82,7 @@ fn next_beat(vmm: &Vmm) -> (Heartbeat, Instant) {
     });
     let beats: Vec<_> = beats.collect();
     let since = |beat: &(Heartbeat, Instant)| {
-        (beat.1 - beats[0].1).as_micros() as i64 - beat.0.time_us as i64
+        i64::try_from((beat.1 - beats[0].1).as_micros()).unwrap() - beat.0.time_us as i64
     };
     *beats.iter().min_by_key(|beat| since(beat)).unwrap()
 }
