@@ -24,8 +24,13 @@ fn endless() -> (Vmm, Destination, Migration) {
 #[track_caller]
 fn assert_nobody_arrives(migration: Migration, mut destination: Destination) {
     let ended = migration.end(SOON).unwrap();
-    assert_eq!(ended.code, 4, "{} {}", ended.errors, ended.summary);
-    for word in ["the control socket was closed", "look at both sides"] {
+    // The process may end before its client has heard that the migration has.
+    let words: &[&str] = match ended.code {
+        1 => &["cancelled", "the guest is at the source and does not run"],
+        4 => &["the control socket was closed", "look at both sides"],
+        code => panic!("{code}: {} {}", ended.errors, ended.summary),
+    };
+    for word in words {
         assert!(ended.errors.contains(word), "no {word:?}: {}", ended.errors);
     }
     assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 126);
@@ -42,7 +47,8 @@ fn a_guest_that_powers_off_while_it_moves_ends_at_the_source() {
     let (mut source, destination, migration) = endless();
     source.process.type_in("p").unwrap();
     assert_eq!(source.process.exit_code(SOON).unwrap(), 0, "{}", source.process.err.tail());
-    assert!(source.process.err.text().contains("exit 0: the guest powered off"));
+    let said = source.process.err.text();
+    assert!(said.contains("exit 0: the guest powered off"), "{said}");
     assert_nobody_arrives(migration, destination);
 }
 
