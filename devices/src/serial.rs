@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 const FIFO_BYTES: usize = 64;
 
 /// How long a pause waits for the console's thread to write pending output.
-const PAUSE_PATIENCE: Duration = Duration::from_millis(20);
+const PAUSE_PATIENCE: Duration = Duration::from_millis(50);
 
 /// Receiver buffer when read, transmitter holding register when written; low divisor byte under DLAB.
 const DATA: u64 = 0;
