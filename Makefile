@@ -17,10 +17,12 @@ demo: build ## a guest moves while it writes its memory, then checks itself
 test: build ## every test; skips what this host cannot run, and says so
 	tests/install-deps.sh test
 	@rm -f $(SKIPS)
-	FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace --no-fail-fast
-	@if [ -s $(SKIPS) ]; then \
+	@FERRY_BIN=$(FERRY) FERRY_SKIP_FILE=$(SKIPS) cargo test --workspace --no-fail-fast; \
+	result=$$?; \
+	if [ -s $(SKIPS) ]; then \
 		echo; echo "$$(wc -l < $(SKIPS)) TESTS WERE SKIPPED:"; cat $(SKIPS); \
-	else echo; echo "no test was skipped"; fi
+	else echo; echo "no test was skipped"; fi; \
+	exit $$result
 
 test-kvm: export FERRY_REQUIRE_KVM = 1
 test-kvm: test ## the same, but a test that cannot run fails
