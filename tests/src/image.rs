@@ -1,6 +1,6 @@
 //! Disk images as a host sees them: filled, compared, weighed.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -57,7 +57,9 @@ pub fn compare(one: &Path, other: &Path) -> Result<()> {
             let end = (sector + 512).min(now);
             pieces[0][*sector..end] != pieces[1][*sector..end]
         });
-        ensure!(differs.is_none(), "they differ at byte {}", at + differs.unwrap_or(0) as u64);
+        if let Some(sector) = differs {
+            bail!("they differ at byte {}", at + sector as u64);
+        }
         at += now as u64;
     }
     Ok(())

@@ -64,6 +64,7 @@ impl Lines {
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             loop {
+                // A broken pipe has ended, too.
                 let len = input.read(&mut buffer).unwrap_or(0);
                 let mut state = shared.lock();
                 if len == 0 {

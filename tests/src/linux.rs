@@ -112,7 +112,7 @@ impl Place {
 pub fn check(body: impl FnOnce(&Assets) -> Result<()>) {
     static PLACE: OnceLock<Result<Place>> = OnceLock::new();
     let thread = std::thread::current();
-    let test = thread.name().unwrap_or_default();
+    let test = thread.name().expect("a test runs on a thread of its name");
     let same_tests = || {
         let arguments = std::env::args().skip(1).collect();
         Ok(Payload { arguments, programs: Vec::new(), files: Vec::new() })

@@ -77,7 +77,8 @@ impl Process {
     /// Waits for its end and gives the exit code, or 128 and the signal's number as a shell does.
     pub fn exit_code(&mut self, limit: Duration) -> Result<i32> {
         let status = self.wait(limit)?;
-        Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+        let of_signal = || status.signal().map(|signal| 128 + signal);
+        status.code().or_else(of_signal).with_context(|| format!("it has not ended: {status}"))
     }
 
     /// Whether it still runs.

@@ -31,6 +31,7 @@ fn start(parameters: Value, auto_converge: bool) -> (Vmm, Destination, Qmp) {
     (source, destination, qmp)
 }
 
+/// Left out while the guest is not throttled, as in QEMU.
 fn throttle_of(info: &Value) -> u64 {
     info["cpu-throttle-percentage"].as_u64().unwrap_or(0)
 }

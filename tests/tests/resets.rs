@@ -286,6 +286,7 @@ fn deleted_files(vmm: &Vmm) -> Vec<u64> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut sizes: Vec<u64> = entries
         .filter(|path| {
+            // A descriptor may have been closed since it was listed.
             let target = std::fs::read_link(path).unwrap_or_default();
             target.is_absolute() && target.to_string_lossy().ends_with("(deleted)")
         })

@@ -47,6 +47,7 @@ fn has_ended(info: &Value) -> bool {
     matches!(info["status"].as_str(), Some("completed" | "failed" | "cancelled"))
 }
 
+/// Left out until there was one.
 fn called_off(info: &Value) -> u64 {
     info["x-called-off-switches"].as_u64().unwrap_or(0)
 }

@@ -147,6 +147,7 @@ impl Images {
                 None => {
                     let Place { path, format, cache, .. } = &place;
                     let given = place.backing.clone().map(BackingChoice::Given);
+                    // Not given: the recorded one.
                     let backing = given.unwrap_or_default();
                     let backend = open_image(path, *format, disk.read_only, *cache, backing);
                     let backend = backend.map_err(|error| failed(id, error))?;

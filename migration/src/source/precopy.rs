@@ -144,6 +144,7 @@ impl Source<'_> {
 
     fn record(&self, session: &Session, look: &Look, duration: Duration, before: &StatsSnapshot) {
         let after = self.counters.figures();
+        // For reports: 0 where nothing was measured yet.
         let rates = look.rates.unwrap_or_default();
         let record = RoundRecord {
             number: session.pass,
@@ -204,6 +205,7 @@ impl Source<'_> {
     /// from the caller: two differing decisions could go on forever.
     fn after_pass(&mut self, session: &mut Session, look: &Look, fits: bool) {
         let Look { round, rates, expected, .. } = look;
+        // Without a measurement every rate is none or 0, and proves nothing.
         let rates_or_none = rates.unwrap_or_default();
         let proved = proved_by(*round, rates_or_none);
         let slowed =
@@ -277,6 +279,7 @@ impl Source<'_> {
         expected: Duration,
         part: Option<PartTime>,
     ) {
+        // For reports: 0 where nothing was measured yet.
         let rates = rates.unwrap_or_default();
         let facts = NotConverging {
             dirty_bytes_per_sec: rates.dirtied.unwrap_or(rates.seen),

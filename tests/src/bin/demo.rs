@@ -52,14 +52,16 @@ fn demo() -> Result<()> {
     Transcript::of([source.serial(), destination.vmm.serial()]).judge()?;
 
     let info = &ended.summary;
-    let number = |value: &serde_json::Value| value.as_u64().unwrap_or(0);
+    let number = |part: &serde_json::Value, name: &str| {
+        part[name].as_u64().with_context(|| format!("the summary lacks {name}: {info}"))
+    };
     println!(
         "\ntotal {} ms, downtime {:.2} ms, guest's own largest gap {:.2} ms, {:.0} MB sent in {} rounds",
-        number(&info["total-time"]),
-        number(&info["x-downtime-us"]) as f64 / 1e3,
+        number(info, "total-time")?,
+        number(info, "x-downtime-us")? as f64 / 1e3,
         life.largest_gap_us(last.number + 1)? as f64 / 1e3,
-        number(&info["ram"]["transferred"]) as f64 / 1e6,
-        number(&info["ram"]["dirty-sync-count"]),
+        number(&info["ram"], "transferred")? as f64 / 1e6,
+        number(&info["ram"], "dirty-sync-count")?,
     );
     println!("guest verified at the destination: {} pages, {} corrupt", check.count, check.corrupt);
     ensure!(check.corrupt == 0, "the guest found corruption");

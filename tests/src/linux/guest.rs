@@ -160,6 +160,7 @@ fn without_time(line: &str) -> &str {
 /// The host's kernel log, or nothing if it is not ours to read.
 fn host_messages() -> Vec<String> {
     let output = Command::new("dmesg").output();
+    // Then every complaint counts.
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     text.unwrap_or_default().lines().map(|line| without_time(line).to_owned()).collect()
 }

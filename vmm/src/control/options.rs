@@ -121,6 +121,7 @@ impl OwnOptions {
     /// Reads them.
     pub fn parse(arguments: &mut Arguments) -> Result<Self, QmpError> {
         let id = migration_id(arguments)?;
+        // Not given: nothing differs from what is set for all.
         let parameters = arguments.object("x-parameters").unwrap_or_default();
         let parameters = ParameterChange::parse(&mut Arguments::new(PARAMETERS, parameters)?)?;
         let capabilities = capabilities(arguments.list("x-capabilities").unwrap_or_default())?;
