@@ -309,3 +309,25 @@ fn only_what_lies_above_the_same_backing_file_travels() {
     let blocks = destination.vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
     assert_eq!(blocks[0]["inserted"]["backing_file"], text(&base_there), "{blocks}");
 }
+
+#[test]
+fn a_shared_disk_whose_backing_file_was_overruled_does_not_move() {
+    if skip::kvm_is_missing() || qemu_img().is_none() {
+        return;
+    }
+    let hosts = Hosts::new();
+    let (_, top) = overlay_on_base(&hosts);
+    // The destination would open the recorded one.
+    let path = format!("path={},id=root,format=qcow2,backing=none", text(&top));
+    let mut guest = Guest::new("work=idle", 64);
+    guest.disks.push(path.clone());
+    let mut source = ferry::run(&guest).unwrap();
+    source.wait_line("^HB ").unwrap();
+    let destination = ferry::receive().unwrap();
+    let ended = ferry::migrate(&source, &destination.address, &[]).unwrap();
+    assert_failed(&ended, "another backing file");
+    assert_goes_on(&mut source);
+    let often = ["run", "--kernel", guest_images::KERNEL, "--disk", &path, "--migrate-every", "1s"];
+    let (code, said) = ferry::end_of(often).unwrap();
+    assert!(code == 2 && said.contains("backing"), "{code}: {said}");
+}

@@ -8,6 +8,7 @@ pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_r
 
 use crate::limits::Limits;
 use crate::machine::description::check_rng;
+use devices::block::qcow2::BackingChoice;
 use migration::transport::Address;
 use regex_lite::Regex;
 use serde::{Deserialize, Deserializer, de::Error};
@@ -282,6 +283,13 @@ impl RunOptions {
             disks.push((id, disk));
         }
         let migrate_every = duration("--migrate-every", self.migrate_every, &mut problems);
+        for (id, disk) in &disks {
+            if migrate_every.is_some() && disk.backing != BackingChoice::Recorded {
+                problems.push(format!(
+                    "--migrate-every: disk {id:?} has backing=…, which the next process would not use"
+                ));
+            }
+        }
         if let Err(error) = check_rng(self.rng, disks.iter().map(|(id, _)| id.as_str())) {
             problems.push(format!("--rng: {error}"));
         }

@@ -107,6 +107,11 @@ pub trait BlockBackend: Send + Sync {
     fn format(&self) -> &'static str;
     /// Its backing chain, if any.
     fn backing(&self) -> Option<&dyn BackingChain>;
+    /// Whether its backing chain is another one than the image records: who opens the image elsewhere
+    /// would see other content.
+    fn overrules_backing(&self) -> bool {
+        false
+    }
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;
     /// Size in bytes; a multiple of a sector.

@@ -268,6 +268,11 @@ impl BlockNode {
         self.backend.backing()
     }
 
+    /// Whether its backing chain is another one than the image records.
+    pub fn overrules_backing(&self) -> bool {
+        self.backend.overrules_backing()
+    }
+
     /// Whether it bypasses the host's page cache.
     pub fn is_direct(&self) -> bool {
         self.backend.is_direct()

@@ -188,7 +188,16 @@ impl Qcow2File {
         work(image.as_ref().ok_or_else(not_locked)?)
     }
 
-    /// The same, while nobody else uses it.
+    /// The same, for what has nothing to do while the image is not locked: unlocking has flushed it.
+    fn if_loaded(
+        &self,
+        work: impl FnOnce(&FormatAccess<ImagoFile>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
+        image.as_ref().map_or(Ok(()), work)
+    }
+
+    /// The same as [`Qcow2File::with`], while nobody else uses it.
     fn alone<T>(
         &self,
         work: impl FnOnce(&mut FormatAccess<ImagoFile>) -> io::Result<T>,
@@ -217,6 +226,10 @@ impl BlockBackend for Qcow2File {
 
     fn backing(&self) -> Option<&dyn BackingChain> {
         self.chain.as_ref().map(|chain| chain as &dyn BackingChain)
+    }
+
+    fn overrules_backing(&self) -> bool {
+        self.choice != BackingChoice::Recorded
     }
 
     fn len_bytes(&self) -> u64 {
@@ -282,11 +295,11 @@ impl BlockBackend for Qcow2File {
     }
 
     fn write_back(&self) -> io::Result<()> {
-        self.with(|image| image.flush())
+        self.if_loaded(|image| image.flush())
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.with(|image| {
+        self.if_loaded(|image| {
             image.flush()?;
             image.sync()
         })

@@ -48,6 +48,11 @@ fn migrated(
         let node = disk.node.clone();
         let mode = selection.mode_of(node.id());
         if mode == DiskMode::None {
+            if node.overrules_backing() {
+                let desc = "has another backing file than its image records, which the destination \
+                            would not use: move it with full, or have `qemu-img rebase -u` record it";
+                return Err(QmpError::generic(format!("disk {} {desc}", node.id())));
+            }
             continue;
         }
         if node.len_bytes() > MAX_MIGRATED_DISK_BYTES {

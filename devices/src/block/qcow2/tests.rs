@@ -237,8 +237,9 @@ fn a_recorded_backing_file_can_be_overruled_or_left_out() {
     drop(image);
     let other = base(folder.path(), "other", 5);
     let first_byte = |choice: BackingChoice| {
-        let image = Qcow2File::open(&path, false, Cache::Writeback, choice).unwrap();
+        let image = Qcow2File::open(&path, false, Cache::Writeback, choice.clone()).unwrap();
         image.lock().unwrap();
+        assert_eq!(image.overrules_backing(), choice != BackingChoice::Recorded);
         (bytes(&image, 0), image.backing().map(BackingChain::files))
     };
     let name = |backing: &Backing| Some(vec![backing.path.display().to_string()]);
