@@ -1,6 +1,7 @@
 //! The `ferry` program: argv -> configuration -> work -> exit code.
 
 use clap::Parser;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Duration;
 use vmm::cli::{Cli, Command};
@@ -55,13 +56,16 @@ fn no_command(text: &clap::Error) -> ExitCode {
 
 /// Runs a guest; the last line on standard error says how that ended.
 fn start<C>(config: Result<C, Vec<String>>, run: impl FnOnce(C) -> Result<Exit, SetupError>) -> u8 {
+    // A panic would end with 101, which is a guest's code.
+    let run = |config| catch_unwind(AssertUnwindSafe(|| run(config)));
     let exit = match config.map(run) {
         Err(problems) => {
             problems.iter().for_each(say);
             Exit::new(exit_code::USAGE, "the options above cannot be used")
         }
-        Ok(Ok(exit)) => exit,
-        Ok(Err(error)) => Exit::new(exit_code::CANNOT_RUN, chain(&error)),
+        Ok(Ok(Ok(exit))) => exit,
+        Ok(Ok(Err(error))) => Exit::new(exit_code::CANNOT_RUN, chain(&error)),
+        Ok(Err(_)) => Exit::new(exit_code::CANNOT_RUN, "ferry panicked, which is a bug"),
     };
     say_line(&exit.to_string());
     exit.code

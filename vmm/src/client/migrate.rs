@@ -44,6 +44,8 @@ pub fn run(args: &MigrateArgs) -> u8 {
                 ClientError::Refused(desc) if desc.starts_with(MIGRATION_IN_PROGRESS) => {
                     exit_code::BUSY
                 }
+                // The request was sent: the guest may move without this client.
+                ClientError::Lost(_) | ClientError::Timeout => UNKNOWN,
                 _ => FAILED,
             };
         }
@@ -86,7 +88,8 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientErr
     let wanted = [("auto-converge", args.auto_converge), ("xbzrle", args.xbzrle)];
     let on = wanted.iter().filter(|(_, wanted)| *wanted);
     let on: Vec<_> = on.map(|(name, _)| json!({"capability": name, "state": true})).collect();
-    let id = random::<8>().map_err(ClientError::Lost)?;
+    let no_id = |error| ClientError::Refused(format!("no random number for an id: {error}"));
+    let id = random::<8>().map_err(no_id)?;
     let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut migrate = json!({
         "uri": args.address.to_string(),

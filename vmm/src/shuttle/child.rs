@@ -125,7 +125,11 @@ impl Child {
         let mut process = command.spawn()?;
         let pid = Pid::from_child(&process);
         // Not reaped yet, so the id is still its own.
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from);
+        let pidfd = pidfd.inspect_err(|_| {
+            // Nobody else would end it, or wait for it.
+            let _ = process.kill().and_then(|()| process.wait());
+        })?;
         let missing = || io::Error::other("a child process without pipes");
         let errors = process.stderr.take().ok_or_else(missing)?;
         let output = process.stdout.take();

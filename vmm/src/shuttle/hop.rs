@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 /// A move that takes longer is cancelled: it does not converge.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a destination whose source is gone may take to run the guest.
+const ARRIVAL_PATIENCE: Duration = Duration::from_secs(5);
 /// Polling interval.
 const INTERVAL: Duration = Duration::from_millis(5);
 
@@ -53,10 +55,18 @@ fn hop(control: &str, uri: &str, target: &str) -> Result<Option<Duration>, HopEr
     }
 }
 
+/// A destination that was handed nothing ends by itself; one that was needs a moment to say so.
 fn has_arrived(target: &str) -> bool {
-    let status =
-        QmpClient::connect(target).and_then(|mut target| target.execute("query-status", json!({})));
-    status.is_ok_and(|status| status["status"] != "inmigrate")
+    let deadline = Instant::now() + ARRIVAL_PATIENCE;
+    loop {
+        let status = QmpClient::connect(target)
+            .and_then(|mut target| target.execute("query-status", json!({})));
+        match status {
+            Ok(status) if status["status"] != "inmigrate" => return true,
+            Ok(_) if Instant::now() < deadline => std::thread::sleep(INTERVAL),
+            _ => return false,
+        }
+    }
 }
 
 /// Waits for the end of the migration.
@@ -80,6 +90,10 @@ fn follow(source: &mut QmpClient) -> Result<Option<Duration>, HopError> {
             // It may be gone before its reply.
             let _: Result<Value, ClientError> = source.execute("quit", json!({}));
             Ok(info["x-downtime-us"].as_u64().map(Duration::from_micros))
+        }
+        // Not by us: the guest has ended, and its process is about to.
+        Some("cancelled") if !cancelled => {
+            Err(ClientError::Lost(io::ErrorKind::ConnectionAborted.into()).into())
         }
         Some("cancelled") => {
             let seconds = PATIENCE.as_secs();

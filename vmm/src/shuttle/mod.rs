@@ -135,7 +135,10 @@ impl Shuttle {
         let started = Child::receive(id, &self.config, self.folder(), self.event_loop.mailbox());
         let mut to = match started {
             Ok(to) => to,
-            Err(error) => return self.move_failed(&HopError::Start(error)),
+            Err(error) => {
+                self.move_failed(&HopError::Start(error));
+                return self.event_loop.set_alarm(self.every);
+            }
         };
         self.pump.follow(id, to.take_output());
         // Input is kept for the guest at its destination.
@@ -167,7 +170,11 @@ impl Shuttle {
                         self.worst = self.worst.max(downtime);
                         log::info!("move {}: downtime {downtime:.2?}", self.moves);
                     }
-                    None => log::warn!("move {}: its downtime was not reported", self.moves),
+                    None => {
+                        log::warn!("move {}: its downtime was not reported", self.moves);
+                        // It may hang, and its output is waited for.
+                        self.current.kill();
+                    }
                 }
                 // As after booting: a child that refuses connections has ended, and its exit code is the
                 // guest's.

@@ -61,10 +61,12 @@ impl Supervisor {
                 ending.exit = ending.exit.at(Some(places).filter(|places| !places.is_empty()));
             }
             let come_to_rest = move |_: &_| Done::Flushed(come_to_rest(drains, deadline));
-            if matches!(
+            // The parent of a shuttled guest knows the output from before the last move, too.
+            let says_output = matches!(
                 ending.exit.code,
                 exit_code::CRASHED | exit_code::TIMEOUT | exit_code::UNMATCHED
-            ) {
+            );
+            if says_output && !self.mode.host().with_parent {
                 ending.exit = ending.exit.at(Some(self.console.last_output()));
             }
             match self.tasks.start("end", None, come_to_rest) {
