@@ -35,7 +35,7 @@ bench: build ## Ferry and QEMU side by side; BENCH="--row gap --runs 3" for a pa
 	tests/install-deps.sh bench
 	cargo build --release --package migration --example codec
 	cargo build --package ferry-tests --bin bench
-	FERRY_BIN=$(FERRY) $(TARGET)/debug/bench $(BENCH)
+	FERRY_BIN=$(FERRY) QEMU_NEWER=$${QEMU_NEWER:-target/qemu-newer} $(TARGET)/debug/bench $(BENCH)
 
 lint:
 	cargo fmt --all --check

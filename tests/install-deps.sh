@@ -3,7 +3,8 @@
 #   tests/install-deps.sh build  a C linker
 #   tests/install-deps.sh linux  for stock Linux as well: QEMU, which emulates a host for it, and ext4's tools
 #   tests/install-deps.sh test   binutils and Python's QMP client (in target/) as well
-#   tests/install-deps.sh bench  as for linux: QEMU is also what the benchmark compares with
+#   tests/install-deps.sh bench  as for linux: QEMU is also what the benchmark compares with; and a newer one
+#                                from Debian's backports, unpacked in target/qemu-newer, where there is one
 set -eu
 what=${1:-test}
 cd "$(dirname "$0")/.."
@@ -49,4 +50,24 @@ venv=target/qmp-venv
 if [ "$what" = test ] && ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check qemu.qmp==0.0.6
+fi
+
+# Without it the benchmark has a column less.
+newer=target/qemu-newer
+if [ "$what" = bench ] && [ ! -x "$newer/usr/bin/qemu-system-x86_64" ] && grep -qs '^ID=debian' /etc/os-release; then
+    # shellcheck source=/dev/null
+    . /etc/os-release
+    mkdir -p "$newer/lists/partial" "$newer/cache" "$newer/debs"
+    folder=$(cd "$newer" && pwd)
+    # A list of sources and a cache of their own: the system's stay as they are.
+    echo "deb http://deb.debian.org/debian $VERSION_CODENAME-backports main" >"$folder/sources.list"
+    apt="apt-get -qq -o Dir::Etc::sourcelist=$folder/sources.list -o Dir::Etc::sourceparts=/dev/null
+        -o Dir::State::lists=$folder/lists -o Dir::Cache=$folder/cache"
+    # shellcheck disable=SC2086 # options
+    if $apt update && (cd "$newer/debs" && $apt download qemu-system-x86 qemu-system-common qemu-system-data); then
+        for deb in "$newer"/debs/*.deb; do dpkg -x "$deb" "$newer"; done
+        # The libraries are those of the installed one.
+        "$newer/usr/bin/qemu-system-x86_64" --version >/dev/null || rm -rf "$newer/usr"
+    fi
+    [ -x "$newer/usr/bin/qemu-system-x86_64" ] || echo "no newer QEMU in $VERSION_CODENAME-backports to compare with" >&2
 fi

@@ -11,7 +11,9 @@ use std::io::Read;
 pub fn linux_boot(program: Program) -> Result<f64> {
     let contender = match program {
         Program::Ferry => linux::boot::Contender { name: "ferry", run: ferry::run },
-        Program::Qemu => linux::boot::Contender { name: "qemu", run: qemu::run },
+        Program::Qemu | Program::Newer => {
+            linux::boot::Contender { name: "qemu", run: |guest| qemu::qemu().run(guest) }
+        }
     };
     linux::boot::seconds(&contender, || {
         let mut arguments = vec!["--row".to_owned(), "linux-boot".to_owned()];
@@ -31,7 +33,7 @@ pub fn linux_boot(program: Program) -> Result<f64> {
 pub fn run(program: Program, guest: &Guest) -> Result<Vmm> {
     match program {
         Program::Ferry => ferry::run(guest),
-        Program::Qemu => qemu::run(guest),
+        Program::Qemu | Program::Newer => program.qemu()?.run(guest),
     }
 }
 

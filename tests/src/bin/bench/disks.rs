@@ -1,14 +1,15 @@
 //! Figures of disks that travel with their guest: Ferry's `--disks full` and QEMU's `migrate` with `blk`.
 
 use crate::alone::run;
+use crate::memory;
 use crate::moves::{final_info, total_ms};
 use crate::rows::Program;
 use anyhow::{Context, Result, bail};
+use ferry_tests::disk;
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::image::{Pattern, compare, fill};
 use ferry_tests::process::SOON;
 use ferry_tests::verdict::{Heartbeat, Transcript};
-use ferry_tests::{disk, qemu};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const GIB: u64 = 1 << 30;
+/// Of the guests.
+const MEMORY_MB: u64 = 128;
 /// With more QEMU loses data nearly always.
 const LIMIT_MS: u64 = 30;
 
@@ -52,9 +55,10 @@ fn moved(
     cache: &str,
     limit_ms: u64,
 ) -> Result<Moved> {
+    memory::warm(2 * MEMORY_MB + (path.metadata()?.len() >> 20));
     let there = folder.path().join("there.img");
     let with_disk = |path: &Path| {
-        let mut guest = Guest::new(work, 128).disk("disk", path);
+        let mut guest = Guest::new(work, MEMORY_MB).disk("disk", path);
         guest.disks[0].push_str(&format!(",cache={cache}"));
         guest
     };
@@ -65,9 +69,9 @@ fn moved(
             let destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give])?;
             (destination.vmm, destination.address)
         }
-        Program::Qemu => {
+        Program::Qemu | Program::Newer => {
             disk::create(&there, path.metadata()?.len())?;
-            qemu::receive(&with_disk(&there), |_| Ok(()))?
+            program.qemu()?.receive(&with_disk(&there), |_| Ok(()))?
         }
     };
     source.wait_line("^HB n=5 ")?;
@@ -108,7 +112,7 @@ fn whole(program: Program, once: impl Fn() -> Result<f64>) -> Result<f64> {
     let mut result = once();
     for _ in 1..TRIES {
         match &result {
-            Err(error) if program == Program::Qemu => eprintln!("    not counted: {error:#}"),
+            Err(error) if program != Program::Ferry => eprintln!("    not counted: {error:#}"),
             _ => break,
         }
         result = once();

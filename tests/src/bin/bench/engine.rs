@@ -39,7 +39,7 @@ pub fn against_sockets(program: Program) -> Result<f64> {
     match program {
         Program::Ferry => best_channels(program),
         // In GB of RAM as well: the rest is zero, and costs nothing.
-        Program::Qemu => Ok(two_sockets(3 << 30)? / 0.75),
+        Program::Qemu | Program::Newer => Ok(two_sockets(3 << 30)? / 0.75),
     }
 }
 

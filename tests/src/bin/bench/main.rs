@@ -1,19 +1,20 @@
 //! `make bench`: Ferry and QEMU side by side, on the same guest, in the same run; medians.
 //!
-//! Both are driven through their control sockets by the same code. Runs alternate between the two, so
-//! that a change of the host's load meets both. [`rows`] lists the figures; [`alone`], [`moves`],
+//! Both are driven through their control sockets by the same code. Runs alternate between them, so that a
+//! change of the host's load meets both; memory is warm before each move ([`memory`]). [`rows`] lists the figures; [`alone`], [`moves`],
 //! [`engine`] and [`disks`] take them.
 
 mod alone;
 mod disks;
 mod engine;
+mod memory;
 mod moves;
 mod rows;
 
 use anyhow::{Context, Result, bail};
 use ferry_tests::qemu;
 use rows::{Program, ROWS, Row, Target};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 fn median(figures: &mut [f64]) -> f64 {
     figures.sort_by(f64::total_cmp);
@@ -62,7 +63,7 @@ impl Figures {
 }
 
 fn options() -> Result<Options> {
-    let programs = vec![Program::Qemu, Program::Ferry];
+    let programs = vec![Program::Qemu, Program::Newer, Program::Ferry];
     let mut options = Options { rows: Vec::new(), runs: 5, programs, markdown: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -80,7 +81,7 @@ fn options() -> Result<Options> {
             "--only" => {
                 options.programs = match value()?.as_str() {
                     "ferry" => vec![Program::Ferry],
-                    "qemu" => vec![Program::Qemu],
+                    "qemu" => vec![Program::Qemu, Program::Newer],
                     other => bail!("--only {other}: ferry or qemu"),
                 }
             }
@@ -99,15 +100,51 @@ fn options() -> Result<Options> {
     Ok(options)
 }
 
-/// Measures one row under QEMU and Ferry. One that fails costs the other nothing.
-fn measure(row: &Row, options: &Options) -> [Figures; 2] {
-    let mut figures = [Figures::default(), Figures::default()];
+/// The figures of a row, by program.
+#[derive(Default)]
+struct Measured {
+    qemu: Figures,
+    newer: Figures,
+    ferry: Figures,
+}
+
+impl Measured {
+    fn of(&mut self, program: Program) -> &mut Figures {
+        match program {
+            Program::Qemu => &mut self.qemu,
+            Program::Newer => &mut self.newer,
+            Program::Ferry => &mut self.ferry,
+        }
+    }
+
+    fn all(&self) -> [&Figures; 3] {
+        [&self.qemu, &self.newer, &self.ferry]
+    }
+
+    /// Ferry's figure by that of the better QEMU.
+    fn ratio(&self, target: &Target) -> Option<f64> {
+        let better = match target {
+            Target::AtMost(_) | Target::RatioAtMost(_) => f64::min,
+            Target::AtLeast(_) | Target::RatioAtLeast(_) => f64::max,
+        };
+        let qemus = [&self.qemu, &self.newer].into_iter().filter_map(Figures::median);
+        Some(self.ferry.median()? / qemus.reduce(better)?)
+    }
+}
+
+/// Measures one row under every program. One that fails costs the others nothing.
+fn measure(row: &Row, options: &Options) -> Measured {
+    let mut measured = Measured::default();
     let alone = matches!(row.target, Target::AtLeast(_));
     let mut programs = options.programs.clone();
-    programs.retain(|program| !alone || *program == Program::Ferry);
+    programs.retain(|program| match program {
+        Program::Ferry => true,
+        Program::Qemu => !alone,
+        Program::Newer => row.newer,
+    });
     for _ in 0..options.runs {
         for program in &programs {
-            let own = &mut figures[usize::from(*program == Program::Ferry)];
+            let own = measured.of(*program);
             if own.failure.is_none() {
                 match (row.measure)(*program) {
                     Ok(figure) => own.all.push(figure),
@@ -121,15 +158,15 @@ fn measure(row: &Row, options: &Options) -> [Figures; 2] {
         // Who comes first may meet other memory: in turns.
         programs.reverse();
     }
-    for own in figures.iter().filter(|own| !own.all.is_empty()) {
+    for own in measured.all().into_iter().filter(|own| !own.all.is_empty()) {
         let text: Vec<_> = own.all.iter().map(|figure| format!("{figure:.2}")).collect();
         eprintln!("    {:10} {}", row.name, text.join(" "));
     }
-    figures
+    measured
 }
 
-fn verdict(target: &Target, qemu: Option<f64>, ferry: Option<f64>) -> (String, Option<bool>) {
-    let ratio = qemu.zip(ferry).map(|(qemu, ferry)| ferry / qemu);
+/// The target in words, and whether it is met; `None` if that cannot be told.
+fn verdict(target: &Target, ratio: Option<f64>, ferry: Option<f64>) -> (String, Option<bool>) {
     match target {
         Target::AtMost(most) => (format!("≤ {most}"), ferry.map(|ferry| ferry <= *most)),
         Target::AtLeast(least) => (format!("≥ {least}"), ferry.map(|ferry| ferry >= *least)),
@@ -144,36 +181,46 @@ fn verdict(target: &Target, qemu: Option<f64>, ferry: Option<f64>) -> (String, O
 
 fn bench() -> Result<()> {
     let mut options = options()?;
-    let qemu = qemu::version();
+    let (qemu, newer) = (qemu::qemu().version(), qemu::newer().and_then(qemu::Qemu::version));
     if qemu.is_none() {
         println!("qemu-system-x86_64 is not installed: no figures to compare with");
         options.programs.retain(|program| *program != Program::Qemu);
     }
+    if newer.is_none() {
+        options.programs.retain(|program| *program != Program::Newer);
+    }
+    let or_absent = |version: Option<String>| version.unwrap_or_else(|| "absent".into());
     println!(
-        "Medians of {} and their spread; QEMU is {}\n",
+        "{}; medians of {}. QEMU: {}; newer QEMU: {}\n",
+        host()?,
         options.runs,
-        qemu.as_deref().unwrap_or("absent")
+        or_absent(qemu),
+        or_absent(newer)
     );
     let (mut table, mut failed, mut missed) = (vec![], 0, 0);
     for row in &options.rows {
-        let [qemu, ferry] = measure(row, &options);
-        failed += u32::from(qemu.failure.is_some()) + u32::from(ferry.failure.is_some());
-        let (target, met) = verdict(&row.target, qemu.median(), ferry.median());
+        let measured = measure(row, &options);
+        failed += measured.all().into_iter().filter(|own| own.failure.is_some()).count();
+        let ratio = measured.ratio(&row.target);
+        let (target, met) = verdict(&row.target, ratio, measured.ferry.median());
         missed += u32::from(met == Some(false));
         let met = met.map_or("-", |met| if met { "met" } else { "MISSED" });
-        let ratio = qemu.median().zip(ferry.median()).map(|(qemu, ferry)| ferry / qemu);
-        let ratio = ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let [qemu, newer, ferry] = measured.all().map(Figures::cell);
         table.push([
             row.title.to_owned(),
             row.unit.to_owned(),
-            qemu.cell(),
-            ferry.cell(),
-            ratio,
+            qemu,
+            newer,
+            ferry,
+            ratio.map_or("-".into(), |ratio| format!("{ratio:.2}")),
             target,
             met.to_owned(),
         ]);
     }
     print(&table, options.markdown);
+    if let Some(memory) = memory::report() {
+        println!("\n{memory}");
+    }
     if failed > 0 {
         bail!("{failed} times a program gave no figure");
     }
@@ -183,19 +230,35 @@ fn bench() -> Result<()> {
     Ok(())
 }
 
-fn print(table: &[[String; 7]], markdown: bool) {
-    let head = ["", "", "QEMU", "Ferry", "ratio", "target", ""].map(str::to_owned);
+/// Date, processors and kernel.
+fn host() -> Result<String> {
+    let said = |program: &str, argument: &str| -> Result<String> {
+        let output = Command::new(program).arg(argument).output().context(program.to_owned())?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let info = std::fs::read_to_string("/proc/cpuinfo")?;
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or("unknown", |(_, model)| model);
+    let count = std::thread::available_parallelism()?;
+    Ok(format!("{}, {count} x {model}, Linux {}", said("date", "+%F")?, said("uname", "-r")?))
+}
+
+fn print(table: &[[String; 8]], markdown: bool) {
+    let head = ["", "", "QEMU", "newer QEMU", "Ferry", "ratio", "target", ""].map(str::to_owned);
     if markdown {
         for (index, row) in std::iter::once(&head).chain(table).enumerate() {
             println!("| {} |", row.join(" | "));
             if index == 0 {
-                println!("|---|---|---|---|---|---|---|");
+                println!("|{}", "---|".repeat(head.len()));
             }
         }
         return;
     }
-    for [title, unit, qemu, ferry, ratio, target, met] in std::iter::once(&head).chain(table) {
-        println!("{title:46} {unit:>5} {qemu:>22} {ferry:>22} {ratio:>7}  {target:13} {met}");
+    for [title, unit, qemu, newer, ferry, ratio, target, met] in std::iter::once(&head).chain(table)
+    {
+        println!(
+            "{title:46} {unit:>5} {qemu:>20} {newer:>20} {ferry:>20} {ratio:>7}  {target:13} {met}"
+        );
     }
 }
 

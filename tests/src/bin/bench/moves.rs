@@ -1,12 +1,12 @@
 //! Figures of guests that move.
 
 use crate::alone::run;
+use crate::memory::{self, Memory};
 use crate::rows::Program;
 use anyhow::{Context, Result, bail};
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::lines::Lines;
 use ferry_tests::process::SOON;
-use ferry_tests::qemu;
 use ferry_tests::qmp::Qmp;
 use ferry_tests::verdict::{Heartbeat, Transcript};
 use serde_json::{Value, json};
@@ -26,6 +26,8 @@ pub struct How {
     pub capabilities: &'static [&'static str],
     /// What does not end within this is given up.
     pub patience: Duration,
+    /// For both of its sides.
+    pub memory: Memory,
 }
 
 impl How {
@@ -39,6 +41,7 @@ impl How {
             compression: None,
             capabilities: &[],
             patience,
+            memory: Memory::Warm,
         }
     }
 }
@@ -93,13 +96,19 @@ fn processor_seconds(processes: &[u32]) -> Result<f64> {
 /// Boots `guest`, lets it settle, moves it over TCP, and hears what it says at the destination. `None` if
 /// that takes too long.
 pub fn moved(program: Program, guest: &Guest, how: &How) -> Result<Option<Moved>> {
+    if how.memory == Memory::Warm {
+        // Its RAM exists twice in the end.
+        memory::warm(2 * guest.memory_mb);
+    }
     let source = run(program, guest)?;
     let (destination, address) = match program {
         Program::Ferry => {
             let destination = ferry::receive()?;
             (destination.vmm, destination.address)
         }
-        Program::Qemu => qemu::receive(guest, |qmp| how.say_channels(program, qmp))?,
+        Program::Qemu | Program::Newer => {
+            program.qemu()?.receive(guest, |qmp| how.say_channels(program, qmp))?
+        }
     };
     source.wait_line("READY ")?;
     // The first heartbeats hold the end of the fill; the guest is at its pace after a few.
@@ -174,9 +183,9 @@ pub fn total_ms(info: &Value) -> Result<f64> {
 }
 
 /// GB of RAM per second.
-pub fn asleep(program: Program) -> Result<f64> {
+pub fn asleep(program: Program, memory: Memory) -> Result<f64> {
     let guest = Guest::new("work=dirty fill=random fill_pct=75 sleep=1", 1024);
-    let moved = moved_well(program, &guest, &How::fast(300))?;
+    let moved = moved_well(program, &guest, &How { memory, ..How::fast(300) })?;
     Ok((1u64 << 30) as f64 / 1e6 / total_ms(&moved.info)?)
 }
 
