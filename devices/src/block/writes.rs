@@ -42,7 +42,9 @@ pub(super) struct WriteGuard {
 impl Drop for WriteGuard {
     fn drop(&mut self) {
         let bitmaps = self.node.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
-        bitmaps.iter().for_each(|bitmap| bitmap.mark(self.range));
+        for bitmap in bitmaps.iter() {
+            bitmap.mark(self.range);
+        }
     }
 }
 

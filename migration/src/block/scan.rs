@@ -55,7 +55,10 @@ impl TrackedDisk {
         let mut at = range.offset_bytes;
         while at < range.end() {
             let rest = ByteRange { offset_bytes: at, len_bytes: range.end() - at };
-            let Ok(extent) = extent(&self.disk.node, at) else { return self.dirty.mark(rest) };
+            let Ok(extent) = extent(&self.disk.node, at) else {
+                self.dirty.mark(rest);
+                return;
+            };
             let end = (at + extent.len_bytes).min(range.end());
             if extent.content != skipped {
                 self.dirty.mark(ByteRange { offset_bytes: at, len_bytes: end - at });
@@ -112,15 +115,14 @@ impl<'d> Scan<'d> {
     fn take_of(&mut self, disk: usize) -> Option<Work> {
         let tracked = self.disks.get(disk)?;
         let next = self.next.get_mut(disk)?;
-        while *next < tracked.dirty.word_count() {
-            let index = *next;
-            *next += 1;
-            let taken = tracked.dirty.take_word(index);
+        while let Some((index, taken)) = tracked.dirty.take_next(*next) {
+            *next = index + 1;
             let granules = taken & granules_of(index, tracked.disk.node.len_bytes());
             if granules != 0 {
                 return Some(Work { disk, index, granules });
             }
         }
+        *next = tracked.dirty.word_count();
         None
     }
 }
