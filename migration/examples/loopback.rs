@@ -154,6 +154,8 @@ fn receive(address: &str, prefault: bool) {
         host: &mut host,
         counters: Arc::new(Counters::new()),
         cancel: CancelToken::new(),
+        give_up: CancelToken::new(),
+        give_up: CancelToken::new(),
         events: &mut |_| {},
     }
     .receive(&listener)
@@ -221,6 +223,8 @@ fn main() {
             counters: counters.clone(),
             throttle: AppliedThrottle::default(),
             cancel: CancelToken::new(),
+            give_up: CancelToken::new(),
+            give_up: CancelToken::new(),
             events: &mut |_| {},
         }
         .migrate(&address);

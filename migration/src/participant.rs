@@ -5,13 +5,17 @@
 //! them in this order:
 //!
 //! ```text
-//! setup ─▶ (iterate… pending)… ─▶ [flush ahead] pause ─▶ complete ─┬▶ Go ─▶ cleanup
+//! setup ─▶ (iterate… pending)… ─▶ [flush ahead] pause ─▶ complete ─┬▶ Go ─▶ [postcopy] ─▶ cleanup
 //!              ▲                                                   └▶ called_off ──┐
 //!              └────────────────────────────────────────────────────────────────────┘
-//! setup ─▶ load(Part)… ─▶ load(End) ─▶ finish ─┬▶ Go ─▶ cleanup
+//! setup ─▶ load(Part)… ─▶ load(End) ─▶ finish ─┬▶ Go ─▶ [load(Postcopy)… missing] ─▶ cleanup
 //!              ▲                               └▶ called_off ──┐
 //!              └───────────────────────────────────────────────┘
 //! ```
+//! **Moved and complete are two things.** What the guest does not need to run may wait: it is sent in the phase
+//! after `Go` ([`Outgoing::postcopy`]), in which the guest runs at the destination. Nothing that fails in that
+//! phase touches the guest. It is there only if a participant has asked for it.
+//!
 //! Plain devices are not participants: their records are sent in the section `device`.
 
 use crate::cancel::CancelToken;
@@ -176,6 +180,14 @@ pub trait Outgoing: Send {
     fn complete(&mut self) -> Result<(), ParticipantError>;
     /// The stop was called off, perhaps after [`Outgoing::complete`]: the guest runs on, passes go on.
     fn called_off(&mut self) -> Result<(), ParticipantError>;
+    /// Whether it has something that can wait for the handover. Asked after `setup`; may not change.
+    fn can_postcopy(&self) -> bool {
+        false
+    }
+    /// Guest runs at the destination. Sends what could wait. No failure brings the guest back.
+    fn postcopy(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
     /// Called exactly once after `setup`, successful or not; in reverse order of setup.
     fn cleanup(&mut self, outcome: Outcome);
 }
@@ -207,12 +219,22 @@ pub trait Incoming: Send {
     fn needs_connection(&self) -> bool;
     /// The first section: checks the announcement and starts receiving.
     fn setup(&mut self, link: IncomingContext, body: &[u8]) -> Result<(), ParticipantError>;
-    /// Any further section, of stage [`Stage::Part`] or [`Stage::End`].
+    /// Any further section, of stage [`Stage::Part`], [`Stage::End`] or, once the guest runs here,
+    /// [`Stage::Postcopy`].
     fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError>;
     /// Last chance to refuse: on return everything is in place and durable. After `Ok`, nothing may fail.
     fn finish(&mut self) -> Result<(), ParticipantError>;
     /// The source called its stop off: more data and another end follow.
     fn called_off(&mut self) -> Result<(), ParticipantError>;
+    /// Whether something of it comes after the handover. Asked when the guest runs here.
+    fn can_postcopy(&self) -> bool {
+        false
+    }
+    /// What of it has not arrived, for users; empty if all has. Asked when nothing follows any more: what is
+    /// missing is dropped.
+    fn missing(&mut self) -> Vec<String> {
+        Vec::new()
+    }
     /// Called exactly once after `setup`, successful or not; in reverse order of setup.
     fn cleanup(&mut self, outcome: Outcome);
 }

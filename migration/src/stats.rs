@@ -23,6 +23,8 @@ pub enum MigrationStatus {
     Active,
     /// The guest is stopped for the last step.
     Device,
+    /// The guest runs at the destination; what could wait is being sent.
+    PostcopyActive,
     /// A cancel is in progress.
     Cancelling,
     /// Cancelled; the guest runs at the source.
@@ -46,6 +48,7 @@ impl MigrationStatus {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
             Self::Cancelling => "cancelling",
             Self::Cancelled => "cancelled",
             Self::Completed => "completed",
@@ -298,6 +301,10 @@ pub struct StatsSnapshot {
     pub error: Option<String>,
     /// The answer to `Go` was lost: the guest may run at the destination.
     pub outcome_unknown: bool,
+    /// The guest has moved; of what could wait this has not arrived.
+    pub incomplete: Option<String>,
+    /// Bytes sent or received after the handover.
+    pub postcopy_bytes: u64,
     /// Called-off stops.
     pub called_off: u64,
     /// Current throttle of the guest.
@@ -398,7 +405,7 @@ impl StatsSnapshot {
                 "pages-per-second": bytes_per_sec / page,
                 "precopy-bytes": self.precopy_bytes,
                 "downtime-bytes": self.downtime_bytes,
-                "postcopy-bytes": 0,
+                "postcopy-bytes": self.postcopy_bytes,
                 "dirty-sync-missed-zero-copy": 0,
             },
         });
@@ -411,6 +418,9 @@ impl StatsSnapshot {
         if let Some(downtime) = self.downtime {
             put("downtime", millis(downtime).into());
             put("x-downtime-us", micros(downtime).into());
+        }
+        if let Some(missing) = &self.incomplete {
+            put("x-incomplete", missing.as_str().into());
         }
         if self.xbzrle.cache_size > 0 {
             put("xbzrle-cache", self.xbzrle.to_json());

@@ -251,6 +251,11 @@ impl Control {
         self.0.inbox.await_end(FAREWELL);
     }
 
+    /// Ends the connection.
+    pub fn hang_up(&self) {
+        self.0.transport.shutdown();
+    }
+
     // Why it ends.
 
     /// Reports the failure of a thread: ends every wait. Keeps the first reason, except that a broken

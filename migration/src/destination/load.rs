@@ -21,6 +21,9 @@ const LOCK_RACE: Duration = Duration::from_millis(50);
 /// Most stops of one migration: with their rests, days of them.
 const MAX_ATTEMPTS: u32 = 10_000;
 
+/// What comes after the handover, for error messages.
+pub(super) const LATER: &str = "what could wait";
+
 /// State of a participant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
@@ -127,6 +130,30 @@ impl Arrival {
         Ok(())
     }
 
+    /// Whether something comes after the handover.
+    pub(super) fn can_postcopy(&self) -> bool {
+        self.participants.iter().any(|(participant, _)| participant.can_postcopy())
+    }
+
+    /// Hands data that could wait to its participant.
+    pub(super) fn postcopy(&mut self, payload: &[u8]) -> Result<(), DestinationError> {
+        let section = decoded(payload, LATER)?;
+        let wants = |one: &dyn Incoming| one.section() == section.name && one.can_postcopy();
+        let found = self.participants.iter_mut().find(|(one, _)| wants(one.as_ref()));
+        match (section.stage, found) {
+            (Stage::Postcopy, Some((participant, _))) => {
+                Ok(participant.load(Stage::Postcopy, section.body)?)
+            }
+            _ => Err(WireError::Unexpected { found: section.describe(), expected: LATER }.into()),
+        }
+    }
+
+    /// What has not arrived, for users; empty if all has.
+    pub(super) fn missing(&mut self) -> String {
+        let missing = self.participants.iter_mut().flat_map(|(one, _)| one.missing());
+        missing.collect::<Vec<_>>().join(", ")
+    }
+
     /// The source called its stop off. Another attempt follows.
     pub(super) fn called_off(&mut self) -> Result<(), DestinationError> {
         self.stopped = false;
@@ -156,6 +183,7 @@ impl Destination<'_> {
                 Loaded::CalledOff => false,
             };
             if taken {
+                self.postcopy(arrival);
                 return Ok(());
             }
             log::info!("the source called its stop off; its guest runs on");
@@ -232,11 +260,7 @@ impl Destination<'_> {
     }
 
     fn section(&mut self, arrival: &mut Arrival, frame: &Frame) -> Result<(), DestinationError> {
-        let section = Section::decode(&frame.payload)?;
-        if section.version != BODY_VERSION {
-            let reason = format!("version {}, known is {BODY_VERSION}", section.version);
-            return Err(WireError::Malformed { what: arrival.expected(), reason }.into());
-        }
+        let section = decoded(&frame.payload, arrival.expected())?;
         if section.name != DEVICE {
             let set_up = |arrival: &Arrival| {
                 arrival.participants.iter().all(|(_, has)| *has != Progress::New)
@@ -260,6 +284,16 @@ impl Destination<'_> {
         self.host.load_records(records)?;
         Ok(())
     }
+}
+
+/// A section whose body has a layout that is known here.
+fn decoded<'p>(payload: &'p [u8], what: &'static str) -> Result<Section<'p>, WireError> {
+    let section = Section::decode(payload)?;
+    if section.version != BODY_VERSION {
+        let reason = format!("version {}, known is {BODY_VERSION}", section.version);
+        return Err(WireError::Malformed { what, reason });
+    }
+    Ok(section)
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(

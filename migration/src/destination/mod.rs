@@ -6,6 +6,7 @@
 //! load       machine, sections, Eof    any failure: abandon the machine, then say Refused
 //! handover   Ready, Go, run, Running   no Go: abandon; does not start: abandon, then say Declined;
 //!                                      CalledOff: back to load
+//! postcopy   what could wait           any failure: the guest runs on, without it
 //! host       the machine's interface
 //! ```
 //! The incoming guest is a list of [`Incoming`](crate::participant::Incoming) participants; the driver
@@ -14,6 +15,7 @@
 mod handover;
 mod host;
 mod load;
+mod postcopy;
 
 pub use host::{DestinationHost, GoOn};
 
@@ -80,6 +82,8 @@ pub struct Destination<'a> {
     pub counters: Arc<Counters>,
     /// Ends the migration early, until `Go` arrives.
     pub cancel: CancelToken,
+    /// Gives up what could wait, once the guest runs here.
+    pub give_up: CancelToken,
     /// Called for each step, on the `mig-in` thread.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }

@@ -85,8 +85,10 @@ impl SourceError {
 /// How a migration ended.
 #[derive(Debug)]
 pub enum SourceOutcome {
-    /// The guest runs at the destination.
+    /// The guest runs at the destination, and everything is there.
     Completed,
+    /// The guest runs at the destination, but of what could wait this has not arrived, or why it is not known.
+    Incomplete(String),
     /// Cancelled; the guest goes on here.
     Cancelled,
     /// Failed; the guest goes on here, or the error says why it cannot.

@@ -6,6 +6,7 @@
 //! stop      pause, send the rest, wait for Ready   any failure: the guest is resumed; so it is, and
 //!           (deadline, estimate)                   the passes go on, if it takes too long
 //! handover  spend the permit, Go, verdict          Completed, Declined (resumed), or Unknown
+//! postcopy  send what could wait                   any failure: Incomplete; the guest runs there
 //! ```
 //! The guest is sent as a list of [`Outgoing`] participants; the driver does not know RAM or disks.
 
@@ -13,6 +14,7 @@ mod deadline;
 mod error;
 mod estimate;
 mod handover;
+mod postcopy;
 mod precopy;
 mod session;
 mod stop;
@@ -43,12 +45,21 @@ pub enum MigrationEvent {
     Pass(u64),
     /// The migration does not converge.
     NotConverging(NotConverging),
+    /// The guest has moved; this, which could wait, has not arrived.
+    Incomplete(String),
 }
 
 /// How much the guest is throttled: not at all when a migration begins.
 #[derive(Debug, Default)]
 pub struct AppliedThrottle {
     percent: u8,
+}
+
+/// A migration that came to a handover.
+struct Ended {
+    handover: Handover,
+    /// What has not arrived of what could wait.
+    incomplete: Option<String>,
 }
 
 /// What an outgoing migration needs.
@@ -63,8 +74,10 @@ pub struct Source<'a> {
     /// For reports only.
     pub counters: Arc<Counters>,
     pub throttle: AppliedThrottle,
-    /// Ends the migration early.
+    /// Ends the migration early, until the handover.
     pub cancel: CancelToken,
+    /// Gives up what could wait, after the handover.
+    pub give_up: CancelToken,
     /// Called for each step, on the `mig-out` thread.
     pub events: &'a mut dyn FnMut(MigrationEvent),
 }
@@ -115,7 +128,7 @@ impl Source<'_> {
         show(&self.counters, self.events, status);
     }
 
-    fn run(&mut self, connect: Connect<'_>) -> Result<Handover, SourceError> {
+    fn run(&mut self, connect: Connect<'_>) -> Result<Ended, SourceError> {
         self.counters.update(|stats| stats.started = Some(Instant::now()));
         self.status(MigrationStatus::Setup);
         let participants = std::mem::take(&mut self.participants);
@@ -135,8 +148,9 @@ impl Source<'_> {
             }
         };
         let moved = matches!(handover, Ok(Handover::Completed { .. }));
+        let incomplete = if moved { self.postcopy(&mut session) } else { None };
         session.close(if moved { Outcome::Moved } else { Outcome::NotMoved });
-        handover
+        handover.map(|handover| Ended { handover, incomplete })
     }
 
     /// Throttles the guest by `percent`. Failure is logged and not fatal.
@@ -148,19 +162,24 @@ impl Source<'_> {
         }
     }
 
-    fn finish(mut self, result: Result<Handover, SourceError>) -> SourceOutcome {
+    fn finish(mut self, result: Result<Ended, SourceError>) -> SourceOutcome {
         // Before the end is reported: the next migration may begin at once.
         self.release_throttle();
         let outcome = match result {
-            Ok(Handover::Completed { .. }) => SourceOutcome::Completed,
-            Ok(Handover::Unknown(error)) => SourceOutcome::Unknown(error),
-            Ok(Handover::Declined(error)) => SourceOutcome::Failed(error),
+            Ok(Ended { handover: Handover::Completed { .. }, incomplete }) => match incomplete {
+                None => SourceOutcome::Completed,
+                Some(missing) => SourceOutcome::Incomplete(missing),
+            },
+            Ok(Ended { handover: Handover::Unknown(error), .. }) => SourceOutcome::Unknown(error),
+            Ok(Ended { handover: Handover::Declined(error), .. }) => SourceOutcome::Failed(error),
             Err(error @ SourceError::NotResumed { .. }) => SourceOutcome::Failed(error),
             Err(_) if self.cancel.is_cancelled() => SourceOutcome::Cancelled,
             Err(error) => SourceOutcome::Failed(error),
         };
         let (status, error) = match &outcome {
-            SourceOutcome::Completed => (MigrationStatus::Completed, None),
+            SourceOutcome::Completed | SourceOutcome::Incomplete(_) => {
+                (MigrationStatus::Completed, None)
+            }
             SourceOutcome::Cancelled => (MigrationStatus::Cancelled, None),
             SourceOutcome::Failed(error) => (MigrationStatus::Failed, Some(chain(error))),
             SourceOutcome::Unknown(error) => {
@@ -196,11 +215,12 @@ impl Drop for Source<'_> {
     }
 }
 
-/// Sets the status and reports it. A cancel that is in progress is shown until the end.
+/// Sets the status and reports it. A cancel that is in progress is shown until the end, or the handover.
 fn show(counters: &Counters, events: &mut dyn FnMut(MigrationEvent), status: MigrationStatus) {
     let mut shown = true;
     counters.update(|stats| {
-        shown = stats.status != MigrationStatus::Cancelling || status.is_over();
+        let past_cancel = status.is_over() || status == MigrationStatus::PostcopyActive;
+        shown = stats.status != MigrationStatus::Cancelling || past_cancel;
         if shown {
             stats.status = status;
         }

@@ -190,6 +190,33 @@ fn nonsense_in_answer_to_go_leaves_the_guest_stopped() {
     assert!(!runs);
 }
 
+/// The guest has moved: whatever the destination says then, it does not run here.
+#[test]
+fn nonsense_in_the_last_phase_leaves_the_guest_stopped_too() {
+    let late = Scenario { late: Some(&[0, 1]), ..two_channels() };
+    type Last = fn(&Liar);
+    let lies: [(&str, Last); 3] = [
+        ("unexpected mark 1 of channel 0 where word that everything", |liar| mark(liar, 1, 0)),
+        ("unexpected Running where word that everything", |liar| liar.frame(Kind::Running, &[])),
+        ("the destination refuses: no", |liar| liar.frame(Kind::Refused, b"no")),
+    ];
+    for (expected, lie) in lies {
+        let (outcome, runs) = send_to(&late, |liar| {
+            accept(liar);
+            [0, 1].into_iter().for_each(|channel| mark(liar, 1, channel));
+            liar.frame(Kind::Ready, Encoder::default().u32(1).bytes());
+            while !matches!(frame(&liar.main), Some((Kind::Go, _)) | None) {}
+            liar.frame(Kind::Running, &[]);
+            while !matches!(frame(&liar.main), Some((Kind::AllSent, _)) | None) {}
+            lie(liar);
+            listen(liar);
+        });
+        let SourceOutcome::Incomplete(why) = &outcome else { panic!("{expected}: {outcome:?}") };
+        assert!(why.contains(expected), "{why}");
+        assert!(!runs);
+    }
+}
+
 #[test]
 fn a_destination_that_never_says_a_word_is_given_up() {
     let patience = Duration::from_millis(300);

@@ -1,10 +1,12 @@
 //! Whole migrations over a link in memory: a scenario, and how it ends. The two machines, what their
 //! guests write, and peers that lie have files of their own.
 
+mod late;
 mod liar;
 mod machine;
 mod writes;
 
+pub use late::*;
 pub use liar::*;
 pub use machine::*;
 pub use writes::*;
@@ -124,6 +126,10 @@ pub struct Scenario {
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
     pub disks: FakeDisks,
+    /// The pieces of the guest that wait for the handover, as the source sends them.
+    pub late: Option<&'static [u8]>,
+    /// Gives that up at the source.
+    pub give_up: CancelToken,
     /// The source's machine, for who wants to look at it meanwhile or after a panic.
     pub machine: Arc<Machine>,
     /// The destination's.
@@ -156,6 +162,8 @@ impl Default for Scenario {
             cancel_destination_at: None,
             patience: Duration::from_secs(5),
             disks: FakeDisks::default(),
+            late: None,
+            give_up: CancelToken::new(),
             machine: Arc::default(),
             destination: Arc::default(),
             watch: None,
@@ -202,18 +210,23 @@ pub fn migrate_over(
     let receiver = {
         let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);
         let (counters, cancel_at) = (destination_counters.clone(), scenario.cancel_destination_at);
-        let disks = scenario.disks.incoming();
+        let (disks, late) = (scenario.disks.incoming(), scenario.late.map(|_| Late::default()));
+        let give_up = CancelToken::new();
         std::thread::spawn(move || {
             let (ram, records) = (None, Vec::new());
-            let mut host = FakeHost { machine, disk, fail, ram, records, disks };
+            let mut host = FakeHost { machine, disk, fail, ram, records, disks, late };
             let cancel = CancelToken::new();
             let canceller = cancel.clone();
+            let giver_up = give_up.clone();
             let mut events = |event| {
                 if cancel_at.is_some_and(|at| event == MigrationEvent::Status(at)) {
+                    // Once the guest is here only the second has an effect.
                     canceller.cancel();
+                    giver_up.cancel();
                 }
             };
-            let result = Destination { host: &mut host, counters, cancel, events: &mut events }
+            let events = &mut events;
+            let result = Destination { host: &mut host, counters, cancel, give_up, events }
                 .receive_over(destination.main, destination.data, destination.disks);
             (result.map_err(|error| chain(&error)), host)
         })
@@ -328,6 +341,9 @@ pub fn run_source(
         participants.push(Box::new(DisksOutgoing::new(disks)));
     }
     participants.push(Box::new(RamOutgoing::new(ram, scenario.params.multifd_channels)));
+    if let Some(pieces) = scenario.late {
+        participants.push(Box::new(LateOutgoing::new(scenario.machine.clone(), pieces)));
+    }
     let outcome = Source {
         guest: &mut guest,
         machine: &mut || Ok(machine.clone()),
@@ -336,6 +352,7 @@ pub fn run_source(
         counters: counters.clone(),
         throttle: AppliedThrottle::default(),
         cancel,
+        give_up: scenario.give_up.clone(),
         events: &mut events,
     }
     .migrate_over(source.main, source.data, source.disks);

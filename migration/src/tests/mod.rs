@@ -10,6 +10,7 @@ mod fake_disks;
 mod frame_lies;
 mod lies;
 mod modes;
+mod postcopy;
 mod stops;
 mod strangers;
 mod whole;

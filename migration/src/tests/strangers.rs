@@ -54,11 +54,13 @@ fn listen_while(visit: impl FnOnce(&Address)) -> String {
             ram: None,
             records: Vec::new(),
             disks: Vec::new(),
+            late: None,
         };
         let destination = Destination {
             host: &mut host,
             counters: Arc::default(),
             cancel: CancelToken::new(),
+            give_up: CancelToken::new(),
             events: &mut |_| {},
         };
         destination.receive(&listener).map_err(|error| chain(&error))

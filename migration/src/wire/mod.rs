@@ -19,6 +19,8 @@
 //! control  Section(NAME, End)… · Eof(k)     Ready(k) | Refused
 //!   ── or the stop is called off: CalledOff, the guest runs on, rounds go on, attempt k + 1 comes ──
 //! control  Go                               Running | Declined | Refused
+//!   ── only if a participant has something that could wait: the guest runs there ──
+//! control  Section(NAME, Postcopy)… · AllSent    Complete
 //!          KeepAlive, Abort at any time     KeepAlive, Refused at any time
 //!
 //! frame  kind u8 · 0 u8 · 0 u16 · payload bytes u32 · payload        all integers little-endian
@@ -87,10 +89,14 @@ pub enum Kind {
     Declined,
     /// The stop took too long: the guest runs on at the source, and another attempt follows.
     CalledOff,
+    /// Everything that could wait for the handover is sent, too.
+    AllSent,
+    /// It has arrived; with what has not, as text, if there is such.
+    Complete,
 }
 
 impl Kind {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 16] = [
         Self::Hello,
         Self::Machine,
         Self::Section,
@@ -105,6 +111,8 @@ impl Kind {
         Self::Refused,
         Self::Declined,
         Self::CalledOff,
+        Self::AllSent,
+        Self::Complete,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -122,8 +130,8 @@ impl Kind {
             Self::Ready => 4,
             // Its number, and the channel.
             Self::Mark => 10,
-            Self::Abort | Self::Refused | Self::Declined => MAX_REASON_BYTES,
-            Self::Go | Self::KeepAlive | Self::Accepted | Self::CalledOff => 0,
+            Self::Abort | Self::Refused | Self::Declined | Self::Complete => MAX_REASON_BYTES,
+            Self::Go | Self::KeepAlive | Self::Accepted | Self::CalledOff | Self::AllSent => 0,
             // Microseconds that it took to start the guest, or nothing.
             Self::Running => 8,
         }

@@ -27,6 +27,8 @@ pub enum Stage {
     End = 3,
     /// Everything in one section.
     Full = 4,
+    /// Data that could wait: the guest runs at the destination.
+    Postcopy = 5,
 }
 
 /// A section, its body not yet read.
@@ -66,6 +68,7 @@ impl<'a> Section<'a> {
             2 => Stage::Part,
             3 => Stage::End,
             4 => Stage::Full,
+            5 => Stage::Postcopy,
             other => return Err(decoder.malformed(format!("unknown stage {other}"))),
         };
         let version = decoder.u16()?;

@@ -80,11 +80,12 @@ pub fn receive_with_disks(
     let receiver = std::thread::spawn(move || {
         let (disk, fail) = (Arc::default(), Fail::Nothing);
         let (ram, records) = (None, Vec::new());
-        let mut host = FakeHost { machine: ours, disk, fail, ram, records, disks };
+        let mut host = FakeHost { machine: ours, disk, fail, ram, records, disks, late: None };
         let destination = Destination {
             host: &mut host,
             counters: Arc::default(),
             cancel: CancelToken::new(),
+            give_up: CancelToken::new(),
             events: &mut |_| {},
         };
         destination

@@ -1,6 +1,7 @@
 //! A machine without KVM for each end: its lock, its right to run, and failures where a test wants them.
 
 use super::super::fake_disks::DiskWriters;
+use super::late::{Late, LateIncoming};
 use super::writes::{LAST_VERSION, Mutator, Script};
 use crate::block::IncomingDisk;
 use crate::block::incoming::DisksIncoming;
@@ -189,6 +190,8 @@ pub struct FakeHost {
     pub ram: Option<GuestRam>,
     pub records: Vec<DeviceRecord>,
     pub disks: Vec<IncomingDisk>,
+    /// What comes after the handover, if anything does.
+    pub late: Option<Late>,
 }
 
 impl DestinationHost for FakeHost {
@@ -213,6 +216,10 @@ impl DestinationHost for FakeHost {
             participants.push(Box::new(DisksIncoming::new(self.disks.clone())));
         }
         participants.push(Box::new(RamIncoming::new(IncomingRam { ram, layout })));
+        if let Some(late) = &self.late {
+            let machine = self.machine.clone();
+            participants.push(Box::new(LateIncoming::new(late.clone(), machine)));
+        }
         Ok(participants)
     }
 

@@ -1,0 +1,163 @@
+//! A participant with something that can wait for the handover: numbered pieces, and flags of who saw what.
+
+use super::machine::Machine;
+use crate::error::ParticipantError;
+use crate::participant::*;
+use crate::wire::WireError;
+use crate::wire::section::Stage;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
+
+const SECTION: &str = "late";
+/// How many pieces there are.
+pub const PIECES: u8 = 5;
+/// Sent in the wrong stage.
+pub const WRONG_STAGE: u8 = 254;
+/// Sent to another participant.
+pub const WRONG_SECTION: u8 = 255;
+
+/// At the source.
+pub struct LateOutgoing {
+    machine: Arc<Machine>,
+    pieces: &'static [u8],
+    context: Option<OutgoingContext>,
+}
+
+impl LateOutgoing {
+    pub fn new(machine: Arc<Machine>, pieces: &'static [u8]) -> Self {
+        Self { machine, pieces, context: None }
+    }
+
+    fn send(&self, name: &str, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
+        let context = self.context.as_ref().expect("set up");
+        Ok(context.send(name, stage, body)?)
+    }
+}
+
+impl Outgoing for LateOutgoing {
+    fn section(&self) -> &'static str {
+        SECTION
+    }
+
+    fn capability(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn roles(&self) -> Vec<crate::wire::Role> {
+        Vec::new()
+    }
+
+    fn setup(&mut self, link: OutgoingContext) -> Result<(), ParticipantError> {
+        self.context = Some(link);
+        self.send(SECTION, Stage::Setup, &[])
+    }
+
+    fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
+        Ok(Step::Done(Pass::default()))
+    }
+
+    fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
+        Ok(Pending::default())
+    }
+
+    fn rate_has_changed(&mut self) {}
+
+    fn complete(&mut self) -> Result<(), ParticipantError> {
+        self.send(SECTION, Stage::End, &[])
+    }
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn can_postcopy(&self) -> bool {
+        true
+    }
+
+    fn postcopy(&mut self) -> Result<(), ParticipantError> {
+        assert!(self.machine.surrendered.load(SeqCst) && !self.machine.running.load(SeqCst));
+        self.pieces.iter().try_for_each(|piece| match *piece {
+            WRONG_STAGE => self.send(SECTION, Stage::Part, &[]),
+            WRONG_SECTION => self.send("ram", Stage::Postcopy, &[]),
+            piece => self.send(SECTION, Stage::Postcopy, &[piece]),
+        })
+    }
+
+    fn cleanup(&mut self, _: Outcome) {}
+}
+
+/// What has arrived of it.
+#[derive(Clone, Default)]
+pub struct Late {
+    pub pieces: Arc<Mutex<Vec<u8>>>,
+    /// How it was cleaned up.
+    pub outcome: Arc<Mutex<Option<Outcome>>>,
+}
+
+/// At the destination.
+pub struct LateIncoming {
+    late: Late,
+    machine: Arc<Machine>,
+}
+
+impl LateIncoming {
+    pub fn new(late: Late, machine: Arc<Machine>) -> Self {
+        Self { late, machine }
+    }
+}
+
+impl Incoming for LateIncoming {
+    fn section(&self) -> &'static str {
+        SECTION
+    }
+
+    fn owns(&self, _: crate::wire::Role) -> bool {
+        false
+    }
+
+    fn needs_connection(&self) -> bool {
+        false
+    }
+
+    fn setup(&mut self, _: IncomingContext, _: &[u8]) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
+        if stage != Stage::Postcopy {
+            return Ok(());
+        }
+        assert!(self.machine.running.load(SeqCst), "the guest runs before what can wait arrives");
+        let mut pieces = self.late.pieces.lock().unwrap();
+        match body {
+            [piece] if usize::from(*piece) == pieces.len() => pieces.push(*piece),
+            _ => {
+                let (found, expected) = (format!("{body:?}"), "the next piece");
+                return Err(WireError::Unexpected { found, expected }.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn called_off(&mut self) -> Result<(), ParticipantError> {
+        Ok(())
+    }
+
+    fn can_postcopy(&self) -> bool {
+        true
+    }
+
+    fn missing(&mut self) -> Vec<String> {
+        let arrived = self.late.pieces.lock().unwrap().len();
+        (arrived..usize::from(PIECES)).map(|piece| format!("piece {piece}")).collect()
+    }
+
+    fn cleanup(&mut self, outcome: Outcome) {
+        let earlier = self.late.outcome.lock().unwrap().replace(outcome);
+        assert_eq!(earlier, None, "cleaned up once");
+    }
+}
