@@ -155,7 +155,6 @@ fn receive(address: &str, prefault: bool) {
         counters: Arc::new(Counters::new()),
         cancel: CancelToken::new(),
         give_up: CancelToken::new(),
-        give_up: CancelToken::new(),
         events: &mut |_| {},
     }
     .receive(&listener)
@@ -223,7 +222,6 @@ fn main() {
             counters: counters.clone(),
             throttle: AppliedThrottle::default(),
             cancel: CancelToken::new(),
-            give_up: CancelToken::new(),
             give_up: CancelToken::new(),
             events: &mut |_| {},
         }

@@ -305,6 +305,9 @@ pub struct StatsSnapshot {
     pub incomplete: Option<String>,
     /// Bytes sent or received after the handover.
     pub postcopy_bytes: u64,
+    /// Of what could wait: all of it, and what is left; in bytes of its owner.
+    pub postcopy_total: u64,
+    pub postcopy_left: u64,
     /// Called-off stops.
     pub called_off: u64,
     /// Current throttle of the guest.
@@ -421,6 +424,10 @@ impl StatsSnapshot {
         }
         if let Some(missing) = &self.incomplete {
             put("x-incomplete", missing.as_str().into());
+        }
+        if self.postcopy_total > 0 {
+            let (total, left) = (self.postcopy_total, self.postcopy_left);
+            put("x-postcopy", json!({"total": total, "remaining": left}));
         }
         if self.xbzrle.cache_size > 0 {
             put("xbzrle-cache", self.xbzrle.to_json());

@@ -17,6 +17,8 @@ pub const UNMATCHED: u8 = 4;
 pub const UNKNOWN: u8 = 4;
 /// `ferry migrate`: another migration of this guest is under way.
 pub const BUSY: u8 = 5;
+/// `ferry migrate`: the guest has moved, but not all that could wait for the handover has arrived.
+pub const INCOMPLETE: u8 = 6;
 /// `--timeout`.
 pub const TIMEOUT: u8 = 124;
 /// This host or these files cannot run the guest.

@@ -39,6 +39,7 @@ fn translate(words: &[String]) -> Result<(String, Value), String> {
         ["status"] => request("query-status", json!({})),
         ["migration"] => request("query-migrate", json!({})),
         ["cancel"] => request("migrate_cancel", json!({})),
+        ["give-up"] => request("x-migrate-give-up", json!({})),
         ["cont", "--force"] => request("cont", json!({"x-force": true})),
         [command] => request(command, json!({})),
         [command, arguments] => match serde_json::from_str(arguments) {

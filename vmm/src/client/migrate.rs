@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 const MOVED: u8 = exit_code::OK;
 const FAILED: u8 = exit_code::COMMAND_FAILED;
 const UNKNOWN: u8 = exit_code::UNKNOWN;
+const INCOMPLETE: u8 = exit_code::INCOMPLETE;
+/// The guest runs at the destination, and what could wait is on its way.
+const POSTCOPY: &str = "postcopy-active";
 /// How often progress is shown.
 const INTERVAL: Duration = Duration::from_millis(100);
 /// Steps that follow each other faster are shown as one: a query costs the VMM time.
@@ -52,7 +55,7 @@ pub fn run(args: &MigrateArgs) -> u8 {
     };
     let end = follow(&mut client, &id, args.json, &cancelled);
     let code = report(&mut client, &end, args.json);
-    if code == MOVED && !args.keep_source {
+    if matches!(code, MOVED | INCOMPLETE) && !args.keep_source {
         // It would end by itself once this client has gone, but then nobody would wait for that. It may be
         // gone before its reply is read.
         match client.execute("quit", json!({})) {
@@ -129,13 +132,21 @@ fn follow(
     let mut last_line = Value::Null;
     // What was said to be at fault: each once.
     let mut warned: Vec<Value> = Vec::new();
+    let mut warned_of_loss = false;
     loop {
-        if cancelled.swap(false, Ordering::SeqCst) {
-            client.execute("migrate_cancel", json!({}))?;
-        }
         let asked = Instant::now();
         let info = client.execute("query-migrate", json!({"x-id": id}))?;
         let status = info["status"].as_str().unwrap_or("none");
+        if cancelled.swap(false, Ordering::SeqCst)
+            && interrupt(client, status, &mut warned_of_loss)?
+        {
+            let warning = "ferry: the guest has moved, which cannot be cancelled any more; press Ctrl-C \
+                           again to give up what has not arrived yet";
+            match &bar {
+                Some(bar) => bar.suspend(|| eprintln!("{warning}")),
+                None => eprintln!("{warning}"),
+            }
+        }
         if matches!(status, "completed" | "failed" | "cancelled") {
             if let Some(bar) = &bar {
                 bar.finish_and_clear();
@@ -165,6 +176,22 @@ fn follow(
         }
         wait_for_step(client, id, asked, cancelled)?;
     }
+}
+
+/// Ctrl-C: cancels the migration or, asked twice once the guest has moved, gives up what is left. Returns whether to
+/// say that a second is needed.
+fn interrupt(client: &mut QmpClient, status: &str, warned: &mut bool) -> Result<bool, ClientError> {
+    if status != POSTCOPY {
+        return match client.execute("migrate_cancel", json!({})) {
+            // The guest has just moved.
+            Err(ClientError::Refused(_)) => Ok(!std::mem::replace(warned, true)),
+            result => result.map(|_| false),
+        };
+    }
+    if !std::mem::replace(warned, true) {
+        return Ok(true);
+    }
+    client.execute("x-migrate-give-up", json!({})).map(|_| false)
 }
 
 /// Waits until there may be something new about migration `id`, of which was asked at `asked`.
@@ -258,6 +285,18 @@ fn progress_bar() -> ProgressBar {
 }
 
 fn show(bar: &ProgressBar, info: &Value) {
+    if info["status"] == POSTCOPY {
+        let (total, left) =
+            (number(&info["x-postcopy"]["total"]), number(&info["x-postcopy"]["remaining"]));
+        bar.set_length(total.max(1));
+        bar.set_position(total.saturating_sub(left));
+        let downtime = number(&info["x-downtime-us"]) as f64 / 1000.0;
+        return bar.set_message(format!(
+            "the guest has moved (downtime {downtime:.2} ms); what could wait: {} of {} left",
+            HumanBytes(left),
+            HumanBytes(total),
+        ));
+    }
     let (ram, disk) = (&info["ram"], &info["disk"]);
     let both = |key: &str| number(&ram[key]) + number(&disk[key]);
     let (total, remaining) = (both("total"), both("remaining"));
@@ -305,7 +344,11 @@ fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: 
                 println!("{}", summary(info));
                 chains(info).for_each(|line| println!("{line}"));
             }
-            MOVED
+            let Some(missing) = info["x-incomplete"].as_str() else { return MOVED };
+            eprintln!(
+                "ferry: the guest runs at the destination; not everything has arrived: {missing}"
+            );
+            INCOMPLETE
         }
         Some("cancelled") => {
             eprintln!("ferry: cancelled; {}", what_holds(client));

@@ -69,6 +69,8 @@ pub enum Command {
     },
     /// `migrate_cancel`
     MigrateCancel,
+    /// `x-migrate-give-up`
+    MigrateGiveUp,
     /// `query-migrate`
     QueryMigrate {
         /// `x-id`: of this migration rather than the last one.
@@ -233,6 +235,7 @@ pub const COMMANDS: &[Entry] = &[
         migrate,
     ),
     Entry::new("migrate_cancel", &[], EMPTY, |_| Ok(Command::MigrateCancel)),
+    Entry::new("x-migrate-give-up", &[], EMPTY, |_| Ok(Command::MigrateGiveUp)),
     Entry::new("query-migrate", &[optional("x-id", Kind::Text)], Kind::Any, |arguments| {
         Ok(Command::QueryMigrate { id: migration_id(arguments)? })
     }),

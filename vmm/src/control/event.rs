@@ -51,10 +51,12 @@ pub const EVENTS: &[(&str, &[Member])] = &[
             ),
         ],
     ),
+    (INCOMPLETE, &[needed("desc", Kind::Text)]),
     ("x-migration", &[needed("x-id", Kind::Text), needed("ended", Kind::Flag)]),
 ];
 
 const NOT_CONVERGING: &str = "x-migration-not-converging";
+const INCOMPLETE: &str = "x-migration-incomplete";
 
 /// A QMP event.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,6 +107,11 @@ impl Event {
     /// The migration does not converge, and why.
     pub fn not_converging(facts: Value) -> Self {
         Self::new(NOT_CONVERGING, Some(facts))
+    }
+
+    /// The guest has moved, but not all that could wait has arrived.
+    pub fn incomplete(missing: &str) -> Self {
+        Self::new(INCOMPLETE, Some(json!({"desc": missing})))
     }
 
     /// The migration called `id` has made a step, or has ended.

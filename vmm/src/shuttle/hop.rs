@@ -87,6 +87,9 @@ fn follow(source: &mut QmpClient) -> Result<Option<Duration>, HopError> {
     let reason = info["error-desc"].as_str().unwrap_or("no reason given").to_owned();
     match info["status"].as_str() {
         Some("completed") => {
+            if let Some(missing) = info["x-incomplete"].as_str() {
+                log::warn!("the guest has moved, but not everything has arrived: {missing}");
+            }
             // It may be gone before its reply.
             let _: Result<Value, ClientError> = source.execute("quit", json!({}));
             Ok(info["x-downtime-us"].as_u64().map(Duration::from_micros))

@@ -158,6 +158,14 @@ impl Supervisor {
                 Ok(json!({"taken": machine.map_or(0, |machine| machine.type_in(&bytes))}))
             }
             Command::Migrate { .. } => Err(QmpError::generic("this command has a client")),
+            Command::MigrateCancel if self.jobs.is_past_handover() => Err(QmpError::generic(
+                "The guest has moved, which cannot be cancelled any more; x-migrate-give-up gives up \
+                 what has not arrived",
+            )),
+            Command::MigrateGiveUp => {
+                self.jobs.give_up();
+                Ok(empty())
+            }
             Command::MigrateCancel => {
                 if self.state != RunState::Inmigrate {
                     self.jobs.cancel();

@@ -22,7 +22,7 @@ use migration::params::{Params, SharedParams};
 use migration::participant::Outgoing;
 use migration::ram::outgoing::RamOutgoing;
 use migration::source::{AppliedThrottle, Source, SourceRam};
-use migration::stats::Counters;
+use migration::stats::{Counters, MigrationStatus};
 use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -39,10 +39,19 @@ struct Job {
     id: JobId,
     incoming: bool,
     thread: JoinHandle<()>,
-    cancel: CancelToken,
+    tokens: Tokens,
     /// Its own parameters, which may change while it runs.
     params: SharedParams,
     owner: Owner,
+}
+
+/// What ends a migration early.
+#[derive(Clone, Default)]
+struct Tokens {
+    /// Until the handover.
+    cancel: CancelToken,
+    /// After it: gives up what could wait.
+    give_up: CancelToken,
 }
 
 /// Who started a migration.
@@ -106,7 +115,7 @@ impl Jobs {
         params: Params,
         owner: Owner,
         mailbox: Mailbox,
-        work: impl FnOnce(JobId, Arc<Counters>, CancelToken, SharedParams) -> Message + Send + 'static,
+        work: impl FnOnce(JobId, Arc<Counters>, Tokens, SharedParams) -> Message + Send + 'static,
     ) -> io::Result<()> {
         let id = JobId(self.last_id.0 + 1);
         self.last_id = id;
@@ -116,19 +125,19 @@ impl Jobs {
             self.past.truncate(MAX_PAST - 1);
             self.past.push_front((name, earlier));
         }
-        let (cancel, params) = (CancelToken::new(), SharedParams::new(params));
-        let (counters, token, shared) = (self.counters.clone(), cancel.clone(), params.clone());
+        let (tokens, params) = (Tokens::default(), SharedParams::new(params));
+        let (counters, to_thread, shared) = (self.counters.clone(), tokens.clone(), params.clone());
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
             .stack_size(512 << 10)
             .spawn(move || {
                 yield_to_guests();
                 // Unwinding resumes the guest or drops what has arrived; here its end is reported.
-                let work = AssertUnwindSafe(|| work(id, counters, token, shared));
+                let work = AssertUnwindSafe(|| work(id, counters, to_thread, shared));
                 let end = catch_unwind(work);
                 mailbox.post(end.unwrap_or(Message::MigrationPanicked(id)));
             })?;
-        self.current = Some(Job { id, incoming, thread, cancel, params, owner });
+        self.current = Some(Job { id, incoming, thread, tokens, params, owner });
         Ok(())
     }
 
@@ -145,7 +154,8 @@ impl Jobs {
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         let to_us = mailbox.clone();
-        self.spawn(false, params, owner, to_us, move |id, counters, cancel, params| {
+        self.spawn(false, params, owner, to_us, move |id, counters, tokens, params| {
+            let Tokens { cancel, give_up } = tokens;
             if let Some(measurement) = measurement {
                 measurement.join();
             }
@@ -165,6 +175,7 @@ impl Jobs {
                 counters,
                 throttle: AppliedThrottle::default(),
                 cancel,
+                give_up,
                 events: &mut events,
             };
             Message::OutgoingEnded(id, source.migrate(&to))
@@ -180,12 +191,13 @@ impl Jobs {
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         let (params, owner, to_us) = (Params::default(), Owner::default(), mailbox.clone());
-        self.spawn(true, params, owner, to_us, move |id, counters, cancel, _| {
+        self.spawn(true, params, owner, to_us, move |id, counters, tokens, _| {
+            let Tokens { cancel, give_up } = tokens;
             counters.listening(address);
             let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
             let mut events = |event| mailbox.post(Message::Migration(event));
-            let destination =
-                Destination { host: &mut host, counters, cancel, events: &mut events };
+            let events = &mut events;
+            let destination = Destination { host: &mut host, counters, cancel, give_up, events };
             let result = destination.receive(&listener);
             // The address is free again for a guest that migrates back.
             drop(listener);
@@ -204,7 +216,19 @@ impl Jobs {
     pub fn cancel(&self) {
         if let Some(job) = &self.current {
             self.counters.cancelling();
-            job.cancel.cancel();
+            job.tokens.cancel.cancel();
+        }
+    }
+
+    /// Whether the guest has moved, and the running migration sends or receives what could wait.
+    pub fn is_past_handover(&self) -> bool {
+        self.busy() && self.counters.snapshot().status == MigrationStatus::PostcopyActive
+    }
+
+    /// Gives up what could wait, if that is all that is left.
+    pub fn give_up(&self) {
+        if let Some(job) = self.current.as_ref().filter(|_| self.is_past_handover()) {
+            job.tokens.give_up.cancel();
         }
     }
 
@@ -266,8 +290,10 @@ impl Jobs {
     /// report.
     pub fn has_unreported_end(&self) -> bool {
         // The status that clients see.
-        let ended = self.counters.snapshot().status.is_over();
-        self.current.as_ref().is_some_and(|job| job.incoming || ended)
+        let status = self.counters.snapshot().status;
+        let arriving = status != MigrationStatus::PostcopyActive;
+        let unreported = |job: &Job| job.incoming && arriving || status.is_over();
+        self.current.as_ref().is_some_and(unreported)
     }
 
     /// Whether migration `id` brings a guest.
@@ -275,16 +301,17 @@ impl Jobs {
         self.current.as_ref().is_some_and(|job| job.id == id && job.incoming)
     }
 
-    /// Whether a guest is incoming.
+    /// Whether a guest is incoming, and not here yet.
     pub fn is_arriving(&self) -> bool {
-        self.current.as_ref().is_some_and(|job| job.incoming)
+        self.current.as_ref().is_some_and(|job| job.incoming) && !self.is_past_handover()
     }
 
     /// The process ends: cancels the migration without joining its thread, which may be waiting for a reply
     /// of the supervisor.
     pub fn abandon(&mut self) {
         if let Some(job) = self.current.take() {
-            job.cancel.cancel();
+            job.tokens.cancel.cancel();
+            job.tokens.give_up.cancel();
         }
     }
 }

@@ -261,6 +261,7 @@ impl Supervisor {
             MigrationEvent::NotConverging(facts) => {
                 self.tell(&Event::not_converging(facts.to_json()));
             }
+            MigrationEvent::Incomplete(missing) => self.tell(&Event::incomplete(&missing)),
         }
     }
 }
@@ -467,7 +468,7 @@ impl Supervisor {
         if let Some(name) = &owner.name {
             self.tell(&Event::migration_step(name, true));
         }
-        if matches!(outcome, SourceOutcome::Completed) {
+        if matches!(outcome, SourceOutcome::Completed | SourceOutcome::Incomplete(_)) {
             self.ends_with = owner.ends_with;
             self.end_if_moved();
         }
@@ -504,6 +505,9 @@ impl Supervisor {
         let why = format!("ended by {how}");
         if self.state == RunState::Postmigrate {
             let fate = match self.jobs.busy() {
+                true if self.jobs.is_past_handover() => {
+                    "the guest has moved; what had not arrived yet is lost"
+                }
                 true => "the guest was being handed over: it may run at the destination",
                 false => "the guest has moved",
             };
