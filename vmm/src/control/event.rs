@@ -174,6 +174,7 @@ mod tests {
             Event::pass(1),
             Event::not_converging(report.to_json()),
             Event::migration_step("one", false),
+            Event::incomplete("bitmap"),
         ];
         events.extend(["STOP", "RESUME", "POWERDOWN"].map(Event::plain));
         events.extend(["SHUTDOWN", "RESET"].map(|name| Event::ending(name, true, "guest-panic")));
