@@ -4,6 +4,7 @@
 use super::aligned::AlignedBuffer;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 /// A range of bytes of a disk.
@@ -111,6 +112,10 @@ pub trait BlockBackend: Send + Sync {
     /// would see other content.
     fn overrules_backing(&self) -> bool {
         false
+    }
+    /// The regular file that holds the image, and its path as the user gave it; `None` for other storage.
+    fn image_file(&self) -> Option<(&File, &Path)> {
+        None
     }
     /// Whether it bypasses the host's page cache.
     fn is_direct(&self) -> bool;

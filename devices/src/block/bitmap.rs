@@ -14,14 +14,20 @@
 //! summary's bit, then the word. So a mark that has returned is found by every later take; the summary may
 //! have a bit too many, which the next scan clears.
 
+mod chunks;
+mod merge;
+
 use super::backend::ByteRange;
+pub use chunks::{CHUNK_BYTES, Chunk, ChunkError, Content};
 use std::sync::atomic::{AtomicU64, Ordering};
 use zerocopy::FromZeros;
 
 /// Default granule.
 pub const DEFAULT_GRANULE_BYTES: u64 = 64 << 10;
 /// Smallest granule: a sector.
-const MIN_GRANULE_BYTES: u64 = 512;
+pub const MIN_GRANULE_BYTES: u64 = 512;
+/// Largest granule of a named bitmap: more would be no help to a backup.
+pub const MAX_GRANULE_BYTES: u64 = 64 << 20;
 const BITS: u64 = 64;
 
 /// One bit per granule of a disk.
@@ -81,6 +87,17 @@ impl DirtyBitmap {
     /// Bytes that one bit stands for; the last granule may be shorter.
     pub fn granule_bytes(&self) -> u64 {
         1 << self.granule_shift
+    }
+
+    /// Size of the disk that it is for.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Memory that it may take once much of it is marked.
+    pub fn memory_bytes(len_bytes: u64, granule_bytes: u64) -> u64 {
+        let words = len_bytes.div_ceil(granule_bytes).div_ceil(BITS);
+        (words + words.div_ceil(BITS)) * 8
     }
 
     /// Number of words: 64 granules each.
@@ -200,6 +217,19 @@ impl DirtyBitmap {
         if granules > 0 && self.is_marked(last) { whole - short } else { whole }
     }
 
+    /// The first word from `from` on that is not zero, without clearing it.
+    fn next_dirty_word(&self, from: u64) -> Option<(u64, u64)> {
+        let mut from = from;
+        loop {
+            let word = self.next_in_summary(from)?;
+            let bits = self.words.get(index(word))?.load(Ordering::SeqCst);
+            if bits != 0 {
+                return Some((word, bits));
+            }
+            from = word + 1;
+        }
+    }
+
     /// Runs of marked granules, as byte ranges in ascending order. Marks set meanwhile may be missed.
     pub fn runs(&self) -> impl Iterator<Item = ByteRange> {
         let mut at = 0;
@@ -215,18 +245,14 @@ impl DirtyBitmap {
 
     /// The first marked granule from `from` on.
     fn next_marked(&self, from: u64) -> Option<u64> {
-        let (mut word, mut mask) = (from / BITS, u64::MAX << (from % BITS));
-        loop {
-            let named = self.next_in_summary(word)?;
-            if named != word {
-                mask = u64::MAX;
-            }
-            let marked = self.words.get(index(named))?.load(Ordering::SeqCst) & mask;
-            if marked != 0 {
-                return Some(named * BITS + u64::from(marked.trailing_zeros()));
-            }
-            (word, mask) = (named + 1, u64::MAX);
-        }
+        let (word, mask) = (from / BITS, u64::MAX << (from % BITS));
+        // What is left of a word in which a run has ended.
+        let rest = self.words.get(index(word))?.load(Ordering::SeqCst) & mask;
+        let (word, marked) = match rest {
+            0 => self.next_dirty_word(word + 1)?,
+            rest => (word, rest),
+        };
+        Some(word * BITS + u64::from(marked.trailing_zeros()))
     }
 
     /// The first granule from `from` on that is not marked, or their number.
@@ -247,255 +273,4 @@ impl DirtyBitmap {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn range(offset_bytes: u64, len_bytes: u64) -> ByteRange {
-        ByteRange { offset_bytes, len_bytes }
-    }
-
-    /// One flag per granule.
-    struct Naive {
-        flags: Vec<bool>,
-        granule: u64,
-        len: u64,
-    }
-
-    impl Naive {
-        fn span(&self, granule: usize) -> (u64, u64) {
-            let start = granule as u64 * self.granule;
-            (start, (start + self.granule).min(self.len))
-        }
-
-        fn mark(&mut self, range: ByteRange) {
-            for granule in 0..self.flags.len() {
-                let (start, end) = self.span(granule);
-                if range.len_bytes > 0 && range.offset_bytes < end && range.end() > start {
-                    self.flags[granule] = true;
-                }
-            }
-        }
-
-        fn clear_within(&mut self, range: ByteRange) {
-            for granule in 0..self.flags.len() {
-                let (start, end) = self.span(granule);
-                if range.offset_bytes <= start && range.end() >= end {
-                    self.flags[granule] = false;
-                }
-            }
-        }
-
-        fn count(&self) -> u64 {
-            self.flags.iter().filter(|flag| **flag).count() as u64
-        }
-
-        fn runs(&self) -> Vec<ByteRange> {
-            let mut runs: Vec<ByteRange> = Vec::new();
-            for granule in (0..self.flags.len()).filter(|granule| self.flags[*granule]) {
-                let (start, end) = self.span(granule);
-                match runs.last_mut().filter(|run| run.end() == start) {
-                    Some(run) => run.len_bytes += end - start,
-                    None => runs.push(range(start, end - start)),
-                }
-            }
-            runs
-        }
-    }
-
-    #[derive(Debug, Clone)]
-    enum Step {
-        Mark(ByteRange),
-        Clear(ByteRange),
-        /// The first dirty word from here on.
-        Take(u64),
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let ranges = (0u64..300_000, 0u64..100_000).prop_map(|(at, len)| range(at, len));
-        let step = (0..5, ranges, 0u64..10).prop_map(|(kind, range, word)| match kind {
-            0..3 => Step::Mark(range),
-            3 => Step::Clear(range),
-            _ => Step::Take(word),
-        });
-        prop::collection::vec(step, 0..40)
-    }
-
-    proptest! {
-        #[test]
-        fn it_does_what_flags_one_by_one_would_do(
-            steps in steps(), sectors in 1u64..600, shift in 9u32..17,
-        ) {
-            let (len, granule) = (sectors * 512, 1 << shift);
-            let bitmap = DirtyBitmap::new(len, granule).unwrap();
-            let count = usize::try_from(len.div_ceil(granule)).unwrap();
-            let mut naive = Naive { flags: vec![false; count], granule, len };
-            for step in steps {
-                match step {
-                    Step::Mark(range) => {
-                        let before = naive.count();
-                        naive.mark(range);
-                        prop_assert_eq!(bitmap.mark(range), naive.count() - before);
-                    }
-                    Step::Clear(range) => {
-                        bitmap.clear_within(range);
-                        naive.clear_within(range);
-                    }
-                    Step::Take(from) => {
-                        let first_word = usize::try_from(from).unwrap();
-                        let mut words = naive.flags.chunks_mut(64).enumerate().skip(first_word);
-                        let dirty = words.find(|(_, flags)| flags.contains(&true));
-                        let dirty = dirty.map(|(word, flags)| {
-                            let bit = |(at, flag): (usize, &mut bool)| u64::from(std::mem::take(flag)) << at;
-                            (word as u64, flags.iter_mut().enumerate().map(bit).sum())
-                        });
-                        prop_assert_eq!(bitmap.take_next(from), dirty);
-                    }
-                }
-                prop_assert_eq!(bitmap.runs().collect::<Vec<_>>(), naive.runs());
-                let bytes: u64 = naive.runs().iter().map(|run| run.len_bytes).sum();
-                prop_assert_eq!(bitmap.marked_bytes(), bytes);
-                prop_assert_eq!(bitmap.marked_granules(), naive.count());
-                for granule in 0..count {
-                    let marked = bitmap.is_marked(naive.span(granule).0);
-                    prop_assert_eq!(marked, naive.flags[granule]);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_granule_is_a_power_of_two_of_at_least_a_sector() {
-        for bad in [0, 1, 256, 513, 65_535] {
-            assert!(DirtyBitmap::new(1 << 20, bad).is_none(), "{bad}");
-        }
-        let bitmap = DirtyBitmap::new(1 << 20, DEFAULT_GRANULE_BYTES).unwrap();
-        assert_eq!((bitmap.granule_bytes(), bitmap.word_count()), (65_536, 1));
-    }
-
-    #[test]
-    fn a_large_disk_takes_memory_only_for_what_is_marked() {
-        let resident = || -> u64 {
-            let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-            pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-        };
-        let before = resident();
-        let bitmap = DirtyBitmap::new(16 << 40, 512).unwrap();
-        bitmap.mark(range(8 << 40, 1 << 20));
-        assert_eq!((bitmap.word_count(), bitmap.is_marked(8 << 40)), (1 << 29, true));
-        let grown = resident().saturating_sub(before);
-        assert!(grown < 1 << 30, "{grown} bytes for a bitmap of 4 GiB");
-    }
-
-    #[test]
-    fn nothing_past_the_end_is_ever_marked() {
-        let bitmap = DirtyBitmap::new(3 * 65_536 + 512, 65_536).unwrap();
-        bitmap.mark_all();
-        bitmap.mark(range(u64::MAX - 5, 100));
-        assert_eq!(bitmap.marked_bytes(), 3 * 65_536 + 512);
-        assert_eq!((bitmap.take_next(0), bitmap.take_next(0)), (Some((0, 0b1111)), None));
-        assert_eq!(bitmap.take_next(u64::MAX), None);
-        assert_eq!(bitmap.marked_bytes(), 0);
-    }
-
-    #[test]
-    fn many_that_mark_and_take_at_once_lose_nothing_and_the_count_is_exact() {
-        use std::sync::atomic::AtomicBool;
-        const LEN: u64 = 64 << 20;
-        const GRANULE: u64 = 4096;
-        let bitmap = DirtyBitmap::new(LEN, GRANULE).unwrap();
-        let stop = AtomicBool::new(false);
-        // How often each granule was found clean by a mark, or dirty by a take.
-        let balance: Vec<AtomicU64> =
-            std::iter::repeat_with(AtomicU64::default).take(index(LEN / GRANULE)).collect();
-        std::thread::scope(|scope| {
-            let (bitmap, stop, balance) = (&bitmap, &stop, &balance);
-            for seed in 1..=3u64 {
-                scope.spawn(move || {
-                    let mut random = seed;
-                    for _ in 0..60_000 {
-                        random ^= random << 13;
-                        random ^= random >> 7;
-                        random ^= random << 17;
-                        // A few hot words, so that threads meet there.
-                        let granule = (random >> 20) % 150;
-                        let granule = if random % 4 == 0 { granule * 109 } else { granule };
-                        let newly = bitmap.mark(range(granule * GRANULE, 1));
-                        balance[index(granule)].fetch_add(newly, Ordering::SeqCst);
-                    }
-                    stop.store(true, Ordering::SeqCst);
-                });
-            }
-            for _ in 0..2 {
-                scope.spawn(move || {
-                    while !stop.load(Ordering::SeqCst) {
-                        let mut at = 0;
-                        while let Some((word, bits)) = bitmap.take_next(at) {
-                            for bit in (0..BITS).filter(|bit| bits >> bit & 1 == 1) {
-                                balance[index(word * BITS + bit)].fetch_sub(1, Ordering::SeqCst);
-                            }
-                            at = word + 1;
-                        }
-                        let marked = bitmap.marked_granules();
-                        assert!(marked <= LEN / GRANULE, "{marked} granules");
-                        assert!(bitmap.marked_bytes() <= LEN);
-                    }
-                });
-            }
-        });
-        let ones: u32 =
-            bitmap.words.iter().map(|word| word.load(Ordering::SeqCst).count_ones()).sum();
-        assert_eq!(bitmap.marked_granules(), u64::from(ones));
-        for (granule, balance) in (0u64..).zip(&balance) {
-            let marked = u64::from(bitmap.is_marked(granule * GRANULE));
-            assert_eq!(balance.load(Ordering::SeqCst), marked, "granule {granule}");
-        }
-        // Every mark is found, through the summary.
-        let mut found = 0;
-        while let Some((_, bits)) = bitmap.take_next(0) {
-            found += bits.count_ones();
-        }
-        assert_eq!((found, bitmap.marked_granules()), (ones, 0));
-    }
-
-    #[test]
-    fn a_terabyte_with_a_thousandth_dirty_is_scanned_in_a_moment() {
-        const TIB: u64 = 1 << 40;
-        const GRANULE: u64 = 16 << 10;
-        let bitmap = DirtyBitmap::new(TIB, GRANULE).unwrap();
-        let scan = || {
-            let (mut at, mut found) = (0, 0u64);
-            while let Some((word, bits)) = bitmap.take_next(at) {
-                found += u64::from(bits.count_ones());
-                at = word + 1;
-            }
-            found
-        };
-        // The shortest of some times to look at all that is marked, and to take it.
-        let best = |spread: u64| {
-            let mut best = [std::time::Duration::MAX; 2];
-            for _ in 0..10 {
-                // Runs of `spread` granules, every thousandth of the disk's.
-                for first in (0..TIB / GRANULE).step_by(index(1000 * spread)) {
-                    bitmap.mark(range(first * GRANULE, spread * GRANULE));
-                }
-                let marked = bitmap.marked_granules();
-                let began = std::time::Instant::now();
-                let bytes: u64 = bitmap.runs().map(|run| run.len_bytes).sum();
-                let looked = began.elapsed();
-                assert_eq!((bytes, scan()), (marked * GRANULE, marked));
-                best = [best[0].min(looked), best[1].min(began.elapsed() - looked)];
-            }
-            best
-        };
-        let (runs, single) = (best(64), best(1));
-        let began = std::time::Instant::now();
-        assert_eq!(scan(), 0);
-        let clean = began.elapsed();
-        println!(
-            "0.1 % dirty, looked at and taken: {runs:?} in runs of 1 MiB, {single:?} alone; clean {clean:?}"
-        );
-        // Generous, for a build without optimization on a busy machine; without a summary it would be more.
-        assert!(clean < std::time::Duration::from_millis(5), "{clean:?}");
-    }
-}
+mod tests;

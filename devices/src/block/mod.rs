@@ -6,11 +6,13 @@
 //! file. Image locks follow the right to run the guest, so locking is separate from opening.
 //!
 //! To learn what is written from now on, have the node [`BlockNode::track`] it in a [`bitmap`]: every
-//! write, write-zeroes and discard marks its range when it ends, even if it fails.
+//! write, write-zeroes and discard marks its range when it ends, even if it fails. Bitmaps that a user
+//! names are in [`bitmaps`].
 
 pub mod aligned;
 pub mod backend;
 pub mod bitmap;
+pub mod bitmaps;
 pub mod failure;
 pub mod memory;
 mod ofd_lock;
@@ -22,6 +24,7 @@ mod writes;
 use crate::log_limit::LogLimit;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
+use bitmaps::Bitmaps;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use qcow2::BackingChoice;
 use raw::{Cache, OpenError, RawFile};
@@ -161,6 +164,7 @@ pub struct BlockNode {
     len_bytes: u64,
     read_only: bool,
     writes: Arc<Writes>,
+    bitmaps: Arc<Bitmaps>,
     counters: Counters,
     failures: Failures,
     /// Limits what is logged about failed requests: a dying disk fails every one. It outlives the workers,
@@ -199,14 +203,16 @@ impl BlockNode {
     /// A disk `id` stored in `backend`.
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
-        let (id, writes, counters) = (id.into(), Arc::default(), Counters::default());
+        let (id, writes, counters) = (id.into(), Arc::<Writes>::default(), Counters::default());
         let (failures, error_lines) = (Failures::default(), LogLimit::new());
-        Self { id, backend, len_bytes, read_only, writes, counters, failures, error_lines }
+        let bitmaps = Arc::new(Bitmaps::new(&id, backend.as_ref(), writes.clone()));
+        Self { id, backend, len_bytes, read_only, writes, bitmaps, counters, failures, error_lines }
     }
 
     /// The same disk, read-only for the guest.
     #[must_use]
     pub fn into_read_only(self) -> Self {
+        self.bitmaps.set_read_only();
         Self { read_only: true, ..self }
     }
 

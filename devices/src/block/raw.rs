@@ -303,6 +303,11 @@ impl BlockBackend for RawFile {
         None
     }
 
+    fn image_file(&self) -> Option<(&File, &Path)> {
+        let regular = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
+        regular.then_some((&self.file, &self.path))
+    }
+
     fn is_direct(&self) -> bool {
         self.cache == Cache::None
     }

@@ -6,7 +6,7 @@
 
 use super::backend::ByteRange;
 use super::bitmap::DirtyBitmap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 /// The bitmaps that a node's writes mark.
 #[derive(Debug, Default)]
@@ -20,15 +20,26 @@ impl Writes {
         WriteGuard { node: self.clone(), range }
     }
 
+    /// The bitmaps that are attached. No write ends while the result lives: use it for a moment only.
+    pub fn list(&self) -> RwLockWriteGuard<'_, Vec<Arc<DirtyBitmap>>> {
+        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Attaches `bitmap`: every write that ends from now on marks it.
     pub fn add(&self, bitmap: Arc<DirtyBitmap>) {
-        self.bitmaps.write().unwrap_or_else(PoisonError::into_inner).push(bitmap);
+        self.list().push(bitmap);
     }
 
     /// Detaches `bitmap`.
     pub fn remove(&self, bitmap: &Arc<DirtyBitmap>) {
-        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
-        bitmaps.retain(|other| !Arc::ptr_eq(other, bitmap));
+        self.list().retain(|other| !Arc::ptr_eq(other, bitmap));
+    }
+
+    /// Attaches `arrivals` in the place of `gone`: every write marks either.
+    pub fn exchange(&self, gone: &Arc<DirtyBitmap>, arrivals: &[Arc<DirtyBitmap>]) {
+        let mut list = self.list();
+        list.retain(|other| !Arc::ptr_eq(other, gone));
+        list.extend(arrivals.iter().cloned());
     }
 }
 
