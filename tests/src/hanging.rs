@@ -11,7 +11,6 @@
 #![expect(clippy::host_endian_bytes, reason = "these are the kernel's own structures")]
 
 use crate::hosts::Hosts;
-use crate::skip;
 use anyhow::{Context, Result, ensure};
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -116,36 +115,27 @@ pub struct HangingImage {
 }
 
 impl HangingImage {
-    /// Mounts one of `bytes` zeroes for a test, at `NAME/image` in the folder of host `a`. `None` if the
-    /// test cannot run here, which is counted.
+    /// Mounts one of `bytes` zeroes for a test, at `NAME/image` in the folder of host `a`.
     ///
     /// # Panics
-    /// If the folder cannot be made.
-    pub fn for_test(hosts: &Hosts, name: &str, bytes: usize) -> Option<Self> {
-        if skip::kvm_is_missing() {
-            return None;
-        }
+    /// If it cannot be mounted: the test `#[needs(fuse)]`.
+    pub fn for_test(hosts: &Hosts, name: &str, bytes: usize) -> Self {
         let folder = hosts.at("a", name);
         std::fs::create_dir(&folder).expect("a folder to mount at");
-        let image = Self::mount(&folder, bytes);
-        if image.is_none() {
-            skip::skip("no right to mount a file system of its own");
-        }
-        image
+        Self::mount(&folder, bytes).expect("it is mounted")
     }
 
-    /// Mounts one of `bytes` zeroes at `folder`; nothing if this process may not.
-    pub fn mount(folder: &Path, bytes: usize) -> Option<Self> {
+    /// Mounts one of `bytes` zeroes at `folder`.
+    pub fn mount(folder: &Path, bytes: usize) -> Result<Self> {
         let device = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/fuse")
-            .ok()?;
+            .context("/dev/fuse")?;
         let options =
             format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-        let (at, options) =
-            (CString::new(folder.as_os_str().as_bytes()).ok()?, CString::new(options).ok()?);
+        let (at, options) = (CString::new(folder.as_os_str().as_bytes())?, CString::new(options)?);
         let flags = libc::MS_NOSUID | libc::MS_NODEV;
         // SAFETY: all four are strings that end with a zero byte and outlive the call.
         let mounted = unsafe {
@@ -153,9 +143,9 @@ impl HangingImage {
             libc::mount(kind, at.as_ptr(), kind, flags, options.as_ptr().cast())
         };
         if mounted != 0 {
-            return None;
+            return Err(std::io::Error::last_os_error()).context("mount");
         }
-        let (mut woken, wake) = std::io::pipe().ok()?;
+        let (mut woken, wake) = std::io::pipe()?;
         let (device, shared) = (Arc::new(device), Arc::<Shared>::default());
         let (serves, state) = (device.clone(), shared.clone());
         let thread = std::thread::spawn(move || {
@@ -167,7 +157,7 @@ impl HangingImage {
                 }
             }
         });
-        Some(Self { folder: folder.to_owned(), device, shared, wake, thread: Some(thread) })
+        Ok(Self { folder: folder.to_owned(), device, shared, wake, thread: Some(thread) })
     }
 
     /// The image.
@@ -433,11 +423,10 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
+    #[ferry_tests::needs(fuse)]
     fn it_holds_what_is_written_and_hangs_when_told_to() {
         let folder = tempfile::tempdir().unwrap();
-        let Some(image) = HangingImage::mount(folder.path(), 1 << 20) else {
-            return crate::skip::skip("no right to mount a file system of its own");
-        };
+        let image = HangingImage::mount(folder.path(), 1 << 20).unwrap();
         let file = OpenOptions::new().read(true).write(true).open(image.path()).unwrap();
         file.write_all_at(&[7; 5000], 300_000).unwrap();
         file.sync_data().unwrap();

@@ -65,27 +65,19 @@ pub fn compare(one: &Path, other: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The program, or nothing, said loudly, if it is not installed.
-pub fn qemu_img() -> Option<&'static str> {
-    let name = "qemu-img";
-    if Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success()) {
-        return Some(name);
-    }
-    crate::skip::skip("qemu-img is not installed (package qemu-utils)");
-    None
-}
-
-fn run(command: &mut Command) -> Result<()> {
+/// Runs it to its end, which has to be a good one; returns what it printed.
+fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {said}");
-    Ok(())
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaints = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {said}{complaints}");
+    Ok(said)
 }
 
 /// Makes a qcow2 image that stands on a raw one.
 pub fn overlay(path: &Path, base: &Path) -> Result<()> {
     let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
-    run(Command::new("qemu-img").args(create).args([base, path]))
+    run(Command::new("qemu-img").args(create).args([base, path])).map(drop)
 }
 
 /// Has `qemu-img` compare two images of these formats, to which more of its options may be added, and
@@ -127,13 +119,11 @@ pub fn assert_same(one: &Path, other: &Path) {
 pub struct SmallFileSystem(PathBuf);
 
 impl SmallFileSystem {
-    /// Mounts one of `bytes` at `folder`; nothing if this process may not.
-    pub fn mount(folder: &Path, bytes: u64) -> Option<Self> {
+    /// Mounts one of `bytes` at `folder`.
+    pub fn mount(folder: &Path, bytes: u64) -> Result<Self> {
         let size = format!("size={bytes}");
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder);
-        let output = command.output().ok()?;
-        output.status.success().then(|| Self(folder.to_owned()))
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder))?;
+        Ok(Self(folder.to_owned()))
     }
 
     /// Unmounts it now.
@@ -157,11 +147,10 @@ impl Drop for SmallFileSystem {
 pub struct LoopDevice(String);
 
 impl LoopDevice {
-    /// Makes one of `file`; nothing if this process may not.
-    pub fn attach(file: &Path) -> Option<Self> {
-        let output = Command::new("losetup").args(["-f", "--show"]).arg(file).output().ok()?;
-        let path = String::from_utf8(output.stdout).ok()?;
-        output.status.success().then(|| Self(path.trim().to_owned()))
+    /// Makes one of `file`.
+    pub fn attach(file: &Path) -> Result<Self> {
+        let path = run(Command::new("losetup").args(["-f", "--show"]).arg(file))?;
+        Ok(Self(path.trim().to_owned()))
     }
 
     /// Where it is.

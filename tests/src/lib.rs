@@ -16,6 +16,7 @@
 //! - [`qmp`]: a small control-socket client that works with both.
 //! - [`verdict`]: the guest's own lines, parsed, also across a handover.
 //! - [`disk`]: images, and the numbered sectors that the guest writes, read by the host.
+//! - [`mod@needs`]: what a test cannot do without, `#[needs(kvm)]`.
 //! - [`skip`]: checks that this host cannot run, said loudly.
 
 pub mod bare;
@@ -27,6 +28,7 @@ pub mod hosts;
 pub mod image;
 pub mod lines;
 pub mod linux;
+pub mod needs;
 pub mod pair;
 pub mod process;
 pub mod proxy;
@@ -34,3 +36,8 @@ pub mod qemu;
 pub mod qmp;
 pub mod skip;
 pub mod verdict;
+
+pub use ferry_test_macros::needs;
+
+// What `#[needs(…)]` writes names this crate, in its own tests too.
+extern crate self as ferry_tests;

@@ -1,17 +1,6 @@
-//! Checks that a host cannot run. A skip is said loudly, and is a failure where it would hide something.
+//! Checks that a host cannot run; `#[needs(…)]` finds out which. A skip is said loudly, and is a failure where it would hide something.
 
 use std::fs::OpenOptions;
-
-/// Whether a guest can run here. If not, says so; fails instead under `make test-kvm` and in CI.
-pub fn kvm_is_missing() -> bool {
-    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => false,
-        Err(error) => {
-            skip(&format!("no guest can run here, /dev/kvm: {error}"));
-            true
-        }
-    }
-}
 
 /// Says that the calling test checks nothing because of `reason`.
 ///

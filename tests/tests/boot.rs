@@ -4,7 +4,7 @@
 use anyhow::Result;
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON};
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -34,10 +34,8 @@ fn copied_kernel() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_exit_code_is_the_guests() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (code, text) = run_to_end("work=hello", &[]).unwrap();
     assert_eq!(code, 0, "{text}");
     assert!(text.starts_with("FERRY hello from the guest"), "{text}");
@@ -48,10 +46,8 @@ fn the_exit_code_is_the_guests() {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_guests_self_test_notices_flipped_bits() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (code, text) = run_to_end("work=selftest", &[]).unwrap();
     assert_eq!(code, 1, "code 0 through the debug port: {text}");
     // Three fills, three kinds of rewriting, six bits.
@@ -64,10 +60,8 @@ fn the_guests_self_test_notices_flipped_bits() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_timeout_ends_with_124_and_a_match_with_0() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     assert_eq!(run_to_end("work=idle", &["--timeout", "300ms"]).unwrap().0, 124);
     let (code, text) =
         run_to_end("work=idle", &["--expect", "HB n=2 ", "--timeout", "30s"]).unwrap();
@@ -78,10 +72,8 @@ fn a_timeout_ends_with_124_and_a_match_with_0() {
 }
 
 #[test]
+#[needs(kvm)]
 fn many_cpus_and_memory_past_the_hole_below_4_gib_work() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for (guest, megabytes) in [
         (Guest::new("work=dirty ws_mb=1 rate_mbps=1 fill_pct=10", 64).cpus(8), 64),
         // Only touched pages cost memory; the guest's table of pages is larger than what it fills.
@@ -102,10 +94,8 @@ fn many_cpus_and_memory_past_the_hole_below_4_gib_work() {
 }
 
 #[test]
+#[needs(kvm)]
 fn options_come_from_a_file_and_the_command_line_wins() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("vm.toml");
     let kernel = guest_images::KERNEL;
@@ -117,10 +107,8 @@ fn options_come_from_a_file_and_the_command_line_wins() {
 }
 
 #[test]
+#[needs(kvm)]
 fn serial_output_goes_where_it_was_told_to() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("serial.log");
     let to_file = format!("file={}", log.display());
@@ -161,10 +149,8 @@ fn load_header(bytes: &[u8]) -> usize {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_triple_fault_is_a_failure_that_says_so() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let kernel = changed_kernel(&folder.path().join("kernel"), |bytes| {
         let header = load_header(bytes);
@@ -183,10 +169,8 @@ fn a_triple_fault_is_a_failure_that_says_so() {
 }
 
 #[test]
+#[needs(kvm)]
 fn kernels_that_cannot_boot_are_refused_by_name() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let refused = |kernel: &str, words: &[&str]| {
@@ -227,10 +211,8 @@ fn what_makes_no_sense_is_a_usage_error() {
 }
 
 #[test]
+#[needs(kvm)]
 fn disks_that_cannot_be_used_are_refused_by_name() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     let refused = |path: &Path, words: &[&str]| {
@@ -260,10 +242,8 @@ fn disks_that_cannot_be_used_are_refused_by_name() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_control_socket_in_use_is_left_alone() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let first = ferry::run(&Guest::new("work=idle", 64)).unwrap();
     first.wait_line("^HB ").unwrap();
     let socket = format!("unix:{}", first.socket().display());
@@ -280,6 +260,7 @@ fn a_control_socket_in_use_is_left_alone() {
 }
 
 #[test]
+#[needs(own_dev)]
 fn a_host_without_kvm_gets_advice_and_code_126() {
     let in_bare_dev = |arguments: &[&str]| {
         let mut command = Command::new("unshare");
@@ -289,9 +270,6 @@ fn a_host_without_kvm_gets_advice_and_code_126() {
         (process.exit_code(SOON).unwrap(), process.out.text() + &process.err.text())
     };
     let (code, text) = in_bare_dev(&["run", "--kernel", guest_images::KERNEL]);
-    if text.contains("unshare:") {
-        return skip::skip("no user namespaces here to hide /dev/kvm in");
-    }
     assert_eq!(code, 126, "{text}");
     assert!(text.contains("/dev/kvm does not exist"), "{text}");
     let (code, text) = in_bare_dev(&["doctor"]);
@@ -300,11 +278,8 @@ fn a_host_without_kvm_gets_advice_and_code_126() {
 }
 
 #[test]
+#[needs(other_users)]
 fn a_user_without_permission_gets_advice_and_code_126() {
-    // SAFETY: no memory is involved.
-    if unsafe { libc::geteuid() } != 0 {
-        return skip::skip("only root can be another user");
-    }
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let (program, kernel) = (folder.path().join("ferry"), folder.path().join("kernel"));
@@ -317,26 +292,19 @@ fn a_user_without_permission_gets_advice_and_code_126() {
     command.args(["-m", "sh", "-c", as_nobody, "sh"]).arg(program).arg("run").arg("--kernel");
     let mut process = Process::start(command.arg(kernel)).unwrap();
     let (code, text) = (process.exit_code(SOON).unwrap(), process.err.text());
-    if ["unshare:", "mount:", "mknod:"].iter().any(|program| text.contains(program)) {
-        return skip::skip("no right to make a /dev of its own");
-    }
     assert_eq!(code, 126, "{text}");
     assert!(text.contains("no permission"), "{text}");
 }
 
 #[test]
+#[needs(kvm)]
 fn doctor_names_what_it_looked_at() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     assert_ends(&["doctor"], 0, &["KVM", "dirty log", "huge pages"]);
 }
 
 #[test]
+#[needs(kvm)]
 fn multiboot_kernels_get_command_line_and_modules() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
     std::fs::write(&first, "one").unwrap();
@@ -355,27 +323,24 @@ fn multiboot_kernels_get_command_line_and_modules() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_ramdisk_that_does_not_fit_is_refused_with_the_sizes() {
     let folder = tempfile::tempdir().unwrap();
     let initrd = folder.path().join("initrd");
     std::fs::File::create(&initrd).unwrap().set_len(64 << 20).unwrap();
     let initrd = initrd.to_str().unwrap();
     let kernel = guest_images::KERNEL;
-    if !skip::kvm_is_missing() {
-        let arguments = ["run", "--kernel", kernel, "--memory", "32M", "--initrd", initrd];
-        assert_ends(&arguments, 126, &["does not fit", "67108864 bytes", "--memory"]);
-        let arguments = ["run", "--kernel", kernel, "--initrd", "/nonexistent"];
-        assert_ends(&arguments, 126, &["/nonexistent"]);
-        let long = "x".repeat(4000);
-        assert_ends(&["run", "--kernel", kernel, "--cmdline", &long], 126, &["--cmdline", "2047"]);
-    }
+    let arguments = ["run", "--kernel", kernel, "--memory", "32M", "--initrd", initrd];
+    assert_ends(&arguments, 126, &["does not fit", "67108864 bytes", "--memory"]);
+    let arguments = ["run", "--kernel", kernel, "--initrd", "/nonexistent"];
+    assert_ends(&arguments, 126, &["/nonexistent"]);
+    let long = "x".repeat(4000);
+    assert_ends(&["run", "--kernel", kernel, "--cmdline", &long], 126, &["--cmdline", "2047"]);
 }
 
 #[test]
+#[needs(kvm)]
 fn no_reboot_ends_a_guest_that_resets() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (code, said) = run_to_end("work=hello code=reset", &["--no-reboot"]).unwrap();
     assert_eq!((code, said.matches("FERRY hello").count()), (0, 1), "{said}");
     let mut vmm = ferry::run(&Guest::new("work=hello code=reset", 64)).unwrap();
@@ -395,10 +360,8 @@ fn no_reboot_ends_a_guest_that_resets() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_reset_boots_the_kernel_that_was_there_at_the_start() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (folder, kernel) = copied_kernel();
     let mut guest = Guest::new("work=idle", 64);
     guest.kernel = kernel.clone();
@@ -418,10 +381,8 @@ fn a_reset_boots_the_kernel_that_was_there_at_the_start() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_has_moved_resets_into_the_kernel_that_its_destination_opened() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (_folder, kernel) = copied_kernel();
     let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
     source.wait_line("^HB n=0 ").unwrap();
@@ -437,10 +398,8 @@ fn a_guest_that_has_moved_resets_into_the_kernel_that_its_destination_opened() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_kernel_that_is_written_while_its_guest_runs_is_named_at_a_reset() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (_folder, kernel) = copied_kernel();
     let mut guest = Guest::new("work=idle", 64);
     guest.kernel = kernel.clone();
@@ -455,10 +414,8 @@ fn a_kernel_that_is_written_while_its_guest_runs_is_named_at_a_reset() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_boot_file_that_is_a_fifo_is_refused_at_once() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let fifo = folder.path().join("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::needs;
 use ferry_tests::process::{Process, SOON, Vmm};
-use ferry_tests::skip;
 use serde_json::{Value, json};
 use std::process::Command;
 
@@ -23,10 +23,8 @@ fn settings(source: &Vmm) -> (Value, Value) {
 const SLOW: [&str; 4] = ["--max-bandwidth", "30M", "--downtime-limit", "1ms"];
 
 #[test]
+#[needs(kvm)]
 fn options_belong_to_one_migration() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = source();
     let before = settings(&source);
     let destination = ferry::receive().unwrap();
@@ -63,10 +61,8 @@ fn options_belong_to_one_migration() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_client_follows_its_own_migration() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = source();
     let mut qmp = source.qmp().unwrap();
     qmp.want_migration_events().unwrap();
@@ -106,10 +102,8 @@ fn a_client_follows_its_own_migration() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_source_whose_client_was_killed_ends_by_itself_unless_it_shall_stay() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for keep in [false, true] {
         let mut source = source();
         let mut destination = ferry::receive().unwrap();
@@ -132,10 +126,8 @@ fn a_source_whose_client_was_killed_ends_by_itself_unless_it_shall_stay() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_person_sees_a_progress_bar_and_a_summary() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = source();
     let destination = ferry::receive().unwrap();
     let (ferry, socket) = (ferry::binary(), source.socket());

@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::needs::qmp_python;
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
@@ -20,10 +21,8 @@ fn idle() -> Vmm {
 }
 
 #[test]
+#[needs(kvm)]
 fn every_command_answers_as_documented() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     disk::create(&image, 1 << 20).unwrap();
@@ -91,10 +90,8 @@ fn every_command_answers_as_documented() {
 }
 
 #[test]
+#[needs(kvm)]
 fn wrong_requests_get_qemus_classes_and_words() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let vmm = idle();
     let mut qmp = vmm.qmp().unwrap();
     let class = |qmp: &mut Qmp, command: &str, arguments: Value| {
@@ -118,10 +115,8 @@ fn wrong_requests_get_qemus_classes_and_words() {
 }
 
 #[test]
+#[needs(kvm)]
 fn requests_and_negotiation_are_qemus_in_detail() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let vmm = idle();
     let mut client = BufReader::new(Qmp::connect_raw(vmm.socket(), SOON).unwrap());
     client.get_ref().set_read_timeout(Some(SOON)).unwrap();
@@ -144,10 +139,8 @@ fn requests_and_negotiation_are_qemus_in_detail() {
 }
 
 #[test]
+#[needs(kvm)]
 fn an_arriving_guest_cannot_be_commanded_yet() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let destination = ferry::receive().unwrap();
     let mut qmp = destination.vmm.qmp().unwrap();
     assert_eq!(qmp.run_state().unwrap(), "inmigrate");
@@ -158,10 +151,8 @@ fn an_arriving_guest_cannot_be_commanded_yet() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_is_stopped_while_it_arrives_arrives_paused() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // As in QEMU: `stop` and `cont` say what the guest does once it is here, whatever `--paused` said.
     for (options, told, arrives) in [
         (&[][..], &["stop"][..], "paused"),
@@ -186,10 +177,8 @@ fn a_guest_that_is_stopped_while_it_arrives_arrives_paused() {
 }
 
 #[test]
+#[needs(kvm)]
 fn ctl_speaks_for_people() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut vmm = idle();
     let socket = vmm.socket().to_str().unwrap().to_owned();
     let ctl = |command: &[&str]| ferry::end_of([&["ctl", &socket][..], command].concat()).unwrap();
@@ -210,17 +199,12 @@ fn ctl_speaks_for_people() {
 }
 
 #[test]
+#[needs(kvm, qemu_qmp)]
 fn the_python_client_qemu_qmp_drives_it() {
-    if skip::kvm_is_missing() {
-        return;
-    }
-    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/qmp-venv/bin/python");
-    if !venv.exists() {
-        return skip::skip("qemu.qmp is not installed: tests/install-deps.sh test");
-    }
     let vmm = idle();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qmp_client.py");
-    let mut python = Process::start(Command::new(venv).arg(script).arg(vmm.socket())).unwrap();
+    let mut python =
+        Process::start(Command::new(qmp_python()).arg(script).arg(vmm.socket())).unwrap();
     let code = python.exit_code(SOON).unwrap();
     assert_eq!(code, 0, "{}{}", python.out.text(), python.err.text());
 }
@@ -232,10 +216,8 @@ fn assert_unharmed(vmm: &Vmm) {
 }
 
 #[test]
+#[needs(kvm)]
 fn clients_that_behave_badly_harm_nobody() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let vmm = idle();
     let mut other = vmm.qmp().unwrap();
     let connect = || Qmp::connect_raw(vmm.socket(), SOON).unwrap();
@@ -299,10 +281,8 @@ fn resident_kib(pid: u32) -> u64 {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_whose_output_nobody_reads_still_stops_goes_on_and_quits() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("qmp");
     let qmp = format!("unix:{}", socket.display());

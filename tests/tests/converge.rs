@@ -5,7 +5,7 @@ use ferry_tests::ferry::{self, Destination, Guest};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::{Qmp, is_end};
 use ferry_tests::verdict::{Heartbeat, Transcript, field};
-use ferry_tests::{proxy, skip};
+use ferry_tests::{needs, proxy};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -52,10 +52,8 @@ fn assert_at_full_speed(vmm: &Vmm) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_is_too_fast_is_slowed_down_moves_and_runs_freely_there() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = ferry::run(&fast_guest()).unwrap();
     let mut destination = ferry::receive().unwrap();
     let settled = source.wait_line("^HB n=5 ").unwrap();
@@ -87,10 +85,8 @@ fn a_guest_that_is_too_fast_is_slowed_down_moves_and_runs_freely_there() {
 }
 
 #[test]
+#[needs(kvm)]
 fn throttling_ends_with_a_cancel_and_does_not_hold_up_a_stop() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // Nothing but 99 %, and a limit that cannot be kept.
     let parameters = json!({
         "max-bandwidth": CAP, "downtime-limit": 0, "cpu-throttle-initial": 99,
@@ -116,10 +112,8 @@ fn throttling_ends_with_a_cancel_and_does_not_hold_up_a_stop() {
 }
 
 #[test]
+#[needs(kvm)]
 fn throttling_ends_when_the_destination_dies() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let parameters = json!({"max-bandwidth": CAP, "downtime-limit": 1, "max-cpu-throttle": 50});
     let (source, mut destination, mut qmp) = start(parameters, true);
     qmp.wait_info(|info| throttle_of(info) > 0).unwrap();
@@ -131,10 +125,8 @@ fn throttling_ends_when_the_destination_dies() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_cannot_be_moved_is_not_stopped_and_its_user_is_told() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let limit_ms = 50;
     let parameters = json!({"max-bandwidth": CAP, "downtime-limit": limit_ms});
     let (source, mut destination, mut qmp) = start(parameters, false);
@@ -163,10 +155,8 @@ fn a_guest_that_cannot_be_moved_is_not_stopped_and_its_user_is_told() {
 }
 
 #[test]
+#[needs(kvm)]
 fn ferry_migrate_says_what_would_help() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = ferry::run(&fast_guest()).unwrap();
     let destination = ferry::receive().unwrap();
     source.wait_line("^HB n=3 ").unwrap();
@@ -193,10 +183,8 @@ fn arrivals(cap: u64, channels: &str) -> Vec<u64> {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_cap_is_exact_over_any_second() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     ["1", "4"].into_iter().for_each(assert_cap_is_exact);
 }
 
@@ -225,10 +213,8 @@ fn assert_cap_is_exact(channels: &str) {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_dirty_rate_is_measured_and_never_during_a_migration() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty fill=random fill_pct=50 ws_mb=32 rate_mbps=100", 128);
     let source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=3 ").unwrap();

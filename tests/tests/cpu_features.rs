@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::{frames, skip};
+use ferry_tests::{frames, needs};
 use serde_json::Value;
 
 /// Gives the guest every feature bit of CPUID leaf 7, as if its source had them all.
@@ -24,10 +24,8 @@ fn meddle(kind: u8, payload: Vec<u8>) -> Option<Vec<u8>> {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_missing_cpu_feature_is_refused_by_name_before_any_page() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut source = ferry::run(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64)).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
     let mut destination = ferry::receive().unwrap();

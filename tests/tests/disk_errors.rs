@@ -5,6 +5,7 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hanging::HangingImage;
 use ferry_tests::hosts::Hosts;
+use ferry_tests::needs;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use serde_json::{Value, json};
@@ -39,12 +40,13 @@ const BYTES: usize = 8 << 20;
 const READS: &str = "work=diskread run_ms=300";
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_hears_of_writes_that_fail() {
     let hosts = Hosts::new();
     for (name, policy) in
         [("a", ""), ("b", ",werror=report"), ("c", ",rerror=stop"), ("d", ",werror=enospc")]
     {
-        let Some(image) = HangingImage::for_test(&hosts, name, BYTES) else { return };
+        let image = HangingImage::for_test(&hosts, name, BYTES);
         let mut vmm = guest("work=disk", &image, policy);
         vmm.wait_line("^HB n=1 ").unwrap();
         let mut qmp = vmm.qmp().unwrap();
@@ -56,9 +58,10 @@ fn a_guest_hears_of_writes_that_fail() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_whose_write_errors_are_ignored_believes_that_they_worked() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", BYTES);
     let vmm = guest("work=disk", &image, ",werror=ignore");
     vmm.wait_line("^HB n=1 ").unwrap();
     let mut qmp = vmm.qmp().unwrap();
@@ -72,9 +75,10 @@ fn a_guest_whose_write_errors_are_ignored_believes_that_they_worked() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_whose_write_fails_is_stopped_and_the_write_is_repeated() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", BYTES);
     let mut vmm = guest("work=disk", &image, ",werror=stop");
     vmm.wait_line("^HB n=1 ").unwrap();
     let mut qmp = vmm.qmp().unwrap();
@@ -103,10 +107,11 @@ fn a_guest_whose_write_fails_is_stopped_and_the_write_is_repeated() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_hears_of_reads_that_fail() {
     let hosts = Hosts::new();
     for (name, policy) in [("a", ""), ("b", ",rerror=report"), ("c", ",werror=stop")] {
-        let Some(image) = HangingImage::for_test(&hosts, name, BYTES) else { return };
+        let image = HangingImage::for_test(&hosts, name, BYTES);
         image.fail_reads(true);
         let mut vmm = guest(READS, &image, policy);
         vmm.wait_line("DISK-ERROR read sector=[0-9]+ status=1").unwrap();
@@ -115,9 +120,10 @@ fn a_guest_hears_of_reads_that_fail() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_whose_read_errors_are_ignored_goes_on() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", BYTES);
     image.fail_reads(true);
     let mut vmm = guest(READS, &image, ",rerror=ignore");
     assert_told(&mut vmm.qmp().unwrap(), "read", "ignore");
@@ -127,9 +133,10 @@ fn a_guest_whose_read_errors_are_ignored_goes_on() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_whose_read_fails_is_stopped_and_the_read_is_repeated() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", BYTES);
     image.fail_reads(true);
     let mut vmm = guest("work=diskread run_ms=60000", &image, ",rerror=stop");
     let mut qmp = vmm.qmp().unwrap();

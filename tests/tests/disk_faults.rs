@@ -4,21 +4,17 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::{Hosts, assert_failed, assert_goes_on, moving, started, text};
-use ferry_tests::image::{
-    LoopDevice, Pattern, SmallFileSystem, assert_same, fill, overlay, qemu_img,
-};
+use ferry_tests::image::{LoopDevice, Pattern, SmallFileSystem, assert_same, fill, overlay};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
-use ferry_tests::{disk, proxy, skip};
+use ferry_tests::{disk, needs, proxy};
 use serde_json::{Value, json};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 #[test]
+#[needs(kvm)]
 fn what_cannot_work_is_refused_by_name_before_anything_travels_and_leaves_nothing() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let mut source = hosts.busy();
     let (folder, taken) = (hosts.at("b", ""), hosts.at("b", "taken"));
@@ -53,14 +49,10 @@ fn what_cannot_work_is_refused_by_name_before_anything_travels_and_leaves_nothin
 }
 
 #[test]
+#[needs(kvm, mounts)]
 fn a_disk_that_fills_up_fails_the_migration_and_the_guest_runs_on() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
-    let Some(small) = SmallFileSystem::mount(&hosts.at("b", ""), 16 << 20) else {
-        return skip::skip("no right to mount a small file system");
-    };
+    let small = SmallFileSystem::mount(&hosts.at("b", ""), 16 << 20).unwrap();
     let mut source = hosts.busy();
     // Known before anything travels…
     let destination = hosts.receive();
@@ -85,10 +77,8 @@ fn a_disk_that_fills_up_fails_the_migration_and_the_guest_runs_on() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_disk_that_shrinks_or_is_replaced_while_it_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.random("data", 64 << 20);
     let guest = Guest::new("work=idle", 64).disk("data", &path);
@@ -120,10 +110,8 @@ fn a_disk_that_shrinks_or_is_replaced_while_it_moves() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_cancel_while_disks_travel_leaves_nothing_and_a_retry_moves_them() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let mut source = hosts.busy();
     let destination = hosts.receive();
@@ -144,10 +132,8 @@ fn a_cancel_while_disks_travel_leaves_nothing_and_a_retry_moves_them() {
 }
 
 #[test]
+#[needs(kvm)]
 fn either_side_may_be_killed_in_the_middle() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let mut source = hosts.busy();
     let slow = ["--disks", "full", "--max-bandwidth", "8M"];
@@ -171,14 +157,10 @@ fn either_side_may_be_killed_in_the_middle() {
 }
 
 #[test]
+#[needs(kvm, mounts)]
 fn a_guest_whose_disk_is_full_is_stopped_told_of_and_goes_on_when_there_is_room() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
-    let Some(small) = SmallFileSystem::mount(&hosts.at("a", ""), 16 << 20) else {
-        return skip::skip("no right to mount a small file system");
-    };
+    let small = SmallFileSystem::mount(&hosts.at("a", ""), 16 << 20).unwrap();
     let (path, filler) = (hosts.at("a", "root"), hosts.at("a", "filler"));
     fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
     disk::create(&path, 8 << 20).unwrap();
@@ -246,10 +228,8 @@ fn wait_for(phase: Phase, source: &Vmm, qmp: &mut Qmp) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_link_that_breaks_in_any_phase_leaves_the_guest_at_the_source() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.blank("root", 4 << 20);
     let work = "work=disk ws_mb=2 ram_mbps=20 hb_ms=20";
@@ -293,10 +273,8 @@ fn a_link_that_breaks_in_any_phase_leaves_the_guest_at_the_source() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_resets_while_it_moves_stays() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.blank("root", 4 << 20);
     let mut source = started(&Guest::new("work=disk ws_mb=2", 64).disk("root", &path));
@@ -320,10 +298,8 @@ fn a_guest_that_resets_while_it_moves_stays() {
 }
 
 #[test]
+#[needs(kvm, qemu_img)]
 fn a_backing_file_that_differs_in_one_byte_is_refused() {
-    if skip::kvm_is_missing() || qemu_img().is_none() {
-        return;
-    }
     let hosts = Hosts::new();
     // So large that samples would leave most of it out.
     let (base, top) = (hosts.random("base", 64 << 20), hosts.at("a", "top"));
@@ -359,21 +335,15 @@ fn idle(path: &Path) -> Vmm {
 }
 
 #[test]
+#[needs(kvm, loop_devices)]
 fn disks_move_to_block_devices_and_back() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.random("data", 8 << 20);
     for (name, bytes) in [("right", 8 << 20), ("small", 4 << 20), ("large", 16 << 20)] {
         fill(&hosts.at("b", name), 0, bytes, Pattern::Random).unwrap();
     }
-    let attach = |name: &str| LoopDevice::attach(&hosts.at("b", name));
-    let (Some(right), Some(small), Some(large)) =
-        (attach("right"), attach("small"), attach("large"))
-    else {
-        return skip::skip("no right to make loop devices");
-    };
+    let attach = |name: &str| LoopDevice::attach(&hosts.at("b", name)).unwrap();
+    let [right, small, large] = ["right", "small", "large"].map(attach);
     let source = idle(&path);
     let receive = |device: &LoopDevice, more: &[&str]| {
         let give = format!("data={}", device.path());
@@ -421,10 +391,8 @@ fn disks_move_to_block_devices_and_back() {
 }
 
 #[test]
+#[needs(kvm)]
 fn disks_that_are_named_but_not_there_are_refused() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = started(&Guest::new("work=idle", 64));
     let options = ["--disks", "full,nosuch=none"];
     let ended = ferry::migrate(&source, "tcp:127.0.0.1:9", &options).unwrap();

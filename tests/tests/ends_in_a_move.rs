@@ -8,7 +8,7 @@ use ferry_tests::image::{Pattern, fill};
 use ferry_tests::pair::Pair;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{bare, skip};
+use ferry_tests::{bare, needs};
 use serde_json::json;
 
 /// A guest that dirties its memory faster than it may be sent: it moves until somebody ends that.
@@ -40,10 +40,8 @@ fn assert_nobody_arrives(migration: Migration, mut destination: Destination) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_powers_off_while_it_moves_ends_at_the_source() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut source, destination, migration) = endless();
     source.process.type_in("p").unwrap();
     assert_eq!(source.process.exit_code(SOON).unwrap(), 0, "{}", source.process.err.tail());
@@ -53,10 +51,8 @@ fn a_guest_that_powers_off_while_it_moves_ends_at_the_source() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_ends_with_a_code_while_it_moves_ends_at_the_source_with_it() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut source, destination, migration) = endless();
     source.process.type_in("q").unwrap();
     assert_eq!(source.process.exit_code(SOON).unwrap(), 1, "{}", source.process.err.tail());
@@ -64,10 +60,8 @@ fn a_guest_that_ends_with_a_code_while_it_moves_ends_at_the_source_with_it() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_crashes_while_it_moves_has_crashed_at_the_source() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let code = [&bare::SAY, &bare::WAIT_FOR_A_KEY[..], &bare::CRASH];
     let module = folder.path().join("module");
@@ -87,10 +81,8 @@ fn a_guest_that_crashes_while_it_moves_has_crashed_at_the_source() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_user_that_ends_the_source_while_its_guest_moves_ends_the_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut source, destination, migration) = endless();
     source.qmp().unwrap().execute("quit", json!({})).unwrap();
     assert_eq!(source.process.exit_code(SOON).unwrap(), 0, "{}", source.process.err.tail());
@@ -104,10 +96,8 @@ fn a_user_that_ends_the_source_while_its_guest_moves_ends_the_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_user_that_ends_the_destination_while_a_guest_moves_there_leaves_it_at_the_source() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for signal in [None, Some(libc::SIGTERM)] {
         let (mut source, mut destination, migration) = endless();
         let vmm = &mut destination.vmm;
@@ -148,10 +138,8 @@ fn cont(vmm: &Vmm, force: &[&str]) -> (i32, String) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_lost_right_to_run_leaves_the_guest_to_who_forces_it() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut pair = Pair::new(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64)).unwrap();
     lost(&pair, without_go, frames::unchanged);
     assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
@@ -170,10 +158,8 @@ fn a_lost_right_to_run_leaves_the_guest_to_who_forces_it() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_lost_answer_leaves_the_guest_at_the_destination_and_paused_at_the_source() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut pair = Pair::new(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64)).unwrap();
     lost(&pair, frames::unchanged, without_running);
     assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
@@ -185,10 +171,8 @@ fn a_lost_answer_leaves_the_guest_at_the_destination_and_paused_at_the_source() 
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_that_cannot_run_the_guest_in_the_end_gives_it_back() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let mut source = hosts.busy();
     let mut destination = hosts.receive();

@@ -3,7 +3,7 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON, Vmm};
-use ferry_tests::{bare, disk, skip};
+use ferry_tests::{bare, disk, needs};
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
 
@@ -25,10 +25,8 @@ fn run(work: &str, more: &[&str]) -> Vmm {
 }
 
 #[test]
+#[needs(kvm)]
 fn what_the_guest_ends_with() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for way in [&[][..], &["--migrate-every", "100ms"]] {
         assert_ended(&mut run("work=hello", way).process, 0, &["powered off"]);
         let mut wrote = run("work=hello code=0", way);
@@ -52,20 +50,16 @@ fn what_the_guest_ends_with() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_timeout_says_where_each_vcpu_was() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=spin", 64).cpus(2);
     let mut vmm = ferry::run_with(&guest, &["--timeout", "1s"]).unwrap();
     assert_ended(&mut vmm.process, 124, &["vCPU 0 at rip 0x", "vCPU 1 at rip 0x"]);
 }
 
 #[test]
+#[needs(kvm)]
 fn a_crash_is_134_and_says_where() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let mut guest = Guest::new("", 64);
     guest.kernel = bare::kernel(folder.path(), &[&bare::SAY[..7], &bare::CRASH]).unwrap();
@@ -83,10 +77,8 @@ fn a_crash_is_134_and_says_where() {
 }
 
 #[test]
+#[needs(kvm)]
 fn what_a_user_ends_it_with() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for way in [&[][..], &["--migrate-every", "100ms"]] {
         for signal in [libc::SIGTERM, libc::SIGINT] {
             let mut vmm = run("work=idle", way);
@@ -104,10 +96,8 @@ fn what_a_user_ends_it_with() {
 }
 
 #[test]
+#[needs(kvm)]
 fn what_cannot_be_run() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let ended = |arguments: &[&str], code: i32, words: &[&str]| {
         let mut process = Process::start(&mut ferry::command(arguments)).unwrap();
         assert_ended(&mut process, code, words);

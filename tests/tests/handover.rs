@@ -10,7 +10,7 @@ use ferry_tests::pair::Pair;
 use ferry_tests::process::SOON;
 use ferry_tests::qmp::{ENDS, Qmp, is_end};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
@@ -81,10 +81,8 @@ fn undisturbed(guest: &Guest) -> Duration {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_killed_at_any_moment_never_costs_the_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut outcomes = [0; 3];
     for moment in Moment::several(30, undisturbed(&guest())) {
         eprintln!("killing the destination at {moment:?}");
@@ -123,10 +121,8 @@ fn a_destination_killed_at_any_moment_never_costs_the_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for moment in Moment::several(30, undisturbed(&guest())) {
         eprintln!("killing the source at {moment:?}");
         let mut pair = Pair::new(&guest()).unwrap();
@@ -153,10 +149,8 @@ fn a_source_killed_at_any_moment_never_leaves_half_a_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // A sleeping guest, so that several pairs can wait for the same deadline side by side.
     let guest = Guest::new("work=dirty fill=random fill_pct=50 sleep=1 hb_ms=20", 64);
     let total = undisturbed(&guest);
@@ -193,10 +187,8 @@ fn a_destination_that_stalls_costs_time_but_never_makes_two_guests() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_that_dies_is_said_to_be_gone_and_the_guest_to_run_on() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for channels in ["1", "3"] {
         let mut pair = Pair::new(&guest()).unwrap();
         let options = ["--max-bandwidth", "20M", "--channels", channels];
@@ -214,10 +206,8 @@ fn a_destination_that_dies_is_said_to_be_gone_and_the_guest_to_run_on() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_stalled_migration_can_be_cancelled() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut pair = Pair::new(&guest()).unwrap();
     let slow = json!({"max-bandwidth": 20_000_000});
     pair.qmp.execute("migrate-set-parameters", slow).unwrap();
@@ -235,10 +225,8 @@ fn a_stalled_migration_can_be_cancelled() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_that_is_none_or_not_ferry_is_named() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut source = ferry::run(&guest()).unwrap();
     source.wait_line("^READY ").unwrap();
     let refused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -270,10 +258,8 @@ fn a_destination_that_is_none_or_not_ferry_is_named() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_survives_peers_that_are_not_ferry() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut destination = ferry::receive().unwrap();
     let to = destination.address.strip_prefix("tcp:").unwrap();
     let noise: Vec<u8> = (0..65536).map(|_| random_below(256).try_into().unwrap()).collect();
@@ -288,10 +274,8 @@ fn a_destination_survives_peers_that_are_not_ferry() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_disk_that_the_destination_lacks_is_named_and_the_lock_stays() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     disk::create(&image, 1 << 20).unwrap();
@@ -315,10 +299,8 @@ fn assert_locked(image: &std::path::Path) {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_lock_comes_back_when_the_last_step_fails() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     let guest = Guest::new("work=disk hb_ms=20", 64).disk("root", &image);

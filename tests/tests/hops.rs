@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::Vmm;
 use ferry_tests::verdict::{Check, Heartbeat, Transcript};
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs, skip};
 use std::path::Path;
 use std::time::Instant;
 
@@ -33,10 +33,8 @@ fn hop(mut host: Vmm, count: u32, disk: Option<&Path>) -> Result<(Vmm, Vec<Heart
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_survives_200_hops_with_memory_registers_and_clocks() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // Heartbeats often, so that hops fall into sending them too.
     let work = "work=dirty fill=random fill_pct=50 ws_mb=4 rate_mbps=40 pattern=rand hb_ms=20";
     let guest = Guest::new(work, 64).cpus(2);
@@ -88,10 +86,8 @@ fn next_beat(vmm: &Vmm) -> (Heartbeat, Instant) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_disk_survives_60_hops_under_writes() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     disk::create(&image, 4 << 20).unwrap();
@@ -105,10 +101,8 @@ fn a_disk_survives_60_hops_under_writes() {
 }
 
 #[test]
+#[needs(kvm)]
 fn sleepers_wake_on_time_through_60_hops() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for timer in ["deadline", "oneshot"] {
         let guest = Guest::new(&format!("work=idle hb_ms=10 timer={timer}"), 64).cpus(2);
         let host = ferry::run(&guest).unwrap();

@@ -4,13 +4,11 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::{Hosts, assert_failed, assert_goes_on, moving, started, text};
-use ferry_tests::image::{
-    Pattern, allocated, assert_same, assert_same_as, fill, overlay, qemu_img,
-};
+use ferry_tests::image::{Pattern, allocated, assert_same, assert_same_as, fill, overlay};
 use ferry_tests::lines::Lines;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::{Transcript, field};
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -25,10 +23,8 @@ fn assert_images_same(destination: &Vmm, pairs: &[(&Path, &Path)]) {
 }
 
 #[test]
+#[needs(kvm)]
 fn three_disks_arrive_whole_and_sparse_with_an_idle_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let sizes = [("root", (32 << 20) + 512), ("data", 512), ("big", 1 << 30)];
     let mut guest = Guest::new("work=idle", 64);
@@ -61,10 +57,8 @@ fn three_disks_arrive_whole_and_sparse_with_an_idle_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_writes_its_disk_takes_it_along() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for cache in ["writeback", "none"] {
         let hosts = Hosts::new();
         let (here, there) = (hosts.at("a", "x"), hosts.at("b", "y"));
@@ -86,10 +80,8 @@ fn a_guest_that_writes_its_disk_takes_it_along() {
 }
 
 #[test]
+#[needs(kvm)]
 fn at_the_handover_both_images_are_the_same_although_the_guest_wrote() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let (here, there) = (hosts.at("a", "x"), hosts.at("b", "root.img"));
     disk::create(&here, 16 << 20).unwrap();
@@ -106,10 +98,8 @@ fn at_the_handover_both_images_are_the_same_although_the_guest_wrote() {
 }
 
 #[test]
+#[needs(kvm)]
 fn there_and_back_20_times_with_memory_and_disk_under_load() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     disk::create(&hosts.at("a", "root.img"), 16 << 20).unwrap();
     let work = "work=disk hb_ms=20 ws_mb=12 ram_mbps=60";
@@ -144,10 +134,8 @@ fn there_and_back_20_times_with_memory_and_disk_under_load() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_read_only_disk_travels_and_stays_read_only() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.random("cd", 4 << 20);
     let mut guest = Guest::new("work=idle", 64).disk("cd", &path);
@@ -163,10 +151,8 @@ fn a_read_only_disk_travels_and_stays_read_only() {
 }
 
 #[test]
+#[needs(kvm)]
 fn some_disks_travel_and_others_stay() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let (shared, own) = (hosts.at("a", "shared"), hosts.at("a", "own"));
     disk::create(&shared, 8 << 20).unwrap();
@@ -185,10 +171,8 @@ fn some_disks_travel_and_others_stay() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_cap_holds_and_progress_is_told_per_disk() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let hosts = Hosts::new();
     let path = hosts.random("data", 40 << 20);
     let source = started(&Guest::new("work=idle", 64).disk("data", &path));
@@ -240,10 +224,8 @@ fn busy_on(path: &Path, more: &str) -> Vmm {
 }
 
 #[test]
+#[needs(kvm, qemu_img)]
 fn disks_change_their_format_on_the_way() {
-    if skip::kvm_is_missing() || qemu_img().is_none() {
-        return;
-    }
     for (from, to) in [("raw", "qcow2"), ("qcow2", "raw"), ("qcow2", "qcow2")] {
         let hosts = Hosts::new();
         let (base, top) = overlay_on_base(&hosts);
@@ -269,10 +251,8 @@ fn disks_change_their_format_on_the_way() {
 }
 
 #[test]
+#[needs(kvm, qemu_img)]
 fn only_what_lies_above_the_same_backing_file_travels() {
-    if skip::kvm_is_missing() || qemu_img().is_none() {
-        return;
-    }
     let hosts = Hosts::new();
     let (base, top) = overlay_on_base(&hosts);
     let mut source = busy_on(&top, ",format=qcow2");
@@ -311,10 +291,8 @@ fn only_what_lies_above_the_same_backing_file_travels() {
 }
 
 #[test]
+#[needs(kvm, qemu_img)]
 fn a_shared_disk_whose_backing_file_was_overruled_does_not_move() {
-    if skip::kvm_is_missing() || qemu_img().is_none() {
-        return;
-    }
     let hosts = Hosts::new();
     let (_, top) = overlay_on_base(&hosts);
     // The destination would open the recorded one.

@@ -4,11 +4,11 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::lines::Lines;
+use ferry_tests::needs;
 use ferry_tests::pair::Pair;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::proxy::{self, Proxy};
 use ferry_tests::qmp::{ENDS, is_end};
-use ferry_tests::skip;
 use serde_json::{Value, json};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,10 +127,8 @@ impl MovingGuest {
 }
 
 #[test]
+#[needs(kvm)]
 fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // Writes little enough to converge by itself, and always the same 8 MiB, so that most of what is
     // sent in a later round has been sent before; and so little of a page that no compressor does
     // better than a delta.
@@ -149,10 +147,8 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut guest = MovingGuest::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
     for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
         if mode.len() == 2 {
@@ -254,10 +250,8 @@ fn judge(pair: &mut Pair, info: &Value) -> bool {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_destination_that_is_killed_never_costs_the_guest_in_any_mode() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
@@ -279,10 +273,8 @@ fn a_destination_that_is_killed_never_costs_the_guest_in_any_mode() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_source_that_is_killed_never_leaves_half_a_guest_in_any_mode() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for mode in disturbed_modes() {
         for moment in MOMENTS {
             eprintln!("killing the source of {mode:?} at {moment:?}");
@@ -301,10 +293,8 @@ fn a_source_that_is_killed_never_leaves_half_a_guest_in_any_mode() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
@@ -335,10 +325,8 @@ fn a_link_that_is_cut_whole_or_in_one_channel_never_costs_the_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_cancel_leaves_the_guest_at_the_source_in_any_mode_and_a_retry_succeeds() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for mode in disturbed_modes() {
         let mut stayed = 0;
         for moment in MOMENTS {
@@ -414,19 +402,15 @@ fn move_with_changes() -> bool {
 }
 
 #[test]
+#[needs(kvm)]
 fn parameters_may_change_while_a_guest_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // On a busy host the guest may write too little to be caught in the middle.
     assert!((0..4).any(|_| move_with_changes()), "four moves, and none took long enough");
 }
 
 #[test]
+#[needs(kvm)]
 fn options_that_cannot_be_are_named_and_the_guest_runs_on() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut source =
         ferry::run(&Guest::new("work=dirty ws_mb=4 rate_mbps=20 hb_ms=20", 64)).unwrap();
     source.wait_line("^HB n=1 ").unwrap();
@@ -458,10 +442,8 @@ fn options_that_cannot_be_are_named_and_the_guest_runs_on() {
 }
 
 #[test]
+#[needs(kvm)]
 fn parameters_out_of_range_are_refused_in_qemus_words_and_change_nothing() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
     let mut qmp = source.qmp().unwrap();
     let before = qmp.execute("query-migrate-parameters", json!({})).unwrap();

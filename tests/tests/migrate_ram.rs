@@ -5,7 +5,7 @@ use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::time::Duration;
 
@@ -23,10 +23,8 @@ fn move_and_verify(guest: &Guest, address: &str, options: &[&str]) {
 }
 
 #[test]
+#[needs(kvm)]
 fn sleeping_and_spinning_guests_move_over_tcp_and_unix() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     for (index, work) in ["work=idle", "work=spin fill=random"].iter().enumerate() {
         let guest = Guest::new(work, 128);
@@ -37,10 +35,8 @@ fn sleeping_and_spinning_guests_move_over_tcp_and_unix() {
 }
 
 #[test]
+#[needs(kvm)]
 fn every_kind_of_page_arrives_while_it_is_written() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for fill in ["random", "text", "zero"] {
         for pattern in ["seq", "rand"] {
             let work = format!("work=dirty fill={fill} ws_mb=32 rate_mbps=100 pattern={pattern}");
@@ -54,10 +50,8 @@ fn every_kind_of_page_arrives_while_it_is_written() {
 }
 
 #[test]
+#[needs(kvm)]
 fn guests_with_1_2_and_4_cpus_move() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for cpus in [1, 2, 4] {
         for work in ["work=idle", "work=dirty fill=random ws_mb=16 rate_mbps=50 pattern=rand"] {
             move_and_verify(&Guest::new(work, 128).cpus(cpus), "tcp:127.0.0.1:0", &[]);
@@ -66,10 +60,8 @@ fn guests_with_1_2_and_4_cpus_move() {
 }
 
 #[test]
+#[needs(kvm)]
 fn memory_past_the_hole_below_4_gib_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty fill=random fill_pct=3 ws_mb=16 rate_mbps=50", 5120);
     move_and_verify(&guest, "tcp:127.0.0.1:0", &[]);
     // That one fills its RAM from below; this one has content above the hole too, and checks it there.
@@ -83,10 +75,8 @@ fn memory_past_the_hole_below_4_gib_moves() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_bandwidth_cap_holds_and_can_be_lifted_on_the_way() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty fill=random fill_pct=75 sleep=1", 128);
     let source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
@@ -113,10 +103,8 @@ fn a_bandwidth_cap_holds_and_can_be_lifted_on_the_way() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_paused_guest_arrives_paused_and_so_does_one_for_which_that_was_asked() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64);
     for (stop_first, options) in [(true, &[][..]), (false, &["--paused"][..])] {
         let source = ferry::run(&guest).unwrap();
@@ -135,10 +123,8 @@ fn a_paused_guest_arrives_paused_and_so_does_one_for_which_that_was_asked() {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_source_stays_only_if_it_is_asked_to_and_never_runs_again_by_itself() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=idle", 64);
     let mut source = ferry::run(&guest).unwrap();
     source.wait_line("^HB ").unwrap();
@@ -174,10 +160,8 @@ fn assert_goes_on(source: &mut Vmm) {
 }
 
 #[test]
+#[needs(kvm)]
 fn cancel_in_each_phase_leaves_the_guest_at_the_source_and_a_retry_succeeds() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // Dirties faster than it may be sent, so that rounds go on until somebody cancels.
     let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200 pattern=rand", 128);
     let mut source = ferry::run(&guest).unwrap();
@@ -222,10 +206,8 @@ fn cancel_in_each_phase_leaves_the_guest_at_the_source_and_a_retry_succeeds() {
 }
 
 #[test]
+#[needs(kvm)]
 fn ctrl_c_cancels_cleanly() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200", 128);
     let mut source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
@@ -241,10 +223,8 @@ fn ctrl_c_cancels_cleanly() {
 }
 
 #[test]
+#[needs(kvm)]
 fn commands_that_would_disturb_a_migration_are_refused() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty ws_mb=32 rate_mbps=200", 128);
     let mut source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
@@ -269,10 +249,8 @@ fn commands_that_would_disturb_a_migration_are_refused() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_writes_its_disk_moves_with_it() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     disk::create(&image, 8 << 20).unwrap();
@@ -306,10 +284,8 @@ fn a_guest_that_writes_its_disk_moves_with_it() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_disk_that_the_destination_may_not_open_is_refused_before_any_page() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (image, other) = (folder.path().join("disk.img"), folder.path().join("other.img"));
     disk::create(&image, 1 << 20).unwrap();
@@ -337,10 +313,8 @@ fn a_disk_that_the_destination_may_not_open_is_refused_before_any_page() {
 }
 
 #[test]
+#[needs(kvm)]
 fn statistics_survive_completion_on_both_sides() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty fill=text ws_mb=8 rate_mbps=50 change_pct=5", 128);
     let source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
@@ -372,10 +346,8 @@ fn statistics_survive_completion_on_both_sides() {
 }
 
 #[test]
+#[needs(kvm)]
 fn json_steps_end_with_a_summary_in_qemus_names() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=dirty fill=random ws_mb=16 rate_mbps=100", 128);
     let source = ferry::run(&guest).unwrap();
     source.wait_line("^HB n=2 ").unwrap();
@@ -395,10 +367,8 @@ fn json_steps_end_with_a_summary_in_qemus_names() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_is_larger_than_allowed_is_refused_before_anything_is_built() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut source = ferry::run(&Guest::new("work=idle", 128)).unwrap();
     source.wait_line("^HB ").unwrap();
     let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--max-memory", "127M"]).unwrap();

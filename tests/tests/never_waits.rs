@@ -7,7 +7,7 @@ use ferry_tests::hanging::HangingImage;
 use ferry_tests::hosts::{Hosts, assert_goes_on, started, text};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs, skip};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -47,9 +47,10 @@ fn assert_ends(vmm: &mut Vmm, expected_code: i32, when: &str) {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_stop_on_a_disk_that_hangs_stops_the_vcpus_names_the_disk_and_can_be_undone() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let mut vmm = started(&guest_on(&image));
     let (mut user, mut other) = (vmm.qmp().unwrap(), vmm.qmp().unwrap());
     image.hang();
@@ -73,9 +74,10 @@ fn a_stop_on_a_disk_that_hangs_stops_the_vcpus_names_the_disk_and_can_be_undone(
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn what_a_client_asks_after_a_request_that_waits_is_answered_in_order() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let vmm = started(&guest_on(&image));
     let (mut user, mut other) = (vmm.qmp().unwrap(), vmm.qmp().unwrap());
     image.hang();
@@ -90,15 +92,13 @@ fn what_a_client_asks_after_a_request_that_waits_is_answered_in_order() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn the_process_ends_when_told_to_whatever_its_disk_does() {
     let hosts = Hosts::new();
     for (index, how) in
         ["quit", "SIGTERM", "quit while it stops", "a second signal"].iter().enumerate()
     {
-        let Some(image) = HangingImage::for_test(&hosts, &format!("disk{index}"), DISK_BYTES)
-        else {
-            return;
-        };
+        let image = HangingImage::for_test(&hosts, &format!("disk{index}"), DISK_BYTES);
         let mut vmm = started(&guest_on(&image));
         let mut qmp = vmm.qmp().unwrap();
         image.hang();
@@ -132,9 +132,10 @@ fn the_process_ends_when_told_to_whatever_its_disk_does() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_timeout_ends_the_process_whatever_its_disk_does() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let mut vmm = ferry::run_with(&guest_on(&image), &["--timeout", "5s"]).unwrap();
     vmm.wait_line("^HB ").unwrap();
     image.hang();
@@ -143,9 +144,10 @@ fn a_timeout_ends_the_process_whatever_its_disk_does() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_guest_whose_disk_hangs_from_the_start_can_be_asked_and_ended() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     image.hang();
     let mut vmm = ferry::run(&guest_on(&image)).unwrap();
     let mut qmp = vmm.qmp().unwrap();
@@ -157,9 +159,10 @@ fn a_guest_whose_disk_hangs_from_the_start_can_be_asked_and_ended() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_migration_that_cannot_pause_the_guest_lets_it_run_and_can_be_cancelled() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let mut source = started(&guest_on(&image));
     let elsewhere = hosts.blank("other", DISK_BYTES as u64);
     let give = format!("root={}", text(&elsewhere));
@@ -185,9 +188,10 @@ fn a_migration_that_cannot_pause_the_guest_lets_it_run_and_can_be_cancelled() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn an_arriving_guest_whose_disk_hangs_can_be_asked_cancelled_and_ended() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let own = hosts.blank("root", DISK_BYTES as u64);
     let mut source = started(&Guest::new("work=disk", 64).disk("root", &own));
     let give = format!("root={}", text(&image.path()));
@@ -230,9 +234,10 @@ fn an_arriving_guest_whose_disk_hangs_can_be_asked_cancelled_and_ended() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_reset_waits_for_a_disk_that_hangs_and_the_guest_goes_on_if_that_takes_too_long() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let mut vmm = started(&guest_on(&image));
     let (mut user, mut other) = (vmm.qmp().unwrap(), vmm.qmp().unwrap());
     image.hang();

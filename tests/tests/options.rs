@@ -3,7 +3,7 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON};
-use ferry_tests::{bare, disk, skip};
+use ferry_tests::{bare, disk, needs};
 use std::process::Command;
 
 /// What a guest loads AL with, booted with these options: before a move, after one, and after a reset there.
@@ -36,10 +36,8 @@ fn found(look: &[u8], disk: Option<&str>, options: &[&str]) -> [i32; 3] {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_source_of_random_bytes_is_there_if_it_was_asked_for() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // Kinds of virtio devices: 2 is a disk, 4 is a source of entropy.
     let kind = bare::kind_of_first_device();
     assert_eq!(found(&kind, None, &["--rng"]), [4; 3]);
@@ -48,10 +46,8 @@ fn a_source_of_random_bytes_is_there_if_it_was_asked_for() {
 }
 
 #[test]
+#[needs(kvm)]
 fn acpi_tables_are_there_unless_they_are_not_wanted() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     assert_eq!(found(&bare::HAS_ACPI, None, &[]), [1; 3]);
     assert_eq!(found(&bare::HAS_ACPI, None, &["--acpi", "on"]), [1; 3]);
     assert_eq!(found(&bare::HAS_ACPI, None, &["--acpi", "off"]), [0; 3]);
@@ -60,10 +56,8 @@ fn acpi_tables_are_there_unless_they_are_not_wanted() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_disk_has_as_many_queues_as_were_asked_for() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     for (option, last) in [("", 0), (",queues=1", 0), (",queues=4", 3), (",queues=16", 15)] {
         let has = |number| found(&bare::first_device_has_queue(number), Some(option), &[]);
         assert_eq!(has(last), [1; 3], "{option}");
@@ -78,10 +72,8 @@ fn a_disk_has_as_many_queues_as_were_asked_for() {
 }
 
 #[test]
+#[needs(kvm)]
 fn ctrl_a_x_on_a_terminal_ends_it_and_reaches_no_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let on_terminal = |more: &str| {
         let command = format!(
             "'{}' run --kernel '{}' --memory 64M --cmdline work=idle {more}",

@@ -6,7 +6,7 @@ use ferry_tests::ferry::{self, Destination, Guest};
 use ferry_tests::hosts::{assert_goes_on, text};
 use ferry_tests::image::{Pattern, fill};
 use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::{disk, proxy, skip};
+use ferry_tests::{disk, needs, proxy, skip};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -66,10 +66,8 @@ fn hop(source: &Vmm, options: &[&str]) -> Vmm {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_has_moved_is_reset_by_its_user_and_by_itself() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     for (hops, what_becomes) in [(1, "deleted"), (3, "replaced"), (3, "deleted")] {
         let kernel = folder.path().join("kernel");
@@ -99,10 +97,8 @@ fn a_guest_that_has_moved_is_reset_by_its_user_and_by_itself() {
 }
 
 #[test]
+#[needs(kvm)]
 fn an_initrd_moves_with_the_guest_and_is_there_for_its_reset() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [kernel, initrd] = ["kernel", "initrd"].map(|name| folder.path().join(name));
     kernel_at(&kernel, 0);
@@ -121,10 +117,8 @@ fn an_initrd_moves_with_the_guest_and_is_there_for_its_reset() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_with_a_disk_is_reset_after_a_move_and_keeps_its_disk() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk");
     disk::create(&image, 4 << 20).unwrap();
@@ -142,10 +136,8 @@ fn a_guest_with_a_disk_is_reset_after_a_move_and_keeps_its_disk() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_paused_guest_is_reset_after_a_move_and_stays_paused() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = ferry::run(&Guest::new("work=idle", 64)).unwrap();
     source.wait_line("^HB ").unwrap();
     source.qmp().unwrap().execute("stop", json!({})).unwrap();
@@ -161,10 +153,8 @@ fn a_paused_guest_is_reset_after_a_move_and_stays_paused() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_multiboot_guest_gets_its_command_line_and_modules_again_after_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [kernel, first, second] =
         ["kernel", "first", "second"].map(|name| folder.path().join(name));
@@ -205,10 +195,8 @@ fn a_multiboot_guest_gets_its_command_line_and_modules_again_after_moves() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_shuttled_guest_is_reset_between_its_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("kernel");
     kernel_at(&kernel, 0);
@@ -240,10 +228,8 @@ fn counted_hop(source: &Vmm, options: &[&str]) -> (Vmm, u64) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_kernel_that_the_destination_has_is_not_sent_and_another_of_its_size_does_not_count() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [kernel, same, other] = ["kernel", "same", "other"].map(|name| folder.path().join(name));
     kernel_at(&kernel, PADDING_BYTES);
@@ -299,10 +285,8 @@ fn deleted_files(vmm: &Vmm) -> Vec<u64> {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_copy_at_the_destination_is_an_unlinked_file_and_not_memory() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [large, small] = ["large", "small"].map(|name| folder.path().join(name));
     kernel_at(&large, 64 << 20);
@@ -327,10 +311,8 @@ fn the_copy_at_the_destination_is_an_unlinked_file_and_not_memory() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_reset_that_cannot_be_done_is_an_error_and_the_old_machine_goes_on() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("kernel");
     kernel_at(&kernel, 0);

@@ -5,7 +5,7 @@ use ferry_tests::ferry::{self, Guest};
 use ferry_tests::lines::Lines;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::{Transcript, field};
-use ferry_tests::{image, skip};
+use ferry_tests::{image, needs};
 use serde_json::json;
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
@@ -89,10 +89,8 @@ fn assert_answers_at_once(vmm: &Vmm) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_client_that_does_not_read_holds_nobody_and_loses_nothing() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (vmm, client) = with_client(CHATTY, &folder.path().join("serial"));
     wait_until_guest_waits(&vmm);
@@ -111,10 +109,8 @@ fn a_client_that_does_not_read_holds_nobody_and_loses_nothing() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_client_that_does_not_read_for_a_moment_costs_the_guest_nothing() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (vmm, client) = with_client(CHATTY, &folder.path().join("serial"));
     let end = Instant::now() + SOON;
@@ -134,10 +130,8 @@ fn a_client_that_does_not_read_for_a_moment_costs_the_guest_nothing() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_whose_output_nobody_reads_moves_with_what_is_unsent() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (source, client) = with_client(CHATTY, &folder.path().join("serial"));
     wait_until_guest_waits(&source);
@@ -163,6 +157,7 @@ fn a_guest_whose_output_nobody_reads_moves_with_what_is_unsent() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_path_that_is_no_socket_is_refused_and_stays() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("precious");
@@ -170,9 +165,6 @@ fn a_path_that_is_no_socket_is_refused_and_stays() {
     let kernel = guest_images::KERNEL;
     let serial = format!("socket={}", file.display());
     let control = format!("unix:{}", file.display());
-    if skip::kvm_is_missing() {
-        return;
-    }
     for arguments in [
         &["run", "--kernel", kernel, "--serial", &serial][..],
         &["run", "--kernel", kernel, "--qmp", &control],
@@ -188,10 +180,8 @@ fn a_path_that_is_no_socket_is_refused_and_stays() {
 }
 
 #[test]
+#[needs(kvm)]
 fn sockets_are_for_their_owner_only_and_go_with_their_process() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let [serial, incoming] = ["serial", "incoming"].map(|name| folder.path().join(name));
     let (vmm, client) = with_client("work=idle", &serial);
@@ -248,10 +238,8 @@ fn chatty_to_pipe(more: &[&str]) -> (KilledOnDrop, PipeReader) {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_signal_and_a_timeout_end_a_process_whose_output_nobody_reads() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut child, reader) = chatty_to_pipe(&[]);
     wait_until_full(&reader);
     let (code, took) = child.end(libc::SIGTERM, SOON);
@@ -266,10 +254,8 @@ fn a_signal_and_a_timeout_end_a_process_whose_output_nobody_reads() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_reader_that_comes_late_gets_the_last_word_of_a_guest_that_has_ended() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut child, mut reader) = chatty_to_pipe(&["--expect", "HB n=40 "]);
     let (code, _) = child.end(0, SOON);
     assert_eq!(code, Some(0));
@@ -280,10 +266,8 @@ fn a_reader_that_comes_late_gets_the_last_word_of_a_guest_that_has_ended() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_match_does_not_depend_on_the_reader() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // More than the pipe takes, less than pipe and transmitter together.
     let (mut child, reader) = chatty_to_pipe(&["--expect", "HB n=1000 "]);
     let (code, _) = child.end(0, SOON);
@@ -292,10 +276,8 @@ fn a_match_does_not_depend_on_the_reader() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_log_file_is_complete_when_the_guest_is_stopped_and_when_it_ends() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("serial.log");
     let to_file = format!("file={}", log.display());
@@ -322,14 +304,10 @@ fn a_log_file_is_complete_when_the_guest_is_stopped_and_when_it_ends() {
 }
 
 #[test]
+#[needs(kvm, mounts)]
 fn a_full_disk_costs_the_log_but_not_the_guest() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
-    let Some(_small) = image::SmallFileSystem::mount(folder.path(), 16 << 10) else {
-        return skip::skip("this user may not mount a file system");
-    };
+    let _small = image::SmallFileSystem::mount(folder.path(), 16 << 10).unwrap();
     let log = folder.path().join("serial.log");
     let to_file = format!("file={}", log.display());
     let vmm = ferry::run_with(&Guest::new(CHATTY, 64), &["--serial", &to_file]).unwrap();
@@ -341,10 +319,8 @@ fn a_full_disk_costs_the_log_but_not_the_guest() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_client_that_leaves_takes_its_output_with_it_and_the_next_one_starts_anew() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("serial");
     let (vmm, client) = with_client(CHATTY, &socket);
@@ -383,10 +359,8 @@ fn deaf_kernel(folder: &Path) -> PathBuf {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_client_that_leaves_input_unread_makes_room_for_the_next_one() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("serial");
     let mut guest = Guest::new("", 64);

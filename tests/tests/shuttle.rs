@@ -5,7 +5,7 @@ use ferry_tests::ferry::{self, Guest};
 use ferry_tests::image::{self, Pattern, SmallFileSystem};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, skip};
+use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -36,10 +36,8 @@ fn children(parent: u32) -> Vec<u32> {
 }
 
 #[test]
+#[needs(kvm)]
 fn serial_line_input_and_exit_code_survive_the_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut vmm = shuttle(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64), &[]);
     vmm.wait_line("^HB n=15 ").unwrap();
     assert_eq!(vmm.check().unwrap().corrupt, 0);
@@ -54,10 +52,8 @@ fn serial_line_input_and_exit_code_survive_the_moves() {
 }
 
 #[test]
+#[needs(kvm)]
 fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     disk::create(&image, 1 << 20).unwrap();
@@ -83,10 +79,8 @@ fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
 }
 
 #[test]
+#[needs(kvm)]
 fn timeout_and_expect_are_the_shuttles_own() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let guest = Guest::new("work=idle", 64);
     let mut vmm = shuttle(&guest, &["--timeout", "2s"]);
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 124);
@@ -101,10 +95,8 @@ fn timeout_and_expect_are_the_shuttles_own() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_killed_shuttle_leaves_no_guest_behind() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let mut vmm = shuttle(&Guest::new("work=idle", 64), &[]);
     vmm.wait_line("^HB n=5 ").unwrap();
     let orphans = children(vmm.process.id());
@@ -121,10 +113,8 @@ fn a_killed_shuttle_leaves_no_guest_behind() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_guest_that_cannot_boot_is_reported_as_without_moves() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let usage = ["run", "--kernel", "/dev/null", "--migrate-every", "often"];
     let (code, said) = ferry::end_of(usage).unwrap();
     assert!(code == 2 && said.contains("--migrate-every"), "{said}");
@@ -135,14 +125,10 @@ fn a_guest_that_cannot_boot_is_reported_as_without_moves() {
 }
 
 #[test]
+#[needs(kvm, mounts)]
 fn moves_that_are_refused_leave_no_process_and_the_guests_end_is_still_heard() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
-    let Some(_small) = SmallFileSystem::mount(folder.path(), 16 << 20) else {
-        return skip::skip("no right to mount a small file system");
-    };
+    let _small = SmallFileSystem::mount(folder.path(), 16 << 20).unwrap();
     let (path, filler) = (folder.path().join("root"), folder.path().join("filler"));
     image::fill(&filler, 0, 12 << 20, Pattern::Random).unwrap();
     disk::create(&path, 8 << 20).unwrap();
@@ -166,10 +152,8 @@ fn moves_that_are_refused_leave_no_process_and_the_guests_end_is_still_heard() {
 }
 
 #[test]
+#[needs(kvm, qemu_img)]
 fn a_qcow2_image_moves_with_its_guest_and_nothing_is_allocated_twice() {
-    if skip::kvm_is_missing() || image::qemu_img().is_none() {
-        return;
-    }
     let folder = tempfile::tempdir().unwrap();
     let (base, path) = (folder.path().join("base"), folder.path().join("disk.qcow2"));
     disk::create(&base, 4 << 20).unwrap();

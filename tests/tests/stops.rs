@@ -8,8 +8,8 @@ use ferry_tests::hosts::{Hosts, assert_goes_on, started, text};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::proxy::{self, Proxy};
 use ferry_tests::qmp::Qmp;
-use ferry_tests::skip;
 use ferry_tests::verdict::Transcript;
+use ferry_tests::{needs, skip};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -78,8 +78,8 @@ struct Slow {
 }
 
 /// The disk travels: a shared one would have to be flushed, and its flush would wait for its writes.
-fn move_off_slow_disk(hosts: &Hosts, name: &str, write: Duration) -> Option<Slow> {
-    let image = HangingImage::for_test(hosts, name, DISK_BYTES)?;
+fn move_off_slow_disk(hosts: &Hosts, name: &str, write: Duration) -> Slow {
+    let image = HangingImage::for_test(hosts, name, DISK_BYTES);
     let source = started(&Guest::new("work=disk", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     image.writes_take(write);
@@ -88,7 +88,7 @@ fn move_off_slow_disk(hosts: &Hosts, name: &str, write: Duration) -> Option<Slow
     let mut qmp = listener(&source);
     qmp.execute("migrate-set-parameters", limited(LIMIT)).unwrap();
     qmp.execute("migrate", json!({"uri": destination.address, "blk": true})).unwrap();
-    Some(Slow { image, source, destination, qmp, first })
+    Slow { image, source, destination, qmp, first }
 }
 
 impl Slow {
@@ -102,14 +102,13 @@ impl Slow {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_disk_whose_requests_outlast_the_limit_is_named_and_its_guest_is_left_alone() {
     let hosts = Hosts::new();
     // So long that a request which has just begun is the rule.
     let write = Duration::from_millis(300);
     for attempt in 1..=LUCKY {
-        let Some(mut slow) = move_off_slow_disk(&hosts, &format!("disk{attempt}"), write) else {
-            return;
-        };
+        let mut slow = move_off_slow_disk(&hosts, &format!("disk{attempt}"), write);
         let told = slow.qmp.wait_event_where(SOON, |event| {
             event["event"] == "x-migration-not-converging" || has_ended(&event["data"])
         });
@@ -146,10 +145,11 @@ fn a_disk_whose_requests_outlast_the_limit_is_named_and_its_guest_is_left_alone(
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_disk_that_is_a_little_too_slow_never_keeps_its_guest_stopped() {
     let hosts = Hosts::new();
     let write = Duration::from_millis(30);
-    let Some(mut slow) = move_off_slow_disk(&hosts, "disk", write) else { return };
+    let mut slow = move_off_slow_disk(&hosts, "disk", write);
     let began = Instant::now();
     // One of its stops falls into the end of a request, or it is allowed more.
     let by_itself = Duration::from_secs(4);
@@ -170,9 +170,10 @@ fn a_disk_that_is_a_little_too_slow_never_keeps_its_guest_stopped() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let mut destination = sharing(&image.path());
     let flush = Duration::from_secs(2);
@@ -197,9 +198,10 @@ fn a_shared_disk_with_much_to_flush_is_flushed_before_the_pause() {
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_stopped() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let first = last_beat(&source);
     let mut destination = sharing(&image.path());
@@ -228,9 +230,10 @@ fn a_shared_disk_that_always_takes_long_to_flush_is_named_and_its_guest_is_not_s
 }
 
 #[test]
+#[needs(kvm, fuse)]
 fn ferry_migrate_says_which_disk_takes_too_long_and_what_helps() {
     let hosts = Hosts::new();
-    let Some(image) = HangingImage::for_test(&hosts, "disk", DISK_BYTES) else { return };
+    let image = HangingImage::for_test(&hosts, "disk", DISK_BYTES);
     let mut source = started(&Guest::new("work=idle", 64).disk("root", &image.path()));
     let destination = sharing(&image.path());
     image.flushes_take(Duration::from_millis(300));
@@ -270,10 +273,8 @@ fn stopped_over(change: impl FnOnce(&Proxy)) -> (Vmm, Destination, Proxy, Qmp, u
 const LINK_LIMIT: Duration = Duration::from_secs(1);
 
 #[test]
+#[needs(kvm)]
 fn a_link_that_becomes_slow_in_the_pause_does_not_keep_the_guest_stopped() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (source, mut destination, proxy, mut qmp, first) =
         stopped_over(|proxy| proxy.limit(Some(200_000)));
     qmp.wait_event("RESUME", SOON).unwrap();
@@ -293,10 +294,8 @@ fn a_link_that_becomes_slow_in_the_pause_does_not_keep_the_guest_stopped() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_link_that_dies_in_the_pause_does_not_keep_the_guest_stopped() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (mut source, mut destination, proxy, mut qmp, first) =
         stopped_over(|proxy| proxy.limit(Some(0)));
     let stopped = Instant::now();

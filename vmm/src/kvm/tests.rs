@@ -7,7 +7,7 @@ use super::vm_state::ClockState;
 use super::{Host, KvmError, memory, msrs};
 use crate::boot::cpu;
 use devices::ram::RamLayout;
-use ferry_tests::skip;
+use ferry_tests::needs;
 use serde_json::{Value, json};
 
 const MTRR_DEF_TYPE: u32 = 0x2ff;
@@ -61,10 +61,8 @@ fn travels(state: &VcpuState, change: impl FnOnce(&mut Vec<Value>)) -> VcpuState
 }
 
 #[test]
+#[needs(kvm)]
 fn mtrrs_and_machine_check_banks_travel() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (source, destination) = (fresh(), fresh());
     let values = [
         (MTRR_FIXED_64K, 0x0606_0606_0606_0606),
@@ -86,10 +84,8 @@ fn mtrrs_and_machine_check_banks_travel() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_register_of_another_host_is_refused_by_number_unless_it_was_not_used() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let (source, destination) = (fresh(), fresh());
     let state = source.save();
     let unused = travels(&state, |msrs| msrs.push(json!([0x4711_0815, 0])));
@@ -107,10 +103,8 @@ fn a_register_of_another_host_is_refused_by_number_unless_it_was_not_used() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_vcpu_of_a_host_with_hundreds_of_registers_is_written_in_portions() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     // KVM takes fewer than 256 at a time. None of these exists, and all were zero.
     let (source, destination) = (fresh(), fresh());
     let many = travels(&source.save(), |msrs| {
@@ -123,10 +117,8 @@ fn a_vcpu_of_a_host_with_hundreds_of_registers_is_written_in_portions() {
 }
 
 #[test]
+#[needs(kvm)]
 fn kvmclock_goes_on_from_where_it_was_whatever_the_wall_clock_says() {
-    if skip::kvm_is_missing() {
-        return;
-    }
     let source = fresh();
     const LIVED_NS: u64 = 3_600_000_000_000;
     let saved = ClockState { clock_ns: LIVED_NS, realtime_ns: None, host_tsc: None };

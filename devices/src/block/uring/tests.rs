@@ -11,30 +11,11 @@ fn ram() -> GuestRam {
     GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap()
 }
 
-/// A ring for a test, or `None` where io_uring is not available: then the test is skipped, which is counted,
-/// and fails where a skipped test would hide something.
+/// A ring for a test, or `None` where io_uring is not available: then the test is skipped.
 pub(crate) fn ring_or_skip<T>(ram: GuestRam, depth: u16) -> Option<Ring<T>> {
-    let error = match Ring::new(ram, depth) {
-        Ok(ring) => return Some(ring),
-        Err(error) => error,
-    };
-    let strict = |name: &str, value: &str| std::env::var(name).is_ok_and(|found| found == value);
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("?");
-    assert!(
-        !strict("FERRY_REQUIRE_KVM", "1") && !strict("CI", "true"),
-        "{test} would have to be skipped: no io_uring here: {error}"
-    );
-    let line = format!("SKIPPED {test}: no io_uring here: {error}\n");
-    // The first passes the test runner's capture, the second is counted by `make test`.
-    for path in [Some("/dev/stderr".into()), std::env::var_os("FERRY_SKIP_FILE")] {
-        let file = path.map(|path| File::options().create(true).append(true).open(path));
-        if let Some(Ok(mut file)) = file {
-            // Nothing else can be done if it cannot be written.
-            let _ = file.write_all(line.as_bytes());
-        }
-    }
-    None
+    Ring::new(ram, depth)
+        .map_err(|error| ferry_tests::skip::skip(&format!("no io_uring here: {error}")))
+        .ok()
 }
 
 fn ring(depth: u16) -> Option<Ring<u64>> {
