@@ -35,12 +35,20 @@ test)
     ;;
 esac
 if [ -n "$packages" ]; then
+    # Their names are Debian's and Ubuntu's.
     if ! command -v apt-get >/dev/null; then
         echo "please install:$packages" >&2
         exit 1
     fi
     sudo=
-    [ "$(id -u)" = 0 ] || sudo=sudo
+    if [ "$(id -u)" != 0 ]; then
+        sudo=sudo
+        # Without a terminal, nobody can be asked for a password.
+        if ! sudo -n true 2>/dev/null && ! { command -v sudo >/dev/null && [ -t 0 ]; }; then
+            echo "only root can install what is missing: apt-get install$packages" >&2
+            exit 1
+        fi
+    fi
     $sudo apt-get update -qq
     # shellcheck disable=SC2086 # a list of packages
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
