@@ -8,6 +8,7 @@
 //! - [`frames`]: what both sides say to each other, changed or cut off on its way.
 //! - [`ferry`]: `ferry run`, `ferry receive`, `ferry migrate` in tests' words.
 //! - [`pair`]: a guest that runs and a process that waits for it, and what holds when the move ends.
+//! - [`traveller`]: a guest that moves from process to process, and its whole life.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`hanging`]: a disk image whose storage is slow, fails or stops answering.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
@@ -35,6 +36,7 @@ pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod skip;
+pub mod traveller;
 pub mod verdict;
 
 pub use ferry_test_macros::needs;

@@ -1,36 +1,12 @@
 //! One guest, there and back again: small losses add up where one move would hide them.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use anyhow::{Context, Result, ensure};
-use ferry_tests::ferry::{self, Guest};
+use ferry_tests::ferry::Guest;
 use ferry_tests::process::Vmm;
-use ferry_tests::verdict::{Check, Heartbeat, Transcript};
+use ferry_tests::traveller::{Traveller, Way};
+use ferry_tests::verdict::Heartbeat;
 use ferry_tests::{disk, needs, skip};
-use std::path::Path;
 use std::time::Instant;
-
-/// Moves `host`'s guest `count` times, each time to a fresh process, and judges its whole life.
-fn hop(mut host: Vmm, count: u32, disk: Option<&Path>) -> Result<(Vmm, Vec<Heartbeat>)> {
-    let give = disk.map(|path| format!("disk0={}", path.display()));
-    let options: Vec<&str> = give.iter().flat_map(|give| ["--disk", give.as_str()]).collect();
-    let mut serials = Vec::new();
-    for number in 0..count {
-        let destination = ferry::receive_at("tcp:127.0.0.1:0", &options)?;
-        ferry::migrate_well(&host, &destination.address, &[])
-            .with_context(|| format!("hop {number}"))?;
-        serials.push(host.serial().clone());
-        host = destination.vmm;
-    }
-    // Heartbeats are rarer than hops; a few more show that it lives.
-    let from = host.serial().count();
-    host.serial().wait_from(from + 2, "^HB ", ferry_tests::process::SOON)?;
-    let check: Check = host.check()?;
-    ensure!(check.corrupt == 0, "{check:?}");
-    serials.push(host.serial().clone());
-    let life = Transcript::of(&serials);
-    let beats = life.judge()?;
-    Ok((host, beats))
-}
 
 #[test]
 #[needs(kvm)]
@@ -38,10 +14,11 @@ fn a_guest_survives_200_hops_with_memory_registers_and_clocks() {
     // Heartbeats often, so that hops fall into sending them too.
     let work = "work=dirty fill=random fill_pct=50 ws_mb=4 rate_mbps=40 pattern=rand hb_ms=20";
     let guest = Guest::new(work, 64).cpus(2);
-    let host = ferry::run(&guest).unwrap();
-    let first = next_beat(&host);
-    let (host, beats) = hop(host, 200, None).unwrap();
-    let last = next_beat(&host);
+    let mut guest = Traveller::start(&guest).unwrap();
+    let first = next_beat(&guest.vmm);
+    guest.hop_often(200, Way::default()).unwrap();
+    let (_, beats) = guest.verify().unwrap();
+    let last = next_beat(&guest.vmm);
     // The guest's clock ran all the time, and no faster than the host's.
     let wall_us = i64::try_from((last.1 - first.1).as_micros()).unwrap();
     let guest_us = last.0.time_us as i64 - first.0.time_us as i64;
@@ -92,10 +69,11 @@ fn a_disk_survives_60_hops_under_writes() {
     let image = folder.path().join("disk.img");
     disk::create(&image, 4 << 20).unwrap();
     let guest = Guest::new("work=disk hb_ms=20", 64).disk("disk0", &image);
-    let host = ferry::run(&guest).unwrap();
-    host.wait_line("^HB n=2 ").unwrap();
-    let (host, beats) = hop(host, 60, Some(&image)).unwrap();
-    host.qmp().unwrap().execute("stop", serde_json::json!({})).unwrap();
+    let mut guest = Traveller::start(&guest).unwrap();
+    let give = format!("disk0={}", image.display());
+    guest.hop_often(60, Way { receive: &["--disk", &give], ..Way::default() }).unwrap();
+    let (_, beats) = guest.verify().unwrap();
+    guest.vmm.qmp().unwrap().execute("stop", serde_json::json!({})).unwrap();
     let generations = disk::verify(&image).unwrap();
     assert!(generations >= beats[beats.len() - 1].generation, "the host lacks acknowledged writes");
 }
@@ -105,8 +83,8 @@ fn a_disk_survives_60_hops_under_writes() {
 fn sleepers_wake_on_time_through_60_hops() {
     for timer in ["deadline", "oneshot"] {
         let guest = Guest::new(&format!("work=idle hb_ms=10 timer={timer}"), 64).cpus(2);
-        let host = ferry::run(&guest).unwrap();
-        host.wait_line("^HB n=2 ").unwrap();
-        hop(host, 30, None).unwrap();
+        let mut guest = Traveller::start(&guest).unwrap();
+        guest.hop_often(30, Way::default()).unwrap();
+        guest.verify().unwrap();
     }
 }

@@ -12,11 +12,11 @@ fn boots(assets: &Assets, cpus: u8) -> Result<()> {
     let disk = Disk::new()?;
     let mut life = Life::begin(&guest(assets, "boot", cpus, &disk), &disk, &[])?;
     life.wait_line("^SHELL ")?;
-    let shell = life.vmm.process.started().elapsed();
+    let shell = life.guest.vmm.process.started().elapsed();
     let text = life.end()?;
     println!(
         "{cpus} vCPUs: shell after {shell:.1?}, end {:.1?}",
-        life.vmm.process.started().elapsed()
+        life.guest.vmm.process.started().elapsed()
     );
     ensure!(value(&text, "END", "cpus")? == cpus.to_string(), "{text}");
     disk.check()
@@ -46,7 +46,7 @@ fn moves_5_times_while_it_writes_and_checks_its_disk() {
             let ended = life.wait_line(" uptime=")?;
             life.wait_line_from(ended.index + 1, "^ROUND ")?;
         }
-        life.vmm.process.type_in("stop\n")?;
+        life.guest.vmm.process.type_in("stop\n")?;
         life.wait_line("^STOPPED by stop$")?;
         life.wait_line("^END ")?;
         let elapsed = first_round.elapsed();
@@ -99,11 +99,11 @@ fn the_power_button_is_pressed_before_and_after_a_move() {
         let disk = Disk::new()?;
         let mut life = Life::begin(&guest(assets, "button", 1, &disk), &disk, &[])?;
         life.wait_line("^READY")?;
-        life.vmm.qmp()?.execute("system_powerdown", json!({}))?;
+        life.guest.vmm.qmp()?.execute("system_powerdown", json!({}))?;
         life.wait_line(&format!("^BUTTON 1 *{press}"))?;
         life.hop()?;
-        life.vmm.qmp()?.execute("system_powerdown", json!({}))?;
-        life.vmm.serial().wait_for(&format!("^BUTTON 2 *{press}"), LIMIT)?;
+        life.guest.vmm.qmp()?.execute("system_powerdown", json!({}))?;
+        life.guest.vmm.serial().wait_for(&format!("^BUTTON 2 *{press}"), LIMIT)?;
         life.end()?;
         disk.check()
     });

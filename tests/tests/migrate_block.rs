@@ -5,9 +5,9 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::{Hosts, assert_failed, assert_goes_on, moving, started, text};
 use ferry_tests::image::{Pattern, allocated, assert_same, assert_same_as, fill, overlay};
-use ferry_tests::lines::Lines;
 use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::verdict::{Transcript, field};
+use ferry_tests::traveller::{Traveller, Way};
+use ferry_tests::verdict::field;
 use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -104,27 +104,18 @@ fn there_and_back_20_times_with_memory_and_disk_under_load() {
     disk::create(&hosts.at("a", "root.img"), 16 << 20).unwrap();
     let work = "work=disk hb_ms=20 ws_mb=12 ram_mbps=60";
     let guest = Guest::new(work, 64).disk("root", &hosts.at("a", "root.img"));
-    let mut host = ferry::run(&guest).unwrap();
-    host.wait_line("^HB n=2 ").unwrap();
-    let mut serials: Vec<Lines> = Vec::new();
-    for hop in 0..20 {
-        let (from, to) = if hop % 2 == 0 { ("a", "b") } else { ("b", "a") };
-        let folder = hosts.at(to, "");
-        let options = ["--disk-dir", text(&folder), "--overwrite"];
-        let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
-        ferry::migrate_well(&host, &destination.address, &["--disks", "full"])
-            .unwrap_or_else(|error| panic!("hop {hop} from {from}: {error:#}"));
-        serials.push(host.serial().clone());
-        host = destination.vmm;
+    let mut guest = Traveller::start(&guest).unwrap();
+    let [there, back] = ["b", "a"].map(|to| hosts.at(to, ""));
+    for folder in [&there, &back].into_iter().cycle().take(20) {
+        let receive = ["--disk-dir", text(folder), "--overwrite"];
+        let way = Way { receive: &receive, migrate: &["--disks", "full"], ..Way::default() };
+        guest.hop(way).unwrap();
     }
-    let from = host.serial().count();
-    let beat = host.serial().wait_from(from + 2, "^HB ", SOON).unwrap();
+    let (_, beats) = guest.verify().unwrap();
+    let beat = guest.vmm.wait_next_line("^HB ").unwrap();
     let rewritten = field(&beat.text, "ram_gen").unwrap();
     assert!(rewritten > 3072, "only {rewritten} pages were rewritten meanwhile");
-    assert_eq!(host.check().unwrap().corrupt, 0);
-    serials.push(host.serial().clone());
-    let beats = Transcript::of(&serials).judge().unwrap();
-    host.qmp().unwrap().execute("stop", json!({})).unwrap();
+    guest.vmm.qmp().unwrap().execute("stop", json!({})).unwrap();
     let written = disk::verify(&hosts.at("a", "root.img")).unwrap();
     assert!(written >= beats[beats.len() - 1].generation, "acknowledged writes are lost");
     assert_eq!(

@@ -3,12 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::lines::Lines;
 use ferry_tests::needs;
 use ferry_tests::pair::Pair;
-use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::process::SOON;
 use ferry_tests::proxy::{self, Proxy};
 use ferry_tests::qmp::{ENDS, is_end};
+use ferry_tests::traveller::Traveller;
 use serde_json::{Value, json};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,51 +79,36 @@ fn has_deltas(summary: &Value) -> bool {
     number("pages") > 0
 }
 
-/// A guest that moves from process to process.
-struct MovingGuest {
-    host: Vmm,
-    /// Where it was before.
-    earlier: Vec<Lines>,
+/// A guest that writes text.
+fn writer_of_text(work: &str) -> Traveller {
+    let work = format!("work=dirty fill=text {work} hb_ms=20");
+    Traveller::start(&Guest::new(&work, 128)).unwrap()
 }
 
-impl MovingGuest {
-    /// A guest that writes text.
-    fn boot(work: &str) -> Self {
-        let work = format!("work=dirty fill=text {work} hb_ms=20");
-        let host = ferry::run(&Guest::new(&work, 128)).unwrap();
-        host.wait_line("^HB n=2 ").unwrap();
-        Self { host, earlier: Vec::new() }
+/// Moves it once; the guest has found every byte of its memory there, at any time, ever since.
+fn hop(guest: &mut Traveller, mode: &[Wish], limits: &[&str]) -> Value {
+    let destination = ferry::receive().unwrap();
+    let proxy = proxy::start(&destination.address).unwrap();
+    let one_channel = !mode.iter().any(|wish| matches!(wish, Channels(_)));
+    let mut options: Vec<String> = mode.iter().flat_map(|wish| wish.options()).collect();
+    options.extend(one_channel.then(|| Channels(1).options()).into_iter().flatten());
+    let options: Vec<&str> =
+        options.iter().map(String::as_str).chain(limits.iter().copied()).collect();
+    let ended = guest.hop_to(destination, proxy.address(), &options).unwrap().ended;
+    for wish in mode.iter().filter(|wish| **wish != Xbzrle) {
+        wish.assert_seen(true, &ended.summary, proxy.connections());
     }
-
-    /// Moves it once; the guest has found every byte of its memory there, at any time, ever since.
-    fn hop(&mut self, mode: &[Wish], limits: &[&str]) -> Value {
-        let mut destination = ferry::receive().unwrap();
-        let proxy = proxy::start(&destination.address).unwrap();
-        let one_channel = !mode.iter().any(|wish| matches!(wish, Channels(_)));
-        let mut options: Vec<String> = mode.iter().flat_map(|wish| wish.options()).collect();
-        options.extend(one_channel.then(|| Channels(1).options()).into_iter().flatten());
-        let options: Vec<&str> =
-            options.iter().map(String::as_str).chain(limits.iter().copied()).collect();
-        let ended = ferry::migrate_well(&self.host, proxy.address(), &options).unwrap();
-        for wish in mode.iter().filter(|wish| **wish != Xbzrle) {
-            wish.assert_seen(true, &ended.summary, proxy.connections());
-        }
-        if one_channel {
-            assert_eq!(proxy.connections(), 2);
-        }
-        if !mode.contains(&Xbzrle) {
-            Xbzrle.assert_seen(false, &ended.summary, 0);
-        }
-        if !compresses(mode) {
-            assert!(ended.summary.get("compression").is_none(), "{}", ended.summary);
-        }
-        self.earlier.push(self.host.serial().clone());
-        let earlier: Vec<&Lines> = self.earlier.iter().collect();
-        ferry::verify_at(&mut destination.vmm, &earlier)
-            .unwrap_or_else(|error| panic!("{mode:?}: {error:?}"));
-        self.host = destination.vmm;
-        ended.summary
+    if one_channel {
+        assert_eq!(proxy.connections(), 2);
     }
+    if !mode.contains(&Xbzrle) {
+        Xbzrle.assert_seen(false, &ended.summary, 0);
+    }
+    if !compresses(mode) {
+        assert!(ended.summary.get("compression").is_none(), "{}", ended.summary);
+    }
+    guest.verify().unwrap_or_else(|error| panic!("{mode:?}: {error:?}"));
+    ended.summary
 }
 
 #[test]
@@ -132,15 +117,15 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
     // Writes little enough to converge by itself, and always the same 8 MiB, so that most of what is
     // sent in a later round has been sent before; and so little of a page that no compressor does
     // better than a delta.
-    let mut guest = MovingGuest::boot("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
+    let mut guest = writer_of_text("fill_pct=20 ws_mb=8 rate_mbps=20 change_pct=1");
     for mode in modes(&[Channels(4), Xbzrle, Zlib, Zstd]) {
         // Under a cap, so that fewer bytes are less time; text shrinks to a twentieth.
         let cap = if compresses(&mode) { "4M" } else { "60M" };
         let limits = ["--max-bandwidth", cap, "--downtime-limit", "5ms"];
-        let there_and_back = [guest.hop(&mode, &limits), guest.hop(&mode, &limits)];
+        let there_and_back = [hop(&mut guest, &mode, &limits), hop(&mut guest, &mode, &limits)];
         if mode.contains(&Xbzrle) && !there_and_back.iter().any(has_deltas) {
             // On a busy host the guest may have had no CPU for as long as a round takes.
-            let seen = (0..4).any(|_| has_deltas(&guest.hop(&mode, &limits)));
+            let seen = (0..4).any(|_| has_deltas(&hop(&mut guest, &mode, &limits)));
             assert!(seen, "{mode:?}: six moves without a delta, the first: {there_and_back:?}");
         }
     }
@@ -149,14 +134,14 @@ fn every_capability_and_every_pair_of_them_moves_a_guest_there_and_back() {
 #[test]
 #[needs(kvm)]
 fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
-    let mut guest = MovingGuest::boot("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
+    let mut guest = writer_of_text("fill_pct=15 ws_mb=16 rate_mbps=400 change_pct=50");
     for mode in modes(&[Channels(3), Xbzrle, Zlib, Zstd]) {
         if mode.len() == 2 {
             continue;
         }
         // Boldly: how it finds its way is not looked at here.
         let bold = json!({"cpu-throttle-initial": 70, "cpu-throttle-increment": 20});
-        guest.host.qmp().unwrap().execute("migrate-set-parameters", bold).unwrap();
+        guest.vmm.qmp().unwrap().execute("migrate-set-parameters", bold).unwrap();
         // What is compressed would be no trouble otherwise; deltas are not.
         let cap = match (compresses(&mode), mode.contains(&Xbzrle)) {
             (true, true) => "3M",
@@ -170,7 +155,7 @@ fn a_guest_that_has_to_be_slowed_down_moves_with_every_other_capability() {
             rounds.iter().any(|round| round["cpu-throttle-percentage"].as_u64() > Some(0))
         };
         // On a busy host the guest may be slow for want of a CPU.
-        let seen = (0..4).map(|_| guest.hop(&mode, &limits)).find(throttled);
+        let seen = (0..4).map(|_| hop(&mut guest, &mode, &limits)).find(throttled);
         let summary = seen.unwrap_or_else(|| panic!("{mode:?}: four moves, never slowed down"));
         // What packs to less than its delta is packed.
         if mode.contains(&Xbzrle) && !compresses(&mode) {

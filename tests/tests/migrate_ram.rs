@@ -4,22 +4,22 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
+use ferry_tests::traveller::{Traveller, Way};
 use ferry_tests::verdict::Transcript;
 use ferry_tests::{disk, needs};
 use serde_json::json;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Boots `guest`, moves it over `address`, and has it verified at the destination.
 fn move_and_verify(guest: &Guest, address: &str, options: &[&str]) {
-    let source = ferry::run(guest).unwrap();
-    source.wait_line("^HB n=2 ").unwrap();
-    let mut destination = ferry::receive_at(address, &[]).unwrap();
-    let ended = ferry::migrate_well(&source, &destination.address, options).unwrap();
-    assert_eq!(ended.summary["status"], "completed");
-    assert!(ended.summary["ram"]["total"].as_u64().unwrap() >= guest.memory_mb << 20);
-    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    let mut traveller = Traveller::start(guest).unwrap();
+    let hop = traveller.hop(Way { address, migrate: options, ..Way::default() }).unwrap();
+    let summary = hop.ended.summary;
+    assert_eq!(summary["status"], "completed");
+    assert!(summary["ram"]["total"].as_u64().unwrap() >= guest.memory_mb << 20);
+    traveller.verify().unwrap();
     // A CPU that wakes once per heartbeat may miss one by a hair; one that died misses all.
-    destination.vmm.wait_line(&format!("^HB .* alive={} ", guest.cpus)).unwrap();
+    traveller.vmm.wait_line(&format!("^HB .* alive={} ", guest.cpus)).unwrap();
 }
 
 #[test]
@@ -107,18 +107,30 @@ fn a_bandwidth_cap_holds_and_can_be_lifted_on_the_way() {
 fn a_paused_guest_arrives_paused_and_so_does_one_for_which_that_was_asked() {
     let guest = Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64);
     for (stop_first, options) in [(true, &[][..]), (false, &["--paused"][..])] {
-        let source = ferry::run(&guest).unwrap();
-        source.wait_line("^HB n=2 ").unwrap();
-        if stop_first {
-            source.qmp().unwrap().execute("stop", json!({})).unwrap();
+        let mut traveller = Traveller::start(&guest).unwrap();
+        let mut stopped = stop_first.then(|| {
+            traveller.vmm.qmp().unwrap().execute("stop", json!({})).unwrap();
+            Instant::now()
+        });
+        let before = traveller.transcript().heartbeats().last().unwrap().number;
+        traveller.hop(Way { receive: options, ..Way::default() }).unwrap();
+        let stopped = stopped.get_or_insert_with(Instant::now);
+        let mut qmp = traveller.vmm.qmp().unwrap();
+        while stopped.elapsed() < Duration::from_millis(300) {
+            assert_eq!(qmp.run_state().unwrap(), "paused");
         }
-        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", options).unwrap();
-        ferry::migrate_well(&source, &destination.address, &[]).unwrap();
-        let mut qmp = destination.vmm.qmp().unwrap();
-        assert_eq!(qmp.run_state().unwrap(), "paused");
-        assert_eq!(destination.vmm.serial().text(), "", "a paused guest says nothing");
+        let paused_us = u64::try_from(stopped.elapsed().as_micros()).unwrap();
         qmp.execute("cont", json!({})).unwrap();
-        ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+        traveller.verify().unwrap();
+        // What waited in its transmitter is sent at any time; it is its own clock that says that it did
+        // nothing meanwhile. This one it has begun after the check, so after the pause.
+        traveller.vmm.wait_next_line("^HB ").unwrap();
+        let gap_us = traveller.transcript().largest_gap_us(before + 1).unwrap();
+        let measured_by_both = paused_us * 98 / 100;
+        assert!(
+            gap_us > measured_by_both,
+            "paused for {paused_us} µs, the guest missed {gap_us} µs at most"
+        );
     }
 }
 
@@ -256,30 +268,24 @@ fn a_guest_that_writes_its_disk_moves_with_it() {
     disk::create(&image, 8 << 20).unwrap();
     let path = image.to_str().unwrap();
     let guest = Guest::new("work=disk", 64).disk("root", &image);
-    let mut host = ferry::run(&guest).unwrap();
-    host.wait_line("^READY work=disk .*id=root").unwrap();
-    host.wait_line("^HB n=2 ").unwrap();
-    let mut earlier = Vec::new();
+    let mut traveller = Traveller::start(&guest).unwrap();
+    traveller.vmm.wait_line("^READY work=disk .*id=root").unwrap();
+    let give = format!("root={path}");
+    let way = Way { receive: &["--disk", &give], migrate: &["--keep-source"], ..Way::default() };
+    let mut sources = Vec::new();
     for _ in 0..3 {
-        let give = format!("root={path}");
-        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
-        ferry::migrate_well(&host, &destination.address, &["--keep-source"]).unwrap();
-        let lines: Vec<_> = earlier.iter().map(Vmm::serial).chain([host.serial()]).collect();
-        ferry::verify_at(&mut destination.vmm, &lines).unwrap();
+        sources.push(traveller.hop(way).unwrap().source);
+        traveller.verify().unwrap();
         // The lock went with the guest: the old process is still there, and a third one is kept out.
         let kernel = guest_images::KERNEL;
         let third = ["run", "--kernel", kernel, "--disk", &format!("path={path}")];
         let (code, text) = ferry::end_of(third).unwrap();
         assert_eq!(code, 126, "{text}");
         assert!(text.contains("in use by another"), "{text}");
-        earlier.push(std::mem::replace(&mut host, destination.vmm));
     }
-    host.qmp().unwrap().execute("stop", json!({})).unwrap();
+    traveller.vmm.qmp().unwrap().execute("stop", json!({})).unwrap();
     let before = disk::verify(&image).unwrap();
-    let written = ferry_tests::verdict::Heartbeat::parse(
-        host.serial().from(0).iter().rev().find(|line| line.starts_with("HB ")).unwrap(),
-    );
-    let written = written.unwrap().generation;
+    let written = traveller.transcript().heartbeats().last().unwrap().generation;
     assert!(before >= written, "the host sees {before} of at least {written} acknowledged writes");
 }
 

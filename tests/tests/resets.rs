@@ -6,6 +6,7 @@ use ferry_tests::ferry::{self, Destination, Guest};
 use ferry_tests::hosts::{assert_goes_on, text};
 use ferry_tests::image::{Pattern, fill};
 use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::traveller::{Traveller, Way};
 use ferry_tests::{disk, needs, proxy, skip};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -56,13 +57,11 @@ fn reset(vmm: &mut Vmm, by: By) {
     assert_eq!(qmp.run_state().unwrap(), "running");
 }
 
-/// Moves the guest to a fresh process.
+/// Moves the guest to a fresh process, where it goes on.
 #[track_caller]
-fn hop(source: &Vmm, options: &[&str]) -> Vmm {
-    let Destination { vmm, address } = ferry::receive_at("tcp:127.0.0.1:0", options).unwrap();
-    ferry::migrate_well(source, &address, &[]).unwrap();
-    vmm.wait_line("^HB ").unwrap();
-    vmm
+fn hop(guest: &mut Traveller, receive: &[&str]) {
+    guest.hop(Way { receive, ..Way::default() }).unwrap();
+    guest.vmm.wait_line("^HB ").unwrap();
 }
 
 #[test]
@@ -72,8 +71,7 @@ fn a_guest_that_has_moved_is_reset_by_its_user_and_by_itself() {
     for (hops, what_becomes) in [(1, "deleted"), (3, "replaced"), (3, "deleted")] {
         let kernel = folder.path().join("kernel");
         kernel_at(&kernel, 0);
-        let mut vmm = ferry::run(&idle_guest(&kernel)).unwrap();
-        vmm.wait_line("^HB ").unwrap();
+        let mut guest = Traveller::start(&idle_guest(&kernel)).unwrap();
         match what_becomes {
             "deleted" => std::fs::remove_file(&kernel).unwrap(),
             _ => {
@@ -83,15 +81,15 @@ fn a_guest_that_has_moved_is_reset_by_its_user_and_by_itself() {
             }
         }
         for _ in 0..hops {
-            vmm = hop(&vmm, &[]);
+            hop(&mut guest, &[]);
         }
         for by in [By::User, By::Guest, By::User] {
-            reset(&mut vmm, by);
+            reset(&mut guest.vmm, by);
         }
         // The machine that was booted here moves as the first one did.
-        vmm = hop(&vmm, &[]);
+        hop(&mut guest, &[]);
         for by in [By::Guest, By::User] {
-            reset(&mut vmm, by);
+            reset(&mut guest.vmm, by);
         }
     }
 }
@@ -105,14 +103,14 @@ fn an_initrd_moves_with_the_guest_and_is_there_for_its_reset() {
     std::fs::File::create(&initrd).unwrap();
     fill(&initrd, 0, 3_000_001, Pattern::Random).unwrap();
     let guest = Guest { initrd: Some(initrd.clone()), ..idle_guest(&kernel) };
-    let mut vmm = ferry::run(&guest).unwrap();
-    vmm.wait_line("^HB ").unwrap();
+    let mut guest = Traveller::start(&guest).unwrap();
     std::fs::remove_file(&kernel).unwrap();
     std::fs::remove_file(&initrd).unwrap();
     for by in [By::Guest, By::User] {
-        vmm = hop(&vmm, &[]);
-        assert!(deleted_files(&vmm).contains(&3_000_001), "{:?}", deleted_files(&vmm));
-        reset(&mut vmm, by);
+        hop(&mut guest, &[]);
+        let deleted = deleted_files(&guest.vmm);
+        assert!(deleted.contains(&3_000_001), "{deleted:?}");
+        reset(&mut guest.vmm, by);
     }
 }
 
@@ -122,16 +120,16 @@ fn a_guest_with_a_disk_is_reset_after_a_move_and_keeps_its_disk() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk");
     disk::create(&image, 4 << 20).unwrap();
-    let mut vmm = ferry::run(&Guest::new("work=disk", 64).disk("root", &image)).unwrap();
-    vmm.wait_line("^HB ").unwrap();
+    let guest = Guest::new("work=disk", 64).disk("root", &image);
+    let mut guest = Traveller::start(&guest).unwrap();
     let there = format!("root={}", text(&image));
     for _ in 0..2 {
-        vmm = hop(&vmm, &["--disk", &there]);
+        hop(&mut guest, &["--disk", &there]);
         for by in [By::User, By::Guest] {
-            reset(&mut vmm, by);
+            reset(&mut guest.vmm, by);
         }
     }
-    vmm.qmp().unwrap().execute("stop", json!({})).unwrap();
+    guest.vmm.qmp().unwrap().execute("stop", json!({})).unwrap();
     disk::verify(&image).unwrap();
 }
 
@@ -167,18 +165,17 @@ fn a_multiboot_guest_gets_its_command_line_and_modules_again_after_moves() {
         initrd: Some(PathBuf::from(modules)),
         ..Guest::new("wait", 64)
     };
-    let mut vmm = ferry::run(&guest).unwrap();
-    vmm.wait_line("^WAITING").unwrap();
+    let mut guest = Traveller::from(ferry::run(&guest).unwrap());
+    guest.vmm.wait_line("^WAITING").unwrap();
     // The first line begins with the kernel's name, so that is all of what the guest was told.
-    let told = vmm.serial().text();
+    let told = guest.vmm.serial().text();
     assert!(told.contains(&format!("MODULE {} a b HOLDS one", text(&first))), "{told}");
     std::fs::remove_file(&kernel).unwrap();
     std::fs::remove_file(&first).unwrap();
     std::fs::remove_file(&second).unwrap();
     for hops in 1..=3 {
-        let Destination { vmm: next, address } = ferry::receive().unwrap();
-        ferry::migrate_well(&vmm, &address, &[]).unwrap();
-        vmm = next;
+        guest.hop(Way::default()).unwrap();
+        let vmm = &mut guest.vmm;
         for by in [By::User, By::Guest] {
             let from = vmm.serial().text().len();
             let line = vmm.serial().count();
@@ -190,8 +187,9 @@ fn a_multiboot_guest_gets_its_command_line_and_modules_again_after_moves() {
             assert_eq!(vmm.serial().text()[from..], told, "after {hops} moves, {by:?}");
         }
     }
-    vmm.process.type_in("q").unwrap();
-    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 2 << 1 | 1, "as many as there are modules");
+    guest.vmm.process.type_in("q").unwrap();
+    let code = guest.vmm.process.exit_code(SOON).unwrap();
+    assert_eq!(code, 2 << 1 | 1, "as many as there are modules");
 }
 
 #[test]
@@ -292,9 +290,9 @@ fn the_copy_at_the_destination_is_an_unlinked_file_and_not_memory() {
     kernel_at(&large, 64 << 20);
     kernel_at(&small, 0);
     let arrived = |kernel: &Path| {
-        let source = ferry::run(&idle_guest(kernel)).unwrap();
-        source.wait_line("^HB ").unwrap();
-        hop(&source, &[])
+        let mut guest = Traveller::start(&idle_guest(kernel)).unwrap();
+        hop(&mut guest, &[]);
+        guest.vmm
     };
     let (mut with_large, mut with_small) = (arrived(&large), arrived(&small));
     let bytes = std::fs::metadata(&large).unwrap().len();
@@ -327,11 +325,11 @@ fn a_reset_that_cannot_be_done_is_an_error_and_the_old_machine_goes_on() {
     assert_goes_on(&mut vmm);
     // The same by a guest that has moved, and whose destination used a file of its own.
     std::fs::write(&kernel, &bytes).unwrap();
-    let source = ferry::run(&idle_guest(&kernel)).unwrap();
-    source.wait_line("^HB ").unwrap();
+    let mut guest = Traveller::start(&idle_guest(&kernel)).unwrap();
     let own = folder.path().join("own");
     std::fs::copy(&kernel, &own).unwrap();
-    let mut there = hop(&source, &["--kernel", text(&own)]);
+    hop(&mut guest, &["--kernel", text(&own)]);
+    let mut there = guest.vmm;
     std::fs::write(&own, b"not a kernel").unwrap();
     let mut qmp = there.qmp().unwrap();
     let refusal = qmp.refused("system_reset", json!({})).unwrap();

@@ -3,8 +3,8 @@
 use super::{Assets, program};
 use crate::ferry::{self, Guest};
 use crate::lines::Found;
-use crate::process::{Process, Vmm};
-use crate::verdict::Transcript;
+use crate::process::Process;
+use crate::traveller::{Traveller, Way};
 use anyhow::{Context, Result, bail, ensure};
 use std::path::PathBuf;
 use std::process::Command;
@@ -66,19 +66,17 @@ pub fn guest(assets: &Assets, work: &str, cpus: u8, disk: &Disk) -> Guest {
     guest
 }
 
-/// One guest, wherever it runs: it moves from process to process.
+/// One guest, wherever it runs, and its disk.
 pub struct Life {
-    /// The process that has it.
-    pub vmm: Vmm,
-    /// Those that had it.
-    earlier: Vec<Vmm>,
+    /// The guest.
+    pub guest: Traveller,
     disk: PathBuf,
 }
 
 impl Life {
     /// Boots `guest`.
     pub fn begin(guest: &Guest, disk: &Disk, more: &[&str]) -> Result<Self> {
-        Ok(Self { vmm: ferry::run_with(guest, more)?, earlier: Vec::new(), disk: disk.path() })
+        Ok(Self { guest: ferry::run_with(guest, more)?.into(), disk: disk.path() })
     }
 
     /// Waits for a line from the process that has the guest now.
@@ -88,10 +86,9 @@ impl Life {
 
     /// The same, from line `from` of that process on.
     pub fn wait_line_from(&self, from: usize, pattern: &str) -> Result<Found> {
-        self.vmm
-            .serial()
-            .wait_from(from, pattern, LIMIT)
-            .with_context(|| format!("errors of ferry:\n{}", self.vmm.process.err.tail()))
+        let vmm = &self.guest.vmm;
+        let found = vmm.serial().wait_from(from, pattern, LIMIT);
+        found.with_context(|| format!("errors of ferry:\n{}", vmm.process.err.tail()))
     }
 
     /// Moves the guest to a new process; returns the downtime and the whole time in ms.
@@ -99,28 +96,21 @@ impl Life {
         let folder = tempfile::tempdir()?;
         let address = format!("unix:{}", folder.path().join("migration").display());
         let disk = format!("root={}", self.disk.display());
-        let destination = ferry::receive_at(&address, &["--disk", &disk])?;
-        let ended = ferry::migrate_well(&self.vmm, &destination.address, &[])?;
-        self.earlier.push(std::mem::replace(&mut self.vmm, destination.vmm));
+        let way = Way { address: &address, receive: &["--disk", &disk], migrate: &[] };
+        let ended = self.guest.hop(way)?.ended;
         let number = |key: &str| {
             ended.summary[key].as_u64().with_context(|| format!("no {key}: {}", ended.summary))
         };
         Ok((number("downtime")?, number("total-time")?))
     }
 
-    /// All that it has printed.
-    pub fn transcript(&self) -> Transcript {
-        let vmms = self.earlier.iter().chain([&self.vmm]);
-        Transcript::of(vmms.map(Vmm::serial))
-    }
-
     /// Waits for its end, which must be a good one; returns all that it has printed.
     pub fn end(&mut self) -> Result<String> {
-        let code = self.vmm.process.exit_code(LIMIT);
-        let transcript = self.transcript();
+        let code = self.guest.vmm.process.exit_code(LIMIT);
+        let transcript = self.guest.transcript();
         let text = transcript.text();
         let code = code.with_context(|| format!("the guest does not end: {text}"))?;
-        ensure!(code == 0, "ferry ended with {code}: {} {text}", self.vmm.process.err.tail());
+        ensure!(code == 0, "ferry ended with {code}: {} {text}", self.guest.vmm.process.err.tail());
         judge(text)?;
         Ok(text.to_owned())
     }
