@@ -1,6 +1,7 @@
 //! Guest time from the TSC, time by kvmclock, and the LAPIC's timer for sleeping.
 
-use crate::machine::{cpuid, service_wrmsr};
+use crate::apic::{lapic_read, lapic_write};
+use crate::cpu::{cpuid, service_wrmsr};
 use core::arch::x86_64::_rdtsc;
 use core::cell::UnsafeCell;
 use core::ptr::read_volatile;
@@ -12,7 +13,6 @@ static BOOT: AtomicU64 = AtomicU64::new(0);
 static DEADLINE_TIMER: AtomicBool = AtomicBool::new(false);
 static KVMCLOCK_RUNS: AtomicBool = AtomicBool::new(false);
 
-const LAPIC: usize = 0xfee0_0000;
 const SPURIOUS: usize = 0xf0;
 const TIMER_VECTOR: usize = 0x320;
 const TIMER_MASKED: u32 = 1 << 16;
@@ -154,14 +154,6 @@ pub fn us(ticks: u64) -> u64 {
 /// Microseconds since boot.
 pub fn now_us() -> u64 {
     us(tsc().wrapping_sub(BOOT.load(Relaxed)))
-}
-
-pub fn lapic_write(register: usize, value: u32) {
-    unsafe { ((LAPIC + register) as *mut u32).write_volatile(value) };
-}
-
-pub fn lapic_read(register: usize) -> u32 {
-    unsafe { ((LAPIC + register) as *const u32).read_volatile() }
 }
 
 /// Chooses how to sleep: `deadline`, `oneshot`, or the best that there is.

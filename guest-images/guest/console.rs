@@ -3,7 +3,8 @@
 //! ([`flush`]). As any driver does, both write a FIFO's worth of bytes once the line status register has
 //! said that the transmitter is ready, and wait for that where need be. Input raises interrupt 4, which wakes a sleeper; loops look now and then ([`read`]).
 
-use crate::machine::{inb, ioapic_route, outb};
+use crate::apic::ioapic_route;
+use crate::cpu::{inb, outb};
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::fmt::{self, Write};

@@ -43,6 +43,9 @@ pub fn run(machine: &Machine) -> ! {
     }
     let took = us(tsc() - started).max(1);
     let kbps = requests * block_bytes as u64 * 1000 / took;
-    println!("DISKREAD requests={requests} us={took} kbps={kbps} iops={}", requests * 1_000_000 / took);
+    println!(
+        "DISKREAD requests={requests} us={took} kbps={kbps} iops={}",
+        requests * 1_000_000 / took
+    );
     machine::debug_exit(0)
 }

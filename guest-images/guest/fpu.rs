@@ -2,14 +2,12 @@
 //! then checks that they are still there.
 
 use crate::clock::{self, MSR_TSC_DEADLINE};
-use crate::heartbeat;
-use crate::machine::{SERVICE_SLEEP, SERVICE_WRMSR_AND_SLEEP};
+use crate::cpu::{SERVICE_SLEEP, SERVICE_WRMSR_AND_SLEEP};
+use crate::heartbeat::{self, FPU_CORRUPT};
 use core::arch::asm;
 use core::arch::x86_64::__cpuid_count;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// How often registers came back changed.
-pub static CORRUPT: AtomicU64 = AtomicU64::new(0);
 /// Vector registers and the 64-bit words of each.
 static REGISTERS: AtomicUsize = AtomicUsize::new(16);
 static WORDS: AtomicUsize = AtomicUsize::new(2);
@@ -133,7 +131,7 @@ fn wait<const HOW: u8>(cpu: usize, wait: &mut Wait) -> bool {
 
 fn must_hold(cpu: usize, held: bool) {
     if !held {
-        heartbeat::report_once(&CORRUPT, format_args!("fpu cpu={cpu}"));
+        heartbeat::report_once(&FPU_CORRUPT, format_args!("fpu cpu={cpu}"));
     }
 }
 

@@ -2,7 +2,6 @@
 
 use crate::clock::{self, ticks, tsc, us};
 use crate::console::{self, println};
-use crate::fpu;
 use crate::machine;
 use crate::smp::MAX_CPUS;
 use core::fmt;
@@ -31,10 +30,12 @@ static CLOCK_CORRUPT: AtomicU64 = AtomicU64::new(0);
 static KVMCLOCK_CORRUPT: AtomicU64 = AtomicU64::new(0);
 static CONTENT_CORRUPT: AtomicU64 = AtomicU64::new(0);
 static UNTOUCHED_CORRUPT: AtomicU64 = AtomicU64::new(0);
+/// How often registers came back changed.
+pub static FPU_CORRUPT: AtomicU64 = AtomicU64::new(0);
 
 /// Mismatches of every kind.
 pub fn corrupt() -> u64 {
-    [&CLOCK_CORRUPT, &KVMCLOCK_CORRUPT, &CONTENT_CORRUPT, &UNTOUCHED_CORRUPT, &fpu::CORRUPT]
+    [&CLOCK_CORRUPT, &KVMCLOCK_CORRUPT, &CONTENT_CORRUPT, &UNTOUCHED_CORRUPT, &FPU_CORRUPT]
         .iter()
         .map(|count| count.load(Relaxed))
         .sum()
@@ -144,7 +145,7 @@ impl Heartbeat {
             us(gaps.fold(0, u64::max)),
             bytes.wrapping_sub(self.last_bytes) / elapsed_us,
             corrupt(),
-            fpu::CORRUPT.load(Relaxed),
+            FPU_CORRUPT.load(Relaxed),
             alive,
             kvmclock_us,
         );

@@ -2,9 +2,11 @@
 #![no_std]
 #![no_main]
 
+mod apic;
 mod beside;
 mod clock;
 mod console;
+mod cpu;
 mod disk;
 mod diskread;
 mod fpu;
@@ -13,6 +15,7 @@ mod machine;
 mod paced;
 mod pages;
 mod runtime;
+mod selftest;
 mod sleeper;
 mod smp;
 mod virtio;
@@ -50,7 +53,7 @@ extern "C" fn guest_main(cpu: usize, start_info: u32) -> ! {
             "spin" | "dirty" => paced::run(&machine),
             "disk" => disk::run(&machine),
             "diskread" => diskread::run(&machine),
-            "selftest" => pages::self_test(&machine),
+            "selftest" => selftest::run(&machine),
             "fault" => machine::fault(),
             other => println!("ERROR unknown work={other}"),
         }

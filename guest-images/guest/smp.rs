@@ -1,7 +1,9 @@
 //! Starts the other CPUs and hands them their part of the work.
 
-use crate::clock::{lapic_write, ticks, tsc};
+use crate::apic::lapic_write;
+use crate::clock::{ticks, tsc};
 use crate::console::println;
+use crate::cpu;
 use crate::machine::{self, Machine};
 use core::ptr::{addr_of, copy_nonoverlapping};
 use core::sync::atomic::{AtomicUsize, Ordering::*};
@@ -31,7 +33,7 @@ static ARRIVED: AtomicUsize = AtomicUsize::new(1);
 pub fn wanted(machine: &Machine) -> usize {
     let cpus = match machine.text("cpus") {
         Some(_) => machine.number("cpus", 1) as usize,
-        None => machine::cpu_count(),
+        None => cpu::cpu_count(),
     };
     cpus.clamp(1, MAX_CPUS)
 }

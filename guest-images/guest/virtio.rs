@@ -2,6 +2,7 @@
 //! of requests is put in flight together and waited for asleep. Event index and indirect descriptors are
 //! used when the device offers them.
 
+use crate::apic;
 use crate::clock::{ticks, tsc, us};
 use crate::console::println;
 use crate::fpu;
@@ -142,8 +143,16 @@ impl Disk {
         }
         let rings = machine.page(0).cast::<u8>();
         let data = machine.page(RING_PAGES);
-        let mut disk =
-            Self { base, rings, data, slot_bytes, avail: 0, features: 0, acknowledged: 0, lost_interrupts: 0 };
+        let mut disk = Self {
+            base,
+            rings,
+            data,
+            slot_bytes,
+            avail: 0,
+            features: 0,
+            acknowledged: 0,
+            lost_interrupts: 0,
+        };
         if disk.get(VERSION) != 2 {
             return Err("the device is not virtio-mmio version 2");
         }
@@ -162,7 +171,7 @@ impl Disk {
         disk.set_wide(QUEUE_DRIVER, rings as usize + AVAIL);
         disk.set_wide(QUEUE_DEVICE, rings as usize + USED);
         disk.set(QUEUE_READY, 1);
-        machine::ioapic_route(irq, VECTOR);
+        apic::ioapic_route(irq, VECTOR);
         let ok = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK;
         disk.set(STATUS, ok);
         Ok(disk)
