@@ -80,6 +80,42 @@ fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
 
 #[test]
 #[needs(kvm)]
+fn a_hop_loses_no_option_of_a_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let (plain, odd) = (folder.path().join("plain"), folder.path().join("odd"));
+    for path in [&plain, &odd] {
+        disk::create(path, 1 << 20).unwrap();
+    }
+    let mut guest = Guest::new("work=disk", 64).disk("plain", &plain);
+    let options = "queues=2,cache=none,werror=stop,rerror=ignore";
+    guest.disks.push(format!("path={},id=odd,{options}", odd.display()));
+    let mut vmm = shuttle(&guest, &["-v"]);
+    let known = |vmm: &Vmm| {
+        let mut disks = vmm.qmp().unwrap().execute("query-block", json!({})).unwrap();
+        for disk in disks.as_array_mut().unwrap() {
+            // Grows as the guest writes.
+            disk["inserted"]["image"].as_object_mut().unwrap().remove("actual-size");
+        }
+        disks
+    };
+    vmm.wait_line("^HB n=1 ").unwrap();
+    let before = known(&vmm);
+    let odd = &before[1];
+    assert_eq!(
+        (&odd["device"], &odd["inserted"]["cache"]["direct"]),
+        (&json!("odd"), &json!(true))
+    );
+    assert_eq!((&odd["x-werror"], &odd["x-rerror"]), (&json!("stop"), &json!("ignore")));
+    for number in [1, 2] {
+        wait_for_move(&vmm, number);
+        assert_eq!(known(&vmm), before, "after move {number}");
+    }
+    vmm.process.type_in("q").unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest's own code");
+}
+
+#[test]
+#[needs(kvm)]
 fn timeout_and_expect_are_the_shuttles_own() {
     let guest = Guest::new("work=idle", 64);
     let mut vmm = shuttle(&guest, &["--timeout", "2s"]);

@@ -38,6 +38,9 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Send a command to a control socket
     Ctl(CtlArgs),
+    /// Run or receive a guest for `ferry run --migrate-every`, configured on standard input
+    #[command(hide = true)]
+    Child,
     /// Check this host's KVM and suggest fixes
     Doctor,
 }

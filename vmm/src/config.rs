@@ -1,9 +1,12 @@
 //! The configuration from the command line, a TOML file or both; validated in one place.
 
 mod disk;
+mod hop;
 mod units;
 
 pub use disk::{DiskConfig, ReceiveDisk, is_id};
+#[cfg(test)]
+pub(crate) use hop::tests::nothing_by_default;
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
 
 use crate::limits::Limits;
@@ -11,15 +14,16 @@ use crate::machine::description::check_rng;
 use devices::block::qcow2::BackingChoice;
 use migration::transport::Address;
 use regex_lite::Regex;
-use serde::{Deserialize, Deserializer, de::Error};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// Minimum RAM: kernels are loaded at 1 MiB.
 const MIN_MEMORY: u64 = 4 << 20;
+
 /// Backend of COM1.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum SerialConfig {
     /// Standard input and output.
     #[default]
@@ -47,7 +51,7 @@ impl FromStr for SerialConfig {
 }
 
 /// A control socket, `unix:PATH`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketPath(pub PathBuf);
 
 impl FromStr for SocketPath {
@@ -62,7 +66,8 @@ impl FromStr for SocketPath {
 }
 
 /// Options common to `ferry run` and `ferry receive`.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct HostConfig {
     /// Backend of COM1.
     pub serial: SerialConfig,
@@ -71,24 +76,29 @@ pub struct HostConfig {
     /// Exit after this long.
     pub timeout: Option<Duration>,
     /// Exit with success when serial output matches.
+    #[serde(with = "hop::pattern")]
     pub expect: Option<Regex>,
     /// Exit when the guest requests a reset.
     pub no_reboot: bool,
-    /// Exit with the parent process.
+    /// Exit with the parent process, which is a shuttle.
     pub with_parent: bool,
 }
 
 /// The files that a guest boots from, at its start and after each reset.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BootFiles {
     /// The kernel.
+    #[serde(with = "hop::os_path")]
     pub kernel: PathBuf,
     /// Initial ramdisk, or Multiboot modules.
+    #[serde(with = "hop::optional_os_path")]
     pub initrd: Option<PathBuf>,
 }
 
 /// A guest to boot.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RunConfig {
     /// Kernel and ramdisk.
     pub boot: BootFiles,
@@ -210,10 +220,6 @@ pub struct HostOptions {
     /// Exit with code 0 when the guest requests a reset
     #[arg(long)]
     pub no_reboot: bool,
-    /// Exit with the parent process; used by `--migrate-every`
-    #[arg(long, hide = true)]
-    #[serde(skip)]
-    pub with_parent: bool,
 }
 
 impl RunOptions {
@@ -237,7 +243,6 @@ impl RunOptions {
                 timeout: self.host.timeout.or(file.host.timeout),
                 expect: self.host.expect.or(file.host.expect),
                 no_reboot: self.host.no_reboot || file.host.no_reboot,
-                with_parent: self.host.with_parent,
             },
         }
     }
@@ -331,7 +336,7 @@ impl HostOptions {
             timeout,
             expect,
             no_reboot: self.no_reboot,
-            with_parent: self.with_parent,
+            with_parent: false,
         }
     }
 }

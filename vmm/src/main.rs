@@ -1,6 +1,7 @@
 //! The `ferry` program: argv -> configuration -> work -> exit code.
 
 use clap::Parser;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use vmm::error::chain;
 use vmm::exit_code::{self, Exit};
 use vmm::log_queue::{self, say, say_line};
 use vmm::setup::SetupError;
-use vmm::shuttle;
+use vmm::shuttle::{self, ChildConfig, Work};
 use vmm::supervisor;
 
 /// How long the process waits at its end for the log to be written.
@@ -21,7 +22,18 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(text) => return no_command(&text),
     };
-    let level = match cli.verbose {
+    // A child of the shuttle logs as much as that.
+    let (verbose, child) = match cli.command {
+        Command::Child => match ChildConfig::read(io::stdin().lock()) {
+            Ok(config) => (config.verbose, Some(config)),
+            Err(error) => {
+                eprintln!("ferry: no configuration on standard input: {error}");
+                return ExitCode::from(exit_code::USAGE);
+            }
+        },
+        _ => (cli.verbose, None),
+    };
+    let level = match verbose {
         0 => log::LevelFilter::Warn,
         1 => log::LevelFilter::Info,
         _ => log::LevelFilter::Debug,
@@ -31,8 +43,12 @@ fn main() -> ExitCode {
     env_logger::Builder::new().filter_level(level).parse_default_env().target(target).init();
     let code = match cli.command {
         Command::Run(args) => start(args.into_config(), |config| match config.migrate_every {
-            Some(every) => shuttle::run(config, every),
+            Some(every) => shuttle::run(config, every, verbose),
             None => supervisor::run(config),
+        }),
+        Command::Child => start(child.ok_or_else(Vec::new), |config| match config.into_work() {
+            Work::Run(config) => supervisor::run(config),
+            Work::Receive(config) => supervisor::receive(config),
         }),
         Command::Receive(args) => start(args.into_config(), supervisor::receive),
         Command::Migrate(args) => vmm::client::migrate::run(&args),

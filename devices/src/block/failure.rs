@@ -3,13 +3,15 @@
 //! worker asks it about each failure and keeps the requests.
 
 use crate::lock;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What to do about an I/O error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OnError {
     /// Report it to the guest.
     #[default]
@@ -49,7 +51,8 @@ impl OnError {
 }
 
 /// The policy for reads and for writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ErrorPolicy {
     /// `rerror`.
     pub on_read: OnError,

@@ -28,6 +28,7 @@ use bitmaps::Bitmaps;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use qcow2::BackingChoice;
 use raw::{Cache, OpenError, RawFile};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -39,7 +40,8 @@ use writes::{WriteGuard, Writes};
 pub const SECTOR_BYTES: u64 = 512;
 
 /// Image format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// The file's bytes are the disk's.
     #[default]
@@ -214,6 +216,11 @@ impl BlockNode {
     pub fn into_read_only(self) -> Self {
         self.bitmaps.set_read_only();
         Self { read_only: true, ..self }
+    }
+
+    /// What is done about its failed requests.
+    pub fn policy(&self) -> ErrorPolicy {
+        self.failures.policy
     }
 
     /// The same disk with an error policy.

@@ -7,6 +7,7 @@ use super::backend::{
 };
 use super::ofd_lock::{self, Operation};
 use rustix::fs::OFlags;
+use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -53,7 +54,8 @@ pub enum OpenError {
 }
 
 /// Whether the host's page cache is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Cache {
     /// Yes; the guest's flushes make writes durable.
     #[default]

@@ -5,11 +5,13 @@ use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::{Backing, BackingChoice};
 use devices::block::raw::Cache;
 use devices::virtio::blk::MAX_QUEUES;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 /// A disk: `path=…,id=…,format=raw,readonly=on,queues=4,cache=none`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// The image.
     pub path: PathBuf,
@@ -27,8 +29,6 @@ pub struct DiskConfig {
     pub queues: u16,
     /// Whether the host's page cache is used.
     pub cache: Cache,
-    /// As it was given.
-    pub text: String,
 }
 
 impl FromStr for DiskConfig {
@@ -74,8 +74,7 @@ impl FromStr for DiskConfig {
                 ));
             }
         };
-        let text = text.to_owned();
-        Ok(Self { path, id, format, backing, read_only, errors, queues, cache, text })
+        Ok(Self { path, id, format, backing, read_only, errors, queues, cache })
     }
 }
 

@@ -47,6 +47,7 @@ fn info(node: &BlockNode, sizes: &Sizes) -> Value {
 /// The reply to `query-block`.
 pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) -> Value {
     let device = |node: &BlockNode| {
+        let policy = node.policy();
         json!({
             "device": node.id(),
             "qdev": node.id(),
@@ -55,6 +56,8 @@ pub fn devices<'n>(nodes: impl Iterator<Item = &'n BlockNode>, sizes: &Sizes) ->
             "locked": false,
             "io-status": if node.is_stopped() { "failed" } else { "ok" },
             "inserted": info(node, sizes),
+            "x-rerror": policy.on_read.name(),
+            "x-werror": policy.on_write.name(),
         })
     };
     nodes.map(device).collect()

@@ -1,14 +1,13 @@
 //! A child process of the shuttle: starts it, connects to it and waits for its end.
 
-use super::{ChildId, Message};
+use super::child_config::{ChildConfig, Part};
+use super::{ChildId, FIRST, Message, User};
 use crate::client::{ClientError, QmpClient};
-use crate::config::RunConfig;
 use crate::console::ConsoleInput;
 use crate::control::Incoming;
 use crate::event_loop::Mailbox;
 use crate::exit_code::{self, Exit};
 use crate::log_queue::say_line;
-use devices::block::raw::Cache;
 use devices::transmitter::Transmitter;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
@@ -57,71 +56,25 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Starts the process that boots the guest.
-    pub fn boot(config: &RunConfig, folder: &Path, mailbox: &Mailbox<Message>) -> io::Result<Self> {
-        let mut command = ferry("run")?;
-        command.arg("--kernel").arg(&config.boot.kernel);
-        if let Some(initrd) = &config.boot.initrd {
-            command.arg("--initrd").arg(initrd);
-        }
-        command.arg("--cmdline").arg(&config.cmdline);
-        command.arg(format!("--memory={}B", config.memory_bytes));
-        command.arg(format!("--cpus={}", config.cpus));
-        command.arg(if config.acpi { "--acpi=on" } else { "--acpi=off" });
-        if config.rng {
-            command.arg("--rng");
-        }
-        for (_, disk) in &config.disks {
-            command.args(["--disk", &disk.text]);
-        }
-        if let Some(name) = &config.name {
-            command.args(["--name", name]);
-        }
-        Self::start(1, command, config, folder, mailbox)
-    }
-
-    /// Starts a process that receives the guest. What the guest boots from comes with it: by now the files may
-    /// be gone, or be others.
-    pub fn receive(
+    /// Starts child `id`, which gets the user's configuration whole.
+    pub fn start(
         id: ChildId,
-        config: &RunConfig,
-        folder: &Path,
-        mailbox: &Mailbox<Message>,
-    ) -> io::Result<Self> {
-        let mut command = ferry("receive")?;
-        command.arg(format!("unix:{}", address(folder, id).display()));
-        // The guest has its memory on this host already.
-        command.arg(format!("--max-memory={}B", config.memory_bytes));
-        command.arg(format!("--max-cpus={}", config.cpus));
-        for (id, disk) in &config.disks {
-            let cache = match disk.cache {
-                Cache::Writeback => "writeback",
-                Cache::None => "none",
-            };
-            let (on_read, on_write) = (disk.errors.on_read.name(), disk.errors.on_write.name());
-            command.arg("--disk").arg(format!(
-                "{id}={},format={},cache={cache},rerror={on_read},werror={on_write}",
-                disk.path.display(),
-                disk.format.name()
-            ));
-        }
-        Self::start(id, command, config, folder, mailbox)
-    }
-
-    fn start(
-        id: ChildId,
-        mut command: Command,
-        config: &RunConfig,
+        user: &User,
         folder: &Path,
         mailbox: &Mailbox<Message>,
     ) -> io::Result<Self> {
         let control = folder.join(format!("control-{id}"));
-        command.arg("--qmp").arg(format!("unix:{}", control.display()));
-        command.args(["--serial=stdio", "--with-parent"]);
-        if config.host.no_reboot {
-            command.arg("--no-reboot");
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let address = folder.join(format!("migrate-{id}"));
+        let given = ChildConfig {
+            verbose: user.verbose,
+            control: control.clone(),
+            part: if id == FIRST { Part::Boot } else { Part::Receive(address.clone()) },
+            config: user.config.clone(),
+        };
+        // Not by path: the file may have been replaced since this process started.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("child");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn()?;
         let pid = Pid::from_child(&process);
         // Not reaped yet, so the id is still its own.
@@ -132,6 +85,7 @@ impl Child {
         })?;
         let missing = || io::Error::other("a child process without pipes");
         let errors = process.stderr.take().ok_or_else(missing)?;
+        let input = process.stdin.take().ok_or_else(missing)?;
         let output = process.stdout.take();
         let (ending, ended) = channel();
         let to_us = mailbox.clone();
@@ -140,6 +94,13 @@ impl Child {
         thread("errors", move || {
             // Fails if nobody waits for it any more.
             let _ = last_telling.send(pass_errors(errors, &telling));
+        })?;
+        // On its own thread: it may be more than a pipe holds. Closing the pipe is its end.
+        thread("config", move || {
+            if let Err(error) = given.write(input) {
+                // The child says what is wrong with it.
+                log::debug!("child {id} did not take its configuration: {error}");
+            }
         })?;
         thread("wait", move || {
             let status = process.wait();
@@ -163,7 +124,6 @@ impl Child {
             let _ = ending.send(exit.clone());
             to_us.post(Message::Ended(id, exit));
         })?;
-        let address = address(folder, id);
         Ok(Self {
             id,
             control,
@@ -269,17 +229,6 @@ impl Child {
         // Fails if it has ended by itself.
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
     }
-}
-
-fn address(folder: &Path, id: ChildId) -> PathBuf {
-    folder.join(format!("migrate-{id}"))
-}
-
-fn ferry(verb: &str) -> io::Result<Command> {
-    // Not by path: the file may have been replaced since this process started.
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(verb);
-    Ok(command)
 }
 
 fn thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {

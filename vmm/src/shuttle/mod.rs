@@ -1,6 +1,6 @@
 //! `ferry run --migrate-every`: the guest runs in a child process and is migrated to a new one again and
-//! again, while this process keeps the console, control socket, timeout and exit code. Children are
-//! ordinary `ferry run` and `ferry receive` processes.
+//! again, while this process keeps the console, control socket, timeout and exit code. Children do
+//! what `ferry run` and `ferry receive` do; each gets the whole configuration ([`ChildConfig`]).
 //!
 //! ```text
 //! user ── console ─┬─ input ───────────▶ child n   (the guest)
@@ -10,7 +10,10 @@
 //! ```
 
 mod child;
+mod child_config;
 mod hop;
+
+pub use child_config::{ChildConfig, Work};
 
 use crate::client::ClientError;
 use crate::config::RunConfig;
@@ -54,6 +57,15 @@ const MAX_WAITING: usize = 64;
 
 /// Identifies a child.
 type ChildId = u32;
+/// The child that boots the guest.
+const FIRST: ChildId = 1;
+
+/// What the user has asked for, for every child.
+struct User {
+    config: RunConfig,
+    /// The number of `-v`.
+    verbose: u8,
+}
 
 /// A move in progress.
 struct Move {
@@ -63,7 +75,7 @@ struct Move {
 }
 
 struct Shuttle {
-    config: RunConfig,
+    user: User,
     every: Duration,
     folder: tempfile::TempDir,
     console: Console,
@@ -81,8 +93,9 @@ struct Shuttle {
     event_loop: EventLoop<Message>,
 }
 
-/// Boots a guest, moves it at the interval `every` until it ends, or the process is told to.
-pub fn run(config: RunConfig, every: Duration) -> Result<Exit, SetupError> {
+/// Boots a guest, moves it at the interval `every` until it ends, or the process is told to. `verbose` is
+/// the number of `-v`.
+pub fn run(config: RunConfig, every: Duration, verbose: u8) -> Result<Exit, SetupError> {
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
     let mut event_loop = EventLoop::open(control, config.host.timeout)?;
     let to_us = event_loop.mailbox().clone();
@@ -95,7 +108,8 @@ pub fn run(config: RunConfig, every: Duration) -> Result<Exit, SetupError> {
     let folder = folder.map_err(SetupError::start("make a folder for sockets"))?;
     let pump = Pump::start(console.output(), event_loop.mailbox().clone());
     let pump = pump.map_err(SetupError::start("start the thread that forwards output"))?;
-    let current = Child::boot(&config, folder.path(), event_loop.mailbox());
+    let user = User { config, verbose };
+    let current = Child::start(FIRST, &user, folder.path(), event_loop.mailbox());
     let mut current = current.map_err(SetupError::start("start the process of the guest"))?;
     pump.follow(current.id(), current.take_output());
     // A child that refuses connections has ended: the event loop gets its exit code and its output.
@@ -105,14 +119,14 @@ pub fn run(config: RunConfig, every: Duration) -> Result<Exit, SetupError> {
         event_loop.set_alarm(every);
     }
     event_loop::serve(Shuttle {
-        config,
+        user,
         every,
         folder,
         console,
         pump,
         current,
         connection,
-        last_id: 1,
+        last_id: FIRST,
         moving: None,
         ended: BTreeMap::new(),
         drained: None,
@@ -132,7 +146,7 @@ impl Shuttle {
     fn start_move(&mut self) {
         let id = self.last_id + 1;
         self.last_id = id;
-        let started = Child::receive(id, &self.config, self.folder(), self.event_loop.mailbox());
+        let started = Child::start(id, &self.user, self.folder(), self.event_loop.mailbox());
         let mut to = match started {
             Ok(to) => to,
             Err(error) => {

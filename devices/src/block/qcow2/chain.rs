@@ -13,6 +13,7 @@ use imago::file::File as ImagoFile;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io;
@@ -26,7 +27,8 @@ const MAX_DEPTH: usize = 16;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// A backing file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Backing {
     /// The file.
     pub path: PathBuf,
@@ -35,7 +37,8 @@ pub struct Backing {
 }
 
 /// Which backing file an image has.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BackingChoice {
     /// The one that its header records, if any.
     #[default]
