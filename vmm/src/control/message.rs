@@ -1,7 +1,7 @@
 //! QMP framing: splits a byte stream into JSON requests and encodes replies and events. Used by `control`.
 //! As in QEMU, strings may have single quotes, and `\'` is an apostrophe in both kinds.
 
-use serde::de::{self, MapAccess, Visitor};
+use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::fmt;
@@ -148,28 +148,70 @@ fn double_quoted(bytes: &[u8]) -> Cow<'_, [u8]> {
     json.into()
 }
 
-/// A JSON object without duplicate keys, which `serde_json` would accept.
-struct Unique(Map<String, Value>);
+/// A JSON value without duplicate keys at any depth, which `serde_json` would accept.
+struct Unique(Value);
 
 impl<'de> de::Deserialize<'de> for Unique {
     fn deserialize<D: de::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Keys;
-        impl<'de> Visitor<'de> for Keys {
-            type Value = Unique;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Unique, A::Error> {
-                let mut object = Map::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    if object.insert(key.clone(), value).is_some() {
-                        return Err(de::Error::custom(format!("key {key:?} is there twice")));
-                    }
-                }
-                Ok(Unique(object))
-            }
+        deserializer.deserialize_any(UniqueKeys).map(Self)
+    }
+}
+
+struct UniqueKeys;
+
+impl<'de> Visitor<'de> for UniqueKeys {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Value, A::Error> {
+        let mut array = Vec::new();
+        while let Some(Unique(element)) = elements.next_element()? {
+            array.push(element);
         }
-        deserializer.deserialize_map(Keys)
+        Ok(array.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some(key) = members.next_key::<String>()? {
+            if object.contains_key(&key) {
+                return Err(de::Error::custom(format!("key {key:?} is there twice")));
+            }
+            let Unique(value) = members.next_value()?;
+            object.insert(key, value);
+        }
+        Ok(object.into())
     }
 }
 
@@ -178,7 +220,8 @@ fn parse(bytes: &[u8]) -> Result<Request, BadRequest> {
         Err(BadRequest { id: id.cloned(), error: QmpError::generic(desc), fatal: false })
     };
     let mut object = match serde_json::from_slice::<Unique>(&double_quoted(bytes)) {
-        Ok(Unique(object)) => object,
+        Ok(Unique(Value::Object(object))) => object,
+        Ok(Unique(_)) => return bad(None, "QMP input must be a JSON object".into()),
         Err(error) => return bad(None, format!("Invalid JSON syntax: {error}")),
     };
     let id = object.remove("id");
@@ -303,6 +346,24 @@ mod tests {
             let found = Framer::default().push(bad.as_bytes());
             assert!(matches!(found.as_slice(), [Err(_)]), "{bad}: {found:?}");
         }
+    }
+
+    #[test]
+    fn a_key_that_is_there_twice_is_refused_by_name_at_any_depth() {
+        for bad in [
+            r#"{"execute":"a","id":1,"id":2}"#,
+            r#"{"execute":"a","arguments":{"id":1,"x":null,"id":2}}"#,
+            r#"{"execute":"a","arguments":{"x":[1.5,{"y":{"id":-1,"id":true}}]}}"#,
+        ] {
+            let found = Framer::default().push(bad.as_bytes());
+            let [Err(bad)] = found.as_slice() else { panic!("{bad}: {found:?}") };
+            assert!(bad.error.desc.contains("key \"id\" is there twice"), "{bad:?}");
+        }
+        let good =
+            json!({"id": [null, true, -1, 1.5, u64::MAX, "x", {"id": {"id": []}}], "x": {"id": 1}});
+        let found = Framer::default()
+            .push(json!({"execute": "a", "arguments": good}).to_string().as_bytes());
+        assert_eq!(Value::from(found[0].as_ref().unwrap().arguments.clone()), good);
     }
 
     #[test]
