@@ -15,6 +15,7 @@ use super::backend::{
 use super::ofd_lock::Operation;
 use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_file};
 use super::{Format, SECTOR_BYTES};
+use crate::lock;
 use chain::Chain;
 pub use chain::{Backing, BackingChoice};
 use imago::file::File as ImagoFile;
@@ -25,13 +26,16 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// An image whose metadata is loaded. Write-locked for operations that may invalidate mappings in use:
+/// discards.
+type Image = RwLock<FormatAccess<ImagoFile>>;
 
 /// An open qcow2 image.
 pub struct Qcow2File {
-    /// `None` while it is not locked. Write-locked for operations that may invalidate mappings in use:
-    /// discards.
-    image: RwLock<Option<FormatAccess<ImagoFile>>>,
+    /// `None` while it is not locked.
+    image: Mutex<Option<Arc<Image>>>,
     /// The image's open file description, which holds the lock.
     file: File,
     /// The image's name.
@@ -145,7 +149,7 @@ impl Qcow2File {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
         let chain = backing.map(Chain::open).transpose().map_err(failed)?;
-        let (image, path, at) = (RwLock::new(None), path.to_owned(), at.to_owned());
+        let (image, path, at) = (Mutex::new(None), path.to_owned(), at.to_owned());
         Ok(Self { image, file, path, at, len_bytes, read_only, cache, choice, chain })
     }
 
@@ -167,13 +171,19 @@ impl Qcow2File {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
         lock_file(&self.file, &self.path, operation)?;
         self.chain.as_ref().map_or(Ok(()), Chain::lock)?;
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let mut image = lock(&self.image);
         if image.is_none() {
             let location = self.path.display().to_string();
-            *image =
-                Some(self.load().map_err(|source| LockError::Unreadable { location, source })?);
+            let loaded = self.load();
+            let loaded = loaded.map_err(|source| LockError::Unreadable { location, source })?;
+            *image = Some(Arc::new(RwLock::new(loaded)));
         }
         Ok(())
+    }
+
+    /// The image, if it is locked. Whoever still uses it after an unlock keeps nobody waiting.
+    fn loaded(&self) -> Option<Arc<Image>> {
+        lock(&self.image).clone()
     }
 
     /// Calls `work` with the image.
@@ -184,8 +194,8 @@ impl Qcow2File {
         &self,
         work: impl FnOnce(&FormatAccess<ImagoFile>) -> io::Result<T>,
     ) -> io::Result<T> {
-        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
-        work(image.as_ref().ok_or_else(not_locked)?)
+        let image = self.loaded().ok_or_else(not_locked)?;
+        work(&image.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The same, for what has nothing to do while the image is not locked: unlocking has flushed it.
@@ -193,8 +203,8 @@ impl Qcow2File {
         &self,
         work: impl FnOnce(&FormatAccess<ImagoFile>) -> io::Result<()>,
     ) -> io::Result<()> {
-        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
-        image.as_ref().map_or(Ok(()), work)
+        let Some(image) = self.loaded() else { return Ok(()) };
+        work(&image.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The same as [`Qcow2File::with`], while nobody else uses it.
@@ -202,8 +212,8 @@ impl Qcow2File {
         &self,
         work: impl FnOnce(&mut FormatAccess<ImagoFile>) -> io::Result<T>,
     ) -> io::Result<T> {
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
-        work(image.as_mut().ok_or_else(not_locked)?)
+        let image = self.loaded().ok_or_else(not_locked)?;
+        work(&mut image.write().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -315,10 +325,17 @@ impl BlockBackend for Qcow2File {
     }
 
     fn unlock(&self) {
-        let image = self.image.write().unwrap_or_else(PoisonError::into_inner).take();
+        let image = lock(&self.image).take();
         // The caller has written it back; this is for one that gave up.
-        if let Some(Err(error)) = image.map(|image| image.flush()) {
-            log::error!("{}: {error}", self.path.display());
+        match image.as_ref().map(|image| image.try_write()) {
+            Some(Ok(image)) => {
+                if let Err(error) = image.flush() {
+                    log::error!("{}: {error}", self.path.display());
+                }
+            }
+            // A reader of a cancelled copy, for example, whose storage hangs. It reads what it likes.
+            Some(Err(_)) => log::warn!("{}: unlocked while it is being read", self.path.display()),
+            None => {}
         }
         unlock_file(&self.file, &self.path);
         if let Some(chain) = &self.chain {

@@ -250,3 +250,50 @@ fn a_recorded_backing_file_can_be_overruled_or_left_out() {
     std::fs::remove_file(&backing.path).unwrap();
     assert_eq!(first_byte(BackingChoice::None), (0, None));
 }
+
+#[test]
+fn an_unlock_does_not_wait_for_a_reader_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let image =
+        Qcow2File::create(&folder.path().join("new"), &path, 1 << 20, Cache::Writeback, None);
+    let image = image.unwrap();
+    std::fs::rename(folder.path().join("new"), &path).unwrap();
+    image.lock().unwrap();
+    image.write_at(&[7; 512], 0).unwrap();
+    image.write_back().unwrap();
+    let (image, other) = (
+        std::sync::Arc::new(image),
+        Qcow2File::open(&path, false, Cache::Writeback, BackingChoice::Recorded).unwrap(),
+    );
+    let (reading, is_reading) = std::sync::mpsc::channel();
+    let (go_on, goes_on) = std::sync::mpsc::channel::<()>();
+    let same = image.clone();
+    let reader = std::thread::spawn(move || {
+        same.with(|_| {
+            reading.send(()).unwrap();
+            // As a read whose storage hangs.
+            let _ = goes_on.recv();
+            Ok(())
+        })
+    });
+    is_reading.recv().unwrap();
+    let (tell, unlocked) = std::sync::mpsc::channel();
+    let same = image.clone();
+    let unlocker = std::thread::spawn(move || {
+        same.unlock();
+        tell.send(()).unwrap();
+    });
+    unlocked.recv_timeout(std::time::Duration::from_secs(20)).expect("it waits for the reader");
+    other.lock().unwrap();
+    assert!(image.read_at(&mut [0; 512], 0).is_err(), "not locked");
+    other.unlock();
+    // It can be had back while the old reader still hangs.
+    image.lock().unwrap();
+    let mut sector = [0; 512];
+    image.read_at(&mut sector, 0).unwrap();
+    assert_eq!(sector, [7; 512]);
+    drop(go_on);
+    reader.join().unwrap().unwrap();
+    unlocker.join().unwrap();
+}
