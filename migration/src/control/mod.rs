@@ -297,8 +297,9 @@ impl Control {
             match self.read_frame() {
                 Ok(Frame { kind: Kind::KeepAlive, .. }) => {}
                 Ok(frame) => {
-                    // While the inbox is full the peer cannot send: that is not silence.
-                    if !inbox.deliver(frame, || liveness.heard()) {
+                    // While the inbox is full the peer cannot send: that is not silence, for a while.
+                    let since = Instant::now();
+                    if !inbox.deliver(frame, || liveness.excuse(since, self.patience())) {
                         return;
                     }
                 }

@@ -65,6 +65,13 @@ impl Outbox {
         self.queue().pushed
     }
 
+    /// Whether everything is out.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        let queue = self.queue();
+        queue.sent == queue.pushed
+    }
+
     /// Time since the last write.
     pub(super) fn quiet(&self) -> Duration {
         self.queue().last_sent.elapsed()
@@ -78,11 +85,7 @@ impl Outbox {
         number: u64,
     ) -> io::Result<Progress> {
         let progress = self.write(&mut devices::lock(&self.writer), transport, number);
-        while std::mem::take(&mut self.queue().urgent) {
-            let pushed = self.pushed();
-            // If the connection is broken, the next writer meets that too.
-            let _ = self.write(&mut devices::lock(&self.writer), transport, pushed);
-        }
+        self.write_urgent(transport);
         progress
     }
 
@@ -90,12 +93,30 @@ impl Outbox {
     pub(super) fn try_write_some(&self, transport: &dyn Transport, number: u64) -> io::Result<()> {
         // Before the lock is tried: whoever holds it looks after releasing it.
         self.queue().urgent = true;
+        let Some(mut writer) = self.try_writer() else { return Ok(()) };
+        let written = self.write(&mut writer, transport, number).map(drop);
+        drop(writer);
+        self.write_urgent(transport);
+        written
+    }
+
+    /// Writes what [`Outbox::try_write_some`] could not while this thread was writing.
+    fn write_urgent(&self, transport: &dyn Transport) {
+        while self.queue().urgent {
+            // Whoever is writing by now looks in turn.
+            let Some(mut writer) = self.try_writer() else { return };
+            self.queue().urgent = false;
+            let pushed = self.pushed();
+            // If the connection is broken, the next writer meets that too.
+            let _ = self.write(&mut writer, transport, pushed);
+        }
+    }
+
+    fn try_writer(&self) -> Option<MutexGuard<'_, Writer>> {
         match self.writer.try_lock() {
-            Err(TryLockError::WouldBlock) => Ok(()),
-            Err(TryLockError::Poisoned(poisoned)) => {
-                self.write(&mut poisoned.into_inner(), transport, number).map(drop)
-            }
-            Ok(mut writer) => self.write(&mut writer, transport, number).map(drop),
+            Ok(writer) => Some(writer),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 

@@ -204,15 +204,18 @@ impl Transport for Slow {
     }
 }
 
-#[test]
-fn who_must_not_be_held_up_does_not_wait_for_a_slow_write() {
+/// What the peer gets if `first` is in the middle of a write when another thread has a frame that must not be
+/// held up.
+fn a_frame_during_a_slow_write(
+    first: impl FnOnce(Control) -> Result<(), WireError> + Send + 'static,
+) {
     let (ours, theirs) = MemoryLink::new(None).connect();
     let (tell_writing, writing) = channel();
     let (let_go, go_on) = channel();
     let slow = Slow { inner: ours, writing: tell_writing, go_on: Mutex::new(go_on) };
     let (control, _threads) = Control::start(Arc::new(slow), CancelToken::new()).unwrap();
     let sending = control.clone();
-    let sender = std::thread::spawn(move || sending.send(Kind::Eof, &[1]));
+    let sender = std::thread::spawn(move || first(sending));
     writing.recv().unwrap();
     let trying = control.clone();
     let (tell, tried) = channel();
@@ -222,11 +225,19 @@ fn who_must_not_be_held_up_does_not_wait_for_a_slow_write() {
     tried.expect("it waits for the other").unwrap();
     trier.join().unwrap().unwrap();
     sender.join().unwrap().unwrap();
+    // Whoever was writing has written both, before anything else is sent.
+    assert!(control.0.outbox.is_empty(), "the second frame waits for the next one");
     // Both are whole, in the order of pushing.
     let (peer, _peer_threads) = Control::start(Arc::new(theirs), CancelToken::new()).unwrap();
     let limit = Limit::alive("a frame");
     assert_eq!(peer.expect(Kind::Eof, &limit).unwrap(), [1]);
     assert!(peer.expect(Kind::CalledOff, &limit).unwrap().is_empty());
+}
+
+#[test]
+fn who_must_not_be_held_up_does_not_wait_for_a_slow_write() {
+    a_frame_during_a_slow_write(|control| control.send(Kind::Eof, &[1]));
+    a_frame_during_a_slow_write(|control| control.try_send(Kind::Eof, &[1]));
 }
 
 #[test]
@@ -316,4 +327,20 @@ fn a_peer_that_sends_more_than_is_looked_at_has_to_wait() {
     }
     assert_eq!(sent.load(std::sync::atomic::Ordering::Relaxed), 64);
     drop(threads);
+}
+
+#[test]
+fn a_peer_that_is_silent_while_the_inbox_is_full_is_not_alive_for_ever() {
+    let patience = Duration::from_millis(100);
+    let (control, _threads, peer, _) = control(patience);
+    let mut frame = Vec::new();
+    wire::append_frame(&mut frame, Kind::Section, &[0; 16]).unwrap();
+    // More than may be kept, and then nothing.
+    crate::tests::write_all(&peer, &frame.repeat(1000));
+    let began = Instant::now();
+    while !control.is_lost() {
+        assert!(began.elapsed() < patience * 200, "a silent peer is taken for alive");
+        std::thread::park_timeout(patience / 10);
+    }
+    assert!(began.elapsed() > patience * 3, "this side was the slow one: {:?}", began.elapsed());
 }

@@ -173,6 +173,7 @@ impl<'g> StopClock<'g> {
 
     /// Body of the watching thread: returns when the guest is taken or the deadline has passed.
     pub(super) fn watch(&self) {
+        be_on_time();
         let mut state = self.lock();
         while !state.done {
             let left = state.deadline.saturating_duration_since(Instant::now());
@@ -198,6 +199,16 @@ impl<'g> StopClock<'g> {
                 }
             }
         }
+    }
+}
+
+/// Undoes for the calling thread that migration threads yield to vCPUs: it inherits that from `mig-out`, but
+/// a guest that is stopped waits for it. Needs CAP_SYS_NICE or an `ulimit -e` that allows it; without,
+/// the thread still sleeps until the deadline and so is preferred to whoever has used its time.
+fn be_on_time() {
+    let thread = rustix::thread::gettid();
+    if let Err(error) = rustix::process::setpriority_process(Some(thread), 0) {
+        log::debug!("the deadline's thread keeps its priority: {error}");
     }
 }
 

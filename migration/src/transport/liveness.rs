@@ -30,6 +30,14 @@ impl Liveness {
         self.heard_us.store(micros(self.origin.elapsed()), Ordering::Relaxed);
     }
 
+    /// This side has received nothing since `since` because it does not read: for a while that is not the
+    /// peer's silence, as in [`Liveness::check`].
+    pub fn excuse(&self, since: Instant, patience: Duration) {
+        if since.elapsed() < patience * ALIVE_TIMES {
+            self.heard();
+        }
+    }
+
     /// Time since something was received.
     pub fn silence(&self) -> Duration {
         let heard = Duration::from_micros(self.heard_us.load(Ordering::Relaxed));
