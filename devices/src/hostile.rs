@@ -1,5 +1,6 @@
 //! Hostile device state for tests: arbitrary JSON, and valid state with a few values replaced.
 
+use crate::state::JsonText;
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -33,7 +34,9 @@ pub(crate) fn any_changes() -> impl Strategy<Value = Vec<(usize, Value)>> {
 }
 
 /// Applies the replacements.
-pub(crate) fn change(state: &mut Value, changes: &[(usize, Value)]) {
+pub(crate) fn change(text: &mut JsonText, changes: &[(usize, Value)]) {
+    let mut value: Value = text.decode().expect("a record of ours");
+    let state = &mut value;
     for (which, value) in changes {
         let mut leaves = Vec::new();
         collect(state, &mut leaves);
@@ -42,6 +45,7 @@ pub(crate) fn change(state: &mut Value, changes: &[(usize, Value)]) {
             *leaf = value.clone();
         }
     }
+    *text = value.into();
 }
 
 fn collect<'a>(value: &'a mut Value, leaves: &mut Vec<&'a mut Value>) {

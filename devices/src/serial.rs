@@ -8,8 +8,8 @@
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
-use crate::state::Persist;
-use crate::transmitter::{self, Transmitter};
+use crate::state::{Persist, at_most};
+use crate::transmitter::{self, BUFFER_BYTES, Transmitter};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
@@ -284,10 +284,15 @@ pub struct SerialState {
     modem_control: u8,
     modem_status: u8,
     scratch: u8,
+    #[serde(deserialize_with = "at_most::<_, _, FIFO_BYTES>")]
     input_fifo: Vec<u8>,
     /// Added within version 1; absent means that everything was sent. Omitted when empty, so that older
     /// builds accept the record.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "at_most::<_, _, BUFFER_BYTES>"
+    )]
     unsent: Vec<u8>,
 }
 

@@ -214,7 +214,7 @@ fn main() {
                 Ok(MachineDescription {
                     version: 1,
                     ram_bytes: size_mib << 20,
-                    machine: serde_json::Value::Null,
+                    machine: serde_json::Value::Null.into(),
                 })
             },
             participants: vec![Box::new(RamOutgoing::new(source_ram, params.get().channels()))],

@@ -7,7 +7,7 @@
 //! [`surrender`]: PausedGuest::surrender
 
 use devices::ram::{GuestRam, PageIndex, RamLayout};
-use devices::state::DeviceRecord;
+use devices::state::{DeviceRecord, JsonText};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -138,7 +138,7 @@ pub struct MachineDescription {
     /// RAM in bytes; must agree with `machine`.
     pub ram_bytes: u64,
     /// vCPUs, disks, CPU features and all that makes guest-visible hardware.
-    pub machine: serde_json::Value,
+    pub machine: JsonText,
 }
 
 /// The dirty log of guest RAM: KVM's log merged with the marks of device writes. Hides whether the host

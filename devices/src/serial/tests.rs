@@ -272,7 +272,7 @@ proptest! {
         console.write(DATA, b"ho");
         let mut record = console.save_record("");
         match other {
-            Some(other) => record.state = other,
+            Some(other) => record.state = other.into(),
             None => change(&mut record.state, &changes),
         }
         if console.restore_record(record).is_ok() {

@@ -235,7 +235,9 @@ mod tests {
         destination.transport.resume();
         assert_eq!(destination.ask(32, 2), 32);
         let mut other = source.transport.save_record("rng");
-        other.state["device"]["state"] = serde_json::json!({ "seed": 4 });
+        let mut state: serde_json::Value = other.state.decode().unwrap();
+        state["device"]["state"] = serde_json::json!({ "seed": 4 });
+        other.state = state.into();
         assert!(destination.transport.restore_record(other).is_err());
     }
 

@@ -8,7 +8,7 @@ use crate::participant::{Incoming, IncomingContext, Outcome};
 use crate::stats::{Counters, MigrationStatus};
 use crate::transport::{Channel, Transport};
 use crate::wire::section::{BODY_VERSION, Eof, Section, Stage};
-use crate::wire::{Frame, Kind, Role, WireError};
+use crate::wire::{Frame, Kind, Role, WireError, fit_reason};
 use devices::state::DeviceRecord;
 use std::sync::Arc;
 use std::time::Duration;
@@ -279,7 +279,8 @@ impl Destination<'_> {
         if section.stage != Stage::Full || arrival.stopped || !set_up {
             return Err(arrival.unexpected(section.describe()));
         }
-        let records: Vec<DeviceRecord> = from_json("device state", section.body)?;
+        let records = DeviceRecord::list_from_json(section.body)
+            .map_err(|error| malformed("device state", &error))?;
         arrival.stopped = true;
         self.host.load_records(records)?;
         Ok(())
@@ -300,6 +301,10 @@ fn from_json<T: serde::de::DeserializeOwned>(
     what: &'static str,
     json: &[u8],
 ) -> Result<T, WireError> {
-    serde_json::from_slice(json)
-        .map_err(|error| WireError::Malformed { what, reason: error.to_string() })
+    serde_json::from_slice(json).map_err(|error| malformed(what, &error))
+}
+
+fn malformed(what: &'static str, error: &serde_json::Error) -> WireError {
+    // It may quote a value of any length.
+    WireError::Malformed { what, reason: fit_reason(&error.to_string()).to_owned() }
 }

@@ -15,6 +15,7 @@ use crate::wire::hello::DISKS;
 use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::PAGE_SIZE;
+use devices::state::JsonText;
 use proptest::prelude::*;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -250,7 +251,8 @@ fn greet(liar: &Liar, with_disks: bool) {
         wire::append_frame(&mut bytes, Kind::Hello, &Hello::new(role, id, 1).encode()).unwrap();
         write_all(transport, &bytes);
     }
-    let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: "x".into() };
+    let machine =
+        MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: JsonText::of(&"x") };
     liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
 }
 

@@ -25,6 +25,7 @@ use crate::stats::{Counters, MigrationStatus};
 use crate::transport::Transport;
 use crate::transport::memory::MemoryLink;
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, RamLayout};
+use devices::state::JsonText;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
@@ -296,8 +297,11 @@ pub fn run_source(
         bursts: scenario.bursts,
         script: scenario.script.clone(),
     };
-    let machine =
-        MachineDescription { version: 1, ram_bytes: scenario.ram_bytes, machine: "fake".into() };
+    let machine = MachineDescription {
+        version: 1,
+        ram_bytes: scenario.ram_bytes,
+        machine: JsonText::of(&"fake"),
+    };
     let counters = scenario.counters.clone();
     let cancel = scenario.cancel.clone();
     let canceller = cancel.clone();

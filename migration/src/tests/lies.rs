@@ -7,6 +7,7 @@ use crate::transport::Transport;
 use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
 use devices::ram::{PAGE_SIZE, PageIndex, RamLayout};
+use devices::state::JsonText;
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -20,7 +21,8 @@ pub fn greet(liar: &Liar) {
 
 pub fn describe(liar: &Liar) {
     greet(liar);
-    let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: "x".into() };
+    let machine =
+        MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine: JsonText::of(&"x") };
     liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
 }
 
@@ -414,7 +416,7 @@ fn a_stream_of_version_3_looks_as_it_always_did() {
 fn a_machine_that_takes_long_to_build_is_not_built_for_a_source_that_has_gone() {
     let error = receive_from(1, PATIENCE, |liar| {
         greet(liar);
-        let machine = SLOW_MACHINE.into();
+        let machine = JsonText::of(&SLOW_MACHINE);
         let machine = MachineDescription { version: 1, ram_bytes: RAM_BYTES, machine };
         liar.frame(Kind::Machine, &serde_json::to_vec(&machine).unwrap());
         liar.main.shutdown();

@@ -6,7 +6,7 @@
 //! ram       Setup  page count u64 · page bytes u32 · data channels u16
 //!           End    ends u32 · raw, zero, delta pages u64 · data channels u16 · frames u64 per channel
 //!                  all that was sent since Setup; more than one end if a stop was called off
-//! device    Full   JSON array of DeviceRecord
+//! device    Full   JSON array of DeviceRecord: at most 64, each with a state of at most 512 KiB
 //! block     Setup, End: see `block::frame`; boot: see `boot::frame`
 //! Eof       guest runs u8 · attempt u32
 //! Ready     attempt u32

@@ -13,6 +13,7 @@ use super::nested;
 use super::vcpu::Vcpu;
 use super::vm::Vm;
 use super::{Host, KvmError, ioctl};
+use devices::state::at_most;
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Xsave, kvm_cpuid_entry2,
@@ -44,10 +45,11 @@ pub struct VcpuState {
     sregs: Blob<kvm_sregs>,
     xcrs: Blob<kvm_xcrs>,
     /// The XSAVE image, without any length prefix.
-    xsave: Bytes,
+    xsave: Bytes<MAX_XSAVE_BYTES>,
     debug_regs: Blob<kvm_debugregs>,
     lapic: Blob<[u8; 1024]>,
     /// Pairs of MSR index and value.
+    #[serde(deserialize_with = "at_most::<_, _, { msrs::MAX_MSRS }>")]
     msrs: Vec<(u32, u64)>,
     events: Blob<kvm_vcpu_events>,
 }
@@ -236,7 +238,7 @@ fn new_xsave(bytes: usize) -> Result<Xsave, KvmError> {
         .map_err(|error| KvmError::State { what: "XSAVE image", reason: format!("{error:?}") })
 }
 
-fn read_xsave(vcpu: &Vcpu, bytes: usize) -> Result<Bytes, KvmError> {
+fn read_xsave(vcpu: &Vcpu, bytes: usize) -> Result<Bytes<MAX_XSAVE_BYTES>, KvmError> {
     let words: Vec<u32> = if bytes > LEGACY_XSAVE_BYTES {
         let mut xsave = new_xsave(bytes)?;
         // SAFETY: `xsave` was made for `bytes`, what KVM_CAP_XSAVE2 says that this VM's image takes.

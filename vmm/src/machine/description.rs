@@ -4,6 +4,7 @@
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
+use devices::state::{JsonText, at_most};
 use devices::virtio::blk::MAX_QUEUES;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use migration::guest::MachineDescription;
@@ -35,11 +36,13 @@ pub struct Description {
     #[serde(default)]
     pub acpi: bool,
     /// Disks in the order of their devices.
+    #[serde(deserialize_with = "at_most::<_, _, MAX_DISKS>")]
     pub disks: Vec<DiskDescription>,
     /// Whether a virtio-rng follows the disks. Older guests have none.
     #[serde(default)]
     pub rng: bool,
     /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
+    #[serde(deserialize_with = "at_most::<_, _, KVM_MAX_CPUID_ENTRIES>")]
     pub cpuid: Vec<Blob<kvm_cpuid_entry2>>,
     /// Frequency of the guest's TSC in kHz.
     pub tsc_khz: u32,
@@ -108,7 +111,7 @@ impl Description {
         MachineDescription {
             version: VERSION,
             ram_bytes: self.memory_bytes,
-            machine: serde_json::to_value(self).expect("a description serialises"),
+            machine: JsonText::of(self),
         }
     }
 
@@ -117,8 +120,7 @@ impl Description {
         if stream.version > VERSION {
             return Err(DescriptionError::NewerVersion { found: stream.version });
         }
-        let description: Self =
-            serde_json::from_value(stream.machine.clone()).map_err(DescriptionError::Malformed)?;
+        let description: Self = stream.machine.decode().map_err(DescriptionError::Malformed)?;
         if description.memory_bytes != stream.ram_bytes {
             let (machine, ram) = (description.memory_bytes, stream.ram_bytes);
             let reason = format!("memory is {machine} bytes here and {ram} bytes there");
@@ -249,8 +251,10 @@ mod tests {
         );
         refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
         let mut old = sample().to_stream();
-        old.machine.as_object_mut().unwrap().remove("rng");
-        old.machine["disks"][0].as_object_mut().unwrap().remove("queues");
+        let mut machine: serde_json::Value = old.machine.decode().unwrap();
+        machine.as_object_mut().unwrap().remove("rng");
+        machine["disks"][0].as_object_mut().unwrap().remove("queues");
+        old.machine = machine.into();
         let old = Description::from_stream(&old).unwrap();
         assert_eq!((old.rng, old.disks[0].queues), (false, 1), "what older guests have");
         let mut stream = sample().to_stream();

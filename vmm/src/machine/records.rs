@@ -10,7 +10,7 @@ use crate::kvm::cpu_state::VcpuState;
 use crate::kvm::vm_state::{ClockState, IrqchipState};
 use devices::lock;
 use devices::serial::SerialConsole;
-use devices::state::{DeviceRecord, Persist, RestoreError};
+use devices::state::{DeviceRecord, JsonText, Persist};
 use devices::virtio::mmio::MmioTransport;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,7 +67,7 @@ fn record(kind: &str, instance: &str, state: &impl Serialize) -> DeviceRecord {
         kind: kind.to_owned(),
         instance: instance.to_owned(),
         version: VERSION,
-        state: serde_json::to_value(state).expect("plain data serialises"),
+        state: JsonText::of(state),
     }
 }
 
@@ -88,14 +88,7 @@ impl Records {
         kind: &'static str,
         instance: &str,
     ) -> Result<T, MachineError> {
-        let record = self.take(kind, instance)?;
-        let instance = record.instance;
-        if record.version > VERSION {
-            let (found, newest) = (record.version, VERSION);
-            return Err(RestoreError::NewerVersion { kind, instance, found, newest }.into());
-        }
-        serde_json::from_value(record.state)
-            .map_err(|source| RestoreError::Malformed { kind, instance, source }.into())
+        Ok(self.take(kind, instance)?.open(kind, VERSION)?)
     }
 
     fn must_be_empty(&self) -> Result<(), MachineError> {

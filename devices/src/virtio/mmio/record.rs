@@ -4,11 +4,18 @@ use super::{
     END_PATIENCE, INTERRUPT_CONFIG, INTERRUPT_USED, MmioTransport, QueueSlot, STATUS_BY_DRIVER,
     STATUS_FEATURES_OK, STATUS_NEEDS_RESET, Shared, all_set, in_order, is_live,
 };
-use crate::state::{DeviceRecord, Persist};
+use crate::state::{AtMost, DeviceRecord, Persist};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use virtio_queue::{Queue, QueueState};
+
+/// More queues than any of our devices has.
+const MAX_QUEUES: usize = crate::virtio::blk::MAX_QUEUES as usize;
 
 /// All registers, the queues, and the device's own record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -72,17 +79,27 @@ impl SavedQueue {
     }
 }
 
-fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SavedQueue>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMore {
-        More(Vec<SavedQueue>),
-        One(SavedQueue),
+/// Reads the queues, or the one queue of version 1.
+struct OneOrMore;
+
+impl<'de> Visitor<'de> for OneOrMore {
+    type Value = Vec<SavedQueue>;
+
+    fn expecting(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "a virtqueue, or at most {MAX_QUEUES}")
     }
-    Ok(match OneOrMore::deserialize(deserializer)? {
-        OneOrMore::More(queues) => queues,
-        OneOrMore::One(queue) => vec![queue],
-    })
+
+    fn visit_seq<A: SeqAccess<'de>>(self, queues: A) -> Result<Vec<SavedQueue>, A::Error> {
+        AtMost::<_, MAX_QUEUES>(PhantomData).visit_seq(queues)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, queue: A) -> Result<Vec<SavedQueue>, A::Error> {
+        SavedQueue::deserialize(MapAccessDeserializer::new(queue)).map(|queue| vec![queue])
+    }
+}
+
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SavedQueue>, D::Error> {
+    deserializer.deserialize_any(OneOrMore)
 }
 
 impl Persist for MmioTransport {

@@ -162,9 +162,10 @@ fn a_record_of_version_1_has_its_one_queue() {
     let now = driver.transport.save_record("disk0");
     let mut old = now.clone();
     old.version = 1;
-    let state = old.state.as_object_mut().unwrap();
-    let queues = state.remove("queues").unwrap();
-    state.insert("queue".into(), queues[0].clone());
+    let mut state: serde_json::Value = old.state.decode().unwrap();
+    let queues = state.as_object_mut().unwrap().remove("queues").unwrap();
+    state["queue"] = queues[0].clone();
+    old.state = state.into();
     let mut destination = Driver::with(driver.ram.clone(), driver.node.clone(), driver.avail);
     destination.transport.restore_record(old).unwrap();
     assert_eq!(destination.transport.save_record("disk0"), now);
@@ -429,7 +430,7 @@ proptest! {
         driver.drain();
         let mut record = driver.transport.save_record("disk0");
         match other {
-            Some(other) => record.state = other,
+            Some(other) => record.state = other.into(),
             None => change(&mut record.state, &changes),
         }
         if driver.transport.restore_record(record).is_ok() {

@@ -10,7 +10,7 @@ use crate::guest::*;
 use crate::participant::Incoming;
 use crate::ram::incoming::RamIncoming;
 use devices::ram::{GuestAddress, GuestRam, PAGE_SIZE, RamLayout};
-use devices::state::DeviceRecord;
+use devices::state::{DeviceRecord, JsonText};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -147,7 +147,7 @@ impl GuestControl for FakeSource {
         step(self.fail, Fail::Save)?;
         // Saving a device may write RAM.
         self.ram.write_obj(0x77u8, GuestAddress(9 * PAGE_SIZE)).unwrap();
-        let state = serde_json::json!({"answer": 42});
+        let state = serde_json::json!({"answer": 42}).into();
         Ok(vec![DeviceRecord { kind: "fake".into(), instance: String::new(), version: 1, state }])
     }
 
@@ -201,7 +201,7 @@ impl DestinationHost for FakeHost {
         go_on: GoOn<'_>,
     ) -> Result<Vec<Box<dyn Incoming>>, GuestError> {
         step(self.fail, Fail::Build)?;
-        if description.machine == SLOW_MACHINE {
+        if description.machine == JsonText::of(&SLOW_MACHINE) {
             while go_on() {
                 std::thread::park_timeout(Duration::from_millis(1));
             }
