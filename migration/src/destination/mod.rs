@@ -33,7 +33,8 @@ use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use load::Arrival;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 /// Why an incoming migration failed.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +92,30 @@ pub struct Destination<'a> {
 /// Waits for a migration's connection with this role, unless the migration ends.
 type Open<'d> =
     &'d mut dyn FnMut(MigrationId, Role, HasEnded<'_>) -> Result<Arc<dyn Transport>, WireError>;
+
+/// How long the end of a migration waits for the participants' threads. A write may hang with its disk: it is
+/// then left to its threads, which end when it returns.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Ends the participants, on a thread of its own.
+fn close(arrival: Arrival, moved: bool) {
+    let (closing, closed) = channel::<()>();
+    let work = move || {
+        arrival.close(moved);
+        drop(closing);
+    };
+    match std::thread::Builder::new().name("mig-close".into()).stack_size(64 << 10).spawn(work) {
+        Ok(_) => {
+            if closed.recv_timeout(CLOSE_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                log::warn!(
+                    "a disk of the guest hangs: its writes in flight are left to their threads"
+                );
+            }
+        }
+        // Dropped with the closure, which waits for the threads.
+        Err(error) => log::error!("cannot start a thread: {error}"),
+    }
+}
 
 /// Nobody opens the control connection of a migration a second time.
 fn not_a_channel() -> WireError {
@@ -207,9 +232,9 @@ impl Destination<'_> {
         let result = result.map_err(|error| self.refuse(&control, error, arrived.as_ref()));
         // All frames are out by now.
         drop(threads);
-        // Last: a write may hang with its disk, and the source has its answer.
+        // Last: the source has its answer.
         if let Some(arrival) = arrived {
-            arrival.close(result.is_ok());
+            close(arrival, result.is_ok());
         }
         result
     }

@@ -187,6 +187,28 @@ fn a_read_that_hangs_keeps_nobody_from_cancelling() {
 }
 
 #[test]
+fn a_write_that_hangs_keeps_the_destination_from_nothing() {
+    let disks = FakeDisks::new(&[24 * CHUNK_BYTES]);
+    disks.fill();
+    let script = disks.disks[0].there_script.clone();
+    script.hold(true);
+    let scenario = Scenario { disks: disks.clone(), ..Default::default() };
+    let cancel = scenario.cancel.clone();
+    let (tell, ended) = channel();
+    let moving = std::thread::spawn(move || drop(tell.send(migrate(&scenario))));
+    script.wait_until_held();
+    assert!(cancel.cancel());
+    let end = ended.recv_timeout(Duration::from_secs(20));
+    let hanging = script.held();
+    script.hold(false);
+    moving.join().unwrap();
+    let end = end.expect("both sides end though the write hangs");
+    assert!(hanging > 0, "the write has ended");
+    assert!(end.destination.is_err());
+    end.assert_back_at_source("a write that hangs");
+}
+
+#[test]
 fn a_cancel_while_disks_travel_leaves_the_guest_at_the_source_and_a_retry_moves_it() {
     use MigrationStatus::{Active, Device, Setup};
     let disks = FakeDisks::new(&SIZES);

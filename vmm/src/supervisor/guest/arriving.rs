@@ -3,6 +3,7 @@
 
 use super::super::backends::BackendParts;
 use super::super::messages::{Mailbox, Message};
+use super::super::tasks;
 use super::request::GuestRequest;
 use super::{ask, shutting_down};
 use crate::boot::payload::BootPayload;
@@ -29,7 +30,7 @@ use std::time::{Duration, Instant};
 
 /// How often a wait for the machine checks for cancellation.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// How long to wait for a cancelled build. One that hangs in the kernel is then left to its thread, which
+/// How long to wait for a cancelled build, or for the removal of images. One that hangs in the kernel is then left to its thread, which
 /// releases its resources when it ends.
 const GIVE_UP_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -186,6 +187,22 @@ impl DestinationHost for ArrivingGuest {
             Ok(machine) => drop(machine),
             Err(error) => log::debug!("{error}"),
         }
-        self.images = Images::default();
+        // Removing images may hang with their disk, which the source must not wait for.
+        let (images, (done, gone)) = (std::mem::take(&mut self.images), channel::<()>());
+        let remove = move || {
+            drop(images);
+            drop(done);
+        };
+        match tasks::spawn("discard", remove) {
+            Ok(()) => {
+                if gone.recv_timeout(GIVE_UP_PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                    log::warn!(
+                        "an image of the guest cannot be removed: its storage does not respond"
+                    );
+                }
+            }
+            // They were dropped with the closure.
+            Err(error) => log::error!("cannot start a thread: {error}"),
+        }
     }
 }
