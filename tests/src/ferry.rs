@@ -135,10 +135,19 @@ pub fn end_of<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result
 }
 
 fn start(verb: &str, arguments: &[&str]) -> Result<Vmm> {
+    start_prepared(verb, arguments, |_| {})
+}
+
+fn start_prepared(
+    verb: &str,
+    arguments: &[&str],
+    prepare: impl FnOnce(&mut Command),
+) -> Result<Vmm> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("qmp");
     let mut command = command([verb]);
     command.arg("--qmp").arg(format!("unix:{}", socket.display())).args(arguments);
+    prepare(&mut command);
     Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
 }
 
@@ -174,8 +183,18 @@ pub fn receive() -> Result<Destination> {
 
 /// Waits for a guest; a TCP port of 0 is any free one.
 pub fn receive_at(address: &str, more: &[&str]) -> Result<Destination> {
+    receive_prepared(address, more, |_| {})
+}
+
+/// As [`receive_at`], in a process that `prepare` has changed before it starts.
+pub fn receive_prepared(
+    address: &str,
+    more: &[&str],
+    prepare: impl FnOnce(&mut Command),
+) -> Result<Destination> {
     // More vCPUs than processors are usual here.
-    let vmm = start("receive", &[&[address, "--max-cpus=16"], more].concat())?;
+    let arguments = [&[address, "--max-cpus=16"], more].concat();
+    let vmm = start_prepared("receive", &arguments, prepare)?;
     let said = vmm.process.err.wait_for("listening on ", SOON)?;
     let address = said.text.split("listening on ").nth(1).and_then(|rest| rest.split(' ').next());
     let address = address.context("no address announced")?.trim_end_matches([',', ';']).to_owned();

@@ -11,6 +11,7 @@
 //! - [`traveller`]: a guest that moves from process to process, and its whole life.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`hanging`]: a disk image whose storage is slow, fails or stops answering.
+//! - [`unlinks`]: a process whose unlinks hang.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
@@ -37,6 +38,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod skip;
 pub mod traveller;
+pub mod unlinks;
 pub mod verdict;
 
 pub use ferry_test_macros::needs;

@@ -6,11 +6,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::hosts::{Hosts, text};
 use ferry_tests::pair::Pair;
 use ferry_tests::process::SOON;
 use ferry_tests::qmp::{ENDS, Qmp, is_end};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, needs};
+use ferry_tests::{disk, needs, unlinks};
 use serde_json::{Value, json};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
@@ -340,4 +341,25 @@ fn the_lock_comes_back_when_the_last_step_fails() {
         assert_eq!(source.check().unwrap().corrupt, 0);
     }
     assert!(came_back > 0, "no destination was killed early enough to test anything");
+}
+
+#[test]
+#[needs(kvm)]
+fn the_source_hears_that_the_guest_runs_before_a_replaced_image_is_removed() {
+    let hosts = Hosts::new();
+    let mut source = hosts.busy();
+    let replaced = hosts.at("b", "root.img");
+    disk::create(&replaced, 24 << 20).unwrap();
+    let folder = hosts.at("b", "");
+    let options = ["--disk-dir", text(&folder), "--overwrite"];
+    let mut destination =
+        ferry::receive_prepared("tcp:127.0.0.1:0", &options, unlinks::hang_in).unwrap();
+    let migration = ferry::start_migrate(&source, &destination.address, &["--disks", "full"]);
+    let ended = migration.unwrap().end(SOON).unwrap();
+    assert_eq!(ended.code, 0, "{} {}", ended.errors, ended.summary);
+    assert_eq!(source.process.exit_code(SOON).unwrap(), 0, "nothing keeps it");
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    assert_eq!(destination.vmm.qmp().unwrap().run_state().unwrap(), "running");
+    // The old image under the other name: its removal has not ended.
+    assert_eq!(hosts.files("b"), ["root.img", "root.img.partial"]);
 }

@@ -349,3 +349,22 @@ fn a_reset_that_cannot_be_done_is_an_error_and_the_old_machine_goes_on() {
     assert_ne!(there.process.exit_code(SOON).unwrap(), 0);
     assert!(there.process.err.text().contains(text(&own)), "{}", there.process.err.tail());
 }
+
+#[test]
+#[needs(kvm)]
+fn a_kernel_that_was_overwritten_in_place_stays_behind_and_the_source_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    kernel_at(&kernel, 0);
+    let source = ferry::run(&idle_guest(&kernel)).unwrap();
+    source.wait_line("^HB ").unwrap();
+    // The same bytes, by the same name: who wrote them need not have been done yet.
+    std::fs::write(&kernel, std::fs::read(&kernel).unwrap()).unwrap();
+    let mut destination = hop(&source, &[]);
+    let said = source.process.err.text();
+    let warning = "the guest moves without its boot files and cannot be reset there";
+    assert!(said.contains(warning) && said.contains("has changed on disk"), "{said}");
+    let refused = destination.qmp().unwrap().execute("system_reset", json!({})).unwrap_err();
+    assert!(refused.to_string().contains("kernel"), "{refused}");
+    assert_goes_on(&mut destination);
+}
