@@ -362,4 +362,6 @@ fn the_source_hears_that_the_guest_runs_before_a_replaced_image_is_removed() {
     assert_eq!(destination.vmm.qmp().unwrap().run_state().unwrap(), "running");
     // The old image under the other name: its removal has not ended.
     assert_eq!(hosts.files("b"), ["root.img", "root.img.partial"]);
+    let said = destination.vmm.process.err.text();
+    assert!(!said.contains("cannot remove"), "it failed instead: {said}");
 }
