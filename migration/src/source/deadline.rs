@@ -345,6 +345,20 @@ mod tests {
     }
 
     #[test]
+    fn the_watcher_is_not_nice_if_it_may_choose() {
+        use rustix::process::{getpriority_process, setpriority_process};
+        let nice = std::thread::spawn(|| {
+            let thread = Some(rustix::thread::gettid());
+            setpriority_process(thread, 5).unwrap();
+            let may_choose = setpriority_process(thread, 4).is_ok();
+            be_on_time();
+            (may_choose, getpriority_process(thread).unwrap())
+        });
+        let (may_choose, nice) = nice.join().unwrap();
+        assert_eq!(nice, if may_choose { 0 } else { 5 });
+    }
+
+    #[test]
     fn the_next_part_does_not_begin_once_the_guest_runs_again() {
         let (control, _threads, _peer) = control();
         let (tell_resuming, _resuming) = channel();
