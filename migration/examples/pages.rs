@@ -2,7 +2,7 @@
 //! a cache that outgrows its memory, applying deltas to guest RAM, asking the bandwidth cap.
 //!
 //! ```text
-//! cargo run --release -p migration --example pages -- [encode] [grow] [apply] [cap]
+//! cargo run --release -p migration --example pages -- [encode] [look-up] [grow] [apply] [cap]
 //! ```
 //! Time is this thread's processor time; the best of some passes.
 
@@ -11,6 +11,7 @@ use migration::cancel::CancelToken;
 use migration::guest::IncomingRam;
 use migration::pace::Cap;
 use migration::params::SharedParams;
+use migration::ram::cache::PageCache;
 use migration::ram::encode::{Encoding, Wanted};
 use migration::ram::frame::{Batch, Packing, RunKind};
 use migration::ram::page::Page;
@@ -83,6 +84,25 @@ fn encode() {
         (0..3).for_each(|number| round(&mut encoding, pages, stride, number + 100));
         let each = nanos(pages, |number| round(&mut encoding, pages, stride, number));
         println!("encode, known by {name:22}  {each:7.1} ns a page");
+    }
+}
+
+/// Look-ups alone, hit and miss.
+fn look_up() {
+    for mib in [64, 256] {
+        let pages = mib * MIB / PAGE;
+        let mut cache = PageCache::new(mib * MIB);
+        (0..pages).for_each(|page| {
+            cache.insert(PageIndex(page as u64), &[0; PAGE]);
+        });
+        let hit = nanos(pages, |_| {
+            assert!((0..pages).all(|page| cache.lookup(PageIndex(page as u64)).is_some()));
+        });
+        let miss = nanos(pages, |_| {
+            let others = pages..2 * pages;
+            assert!(others.into_iter().all(|page| cache.lookup(PageIndex(page as u64)).is_none()));
+        });
+        println!("look up in {mib:4} MiB  {hit:7.1} ns a hit, {miss:.1} ns a miss");
     }
 }
 
@@ -164,12 +184,12 @@ fn apply() {
             ram.write_slice(&old, GuestAddress(at as u64)).expect("it fits");
         });
         let ram = IncomingRam { ram, layout: layout.clone() };
-        let setup = RamSetup { page_count: layout.page_count(), page_bytes: 4096, data_channels: 1 };
+        let setup =
+            RamSetup { page_count: layout.page_count(), page_bytes: 4096, data_channels: 1 };
         let counters = Arc::new(Counters::new());
         let mut receiver = PageReceiver::start(ram, setup, counters).expect("sizes agree");
-        let channel = |bytes| {
-            Channel::new(Arc::new(Replay(bytes, Mutex::default())), CancelToken::new())
-        };
+        let channel =
+            |bytes| Channel::new(Arc::new(Replay(bytes, Mutex::default())), CancelToken::new());
         receiver.receive(&channel(known)).expect("a frame of zero pages");
         let channel = channel(stream);
         let each = nanos(bytes / PAGE, |_| {
@@ -195,8 +215,8 @@ fn cap() {
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let parts: [(&str, fn()); 4] =
-        [("encode", encode), ("grow", grow), ("apply", apply), ("cap", cap)];
+    let parts: [(&str, fn()); 5] =
+        [("encode", encode), ("look-up", look_up), ("grow", grow), ("apply", apply), ("cap", cap)];
     for (name, part) in parts {
         if args.is_empty() || args.iter().any(|arg| arg == name) {
             part();

@@ -10,6 +10,7 @@
 use super::page::Page;
 use devices::ram::PageIndex;
 use std::collections::{HashMap, TryReserveError};
+use std::hash::{BuildHasher, Hasher, RandomState};
 
 /// Memory is allocated on demand, in pieces of this many pages.
 const PIECE_PAGES: usize = 256;
@@ -25,7 +26,7 @@ pub struct Cache<T> {
     /// Most pages to hold.
     capacity: usize,
     /// Index of each page's entry, and of its value in the pieces.
-    places: HashMap<PageIndex, usize>,
+    places: HashMap<PageIndex, usize, PageHash>,
     entries: Vec<Entry>,
     /// Places without a page.
     free: Vec<usize>,
@@ -36,6 +37,49 @@ pub struct Cache<T> {
     /// Entries not yet considered in this generation. Pages do not age within one, so each is considered
     /// only once.
     unseen: usize,
+}
+
+/// Hashes page numbers by a multiplication with a random factor. The guest chooses which pages it writes,
+/// and so the keys; it knows neither the factor nor how long a look-up takes.
+#[derive(Debug, Clone, Copy)]
+struct PageHash {
+    factor: u64,
+}
+
+impl Default for PageHash {
+    fn default() -> Self {
+        // Odd, so that no two page numbers become one.
+        Self { factor: RandomState::new().hash_one(0u64) | 1 }
+    }
+}
+
+impl BuildHasher for PageHash {
+    type Hasher = PageHasher;
+
+    fn build_hasher(&self) -> PageHasher {
+        PageHasher { factor: self.factor, hash: 0 }
+    }
+}
+
+struct PageHasher {
+    factor: u64,
+    hash: u64,
+}
+
+impl Hasher for PageHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.hash ^ number) * u128::from(self.factor);
+        // The map wants entropy in the low bits and in the high ones.
+        self.hash = (product >> 64) as u64 ^ product as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.hash
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -59,7 +103,7 @@ impl<T: Copy> Cache<T> {
     pub fn new(bytes: usize) -> Self {
         Self {
             capacity: bytes / Self::VALUE_BYTES,
-            places: HashMap::new(),
+            places: HashMap::default(),
             entries: Vec::new(),
             free: Vec::new(),
             pieces: Vec::new(),
@@ -207,6 +251,7 @@ mod tests {
     use super::super::page::PAGE_BYTES;
     use super::*;
     use proptest::prelude::*;
+    use std::collections::HashSet;
 
     fn page(byte: u8) -> Page {
         [byte; PAGE_BYTES]
@@ -281,6 +326,19 @@ mod tests {
         for index in 0..10u8 {
             let expected = [1, 5, 8, 9].contains(&index).then(|| page(index));
             assert_eq!(cache.lookup(PageIndex(index.into())).copied(), expected, "{index}");
+        }
+    }
+
+    #[test]
+    fn page_numbers_of_any_stride_are_spread() {
+        for shift in [0, 3, 9, 18, 32] {
+            let hash = PageHash::default();
+            let hashes = (0..4096u64).map(|number| hash.hash_one(PageIndex(number << shift)));
+            // A map of 8192 buckets picks one by the low bits, and compares the high ones first.
+            let buckets: HashSet<_> = hashes.clone().map(|hash| hash % 8192).collect();
+            let tags: HashSet<_> = hashes.map(|hash| hash >> 57).collect();
+            // Of random numbers 3223 would differ, on average.
+            assert!(buckets.len() > 2500 && tags.len() > 100, "{shift}: {}", buckets.len());
         }
     }
 

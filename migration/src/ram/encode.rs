@@ -24,7 +24,7 @@ use crate::bytes::is_zero;
 use crate::stats::{CompressionStats, XbzrleStats};
 use crate::wire::Encoder;
 use devices::ram::PageIndex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Staged pages are sent once there are this many: compressed in one piece, and still in the CPU cache.
 const STAGED_PAGES: usize = 128;
@@ -68,6 +68,9 @@ struct Deltas {
     worth: Adaptive,
     /// Since the encoder was last judged.
     trial: Trial,
+    /// Of the batch being encoded: pages taken, and those of them that deltas were tried on.
+    taken_pages: u32,
+    tried_pages: u32,
 }
 
 impl Deltas {
@@ -80,6 +83,8 @@ impl Deltas {
             encoder: Xbzrle::default(),
             worth: Adaptive::default(),
             trial: Trial::default(),
+            taken_pages: 0,
+            tried_pages: 0,
         }
     }
 
@@ -273,20 +278,20 @@ impl Encoding {
         let zero = is_zero(new);
         if let (Some(state), true) = (&mut self.deltas, deltas) {
             let stats = &mut self.stats.0;
+            state.taken_pages += 1;
             if zero {
                 state.zero(page, last);
                 return Ok(Fate::Zero);
             }
             self.delta.resize(MAX_USEFUL_DELTA, 0);
-            let began = Instant::now();
             let Some(encoded) = state.encode(page, new, &mut self.delta, last) else {
                 stats.misses += 1;
                 self.staged_pages += 1;
                 return Ok(Fate::Staged);
             };
             // Misses do not count: they fill the cache for the next round.
+            state.tried_pages += 1;
             state.trial.raw_bytes += PAGE_BYTES as u64;
-            state.trial.cost += began.elapsed();
             // Prefer compression if pages pack to less than this delta.
             let longest = self.packer.as_ref().filter(|packer| packer.worth.worth_trying());
             let longest = longest.and_then(|packer| packer.page_bytes).unwrap_or(MAX_USEFUL_DELTA);
@@ -314,6 +319,15 @@ impl Encoding {
         }
         self.staged_pages += 1;
         Ok(Fate::Staged)
+    }
+
+    /// Records that the batch encoded so far took `time`. Deltas are charged for the pages that they were
+    /// tried on, at what a page took on average: a clock read per page would cost as much as a short delta.
+    pub fn took(&mut self, time: Duration) {
+        let Some(state) = &mut self.deltas else { return };
+        let (taken, tried) = (state.taken_pages, state.tried_pages);
+        (state.taken_pages, state.tried_pages) = (0, 0);
+        state.trial.cost += time * tried / taken.max(1);
     }
 
     /// Whether to send what was encoded so far.

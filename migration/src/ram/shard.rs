@@ -195,6 +195,7 @@ impl Shard {
     ) -> Result<(), ParticipantError> {
         let (dirty, touched) = (job.dirty(), job.touched());
         self.batch.clear();
+        let mut began = Instant::now();
         for (first, page_count) in dirty.runs() {
             for page in (first.0..first.0 + page_count).map(PageIndex) {
                 let fate = if touched.contains(page) {
@@ -214,10 +215,13 @@ impl Shard {
                 };
                 self.batch.push(page, 1, kind, &self.common.layout);
                 if self.encoding.is_full() || !self.batch.has_room(u32::MAX) {
+                    self.encoding.took(began.elapsed());
                     self.flush(deltas, head)?;
+                    began = Instant::now();
                 }
             }
         }
+        self.encoding.took(began.elapsed());
         self.flush(deltas, head)
     }
 
