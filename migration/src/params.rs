@@ -4,6 +4,7 @@ use crate::ram::compress::Method;
 use crate::wire::section::MAX_DATA_CHANNELS;
 use devices::ram::PAGE_SIZE;
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -187,22 +188,37 @@ impl Params {
 
 /// Parameters shared with a running migration, which reads them at every step.
 #[derive(Debug, Clone, Default)]
-pub struct SharedParams(Arc<Mutex<Params>>);
+pub struct SharedParams(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    params: Mutex<Params>,
+    /// As in `params`: read before every write to a connection, so without a lock.
+    max_bandwidth: AtomicU64,
+}
 
 impl SharedParams {
     /// Shares `params`.
     pub fn new(params: Params) -> Self {
-        Self(Arc::new(Mutex::new(params)))
+        let max_bandwidth = AtomicU64::new(params.max_bandwidth);
+        Self(Arc::new(Shared { params: Mutex::new(params), max_bandwidth }))
     }
 
     /// The values now.
     pub fn get(&self) -> Params {
-        devices::lock(&self.0).clone()
+        devices::lock(&self.0.params).clone()
+    }
+
+    /// The bandwidth cap now.
+    pub fn max_bandwidth(&self) -> u64 {
+        self.0.max_bandwidth.load(Ordering::Relaxed)
     }
 
     /// Replaces the values. A running migration applies them at its next step.
     pub fn set(&self, params: Params) {
-        *devices::lock(&self.0) = params;
+        let mut now = devices::lock(&self.0.params);
+        self.0.max_bandwidth.store(params.max_bandwidth, Ordering::Relaxed);
+        *now = params;
     }
 }
 

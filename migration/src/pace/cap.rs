@@ -1,11 +1,14 @@
 //! The bandwidth cap, shared by all channels of a migration: one bucket, and counters of bytes sent and
-//! time spent waiting for the cap. Each sending thread has its own [`Cap`].
+//! time spent waiting for the cap. Each sending thread has its own [`Cap`]. While there is no cap, no send
+//! takes a lock.
 
 use super::{Allowance, TokenBucket};
 use crate::cancel::CancelToken;
 use crate::params::SharedParams;
 use crate::transport::Throttle;
+use crate::units::nanos;
 use crate::wire::WireError;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -26,14 +29,14 @@ pub struct Sent {
 #[derive(Default)]
 struct State {
     bucket: TokenBucket,
-    sent: Sent,
+    held: Duration,
     /// Waits up to here are counted. Those of several channels overlap.
     held_until: Duration,
 }
 
 impl State {
     fn held(&mut self, from: Duration, until: Duration) {
-        self.sent.held += until.saturating_sub(from.max(self.held_until));
+        self.held += until.saturating_sub(from.max(self.held_until));
         self.held_until = self.held_until.max(until);
     }
 }
@@ -42,6 +45,10 @@ struct Shared {
     params: SharedParams,
     cancel: CancelToken,
     origin: Instant,
+    sent_bytes: AtomicU64,
+    writing_nanos: AtomicU64,
+    /// Whether the bucket is in use.
+    capped: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -63,8 +70,15 @@ impl Clone for Cap {
 impl Cap {
     /// Enforces `max-bandwidth` of `params`, which may change at any time.
     pub fn new(params: SharedParams, cancel: CancelToken) -> Self {
-        let (origin, state) = (Instant::now(), Mutex::default());
-        let shared = Arc::new(Shared { params, cancel, origin, state });
+        let shared = Arc::new(Shared {
+            params,
+            cancel,
+            origin: Instant::now(),
+            sent_bytes: AtomicU64::new(0),
+            writing_nanos: AtomicU64::new(0),
+            capped: AtomicBool::new(false),
+            state: Mutex::default(),
+        });
         Self { shared, reserved: 0, allowed_at: Duration::ZERO }
     }
 
@@ -74,12 +88,45 @@ impl Cap {
 
     /// What all senders have sent so far.
     pub fn sent_so_far(&self) -> Sent {
-        self.state().sent
+        Sent {
+            bytes: self.shared.sent_bytes.load(Ordering::Relaxed),
+            held: self.state().held,
+            writing: Duration::from_nanos(self.shared.writing_nanos.load(Ordering::Relaxed)),
+        }
     }
 
     /// Time since the cap was created: the clock of its measurements.
     pub fn now(&self) -> Duration {
         self.shared.origin.elapsed()
+    }
+}
+
+impl Cap {
+    /// What the bucket gives at `now` under a cap of `rate` bytes per second. Takes it out.
+    fn draw(&mut self, now: Duration, rate: u64, wanted: usize) -> Allowance {
+        // Refund a reservation of which nothing was sent.
+        let unsent = std::mem::take(&mut self.reserved);
+        let mut state = self.state();
+        if !self.shared.capped.swap(true, Ordering::Relaxed) {
+            // No time without a cap counts.
+            state.bucket = TokenBucket::new(now);
+        }
+        state.bucket.refund(unsent);
+        let allowance = state.bucket.allow(now, rate, wanted);
+        if let Allowance::Bytes(bytes) = allowance {
+            state.bucket.spend(bytes);
+            drop(state);
+            self.reserved = bytes;
+        }
+        allowance
+    }
+
+    /// Returns what is reserved beyond `sent` bytes.
+    fn refund(&mut self, sent: usize) {
+        let unsent = std::mem::take(&mut self.reserved).saturating_sub(sent);
+        if unsent > 0 {
+            self.state().bucket.refund(unsent);
+        }
     }
 }
 
@@ -89,24 +136,18 @@ impl Throttle for Cap {
             if self.shared.cancel.is_cancelled() {
                 return Err(WireError::Interrupted);
             }
-            let rate = self.shared.params.get().max_bandwidth;
+            let rate = self.shared.params.max_bandwidth();
             let now = self.now();
-            // Refund a reservation of which nothing was sent.
-            let unsent = std::mem::take(&mut self.reserved);
-            let allowance = {
-                let mut state = self.state();
-                state.bucket.refund(unsent);
-                let allowance = state.bucket.allow(now, rate, wanted);
-                if let Allowance::Bytes(bytes) = allowance {
-                    state.bucket.spend(bytes);
+            self.allowed_at = now;
+            if rate == 0 {
+                self.reserved = 0;
+                if self.shared.capped.load(Ordering::Relaxed) {
+                    self.shared.capped.store(false, Ordering::Relaxed);
                 }
-                allowance
-            };
-            match allowance {
-                Allowance::Bytes(bytes) => {
-                    (self.reserved, self.allowed_at) = (bytes, now);
-                    return Ok(bytes);
-                }
+                return Ok(wanted);
+            }
+            match self.draw(now, rate, wanted) {
+                Allowance::Bytes(bytes) => return Ok(bytes),
                 Allowance::Wait(duration) => {
                     self.shared.cancel.wait(duration.min(MAX_WAIT));
                     let until = self.now();
@@ -117,19 +158,16 @@ impl Throttle for Cap {
     }
 
     fn sent(&mut self, bytes: usize) {
-        let unsent = std::mem::take(&mut self.reserved).saturating_sub(bytes);
+        self.refund(bytes);
         let writing = self.now().saturating_sub(self.allowed_at);
-        let mut state = self.state();
-        state.bucket.refund(unsent);
-        state.sent.bytes += bytes as u64;
-        state.sent.writing += writing;
+        self.shared.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.shared.writing_nanos.fetch_add(nanos(writing), Ordering::Relaxed);
     }
 }
 
 impl Drop for Cap {
     fn drop(&mut self) {
-        let unsent = std::mem::take(&mut self.reserved);
-        self.state().bucket.refund(unsent);
+        self.refund(0);
     }
 }
 
@@ -174,6 +212,27 @@ mod tests {
             shares.push(share);
         }
         panic!("only {shares:?} of what is allowed");
+    }
+
+    #[test]
+    fn without_a_cap_no_send_takes_a_lock_and_a_later_cap_gives_no_credit() {
+        let params = SharedParams::new(Params { max_bandwidth: 1_000_000, ..Params::default() });
+        let cap = Cap::new(params.clone(), CancelToken::new());
+        let first = cap.clone().allow(1 << 20).unwrap();
+        assert!(first <= 10_000, "{first}");
+        params.set(Params::default());
+        let mut sender = cap.clone();
+        let locked = cap.state();
+        assert_eq!(sender.allow(1 << 20).unwrap(), 1 << 20);
+        sender.sent(1 << 20);
+        drop(locked);
+        assert_eq!(cap.sent_so_far().bytes, 1 << 20);
+        // What the bucket would have collected meanwhile is not there.
+        std::thread::sleep(Duration::from_millis(40));
+        params.set(Params { max_bandwidth: 1_000_000, ..Params::default() });
+        let before = cap.now();
+        let allowed = sender.allow(1 << 20).unwrap();
+        assert!(cap.now() - before >= Duration::from_millis(9), "{allowed} bytes at once");
     }
 
     #[test]

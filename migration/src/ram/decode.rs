@@ -3,9 +3,10 @@
 
 use super::compress::{Decompressor, Method};
 use super::frame::{MAX_DELTA_BYTES, Packing};
-use super::page::{Page, bytes_of};
+use super::page::bytes_of;
+use super::patch::PageWriter;
 use super::xbzrle;
-use crate::transport::Channel;
+use crate::transport::{Channel, PageSlice};
 use crate::wire::{Decoder, WireError};
 
 const WHAT: &str = "page frame";
@@ -77,11 +78,16 @@ impl Decoding {
 pub struct Deltas<'a>(Decoder<'a>);
 
 impl Deltas<'_> {
-    /// Applies the next one to `page`.
-    pub fn apply(&mut self, page: &mut Page) -> Result<(), WireError> {
+    /// Applies the next one to `page` of guest RAM, which nobody else writes. Only what has changed is
+    /// touched: of most pages that is little. After an error the page is a mixture of both versions.
+    pub fn apply(&mut self, page: &PageSlice<'_>) -> Result<(), WireError> {
         let len = self.0.u16()?;
         let delta = self.0.raw(usize::from(len))?;
-        xbzrle::decode(delta, page).map_err(|error| malformed(error.to_string()))
+        let runs = PageWriter::with(page, |page| {
+            xbzrle::changed_runs(delta, |offset, bytes| page.write(offset, bytes))
+        });
+        let whole = runs.ok_or_else(|| malformed("a delta for a part of a page".into()))?;
+        whole.map_err(|error| malformed(error.to_string()))
     }
 
     /// Checks that none is left.

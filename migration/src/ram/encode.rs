@@ -55,8 +55,9 @@ pub enum Fate {
     Unchanged,
 }
 
-/// Digests get memory in steps of this size.
+/// Digests get memory in steps of this size, or of this part of a large cache: each step looks at every copy.
 const DIGEST_STEP_BYTES: usize = 1 << 20;
+const DIGEST_STEPS: usize = 64;
 
 struct Deltas {
     copies: PageCache,
@@ -158,7 +159,8 @@ impl Deltas {
         if !self.copies.insert(page, new) {
             let digest = self.digester.digest(new);
             if !self.digests.insert(page, &digest) {
-                let more = self.digests.capacity_bytes() + DIGEST_STEP_BYTES;
+                let step = DIGEST_STEP_BYTES.max(self.cache_bytes / DIGEST_STEPS);
+                let more = self.digests.capacity_bytes() + step;
                 if more <= Self::most_digest_bytes(self.cache_bytes) {
                     self.share(more);
                     self.digests.insert(page, &digest);

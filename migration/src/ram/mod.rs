@@ -33,6 +33,7 @@ pub mod outgoing;
 mod pace;
 pub mod page;
 pub mod page_receiver;
+mod patch;
 pub mod populated;
 mod receivers;
 pub mod scan;

@@ -150,7 +150,6 @@ impl PageReceiver {
     /// Receives deltas and applies them to their pages.
     fn apply_deltas(&mut self, channel: &Channel) -> Result<(), WireError> {
         let mut deltas = self.decoding.deltas(channel)?;
-        let mut page = [0; PAGE_BYTES];
         for (run, _) in self.runs.iter().filter(|(run, _)| run.kind == RunKind::Delta) {
             for index in (run.first.0..run.first.0 + u64::from(run.page_count)).map(PageIndex) {
                 if !self.known.contains(index) {
@@ -158,9 +157,7 @@ impl PageReceiver {
                     return Err(WireError::Malformed { what: "page frame", reason });
                 }
                 let at = self.ram.layout.address_of(index).ok_or_else(|| outside(index))?;
-                self.ram.ram.read_slice(&mut page, at).map_err(failed)?;
-                deltas.apply(&mut page)?;
-                self.ram.ram.write_slice(&page, at).map_err(failed)?;
+                deltas.apply(&self.ram.ram.get_slice(at, PAGE_BYTES).map_err(failed)?)?;
             }
             self.written.insert_run(run.first, run.page_count.into());
         }

@@ -202,6 +202,15 @@ fn append(bytes: &[u8], into: &mut [u8], len: usize) -> Option<usize> {
 /// Applies `delta` to `page`, the version that it was made against. After an error the page is a mixture
 /// of both versions.
 pub fn decode(delta: &[u8], page: &mut Page) -> Result<(), XbzrleError> {
+    changed_runs(delta, |offset, bytes| {
+        page[offset..offset + bytes.len()].copy_from_slice(bytes);
+    })
+}
+
+/// Calls `change` with each run of new bytes in `delta` and its offset, in ascending order. All lie within
+/// a page. After an error some have been passed on already.
+#[inline]
+pub fn changed_runs(delta: &[u8], mut change: impl FnMut(usize, &[u8])) -> Result<(), XbzrleError> {
     if delta.is_empty() {
         return Err(XbzrleError::Empty);
     }
@@ -214,12 +223,12 @@ pub fn decode(delta: &[u8], page: &mut Page) -> Result<(), XbzrleError> {
             && unchanged < 0x80
             && (1..=SHORT_RUN).contains(&usize::from(changed))
             && (unchanged != 0 || start == 0)
-            && let Some(to) = page.get_mut(offset + usize::from(unchanged)..)
-            && let Some(to) = to.get_mut(..usize::from(changed))
+            && offset + usize::from(unchanged) + usize::from(changed) <= PAGE_BYTES
         {
-            to.copy_from_slice(&bytes[..usize::from(changed)]);
+            offset += usize::from(unchanged);
+            change(offset, &bytes[..usize::from(changed)]);
             at += 2 + usize::from(changed);
-            offset += usize::from(unchanged) + usize::from(changed);
+            offset += usize::from(changed);
             continue;
         }
         let unchanged = count(delta, &mut at, start)?;
@@ -234,10 +243,11 @@ pub fn decode(delta: &[u8], page: &mut Page) -> Result<(), XbzrleError> {
             return Err(XbzrleError::EmptyRun { at: start });
         }
         let end = offset + unchanged + changed;
-        let to = page.get_mut(offset + unchanged..end);
-        let to = to.ok_or(XbzrleError::PastPage { at: start, end })?;
+        if end > PAGE_BYTES {
+            return Err(XbzrleError::PastPage { at: start, end });
+        }
         let bytes = delta.get(at..at + changed).ok_or(XbzrleError::Truncated { at: start })?;
-        to.copy_from_slice(bytes);
+        change(offset + unchanged, bytes);
         at += changed;
         offset = end;
     }
