@@ -30,6 +30,15 @@ pub struct Params {
     pub zlib_level: u8,
     /// Level of zstd, 0 to 20. QEMU's `multifd-zstd-level`.
     pub zstd_level: u8,
+    /// Compress runs of pages by zlib unless `compression` says how. QEMU's capability `compress` (until 9.0).
+    pub compress: bool,
+    /// Level of zlib then, 0 to 9. QEMU's `compress-level`.
+    pub compress_level: u8,
+    /// Disks migrate unless the command says which. QEMU's capability `block` (until 9.0); for the VMM, which
+    /// chooses the participants.
+    pub block: bool,
+    /// Only the data above their backing files does. QEMU's `block-incremental`.
+    pub block_incremental: bool,
     /// Throttle a guest that writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
     pub throttle: ThrottleParams,
@@ -73,6 +82,10 @@ impl Default for Params {
             compression: Compression::None,
             zlib_level: 1,
             zstd_level: 1,
+            compress: false,
+            compress_level: 1,
+            block: false,
+            block_incremental: false,
             auto_converge: false,
             throttle: ThrottleParams::default(),
         }
@@ -154,6 +167,7 @@ impl Params {
     /// The compression method, if any.
     pub fn method(&self) -> Option<Method> {
         match self.compression {
+            Compression::None if self.compress => Some(Method::Zlib { level: self.compress_level }),
             Compression::None => None,
             Compression::Zlib => Some(Method::Zlib { level: self.zlib_level }),
             Compression::Zstd => Some(Method::Zstd { level: self.zstd_level }),
@@ -174,6 +188,7 @@ impl Params {
         let levels = [
             ("multifd-zlib-level", self.zlib_level, Method::MAX_ZLIB_LEVEL),
             ("multifd-zstd-level", self.zstd_level, Method::MAX_ZSTD_LEVEL),
+            ("compress-level", self.compress_level, Method::MAX_ZLIB_LEVEL),
         ];
         if let Some((name, _, most)) = levels.into_iter().find(|(_, level, most)| level > most) {
             return Err(ParamsError::Level { name, most });

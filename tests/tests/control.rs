@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::hosts::Hosts;
+use ferry_tests::image::{Pattern, assert_same, fill};
 use ferry_tests::needs::qmp_python;
 use ferry_tests::process::{Process, SOON, Vmm};
-use ferry_tests::qmp::Qmp;
+use ferry_tests::qmp::{ENDS, Qmp};
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -87,6 +89,54 @@ fn every_command_answers_as_documented() {
     qmp.execute("quit", json!({})).unwrap();
     qmp.wait_event("SHUTDOWN", SOON).unwrap();
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
+}
+
+/// It has names for disks that migrate and for compression that newer versions have not.
+#[test]
+#[needs(kvm)]
+fn a_script_for_qemu_7_2_moves_a_guest_with_its_disk() {
+    let hosts = Hosts::new();
+    let image = hosts.at("a", "root");
+    disk::create(&image, 8 << 20).unwrap();
+    fill(&image, 1 << 20, 1 << 20, Pattern::Random).unwrap();
+    let work = "work=dirty fill=text fill_pct=20 ws_mb=4 rate_mbps=10 hb_ms=20";
+    let source = ferry::run(&Guest::new(work, 64).disk("root", &image)).unwrap();
+    source.wait_line("^HB n=2 ").unwrap();
+    let mut destination = hosts.receive();
+    let mut qmp = source.qmp().unwrap();
+    for (name, value, reason) in [
+        ("compress-threads", json!(200), "'multifd-channels' sets it"),
+        ("compress-wait-thread", json!(false), "always true"),
+        ("compress-level", json!(10), "between 0 and 9"),
+    ] {
+        let refusal = qmp.refused("migrate-set-parameters", json!({name: value})).unwrap();
+        assert!(refusal.description.contains(reason), "{refusal}");
+    }
+    let off = json!({"capabilities": [{"capability": "zero-blocks", "state": false}]});
+    let refusal = qmp.refused("migrate-set-capabilities", off).unwrap();
+    assert!(refusal.description.contains("'zero-blocks' is always on"), "{refusal}");
+    let mut ask = |command: &str, arguments| qmp.execute(command, arguments).unwrap();
+    let on = ["events", "compress", "block", "zero-blocks"];
+    let on = on.map(|name| json!({"capability": name, "state": true}));
+    ask("migrate-set-capabilities", json!({"capabilities": on}));
+    let shown = ask("query-migrate-capabilities", json!({}));
+    assert!(on.iter().all(|one| shown.as_array().unwrap().contains(one)), "{shown}");
+    // What is shown can be sent back.
+    let mut parameters = ask("query-migrate-parameters", json!({}));
+    assert_eq!(parameters["block-incremental"], false, "{parameters}");
+    parameters["compress-level"] = 3.into();
+    ask("migrate-set-parameters", parameters.clone());
+    assert_eq!(ask("query-migrate-parameters", json!({})), parameters);
+    ask("migrate-set-cache-size", json!({"value": 8 << 20}));
+    assert_eq!(ask("query-migrate-cache-size", json!({})), 8 << 20);
+    ask("migrate", json!({"uri": destination.address}));
+    assert_eq!(qmp.wait_migration(&ENDS, SOON).unwrap(), "completed");
+    let info = qmp.execute("query-migrate", json!({})).unwrap();
+    assert!(info["compression"]["pages"].as_u64().unwrap() > 0, "{info}");
+    assert_eq!((&info["compression"]["busy"], &info["disk"]["remaining"]), (&json!(0), &json!(0)));
+    assert_eq!(hosts.files("b"), ["root.img"]);
+    assert_same(&image, &hosts.at("b", "root.img"));
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Which disks to migrate with the guest: `full`, `top` or `none`, for all disks or per disk. Parsed from
 //! the command line and the control socket; the supervisor applies it.
 
+use migration::params::Params;
 use serde_json::Value;
 use std::str::FromStr;
 
@@ -47,6 +48,16 @@ pub struct DiskSelection {
 }
 
 impl DiskSelection {
+    /// What the capability `block` and the parameter `block-incremental` say.
+    pub fn by_capability(params: &Params) -> Self {
+        let others = match (params.block, params.block_incremental) {
+            (false, _) => DiskMode::None,
+            (true, true) => DiskMode::Top,
+            (true, false) => DiskMode::Full,
+        };
+        Self { others, named: Vec::new() }
+    }
+
     /// The mode of disk `id`.
     pub fn mode_of(&self, id: &str) -> DiskMode {
         let named = self.named.iter().find(|(name, _)| name == id);
@@ -117,6 +128,19 @@ mod tests {
         assert_eq!((one.mode_of("root"), one.mode_of("x")), (DiskMode::Top, DiskMode::None));
         for bad in ["", "all", "full,top", "full,a=b", "a=full,a=top", "full,"] {
             assert!(bad.parse::<DiskSelection>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_capability_chooses_for_all() {
+        for (block, block_incremental, mode) in [
+            (false, false, DiskMode::None),
+            (false, true, DiskMode::None),
+            (true, false, DiskMode::Full),
+            (true, true, DiskMode::Top),
+        ] {
+            let params = Params { block, block_incremental, ..Params::default() };
+            assert_eq!(DiskSelection::by_capability(&params).mode_of("a"), mode);
         }
     }
 

@@ -103,6 +103,8 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientErr
     });
     if let Some(selection) = &args.disks {
         match selection.others {
+            // Whatever the capability `block` says.
+            DiskMode::None if selection.named.is_empty() => migrate["x-disks"] = "none".into(),
             DiskMode::None => {}
             DiskMode::Top => migrate["inc"] = true.into(),
             DiskMode::Full => migrate["blk"] = true.into(),

@@ -60,8 +60,8 @@ pub enum Command {
     Migrate {
         /// The destination.
         uri: String,
-        /// `x-disks`, or QEMU's `blk` and `inc`: which disks to migrate.
-        disks: DiskSelection,
+        /// `x-disks`, or QEMU's `blk` and `inc`: which disks to migrate. `None`: the capability `block` says it.
+        disks: Option<DiskSelection>,
         /// `x-disk-reads` and `x-disk-buffers`.
         tuning: Tuning,
         /// What holds for this migration alone.
@@ -80,6 +80,8 @@ pub enum Command {
     SetParameters(ParameterChange),
     /// `query-migrate-parameters`
     QueryParameters,
+    /// `query-migrate-cache-size`, QEMU's until 5.2, with `migrate-set-cache-size`.
+    QueryCacheSize,
     /// `migrate-set-capabilities`
     SetCapabilities(Vec<(Capability, bool)>),
     /// `query-migrate-capabilities`
@@ -245,6 +247,11 @@ pub const COMMANDS: &[Entry] = &[
     Entry::new("query-migrate-parameters", &[], object("MigrationParameters", PARAMETERS), |_| {
         Ok(Command::QueryParameters)
     }),
+    Entry::new("migrate-set-cache-size", &[needed("value", Kind::Whole)], EMPTY, |arguments| {
+        let xbzrle_cache_size = arguments.number("value");
+        Ok(Command::SetParameters(ParameterChange { xbzrle_cache_size, ..Default::default() }))
+    }),
+    Entry::new("query-migrate-cache-size", &[], Kind::Whole, |_| Ok(Command::QueryCacheSize)),
     Entry::new(
         "migrate-set-capabilities",
         &[needed("capabilities", CAPABILITIES)],
@@ -326,8 +333,9 @@ fn migrate(arguments: &mut Arguments) -> Result<Command, QmpError> {
     Ok(Command::Migrate { uri, disks, tuning, own })
 }
 
-/// `blk` copies whole disks, `inc` the data above their backing files; `x-disks` chooses per disk.
-fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> {
+/// `blk` copies whole disks, `inc` the data above their backing files; `x-disks` chooses per disk. `None` if
+/// none of them is given.
+fn disk_selection(arguments: &mut Arguments) -> Result<Option<DiskSelection>, QmpError> {
     let blk = arguments.flag("blk").unwrap_or(false);
     let inc = arguments.flag("inc").unwrap_or(false);
     let others = match (blk, inc) {
@@ -336,7 +344,8 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
         (false, false) => DiskMode::None,
     };
     let Some(value) = arguments.any("x-disks") else {
-        return Ok(DiskSelection { others, named: Vec::new() });
+        let given = others != DiskMode::None;
+        return Ok(given.then_some(DiskSelection { others, named: Vec::new() }));
     };
     let mut selection = DiskSelection::from_json(&value)
         .map_err(|error| QmpError::generic(format!("Parameter 'x-disks': {error}")))?;
@@ -347,7 +356,7 @@ fn disk_selection(arguments: &mut Arguments) -> Result<DiskSelection, QmpError> 
         }
         selection.others = others;
     }
-    Ok(selection)
+    Ok(Some(selection))
 }
 
 /// Whether `calc-time-unit` is milliseconds.
@@ -404,18 +413,24 @@ mod tests {
             arguments["uri"] = "unix:/x".into();
             match parse("migrate", arguments) {
                 Ok(Command::Migrate { disks, .. }) => {
-                    Ok(["root", "data"].map(|id| disks.mode_of(id).name()))
+                    Ok(disks.map(|disks| ["root", "data"].map(|id| disks.mode_of(id).name())))
                 }
                 Ok(other) => panic!("{other:?}"),
                 Err(error) => Err(error.desc),
             }
         };
-        assert_eq!(choose(json!({})), Ok(["none", "none"]));
-        assert_eq!(choose(json!({"blk": true})), Ok(["full", "full"]));
-        assert_eq!(choose(json!({"blk": true, "inc": true})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"x-disks": "top"})), Ok(["top", "top"]));
-        assert_eq!(choose(json!({"x-disks": {"data": "full"}})), Ok(["none", "full"]));
-        assert_eq!(choose(json!({"blk": true, "x-disks": {"data": "none"}})), Ok(["full", "none"]));
+        for (arguments, expected) in [
+            (json!({}), None),
+            (json!({"blk": false, "inc": false}), None),
+            (json!({"blk": true}), Some(["full", "full"])),
+            (json!({"blk": true, "inc": true}), Some(["top", "top"])),
+            (json!({"x-disks": "top"}), Some(["top", "top"])),
+            (json!({"x-disks": "none"}), Some(["none", "none"])),
+            (json!({"x-disks": {"data": "full"}}), Some(["none", "full"])),
+            (json!({"blk": true, "x-disks": {"data": "none"}}), Some(["full", "none"])),
+        ] {
+            assert_eq!(choose(arguments.clone()), Ok(expected), "{arguments}");
+        }
         assert!(choose(json!({"blk": true, "x-disks": "top"})).unwrap_err().contains("already"));
         assert!(choose(json!({"x-disks": {"data": "half"}})).unwrap_err().contains("half"));
         assert!(choose(json!({"x-disk-reads": 17})).unwrap_err().contains("1 to 16"));
@@ -490,6 +505,16 @@ mod tests {
         ] {
             assert!(parse("calc-dirty-rate", arguments.clone()).is_err(), "{arguments}");
         }
+    }
+
+    #[test]
+    fn the_cache_size_has_commands_of_its_own() {
+        let set = parse("migrate-set-cache-size", json!({"value": 1 << 20}));
+        let Ok(Command::SetParameters(change)) = set else { panic!("{set:?}") };
+        assert_eq!(change.apply(Params::default()).unwrap().xbzrle_cache_size, 1 << 20);
+        let too_small = ParameterChange { xbzrle_cache_size: Some(0), ..change };
+        assert!(too_small.apply(Params::default()).is_err());
+        assert_eq!(parse("query-migrate-cache-size", json!({})), Ok(Command::QueryCacheSize));
     }
 
     #[test]

@@ -20,12 +20,26 @@ pub enum Capability {
     Xbzrle,
     /// Sends pages over several channels.
     Multifd,
+    /// Compresses pages by zlib: QEMU's until 9.0, where `multifd-compression` says it now.
+    Compress,
+    /// Migrates disks, as `migrate` does with `blk`: QEMU's until 9.0.
+    Block,
+    /// Always on: zeroes on disks take no bandwidth.
+    ZeroBlocks,
 }
 
 impl Capability {
     /// All of them.
-    pub const ALL: &[Self] =
-        &[Self::Events, Self::ReturnPath, Self::AutoConverge, Self::Xbzrle, Self::Multifd];
+    pub const ALL: &[Self] = &[
+        Self::Events,
+        Self::ReturnPath,
+        Self::AutoConverge,
+        Self::Xbzrle,
+        Self::Multifd,
+        Self::Compress,
+        Self::Block,
+        Self::ZeroBlocks,
+    ];
 
     const NAMES: &[&str] = &{
         let mut names = [""; Self::ALL.len()];
@@ -45,17 +59,27 @@ impl Capability {
             Self::AutoConverge => "auto-converge",
             Self::Xbzrle => "xbzrle",
             Self::Multifd => "multifd",
+            Self::Compress => "compress",
+            Self::Block => "block",
+            Self::ZeroBlocks => "zero-blocks",
         }
+    }
+
+    /// Whether it cannot be switched off.
+    fn is_always_on(self) -> bool {
+        matches!(self, Self::ReturnPath | Self::ZeroBlocks)
     }
 
     /// Whether it is on.
     pub fn is_on(self, params: &Params, events_wanted: bool) -> bool {
         match self {
             Self::Events => events_wanted,
-            Self::ReturnPath => true,
+            Self::ReturnPath | Self::ZeroBlocks => true,
             Self::AutoConverge => params.auto_converge,
             Self::Xbzrle => params.xbzrle,
             Self::Multifd => params.multifd,
+            Self::Compress => params.compress,
+            Self::Block => params.block,
         }
     }
 }
@@ -79,8 +103,9 @@ pub fn capabilities(list: Vec<Value>) -> Result<Vec<(Capability, bool)>, QmpErro
         let named = |capability: &&Capability| Some(capability.name()) == name;
         let capability = Capability::ALL.iter().find(named).ok_or_else(|| missing("capability"))?;
         let state = value["state"].as_bool().ok_or_else(|| missing("state"))?;
-        if *capability == Capability::ReturnPath && !state {
-            return Err(QmpError::generic("Capability 'return-path' is always on"));
+        if capability.is_always_on() && !state {
+            let desc = format!("Capability '{}' is always on", capability.name());
+            return Err(QmpError::generic(desc));
         }
         Ok((*capability, state))
     };
@@ -91,11 +116,13 @@ pub fn capabilities(list: Vec<Value>) -> Result<Vec<(Capability, bool)>, QmpErro
 pub fn set_capabilities(params: &mut Params, list: &[(Capability, bool)]) {
     for (capability, state) in list {
         match capability {
-            // The control socket's, and one that cannot be changed.
-            Capability::Events | Capability::ReturnPath => {}
+            // The control socket's, and those that cannot be changed.
+            Capability::Events | Capability::ReturnPath | Capability::ZeroBlocks => {}
             Capability::AutoConverge => params.auto_converge = *state,
             Capability::Xbzrle => params.xbzrle = *state,
             Capability::Multifd => params.multifd = *state,
+            Capability::Compress => params.compress = *state,
+            Capability::Block => params.block = *state,
         }
     }
 }
@@ -162,6 +189,11 @@ pub const PARAMETERS: &[Member] = &[
     ),
     optional("multifd-zlib-level", Kind::Whole),
     optional("multifd-zstd-level", Kind::Whole),
+    optional("compress-level", Kind::Whole),
+    optional("compress-threads", Kind::Whole),
+    optional("decompress-threads", Kind::Whole),
+    optional("compress-wait-thread", Kind::Flag),
+    optional("block-incremental", Kind::Flag),
     optional("xbzrle-cache-size", Kind::Whole),
     optional("throttle-trigger-threshold", Kind::Whole),
     optional("cpu-throttle-initial", Kind::Whole),
@@ -185,6 +217,14 @@ pub struct ParameterChange {
     pub multifd_zlib_level: Option<u8>,
     /// `multifd-zstd-level`
     pub multifd_zstd_level: Option<u8>,
+    /// `compress-level`
+    pub compress_level: Option<u8>,
+    /// `compress-threads` and `decompress-threads`: as many as there are data channels.
+    pub compress_threads: [Option<u64>; 2],
+    /// `compress-wait-thread`: always true.
+    pub compress_wait_thread: Option<bool>,
+    /// `block-incremental`
+    pub block_incremental: Option<bool>,
     /// `xbzrle-cache-size`, bytes.
     pub xbzrle_cache_size: Option<u64>,
     /// `throttle-trigger-threshold`, percent, like the three below.
@@ -198,6 +238,9 @@ pub struct ParameterChange {
     /// `cpu-throttle-tailslow`
     pub cpu_throttle_tailslow: Option<bool>,
 }
+
+/// QEMU's threads for the capability `compress`.
+const COMPRESS_THREADS: [&str; 2] = ["compress-threads", "decompress-threads"];
 
 fn change<T>(value: &mut T, new: Option<T>) {
     if let Some(new) = new {
@@ -226,6 +269,10 @@ impl ParameterChange {
             multifd_compression: compression.transpose()?,
             multifd_zlib_level: arguments.small("multifd-zlib-level"),
             multifd_zstd_level: arguments.small("multifd-zstd-level"),
+            compress_level: arguments.small("compress-level"),
+            compress_threads: COMPRESS_THREADS.map(|name| arguments.number(name)),
+            compress_wait_thread: arguments.flag("compress-wait-thread"),
+            block_incremental: arguments.flag("block-incremental"),
             xbzrle_cache_size: arguments.number("xbzrle-cache-size"),
             throttle_trigger_threshold: arguments.small("throttle-trigger-threshold"),
             cpu_throttle_initial: arguments.small("cpu-throttle-initial"),
@@ -233,6 +280,27 @@ impl ParameterChange {
             max_cpu_throttle: arguments.small("max-cpu-throttle"),
             cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow"),
         })
+    }
+
+    /// Refuses threads that compress other than there are with `params`. Those can be given: a client may send
+    /// back what it has read.
+    fn check_threads(self, params: &Params) -> Result<(), QmpError> {
+        let channels = params.channels();
+        for (name, threads) in COMPRESS_THREADS.into_iter().zip(self.compress_threads) {
+            if threads.is_some_and(|threads| threads != u64::from(channels)) {
+                return Err(QmpError::generic(format!(
+                    "Parameter '{name}' is the number of data channels, {channels}: each has a thread, and \
+                     'multifd-channels' sets it"
+                )));
+            }
+        }
+        if self.compress_wait_thread == Some(false) {
+            return Err(QmpError::generic(
+                "Parameter 'compress-wait-thread' is always true: no page goes uncompressed because a \
+                 thread is busy",
+            ));
+        }
+        Ok(())
     }
 
     /// `params` with the changes, checked.
@@ -243,6 +311,8 @@ impl ParameterChange {
         change(&mut params.compression, self.multifd_compression);
         change(&mut params.zlib_level, self.multifd_zlib_level);
         change(&mut params.zstd_level, self.multifd_zstd_level);
+        change(&mut params.compress_level, self.compress_level);
+        change(&mut params.block_incremental, self.block_incremental);
         change(&mut params.xbzrle_cache_size, self.xbzrle_cache_size);
         let throttle = &mut params.throttle;
         change(&mut throttle.trigger_threshold, self.throttle_trigger_threshold);
@@ -251,6 +321,7 @@ impl ParameterChange {
         change(&mut throttle.max, self.max_cpu_throttle);
         change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
         params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
+        self.check_threads(&params)?;
         Ok(params)
     }
 }
@@ -265,6 +336,11 @@ pub fn parameters(params: &Params) -> Value {
         "multifd-compression": params.compression.name(),
         "multifd-zlib-level": params.zlib_level,
         "multifd-zstd-level": params.zstd_level,
+        "compress-level": params.compress_level,
+        "compress-threads": params.channels(),
+        "decompress-threads": params.channels(),
+        "compress-wait-thread": true,
+        "block-incremental": params.block_incremental,
         "xbzrle-cache-size": params.xbzrle_cache_size,
         "throttle-trigger-threshold": params.throttle.trigger_threshold,
         "cpu-throttle-initial": params.throttle.initial,
@@ -277,6 +353,7 @@ pub fn parameters(params: &Params) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use migration::ram::compress::Method;
     use serde_json::Map;
 
     #[test]
@@ -299,13 +376,44 @@ mod tests {
     fn every_capability_that_can_be_changed_changes() {
         for capability in Capability::ALL {
             let mut params = Params::default();
-            let changes = !matches!(capability, Capability::Events | Capability::ReturnPath);
+            let changes = *capability != Capability::Events && !capability.is_always_on();
             for state in [true, false] {
                 set_capabilities(&mut params, &[(*capability, state)]);
                 assert!(!changes || capability.is_on(&params, false) == state, "{capability:?}");
             }
             let on = json!({"capability": capability.name(), "state": true});
             assert_eq!(capabilities(vec![on]), Ok(vec![(*capability, true)]));
+            let off = json!({"capability": capability.name(), "state": false});
+            assert_eq!(capabilities(vec![off]).is_err(), capability.is_always_on());
+        }
+    }
+
+    #[test]
+    fn what_qemu_called_otherwise_until_9_0_does_the_same() {
+        let change = |values: Value| {
+            let values = values.as_object().cloned().unwrap();
+            ParameterChange::parse(&mut Arguments::new(PARAMETERS, values).unwrap()).unwrap()
+        };
+        let mut params = Params { multifd_channels: 3, ..Params::default() };
+        set_capabilities(&mut params, &[(Capability::Compress, true)]);
+        let mut params = change(json!({"compress-level": 7})).apply(params).unwrap();
+        assert_eq!(params.method(), Some(Method::Zlib { level: 7 }));
+        params.compression = Compression::Zstd;
+        assert_eq!(params.method(), Some(Method::Zstd { level: 1 }), "the newer name decides");
+        // As many threads as there are.
+        let fits =
+            json!({"compress-threads": 3, "decompress-threads": 3, "compress-wait-thread": true});
+        assert_eq!(change(fits).apply(params.clone()), Ok(params.clone()));
+        let both = json!({"compress-threads": 2, "multifd-channels": 2});
+        assert_eq!(change(both).apply(params.clone()).unwrap().channels(), 2);
+        for (name, value, reason) in [
+            ("compress-level", json!(10), "expects a value between 0 and 9"),
+            ("compress-threads", json!(8), "'multifd-channels' sets it"),
+            ("decompress-threads", json!(2), "the number of data channels, 3"),
+            ("compress-wait-thread", json!(false), "is always true"),
+        ] {
+            let refused = change(json!({name: value})).apply(params.clone()).unwrap_err().desc;
+            assert!(refused.contains(name) && refused.contains(reason), "{refused}");
         }
     }
 }

@@ -105,7 +105,7 @@ impl Supervisor {
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
             Command::Migrate { uri, disks, tuning, own } => {
-                Some(self.migrate(uri, disks, *tuning, own, request.client))
+                Some(self.migrate(uri, disks.as_ref(), *tuning, own, request.client))
             }
             _ => Some(self.execute_at_once(request.command.clone())),
         }
@@ -186,6 +186,7 @@ impl Supervisor {
                 Ok(empty())
             }
             Command::QueryParameters => Ok(parameters(&self.jobs.params_now())),
+            Command::QueryCacheSize => Ok(self.jobs.params_now().xbzrle_cache_size.into()),
             Command::SetCapabilities(list) => {
                 self.no_migration("change migration capabilities")?;
                 if let Some((_, state)) = list.iter().rfind(|(name, _)| *name == Capability::Events)
@@ -317,7 +318,7 @@ impl Supervisor {
     fn migrate(
         &mut self,
         uri: &str,
-        selection: &DiskSelection,
+        selection: Option<&DiskSelection>,
         tuning: Tuning,
         own: &OwnOptions,
         client: ClientId,
@@ -347,7 +348,8 @@ impl Supervisor {
             dirty: Box::new(VmDirtyLog::new(vm.clone())),
         };
         let nodes = machine.nodes();
-        let (description, disks) = migrated(machine, selection)?;
+        let by_capability = DiskSelection::by_capability(&params);
+        let (description, disks) = migrated(machine, selection.unwrap_or(&by_capability))?;
         // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let disks = SourceDisks { disks, tuning };
