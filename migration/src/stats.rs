@@ -1,6 +1,10 @@
 //! Statistics of a migration: counters written by its threads, and QEMU's `MigrationInfo` built from them.
 //! They outlive the migration. For reports only: no decision reads them.
 
+pub mod encoders;
+
+pub use encoders::{CompressionStats, Period, XbzrleStats};
+
 use crate::block::stats::DiskStats;
 use crate::error::Panicked;
 use crate::guest::PartTime;
@@ -62,20 +66,14 @@ impl MigrationStatus {
 pub struct RoundRecord {
     /// Which, counted from 1.
     pub number: u64,
-    /// How long it took.
-    pub duration: Duration,
+    /// How long it took, and what became of its pages.
+    pub period: Period,
     /// Bytes sent, with all headers.
     pub sent_bytes: u64,
     /// Zero pages among what was sent.
     pub zero_pages: u64,
     /// Pages sent raw or compressed.
     pub normal_pages: u64,
-    /// Those that were compressed.
-    pub compressed_pages: u64,
-    /// Pages sent as deltas.
-    pub xbzrle_pages: u64,
-    /// Pages written without a change; not sent.
-    pub unchanged_pages: u64,
     /// Pages that the guest dirtied meanwhile: what the next round has to send.
     pub dirtied_pages: u64,
     /// Pages that it would dirty per second if all were clean.
@@ -190,75 +188,6 @@ impl fmt::Display for NotConverging {
     }
 }
 
-/// Pages that XBZRLE was tried on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct XbzrleStats {
-    /// Size of the caches, in bytes; 0 if XBZRLE is off.
-    pub cache_size: u64,
-    /// Pages sent as deltas.
-    pub pages: u64,
-    /// Bytes of the deltas.
-    pub bytes: u64,
-    /// Cache misses.
-    pub misses: u64,
-    /// Pages whose delta would have saved too little, or less than compression.
-    pub overflows: u64,
-    /// Pages written without a change; not sent.
-    pub unchanged: u64,
-}
-
-impl XbzrleStats {
-    /// Adds newer counts; the cache size is kept.
-    pub(crate) fn add(&mut self, more: Self) {
-        self.pages += more.pages;
-        self.bytes += more.bytes;
-        self.misses += more.misses;
-        self.overflows += more.overflows;
-        self.unchanged += more.unchanged;
-    }
-
-    /// As QEMU's `xbzrle-cache`.
-    fn to_json(self) -> Value {
-        let tried = self.pages + self.misses + self.overflows + self.unchanged;
-        let page = devices::ram::PAGE_SIZE as f64;
-        json!({
-            "cache-size": self.cache_size,
-            "bytes": self.bytes,
-            "pages": self.pages,
-            "cache-miss": self.misses,
-            "cache-miss-rate": self.misses as f64 / tried.max(1) as f64,
-            "encoding-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
-            "overflow": self.overflows,
-        })
-    }
-}
-
-/// Compressed pages. They also count as normal pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct CompressionStats {
-    pub pages: u64,
-    /// Bytes of those, compressed.
-    pub bytes: u64,
-}
-
-impl CompressionStats {
-    /// Adds newer counts.
-    pub(crate) fn add(&mut self, more: Self) {
-        self.pages += more.pages;
-        self.bytes += more.bytes;
-    }
-
-    /// As QEMU's `compression`, as far as applicable.
-    fn to_json(self) -> Value {
-        let page = devices::ram::PAGE_SIZE as f64;
-        json!({
-            "pages": self.pages,
-            "compressed-size": self.bytes,
-            "compression-rate": self.pages as f64 * page / self.bytes.max(1) as f64,
-        })
-    }
-}
-
 /// A copy of all counters.
 #[derive(Debug, Clone, Default)]
 pub struct StatsSnapshot {
@@ -279,6 +208,8 @@ pub struct StatsSnapshot {
     pub normal_pages: u64,
     pub xbzrle: XbzrleStats,
     pub compression: CompressionStats,
+    /// What rates are of: the last second or more, or what there was of the first one.
+    pub period: Period,
     /// Rounds begun.
     pub rounds: u64,
     /// Pages that the guest dirties per second.
@@ -329,22 +260,22 @@ fn megabits(bytes_per_sec: u64) -> f64 {
 
 impl RoundRecord {
     fn to_json(self) -> Value {
-        json!({
+        let mut json = json!({
             "round": self.number,
-            "duration-us": micros(self.duration),
+            "duration-us": micros(self.period.duration),
             "bytes": self.sent_bytes,
-            "pages": self.zero_pages + self.normal_pages + self.xbzrle_pages + self.unchanged_pages,
             "duplicate": self.zero_pages,
             "normal": self.normal_pages,
-            "compressed": self.compressed_pages,
-            "xbzrle": self.xbzrle_pages,
-            "skipped": self.unchanged_pages,
             "dirtied-pages": self.dirtied_pages,
             "dirty-pages-rate": self.dirty_pages_rate,
             "mbps": megabits(self.bytes_per_sec),
             "cpu-throttle-percentage": self.throttle_percent,
             "expected-downtime-us": micros(self.expected_downtime),
-        })
+        });
+        if let (Value::Object(all), Value::Object(more)) = (&mut json, self.period.to_json()) {
+            all.extend(more);
+        }
+        json
     }
 }
 
@@ -378,6 +309,16 @@ impl StatsSnapshot {
         }
     }
 
+    /// Pages per second: of the last period while running, afterwards the average since the setup.
+    fn overall_pages_per_sec(&self) -> u64 {
+        match (self.total_time, self.setup_time) {
+            (Some(total), Some(setup)) if self.status == MigrationStatus::Completed => {
+                crate::policy::per_second(self.pages_sent(), total.saturating_sub(setup))
+            }
+            _ => self.period.pages_per_sec(),
+        }
+    }
+
     /// As `query-migrate` answers: QEMU's `MigrationInfo`. Downtime has a fraction in
     /// `x-downtime-us`.
     pub fn to_json(&self) -> Value {
@@ -400,12 +341,13 @@ impl StatsSnapshot {
                 "normal": self.normal_pages,
                 "normal-bytes": self.normal_pages * page,
                 "dirty-pages-rate": self.dirty_pages_rate,
+                "x-dirty-bytes-rate": self.dirty_pages_rate * page,
                 "mbps": megabits(bytes_per_sec),
                 "dirty-sync-count": self.rounds,
                 "postcopy-requests": 0,
                 "page-size": page,
                 "multifd-bytes": multifd_bytes,
-                "pages-per-second": bytes_per_sec / page,
+                "pages-per-second": self.overall_pages_per_sec(),
                 "precopy-bytes": self.precopy_bytes,
                 "downtime-bytes": self.downtime_bytes,
                 "postcopy-bytes": self.postcopy_bytes,
@@ -430,10 +372,10 @@ impl StatsSnapshot {
             put("x-postcopy", json!({"total": total, "remaining": left}));
         }
         if self.xbzrle.cache_size > 0 {
-            put("xbzrle-cache", self.xbzrle.to_json());
+            put("xbzrle-cache", self.xbzrle.to_json(&self.period));
         }
-        if self.compression.pages > 0 {
-            put("compression", self.compression.to_json());
+        if self.compression.enabled || self.compression.pages > 0 {
+            put("compression", self.compression.to_json(&self.period));
         }
         if let Some(parts) = self.downtime_parts {
             put("x-downtime-parts", parts.to_json());
@@ -588,6 +530,7 @@ mod tests {
             stats.status = MigrationStatus::Completed;
             stats.throttle_percent = 0;
             stats.transferred_bytes = 125_000_000;
+            stats.zero_pages = 70;
             stats.total_time = Some(Duration::from_millis(1100));
             stats.downtime_parts = Some(DowntimeParts::default());
         });
@@ -596,6 +539,7 @@ mod tests {
             assert!(info.get(gone).is_none(), "{gone}: {info}");
         }
         assert_eq!(info["ram"]["mbps"], 1000.0);
+        assert_eq!(info["ram"]["pages-per-second"], 70, "not what the bandwidth suggests");
         assert_eq!(info["x-rounds"][0]["round"], 1);
         assert_eq!(info["x-downtime-parts"]["pause"], 0);
     }

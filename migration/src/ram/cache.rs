@@ -77,7 +77,7 @@ impl Hasher for PageHasher {
         // Twice: equal steps would come out of one multiplication as equal steps.
         self.hash = self.factors.iter().fold(self.hash ^ number, |hash, factor| {
             let product = u128::from(hash) * u128::from(*factor);
-            (product >> 64) as u64 ^ product as u64
+            (product >> 64) as u64 ^ hash.wrapping_mul(*factor)
         });
     }
 

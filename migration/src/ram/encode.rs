@@ -55,6 +55,8 @@ pub enum Fate {
     Unchanged,
 }
 
+const ZEROES: Page = [0; PAGE_BYTES];
+
 /// Digests get memory in steps of this size, or of this part of a large cache: each step looks at every copy.
 const DIGEST_STEP_BYTES: usize = 1 << 20;
 const DIGEST_STEPS: usize = 64;
@@ -116,15 +118,16 @@ impl Deltas {
         self.digests.advance();
     }
 
-    /// Records that `page` was sent as zero.
+    /// Records that `page` was sent as zero. If it is new here, only where there is room: its next version
+    /// may well be sparse, but costs no more than a page.
     fn zero(&mut self, page: PageIndex, last: bool) {
         if last {
             return;
         }
-        if let Some(copy) = self.copies.lookup(page) {
-            copy.fill(0);
-        } else if let Some(digest) = self.digests.lookup(page) {
+        if let Some(digest) = self.digests.lookup(page) {
             *digest = *self.digester.zero();
+        } else if !self.copies.insert(page, &ZEROES) {
+            self.digests.insert(page, self.digester.zero());
         }
     }
 
@@ -222,6 +225,12 @@ impl Encoding {
     /// Whether deltas are worth trying. Not in the first round, which has no older versions.
     pub fn tries_deltas(&self, first_round: bool) -> bool {
         !first_round && self.deltas.as_ref().is_some_and(|deltas| deltas.worth.worth_trying())
+    }
+
+    /// Whether deltas and compression rest, because they do not pay.
+    pub fn rests(&self) -> (bool, bool) {
+        let deltas = self.deltas.as_ref().is_some_and(|deltas| !deltas.worth.worth_trying());
+        (deltas, self.packer.is_some() && !self.tries_packing())
     }
 
     /// Whether compression is worth trying.
@@ -434,6 +443,37 @@ mod tests {
         assert_eq!(take(&mut encoding, 5, &page), Fate::Delta);
         let (xbzrle, _) = encoding.take_stats();
         assert_eq!((xbzrle.pages, xbzrle.misses, xbzrle.unchanged), (2, 1, 1));
+        // Also where it is all that is known of it.
+        assert_eq!(take(&mut encoding, 6, &[0; PAGE_BYTES]), Fate::Zero);
+        assert_eq!(take(&mut encoding, 6, &page), Fate::Delta);
+    }
+
+    #[test]
+    fn a_new_zero_page_without_a_place_for_a_copy_is_known_by_its_digest() {
+        let mut encoding = wanted(Some(4 << 20), None);
+        let mut page = [7; PAGE_BYTES];
+        // More than the cache holds as copies, so that digests have a place.
+        for index in 0..1500 {
+            take(&mut encoding, index, &page);
+            encoding.clear();
+        }
+        assert_eq!(take(&mut encoding, 5000, &[0; PAGE_BYTES]), Fate::Zero);
+        page = [0; PAGE_BYTES];
+        page[9] = 1;
+        assert_eq!(take(&mut encoding, 5000, &page), Fate::Delta);
+    }
+
+    #[test]
+    fn deltas_are_charged_for_the_pages_that_they_were_tried_on() {
+        let mut encoding = wanted(Some(1 << 20), None);
+        for page in [1, 2, 3, 1] {
+            take(&mut encoding, page, &[1; PAGE_BYTES]);
+        }
+        encoding.took(Duration::from_micros(400));
+        let cost = |encoding: &Encoding| encoding.deltas.as_ref().unwrap().trial.cost;
+        assert_eq!(cost(&encoding), Duration::from_micros(100), "one of four");
+        encoding.took(Duration::from_secs(1));
+        assert_eq!(cost(&encoding), Duration::from_micros(100), "nothing was tried since");
     }
 
     #[test]

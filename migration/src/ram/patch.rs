@@ -66,7 +66,7 @@ unsafe fn ends<const N: usize>(from: *const u8, to: *mut u8, len: usize) {
 mod tests {
     use super::*;
     use devices::ram::{GuestAddress, GuestRam};
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
     fn pieces_are_written_where_they_belong_and_the_page_is_marked() {
@@ -88,9 +88,7 @@ mod tests {
         let mut all = vec![0; 3 * PAGE_BYTES];
         ram.read_slice(&mut all, GuestAddress(0)).unwrap();
         assert!(all == expected);
-        let marks = ram.iter().next().unwrap().get_mmap();
-        let marked =
-            |at| vm_memory::bitmap::WithBitmapSlice::slice_at(marks.bitmap(), at).dirty_at(0);
+        let marked = |at| ram.get_slice(GuestAddress(at), PAGE_BYTES).unwrap().bitmap().dirty_at(0);
         assert_eq!([0, 4096, 8192].map(marked), [false, true, false]);
     }
 

@@ -92,6 +92,8 @@ pub struct Shard {
     sender: ChannelSender,
     batch: Batch,
     encoding: Encoding,
+    /// Whether deltas and compression rest, as last counted.
+    rests: (bool, bool),
 }
 
 fn unreadable(error: impl std::fmt::Display) -> ParticipantError {
@@ -102,7 +104,8 @@ impl Shard {
     /// Sends on `channel`, as fast as `throttle` allows.
     pub fn new(common: Common, channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
         let (batch, encoding) = (Batch::default(), Encoding::default());
-        Self { common, sender: ChannelSender::new(channel, throttle), batch, encoding }
+        let sender = ChannelSender::new(channel, throttle);
+        Self { common, sender, batch, encoding, rests: (false, false) }
     }
 
     pub fn channel(&self) -> &Arc<Channel> {
@@ -166,7 +169,24 @@ impl Shard {
             (false, true) => self.encoding.passed_deltas(raw_bytes, first_round),
             (false, false) => self.encoding.passed(raw_bytes, first_round),
         }
+        self.count_rests();
         Ok(())
+    }
+
+    /// Counts this channel among those on which an encoder rests, or no more.
+    fn count_rests(&mut self) {
+        let (before, now) = (self.rests, self.encoding.rests());
+        if before == now {
+            return;
+        }
+        self.rests = now;
+        let count = |channels: &mut u16, before: bool, now: bool| {
+            *channels = (*channels + u16::from(now)).saturating_sub(u16::from(before));
+        };
+        self.common.counters.update(|stats| {
+            count(&mut stats.xbzrle.resting_channels, before.0, now.0);
+            count(&mut stats.compression.resting_channels, before.1, now.1);
+        });
     }
 
     /// Sends pages straight from guest RAM.
@@ -429,6 +449,7 @@ mod tests {
             }
             send();
         }
+        assert_eq!(common.counters.snapshot().xbzrle.resting_channels, 1);
         assert_eq!(send(), (0, 0), "deltas rest");
         // From now on a guest that changes eight bytes of each.
         let seen = (0u64..6).any(|version| {
@@ -437,6 +458,7 @@ mod tests {
             deltas > 0
         });
         assert!(seen, "deltas are never looked at again");
+        assert_eq!(common.counters.snapshot().xbzrle.resting_channels, 0);
         assert!(common.counters.snapshot().compression.pages > 0);
     }
 

@@ -7,7 +7,8 @@ use super::{MigrationEvent, Source, SourceError};
 use crate::guest::PartTime;
 use crate::participant::{Budget, Pending, Precision, Rates, Step};
 use crate::policy::{self, Convergence, Decision, Round};
-use crate::stats::{NotConverging, RoundRecord, StatsSnapshot};
+use crate::stats::encoders::Periods;
+use crate::stats::{NotConverging, Period, RoundRecord, StatsSnapshot};
 use crate::units::{nanos, saturating_u64};
 use devices::ram::PAGE_SIZE;
 use std::time::{Duration, Instant};
@@ -40,6 +41,9 @@ impl Source<'_> {
         loop {
             session.pass += 1;
             self.begin_pass(session.pass);
+            if session.pass == 1 {
+                session.periods = Periods::new(Instant::now(), self.counters.figures());
+            }
             let look = self.pass(session)?;
             let limit = self.params.get().downtime_limit;
             session.estimate.decay_margin();
@@ -88,6 +92,7 @@ impl Source<'_> {
         self.counters.update(|stats| {
             stats.rounds = number;
             stats.xbzrle.cache_size = if params.xbzrle { params.xbzrle_cache_size } else { 0 };
+            stats.compression.enabled = params.method().is_some();
         });
         (self.events)(MigrationEvent::Pass(number));
     }
@@ -107,6 +112,7 @@ impl Source<'_> {
                     }
                     Step::More => {
                         let pending = session.participants[index].pending(Precision::Estimate)?;
+                        self.end_period(session);
                         self.after_look(session, &pending);
                     }
                 }
@@ -142,19 +148,30 @@ impl Source<'_> {
         })
     }
 
-    fn record(&self, session: &Session, look: &Look, duration: Duration, before: &StatsSnapshot) {
+    /// Updates the rates, if a period has ended.
+    fn end_period(&self, session: &mut Session) {
+        if let Some(period) = session.periods.look(Instant::now(), self.counters.figures()) {
+            self.counters.update(|stats| stats.period = period);
+        }
+    }
+
+    fn record(
+        &self,
+        session: &mut Session,
+        look: &Look,
+        duration: Duration,
+        before: &StatsSnapshot,
+    ) {
+        self.end_period(session);
         let after = self.counters.figures();
         // For reports: 0 where nothing was measured yet.
         let rates = look.rates.unwrap_or_default();
         let record = RoundRecord {
             number: session.pass,
-            duration,
+            period: Period::between(before, &after, duration),
             sent_bytes: after.transferred_bytes - before.transferred_bytes,
             zero_pages: after.zero_pages - before.zero_pages,
             normal_pages: after.normal_pages - before.normal_pages,
-            compressed_pages: after.compression.pages - before.compression.pages,
-            xbzrle_pages: after.xbzrle.pages - before.xbzrle.pages,
-            unchanged_pages: after.xbzrle.unchanged - before.xbzrle.unchanged,
             dirtied_pages: look.dirty_bytes / PAGE_SIZE,
             dirty_pages_rate: rates.dirtied.map_or(rates.seen, |rate| rate.max(rates.seen))
                 / PAGE_SIZE,

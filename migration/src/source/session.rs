@@ -8,7 +8,8 @@ use crate::error::{ParticipantError, chain};
 use crate::pace::{Cap, LinkSpeed};
 use crate::participant::{Outcome, Outgoing, OutgoingContext, Rates};
 use crate::policy::Convergence;
-use crate::stats::MigrationStatus;
+use crate::stats::encoders::Periods;
+use crate::stats::{MigrationStatus, StatsSnapshot};
 use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
 use crate::transport::{Channel, Transport};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
@@ -31,6 +32,8 @@ pub(super) struct Session {
     pub(super) convergence: Convergence,
     /// Of the last pass that has measured them.
     pub(super) rates: Option<Rates>,
+    /// For reports, from the first pass on.
+    pub(super) periods: Periods,
     /// Predicted downtime of the last decision to stop.
     pub(super) predicted: Duration,
     /// Passes begun, counted from 1.
@@ -92,6 +95,7 @@ impl Session {
             estimate: Estimate::new(),
             convergence: Convergence::default(),
             rates: None,
+            periods: Periods::new(Instant::now(), StatsSnapshot::default()),
             predicted: Duration::ZERO,
             pass: 0,
             attempt: 0,

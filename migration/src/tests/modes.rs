@@ -216,7 +216,7 @@ fn a_cancel_at_any_step_in_any_mode_leaves_the_guest_running_at_the_source() {
 fn each_round_says_what_it_has_sent() {
     let mode = Mode::of(&WISHES[1..2]);
     let stats = migrate(&mode.all_rounds(2)).counters.snapshot();
-    let rounds: Vec<_> = stats.history.iter().map(|round| round.xbzrle_pages).collect();
+    let rounds: Vec<_> = stats.history.iter().map(|round| round.period.xbzrle.pages).collect();
     // Of the four rounds the third is the first that finds older versions.
     assert!(rounds[..2] == [0, 0] && rounds[2] > 0, "{rounds:?}");
 }
