@@ -27,7 +27,8 @@
 //! | transport | a byte stream between the two: a TCP or Unix socket, or memory in tests ([`transport`]) |
 //! | channel | a transport with deadlines, stall detection and cancel ([`transport::channel`]) |
 //! | control connection | the one connection for frames both ways, with one reader ([`control`]) |
-//! | data channel | carries pages of RAM, one way; the disks have a channel of their own |
+//! | data channel | carries pages of RAM, one way |
+//! | disk channel | carries chunks of disks one way, and answers to marks the other; as many as data channels |
 //! | link | the network path that all connections share; has one bandwidth and one cap ([`pace`]) |
 //! | frame | the unit on any connection: a header and a payload ([`wire`], `frame` of each participant) |
 //! | section | a named, versioned frame of one participant on the control connection ([`wire::section`]) |

@@ -1,14 +1,16 @@
 //! Enforces `max-bandwidth` with a token bucket. Pure: the caller brings the clock. [`cap`] shares it
-//! between the sending threads, [`speed`] measures the bandwidth.
+//! between the sending threads, [`speed`] measures the bandwidth, [`throughput`] a sender's share of it.
 //!
 //! The cap also applies during the pause: the link is shared with other traffic, and the expected downtime
 //! accounts for it.
 
 pub mod cap;
 pub mod speed;
+pub mod throughput;
 
 pub use cap::Cap;
 pub use speed::{LinkSpeed, Sample, Speed};
+pub use throughput::Throughput;
 
 use crate::units::saturating_u64;
 use std::time::Duration;

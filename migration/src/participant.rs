@@ -26,7 +26,7 @@ use crate::params::SharedParams;
 use crate::stats::Counters;
 use crate::transport::Channel;
 use crate::wire::section::{Section, Stage};
-use crate::wire::{Kind, Role, WireError};
+use crate::wire::{Hello, Kind, Role, WireError};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +43,8 @@ pub enum Outcome {
 pub struct OutgoingContext {
     /// Shared by all participants.
     pub control: Control,
+    /// The destination's Hello, with the capabilities that both sides have.
+    pub agreed: Hello,
     /// Its own channels, in the order of [`Outgoing::roles`].
     pub channels: Vec<Arc<Channel>>,
     /// The bandwidth cap.
@@ -165,8 +167,11 @@ pub trait Outgoing: Send {
     fn section(&self) -> &'static str;
     /// Capability that the destination must have; named in Hello.
     fn capability(&self) -> Option<&'static str>;
-    /// The channels that it needs for itself.
-    fn roles(&self) -> Vec<Role>;
+    /// Capabilities that it uses if the destination has them; named in Hello too.
+    fn options(&self) -> &'static [&'static str];
+    /// The channels that it needs for itself, given what both sides can do. The number of data channels does
+    /// not depend on that: Hello names it first.
+    fn roles(&self, agreed: &Hello) -> Vec<Role>;
     /// Guest runs. Starts dirty tracking; sends the announcement.
     fn setup(&mut self, link: OutgoingContext) -> Result<(), ParticipantError>;
     /// Guest runs. Continues a pass or starts the next: sends everything dirty once, until it is in place or

@@ -16,6 +16,8 @@ pub enum Pattern {
     Random,
     /// Zeroes that take space.
     Zero,
+    /// Lines of common words, numbered: a log.
+    Text,
 }
 
 /// Fills part of a file, which is made if it is not there.
@@ -26,13 +28,57 @@ pub fn fill(path: &Path, offset: u64, len: u64, pattern: Pattern) -> Result<()> 
     let mut at = 0;
     while at < len {
         let now = usize::try_from(len - at)?.min(PIECE);
-        if pattern == Pattern::Random {
-            random.read_exact(&mut piece[..now])?;
+        match pattern {
+            Pattern::Random => random.read_exact(&mut piece[..now])?,
+            Pattern::Text => write_log(&mut piece[..now], at / PIECE as u64),
+            Pattern::Zero => {}
         }
         file.write_all_at(&piece[..now], offset + at)?;
         at += now as u64;
     }
     Ok(())
+}
+
+/// Lines of a log, other ones in each piece.
+fn write_log(piece: &mut [u8], number: u64) {
+    const WORDS: [&str; 16] = [
+        "connection",
+        "from",
+        "accepted",
+        "request",
+        "served",
+        "in",
+        "milliseconds",
+        "session",
+        "closed",
+        "by",
+        "peer",
+        "user",
+        "opened",
+        "file",
+        "warning:",
+        "retry",
+    ];
+    let mut random = number + 1;
+    let lines = (0u64..).map(|line| {
+        let mut text = format!(
+            "{:08}.{:06} host kernel[{}]:",
+            number * 40 + line / 400,
+            line * 7919 % 1_000_000,
+            line % 97
+        );
+        for _ in 0..8 {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let word = usize::try_from(random >> 60).unwrap_or(0);
+            text.push(' ');
+            text.push_str(WORDS[word]);
+        }
+        text.push('\n');
+        text
+    });
+    for (to, byte) in piece.iter_mut().zip(lines.flat_map(String::into_bytes)) {
+        *to = byte;
+    }
 }
 
 /// Bytes that a file takes on its file system, as `du` counts.

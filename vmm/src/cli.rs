@@ -156,7 +156,7 @@ pub struct MigrateArgs {
     /// Maximum disk chunks read but not sent, 1 to 512
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=512))]
     pub disk_buffers: Option<u64>,
-    /// Data connections, 1 to 16
+    /// Connections for RAM, and as many for disks, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
     pub channels: Option<u16>,
     /// Send deltas of changed pages (XBZRLE)
@@ -165,7 +165,7 @@ pub struct MigrateArgs {
     /// Memory for the XBZRLE cache, e.g. 256M
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub xbzrle_cache_size: Option<u64>,
-    /// Compress memory: none, zlib[:0-9] or zstd[:0-20]
+    /// Compress memory and disks: none, zlib[:0-9] or zstd[:0-20]
     #[arg(long, value_name = "METHOD[:LEVEL]", value_parser = parse_compression)]
     pub compress: Option<(Compression, Option<u8>)>,
     /// Throttle the guest if the migration does not converge

@@ -1,98 +1,34 @@
-//! Receives chunks on the disks' channel and writes them into images. Checks each one against the
-//! announcement before it writes a byte.
-//!
-//! One thread receives ([`ChunkReceiver::receive_all`], run by [`super::receiver`]), a few write, and one
-//! flushes in the background, so that little is left to flush at a mark.
+//! Receives chunks on the disks' channels, a thread for each, and has them written into images
+//! ([`super::writers`]). Checks each one against the announcement before a byte is written.
 
 use super::frame::{
     BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of,
-    granules_of, runs,
+    granules_of,
 };
 use super::stats::DiskProgress;
-use super::{CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, IncomingDisk, LoadError};
-use crate::control::KEEP_ALIVE;
+use super::writers::{Border, Crossed, Image, Job, Shared, StopOnDrop, WRITERS};
+use super::{CHUNK_BYTES, GRANULE_BYTES, IncomingDisk, LoadError};
 use crate::error::Panicked;
+use crate::ram::frame::Packing;
 use crate::stats::Counters;
-use crate::transport::{Channel, TICK};
-use crate::wire::WireError;
-use devices::block::aligned::AlignedBuffer;
+use crate::transport::Channel;
+use crate::wire::{Role, WireError};
 use devices::block::backend::ByteRange;
 use devices::block::bitmap::DirtyBitmap;
-use std::collections::VecDeque;
-use std::io;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::thread::{Scope, ScopedJoinHandle};
 
-const WRITERS: usize = 4;
-/// Chunks received and not yet written: enough to keep the writers busy.
-const BUFFERS: usize = 16;
-/// A background flush starts after this many bytes were written.
-const FLUSH_BYTES: u64 = 32 << 20;
-
-/// A disk and what was received of it.
-struct Arriving {
-    disk: IncomingDisk,
-    /// Granules ever written here. The rest of the image is still blank.
-    written: DirtyBitmap,
-    /// Chunks received in this pass.
-    seen: DirtyBitmap,
-}
-
-struct Job {
-    chunk: Chunk,
-    buffer: AlignedBuffer,
-}
-
-#[derive(Default)]
-struct State {
-    jobs: VecDeque<Job>,
-    /// Jobs queued or being written.
-    busy: usize,
-    spare: Vec<AlignedBuffer>,
-    buffers: usize,
-    /// Written to each disk since its last flush began.
-    unflushed: Vec<u64>,
-    flushing: bool,
-    /// Flush everything now, however little it is.
-    flush_all: bool,
-    error: Option<LoadError>,
-    stop: bool,
-}
-
-/// Shared by the threads.
-struct Shared {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        devices::lock(&self.state)
-    }
-
-    fn wait<'s>(&self, state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Stops the threads when dropped.
-struct StopOnDrop<'s>(&'s Shared);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.lock().stop = true;
-        self.0.changed.notify_all();
-    }
-}
+/// Asked at each end, with everything on stable storage and the totals so far, whether more may come because
+/// the source calls its stop off.
+pub type AtEnd<'e> = &'e (dyn Fn(&BlockTotals) -> ControlFlow<()> + Sync);
 
 /// The disks of an incoming guest.
 pub struct ChunkReceiver {
-    disks: Vec<Arriving>,
+    images: Vec<Image>,
     counters: Arc<Counters>,
-    totals: BlockTotals,
     /// Ends received from the source.
     ended: Arc<AtomicU32>,
 }
@@ -116,7 +52,7 @@ impl ChunkReceiver {
             let reason = format!("the source announces {:?}, prepared are {here:?}", setup.disks);
             return Err(WireError::Malformed { what: "setup of the disks", reason });
         }
-        let arriving = disks.into_iter().map(|disk| {
+        let images = disks.into_iter().map(|disk| {
             let (id, len) = (disk.node.id().to_owned(), disk.node.len_bytes());
             let bitmap = |granule_bytes| {
                 DirtyBitmap::new(len, granule_bytes).ok_or_else(|| {
@@ -125,9 +61,9 @@ impl ChunkReceiver {
                 })
             };
             let (written, seen) = (bitmap(GRANULE_BYTES)?, bitmap(CHUNK_BYTES)?);
-            Ok::<_, WireError>(Arriving { disk, written, seen })
+            Ok::<_, WireError>(Image { disk, written, seen })
         });
-        let disks = arriving.collect::<Result<Vec<_>, _>>()?;
+        let images = images.collect::<Result<Vec<_>, _>>()?;
         let progress = |disk: &DiskSetup| DiskProgress {
             name: disk.name.clone(),
             total_bytes: disk.len_bytes,
@@ -137,9 +73,7 @@ impl ChunkReceiver {
         };
         let progress: Vec<_> = setup.disks.iter().map(progress).collect();
         counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
-        let totals =
-            BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); disks.len()] };
-        Ok(Self { disks, counters, totals, ended: Arc::default() })
+        Ok(Self { images, counters, ended: Arc::default() })
     }
 
     /// Counts received ends. After an end, only writes and flushes are outstanding.
@@ -147,82 +81,99 @@ impl ChunkReceiver {
         self.ended.clone()
     }
 
-    /// Receives frames until `at_end` breaks. At each end, with everything on stable storage, `at_end` gets
-    /// the totals so far; it continues if more may come because the source calls its stop off.
+    /// Receives frames from all channels until `at_end` breaks.
     pub fn receive_all(
-        mut self,
-        channel: &Channel,
-        at_end: &mut dyn FnMut(&BlockTotals) -> ControlFlow<()>,
+        self,
+        channels: &[Arc<Channel>],
+        at_end: AtEnd<'_>,
     ) -> Result<(), LoadError> {
-        let unflushed = vec![0; self.disks.len()];
-        let state = State { unflushed, ..Default::default() };
-        let shared = Shared { state: Mutex::new(state), changed: Condvar::new() };
-        let Self { disks, counters, totals, ended } = &mut self;
-        let disks: &[Arriving] = disks;
+        let Self { images, counters, ended } = self;
+        let disks = vec![DiskTotals::default(); images.len()];
+        let totals = BlockTotals { ends: 0, frames: 0, disks };
+        let shared = &Shared::new(&images, channels, totals);
+        let receive = |index, channel: &Arc<Channel>| {
+            let (counters, ended) = (&counters, &ended);
+            let mut receiving = Receiving { shared, index, channel, counters, ended, at_end };
+            let received = catch_unwind(AssertUnwindSafe(|| receiving.run()));
+            match received.unwrap_or_else(|_| Err(Panicked("receives disks").into())) {
+                Err(LoadError::Wire(error)) => {
+                    shared.fail(error.on_channel(Role::Disks { index }).into());
+                }
+                Err(error) => shared.fail(error),
+                Ok(()) => {}
+            }
+        };
         std::thread::scope(|scope| {
-            let spawn = |name: String, work: fn(&[Arriving], &Shared, &Channel)| {
-                let shared = &shared;
-                std::thread::Builder::new()
-                    .name(name)
-                    .stack_size(128 << 10)
-                    .spawn_scoped(scope, move || {
-                        let work = AssertUnwindSafe(|| work(disks, shared, channel));
-                        if catch_unwind(work).is_err() {
-                            fail(shared, channel, Panicked("writes disks").into());
-                        }
-                    })
-                    .map(drop)
-                    .map_err(LoadError::Thread)
-            };
-            let started = (0..WRITERS)
-                .try_for_each(|number| spawn(format!("mig-write-{number}"), write_jobs))
-                .and_then(|()| spawn("mig-flush".into(), flush_jobs));
             // On every exit, panics included: the scope joins the threads.
-            let _stop = StopOnDrop(&shared);
-            let mut receiving =
-                Receiving { disks, shared: &shared, channel, counters, totals, ended };
-            let result = started.and_then(|()| receiving.run(at_end));
+            let _stop = StopOnDrop(shared);
+            for number in 0..WRITERS {
+                let name = format!("mig-write-{number}");
+                spawn(scope, shared, name, || shared.write_jobs())?;
+            }
+            spawn(scope, shared, "mig-flush".into(), || shared.flush_jobs())?;
+            let receive = &receive;
+            let mut others = Vec::with_capacity(channels.len());
+            for (index, channel) in (0..).zip(channels).skip(1) {
+                let name = format!("mig-disks-{index}");
+                match spawn(scope, shared, name, move || receive(index, channel)) {
+                    Ok(thread) => others.push(thread),
+                    Err(error) => shared.fail(error),
+                }
+            }
+            if let Some(first) = channels.first() {
+                receive(0, first);
+            }
+            for thread in others {
+                // Panics were reported.
+                let _ = thread.join();
+            }
             // The first failure, not its consequence.
-            shared.lock().error.take().map_or(result, Err)
+            shared.error().map_or(Ok(()), Err)
         })
     }
 }
 
-/// State of the receiving thread.
+/// Starts a thread. If it panics, the others end.
+fn spawn<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    shared: &'scope Shared<'_>,
+    name: String,
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, ()>, LoadError> {
+    let work = move || {
+        if catch_unwind(AssertUnwindSafe(work)).is_err() {
+            shared.fail(Panicked("writes disks").into());
+        }
+    };
+    let thread = std::thread::Builder::new().name(name).stack_size(128 << 10);
+    thread.spawn_scoped(scope, work).map_err(LoadError::Thread)
+}
+
+/// State of a receiving thread.
 struct Receiving<'r> {
-    disks: &'r [Arriving],
-    shared: &'r Shared,
+    shared: &'r Shared<'r>,
+    /// Index of its channel.
+    index: u16,
     channel: &'r Channel,
     counters: &'r Counters,
-    totals: &'r mut BlockTotals,
     ended: &'r AtomicU32,
+    at_end: AtEnd<'r>,
 }
 
 impl Receiving<'_> {
-    fn run(
-        &mut self,
-        at_end: &mut dyn FnMut(&BlockTotals) -> ControlFlow<()>,
-    ) -> Result<(), LoadError> {
+    fn run(&mut self) -> Result<(), LoadError> {
         loop {
             let mut header = [0; HEADER_BYTES];
             self.channel.read_when_it_comes(&mut header)?;
-            self.totals.frames += 1;
             let (frame, payload_bytes) = Frame::decode(&header)?;
             match frame {
                 Frame::Chunk(chunk) => self.chunk(chunk, payload_bytes)?,
                 Frame::Mark(number) => {
-                    let flush = self.flush_all(true)?;
-                    self.begin_pass();
+                    let Crossed { flush, .. } = self.cross(Border::Mark(number))?;
                     self.channel.write_all(&Frame::Flushed(number, flush).encode(0))?;
-                    self.all_has_come(1);
                 }
                 Frame::End => {
-                    self.totals.ends += 1;
-                    self.ended.store(self.totals.ends, Ordering::Release);
-                    self.flush_all(false)?;
-                    self.begin_pass();
-                    self.all_has_come(0);
-                    if at_end(self.totals).is_break() {
+                    if self.cross(Border::End)?.over {
                         return Ok(());
                     }
                 }
@@ -234,241 +185,61 @@ impl Receiving<'_> {
         }
     }
 
-    /// All chunks have come once, with `passes` more.
-    fn all_has_come(&self, passes: u64) {
-        self.counters.update(|stats| {
-            let stats = stats.disk.get_or_insert_default();
-            stats.passes += passes;
-            stats.disks.iter_mut().for_each(|disk| disk.remaining_bytes = 0);
-        });
-    }
-
-    /// Each chunk may come once per pass.
-    fn begin_pass(&self) {
-        for arriving in self.disks {
-            let len_bytes = arriving.disk.node.len_bytes();
-            arriving.seen.clear_within(ByteRange { offset_bytes: 0, len_bytes });
-        }
+    fn cross(&self, border: Border) -> Result<Crossed, LoadError> {
+        let has_come = |totals: &BlockTotals| self.ended.store(totals.ends, Ordering::Release);
+        let at_end = |totals: &BlockTotals| (self.at_end)(totals).is_break();
+        let passes = u64::from(border != Border::End);
+        let settled = || {
+            self.counters.update(|stats| {
+                let stats = stats.disk.get_or_insert_default();
+                stats.passes += passes;
+                // All chunks have come once.
+                stats.disks.iter_mut().for_each(|disk| disk.remaining_bytes = 0);
+            });
+        };
+        self.shared.cross(usize::from(self.index), border, &has_come, &settled, &at_end)
     }
 
     fn chunk(&mut self, chunk: Chunk, payload_bytes: u32) -> Result<(), LoadError> {
         let malformed = |reason: String| WireError::Malformed { what: "disk frame", reason };
         let index = usize::from(chunk.disk);
-        let Some(arriving) = self.disks.get(index) else {
+        let Some(image) = self.shared.images.get(index) else {
             return Err(malformed(format!("no disk number {index}")).into());
         };
-        let (id, len_bytes) = (arriving.disk.node.id(), arriving.disk.node.len_bytes());
+        let (id, len_bytes) = (image.disk.node.id(), image.disk.node.len_bytes());
         if (chunk.data | chunk.zero) & !granules_of(chunk.index, len_bytes) != 0 {
             let reason = format!("chunk {} of disk {id} lies past its end", chunk.index);
             return Err(malformed(reason).into());
         }
-        let offset_bytes = chunk.index * CHUNK_BYTES;
-        if arriving.seen.is_marked(offset_bytes) {
+        let place = ByteRange { offset_bytes: chunk.index * CHUNK_BYTES, len_bytes: 1 };
+        // Marked in the same step: it may come on two channels at once.
+        if image.seen.mark(place) == 0 {
             let reason = format!("chunk {} of disk {id} comes twice in one pass", chunk.index);
             return Err(malformed(reason).into());
         }
-        arriving.seen.mark(ByteRange { offset_bytes, len_bytes: 1 });
         let data_bytes = bytes_of(chunk.index, chunk.data, len_bytes);
-        if u64::from(payload_bytes) != data_bytes {
-            let reason = format!("{payload_bytes} bytes for {data_bytes} of disk {id}");
+        let fits = match chunk.packing {
+            Packing::None => u64::from(payload_bytes) == data_bytes,
+            Packing::Zlib | Packing::Zstd => u64::from(payload_bytes) < data_bytes,
+        };
+        if !fits {
+            let packed = if chunk.packing == Packing::None { "" } else { " packed" };
+            let reason = format!("{payload_bytes}{packed} bytes for {data_bytes} of disk {id}");
             return Err(malformed(reason).into());
         }
-        let mut buffer = self.free_buffer()?;
-        let payload = usize::try_from(data_bytes).ok().and_then(|len| buffer.get_mut(..len));
+        let mut buffer = self.shared.free_buffer()?;
         let too_long = || malformed(format!("{data_bytes} bytes of disk {id} in a chunk"));
-        self.channel.read_exact(payload.ok_or_else(too_long)?)?;
+        let to_usize = |bytes: u64| usize::try_from(bytes).map_err(|_| too_long());
+        let (data_bytes, payload_bytes) = (to_usize(data_bytes)?, to_usize(payload_bytes.into())?);
+        self.channel.read_exact(buffer.get_mut(..payload_bytes).ok_or_else(too_long)?)?;
         let zero_bytes = bytes_of(chunk.index, chunk.zero, len_bytes);
-        let Some(totals) = self.totals.disks.get_mut(index) else {
-            return Err(malformed(format!("no disk number {index}")).into());
-        };
-        totals.data_bytes += data_bytes;
-        totals.zero_bytes += zero_bytes;
-        let totals = *totals;
         self.counters.update(|stats| {
             let disk = stats.disk.get_or_insert_default();
-            disk.transferred_bytes += HEADER_BYTES as u64 + data_bytes;
-            if let Some(disk) = disk.disks.get_mut(index) {
-                disk.sent = totals;
-                let now = data_bytes + zero_bytes;
-                disk.remaining_bytes = disk.remaining_bytes.saturating_sub(now);
-            }
+            let wire_bytes = (HEADER_BYTES + payload_bytes) as u64;
+            let totals = DiskTotals { data_bytes: data_bytes as u64, zero_bytes };
+            disk.count_chunk(index, chunk.packing, wire_bytes, totals);
         });
-        let mut state = self.shared.lock();
-        state.busy += 1;
-        state.jobs.push_back(Job { chunk, buffer });
-        self.shared.changed.notify_all();
+        self.shared.write(Job { chunk, buffer, payload_bytes, data_bytes }, zero_bytes);
         Ok(())
-    }
-
-    /// A buffer that no writer uses. Waits for one.
-    fn free_buffer(&self) -> Result<AlignedBuffer, LoadError> {
-        let mut state = self.shared.lock();
-        loop {
-            if state.error.is_some() || self.channel.is_cancelled() {
-                return Err(WireError::Interrupted.into());
-            }
-            if let Some(buffer) = state.spare.pop() {
-                return Ok(buffer);
-            }
-            if state.buffers < BUFFERS {
-                state.buffers += 1;
-                return Ok(AlignedBuffer::new(CHUNK));
-            }
-            // A write may hang.
-            let waited = self.shared.changed.wait_timeout(state, TICK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Waits until everything is written and on stable storage. Returns how long flushing took after the
-    /// last write. With `keep_alive` it sends a keep-alive every second meanwhile.
-    fn flush_all(&self, keep_alive: bool) -> Result<Duration, LoadError> {
-        let mut state = self.shared.lock();
-        let (mut written, mut last_sent) = (None, Instant::now());
-        loop {
-            if state.error.is_some() {
-                return Err(WireError::Interrupted.into());
-            }
-            if state.busy == 0 {
-                written.get_or_insert_with(Instant::now);
-                if !state.flushing && state.unflushed.iter().all(|bytes| *bytes == 0) {
-                    state.flush_all = false;
-                    return Ok(written.map_or(Duration::ZERO, |since| since.elapsed()));
-                }
-                state.flush_all = true;
-                self.shared.changed.notify_all();
-            }
-            let wait = KEEP_ALIVE.saturating_sub(last_sent.elapsed());
-            let waited = self.shared.changed.wait_timeout(state, wait);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if self.channel.is_cancelled() {
-                return Err(WireError::Interrupted.into());
-            }
-            if last_sent.elapsed() >= KEEP_ALIVE {
-                last_sent = Instant::now();
-                if keep_alive {
-                    drop(state);
-                    self.channel.write_all(&Frame::Alive.encode(0))?;
-                    state = self.shared.lock();
-                }
-            }
-        }
-    }
-}
-
-/// Records the first failure and wakes the receiving thread.
-fn fail(shared: &Shared, channel: &Channel, error: LoadError) {
-    let mut state = shared.lock();
-    state.error.get_or_insert(error);
-    state.stop = true;
-    shared.changed.notify_all();
-    channel.trip();
-}
-
-/// Body of a writing thread.
-fn write_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
-    let mut state = shared.lock();
-    loop {
-        let Some(job) = state.jobs.pop_front() else {
-            if state.stop {
-                return;
-            }
-            state = shared.wait(state);
-            continue;
-        };
-        drop(state);
-        let index = usize::from(job.chunk.disk);
-        let no_disk = || {
-            LoadError::from(WireError::Unexpected {
-                found: format!("disk number {index}"),
-                expected: "an announced disk",
-            })
-        };
-        let result = disks.get(index).ok_or_else(no_disk).and_then(|arriving| arriving.write(&job));
-        match result {
-            Err(error) => return fail(shared, channel, error),
-            Ok(bytes) => {
-                state = shared.lock();
-                state.busy -= 1;
-                state.spare.push(job.buffer);
-                if let Some(sum) = state.unflushed.get_mut(index) {
-                    *sum += bytes;
-                }
-                shared.changed.notify_all();
-            }
-        }
-    }
-}
-
-/// Body of the flushing thread.
-fn flush_jobs(disks: &[Arriving], shared: &Shared, channel: &Channel) {
-    let mut state = shared.lock();
-    loop {
-        if state.stop {
-            return;
-        }
-        let least = if state.flush_all { 1 } else { FLUSH_BYTES };
-        let Some(index) = state.unflushed.iter().position(|bytes| *bytes >= least) else {
-            state = shared.wait(state);
-            continue;
-        };
-        state.unflushed[index] = 0;
-        state.flushing = true;
-        drop(state);
-        if let Some(Arriving { disk, .. }) = disks.get(index)
-            && let Err(source) = disk.node.sync()
-        {
-            let disk = disk.node.id().to_owned();
-            return fail(shared, channel, LoadError::Flush { disk, source });
-        }
-        state = shared.lock();
-        state.flushing = false;
-        shared.changed.notify_all();
-    }
-}
-
-impl Arriving {
-    /// Writes a chunk; returns the number of bytes written.
-    fn write(&self, job: &Job) -> Result<u64, LoadError> {
-        let Chunk { index, data, zero, .. } = job.chunk;
-        let node = &self.disk.node;
-        let range_of = |(first, count): (u32, u32)| {
-            let offset_bytes = index * CHUNK_BYTES + u64::from(first) * GRANULE_BYTES;
-            let len_bytes = (u64::from(count) * GRANULE_BYTES).min(node.len_bytes() - offset_bytes);
-            ByteRange { offset_bytes, len_bytes }
-        };
-        let failed = |range: ByteRange| {
-            move |source| LoadError::Write {
-                disk: node.id().to_owned(),
-                offset_bytes: range.offset_bytes,
-                len_bytes: range.len_bytes,
-                source,
-            }
-        };
-        let mut payload: &[u8] = &job.buffer;
-        let mut bytes = 0;
-        for range in runs(data).map(range_of) {
-            let cut = usize::try_from(range.len_bytes).ok();
-            let cut = cut.and_then(|len| payload.split_at_checked(len));
-            let too_short = || failed(range)(io::ErrorKind::UnexpectedEof.into());
-            let (now, rest) = cut.ok_or_else(too_short)?;
-            payload = rest;
-            node.fill_at(now, range.offset_bytes).map_err(failed(range))?;
-            self.written.mark(range);
-            bytes += range.len_bytes;
-        }
-        for range in runs(zero).map(range_of) {
-            if self.disk.only_top || self.was_written(range) {
-                let ByteRange { offset_bytes, len_bytes } = range;
-                node.fill_zeroes(offset_bytes, len_bytes).map_err(failed(range))?;
-                bytes += len_bytes;
-            }
-        }
-        Ok(bytes)
-    }
-
-    fn was_written(&self, range: ByteRange) -> bool {
-        let granules = (range.offset_bytes..range.end()).step_by(GRANULE);
-        granules.into_iter().any(|at| self.written.is_marked(at))
     }
 }

@@ -1,21 +1,25 @@
-//! Frames of the disks' channel, and the two sections about it on the control connection. Pure: no I/O.
+//! Frames of the disks' channels, and the two sections about them on the control connection. Pure: no I/O.
 //!
 //! ```text
-//! header   kind u8 · 0 u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
-//!  chunk   1       disk and chunk; bit n of `data`: granule n follows, bit n of `zero`: it is all zeroes
-//!  mark    2       chunk = number: answer when everything before it is on stable storage
-//!  end     3       nothing more will come, unless the stop is called off
-//!  flushed 4       answers a mark; chunk = number, data = microseconds spent flushing
-//!  alive   5       keep-alive while the destination flushes
+//! header   kind u8 · packing u8 · disk u16 · payload bytes u32 · chunk u64 · data u64 · zero u64
+//!  chunk   1       disk and chunk; bit n of `data`: granule n follows, bit n of `zero`: it is all zeroes;
+//!                  packing 0: as it is, 1 zlib, 2 zstd: all its granules compressed as one piece
+//!  mark    2       on every channel; chunk = number: answer when everything before it, on all channels, is
+//!                  on stable storage
+//!  end     3       on every channel; nothing more will come, unless the stop is called off
+//!  flushed 4       answers a mark, on every channel; chunk = number, data = microseconds spent flushing
+//!  alive   5       keep-alive on the first channel while the destination flushes
 //!
 //! Section "block"
 //!  Setup   chunk bytes u32 · granule bytes u32 · disks u16, each: name str8 · bytes u64 · only top u8
 //!  End     ends u32 · frames u64 · disks u16, each: data bytes u64 · zero bytes u64
-//!          more than one end if a stop was called off
+//!          more than one end if a stop was called off; frames of all channels; bytes before they are packed
 //! ```
-//! The last granule of a disk may be shorter; the payload is as long as its granules together.
+//! The last granule of a disk may be shorter; the payload is as long as its granules together, or shorter if
+//! it is packed. Packing is only used if both sides have the capability `disk-packing`.
 
 use super::{CHUNK_BYTES, GRANULE_BYTES, MAX_DISKS};
+use crate::ram::frame::Packing;
 use crate::units::micros;
 use crate::wire::{Decoder, Encoder, WireError};
 use std::time::Duration;
@@ -46,6 +50,8 @@ pub struct Chunk {
     pub data: u64,
     /// Granules that are all zeroes.
     pub zero: u64,
+    /// How the payload is compressed.
+    pub packing: Packing,
 }
 
 /// A frame, without its payload.
@@ -99,30 +105,47 @@ pub fn runs(mut mask: u64) -> impl Iterator<Item = (u32, u32)> {
 impl Frame {
     /// The header; `payload_bytes` follow it.
     pub fn encode(self, payload_bytes: u32) -> [u8; HEADER_BYTES] {
-        let (kind, disk, chunk, data, zero) = match self {
-            Self::Chunk(chunk) => (1, chunk.disk, chunk.index, chunk.data, chunk.zero),
-            Self::Mark(number) => (2, 0, number, 0, 0),
-            Self::End => (3, 0, 0, 0, 0),
-            Self::Flushed(number, flush) => (4, 0, number, micros(flush), 0),
-            Self::Alive => (5, 0, 0, 0, 0),
+        let (mut packing, mut disk) = (Packing::None, 0);
+        let (kind, chunk, data, zero) = match self {
+            Self::Chunk(chunk) => {
+                (packing, disk) = (chunk.packing, chunk.disk);
+                (1, chunk.index, chunk.data, chunk.zero)
+            }
+            Self::Mark(number) => (2, number, 0, 0),
+            Self::End => (3, 0, 0, 0),
+            Self::Flushed(number, flush) => (4, number, micros(flush), 0),
+            Self::Alive => (5, 0, 0, 0),
         };
         let mut encoder = Encoder::default();
-        encoder.u8(kind).u8(0).u16(disk).u32(payload_bytes).u64(chunk).u64(data).u64(zero);
+        encoder
+            .u8(kind)
+            .u8(packing as u8)
+            .u16(disk)
+            .u32(payload_bytes)
+            .u64(chunk)
+            .u64(data)
+            .u64(zero);
         let mut bytes = [0; HEADER_BYTES];
         bytes.copy_from_slice(encoder.bytes());
         bytes
     }
 
     /// Reads a header. Checks that a chunk has granules, none of them twice, and no more payload than they
-    /// can hold.
+    /// can hold; less, if it is packed.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<(Self, u32), WireError> {
         let mut decoder = Decoder::new("disk frame", bytes);
-        let (kind, zero_byte, disk) = (decoder.u8()?, decoder.u8()?, decoder.u16()?);
+        let (kind, packing, disk) = (decoder.u8()?, decoder.u8()?, decoder.u16()?);
         let (payload, chunk) = (decoder.u32()?, decoder.u64()?);
         let (data, zero) = (decoder.u64()?, decoder.u64()?);
         let plain = (disk, payload, data, zero) == (0, 0, 0, 0);
+        let packing = match (kind, packing) {
+            (_, 0) => Packing::None,
+            (1, 1) => Packing::Zlib,
+            (1, 2) => Packing::Zstd,
+            _ => return Err(decoder.malformed(format!("header {bytes:02x?}"))),
+        };
         let frame = match kind {
-            1 => Self::Chunk(Chunk { disk, index: chunk, data, zero }),
+            1 => Self::Chunk(Chunk { disk, index: chunk, data, zero, packing }),
             2 if plain => Self::Mark(chunk),
             3 if plain && chunk == 0 => Self::End,
             4 if (disk, payload, zero) == (0, 0, 0) => {
@@ -131,14 +154,16 @@ impl Frame {
             5 if plain && chunk == 0 => Self::Alive,
             _ => return Err(decoder.malformed(format!("header {bytes:02x?}"))),
         };
-        if zero_byte != 0 {
-            return Err(decoder.malformed(format!("header {bytes:02x?}")));
-        }
         if let Self::Chunk(chunk) = frame {
             if chunk.data & chunk.zero != 0 || chunk.data | chunk.zero == 0 {
                 return Err(decoder.malformed("a chunk with no granules, or with one twice"));
             }
-            if u64::from(payload) > u64::from(chunk.data.count_ones()) * GRANULE_BYTES {
+            let most = u64::from(chunk.data.count_ones()) * GRANULE_BYTES;
+            let fits = match chunk.packing {
+                Packing::None => u64::from(payload) <= most,
+                Packing::Zlib | Packing::Zstd => (1..most).contains(&u64::from(payload)),
+            };
+            if !fits {
                 return Err(decoder.malformed(format!("{payload} bytes for its granules")));
             }
         }
@@ -261,11 +286,16 @@ mod tests {
     use proptest::prelude::*;
 
     fn frames() -> impl Strategy<Value = (Frame, u32)> {
-        let chunk = (any::<(u16, u64, u64, u64)>(), any::<u32>()).prop_map(
-            |((disk, index, data, zero), payload)| {
+        let packing = prop::sample::select(vec![Packing::None, Packing::Zlib, Packing::Zstd]);
+        let chunk = (any::<(u16, u64, u64, u64)>(), any::<u32>(), packing).prop_map(
+            |((disk, index, data, zero), payload, packing)| {
                 let (data, zero) = (data | 1, zero & !(data | 1));
                 let most = data.count_ones() * u32::try_from(GRANULE_BYTES).unwrap();
-                (Frame::Chunk(Chunk { disk, index, data, zero }), payload % (most + 1))
+                let chunk = Frame::Chunk(Chunk { disk, index, data, zero, packing });
+                match packing {
+                    Packing::None => (chunk, payload % (most + 1)),
+                    Packing::Zlib | Packing::Zstd => (chunk, 1 + payload % (most - 1)),
+                }
             },
         );
         let flushed = any::<(u64, u32)>().prop_map(|(number, micros)| {

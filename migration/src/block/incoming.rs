@@ -32,19 +32,21 @@ impl Incoming for DisksIncoming {
     }
 
     fn owns(&self, role: Role) -> bool {
-        role == Role::Disks
+        matches!(role, Role::Disks { .. })
     }
 
     fn needs_connection(&self) -> bool {
         true
     }
 
-    fn setup(&mut self, mut context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
-        let (_, channel) =
-            context.channels.pop().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
+    fn setup(&mut self, context: IncomingContext, body: &[u8]) -> Result<(), ParticipantError> {
+        let channels: Vec<_> = context.channels.into_iter().map(|(_, channel)| channel).collect();
+        if channels.is_empty() {
+            return Err(ParticipantError::not_set_up(SECTION));
+        }
         let setup = BlockSetup::decode(body)?;
         let chunks = ChunkReceiver::start(self.disks.clone(), &setup, context.counters.clone())?;
-        self.receiver = Some(Receiver::start(chunks, channel, &context.control)?);
+        self.receiver = Some(Receiver::start(chunks, channels, &context.control)?);
         Ok(())
     }
 

@@ -1,9 +1,9 @@
 //! Disks that migrate with their guest. One picture of the data path:
 //!
 //! ```text
-//! guest's write ─▶ BlockNode ─▶ DirtyBitmap ─▶ scan: chunks ─▶ outgoing: read, zero? ─▶ connection
-//!                      allocation status ──────────┘                                        │
-//! image at the destination ◀── written by several threads, flushed at every mark ◀── incoming
+//! guest's write ─▶ BlockNode ─▶ DirtyBitmap ─▶ scan: chunks ─▶ readers: read, zero? pack ─▶ senders ─▶ channels
+//!                      allocation status ──────────┘                                                    │
+//! image at the destination ◀── writers: unpack, write; flush at every mark ◀── chunk_receiver, one per channel
 //! ```
 //!
 //! **Chunks and granules.** The unit of work is a chunk of 1 MiB: one word of the bitmap, 64 granules of
@@ -14,25 +14,34 @@
 //! read. A concurrent guest write marks them again, and they are sent again. The last pass runs with the
 //! guest stopped and its requests drained.
 //!
-//! **A channel of its own.** Megabytes of disk on the control connection would delay keep-alives,
-//! refusals and cancels. RAM and disks still share one bandwidth cap and one decision, because they take
-//! turns: first all disks once, then rounds of RAM and of dirty chunks, until the rest of both fits into
-//! the pause.
+//! **Channels of their own**, as many as RAM has. Megabytes of disk on the control connection would delay
+//! keep-alives, refusals and cancels. RAM and disks still share one bandwidth cap and one decision, because
+//! they take turns: first all disks once, then rounds of RAM and of dirty chunks, until the rest of both fits
+//! into the pause.
 //!
-//! **Order.** Several threads read and write, so chunks may overtake each other, but two versions of one
-//! chunk may not: a pass sends a chunk at most once, and the next pass begins when the destination has
-//! answered this pass's mark, with everything before it on stable storage. The pause finds little to flush.
+//! **Order.** Several threads read, send and write, and a chunk takes whatever channel is free, so chunks may
+//! overtake each other, but two versions of one chunk may not: a pass sends a chunk at most once and ends
+//! with a mark on every channel, and the destination reads past a mark only when it has come on all channels
+//! and everything before it is on stable storage. The next pass begins with its answers. The pause finds
+//! little to flush.
+//!
+//! **Compression** happens in the threads that read and in those that write, a chunk at a time, and rests as
+//! it does for RAM where it does not pay.
 
 pub mod chunk_receiver;
 pub mod frame;
 pub mod incoming;
 pub mod outgoing;
+mod packing;
 mod readers;
 mod receiver;
 pub mod scan;
+mod senders;
 pub mod stats;
+mod writers;
 
 use crate::error::{Panicked, ParticipantError};
+use crate::ram::compress::{DecompressError, MethodError};
 use crate::wire::WireError;
 use devices::block::BlockNode;
 use std::io;
@@ -121,6 +130,8 @@ pub enum BlockError {
     /// No dirty bitmap could be attached.
     #[error("disk {disk}: its writes cannot be tracked")]
     NotTracked { disk: String },
+    #[error("chunks of disks cannot be compressed")]
+    Packing(#[from] MethodError),
 }
 
 impl From<BlockError> for ParticipantError {
@@ -143,6 +154,16 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    #[error("disk {disk}: chunk {chunk} cannot be unpacked")]
+    Unpack {
+        disk: String,
+        /// Index of the chunk on the disk.
+        chunk: u64,
+        #[source]
+        source: DecompressError,
+    },
+    #[error("chunks of disks cannot be unpacked")]
+    Unpacker(#[from] MethodError),
     #[error("disk {disk}: flushing failed")]
     Flush {
         disk: String,

@@ -1,12 +1,14 @@
 //! The disks at the source, as a participant: passes over the dirty chunks, which a few threads read
-//! ([`super::readers`]) and this one sends.
+//! ([`super::readers`]) and this one, or a thread per channel, sends ([`super::senders`]).
 //!
 //! Called by the source's driver on the `mig-out` thread. The driver decides when to make a pass and when to
 //! stop the guest for the last one.
 
 use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES};
-use super::readers::{Filled, Readers};
+use super::packing::Pays;
+use super::readers::{Event, Filled, Readers};
 use super::scan::{Scan, TrackedDisk};
+use super::senders::Senders;
 use super::stats::DiskProgress;
 use super::{SourceDisk, SourceDisks, Tuning};
 use crate::error::ParticipantError;
@@ -15,10 +17,10 @@ use crate::participant::{
 };
 use crate::policy;
 use crate::stats::Counters;
-use crate::transport::{Channel, Throttle};
-use crate::wire::hello::DISKS;
+use crate::units::saturating_u64;
+use crate::wire::hello::{DISK_CHANNELS, DISK_PACKING, DISKS};
 use crate::wire::section::Stage;
-use crate::wire::{Role, WireError};
+use crate::wire::{Hello, Role};
 use devices::block::backend::BackingChain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,34 +37,66 @@ pub const SECTION: &str = "block";
 /// Exists from the setup on.
 struct Started {
     context: OutgoingContext,
-    channel: Arc<Channel>,
     disks: Vec<TrackedDisk>,
     readers: Readers,
+    senders: Senders,
+}
+
+/// What was sent in a pass.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sent {
+    /// Bytes on the wire.
+    wire: u64,
+    /// What they would have been without compression.
+    unpacked: u64,
+}
+
+/// Bandwidth of a pass: of the disks, which are often the slower part, and the link together.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    wire_per_sec: u64,
+    /// Before compression.
+    unpacked_per_sec: u64,
+}
+
+impl Measured {
+    /// Expected under a cap; 0 for none.
+    fn under(self, cap: u64) -> u64 {
+        if cap == 0 || cap >= self.wire_per_sec {
+            return self.unpacked_per_sec;
+        }
+        let capped = u128::from(self.unpacked_per_sec) * u128::from(cap);
+        saturating_u64(capped / u128::from(self.wire_per_sec.max(1)))
+    }
 }
 
 /// The disks at the source.
 pub struct DisksOutgoing {
     leaving: Vec<SourceDisk>,
     tuning: Tuning,
+    /// As many as RAM has.
+    channels: u16,
     started: Option<Started>,
     totals: BlockTotals,
     passes: u64,
     /// Of the last pass that was long enough to measure.
-    bytes_per_sec: Option<u64>,
+    measured: Option<Measured>,
     /// The destination's shortest flush at the end of a pass.
     flush: Option<Duration>,
 }
 
 impl DisksOutgoing {
-    pub fn new(leaving: SourceDisks) -> Self {
+    /// Disks to send on `channels` channels: as many as RAM has, if the destination can receive disks so.
+    pub fn new(leaving: SourceDisks, channels: u16) -> Self {
         let count = leaving.disks.len();
         Self {
             leaving: leaving.disks,
             tuning: leaving.tuning.clamped(),
+            channels,
             started: None,
             totals: BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); count] },
             passes: 0,
-            bytes_per_sec: None,
+            measured: None,
             flush: None,
         }
     }
@@ -81,13 +115,11 @@ impl DisksOutgoing {
         BlockSetup { disks: self.leaving.iter().map(disk).collect() }
     }
 
-    /// Expected bandwidth of a pass. A measured pass covers both the disk, which is often the slower one,
-    /// and the link.
+    /// Expected bandwidth of a pass, in bytes of the disks.
     fn rate(&self, context: &OutgoingContext) -> u64 {
-        match (self.bytes_per_sec, context.params.get().max_bandwidth) {
-            (None, _) => context.speed.bytes_per_sec(),
-            (Some(rate), 0) => rate,
-            (Some(rate), cap) => rate.min(cap),
+        match self.measured {
+            None => context.speed.bytes_per_sec(),
+            Some(measured) => measured.under(context.params.get().max_bandwidth),
         }
     }
 
@@ -101,57 +133,50 @@ impl DisksOutgoing {
         Ok(())
     }
 
-    fn send_header(&mut self, frame: Frame) -> Result<(), ParticipantError> {
-        let Started { context, channel, .. } = self.started()?;
-        channel.write_pages(&frame.encode(0), &[], &mut context.cap.clone())?;
+    /// Sends `frame` on every channel.
+    fn tell_all(&mut self, frame: Frame) -> Result<(), ParticipantError> {
+        let Some(Started { context, senders, .. }) = &mut self.started else {
+            return Err(ParticipantError::not_set_up(SECTION));
+        };
+        let frames = senders.tell_all(frame)?;
         context.counters.update(|stats| {
-            stats.disk.get_or_insert_default().transferred_bytes += HEADER_BYTES as u64;
+            stats.disk.get_or_insert_default().transferred_bytes += frames * HEADER_BYTES as u64;
         });
-        self.totals.frames += 1;
+        self.totals.frames += frames;
         Ok(())
     }
 
-    /// Waits for the answer to mark `number`; returns how long flushing took.
-    fn await_flushed(&self, number: u64) -> Result<Duration, ParticipantError> {
-        loop {
-            let mut header = [0; HEADER_BYTES];
-            self.started()?.channel.read_while_alive(&mut header)?;
-            match Frame::decode(&header)?.0 {
-                Frame::Alive => {}
-                Frame::Flushed(flushed, flush) if flushed == number => return Ok(flush),
-                other => {
-                    let (found, expected) =
-                        (format!("{other:?}"), "the answer to a mark of the disks");
-                    return Err(WireError::Unexpected { found, expected }.into());
-                }
-            }
-        }
-    }
-
-    /// Sends all dirty chunks; returns the bytes sent.
-    fn send_dirty(&mut self) -> Result<u64, ParticipantError> {
+    /// Sends all dirty chunks.
+    fn send_dirty(&mut self) -> Result<Sent, ParticipantError> {
         let Self { started, tuning, totals, .. } = self;
-        let Started { disks, context, channel, readers } =
+        let Started { disks, context, readers, senders } =
             started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
-        let mut throttle = context.cap.clone();
         let mut scan = Scan::new(disks);
-        let (mut sent, began) = (0, Instant::now());
+        let (mut sent, began) = (Sent::default(), Instant::now());
         let mut shown = began;
+        // Chunks handed out and not yet sent.
+        let mut ahead = 0;
         loop {
-            while readers.ahead() < tuning.reads + tuning.buffers
+            while ahead < tuning.reads + tuning.buffers
                 && let Some(work) = scan.take()
             {
                 readers.hand_out(work)?;
+                ahead += 1;
             }
-            if readers.ahead() == 0 {
+            if ahead == 0 {
                 return Ok(sent);
             }
-            let filled = readers.next(&context.control)?;
-            sent += send_one(&filled, channel, &context.counters, totals, &mut throttle)?;
-            readers.reuse(filled);
+            let done = match readers.next(&context.control)? {
+                Event::Filled(filled) => senders.send(filled?)?,
+                Event::Sent(chunk) => Some(chunk?),
+            };
+            let Some(chunk) = done else { continue };
+            ahead -= 1;
+            count(&chunk, &context.counters, totals, &mut sent);
+            readers.reuse(chunk);
             if shown.elapsed() >= SHOWN_EVERY {
                 shown = Instant::now();
-                let rate = policy::per_second(sent, began.elapsed());
+                let rate = policy::per_second(sent.wire, began.elapsed());
                 context.counters.update(|stats| {
                     stats.disk.get_or_insert_default().bytes_per_sec = rate;
                 });
@@ -169,20 +194,30 @@ impl Outgoing for DisksOutgoing {
         Some(DISKS)
     }
 
-    fn roles(&self) -> Vec<Role> {
-        vec![Role::Disks]
+    fn options(&self) -> &'static [&'static str] {
+        &[DISK_CHANNELS, DISK_PACKING]
+    }
+
+    fn roles(&self, agreed: &Hello) -> Vec<Role> {
+        let channels = if agreed.has(DISK_CHANNELS) { self.channels } else { 1 };
+        (0..channels).map(|index| Role::Disks { index }).collect()
     }
 
     /// Starts tracking; everything ever written is dirty.
-    fn setup(&mut self, mut context: OutgoingContext) -> Result<(), ParticipantError> {
-        let channel =
-            context.channels.pop().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
+    fn setup(&mut self, context: OutgoingContext) -> Result<(), ParticipantError> {
+        let can_unpack = context.agreed.has(DISK_PACKING);
+        if !can_unpack && context.params.get().method().is_some() {
+            log::warn!("the destination cannot unpack disks: they are sent uncompressed");
+        }
+        let pays = Arc::new(Pays::new(can_unpack.then(|| context.params.clone())));
         let disks = self.leaving.iter().cloned().map(TrackedDisk::start);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let nodes = self.leaving.iter().map(|disk| disk.node.clone()).collect();
-        let readers = Readers::new(nodes, self.tuning.reads);
+        let readers = Readers::new(nodes, self.tuning.reads, pays.clone());
+        let channels = context.channels.clone();
+        let senders = Senders::start(channels, &context.cap, pays, readers.events())?;
         let Started { context, disks, .. } =
-            self.started.insert(Started { context, channel, disks, readers });
+            self.started.insert(Started { context, disks, readers, senders });
         for disk in disks.iter() {
             disk.skip_unwritten(&|| !context.cancel.is_cancelled());
         }
@@ -194,7 +229,8 @@ impl Outgoing for DisksOutgoing {
             let below = node.backing().filter(|_| !disk.disk.only_top);
             let files = below.map_or_else(Vec::new, BackingChain::files);
             let files = std::iter::once(node.location()).chain(files).collect();
-            DiskProgress { name, total_bytes, remaining_bytes: total_bytes, sent, files }
+            let remaining_bytes = total_bytes;
+            DiskProgress { name, total_bytes, remaining_bytes, sent, files, ..Default::default() }
         };
         let progress: Vec<_> = disks.iter().map(progress).collect();
         context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
@@ -207,30 +243,30 @@ impl Outgoing for DisksOutgoing {
     fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
         let began = Instant::now();
         let sent = self.send_dirty()?;
-        if sent > 0 {
+        if sent.wire > 0 {
             self.passes += 1;
-            self.send_header(Frame::Mark(self.passes))?;
-            let flush = self.await_flushed(self.passes)?;
+            self.tell_all(Frame::Mark(self.passes))?;
+            let flush = self.started()?.senders.await_flushed(self.passes)?;
             self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
         }
-        let (passes, rate) = (self.passes, policy::per_second(sent, began.elapsed()));
-        log::debug!(
-            "disks: pass {passes}: {sent} bytes, {rate} per second, flush {:?}",
-            self.flush
-        );
+        let (passes, took) = (self.passes, began.elapsed());
+        log::debug!("disks: pass {passes}: {sent:?} in {took:?}, flush {:?}", self.flush);
         self.update_remaining()?;
-        if sent >= MEASURABLE_BYTES {
-            self.bytes_per_sec = Some(rate);
+        if sent.unpacked >= MEASURABLE_BYTES {
+            self.measured = Some(Measured {
+                wire_per_sec: policy::per_second(sent.wire, took),
+                unpacked_per_sec: policy::per_second(sent.unpacked, took),
+            });
         }
         // For reports: 0 until a pass was long enough to measure.
-        let measured = self.bytes_per_sec.unwrap_or(0);
+        let measured = self.measured.map_or(0, |measured| measured.wire_per_sec);
         let context = &self.started()?.context;
         context.counters.update(|stats| {
             let disk = stats.disk.get_or_insert_default();
             (disk.passes, disk.bytes_per_sec) = (passes, measured);
         });
-        let send_time = policy::send_time(sent, self.rate(context));
-        Ok(Step::Done(Pass { sent_bytes: sent, send_time }))
+        let send_time = policy::send_time(sent.unpacked, self.rate(context));
+        Ok(Step::Done(Pass { sent_bytes: sent.unpacked, send_time }))
     }
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
@@ -259,7 +295,7 @@ impl Outgoing for DisksOutgoing {
     fn complete(&mut self) -> Result<(), ParticipantError> {
         // The guest's requests have ended: its stop has waited for them.
         self.send_dirty()?;
-        self.send_header(Frame::End)?;
+        self.tell_all(Frame::End)?;
         self.totals.ends += 1;
         self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
         Ok(())
@@ -274,34 +310,20 @@ impl Outgoing for DisksOutgoing {
     }
 }
 
-fn send_one(
-    filled: &Filled,
-    channel: &Channel,
-    counters: &Counters,
-    totals: &mut BlockTotals,
-    throttle: &mut dyn Throttle,
-) -> Result<u64, ParticipantError> {
-    let impossible = || WireError::Unexpected {
-        found: format!("{:?} longer than its buffer", filled.chunk),
-        expected: "a chunk of a disk",
-    };
-    let bytes = filled.frame().ok_or_else(impossible)?;
-    channel.write_pages(bytes, &[], throttle)?;
+/// Adds a chunk that was sent to all counts.
+fn count(chunk: &Filled, counters: &Counters, totals: &mut BlockTotals, sent: &mut Sent) {
+    let wire = chunk.frame().map_or(0, <[u8]>::len) as u64;
+    sent.wire += wire;
+    sent.unpacked += HEADER_BYTES as u64 + chunk.totals.data_bytes;
     totals.frames += 1;
-    let index = usize::from(filled.chunk.disk);
+    let index = usize::from(chunk.chunk.disk);
     let add = |sum: &mut DiskTotals| {
-        sum.data_bytes += filled.totals.data_bytes;
-        sum.zero_bytes += filled.totals.zero_bytes;
+        sum.data_bytes += chunk.totals.data_bytes;
+        sum.zero_bytes += chunk.totals.zero_bytes;
     };
     totals.disks.get_mut(index).map(add);
     counters.update(|stats| {
         let disk = stats.disk.get_or_insert_default();
-        disk.transferred_bytes += bytes.len() as u64;
-        if let Some(disk) = disk.disks.get_mut(index) {
-            add(&mut disk.sent);
-            let sent = filled.totals.data_bytes + filled.totals.zero_bytes;
-            disk.remaining_bytes = disk.remaining_bytes.saturating_sub(sent);
-        }
+        disk.count_chunk(index, chunk.chunk.packing, wire, chunk.totals);
     });
-    Ok(bytes.len() as u64)
 }

@@ -1,16 +1,18 @@
 //! The threads that read disks at the source (`mig-read-N`): they get chunks to read, and give them back
-//! filled. Owned by `outgoing`, from its setup to its cleanup.
+//! filled, and compressed where that pays. Owned by `outgoing`, from its setup to its cleanup.
 //!
-//! A read takes as long as its disk hangs. So nobody waits for a thread: the driver waits for the next chunk
+//! A read takes as long as its disk hangs. So nobody waits for a thread: the driver waits for the next event
 //! and watches for a cancel. A thread whose read hangs at the end of the migration is left behind; it owns
 //! all that it touches, and its result is discarded.
 
 use super::frame::{Chunk, DiskTotals, Frame, HEADER_BYTES, runs};
+use super::packing::{Packer, Pays};
 use super::scan::Work;
 use super::{BlockError, CHUNK, CHUNK_BYTES, GRANULE, GRANULE_BYTES, ReadError};
 use crate::bytes::is_zero;
 use crate::control::Control;
 use crate::error::{Panicked, ParticipantError};
+use crate::ram::frame::Packing;
 use crate::transport::TICK;
 use crate::wire::WireError;
 use devices::block::BlockNode;
@@ -24,10 +26,17 @@ use std::thread::JoinHandle;
 /// Where the payload starts in a buffer: aligned for direct I/O, with room for the header before it.
 const PAYLOAD_AT: usize = 4096;
 
+/// A frame's memory.
+enum Buffer {
+    /// With the payload at [`PAYLOAD_AT`].
+    Raw { buffer: AlignedBuffer, payload_bytes: usize },
+    /// Header and compressed payload.
+    Packed(Vec<u8>),
+}
+
 /// A chunk that has been read.
 pub(super) struct Filled {
-    buffer: AlignedBuffer,
-    payload_bytes: usize,
+    buffer: Buffer,
     pub(super) chunk: Chunk,
     pub(super) totals: DiskTotals,
 }
@@ -35,8 +44,28 @@ pub(super) struct Filled {
 impl Filled {
     /// The whole frame, header included.
     pub(super) fn frame(&self) -> Option<&[u8]> {
-        self.buffer.get(PAYLOAD_AT - HEADER_BYTES..PAYLOAD_AT + self.payload_bytes)
+        match &self.buffer {
+            Buffer::Raw { buffer, payload_bytes } => {
+                buffer.get(PAYLOAD_AT - HEADER_BYTES..PAYLOAD_AT + payload_bytes)
+            }
+            Buffer::Packed(frame) => Some(frame),
+        }
     }
+}
+
+/// What a thread tells the driver.
+pub(super) enum Event {
+    /// A chunk was read.
+    Filled(Result<Filled, ParticipantError>),
+    /// A chunk was sent, by a thread of [`super::senders`].
+    Sent(Result<Filled, ParticipantError>),
+}
+
+/// Buffers to reuse.
+#[derive(Default)]
+struct Spare {
+    raw: Vec<AlignedBuffer>,
+    packed: Vec<Vec<u8>>,
 }
 
 /// What a thread needs.
@@ -44,9 +73,9 @@ impl Filled {
 struct Shared {
     nodes: Arc<[Arc<BlockNode>]>,
     work: Arc<Mutex<Receiver<Work>>>,
-    /// Buffers to reuse.
-    spare: Arc<Mutex<Vec<AlignedBuffer>>>,
-    filled: Sender<Result<Filled, ParticipantError>>,
+    spare: Arc<Mutex<Spare>>,
+    pays: Arc<Pays>,
+    events: Sender<Event>,
 }
 
 /// The reading threads. Dropping it ends them, and joins them unless a read is in progress.
@@ -54,36 +83,37 @@ pub(super) struct Readers {
     shared: Shared,
     /// Until it is dropped.
     work: Option<Sender<Work>>,
-    filled: Receiver<Result<Filled, ParticipantError>>,
+    events: Receiver<Event>,
     /// Spawned as they are needed.
     threads: Vec<JoinHandle<()>>,
     most_threads: usize,
-    ahead: usize,
+    /// Chunks handed out and not yet filled.
+    reading: usize,
 }
 
 impl Readers {
     /// For these disks, with so many reads in flight at most.
-    pub(super) fn new(nodes: Arc<[Arc<BlockNode>]>, most_threads: usize) -> Self {
+    pub(super) fn new(nodes: Arc<[Arc<BlockNode>]>, most_threads: usize, pays: Arc<Pays>) -> Self {
         let (work, to_do) = channel();
-        let (give, filled) = channel();
+        let (tell, events) = channel();
         let (to_do, spare) = (Arc::new(Mutex::new(to_do)), Arc::default());
-        let shared = Shared { nodes, work: to_do, spare, filled: give };
+        let shared = Shared { nodes, work: to_do, spare, pays, events: tell };
         let (work, threads) = (Some(work), Vec::new());
-        Self { shared, work, filled, threads, most_threads, ahead: 0 }
+        Self { shared, work, events, threads, most_threads, reading: 0 }
     }
 
-    /// Chunks handed out and not yet returned by [`Readers::next`].
-    pub(super) fn ahead(&self) -> usize {
-        self.ahead
+    /// Where other threads' events go, to be returned by [`Readers::next`].
+    pub(super) fn events(&self) -> &Sender<Event> {
+        &self.shared.events
     }
 
     /// Has a chunk read.
     pub(super) fn hand_out(&mut self, work: Work) -> Result<(), ParticipantError> {
         // Cannot fail: the receiving end is in `shared`.
         if self.work.as_ref().is_some_and(|to| to.send(work).is_ok()) {
-            self.ahead += 1;
+            self.reading += 1;
         }
-        if self.threads.len() < self.ahead.min(self.most_threads) {
+        if self.threads.len() < self.reading.min(self.most_threads) {
             let shared = self.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("mig-read-{}", self.threads.len()))
@@ -95,13 +125,15 @@ impl Readers {
         Ok(())
     }
 
-    /// Waits for the next chunk, in any order. Gives up when the migration is cancelled or the peer is
+    /// Waits for the next event, of any chunk. Gives up when the migration is cancelled or the peer is
     /// gone: the disk may hang. After an error there is no further pass.
-    pub(super) fn next(&mut self, control: &Control) -> Result<Filled, ParticipantError> {
+    pub(super) fn next(&mut self, control: &Control) -> Result<Event, ParticipantError> {
         loop {
-            if let Ok(filled) = self.filled.recv_timeout(TICK) {
-                self.ahead -= 1;
-                return filled;
+            if let Ok(event) = self.events.recv_timeout(TICK) {
+                if matches!(event, Event::Filled(_)) {
+                    self.reading -= 1;
+                }
+                return Ok(event);
             }
             if control.is_cancelled() {
                 return Err(WireError::Interrupted.into());
@@ -114,7 +146,11 @@ impl Readers {
 
     /// Takes a chunk's buffer back.
     pub(super) fn reuse(&self, sent: Filled) {
-        devices::lock(&self.shared.spare).push(sent.buffer);
+        let mut spare = devices::lock(&self.shared.spare);
+        match sent.buffer {
+            Buffer::Raw { buffer, .. } => spare.raw.push(buffer),
+            Buffer::Packed(frame) => spare.packed.push(frame),
+        }
     }
 }
 
@@ -122,7 +158,7 @@ impl Drop for Readers {
     fn drop(&mut self) {
         self.work = None;
         // Otherwise a read may hang: the thread ends after it, if it ever does.
-        if self.ahead == 0 {
+        if self.reading == 0 {
             for thread in self.threads.drain(..) {
                 // Panics were reported.
                 let _ = thread.join();
@@ -134,20 +170,21 @@ impl Drop for Readers {
 impl Shared {
     /// Body of a thread. Ends when nobody hands out work or wants its result any more.
     fn read_all(&self) {
+        let mut packer = Packer::default();
         loop {
             // One thread waits for work, the others for their turn to wait.
             let Ok(work) = devices::lock(&self.work).recv() else { return };
-            let filled = catch_unwind(AssertUnwindSafe(|| self.read(work)));
+            let filled = catch_unwind(AssertUnwindSafe(|| self.read(work, &mut packer)));
             let filled = filled.unwrap_or_else(|_| Err(Panicked("reads disks").into()));
-            if self.filled.send(filled).is_err() {
+            if self.events.send(Event::Filled(filled)).is_err() {
                 return;
             }
         }
     }
 
-    /// Reads a chunk's granules into one buffer and drops the zero ones.
-    fn read(&self, work: Work) -> Result<Filled, ParticipantError> {
-        let spare = devices::lock(&self.spare).pop();
+    /// Reads a chunk's granules into one buffer, drops the zero ones and compresses the others.
+    fn read(&self, work: Work, packer: &mut Packer) -> Result<Filled, ParticipantError> {
+        let spare = devices::lock(&self.spare).raw.pop();
         let mut buffer = spare.unwrap_or_else(|| AlignedBuffer::new(PAYLOAD_AT + CHUNK));
         let (head, payload) = buffer.split_at_mut(PAYLOAD_AT);
         // `work` comes from a scan over these disks.
@@ -197,11 +234,27 @@ impl Shared {
             |found: String| WireError::Unexpected { found, expected: "a chunk's header" };
         let number = u16::try_from(work.disk);
         let number = number.map_err(|_| impossible(format!("disk {}", work.disk)))?;
-        let chunk = Chunk { disk: number, index: work.index, data, zero: work.granules & !data };
-        let kept_bytes = u32::try_from(kept).map_err(|_| impossible(format!("{kept} bytes")))?;
-        let place = head.last_chunk_mut::<HEADER_BYTES>();
-        *place.ok_or_else(|| impossible("no room".into()))? =
-            Frame::Chunk(chunk).encode(kept_bytes);
-        Ok(Filled { buffer, payload_bytes: kept, chunk, totals })
+        let (index, zero) = (work.index, work.granules & !data);
+        let chunk = |packing| Chunk { disk: number, index, data, zero, packing };
+        let header = |packing, len: usize| -> Result<_, WireError> {
+            let len = u32::try_from(len).map_err(|_| impossible(format!("{len} bytes")))?;
+            Ok(Frame::Chunk(chunk(packing)).encode(len))
+        };
+        let payload = payload.get(..kept).ok_or_else(|| impossible(format!("{kept} bytes")))?;
+        let mut packed = devices::lock(&self.spare).packed.pop().unwrap_or_default();
+        packed.clear();
+        packed.resize(HEADER_BYTES, 0);
+        let packing = packer.pack(payload, &mut packed, &self.pays)?;
+        let no_room = || impossible("no room".into());
+        if packing == Packing::None {
+            devices::lock(&self.spare).packed.push(packed);
+            *head.last_chunk_mut().ok_or_else(no_room)? = header(packing, kept)?;
+            let buffer = Buffer::Raw { buffer, payload_bytes: kept };
+            return Ok(Filled { buffer, chunk: chunk(packing), totals });
+        }
+        let len = packed.len() - HEADER_BYTES;
+        *packed.first_chunk_mut().ok_or_else(no_room)? = header(packing, len)?;
+        devices::lock(&self.spare).raw.push(buffer);
+        Ok(Filled { buffer: Buffer::Packed(packed), chunk: chunk(packing), totals })
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that receives disks (`mig-disks`), and the driver's handle to it. Owned by `incoming`; the
+//! The threads that receive disks (`mig-disks` and its own), and the driver's handle to them. Owned by `incoming`; the
 //! frames are `chunk_receiver`'s business.
 
 use super::chunk_receiver::ChunkReceiver;
@@ -27,10 +27,10 @@ struct Shared {
     changed: Condvar,
 }
 
-/// The running receiver. Dropping it shuts the channel down and joins its threads.
+/// The running receiver. Dropping it shuts the channels down and joins its threads.
 pub(super) struct Receiver {
     shared: Arc<Shared>,
-    channel: Arc<Channel>,
+    channels: Arc<[Arc<Channel>]>,
     control: Control,
     /// Ends received. What precedes them may still be being written and flushed.
     ended: Arc<AtomicU32>,
@@ -38,25 +38,25 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    /// Starts receiving from `channel`. Failures are reported to `control`.
+    /// Starts receiving from `channels`. Failures are reported to `control`.
     pub(super) fn start(
         chunks: ChunkReceiver,
-        channel: Channel,
+        channels: Vec<Channel>,
         control: &Control,
     ) -> Result<Self, ParticipantError> {
-        let (shared, channel) = (Arc::<Shared>::default(), Arc::new(channel));
-        let ended = chunks.ended();
-        let (ours, from, report) = (shared.clone(), channel.clone(), control.clone());
+        let channels: Arc<[_]> = channels.into_iter().map(Arc::new).collect();
+        let (shared, ended) = (Arc::<Shared>::default(), chunks.ended());
+        let (ours, from, report) = (shared.clone(), channels.clone(), control.clone());
         let thread = std::thread::Builder::new()
             .name("mig-disks".into())
             .stack_size(256 << 10)
             .spawn(move || {
-                let mut at_end = |totals: &BlockTotals| {
+                let at_end = |totals: &BlockTotals| {
                     devices::lock(&ours.state).flushed = Some(totals.clone());
                     ours.changed.notify_all();
                     ControlFlow::Continue(())
                 };
-                let receiving = AssertUnwindSafe(|| chunks.receive_all(&from, &mut at_end));
+                let receiving = AssertUnwindSafe(|| chunks.receive_all(&from, &at_end));
                 let received = catch_unwind(receiving);
                 let panicked = |_| Err(Panicked("receives disks").into());
                 if let Err(error) = received.unwrap_or_else(panicked) {
@@ -64,18 +64,19 @@ impl Receiver {
                     devices::lock(&ours.state).failed = true;
                     ours.changed.notify_all();
                     // The source sees a closed connection and finds the reason on the control connection.
-                    from.transport().shutdown();
+                    from.iter().for_each(|channel| channel.transport().shutdown());
                 }
             })
             .map_err(ParticipantError::Thread)?;
         let control = control.clone();
-        Ok(Self { shared, channel, control, ended, thread: Some(thread) })
+        Ok(Self { shared, channels, control, ended, thread: Some(thread) })
     }
 
     /// Waits until everything up to end `number` is on stable storage. Fails as stalled if bytes are still
     /// missing and none arrive.
     pub(super) fn await_end(&self, number: u32) -> Result<BlockTotals, WireError> {
-        let (mut moved, mut since) = (self.channel.moved_bytes(), Instant::now());
+        let moved_bytes = || self.channels.iter().map(|one| one.moved_bytes()).sum::<u64>();
+        let (mut moved, mut since) = (moved_bytes(), Instant::now());
         let mut state = devices::lock(&self.shared.state);
         loop {
             if state.failed || self.control.is_cancelled() {
@@ -89,7 +90,7 @@ impl Receiver {
             }
             let waited = self.shared.changed.wait_timeout(state, TICK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            let now = self.channel.moved_bytes();
+            let now = moved_bytes();
             if now != moved || self.ended.load(Ordering::Acquire) >= number {
                 (moved, since) = (now, Instant::now());
             } else {
@@ -101,7 +102,11 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.channel.transport().shutdown();
+        for channel in self.channels.iter() {
+            channel.transport().shutdown();
+            // It may wait for another channel.
+            channel.trip();
+        }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

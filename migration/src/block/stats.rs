@@ -1,7 +1,8 @@
 //! Progress of the disks: `disk` of `query-migrate`, shaped like `ram`, with an entry per disk. Written
 //! by `outgoing` and `chunk_receiver`, kept in [`crate::stats::StatsSnapshot`]. For reports only.
 
-use super::frame::DiskTotals;
+use super::frame::{DiskTotals, HEADER_BYTES};
+use crate::ram::frame::Packing;
 use serde_json::{Value, json};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -12,6 +13,8 @@ pub struct DiskProgress {
     /// Bytes still to send.
     pub remaining_bytes: u64,
     pub sent: DiskTotals,
+    /// Bytes on the wire, for the chunks of this disk.
+    pub transferred_bytes: u64,
     /// The files that are read, the image first. Empty at the destination.
     pub files: Vec<String>,
 }
@@ -32,9 +35,42 @@ pub struct DiskStats {
     pub passes: u64,
     /// Bandwidth of the last pass that was long enough to measure; 0 before there was one.
     pub bytes_per_sec: u64,
+    pub packed: PackedStats,
+}
+
+/// Compressed chunks. Their bytes also count as normal bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PackedStats {
+    pub chunks: u64,
+    /// Their bytes before compression, and after it.
+    pub data_bytes: u64,
+    pub packed_bytes: u64,
 }
 
 impl DiskStats {
+    /// Adds a chunk of disk `index`: `wire_bytes` with its header, for `sent` bytes of the disk.
+    pub(super) fn count_chunk(
+        &mut self,
+        index: usize,
+        packing: Packing,
+        wire_bytes: u64,
+        sent: DiskTotals,
+    ) {
+        self.transferred_bytes += wire_bytes;
+        if packing != Packing::None {
+            self.packed.chunks += 1;
+            self.packed.data_bytes += sent.data_bytes;
+            self.packed.packed_bytes += wire_bytes.saturating_sub(HEADER_BYTES as u64);
+        }
+        if let Some(disk) = self.disks.get_mut(index) {
+            disk.transferred_bytes += wire_bytes;
+            disk.sent.data_bytes += sent.data_bytes;
+            disk.sent.zero_bytes += sent.zero_bytes;
+            let now = sent.data_bytes + sent.zero_bytes;
+            disk.remaining_bytes = disk.remaining_bytes.saturating_sub(now);
+        }
+    }
+
     fn sum(&self, of: impl Fn(&DiskProgress) -> u64) -> u64 {
         self.disks.iter().map(of).sum()
     }
@@ -48,7 +84,7 @@ impl DiskStats {
     pub fn to_json(&self) -> Value {
         let normal = self.sum(|disk| disk.sent.data_bytes);
         let granule = super::GRANULE_BYTES;
-        json!({
+        let mut all = json!({
             "transferred": self.transferred_bytes,
             "remaining": self.remaining_bytes(),
             "total": self.sum(|disk| disk.total_bytes),
@@ -67,9 +103,25 @@ impl DiskStats {
                 "remaining": disk.remaining_bytes,
                 "normal-bytes": disk.sent.data_bytes,
                 "zero-bytes": disk.sent.zero_bytes,
+                "transferred": disk.transferred_bytes,
                 "percent": disk.percent(),
                 "files": disk.files,
             })).collect::<Vec<_>>(),
+        });
+        if self.packed.chunks > 0 {
+            all["x-compression"] = self.packed.to_json();
+        }
+        all
+    }
+}
+
+impl PackedStats {
+    /// As QEMU's `compression` of RAM, as far as applicable.
+    fn to_json(self) -> Value {
+        json!({
+            "chunks": self.chunks,
+            "compressed-size": self.packed_bytes,
+            "compression-rate": self.data_bytes as f64 / self.packed_bytes.max(1) as f64,
         })
     }
 }

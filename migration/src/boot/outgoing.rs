@@ -10,7 +10,7 @@ use crate::policy;
 use crate::transport::Throttle;
 use crate::wire::hello::BOOT;
 use crate::wire::section::Stage;
-use crate::wire::{Role, WireError};
+use crate::wire::{Hello, Role, WireError};
 use std::collections::VecDeque;
 use std::io;
 use std::time::Instant;
@@ -100,7 +100,11 @@ impl Outgoing for BootOutgoing {
         Some(BOOT)
     }
 
-    fn roles(&self) -> Vec<Role> {
+    fn options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn roles(&self, _: &Hello) -> Vec<Role> {
         Vec::new()
     }
 

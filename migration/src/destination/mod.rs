@@ -28,7 +28,7 @@ use crate::stats::{Counters, MigrationStatus};
 use crate::transport::channel::{GREETING_PATIENCE, receive_hello, send_hello};
 use crate::transport::reception::{HasEnded, Reception};
 use crate::transport::{Channel, Listener, Transport};
-use crate::wire::hello::DISKS;
+use crate::wire::hello::{DISK_CHANNELS, DISKS};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use load::Arrival;
 use std::io;
@@ -137,7 +137,9 @@ impl Destination<'_> {
         self.arrive(Arc::new(main), &hello, &mut |id, role, has_ended| {
             Ok(Arc::new(match role {
                 Role::Control => return Err(not_a_channel()),
-                Role::Disks => reception.disks(id, GREETING_PATIENCE, has_ended)?,
+                Role::Disks { index } => {
+                    reception.disks(id, index, GREETING_PATIENCE, has_ended)?
+                }
                 Role::Data { index } => reception.data(id, index, GREETING_PATIENCE, has_ended)?,
             }))
         })
@@ -148,7 +150,7 @@ impl Destination<'_> {
         mut self,
         main: Arc<dyn Transport>,
         data: Vec<Arc<dyn Transport>>,
-        disks: Option<Arc<dyn Transport>>,
+        disks: Vec<Arc<dyn Transport>>,
     ) -> Result<(), DestinationError> {
         let cancel = self.cancel.clone();
         let greeting = Channel::new(main.clone(), cancel.clone());
@@ -164,7 +166,7 @@ impl Destination<'_> {
             let missing = || WireError::Lost(io::ErrorKind::NotConnected.into());
             let data = match role {
                 Role::Control => return Err(not_a_channel()),
-                Role::Disks => disks.as_ref(),
+                Role::Disks { index } => disks.get(usize::from(index)),
                 Role::Data { index } => data.get(usize::from(index)),
             };
             let data = data.ok_or_else(missing)?;
@@ -246,7 +248,12 @@ impl Destination<'_> {
         answer: &Hello,
         open: Open<'_>,
     ) -> Result<Vec<(Role, Channel)>, DestinationError> {
-        let disks = answer.has(DISKS).then_some(Role::Disks);
+        let disk_channels = match (answer.has(DISKS), answer.has(DISK_CHANNELS)) {
+            (false, _) => 0,
+            (true, false) => 1,
+            (true, true) => hello.data_channels,
+        };
+        let disks = (0..disk_channels).map(|index| Role::Disks { index });
         let roles = (0..hello.data_channels).map(|index| Role::Data { index }).chain(disks);
         let channels = roles.map(|role| {
             let named = |error: WireError| error.on_channel(role);

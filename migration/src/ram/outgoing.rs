@@ -14,7 +14,7 @@ use crate::participant::{
     Budget, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::wire::section::{RamEnd, RamSetup, Stage};
-use crate::wire::{Role, WireError};
+use crate::wire::{Hello, Role, WireError};
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -198,7 +198,11 @@ impl Outgoing for RamOutgoing {
         None
     }
 
-    fn roles(&self) -> Vec<Role> {
+    fn options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn roles(&self, _: &Hello) -> Vec<Role> {
         (0..self.channels).map(|index| Role::Data { index }).collect()
     }
 

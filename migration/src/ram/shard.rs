@@ -9,8 +9,8 @@ use super::frame::{Batch, Packing, RunKind, encode_end, encode_mark};
 use super::page::bytes_of;
 use super::scan::Scan;
 use crate::error::ParticipantError;
+use crate::pace::Throughput;
 use crate::params::SharedParams;
-use crate::policy;
 use crate::stats::{Counters, StatsSnapshot};
 use crate::transport::{Channel, PageSlice, Throttle};
 use crate::wire::Encoder;
@@ -18,7 +18,7 @@ use crate::wire::section::RamTotals;
 use devices::ram::{GuestRam, PAGE_SIZE, PageIndex, RamLayout};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 /// Pages to send: some words of the dirty bitmap, already cleared in the log.
@@ -339,13 +339,8 @@ struct ChannelSender {
     /// Reused for its memory.
     head: Encoder,
     tally: Tally,
-    /// Recently written bytes, and the time spent on them, bandwidth cap and peer included.
-    written: u64,
-    writing: Duration,
+    throughput: Throughput,
 }
-
-/// After this much writing time the weight of earlier writes is halved.
-const MEMORY: Duration = Duration::from_millis(500);
 
 impl ChannelSender {
     fn new(channel: Arc<Channel>, throttle: Box<dyn Throttle + Send>) -> Self {
@@ -354,8 +349,7 @@ impl ChannelSender {
             throttle,
             head: Encoder::default(),
             tally: Tally::default(),
-            written: 0,
-            writing: Duration::ZERO,
+            throughput: Throughput::default(),
         }
     }
 
@@ -364,11 +358,7 @@ impl ChannelSender {
         self.channel.write_pages(head, pages, &mut *self.throttle)?;
         let took = began.elapsed();
         let bytes = head.len() as u64 + pages.iter().map(|page| page.len() as u64).sum::<u64>();
-        if self.writing > MEMORY {
-            (self.written, self.writing) = (self.written / 2, self.writing / 2);
-        }
-        self.written += bytes;
-        self.writing += took;
+        self.throughput.add(bytes, took);
         self.tally.frames += 1;
         Ok(bytes)
     }
@@ -389,7 +379,7 @@ impl ChannelSender {
 
     /// Throughput of the channel; 0 if unknown.
     fn bytes_per_sec(&self) -> u64 {
-        if self.written == 0 { 0 } else { policy::per_second(self.written, self.writing) }
+        self.throughput.bytes_per_sec()
     }
 }
 

@@ -100,19 +100,19 @@ impl Source<'_> {
         })
     }
 
-    /// Moves the guest over connections that exist already: the control connection, the data channels by
-    /// number, and that of the disks.
+    /// Moves the guest over connections that exist already: the control connection, then the data and
+    /// disk channels by number.
     pub fn migrate_over(
         self,
         main: Arc<dyn Transport>,
         data: Vec<Arc<dyn Transport>>,
-        disks: Option<Arc<dyn Transport>>,
+        disks: Vec<Arc<dyn Transport>>,
     ) -> SourceOutcome {
         self.migrate_by(&mut |role| {
             let transport = match role {
                 Role::Control => Some(&main),
                 Role::Data { index } => data.get(usize::from(index)),
-                Role::Disks => disks.as_ref(),
+                Role::Disks { index } => disks.get(usize::from(index)),
             };
             let missing = || WireError::Lost(std::io::ErrorKind::NotConnected.into());
             transport.cloned().ok_or_else(|| missing().into())

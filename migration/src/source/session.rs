@@ -23,6 +23,8 @@ pub(super) type Connect<'c> = &'c mut dyn FnMut(Role) -> Result<Arc<dyn Transpor
 pub(super) struct Session {
     pub(super) control: Control,
     _threads: ControlThreads,
+    /// The destination's Hello: what both sides can do.
+    agreed: Hello,
     channels: Vec<(Role, Arc<Channel>)>,
     pub(super) link: Arc<LinkSpeed>,
     pub(super) participants: Vec<Box<dyn Outgoing>>,
@@ -58,23 +60,19 @@ impl Session {
         connect: Connect<'_>,
     ) -> Result<Self, SourceError> {
         let id = MigrationId::random()?;
-        let mut roles: Vec<Role> = participants.iter().flat_map(|one| one.roles()).collect();
-        // The destination accepts them in this order.
-        roles.sort_by_key(|role| match role {
-            Role::Control => (0, 0),
-            Role::Data { index } => (1, *index),
-            Role::Disks => (2, 0),
+        let wanted = participants.iter().flat_map(|participant| {
+            participant.capability().into_iter().chain(participant.options().iter().copied())
         });
-        let data = roles.iter().filter(|role| matches!(role, Role::Data { .. })).count();
-        let data = u16::try_from(data).map_err(|_| WireError::TooLong {
+        let mut hello = wanted.fold(Hello::new(Role::Control, id, 0), Hello::wanting);
+        let data = participants.iter().flat_map(|one| one.roles(&hello));
+        let data = data.filter(|role| matches!(role, Role::Data { .. })).count();
+        hello.data_channels = u16::try_from(data).map_err(|_| WireError::TooLong {
             what: "list of data channels",
             found: data as u64,
             most: u64::from(u16::MAX),
         })?;
         let transport = connect(Role::Control)?;
         let greeted = Instant::now();
-        let wanted = participants.iter().filter_map(|participant| participant.capability());
-        let hello = wanted.fold(Hello::new(Role::Control, id, data), Hello::wanting);
         let answer = greet(&Channel::new(transport.clone(), cancel.clone()), &hello)?;
         let round_trip = greeted.elapsed();
         if let Some(refused) = participants
@@ -83,11 +81,19 @@ impl Session {
         {
             return Err(SourceError::Unsupported { section: refused.section() });
         }
+        let mut roles: Vec<Role> = participants.iter().flat_map(|one| one.roles(&answer)).collect();
+        // The destination accepts them in this order.
+        roles.sort_by_key(|role| match role {
+            Role::Control => (0, 0),
+            Role::Data { index } => (1, *index),
+            Role::Disks { index } => (2, *index),
+        });
         let (control, threads) =
             Control::start(transport, cancel.clone()).map_err(SourceError::Thread)?;
         let mut session = Self {
             control,
             _threads: threads,
+            agreed: answer,
             channels: Vec::with_capacity(roles.len()),
             link: Arc::new(LinkSpeed::new(round_trip)),
             participants,
@@ -113,7 +119,7 @@ impl Session {
             session._wake.push(cancel.on_cancel(move || woken.shutdown()));
             let channel = Channel::new(transport, cancel.clone())
                 .with_liveness(session.control.liveness().clone());
-            let greeted = greet(&channel, &Hello::new(role, id, data));
+            let greeted = greet(&channel, &Hello::new(role, id, hello.data_channels));
             if let Err(error) = greeted.map_err(|error| error.on_channel(role)) {
                 return Err(session.abort(error.into()));
             }
@@ -133,10 +139,11 @@ impl Session {
         self.control.expect(Kind::Accepted, &limit)?;
         let cap = Cap::new(source.params.clone(), source.cancel.clone());
         for participant in &mut self.participants {
-            let roles = participant.roles();
+            let roles = participant.roles(&self.agreed);
             let own = self.channels.iter().filter(|(role, _)| roles.contains(role));
             let link = OutgoingContext {
                 control: self.control.clone(),
+                agreed: self.agreed.clone(),
                 channels: own.map(|(_, channel)| channel.clone()).collect(),
                 cap: cap.clone(),
                 speed: self.link.clone(),

@@ -4,12 +4,11 @@ use super::fake::*;
 use crate::error::chain;
 use crate::params::Params;
 use crate::source::SourceOutcome;
-use crate::transport::memory::{MemoryLink, MemoryTransport};
-use crate::transport::{PageSlice, TICK, Transport};
+use crate::transport::Transport;
+use crate::transport::memory::MemoryLink;
 use crate::wire::{self, Encoder, HEADER_BYTES, Hello, Kind, MigrationId, Role};
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 fn read_exact(from: &dyn Transport, into: &mut [u8]) -> bool {
@@ -161,7 +160,7 @@ fn a_destination_hears_why_a_channel_cannot_be_opened() {
     let (scenario, disk) = (two_channels(), Arc::default());
     let ram = boot(&scenario, &disk);
     // The second channel cannot be connected.
-    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: None };
+    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: Vec::new() };
     let heard = std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             answer(&main_in, |_| {});
@@ -268,67 +267,6 @@ fn a_destination_that_is_alive_but_does_not_get_on_is_given_up() {
     });
 }
 
-/// A connection whose other end reads little: at its own pace, or up to where it stands still.
-struct Narrow {
-    inner: MemoryTransport,
-    /// Bytes that are still taken.
-    room: AtomicU64,
-    /// Calls that still take their time.
-    slow_reads: AtomicU64,
-}
-
-impl Transport for Narrow {
-    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
-        let slow = |left: u64| left.checked_sub(1);
-        if self.slow_reads.fetch_update(SeqCst, SeqCst, slow).is_err() {
-            return self.inner.receive(into);
-        }
-        // Being slow is what it is for.
-        std::thread::sleep(Duration::from_millis(1));
-        let few = into.len().min(400);
-        self.inner.receive(&mut into[..few])
-    }
-
-    fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        let room = self.room.load(SeqCst);
-        let fits = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-        if fits == 0 {
-            std::thread::sleep(TICK.min(self.inner.patience()));
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        let count = self.inner.send(&bytes[..fits])?;
-        self.room.fetch_sub(count as u64, SeqCst);
-        Ok(count)
-    }
-
-    fn receive_pages(&self, pages: &[PageSlice<'_>]) -> io::Result<usize> {
-        let Some(first) = pages.first() else { return Ok(0) };
-        let mut copy = vec![0; first.len()];
-        let count = self.receive(&mut copy)?;
-        first.copy_from(&copy[..count]);
-        Ok(count)
-    }
-
-    fn send_pages(&self, head: &[u8], pages: &[PageSlice<'_>]) -> io::Result<usize> {
-        match pages.first() {
-            Some(first) if head.is_empty() => {
-                let mut copy = vec![0; first.len()];
-                first.copy_to(&mut copy);
-                self.send(&copy)
-            }
-            _ => self.send(head),
-        }
-    }
-
-    fn patience(&self) -> Duration {
-        self.inner.patience()
-    }
-
-    fn shutdown(&self) {
-        self.inner.shutdown();
-    }
-}
-
 /// Moves a guest over three channels, of which the second is narrow.
 fn migrate_over_narrow(patience: Duration, room: u64, slow_reads: u64) -> End {
     let script = Some(Script { pages: 60, kinds: 0..KINDS, passes: 0 });
@@ -336,8 +274,8 @@ fn migrate_over_narrow(patience: Duration, room: u64, slow_reads: u64) -> End {
     let scenario = Scenario { ram_bytes: 8 << 20, script, params, patience, ..Default::default() };
     let link = MemoryLink::new(None).with_patience(patience);
     let (main, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: None };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: Vec::new() };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: Vec::new() };
     for index in 0..3 {
         let (out, into) = link.connect();
         let narrow = |inner| -> Arc<dyn Transport> {

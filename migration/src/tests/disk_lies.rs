@@ -8,6 +8,7 @@ use crate::block::frame::{
 };
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES};
 use crate::cancel::CancelToken;
+use crate::ram::frame::Packing;
 use crate::transport::memory::MemoryLink;
 use crate::transport::{Channel, Transport};
 use crate::wire::hello::DISKS;
@@ -16,7 +17,7 @@ use crate::wire::{self, Hello, Kind, MigrationId, Role};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Whole chunks, an odd tail, a single sector.
@@ -88,7 +89,7 @@ impl Model {
 
     /// Whether a chunk is acceptable; if so what it does.
     fn chunk(&mut self, chunk: Chunk, payload: i64, fill: u8) -> bool {
-        let Chunk { disk, index, data, zero } = chunk;
+        let Chunk { disk, index, data, zero, .. } = chunk;
         let Some(len) = SIZES.get(usize::from(disk)) else { return false };
         let fits = (data | zero) & !granules_of(index, *len) == 0;
         if data & zero != 0 || data | zero == 0 || !fits || payload != 0 {
@@ -120,7 +121,8 @@ fn bytes_of_step(model: &mut Model, step: &Step, fill: u8) -> (Vec<u8>, Option<b
     model.frames += 1;
     match step {
         Step::Chunk { disk, index, data, zero, payload } => {
-            let chunk = Chunk { disk: *disk, index: *index, data: *data, zero: *zero };
+            let packing = Packing::None;
+            let chunk = Chunk { disk: *disk, index: *index, data: *data, zero: *zero, packing };
             let len = SIZES.get(usize::from(*disk)).copied().unwrap_or(CHUNK_BYTES);
             let right = bytes_of((*index).min(9), *data, len);
             let sent = right.saturating_add_signed(*payload);
@@ -174,15 +176,15 @@ proptest! {
         let incoming = ChunkReceiver::start(disks.incoming(), &setup, Arc::default()).unwrap();
         let result = std::thread::scope(|scope| {
             let receiver = scope.spawn(move || {
-                let channel = Channel::new(Arc::new(theirs), CancelToken::new());
-                let mut totals = None;
-                let mut at_end = |all: &BlockTotals| {
-                    totals = Some(all.clone());
+                let channels = [Arc::new(Channel::new(Arc::new(theirs), CancelToken::new()))];
+                let totals = Mutex::new(None);
+                let at_end = |all: &BlockTotals| {
+                    *totals.lock().unwrap() = Some(all.clone());
                     ControlFlow::Break(())
                 };
-                let result = incoming.receive_all(&channel, &mut at_end);
-                channel.transport().shutdown();
-                result.map(|()| totals.expect("an end was said"))
+                let result = incoming.receive_all(&channels, &at_end);
+                channels[0].transport().shutdown();
+                result.map(|()| totals.into_inner().unwrap().expect("an end was said"))
             });
             super::fake::write_all(&ours, &stream);
             if !ends_well {
@@ -224,7 +226,7 @@ fn the_format_of_disks_is_what_it_was() {
     let mut stream = Vec::new();
     let mut add = |kind, payload: &[u8]| wire::append_frame(&mut stream, kind, payload).unwrap();
     add(Kind::Hello, &Hello::new(Role::Control, id, 1).wanting(DISKS).encode());
-    add(Kind::Hello, &Hello::new(Role::Disks, id, 1).encode());
+    add(Kind::Hello, &Hello::new(Role::Disks { index: 0 }, id, 1).encode());
     let disk =
         |name: &str, len_bytes, only_top| DiskSetup { name: name.into(), len_bytes, only_top };
     let setup = BlockSetup { disks: vec![disk("root", 3 << 20, false), disk("data", 512, true)] };
@@ -234,12 +236,23 @@ fn the_format_of_disks_is_what_it_was() {
         BlockTotals { ends: 1, frames: 5, disks: vec![totals(32768, 16384), totals(512, 0)] };
     add(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode().unwrap()));
     let frames = [
-        (Frame::Chunk(Chunk { disk: 0, index: 2, data: 0b101, zero: 0b1000 }), 32768),
-        (Frame::Chunk(Chunk { disk: 1, index: 0, data: 1, zero: 0 }), 512),
+        (
+            Frame::Chunk(Chunk {
+                disk: 0,
+                index: 2,
+                data: 0b101,
+                zero: 0b1000,
+                packing: Packing::None,
+            }),
+            32768,
+        ),
+        (Frame::Chunk(Chunk { disk: 1, index: 0, data: 1, zero: 0, packing: Packing::None }), 512),
         (Frame::Mark(7), 0),
         (Frame::Alive, 0),
         (Frame::Flushed(7, Duration::from_micros(1500)), 0),
         (Frame::End, 0),
+        // Since there is the capability `disk-packing`.
+        (Frame::Chunk(Chunk { disk: 0, index: 3, data: 3, zero: 0, packing: Packing::Zstd }), 700),
     ];
     let headers = frames.iter().map(|(frame, payload)| frame.encode(*payload));
     let lines = stream.chunks(16).map(<[u8]>::to_vec).chain(headers.map(|one| one.to_vec()));

@@ -7,7 +7,7 @@ use crate::block::{CHUNK_BYTES, GRANULE_BYTES, Tuning};
 use crate::error::chain;
 use crate::guest::MachineDescription;
 use crate::params::Params;
-use crate::ram::frame::encode_end;
+use crate::ram::frame::{Packing, encode_end};
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
 use crate::transport::Transport;
@@ -267,7 +267,8 @@ fn greet(liar: &Liar, with_disks: bool) {
     let hello = Hello::new(Role::Control, id, 1);
     let hello = if with_disks { hello.wanting(DISKS) } else { hello };
     liar.frame(Kind::Hello, &hello.encode());
-    for (transport, role) in [(&liar.data[0], Role::Data { index: 0 }), (&liar.disks, Role::Disks)]
+    for (transport, role) in
+        [(&liar.data[0], Role::Data { index: 0 }), (&liar.disks[0], Role::Disks { index: 0 })]
     {
         let mut bytes = Vec::new();
         wire::append_frame(&mut bytes, Kind::Hello, &Hello::new(role, id, 1).encode()).unwrap();
@@ -296,9 +297,9 @@ fn introduce(liar: &Liar) {
 }
 
 fn chunk(liar: &Liar, disk: u16, index: u64, (data, zero): (u64, u64), payload: usize) {
-    let frame = Frame::Chunk(Chunk { disk, index, data, zero });
-    write_all(&liar.disks, &frame.encode(u32::try_from(payload).unwrap()));
-    write_all(&liar.disks, &vec![1; payload]);
+    let frame = Frame::Chunk(Chunk { disk, index, data, zero, packing: Packing::None });
+    write_all(&liar.disks[0], &frame.encode(u32::try_from(payload).unwrap()));
+    write_all(&liar.disks[0], &vec![1; payload]);
 }
 
 fn finish(liar: &Liar, totals: &BlockTotals) {
@@ -306,7 +307,7 @@ fn finish(liar: &Liar, totals: &BlockTotals) {
     let mut end = Encoder::default();
     encode_end(&mut end);
     write_all(&liar.data[0], end.bytes());
-    write_all(&liar.disks, &Frame::End.encode(0));
+    write_all(&liar.disks[0], &Frame::End.encode(0));
     liar.frame(Kind::Section, &Section::encode(Stage::End, "block", &totals.encode().unwrap()));
     let ram = RamEnd { number: 1, totals: RamTotals::default(), frames: vec![1] };
     liar.frame(Kind::Section, &Section::encode(Stage::End, "ram", &ram.encode().unwrap()));
@@ -373,15 +374,15 @@ fn lies_about_disks_are_refused_by_name() {
         }),
         ("malformed disk frame: header", |liar| {
             introduce(liar);
-            write_all(&liar.disks, &[0xff; 32]);
+            write_all(&liar.disks[0], &[0xff; 32]);
         }),
         ("unexpected Alive where a chunk", |liar| {
             introduce(liar);
-            write_all(&liar.disks, &Frame::Alive.encode(0));
+            write_all(&liar.disks[0], &Frame::Alive.encode(0));
         }),
         ("connection lost", |liar| {
             introduce(liar);
-            liar.disks.shutdown();
+            liar.disks[0].shutdown();
         }),
         ("the source sent", |liar| {
             introduce(liar);
@@ -453,10 +454,11 @@ fn a_source_whose_disks_stand_still_is_noticed() {
         introduce(liar);
         // The middle of a granule.
         write_all(
-            &liar.disks,
-            &Frame::Chunk(Chunk { disk: 0, index: 0, data: 1, zero: 0 }).encode(16_384),
+            &liar.disks[0],
+            &Frame::Chunk(Chunk { disk: 0, index: 0, data: 1, zero: 0, packing: Packing::None })
+                .encode(16_384),
         );
-        write_all(&liar.disks, &[0; 100]);
+        write_all(&liar.disks[0], &[0; 100]);
         listen(liar);
     });
     assert!(error.contains("stalled"), "{error}");
@@ -470,11 +472,11 @@ proptest! {
         let disks = FakeDisks::new(&[CHUNK_BYTES + 512]);
         receive_with_disks(1, PATIENCE, disks.incoming(), |liar| {
             introduce(liar);
-            let mut header = Frame::Chunk(Chunk { disk: 0, index: 0, data: mask, zero: 0 }).encode(0);
+            let mut header = Frame::Chunk(Chunk { disk: 0, index: 0, data: mask, zero: 0, packing: Packing::None }).encode(0);
             header[0] = kind;
-            write_all(&liar.disks, &header);
-            write_all(&liar.disks, &bytes);
-            liar.disks.shutdown();
+            write_all(&liar.disks[0], &header);
+            write_all(&liar.disks[0], &bytes);
+            liar.disks[0].shutdown();
             liar.main.shutdown();
         });
     }

@@ -4,11 +4,13 @@
 mod late;
 mod liar;
 mod machine;
+mod narrow;
 mod writes;
 
 pub use late::*;
 pub use liar::*;
 pub use machine::*;
+pub use narrow::*;
 pub use writes::*;
 
 use super::fake_disks::FakeDisks;
@@ -175,14 +177,14 @@ impl Default for Scenario {
 pub fn migrate(scenario: &Scenario) -> End {
     let link = MemoryLink::new(scenario.cut_after).with_patience(scenario.patience);
     let (main_out, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main_out), data: Vec::new(), disks: None };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
-    if !scenario.disks.is_empty() {
-        let (disks_out, disks_in) = link.connect();
-        source.disks = Some(Arc::new(disks_out));
-        destination.disks = Some(Arc::new(disks_in));
-    }
+    let mut source = Ends { main: Arc::new(main_out), data: Vec::new(), disks: Vec::new() };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: Vec::new() };
     for index in 0..usize::from(scenario.params.multifd_channels) {
+        if !scenario.disks.is_empty() {
+            let (disks_out, disks_in) = link.connect();
+            source.disks.push(Arc::new(disks_out));
+            destination.disks.push(Arc::new(disks_in));
+        }
         let fuse = scenario.lose_channel.filter(|(lost, _)| *lost == index);
         let (data_out, data_in) = link.connect_for(fuse.map(|(_, bytes)| bytes));
         source.data.push(Arc::new(data_out));
@@ -194,7 +196,7 @@ pub fn migrate(scenario: &Scenario) -> End {
 pub struct Ends {
     pub main: Arc<dyn Transport>,
     pub data: Vec<Arc<dyn Transport>>,
-    pub disks: Option<Arc<dyn Transport>>,
+    pub disks: Vec<Arc<dyn Transport>>,
 }
 
 pub fn migrate_over(
@@ -342,7 +344,7 @@ pub fn run_source(
     let disks = scenario.disks.outgoing();
     let mut participants: Vec<Box<dyn Outgoing>> = Vec::new();
     if !disks.disks.is_empty() {
-        participants.push(Box::new(DisksOutgoing::new(disks)));
+        participants.push(Box::new(DisksOutgoing::new(disks, scenario.params.multifd_channels)));
     }
     participants.push(Box::new(RamOutgoing::new(ram, scenario.params.multifd_channels)));
     if let Some(pieces) = scenario.late {

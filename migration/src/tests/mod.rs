@@ -3,6 +3,7 @@
 mod bad_destinations;
 mod cancel;
 mod converge;
+mod disk_channels;
 mod disk_lies;
 mod disks;
 mod fake;

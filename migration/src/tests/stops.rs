@@ -134,8 +134,8 @@ fn migrate_over_gate(
 ) -> (End, Duration) {
     let link = MemoryLink::new(None).with_patience(scenario.patience);
     let (main, main_in) = link.connect();
-    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: None };
-    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: None };
+    let mut source = Ends { main: Arc::new(main), data: Vec::new(), disks: Vec::new() };
+    let mut destination = Ends { main: Arc::new(main_in), data: Vec::new(), disks: Vec::new() };
     let closed = Arc::new(AtomicBool::new(false));
     for index in 0..channels {
         let (out, into) = link.connect();
@@ -252,8 +252,9 @@ fn migrate_over_main(
     let (main, main_in) = link.connect();
     let (data, data_in) = link.connect();
     let main = Gate { inner: main, takes: Box::new(takes) };
-    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: None };
-    let destination = Ends { main: Arc::new(main_in), data: vec![Arc::new(data_in)], disks: None };
+    let source = Ends { main: Arc::new(main), data: vec![Arc::new(data)], disks: Vec::new() };
+    let destination =
+        Ends { main: Arc::new(main_in), data: vec![Arc::new(data_in)], disks: Vec::new() };
     migrate_over(scenario, source, destination, || 0)
 }
 

@@ -8,6 +8,7 @@ use crate::destination::Destination;
 use crate::error::chain;
 use crate::transport::channel::{receive_hello, send_hello};
 use crate::transport::{Address, Channel, Listener, SocketTransport};
+use crate::wire::hello::{DISK_CHANNELS, DISKS};
 use crate::wire::{Hello, Kind, MigrationId, Role, WireError};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
@@ -19,12 +20,16 @@ const OTHER: MigrationId = MigrationId([2; 16]);
 
 /// Connects and says who it is; gives the connection, or what the destination says against it.
 fn knock(at: &Address, role: Role, id: MigrationId) -> Result<Channel, WireError> {
+    knock_as(at, &Hello::new(role, id, 2))
+}
+
+fn knock_as(at: &Address, hello: &Hello) -> Result<Channel, WireError> {
     let cancel = CancelToken::new();
     let mut transport = SocketTransport::connect(at, &cancel).unwrap();
     // Longer than the destination's.
     transport.set_patience(SOON * 4);
     let channel = Channel::new(Arc::new(transport), cancel);
-    send_hello(&channel, &Hello::new(role, id, 2))?;
+    send_hello(&channel, hello)?;
     receive_hello(&channel, SOON)?;
     Ok(channel)
 }
@@ -88,6 +93,36 @@ fn channels_of_others_twice_or_out_of_order_are_turned_away_and_the_right_ones_l
         control.say_farewell(Kind::Abort, "that was all");
     });
     assert!(error.contains("the source has ended the migration: that was all"), "{error}");
+}
+
+#[test]
+fn disks_have_as_many_channels_as_ram_or_one_if_the_source_knows_no_better() {
+    let [ram, disks] = [|index| Role::Data { index }, |index| Role::Disks { index }];
+    let plain = Hello::new(Role::Control, OURS, 2).wanting(DISKS);
+    for (hello, count) in [(plain.clone(), 1), (plain.wanting(DISK_CHANNELS), 2)] {
+        let error = listen_while(|at| {
+            let main = knock_as(at, &hello).unwrap();
+            assert!(refused(at, disks(0), OURS).contains("are not expected yet"));
+            let mut open = vec![knock(at, ram(0), OURS).unwrap(), knock(at, ram(1), OURS).unwrap()];
+            assert!(refused(at, disks(1), OURS).contains("disk channel 1 where 0 is expected"));
+            assert!(refused(at, ram(2), OURS).contains("no further data channel is expected"));
+            assert!(refused(at, disks(0), OTHER).contains("no such migration"));
+            for index in 0..count {
+                open.push(knock(at, disks(index), OURS).unwrap());
+            }
+            let (control, _threads) = control(&main);
+            control.say_farewell(Kind::Abort, "that was all");
+        });
+        assert!(error.contains("the source has ended the migration: that was all"), "{error}");
+    }
+    let error = listen_while(|at| {
+        let hello = Hello::new(Role::Control, OURS, 1).wanting(DISKS);
+        let main = knock_as(at, &hello).unwrap();
+        let _data = knock(at, ram(0), OURS).unwrap();
+        let (control, threads) = control(&main);
+        drop((control, threads));
+    });
+    assert!(error.contains("disk channel 0: connection lost"), "{error}");
 }
 
 #[test]

@@ -88,6 +88,11 @@ impl Channel {
         self.cancel.is_cancelled()
     }
 
+    /// Whether waits are in vain: the migration is cancelled, or another thread failed.
+    pub fn is_interrupted(&self) -> bool {
+        self.is_cancelled() || self.tripped.load(Ordering::Acquire)
+    }
+
     /// Interrupts waits, because another thread failed.
     pub fn trip(&self) {
         self.tripped.store(true, Ordering::Release);
@@ -99,7 +104,7 @@ impl Channel {
             wait.moved = Instant::now();
             self.moved.fetch_add(count as u64, Ordering::Relaxed);
         }
-        if self.cancel.is_cancelled() || self.tripped.load(Ordering::Acquire) {
+        if self.is_interrupted() {
             return Err(WireError::Interrupted);
         }
         match result {
@@ -156,7 +161,7 @@ impl Channel {
             let mut wait = Wait::patient();
             let result = self.transport.receive(into);
             if matches!(&result, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
-                if self.cancel.is_cancelled() || self.tripped.load(Ordering::Acquire) {
+                if self.is_interrupted() {
                     return Err(WireError::Interrupted);
                 }
                 continue;

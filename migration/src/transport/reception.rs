@@ -96,21 +96,28 @@ impl<'a> Reception<'a> {
     pub fn control(&mut self) -> Result<(SocketTransport, Hello), WireError> {
         self.next(None, "a source", &|| false, |hello| match hello.role {
             Role::Control => hello.check_channels(),
-            Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
+            Role::Data { .. } | Role::Disks { .. } => Err("no such migration".to_owned()),
         })
     }
 
-    /// Waits for the disks' channel of migration `id`, unless that has ended.
+    /// Waits for disk channel `index` of migration `id`, unless that has ended.
     pub fn disks(
         &mut self,
         id: MigrationId,
+        index: u16,
         longest: Duration,
         has_ended: HasEnded<'_>,
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
             Role::Control => Err("another migration is arriving here".to_owned()),
-            Role::Disks if hello.id == id => Ok(()),
-            Role::Data { .. } | Role::Disks => Err("no such migration".to_owned()),
+            Role::Data { .. } | Role::Disks { .. } if hello.id != id => {
+                Err("no such migration".to_owned())
+            }
+            Role::Data { .. } => Err("no further data channel is expected".to_owned()),
+            Role::Disks { index: other } if other != index => {
+                Err(format!("disk channel {other} where {index} is expected"))
+            }
+            Role::Disks { .. } => Ok(()),
         };
         let end = Some((Instant::now() + longest, longest));
         let found = self.next(end, "the connection of the disks", has_ended, belongs);
@@ -127,10 +134,10 @@ impl<'a> Reception<'a> {
     ) -> Result<SocketTransport, WireError> {
         let belongs = |hello: &Hello| match hello.role {
             Role::Control => Err("another migration is arriving here".to_owned()),
-            Role::Data { .. } | Role::Disks if hello.id != id => {
+            Role::Data { .. } | Role::Disks { .. } if hello.id != id => {
                 Err("no such migration".to_owned())
             }
-            Role::Disks => Err("the disks' channel is not expected yet".to_owned()),
+            Role::Disks { .. } => Err("the disks' channels are not expected yet".to_owned()),
             Role::Data { index: other } if other != index => {
                 Err(format!("data channel {other} where {index} is expected"))
             }

@@ -30,6 +30,13 @@ pub enum WireError {
         #[source]
         source: Box<WireError>,
     },
+    /// A channel of the disks failed.
+    #[error("disk channel {index}")]
+    Disks {
+        index: u16,
+        #[source]
+        source: Box<WireError>,
+    },
     /// Not our protocol.
     #[error("the other side is not Ferry")]
     NotFerry,
@@ -64,25 +71,32 @@ impl WireError {
     /// Adds the index of the data channel, unless the failure came from elsewhere.
     #[must_use]
     pub fn on_data_channel(self, index: u16) -> Self {
-        match self {
-            Self::Interrupted | Self::Refused(_) | Self::Aborted(_) | Self::Data { .. } => self,
-            error => Self::Data { index, source: Box::new(error) },
-        }
+        self.on_channel(Role::Data { index })
     }
 
-    /// As [`WireError::on_data_channel`], if `role` is a data channel.
+    /// Adds the name of the channel, unless that is the control connection or the failure came from
+    /// elsewhere.
     #[must_use]
     pub fn on_channel(self, role: Role) -> Self {
-        match role {
-            Role::Data { index } => self.on_data_channel(index),
-            Role::Control | Role::Disks => self,
+        match (self, role) {
+            (
+                error @ (Self::Interrupted
+                | Self::Refused(_)
+                | Self::Aborted(_)
+                | Self::Data { .. }
+                | Self::Disks { .. }),
+                _,
+            )
+            | (error, Role::Control) => error,
+            (error, Role::Data { index }) => Self::Data { index, source: Box::new(error) },
+            (error, Role::Disks { index }) => Self::Disks { index, source: Box::new(error) },
         }
     }
 
     /// Whether a connection broke.
     pub fn is_lost(&self) -> bool {
         match self {
-            Self::Data { source, .. } => source.is_lost(),
+            Self::Data { source, .. } | Self::Disks { source, .. } => source.is_lost(),
             error => matches!(error, Self::Lost(_)),
         }
     }
@@ -90,7 +104,7 @@ impl WireError {
     /// Whether a connection broke or the peer stalled.
     pub fn is_broken(&self) -> bool {
         match self {
-            Self::Data { source, .. } => source.is_broken(),
+            Self::Data { source, .. } | Self::Disks { source, .. } => source.is_broken(),
             error => matches!(error, Self::Lost(_) | Self::Stalled { .. }),
         }
     }

@@ -2,14 +2,15 @@
 //!
 //! ```text
 //! Hello   magic "FERRYMIG" · version u16                 the same in every version
-//!         role u8 (0 control, 1 data, 2 disks) · data channel u16   index of a data channel
+//!         role u8 (0 control, 1 data, 2 disks) · channel u16   index of a data or disk channel
 //!         migration id, 16 bytes                         random: identifies the migration, and authorises its channels
 //!         data channels u16                              how many the source will open
 //!         capability count u8 · capability str8 …        what the source wants, what both can do
 //! ```
 //! The source sends first, on the control connection, with a random id. The destination answers with the
 //! same id and the capabilities that it supports too. Then the source opens its channels; each sends Hello
-//! with the same id and is answered.
+//! with the same id and is answered. Disks have one channel, or as many as RAM if both sides can do
+//! `disk-channels`.
 
 use super::section::MAX_DATA_CHANNELS;
 use super::{Decoder, Encoder, WireError};
@@ -24,12 +25,16 @@ pub const MAX_CAPABILITIES: u8 = 32;
 pub const MAX_CAPABILITY_BYTES: usize = 64;
 /// Longest Hello.
 pub const MAX_HELLO_BYTES: u32 = 8 + 2 + 3 + 16 + 2 + 1 + 32 * 65;
-/// The source has disks to send, on a connection of their own.
+/// The source has disks to send, on connections of their own.
 pub const DISKS: &str = "disks";
+/// Disks travel over as many channels as RAM. Without it, over one.
+pub const DISK_CHANNELS: &str = "disk-channels";
+/// Chunks of disks may be compressed.
+pub const DISK_PACKING: &str = "disk-packing";
 /// The source has the guest's boot payload to send.
 pub const BOOT: &str = "boot";
 /// Capabilities of this build that change the stream.
-pub const CAPABILITIES: &[&str] = &[DISKS, BOOT];
+pub const CAPABILITIES: &[&str] = &[DISKS, DISK_CHANNELS, DISK_PACKING, BOOT];
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +47,10 @@ pub enum Role {
         index: u16,
     },
     /// Chunks of disks one way, answers to marks the other.
-    Disks,
+    Disks {
+        /// Index of the disk channel, from 0.
+        index: u16,
+    },
 }
 
 /// Identifies the migration that a connection belongs to.
@@ -108,7 +116,7 @@ impl Hello {
         let (role, index) = match self.role {
             Role::Control => (0, 0),
             Role::Data { index } => (1, index),
-            Role::Disks => (2, 0),
+            Role::Disks { index } => (2, index),
         };
         encoder.raw(MAGIC).u16(VERSION).u8(role).u16(index);
         encoder.raw(&self.id.0).u16(self.data_channels);
@@ -135,7 +143,7 @@ impl Hello {
         let role = match (decoder.u8()?, decoder.u16()?) {
             (0, 0) => Role::Control,
             (1, index) => Role::Data { index },
-            (2, 0) => Role::Disks,
+            (2, index) => Role::Disks { index },
             (role, index) => {
                 return Err(decoder.malformed(format!("unknown role {role} with channel {index}")));
             }
@@ -168,7 +176,7 @@ mod tests {
         let names = prop::collection::vec("[a-z-]{0,64}", 0..=32);
         let role = prop_oneof![
             Just(Role::Control),
-            Just(Role::Disks),
+            any::<u16>().prop_map(|index| Role::Disks { index }),
             any::<u16>().prop_map(|index| Role::Data { index })
         ];
         (role, any::<[u8; 16]>(), any::<u16>(), names).prop_map(

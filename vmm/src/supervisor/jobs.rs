@@ -327,7 +327,7 @@ fn participants(
     let mut all: Vec<Box<dyn Outgoing>> = Vec::with_capacity(3);
     all.push(Box::new(BootOutgoing::new(Box::new(LeavingFiles(payload)))));
     if !disks.disks.is_empty() {
-        all.push(Box::new(DisksOutgoing::new(disks)));
+        all.push(Box::new(DisksOutgoing::new(disks, channels)));
     }
     all.push(Box::new(RamOutgoing::new(ram, channels)));
     all

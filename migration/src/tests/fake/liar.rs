@@ -17,7 +17,8 @@ use std::time::Duration;
 pub struct Liar {
     pub main: MemoryTransport,
     pub data: Vec<MemoryTransport>,
-    pub disks: MemoryTransport,
+    /// As many as data channels, whether or not they are used.
+    pub disks: Vec<MemoryTransport>,
 }
 
 impl Liar {
@@ -25,14 +26,15 @@ impl Liar {
     fn meet(channels: u16, patience: Duration) -> (Self, Ends) {
         let link = MemoryLink::new(None).with_patience(patience);
         let (main, main_in) = link.connect();
-        let (disks, disks_in) = link.connect();
-        let mut victim =
-            Ends { main: Arc::new(main_in), data: Vec::new(), disks: Some(Arc::new(disks_in)) };
-        let mut liar = Self { main, data: Vec::new(), disks };
+        let mut victim = Ends { main: Arc::new(main_in), data: Vec::new(), disks: Vec::new() };
+        let mut liar = Self { main, data: Vec::new(), disks: Vec::new() };
         for _ in 0..channels {
             let (data, data_in) = link.connect();
             liar.data.push(data);
             victim.data.push(Arc::new(data_in));
+            let (disks, disks_in) = link.connect();
+            liar.disks.push(disks);
+            victim.disks.push(Arc::new(disks_in));
         }
         (liar, victim)
     }

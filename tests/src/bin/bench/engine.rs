@@ -73,7 +73,7 @@ pub fn processor_time(program: Program) -> Result<f64> {
     Ok(moved_well(program, &asleep(4096), &How::fast(300))?.processor_seconds / 4.0)
 }
 
-const GIGABIT: u64 = 125_000_000;
+pub const GIGABIT: u64 = 125_000_000;
 
 /// Seconds that 1 GiB full of text takes over a link of 1 Gb/s with zlib at level 1.
 pub fn zlib(program: Program) -> Result<f64> {

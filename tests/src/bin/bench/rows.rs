@@ -276,6 +276,13 @@ pub const ROWS: &[Row] = &[
         newer: false,
     },
     Row {
+        name: "disk-text",
+        title: "cap 1 Gb/s, text disk; first column: no zstd",
+        unit: "s",
+        measure: disks::text,
+        target: Target::RatioAtMost(1.0 / 2.0),
+    },
+    Row {
         name: "disk-gap",
         title: "largest gap, writing 50 MB/s to a 1 GiB disk",
         unit: "ms",
