@@ -9,30 +9,75 @@ use crate::ram::compress::{Compressor, DecompressError, Decompressor, Method, Me
 use crate::ram::frame::Packing;
 use devices::block::aligned::AlignedBuffer;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+/// Compression is judged by this many bytes of chunks: one chunk that was held up, by a busy host or a slow
+/// neighbour, says nothing.
+const JUDGED_BYTES: u64 = 8 << 20;
 
 /// Whether chunks are compressed: shared by the reading threads.
 pub(super) struct Pays {
     /// `None` if the destination cannot unpack chunks.
     params: Option<SharedParams>,
-    worth: Mutex<Adaptive>,
     /// What all channels get through.
     link_bytes_per_sec: AtomicU64,
+    judged: Mutex<Judged>,
+}
+
+struct Judged {
+    worth: Adaptive,
+    /// Since compression was last judged.
+    trial: Trial,
     /// Threads that compress now.
-    busy: AtomicU32,
+    busy: u32,
+    /// Time spent compressing counts from here: several threads share it.
+    since: Instant,
 }
 
 impl Pays {
     /// As `params` say, which may change at any time.
     pub(super) fn new(params: Option<SharedParams>) -> Self {
-        let (worth, busy) = (Mutex::default(), AtomicU32::new(0));
-        Self { params, worth, link_bytes_per_sec: AtomicU64::new(0), busy }
+        let (worth, trial) = (Adaptive::default(), Trial::default());
+        let judged = Mutex::new(Judged { worth, trial, busy: 0, since: Instant::now() });
+        Self { params, link_bytes_per_sec: AtomicU64::new(0), judged }
     }
 
     /// Records what all channels get through.
     pub(super) fn link_is(&self, bytes_per_sec: u64) {
         self.link_bytes_per_sec.store(bytes_per_sec, Ordering::Relaxed);
+    }
+
+    /// Whether to compress `bytes`; if so, [`Pays::end`] has to follow.
+    fn begin(&self, bytes: u64) -> bool {
+        let mut judged = devices::lock(&self.judged);
+        if !judged.worth.worth_trying() {
+            judged.worth.passed(bytes);
+            return false;
+        }
+        if judged.busy == 0 {
+            judged.since = Instant::now();
+        }
+        judged.busy += 1;
+        true
+    }
+
+    /// Judges what was compressed.
+    fn end(&self, raw_bytes: u64, sent_bytes: u64, max_bandwidth: u64) {
+        let link = match (self.link_bytes_per_sec.load(Ordering::Relaxed), max_bandwidth) {
+            (link, 0) | (0, link) => link,
+            (link, cap) => link.min(cap),
+        };
+        let judged = &mut *devices::lock(&self.judged);
+        let now = Instant::now();
+        judged.trial.cost += now.saturating_duration_since(judged.since);
+        judged.trial.raw_bytes += raw_bytes;
+        judged.trial.sent_bytes += sent_bytes;
+        judged.since = now;
+        judged.busy = judged.busy.saturating_sub(1);
+        if judged.trial.raw_bytes >= JUDGED_BYTES {
+            judged.worth.tried(std::mem::take(&mut judged.trial), link);
+        }
     }
 }
 
@@ -58,29 +103,17 @@ impl Packer {
         if raw_bytes == 0 {
             return Ok(Packing::None);
         }
-        {
-            let mut worth = devices::lock(&pays.worth);
-            if !worth.worth_trying() {
-                worth.passed(raw_bytes);
-                return Ok(Packing::None);
-            }
-        }
         let compressor = match &mut self.0 {
             Some((has, compressor)) if *has == method => compressor,
             other => &mut other.insert((method, Compressor::new(method)?)).1,
         };
-        let (busy, began) = (pays.busy.fetch_add(1, Ordering::Relaxed) + 1, Instant::now());
+        if !pays.begin(raw_bytes) {
+            return Ok(Packing::None);
+        }
         let before = into.len();
         let packed = compressor.compress(data, into);
-        // Those that compress at the same time share the cost: the link waits for none of them alone.
-        let cost = began.elapsed() / busy;
-        pays.busy.fetch_sub(1, Ordering::Relaxed);
         let sent_bytes = if packed { (into.len() - before) as u64 } else { raw_bytes };
-        let link = match (pays.link_bytes_per_sec.load(Ordering::Relaxed), params.max_bandwidth) {
-            (link, 0) | (0, link) => link,
-            (link, cap) => link.min(cap),
-        };
-        devices::lock(&pays.worth).tried(Trial { raw_bytes, sent_bytes, cost }, link);
+        pays.end(raw_bytes, sent_bytes, params.max_bandwidth);
         Ok(match method {
             _ if !packed => Packing::None,
             Method::Zlib { .. } => Packing::Zlib,
@@ -140,6 +173,7 @@ impl Unpacker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::CHUNK_BYTES;
     use crate::params::{Compression, Params};
 
     fn pays(compression: Compression) -> Pays {
@@ -178,11 +212,11 @@ mod tests {
     fn what_does_not_shrink_is_sent_as_it_is_and_soon_not_even_tried() {
         let (pays, noise) = (pays(Compression::Zstd), noise(CHUNK));
         let (mut packer, mut packed) = (Packer::default(), Vec::new());
-        for _ in 0..8 {
+        for _ in 0..JUDGED_BYTES / CHUNK_BYTES {
             assert_eq!(packer.pack(&noise, &mut packed, &pays).unwrap(), Packing::None);
         }
         assert!(packed.is_empty());
-        assert!(!devices::lock(&pays.worth).worth_trying());
+        assert!(!devices::lock(&pays.judged).worth.worth_trying());
         let other = Pays::new(None);
         let zeroes = vec![0; CHUNK];
         assert_eq!(packer.pack(&zeroes, &mut packed, &other).unwrap(), Packing::None);
