@@ -3,8 +3,8 @@
 use super::machine::Machine;
 use crate::error::ParticipantError;
 use crate::participant::*;
-use crate::wire::WireError;
 use crate::wire::section::Stage;
+use crate::wire::{Hello, Role, WireError};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 
@@ -43,7 +43,11 @@ impl Outgoing for LateOutgoing {
         None
     }
 
-    fn roles(&self) -> Vec<crate::wire::Role> {
+    fn options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn roles(&self, _: &Hello) -> Vec<Role> {
         Vec::new()
     }
 

@@ -177,7 +177,7 @@ pub fn text(program: Program) -> Result<f64> {
     let path = image("text.img", GIB / 2, GIB / 2, Pattern::Text)?;
     let compression = match program {
         Program::Ferry => "zstd",
-        Program::Qemu => "none",
+        Program::Qemu | Program::Newer => "none",
     };
     let parameters = json!({
         "max-bandwidth": crate::engine::GIGABIT,

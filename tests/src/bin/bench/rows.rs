@@ -279,6 +279,7 @@ pub const ROWS: &[Row] = &[
         name: "disk-text",
         title: "cap 1 Gb/s, text disk; first column: no zstd",
         unit: "s",
+        newer: false,
         measure: disks::text,
         target: Target::RatioAtMost(1.0 / 2.0),
     },
