@@ -50,6 +50,7 @@
 //! [`policy`] decides.
 #![deny(unsafe_code)]
 
+pub mod bitmap;
 pub mod block;
 pub mod boot;
 pub mod bytes;

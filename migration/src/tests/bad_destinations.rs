@@ -192,7 +192,7 @@ fn nonsense_in_answer_to_go_leaves_the_guest_stopped() {
 /// The guest has moved: whatever the destination says then, it does not run here.
 #[test]
 fn nonsense_in_the_last_phase_leaves_the_guest_stopped_too() {
-    let late = Scenario { late: Some(&[0, 1]), ..two_channels() };
+    let late = Scenario { late: Some(Words::late(&[0, 1])), ..two_channels() };
     type Last = fn(&Liar);
     let lies: [(&str, Last); 3] = [
         ("unexpected mark 1 of channel 0 where word that everything", |liar| mark(liar, 1, 0)),

@@ -1,12 +1,14 @@
 //! Whole migrations over a link in memory: a scenario, and how it ends. The two machines, what their
 //! guests write, and peers that lie have files of their own.
 
+mod bitmaps;
 mod late;
 mod liar;
 mod machine;
 mod narrow;
 mod writes;
 
+pub use bitmaps::*;
 pub use late::*;
 pub use liar::*;
 pub use machine::*;
@@ -129,8 +131,10 @@ pub struct Scenario {
     pub cancel_destination_at: Option<MigrationStatus>,
     pub patience: Duration,
     pub disks: FakeDisks,
-    /// The pieces of the guest that wait for the handover, as the source sends them.
-    pub late: Option<&'static [u8]>,
+    /// What of the guest waits for the handover, as the source tells it.
+    pub late: Option<Words>,
+    /// Dirty bitmaps of a disk that both sides have.
+    pub bitmaps: Option<FakeBitmaps>,
     /// Gives that up at the source.
     pub give_up: CancelToken,
     /// The source's machine, for who wants to look at it meanwhile or after a panic.
@@ -166,6 +170,7 @@ impl Default for Scenario {
             patience: Duration::from_secs(5),
             disks: FakeDisks::default(),
             late: None,
+            bitmaps: None,
             give_up: CancelToken::new(),
             machine: Arc::default(),
             destination: Arc::default(),
@@ -213,11 +218,12 @@ pub fn migrate_over(
     let receiver = {
         let (machine, disk, fail) = (destination_machine.clone(), disk.clone(), scenario.fail);
         let (counters, cancel_at) = (destination_counters.clone(), scenario.cancel_destination_at);
-        let (disks, late) = (scenario.disks.incoming(), scenario.late.map(|_| Late::default()));
-        let give_up = CancelToken::new();
+        let (disks, late) =
+            (scenario.disks.incoming(), scenario.late.as_ref().map(|_| Late::default()));
+        let (give_up, bitmaps) = (CancelToken::new(), scenario.bitmaps.clone());
         std::thread::spawn(move || {
             let (ram, records) = (None, Vec::new());
-            let mut host = FakeHost { machine, disk, fail, ram, records, disks, late };
+            let mut host = FakeHost { machine, disk, fail, ram, records, disks, late, bitmaps };
             let cancel = CancelToken::new();
             let canceller = cancel.clone();
             let giver_up = give_up.clone();
@@ -347,8 +353,11 @@ pub fn run_source(
         participants.push(Box::new(DisksOutgoing::new(disks, scenario.params.multifd_channels)));
     }
     participants.push(Box::new(RamOutgoing::new(ram, scenario.params.multifd_channels)));
-    if let Some(pieces) = scenario.late {
-        participants.push(Box::new(LateOutgoing::new(scenario.machine.clone(), pieces)));
+    if let Some(bitmaps) = &scenario.bitmaps {
+        participants.extend(bitmaps.outgoing());
+    }
+    if let Some(words) = scenario.late.clone() {
+        participants.push(Box::new(LateOutgoing::new(scenario.machine.clone(), words)));
     }
     let outcome = Source {
         guest: &mut guest,

@@ -1,6 +1,7 @@
 //! Whole migrations without KVM: a fake guest, links that are cut, peers that lie.
 
 mod bad_destinations;
+mod bitmaps;
 mod cancel;
 mod converge;
 mod disk_channels;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 fn late() -> Scenario {
-    Scenario { late: Some(&[0, 1, 2, 3, 4]), ..Default::default() }
+    Scenario { late: Some(Words::late(&[0, 1, 2, 3, 4])), ..Default::default() }
 }
 
 fn arrived(end: &End) -> usize {
@@ -112,7 +112,7 @@ fn a_source_that_lies_in_the_last_phase_loses_only_what_could_wait() {
         (&[WRONG_SECTION], "unexpected Postcopy of section \"ram\" where what could wait belongs"),
     ];
     for (pieces, expected) in lies {
-        let end = migrate(&Scenario { late: Some(pieces), ..Default::default() });
+        let end = migrate(&Scenario { late: Some(Words::late(pieces)), ..Default::default() });
         let SourceOutcome::Incomplete(why) = &end.source else { panic!("{:?}", end.source) };
         assert!(why.contains(expected), "{why}");
         assert!(end.destination_machine.running.load(SeqCst) && end.running_guests() == 1);
@@ -120,6 +120,6 @@ fn a_source_that_lies_in_the_last_phase_loses_only_what_could_wait() {
         assert!(missing.contains("piece 4") && missing.contains(expected), "{missing}");
     }
     // It stops half-way and says that this was all.
-    let end = migrate(&Scenario { late: Some(&[0, 1, 2]), ..Default::default() });
+    let end = migrate(&Scenario { late: Some(Words::late(&[0, 1, 2])), ..Default::default() });
     assert!(matches!(&end.source, SourceOutcome::Incomplete(why) if why == "piece 3, piece 4"));
 }

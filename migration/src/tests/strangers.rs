@@ -60,6 +60,7 @@ fn listen_while(visit: impl FnOnce(&Address)) -> String {
             records: Vec::new(),
             disks: Vec::new(),
             late: None,
+            bitmaps: None,
         };
         let destination = Destination {
             host: &mut host,

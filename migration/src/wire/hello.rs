@@ -33,8 +33,10 @@ pub const DISK_CHANNELS: &str = "disk-channels";
 pub const DISK_PACKING: &str = "disk-packing";
 /// The source has the guest's boot payload to send.
 pub const BOOT: &str = "boot";
+/// The source has dirty bitmaps to send.
+pub const BITMAPS: &str = "dirty-bitmaps";
 /// Capabilities of this build that change the stream.
-pub const CAPABILITIES: &[&str] = &[DISKS, DISK_CHANNELS, DISK_PACKING, BOOT];
+pub const CAPABILITIES: &[&str] = &[DISKS, DISK_CHANNELS, DISK_PACKING, BOOT, BITMAPS];
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -117,6 +117,11 @@ impl Arriving {
         self.held.info()
     }
 
+    /// Length of its contents, as chunks count it.
+    pub fn serialized_bytes(&self) -> u64 {
+        self.held.bitmap.serialized_bytes()
+    }
+
     /// Marks what `chunk` has marked, and returns how many granules that are. A bad chunk changes nothing.
     pub fn load(&self, chunk: &Chunk) -> Result<u64, ChunkError> {
         self.held.bitmap.load_chunk(chunk)

@@ -16,16 +16,38 @@ pub const WRONG_STAGE: u8 = 254;
 /// Sent to another participant.
 pub const WRONG_SECTION: u8 = 255;
 
+/// What a source says of a section: as it should, or not.
+#[derive(Clone)]
+pub struct Words {
+    pub section: &'static str,
+    pub setup: Vec<u8>,
+    /// After the handover: the section's name, its stage and its body.
+    pub after: Vec<(&'static str, Stage, Vec<u8>)>,
+}
+
+impl Words {
+    /// The pieces, in this order.
+    pub fn late(pieces: &[u8]) -> Self {
+        let piece = |piece: &u8| match *piece {
+            WRONG_STAGE => (SECTION, Stage::Part, Vec::new()),
+            WRONG_SECTION => ("ram", Stage::Postcopy, Vec::new()),
+            piece => (SECTION, Stage::Postcopy, vec![piece]),
+        };
+        let after = pieces.iter().map(piece).collect();
+        Self { section: SECTION, setup: Vec::new(), after }
+    }
+}
+
 /// At the source.
 pub struct LateOutgoing {
     machine: Arc<Machine>,
-    pieces: &'static [u8],
+    words: Words,
     context: Option<OutgoingContext>,
 }
 
 impl LateOutgoing {
-    pub fn new(machine: Arc<Machine>, pieces: &'static [u8]) -> Self {
-        Self { machine, pieces, context: None }
+    pub fn new(machine: Arc<Machine>, words: Words) -> Self {
+        Self { machine, words, context: None }
     }
 
     fn send(&self, name: &str, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
@@ -36,7 +58,7 @@ impl LateOutgoing {
 
 impl Outgoing for LateOutgoing {
     fn section(&self) -> &'static str {
-        SECTION
+        self.words.section
     }
 
     fn capability(&self) -> Option<&'static str> {
@@ -53,7 +75,7 @@ impl Outgoing for LateOutgoing {
 
     fn setup(&mut self, link: OutgoingContext) -> Result<(), ParticipantError> {
         self.context = Some(link);
-        self.send(SECTION, Stage::Setup, &[])
+        self.send(self.words.section, Stage::Setup, &self.words.setup)
     }
 
     fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
@@ -67,7 +89,7 @@ impl Outgoing for LateOutgoing {
     fn rate_has_changed(&mut self) {}
 
     fn complete(&mut self) -> Result<(), ParticipantError> {
-        self.send(SECTION, Stage::End, &[])
+        self.send(self.words.section, Stage::End, &[])
     }
 
     fn called_off(&mut self) -> Result<(), ParticipantError> {
@@ -80,11 +102,8 @@ impl Outgoing for LateOutgoing {
 
     fn postcopy(&mut self) -> Result<(), ParticipantError> {
         assert!(self.machine.surrendered.load(SeqCst) && !self.machine.running.load(SeqCst));
-        self.pieces.iter().try_for_each(|piece| match *piece {
-            WRONG_STAGE => self.send(SECTION, Stage::Part, &[]),
-            WRONG_SECTION => self.send("ram", Stage::Postcopy, &[]),
-            piece => self.send(SECTION, Stage::Postcopy, &[piece]),
-        })
+        let mut after = self.words.after.iter();
+        after.try_for_each(|(name, stage, body)| self.send(name, *stage, body))
     }
 
     fn cleanup(&mut self, _: Outcome) {}

@@ -82,7 +82,8 @@ pub fn receive_with_disks(
     let receiver = std::thread::spawn(move || {
         let (disk, fail) = (Arc::default(), Fail::Nothing);
         let (ram, records) = (None, Vec::new());
-        let mut host = FakeHost { machine: ours, disk, fail, ram, records, disks, late: None };
+        let mut host =
+            FakeHost { machine: ours, disk, fail, ram, records, disks, late: None, bitmaps: None };
         let destination = Destination {
             host: &mut host,
             counters: Arc::default(),

@@ -1,6 +1,7 @@
 //! A machine without KVM for each end: its lock, its right to run, and failures where a test wants them.
 
 use super::super::fake_disks::DiskWriters;
+use super::bitmaps::FakeBitmaps;
 use super::late::{Late, LateIncoming};
 use super::writes::{LAST_VERSION, Mutator, Script};
 use crate::block::IncomingDisk;
@@ -192,6 +193,7 @@ pub struct FakeHost {
     pub disks: Vec<IncomingDisk>,
     /// What comes after the handover, if anything does.
     pub late: Option<Late>,
+    pub bitmaps: Option<FakeBitmaps>,
 }
 
 impl DestinationHost for FakeHost {
@@ -216,7 +218,10 @@ impl DestinationHost for FakeHost {
             participants.push(Box::new(DisksIncoming::new(self.disks.clone())));
         }
         participants.push(Box::new(RamIncoming::new(IncomingRam { ram, layout })));
-        if let Some(late) = &self.late {
+        if let Some(bitmaps) = &self.bitmaps {
+            participants.push(bitmaps.incoming());
+        }
+        if let Some(late) = self.late.as_ref().filter(|_| self.bitmaps.is_none()) {
             let machine = self.machine.clone();
             participants.push(Box::new(LateIncoming::new(late.clone(), machine)));
         }
@@ -251,6 +256,9 @@ impl DestinationHost for FakeHost {
         assert_eq!(self.disk.holder(), Some("destination"), "no guest runs on an unlocked disk");
         *self.machine.permit.lock().unwrap() = Some(permit);
         self.machine.running.store(running, SeqCst);
+        if let Some(bitmaps) = &self.bitmaps {
+            bitmaps.guest_runs_there();
+        }
         Ok(())
     }
 
