@@ -356,15 +356,14 @@ fn a_kernel_that_was_overwritten_in_place_stays_behind_and_the_source_says_so() 
     let folder = tempfile::tempdir().unwrap();
     let kernel = folder.path().join("kernel");
     kernel_at(&kernel, 0);
-    let source = ferry::run(&idle_guest(&kernel)).unwrap();
-    source.wait_line("^HB ").unwrap();
+    let mut guest = Traveller::start(&idle_guest(&kernel)).unwrap();
     // The same bytes, by the same name: who wrote them need not have been done yet.
     std::fs::write(&kernel, std::fs::read(&kernel).unwrap()).unwrap();
-    let mut destination = hop(&source, &[]);
+    let source = guest.hop(Way::default()).unwrap().source;
     let said = source.process.err.text();
     let warning = "the guest moves without its boot files and cannot be reset there";
     assert!(said.contains(warning) && said.contains("has changed on disk"), "{said}");
-    let refused = destination.qmp().unwrap().execute("system_reset", json!({})).unwrap_err();
+    let refused = guest.vmm.qmp().unwrap().execute("system_reset", json!({})).unwrap_err();
     assert!(refused.to_string().contains("kernel"), "{refused}");
-    assert_goes_on(&mut destination);
+    guest.verify().unwrap();
 }

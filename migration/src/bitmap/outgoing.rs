@@ -7,9 +7,9 @@ use crate::participant::{
     Budget, Outcome, Outgoing, OutgoingContext, Pass, Pending, Precision, Step,
 };
 use crate::transport::Throttle;
-use crate::wire::Role;
 use crate::wire::hello::BITMAPS;
 use crate::wire::section::Stage;
+use crate::wire::{Hello, Role};
 use devices::block::BlockNode;
 use devices::block::bitmap::Content;
 use devices::block::bitmaps::{BitmapInfo, BitmapName, Held};
@@ -92,7 +92,11 @@ impl Outgoing for BitmapsOutgoing {
         Some(BITMAPS)
     }
 
-    fn roles(&self) -> Vec<Role> {
+    fn options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn roles(&self, _: &Hello) -> Vec<Role> {
         Vec::new()
     }
 
