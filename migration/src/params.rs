@@ -1,5 +1,6 @@
 //! Capabilities and parameters of a migration, with QEMU's names and defaults, validated once.
 
+use crate::bitmap::mapping::Mapping;
 use crate::ram::compress::Method;
 use crate::wire::section::MAX_DATA_CHANNELS;
 use devices::ram::PAGE_SIZE;
@@ -39,6 +40,10 @@ pub struct Params {
     pub block: bool,
     /// Only the data above their backing files does. QEMU's `block-incremental`.
     pub block_incremental: bool,
+    /// The disks' dirty bitmaps migrate. QEMU's capability `dirty-bitmaps`; for the VMM, like the next.
+    pub dirty_bitmaps: bool,
+    /// Which of them, and under which names; `None` for all under their own. QEMU's `block-bitmap-mapping`.
+    pub block_bitmap_mapping: Option<Arc<Mapping>>,
     /// Throttle a guest that writes faster than it can be sent. QEMU's capability `auto-converge`.
     pub auto_converge: bool,
     pub throttle: ThrottleParams,
@@ -86,6 +91,8 @@ impl Default for Params {
             compress_level: 1,
             block: false,
             block_incremental: false,
+            dirty_bitmaps: false,
+            block_bitmap_mapping: None,
             auto_converge: false,
             throttle: ThrottleParams::default(),
         }

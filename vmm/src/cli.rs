@@ -1,8 +1,8 @@
 //! The command line.
 
 use crate::config::{
-    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, parse_compression,
-    parse_duration, parse_memory, parse_rate,
+    BootFiles, HostOptions, ReceiveConfig, ReceiveDisk, RunConfig, RunOptions, Switch,
+    parse_compression, parse_duration, parse_memory, parse_rate,
 };
 use crate::disk_selection::DiskSelection;
 use crate::exit_code;
@@ -171,6 +171,9 @@ pub struct MigrateArgs {
     /// Throttle the guest if the migration does not converge
     #[arg(long)]
     pub auto_converge: bool,
+    /// Whether dirty bitmaps follow their disks; without, they stay behind
+    #[arg(long, value_name = "on|off", default_value = "on")]
+    pub dirty_bitmaps: Switch,
     /// Keep the source process, with the guest stopped, after success
     #[arg(long)]
     pub keep_source: bool,

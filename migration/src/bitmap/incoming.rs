@@ -34,7 +34,7 @@ struct Expected {
 /// The bitmaps at the destination.
 pub struct BitmapsIncoming {
     nodes: Vec<Arc<BlockNode>>,
-    mapping: Option<Mapping>,
+    mapping: Option<Arc<Mapping>>,
     expected: Vec<Expected>,
     counters: Option<Arc<Counters>>,
     ended: bool,
@@ -42,7 +42,7 @@ pub struct BitmapsIncoming {
 
 impl BitmapsIncoming {
     /// For these disks.
-    pub fn new(nodes: Vec<Arc<BlockNode>>, mapping: Option<Mapping>) -> Self {
+    pub fn new(nodes: Vec<Arc<BlockNode>>, mapping: Option<Arc<Mapping>>) -> Self {
         Self { nodes, mapping, expected: Vec::new(), counters: None, ended: false }
     }
 

@@ -89,6 +89,13 @@ impl Mapping {
         &self.0
     }
 
+    /// The aliases of a bitmap on the wire, and whether it is to be persistent there. `None`: it stays behind.
+    pub fn there(&self, disk: &str, bitmap: &str) -> Option<(String, String, Option<bool>)> {
+        let node = self.0.iter().find(|node| node.node_name == disk)?;
+        let found = node.bitmaps.iter().find(|one| one.name == bitmap)?;
+        Some((node.alias.clone(), found.alias.clone(), found.persistent))
+    }
+
     /// The disk and bitmap here for aliases on the wire, and whether that is to be persistent.
     pub fn here(&self, disk: &str, bitmap: &str) -> Option<(String, String, Option<bool>)> {
         let node = self.0.iter().find(|node| node.alias == disk)?;
@@ -127,6 +134,8 @@ mod tests {
         let nodes = [node("a", "x", &[("one", "1")]), node("b", "y", &[("one", "1")])];
         let good = Mapping::new(nodes.into()).unwrap();
         assert_eq!(good.here("y", "1"), Some(("b".into(), "one".into(), None)));
+        assert_eq!(good.there("b", "one"), Some(("y".into(), "1".into(), None)));
+        assert_eq!(good.there("b", "1"), None);
         assert_eq!((good.here("a", "1"), good.here("x", "one")), (None, None));
     }
 }

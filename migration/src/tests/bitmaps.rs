@@ -9,6 +9,7 @@ use crate::wire::section::Stage;
 use devices::block::BlockNode;
 use devices::block::bitmap::{Chunk, Content};
 use devices::block::bitmaps::{BitmapInfo, BitmapName};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 const K64: u64 = 64 << 10;
@@ -101,13 +102,13 @@ fn a_mapping_decides_what_bitmaps_become() {
     (bitmaps.moving[0].disk_alias, bitmaps.moving[0].alias) = ("d".into(), "1".into());
     let mapped = MappedBitmap { name: "renamed".into(), alias: "1".into(), persistent: None };
     let node = MappedNode { node_name: "root".into(), alias: "d".into(), bitmaps: vec![mapped] };
-    bitmaps.mapping = Some(Mapping::new(vec![node]).unwrap());
+    bitmaps.mapping = Some(Arc::new(Mapping::new(vec![node]).unwrap()));
     move_with(&bitmaps).assert_moved();
     assert!(info(&bitmaps.destination, "renamed").unwrap().count_bytes > 0);
     assert_eq!(info(&bitmaps.destination, "daily"), None);
 
     let mut bitmaps = FakeBitmaps::new().with("daily", K64, true);
-    bitmaps.mapping = Some(Mapping::default());
+    bitmaps.mapping = Some(Arc::default());
     let end = move_with(&bitmaps);
     assert!(matches!(&end.source, SourceOutcome::Failed(error) if chain(error).contains("daily")));
 }

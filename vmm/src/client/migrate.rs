@@ -88,7 +88,11 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientErr
             parameters[format!("multifd-{}-level", method.name())] = level.into();
         }
     }
-    let wanted = [("auto-converge", args.auto_converge), ("xbzrle", args.xbzrle)];
+    let wanted = [
+        ("auto-converge", args.auto_converge),
+        ("xbzrle", args.xbzrle),
+        ("dirty-bitmaps", args.dirty_bitmaps.0),
+    ];
     let on = wanted.iter().filter(|(_, wanted)| *wanted);
     let on: Vec<_> = on.map(|(name, _)| json!({"capability": name, "state": true})).collect();
     let no_id = |error| ClientError::Refused(format!("no random number for an id: {error}"));

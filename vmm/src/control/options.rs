@@ -3,8 +3,10 @@
 
 use super::arguments::{Arguments, Kind, Member, missing, needed, optional};
 use super::message::QmpError;
+use migration::bitmap::mapping::{MappedBitmap, MappedNode, Mapping};
 use migration::params::{Compression, Params};
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A capability of migrations.
@@ -26,6 +28,8 @@ pub enum Capability {
     Block,
     /// Always on: zeroes on disks take no bandwidth.
     ZeroBlocks,
+    /// The disks' dirty bitmaps migrate.
+    DirtyBitmaps,
 }
 
 impl Capability {
@@ -39,6 +43,7 @@ impl Capability {
         Self::Compress,
         Self::Block,
         Self::ZeroBlocks,
+        Self::DirtyBitmaps,
     ];
 
     const NAMES: &[&str] = &{
@@ -62,6 +67,7 @@ impl Capability {
             Self::Compress => "compress",
             Self::Block => "block",
             Self::ZeroBlocks => "zero-blocks",
+            Self::DirtyBitmaps => "dirty-bitmaps",
         }
     }
 
@@ -80,6 +86,7 @@ impl Capability {
             Self::Multifd => params.multifd,
             Self::Compress => params.compress,
             Self::Block => params.block,
+            Self::DirtyBitmaps => params.dirty_bitmaps,
         }
     }
 }
@@ -123,6 +130,7 @@ pub fn set_capabilities(params: &mut Params, list: &[(Capability, bool)]) {
             Capability::Multifd => params.multifd = *state,
             Capability::Compress => params.compress = *state,
             Capability::Block => params.block = *state,
+            Capability::DirtyBitmaps => params.dirty_bitmaps = *state,
         }
     }
 }
@@ -200,10 +208,73 @@ pub const PARAMETERS: &[Member] = &[
     optional("cpu-throttle-increment", Kind::Whole),
     optional("max-cpu-throttle", Kind::Whole),
     optional("cpu-throttle-tailslow", Kind::Flag),
+    optional("block-bitmap-mapping", MAPPING),
 ];
 
+/// Which dirty bitmaps migrate, and what they are called on the wire.
+const MAPPING: Kind = Kind::List(&Kind::Object {
+    name: "BitmapMigrationNodeAlias",
+    members: &[
+        needed("node-name", Kind::Text),
+        needed("alias", Kind::Text),
+        needed(
+            "bitmaps",
+            Kind::List(&Kind::Object {
+                name: "BitmapMigrationBitmapAlias",
+                members: &[
+                    needed("name", Kind::Text),
+                    needed("alias", Kind::Text),
+                    optional(
+                        "transform",
+                        Kind::Object {
+                            name: "BitmapMigrationBitmapAliasTransform",
+                            members: &[optional("persistent", Kind::Flag)],
+                        },
+                    ),
+                ],
+            }),
+        ),
+    ],
+});
+
+/// Reads such a list, and checks that it is a mapping.
+fn mapping(list: Vec<Value>) -> Result<Mapping, QmpError> {
+    let text = |value: &Value, name: &str| {
+        value[name].as_str().map(str::to_owned).ok_or_else(|| missing(name))
+    };
+    let items = |value: &Value| value["bitmaps"].as_array().cloned().unwrap_or_default();
+    let bitmap = |value: &Value| {
+        let persistent = value["transform"]["persistent"].as_bool();
+        let (name, alias) = (text(value, "name")?, text(value, "alias")?);
+        Ok::<_, QmpError>(MappedBitmap { name, alias, persistent })
+    };
+    let nodes = list.iter().map(|value| {
+        let bitmaps = items(value).iter().map(bitmap).collect::<Result<_, _>>()?;
+        let (node_name, alias) = (text(value, "node-name")?, text(value, "alias")?);
+        Ok::<_, QmpError>(MappedNode { node_name, alias, bitmaps })
+    });
+    Mapping::new(nodes.collect::<Result<_, _>>()?)
+        .map_err(|error| QmpError::generic(error.to_string()))
+}
+
+/// As `query-migrate-parameters` shows it.
+fn mapping_json(mapping: &Mapping) -> Value {
+    let bitmap = |bitmap: &MappedBitmap| {
+        let mut json = json!({"name": bitmap.name, "alias": bitmap.alias});
+        if let Some(persistent) = bitmap.persistent {
+            json["transform"] = json!({"persistent": persistent});
+        }
+        json
+    };
+    let node = |node: &MappedNode| {
+        let bitmaps: Vec<_> = node.bitmaps.iter().map(bitmap).collect();
+        json!({"node-name": node.node_name, "alias": node.alias, "bitmaps": bitmaps})
+    };
+    mapping.nodes().iter().map(node).collect()
+}
+
 /// Parameters to change; the others stay.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ParameterChange {
     /// `max-bandwidth`, bytes per second.
     pub max_bandwidth: Option<u64>,
@@ -237,6 +308,8 @@ pub struct ParameterChange {
     pub max_cpu_throttle: Option<u8>,
     /// `cpu-throttle-tailslow`
     pub cpu_throttle_tailslow: Option<bool>,
+    /// `block-bitmap-mapping`
+    pub block_bitmap_mapping: Option<Arc<Mapping>>,
 }
 
 /// QEMU's threads for the capability `compress`.
@@ -279,12 +352,16 @@ impl ParameterChange {
             cpu_throttle_increment: arguments.small("cpu-throttle-increment"),
             max_cpu_throttle: arguments.small("max-cpu-throttle"),
             cpu_throttle_tailslow: arguments.flag("cpu-throttle-tailslow"),
+            block_bitmap_mapping: arguments
+                .list("block-bitmap-mapping")
+                .map(|list| mapping(list).map(Arc::new))
+                .transpose()?,
         })
     }
 
     /// Refuses threads that compress other than there are with `params`. Those can be given: a client may send
     /// back what it has read.
-    fn check_threads(self, params: &Params) -> Result<(), QmpError> {
+    fn check_threads(&self, params: &Params) -> Result<(), QmpError> {
         let channels = params.channels();
         for (name, threads) in COMPRESS_THREADS.into_iter().zip(self.compress_threads) {
             if threads.is_some_and(|threads| threads != u64::from(channels)) {
@@ -304,7 +381,7 @@ impl ParameterChange {
     }
 
     /// `params` with the changes, checked.
-    pub fn apply(self, mut params: Params) -> Result<Params, QmpError> {
+    pub fn apply(&self, mut params: Params) -> Result<Params, QmpError> {
         change(&mut params.max_bandwidth, self.max_bandwidth);
         change(&mut params.downtime_limit, self.downtime_limit);
         change(&mut params.multifd_channels, self.multifd_channels);
@@ -320,6 +397,9 @@ impl ParameterChange {
         change(&mut throttle.increment, self.cpu_throttle_increment);
         change(&mut throttle.max, self.max_cpu_throttle);
         change(&mut throttle.tailslow, self.cpu_throttle_tailslow);
+        if let Some(mapping) = &self.block_bitmap_mapping {
+            params.block_bitmap_mapping = Some(mapping.clone());
+        }
         params.validate().map_err(|error| QmpError::generic(error.to_string()))?;
         self.check_threads(&params)?;
         Ok(params)
@@ -329,7 +409,7 @@ impl ParameterChange {
 /// The reply to `query-migrate-parameters`.
 pub fn parameters(params: &Params) -> Value {
     // Milliseconds: `u64` holds 580 million years.
-    json!({
+    let mut shown = json!({
         "max-bandwidth": params.max_bandwidth,
         "downtime-limit": u64::try_from(params.downtime_limit.as_millis()).unwrap_or(u64::MAX),
         "multifd-channels": params.multifd_channels,
@@ -347,7 +427,12 @@ pub fn parameters(params: &Params) -> Value {
         "cpu-throttle-increment": params.throttle.increment,
         "cpu-throttle-tailslow": params.throttle.tailslow,
         "max-cpu-throttle": params.throttle.max,
-    })
+    });
+    // Absent is another thing than empty: then none migrates.
+    if let Some(mapping) = &params.block_bitmap_mapping {
+        shown["block-bitmap-mapping"] = mapping_json(mapping);
+    }
+    shown
 }
 
 #[cfg(test)]
@@ -358,7 +443,15 @@ mod tests {
 
     #[test]
     fn every_parameter_is_read_and_shown() {
-        let shown = parameters(&Params::default());
+        let given = json!([{"node-name": "root", "alias": "r", "bitmaps": [
+            {"name": "daily", "alias": "d", "transform": {"persistent": true}},
+            {"name": "weekly", "alias": "w"},
+        ]}]);
+        let map = Arc::new(mapping(given.as_array().unwrap().clone()).unwrap());
+        let mapped = Params { block_bitmap_mapping: Some(map), ..Params::default() };
+        let shown = parameters(&mapped);
+        assert_eq!(shown["block-bitmap-mapping"], given);
+        assert_eq!(parameters(&Params::default()).get("block-bitmap-mapping"), None);
         let listed: Vec<_> = PARAMETERS.iter().map(|member| member.name).collect();
         assert_eq!(shown.as_object().unwrap().len(), listed.len());
         // What is shown can be set.

@@ -70,6 +70,7 @@ impl Machine {
         let entry = boot::load(&source, &hardware, parts.vm.ram(), parts.vm.layout())?;
         cpu::set_entry(parts.first()?, entry, parts.vm.ram())?;
         let description = Description {
+            bitmaps: false,
             name: new.name,
             memory_bytes: new.memory_bytes,
             cpus: new.cpus,

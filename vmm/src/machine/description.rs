@@ -41,6 +41,9 @@ pub struct Description {
     /// Whether a virtio-rng follows the disks. Older guests have none.
     #[serde(default)]
     pub rng: bool,
+    /// Dirty bitmaps follow the guest. Set only in a description that is sent, like [`DiskDescription::travels`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub bitmaps: bool,
     /// CPUID as vCPU 0 sees it; the others differ by their APIC id.
     #[serde(deserialize_with = "at_most::<_, _, KVM_MAX_CPUID_ENTRIES>")]
     pub cpuid: Vec<Blob<kvm_cpuid_entry2>>,
@@ -200,6 +203,7 @@ pub(crate) fn sample() -> Description {
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
         rng: true,
+        bitmaps: false,
         cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
         tsc_khz: 2_000_000,
     }

@@ -47,7 +47,8 @@ pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<
 /// Migrates; returns how long the guest was stopped, if the source reported it.
 fn hop(control: &str, uri: &str, target: &str) -> Result<Option<Duration>, HopError> {
     let mut source = QmpClient::connect(control)?;
-    source.execute("migrate", json!({"uri": uri}))?;
+    let bitmaps = json!([{"capability": "dirty-bitmaps", "state": true}]);
+    source.execute("migrate", json!({"uri": uri, "x-capabilities": bitmaps}))?;
     match follow(&mut source) {
         // The source's process has ended or hangs: the destination's knows whether the guest is there.
         Err(HopError::Client(_)) if has_arrived(target) => Ok(None),

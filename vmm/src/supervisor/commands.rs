@@ -16,10 +16,13 @@ use crate::machine::description::{
 };
 use crate::machine::dirty::VmDirtyLog;
 use devices::block::BlockNode;
+use migration::bitmap::outgoing::SourceBitmap;
 use migration::block::{SourceDisk, SourceDisks, Tuning};
+use migration::params::Params;
 use migration::source::SourceRam;
 use migration::transport::Address;
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 fn empty() -> Value {
     json!({})
@@ -78,6 +81,24 @@ fn migrated(
         migrated.push(SourceDisk { node: node.clone(), only_top });
     }
     Ok((description, migrated))
+}
+
+/// The dirty bitmaps that move, with their names on the wire: all, or those that the mapping names and that are
+/// here.
+fn bitmaps_of(nodes: &[Arc<BlockNode>], params: &Params) -> Vec<SourceBitmap> {
+    let mapping = params.block_bitmap_mapping.as_deref();
+    let here = nodes.iter().flat_map(|node| {
+        node.bitmaps().info().into_iter().map(move |bitmap| (node.clone(), bitmap.name))
+    });
+    here.filter_map(|(node, name)| {
+        let own = || (node.id().to_owned(), name.as_str().to_owned(), None);
+        let (disk_alias, alias, persistent) = match mapping {
+            Some(mapping) => mapping.there(node.id(), name.as_str())?,
+            None => own(),
+        };
+        Some(SourceBitmap { node, name, disk_alias, alias, persistent })
+    })
+    .collect()
 }
 
 impl Supervisor {
@@ -349,13 +370,16 @@ impl Supervisor {
         };
         let nodes = machine.nodes();
         let by_capability = DiskSelection::by_capability(&params);
-        let (description, disks) = migrated(machine, selection.unwrap_or(&by_capability))?;
+        let (mut description, disks) = migrated(machine, selection.unwrap_or(&by_capability))?;
+        let bitmaps = if params.dirty_bitmaps { bitmaps_of(&nodes, &params) } else { Vec::new() };
+        description.bitmaps = !bitmaps.is_empty();
         // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();
-        let leaving = jobs::Leaving { vm, description, payload, nodes, measurement, params, owner };
+        let leaving =
+            jobs::Leaving { vm, description, bitmaps, payload, nodes, measurement, params, owner };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

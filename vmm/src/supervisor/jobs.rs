@@ -12,6 +12,7 @@ use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;
 use devices::block::backend::GoOn;
+use migration::bitmap::outgoing::{BitmapsOutgoing, SourceBitmap};
 use migration::block::outgoing::DisksOutgoing;
 use migration::block::{SourceDisk, SourceDisks};
 use migration::boot::outgoing::BootOutgoing;
@@ -72,6 +73,8 @@ pub struct Leaving {
     pub vm: Arc<Vm>,
     /// Its description; the migration thread adds backing files' digests and data sizes.
     pub description: Description,
+    /// The dirty bitmaps that move.
+    pub bitmaps: Vec<SourceBitmap>,
     /// Its boot payload, if known.
     pub payload: Option<Arc<BootPayload>>,
     /// All its disks.
@@ -150,7 +153,8 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description, payload, nodes, measurement, params, owner } = leaving;
+        let Leaving { vm, mut description, bitmaps, payload, nodes, measurement, params, owner } =
+            leaving;
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         let to_us = mailbox.clone();
@@ -162,7 +166,7 @@ impl Jobs {
             let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
-            let participants = participants(payload, disks, ram, params.get().channels());
+            let participants = participants(payload, disks, bitmaps, ram, params.get().channels());
             let mut machine = || {
                 identify(&mut description, &leaving, &|| !token.is_cancelled())?;
                 Ok(description.to_stream())
@@ -191,10 +195,10 @@ impl Jobs {
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         let (params, owner, to_us) = (Params::default(), Owner::default(), mailbox.clone());
-        self.spawn(true, params, owner, to_us, move |id, counters, tokens, _| {
+        self.spawn(true, params, owner, to_us, move |id, counters, tokens, params| {
             let Tokens { cancel, give_up } = tokens;
             counters.listening(address);
-            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), context);
+            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), params, context);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let events = &mut events;
             let destination = Destination { host: &mut host, counters, cancel, give_up, events };
@@ -321,13 +325,17 @@ impl Jobs {
 fn participants(
     payload: Option<Arc<BootPayload>>,
     disks: SourceDisks,
+    bitmaps: Vec<SourceBitmap>,
     ram: SourceRam,
     channels: u16,
 ) -> Vec<Box<dyn Outgoing>> {
-    let mut all: Vec<Box<dyn Outgoing>> = Vec::with_capacity(3);
+    let mut all: Vec<Box<dyn Outgoing>> = Vec::with_capacity(4);
     all.push(Box::new(BootOutgoing::new(Box::new(LeavingFiles(payload)))));
     if !disks.disks.is_empty() {
         all.push(Box::new(DisksOutgoing::new(disks, channels)));
+    }
+    if !bitmaps.is_empty() {
+        all.push(Box::new(BitmapsOutgoing::new(bitmaps)));
     }
     all.push(Box::new(RamOutgoing::new(ram, channels)));
     all

@@ -20,7 +20,7 @@ pub struct FakeBitmaps {
     pub destination: Arc<BlockNode>,
     /// Those that move. None: whoever speaks for the source announces them.
     pub moving: Vec<SourceBitmap>,
-    pub mapping: Option<Mapping>,
+    pub mapping: Option<Arc<Mapping>>,
 }
 
 impl FakeBitmaps {

@@ -16,11 +16,13 @@ use crate::machine::description::Description;
 use crate::machine::{Machine, MachineError, lock_disks, unlock_disks};
 use devices::block::BlockNode;
 use devices::state::DeviceRecord;
+use migration::bitmap::incoming::BitmapsIncoming;
 use migration::block::incoming::DisksIncoming;
 use migration::boot::incoming::BootIncoming;
 use migration::cancel::CancelToken;
 use migration::destination::{DestinationHost, GoOn};
 use migration::guest::{GuestError, IncomingRam, MachineDescription, RunPermit};
+use migration::params::SharedParams;
 use migration::participant::Incoming;
 use migration::ram::incoming::RamIncoming;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,6 +52,8 @@ pub struct BuildContext {
 struct Built {
     machine: Box<Machine>,
     images: Images,
+    /// Dirty bitmaps come, too.
+    bitmaps: bool,
 }
 
 impl BuildContext {
@@ -64,10 +68,11 @@ impl BuildContext {
         let mut images = Images::prepare(&description.disks, &self.config, go_on)?;
         // Applies to this migration only: the next one chooses its disks anew.
         description.disks.iter_mut().for_each(|disk| disk.travels = None);
+        let bitmaps = std::mem::take(&mut description.bitmaps);
         let backends = self.parts.with(images.nodes.clone());
         let machine = Box::new(Machine::arrive(&self.host, description, backends)?);
         std::mem::take(&mut images.backings).iter().try_for_each(|backing| backing.check(go_on))?;
-        Ok(Built { machine, images })
+        Ok(Built { machine, images, bitmaps })
     }
 }
 
@@ -75,6 +80,8 @@ impl BuildContext {
 pub struct ArrivingGuest {
     mailbox: Mailbox,
     cancel: CancelToken,
+    /// The user may set them until the guest's machine is built.
+    params: SharedParams,
     /// `None` once the machine is being built.
     context: Option<BuildContext>,
     images: Images,
@@ -84,9 +91,14 @@ pub struct ArrivingGuest {
 
 impl ArrivingGuest {
     /// A guest to be built from `context`, in a migration that `cancel` cancels.
-    pub fn new(mailbox: Mailbox, cancel: CancelToken, context: BuildContext) -> Self {
+    pub fn new(
+        mailbox: Mailbox,
+        cancel: CancelToken,
+        params: SharedParams,
+        context: BuildContext,
+    ) -> Self {
         let (images, arrived) = (Images::default(), Arc::default());
-        Self { mailbox, cancel, context: Some(context), images, arrived }
+        Self { mailbox, cancel, params, context: Some(context), images, arrived }
     }
 
     fn nodes(&self) -> &[Arc<BlockNode>] {
@@ -150,6 +162,11 @@ impl DestinationHost for ArrivingGuest {
         let disks = self.images.arriving();
         if !disks.is_empty() {
             participants.push(Box::new(DisksIncoming::new(disks)));
+        }
+        if built.bitmaps {
+            let mapping = self.params.get().block_bitmap_mapping.clone();
+            let nodes = self.nodes().to_vec();
+            participants.push(Box::new(BitmapsIncoming::new(nodes, mapping)));
         }
         participants.push(Box::new(RamIncoming::new(ram)));
         Ok(participants)
