@@ -6,6 +6,7 @@
 //! [`DirtyBitmap::load_chunk`] marks what a chunk has marked, so that the order of chunks and what has been
 //! marked before does not matter.
 
+use super::merge::merge_word;
 use super::{BITS, DirtyBitmap, index};
 use std::sync::atomic::Ordering;
 
@@ -125,7 +126,7 @@ impl DirtyBitmap {
         let first = offset_bytes / WORD_BYTES;
         for (word, bits) in (first..).zip(words()).filter(|(_, bits)| *bits != 0) {
             carried += u64::from(bits.count_ones());
-            newly += self.merge_word(word, bits);
+            newly += merge_word(&self.words[index(word)], bits);
             let (summary, bit) = (&self.summary[index(word / BITS)], 1 << (word % BITS));
             if summary.load(Ordering::SeqCst) & bit == 0 {
                 summary.fetch_or(bit, Ordering::SeqCst);

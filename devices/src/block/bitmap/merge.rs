@@ -1,8 +1,19 @@
-//! A dirty bitmap as a set: the union with another one, a digest.
+//! A dirty bitmap as a set: the union with another one, a copy, a digest.
 
-use super::{BITS, DirtyBitmap, index};
+use super::DirtyBitmap;
 use sha2::{Digest, Sha256};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Marks `bits` of `word`, and returns how many were clean. The caller marks the summary and counts.
+pub(super) fn merge_word(word: &AtomicU64, bits: u64) -> u64 {
+    // Often there is nothing to add, and a load is cheaper.
+    let before = word.load(Ordering::SeqCst);
+    if bits & !before == 0 {
+        return 0;
+    }
+    let before = word.fetch_or(bits, Ordering::SeqCst);
+    (bits & !before).count_ones().into()
+}
 
 impl DirtyBitmap {
     /// Marks what is marked in `other`, a bitmap of a disk of the same size, perhaps with other granules:
@@ -19,29 +30,40 @@ impl DirtyBitmap {
 
     /// The same, word by word. A summary word's worth at a time: words first, as in `mark`.
     fn merge_words(&self, other: &DirtyBitmap) {
-        let mut at = 0;
-        while let Some(first) = other.next_in_summary(at) {
-            let group = first / BITS;
-            let (mut named, mut newly) = (0u64, 0u64);
-            let mut word = Some(first);
-            while let Some(here) = word.filter(|word| word / BITS == group) {
-                newly += self.merge_word(here, other.words[index(here)].load(Ordering::SeqCst));
-                named |= 1 << (here % BITS);
-                word = other.next_in_summary(here + 1);
+        let groups = self.words.chunks(64).zip(other.words.chunks(64));
+        for ((to, from), (words, others)) in self.summary.iter().zip(&other.summary).zip(groups) {
+            let (named, mut newly) = (from.load(Ordering::SeqCst), 0);
+            let mut left = named;
+            while left != 0 {
+                let at = left.trailing_zeros() as usize;
+                newly += merge_word(&words[at], others[at].load(Ordering::SeqCst));
+                left &= left - 1;
             }
-            self.summary[index(group)].fetch_or(named, Ordering::SeqCst);
-            self.count.fetch_add(newly, Ordering::SeqCst);
-            at = (group + 1) * BITS;
+            if named != 0 {
+                to.fetch_or(named, Ordering::SeqCst);
+                self.count.fetch_add(newly, Ordering::SeqCst);
+            }
         }
     }
 
-    /// Marks `bits` of a word. Returns how many were clean. The caller marks the summary.
-    pub(super) fn merge_word(&self, word: u64, bits: u64) -> u64 {
-        if bits == 0 {
-            return 0;
+    /// A copy. Marks set meanwhile may be missed. `None` if there is no memory for it.
+    pub fn copy(&self) -> Option<Self> {
+        let mut copy = Self::new(self.len_bytes, self.granule_bytes())?;
+        let groups = copy.words.chunks_mut(64).zip(self.words.chunks(64));
+        for ((to, from), (words, others)) in copy.summary.iter_mut().zip(&self.summary).zip(groups)
+        {
+            let named = from.load(Ordering::SeqCst);
+            *to.get_mut() = named;
+            let mut left = named;
+            while left != 0 {
+                let at = left.trailing_zeros() as usize;
+                let bits = others[at].load(Ordering::SeqCst);
+                *words[at].get_mut() = bits;
+                *copy.count.get_mut() += u64::from(bits.count_ones());
+                left &= left - 1;
+            }
         }
-        let before = self.words[index(word)].fetch_or(bits, Ordering::SeqCst);
-        (bits & !before).count_ones().into()
+        Some(copy)
     }
 
     /// SHA-256 of all words, first to last, each as eight little-endian bytes, in hexadecimal digits. Reads

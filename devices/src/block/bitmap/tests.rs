@@ -280,6 +280,9 @@ proptest! {
         prop_assert_eq!(target.runs().collect::<Vec<_>>(), expected.runs());
         prop_assert_eq!(target.marked_granules(), expected.count());
         prop_assert_eq!(source.runs().collect::<Vec<_>>(), naive.runs());
+        let copy = target.copy().unwrap();
+        prop_assert_eq!(copy.runs().collect::<Vec<_>>(), expected.runs());
+        prop_assert_eq!(copy.marked_granules(), expected.count());
     }
 
     #[test]

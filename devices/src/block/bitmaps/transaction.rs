@@ -210,8 +210,9 @@ fn draft(
                 }
                 from.push(&source.bitmap);
             }
-            let merged = blank()?;
-            merged.merge_from(&entry.bitmap);
+            let merged = entry.bitmap.copy().map(Arc::new);
+            let merged =
+                merged.ok_or_else(|| BitmapError::NoMemory { name: entry.name.clone() })?;
             from.iter().for_each(|source| merged.merge_from(source));
             Some(Entry { bitmap: merged, ..entry.clone() })
         }
