@@ -13,6 +13,7 @@ use devices::block::bitmap::{Content, DEFAULT_GRANULE_BYTES, DirtyBitmap};
 use devices::block::bitmaps::{BitmapName, MergeSource, NewBitmap};
 use devices::block::memory::MemoryDisk;
 use devices::block::raw::{Cache, RawFile};
+use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -74,7 +75,8 @@ fn best(mut work: impl FnMut()) -> Duration {
 fn main() {
     let folder = tempfile::tempdir().expect("a folder for the image");
     let path = folder.path().join("image");
-    std::fs::write(&path, vec![0; FILE_BYTES as usize]).expect("space for the image");
+    let image = std::fs::File::create(&path).expect("a file for the image");
+    std::io::copy(&mut std::io::repeat(0).take(FILE_BYTES), &mut &image).expect("space for it");
     for len in [512, 4096] {
         let nodes = [0, 1, 4].map(|count| {
             let file = RawFile::open(&path, false, Cache::Writeback).expect("it exists");

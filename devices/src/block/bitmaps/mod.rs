@@ -13,7 +13,9 @@
 //! nobody else may change, merge or remove it. *Persistent*: it is kept in a file beside the image.
 //! *Inconsistent*: it has missed writes, and can only be removed.
 
+mod file;
 mod name;
+mod store;
 mod transaction;
 mod travel;
 
@@ -22,9 +24,12 @@ use super::backend::BlockBackend;
 use super::bitmap::{DirtyBitmap, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES};
 use super::writes::Writes;
 use crate::lock;
+pub use file::Damage;
 pub use name::{BitmapName, MAX_NAME_BYTES, NameError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use store::Custody;
+pub use store::StoreError;
 pub use transaction::{Action, MergeSource, execute};
 pub use travel::{Arriving, Held};
 
@@ -118,13 +123,15 @@ struct Entry {
     bitmap: Arc<DirtyBitmap>,
     recording: bool,
     busy: bool,
+    /// Busy with leaving: not to be stored here.
+    leaving: bool,
     persistent: bool,
     inconsistent: bool,
 }
 
 impl Entry {
     fn info(&self) -> BitmapInfo {
-        let Self { name, bitmap, recording, busy, persistent, inconsistent } = self.clone();
+        let Self { name, bitmap, recording, busy, persistent, inconsistent, .. } = self.clone();
         let (granularity, count_bytes) = (bitmap.granule_bytes(), bitmap.marked_bytes());
         BitmapInfo { name, granularity, count_bytes, recording, busy, persistent, inconsistent }
     }
@@ -153,6 +160,8 @@ pub struct Bitmaps {
     /// In the order in which they were added. Those that record are in `writes`, whoever has this lock
     /// changes both.
     entries: Mutex<Vec<Entry>>,
+    /// Locked while the file is read or written.
+    custody: Mutex<Custody>,
 }
 
 fn position(entries: &[Entry], name: &BitmapName) -> Result<usize, BitmapError> {
@@ -171,6 +180,7 @@ impl Bitmaps {
             storable,
             writes,
             entries: Mutex::default(),
+            custody: Mutex::default(),
         }
     }
 
@@ -200,19 +210,20 @@ impl Bitmaps {
         if others.sum::<u64>().saturating_add(bytes) > MAX_MEMORY_BYTES {
             return Err(BitmapError::TooLarge { name, bytes });
         }
-        if persistent && let Some(why) = self.not_storable() {
-            return Err(BitmapError::NotStorable { name, disk: self.id.clone(), why });
-        }
         let bitmap = self.blank(&name, granularity)?;
-        Ok(Entry { name, bitmap, recording, busy: false, persistent, inconsistent: false })
+        let (busy, leaving, inconsistent) = (false, false, false);
+        Ok(Entry { name, bitmap, recording, busy, leaving, persistent, inconsistent })
     }
 
-    fn not_storable(&self) -> Option<&'static str> {
-        match self {
-            Self { storable: false, .. } => Some("its image is not a regular file"),
-            _ if self.read_only.load(Ordering::SeqCst) => Some("the disk is read-only"),
-            _ => None,
-        }
+    /// That it can be persistent, if it shall be.
+    fn check_storable(&self, new: &NewBitmap) -> Result<(), BitmapError> {
+        let why = match self {
+            _ if !new.persistent => return Ok(()),
+            Self { storable: false, .. } => "its image is not a regular file",
+            _ if self.read_only.load(Ordering::SeqCst) => "the disk is read-only",
+            _ => return Ok(()),
+        };
+        Err(BitmapError::NotStorable { name: new.name.clone(), disk: self.id.clone(), why })
     }
 
     fn blank(&self, name: &BitmapName, granularity: u64) -> Result<Arc<DirtyBitmap>, BitmapError> {

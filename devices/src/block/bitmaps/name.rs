@@ -1,12 +1,14 @@
 //! Names of bitmaps, also the aliases under which they travel.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Longest name in bytes; the wire has one byte for the length.
 pub const MAX_NAME_BYTES: usize = 255;
 
 /// A well-formed name: 1 to [`MAX_NAME_BYTES`] bytes, no control character.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct BitmapName(String);
 
 /// A name that is not well-formed. QEMU's words where it has the rule.
@@ -43,6 +45,20 @@ impl std::str::FromStr for BitmapName {
 
     fn from_str(name: &str) -> Result<Self, NameError> {
         Self::new(name)
+    }
+}
+
+impl TryFrom<String> for BitmapName {
+    type Error = NameError;
+
+    fn try_from(name: String) -> Result<Self, NameError> {
+        Self::new(name)
+    }
+}
+
+impl From<BitmapName> for String {
+    fn from(name: BitmapName) -> Self {
+        name.0
     }
 }
 

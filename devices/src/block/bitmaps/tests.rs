@@ -234,3 +234,4 @@ fn a_transaction_sees_its_own_changes_and_is_all_or_none() {
 }
 
 mod random;
+mod store;

@@ -177,6 +177,7 @@ fn draft(
     let own = part(bitmaps).expect("every node that is named has a part");
     let draft = &parts[own].draft;
     if let Action::Add(new) = action {
+        bitmaps.check_storable(new)?;
         let entry = bitmaps.make(draft, new)?;
         parts[own].draft.push(entry);
         return Ok(());

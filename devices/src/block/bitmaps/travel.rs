@@ -58,6 +58,7 @@ impl Bitmaps {
     /// As for [`Bitmaps::add`].
     pub fn arrive(self: &Arc<Self>, new: &NewBitmap) -> Result<Arriving, BitmapError> {
         let mut entries = lock(&self.entries);
+        self.check_storable(new)?;
         let entry = Entry { busy: true, ..self.make(&entries, new)? };
         let bitmap = entry.bitmap.clone();
         if entry.recording {
@@ -84,6 +85,14 @@ impl Held {
         entries[at.expect("only its holder removes it")].info()
     }
 
+    /// It is about to leave with the guest: unless this is dropped first, closing the disk does not store it.
+    pub fn will_leave(&self) {
+        self.bitmaps.change(&self.bitmap, |entry| {
+            entry.leaving = true;
+            true
+        });
+    }
+
     /// It has left with the guest: removes it here.
     pub fn leave(self) {
         self.bitmaps.change(&self.bitmap, |_| false);
@@ -93,7 +102,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.bitmaps.change(&self.bitmap, |entry| {
-            entry.busy = false;
+            (entry.busy, entry.leaving) = (false, false);
             true
         });
     }
