@@ -15,6 +15,7 @@ pub mod throttle;
 pub mod vcpus;
 
 use crate::boot::BootError;
+use crate::error::chain;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
 use crate::limits::LimitError;
@@ -299,19 +300,30 @@ impl Machine {
     }
 }
 
-/// Locks all disks; on an error none is locked. May block on storage.
+/// Locks all disks and loads their bitmaps; on an error none is locked. May block on storage.
 pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     for node in nodes {
-        if let Err(source) = node.lock() {
+        let locked = node.lock().map_err(Box::<dyn std::error::Error + Send + Sync>::from);
+        let ready = locked.and_then(|()| node.load_bitmaps().map_err(Into::into));
+        if let Err(source) = ready {
             unlock_disks(nodes);
-            let id = node.id().to_owned();
-            return Err(MachineError::Disk { id, source: source.into() });
+            return Err(MachineError::Disk { id: node.id().to_owned(), source });
         }
     }
     Ok(())
 }
 
-/// Unlocks all disks.
+/// Unlocks all disks, and stores the bitmaps of those for which that has not been done. May block on storage.
 pub fn unlock_disks(nodes: &[Arc<BlockNode>]) {
-    nodes.iter().for_each(|node| node.unlock());
+    for node in nodes {
+        close_bitmaps(node);
+        node.unlock();
+    }
+}
+
+/// Stores the bitmaps of a disk that is about to be closed. What is lost is logged by name.
+pub fn close_bitmaps(node: &BlockNode) {
+    if let Err(error) = node.close_bitmaps() {
+        log::error!("disk {}: {}", node.id(), chain(&error));
+    }
 }

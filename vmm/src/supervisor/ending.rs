@@ -1,5 +1,5 @@
-//! The end of the process: drains and flushes the disks until a deadline. A hanging disk is reported and
-//! left to its thread.
+//! The end of the process: drains and flushes the disks, and stores their bitmaps, until a deadline. A hanging
+//! disk is reported and left to its thread.
 
 use super::Supervisor;
 use super::tasks::{self, DiskWork, Done, TaskId, wait_in_steps};
@@ -7,7 +7,9 @@ use crate::control::Event;
 use crate::control::message::QmpError;
 use crate::exit_code::{self, Exit};
 use crate::log_queue::say;
+use crate::machine::close_bitmaps;
 use crate::machine::drain::{DeviceDrain, Drains};
+use devices::block::BlockNode;
 use migration::guest::PartTime;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -137,7 +139,7 @@ pub(super) fn shutting_down() -> QmpError {
     QmpError::generic("The virtual machine is shutting down")
 }
 
-/// Drains each device and then flushes its disk, until `deadline`; returns what has not finished.
+/// Drains each device, then flushes its disk and stores its bitmaps, until `deadline`; returns what has not finished.
 fn come_to_rest(drains: Drains, deadline: Instant) -> Vec<PartTime> {
     let (done, ended) = channel();
     let mut late = Vec::new();
@@ -172,7 +174,12 @@ fn rest(mut device: DeviceDrain, deadline: Instant) -> Option<PartTime> {
     }
     let node = device.disk.filter(|node| !node.read_only())?;
     let mut flush = DiskWork::new("flushing", vec![node]);
-    let done = flush.run(|_| true, |node| node.sync(), deadline, &|| true);
+    let close = |node: &BlockNode| {
+        let synced = node.sync();
+        close_bitmaps(node);
+        synced
+    };
+    let done = flush.run(|_| true, close, deadline, &|| true);
     let done = match done {
         Ok(done) => done.into_iter().next()?,
         Err(error) => return Some(PartTime::not_ended(error.to_string(), Duration::ZERO)),

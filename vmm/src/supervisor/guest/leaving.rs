@@ -36,7 +36,7 @@ pub struct LeavingGuest {
     /// Ids of migrated disks, which need no flush: the destination has its own copy.
     migrated: Vec<String>,
     flushes: DiskWork<io::Result<()>>,
-    /// The locks were let go of.
+    /// The locks were let go of, or at least bitmaps were.
     released: bool,
 }
 
@@ -120,6 +120,14 @@ impl GuestControl for LeavingGuest {
             return Err(GuestError::Overdue(took));
         }
         self.released = true;
+        // Bitmaps that do not travel. If they cannot be stored, the guest stays with them. On this thread: one
+        // that is late would store them while the guest runs.
+        for node in &self.nodes {
+            let stored = node.close_bitmaps();
+            stored.map_err(|error| {
+                GuestError::new(format!("disk {}: {}", node.id(), chain(&error)))
+            })?;
+        }
         unlock_disks(&self.nodes);
         Ok(took)
     }
@@ -160,6 +168,7 @@ fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
 mod tests {
     use super::*;
     use devices::block::backend::BlockBackend;
+    use devices::block::bitmaps::{BitmapName, NewBitmap};
     use devices::block::memory::MemoryDisk;
     use devices::block::raw::{Cache, RawFile};
 
@@ -238,5 +247,55 @@ mod tests {
         let never = Instant::now() + Duration::from_secs(3600);
         assert!(matches!(guest.release_disks(never), Err(GuestError::Overdue(_))));
         cancels.join().unwrap().hold(false);
+    }
+
+    #[test]
+    fn bitmaps_are_stored_before_the_locks_are_let_go_of_and_in_use_again_after_a_failure() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, [0; 1024]).unwrap();
+        let open = || {
+            let image = RawFile::open(&path, false, Cache::Writeback).unwrap();
+            Arc::new(BlockNode::new("d", Box::new(image)))
+        };
+        let name = BitmapName::new("b").unwrap();
+        let node = open();
+        lock_disks(std::slice::from_ref(&node)).unwrap();
+        let (persistent, recording) = (true, true);
+        let new = NewBitmap { name: name.clone(), granularity: 512, persistent, recording };
+        node.bitmaps().add(new).unwrap();
+        let mut guest = guest(vec![node.clone()], &[]);
+        // A folder in the place of the new file: it cannot be written.
+        let obstacle = folder.path().join("image.bitmaps.partial");
+        std::fs::create_dir(&obstacle).unwrap();
+        let error = guest.release_disks(late()).unwrap_err().to_string();
+        assert!(error.starts_with("disk d: cannot store bitmaps in"), "{error}");
+        assert!(open().lock().is_err(), "the guest stays");
+        std::fs::remove_dir(&obstacle).unwrap();
+        relock(&guest.nodes).unwrap();
+        node.write_at(&[1; 512], 512).unwrap();
+        guest.release_disks(late()).unwrap();
+        let other = [open()];
+        lock_disks(&other).unwrap();
+        let info = other[0].bitmaps().info().remove(0);
+        assert_eq!((info.count_bytes, info.recording, info.inconsistent), (512, true, false));
+        // It gives the disk back, as a destination does that fails.
+        unlock_disks(&other);
+        drop(other);
+        relock(&guest.nodes).unwrap();
+        node.write_at(&[1; 512], 0).unwrap();
+        let info = node.bitmaps().info().remove(0);
+        assert_eq!((info.count_bytes, info.inconsistent), (1024, false));
+        // A crash now is noticed.
+        drop((guest, node));
+        let other = [open()];
+        lock_disks(&other).unwrap();
+        assert!(other[0].bitmaps().info()[0].inconsistent);
+        unlock_disks(&other);
+        // What cannot be used is refused, and the disk not locked.
+        std::fs::write(folder.path().join("image.bitmaps"), "FERRY").unwrap();
+        let error = chain(&lock_disks(&[open()]).unwrap_err());
+        assert!(error.starts_with("disk d: the bitmaps in "), "{error}");
+        open().lock().unwrap();
     }
 }
