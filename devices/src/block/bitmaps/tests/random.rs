@@ -172,6 +172,15 @@ proptest! {
     }
 }
 
+/// Dropped, it has the writers end.
+struct EndsWriters<'a>(&'a AtomicBool);
+
+impl Drop for EndsWriters<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Writers write sectors of their own, in order, again and again. A transaction hands over from one bitmap to
 /// the next on both disks: whatever is written is in one of them.
 #[test]
@@ -198,6 +207,8 @@ fn no_write_is_lost_between_bitmaps_that_take_turns_in_transactions() {
                 }
             });
         }
+        // Also if an assertion fails: the writers would never end.
+        let ends = EndsWriters(&stop);
         let on_both = |actions: &dyn Fn() -> Vec<Action>| -> Vec<(Arc<BlockNode>, Action)> {
             let of = |node: &Arc<BlockNode>| {
                 actions().into_iter().map(|action| (node.clone(), action)).collect::<Vec<_>>()
@@ -227,7 +238,7 @@ fn no_write_is_lost_between_bitmaps_that_take_turns_in_transactions() {
                 assert_eq!(missing, None, "of {before}");
             }
         }
-        stop.store(true, Ordering::SeqCst);
+        drop(ends);
     });
     for (node, written) in nodes.iter().zip(&written) {
         node.bitmaps().merge(&name("all"), vec![source("now")]).unwrap();
