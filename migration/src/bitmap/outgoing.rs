@@ -108,6 +108,8 @@ impl Outgoing for BitmapsOutgoing {
             let held = bitmap.node.bitmaps().hold(&bitmap.name).map_err(|source| {
                 BitmapsError::Bitmap { disk: bitmap.node.id().to_owned(), source }
             })?;
+            // Closing the disk at the switch does not store it here, unless it stays after all.
+            held.will_leave();
             self.held.push(held);
         }
         context.send(SECTION, Stage::Setup, &self.announcement())?;
