@@ -157,8 +157,10 @@ pub struct Bitmaps {
     /// Whether its image is a regular file, with room for another beside it.
     storable: bool,
     writes: Arc<Writes>,
-    /// In the order in which they were added. Those that record are in `writes`, whoever has this lock
-    /// changes both.
+    /// Whose turn it is to change `entries`. A merge may hold it for long.
+    turn: Mutex<()>,
+    /// In the order in which they were added; those that record are in `writes`. Only who has the turn changes
+    /// it. Locked for moments: who asks what there is never waits for a merge.
     entries: Mutex<Vec<Entry>>,
     /// Locked while the file is read or written.
     custody: Mutex<Custody>,
@@ -179,6 +181,7 @@ impl Bitmaps {
             read_only: backend.read_only().into(),
             storable,
             writes,
+            turn: Mutex::default(),
             entries: Mutex::default(),
             custody: Mutex::default(),
         }
@@ -244,7 +247,7 @@ impl Bitmaps {
         Ok(())
     }
 
-    /// All of them, in the order in which they were added.
+    /// All of them, in the order in which they were added. At once, whatever is done with them meanwhile.
     pub fn info(&self) -> Vec<BitmapInfo> {
         lock(&self.entries).iter().map(Entry::info).collect()
     }

@@ -39,6 +39,17 @@ fn source(text: &str) -> MergeSource {
 }
 
 #[test]
+fn who_asks_what_there_is_does_not_wait_for_a_change() {
+    let node = disk(MIB);
+    node.bitmaps().add(new("a", 512)).unwrap();
+    write(&node, 0);
+    let turn = lock(&node.bitmaps().turn);
+    assert_eq!(shown(&node), ["a 512 recording"]);
+    assert!(node.bitmaps().sha256(&name("a")).is_ok());
+    drop(turn);
+}
+
+#[test]
 fn bitmaps_record_what_is_written_in_their_own_granules_while_they_are_enabled() {
     let (node, coarse) = (disk(MIB), DEFAULT_GRANULE_BYTES);
     let bitmaps = node.bitmaps();

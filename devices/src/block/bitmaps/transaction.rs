@@ -84,7 +84,9 @@ pub fn execute(actions: &[(Arc<BlockNode>, Action)]) -> Result<(), (usize, Bitma
 /// The part of a transaction on one node.
 struct Part<'a> {
     bitmaps: &'a Arc<Bitmaps>,
-    entries: MutexGuard<'a, Vec<Entry>>,
+    /// Nobody else changes the list.
+    _turn: MutexGuard<'a, ()>,
+    entries: Vec<Entry>,
     /// Bitmaps that are named by an action.
     named: Vec<&'a BitmapName>,
     draft: Vec<Entry>,
@@ -110,7 +112,10 @@ pub(super) fn run(actions: &[(&Arc<Bitmaps>, &Action)]) -> Result<(), (usize, Bi
     });
     for mut part in parts {
         if done.is_ok() {
-            *part.entries = std::mem::take(&mut part.draft);
+            part.entries = std::mem::take(&mut part.draft);
+            let before = std::mem::replace(&mut *lock(&part.bitmaps.entries), part.entries.clone());
+            // Unmapping a large one takes time: not under the lock.
+            drop(before);
         }
         let writes = &part.bitmaps.writes;
         let back: Vec<_> = part.moved().cloned().collect();
@@ -134,7 +139,8 @@ fn freeze<'a>(
     all.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let mut parts = Vec::new();
     for bitmaps in all {
-        let entries = lock(&bitmaps.entries);
+        let turn = lock(&bitmaps.turn);
+        let entries = lock(&bitmaps.entries).clone();
         let mut named: Vec<&BitmapName> = Vec::new();
         let mut granules = vec![MAX_GRANULE_BYTES];
         for (own, action) in actions {
@@ -155,7 +161,7 @@ fn freeze<'a>(
         let name = || actions[0].1.name().clone();
         let meanwhile = meanwhile.ok_or_else(|| (0, BitmapError::NoMemory { name: name() }))?;
         let draft = entries.clone();
-        parts.push(Part { bitmaps, entries, named, draft, meanwhile });
+        parts.push(Part { bitmaps, _turn: turn, entries, named, draft, meanwhile });
     }
     // All nodes' writes stand still for as long as it takes to exchange some pointers.
     let mut lists: Vec<_> = parts.iter().map(|part| part.bitmaps.writes.list()).collect();

@@ -30,6 +30,7 @@ impl std::ops::Deref for Held {
 impl Bitmaps {
     /// Changes the entry of `bitmap`, or removes it if `change` returns false. Nothing if it is gone.
     fn change(&self, bitmap: &Arc<DirtyBitmap>, change: impl FnOnce(&mut Entry) -> bool) {
+        let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         let Some(at) = entries.iter().position(|entry| Arc::ptr_eq(&entry.bitmap, bitmap)) else {
             return;
@@ -45,6 +46,7 @@ impl Bitmaps {
     /// # Errors
     /// If there is none, or it is busy or inconsistent.
     pub fn hold(self: &Arc<Self>, name: &BitmapName) -> Result<Held, BitmapError> {
+        let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         let at = position(&entries, name)?;
         entries[at].check_usable()?;
@@ -57,6 +59,7 @@ impl Bitmaps {
     /// # Errors
     /// As for [`Bitmaps::add`].
     pub fn arrive(self: &Arc<Self>, new: &NewBitmap) -> Result<Arriving, BitmapError> {
+        let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         self.check_storable(new)?;
         let entry = Entry { busy: true, ..self.make(&entries, new)? };
