@@ -1,0 +1,147 @@
+use super::*;
+use migration::params::Params;
+use serde_json::{Map, Value, json};
+
+fn parse(execute: &str, arguments: Value) -> Result<Command, QmpError> {
+    let arguments = arguments.as_object().cloned().unwrap_or_default();
+    Command::parse(&Request { execute: execute.into(), arguments, id: None })
+}
+
+#[test]
+fn errors_have_qemus_words() {
+    let desc = |execute, arguments| parse(execute, arguments).unwrap_err().desc;
+    assert_eq!(desc("migrate", json!({})), "Parameter 'uri' is missing");
+    assert_eq!(desc("stop", json!({"x": 1})), "Parameter 'x' is unexpected");
+    assert_eq!(
+        desc("migrate", json!({"uri": 7})),
+        "Invalid parameter type for 'uri', expected: string"
+    );
+    assert_eq!(parse("nonesuch", json!({})).unwrap_err().class, "CommandNotFound");
+}
+
+#[test]
+fn disks_are_chosen_in_qemus_words_or_one_by_one() {
+    let choose = |mut arguments: Value| {
+        arguments["uri"] = "unix:/x".into();
+        match parse("migrate", arguments) {
+            Ok(Command::Migrate { disks, .. }) => {
+                Ok(disks.map(|disks| ["root", "data"].map(|id| disks.mode_of(id).name())))
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.desc),
+        }
+    };
+    for (arguments, expected) in [
+        (json!({}), None),
+        (json!({"blk": false, "inc": false}), None),
+        (json!({"blk": true}), Some(["full", "full"])),
+        (json!({"blk": true, "inc": true}), Some(["top", "top"])),
+        (json!({"x-disks": "top"}), Some(["top", "top"])),
+        (json!({"x-disks": "none"}), Some(["none", "none"])),
+        (json!({"x-disks": {"data": "full"}}), Some(["none", "full"])),
+        (json!({"blk": true, "x-disks": {"data": "none"}}), Some(["full", "none"])),
+    ] {
+        assert_eq!(choose(arguments.clone()), Ok(expected), "{arguments}");
+    }
+    assert!(choose(json!({"blk": true, "x-disks": "top"})).unwrap_err().contains("already"));
+    assert!(choose(json!({"x-disks": {"data": "half"}})).unwrap_err().contains("half"));
+    assert!(choose(json!({"x-disk-reads": 17})).unwrap_err().contains("1 to 16"));
+    assert!(choose(json!({"x-disk-buffers": 0})).unwrap_err().contains("1 to 512"));
+}
+
+/// Values that fit, of which at least one is accepted.
+fn samples(member: &Member) -> Vec<Value> {
+    fn of(kind: Kind) -> Vec<Value> {
+        match kind {
+            Kind::Text => vec!["x".into()],
+            Kind::Whole => vec![10.into()],
+            Kind::Flag => vec![false.into(), true.into()],
+            Kind::Choice { values, .. } => values.iter().map(|value| json!(value)).collect(),
+            Kind::Object { members, .. } => {
+                let last = members.iter().map(|one| (one.name, samples(one).pop().unwrap()));
+                vec![last.collect()]
+            }
+            Kind::List(kind) => {
+                let mut lists = vec![json!([])];
+                lists.extend(of(*kind).into_iter().map(|one| json!([one])));
+                lists
+            }
+            Kind::Any => vec!["full".into()],
+        }
+    }
+    of(member.kind)
+}
+
+#[test]
+fn every_command_of_the_table_reads_the_arguments_that_it_lists() {
+    for entry in COMMANDS {
+        assert_eq!(COMMANDS.iter().filter(|other| other.name == entry.name).count(), 1);
+        let needed = entry.arguments.iter().filter(|member| !member.optional);
+        let needed: Map<_, _> =
+            needed.map(|member| (member.name.to_owned(), samples(member).pop().unwrap())).collect();
+        assert!(parse(entry.name, json!(needed)).is_ok(), "{}", entry.name);
+        for member in entry.arguments {
+            // That it is read and no other is listed, `Command::parse` asserts.
+            let accepted = samples(member).into_iter().any(|value| {
+                let mut arguments = needed.clone();
+                arguments.insert(member.name.to_owned(), value);
+                parse(entry.name, arguments.into()).is_ok()
+            });
+            assert!(accepted, "{}: {}", entry.name, member.name);
+            let mut lacking = needed.clone();
+            let refused = parse(entry.name, {
+                lacking.remove(member.name);
+                lacking.into()
+            });
+            assert_eq!(refused.is_err(), !member.optional, "{}: {}", entry.name, member.name);
+        }
+        let mut more = needed;
+        more.insert("nonesuch".to_owned(), true.into());
+        let refused = parse(entry.name, more.into()).unwrap_err();
+        assert_eq!(refused.desc, "Parameter 'nonesuch' is unexpected", "{}", entry.name);
+    }
+}
+
+#[test]
+fn the_time_of_a_measurement_is_checked() {
+    let parsed = parse("calc-dirty-rate", json!({"calc-time": 1}));
+    assert_eq!(parsed.unwrap(), Command::CalcDirtyRate(Duration::from_secs(1)));
+    for arguments in [
+        json!({"calc-time": 0}),
+        json!({"calc-time": 61}),
+        json!({"calc-time": 49, "calc-time-unit": "millisecond"}),
+        json!({"calc-time": 1, "calc-time-unit": "hour"}),
+        json!({"calc-time": 1, "mode": "page-sampling"}),
+        json!({"calc-time": u64::MAX}),
+    ] {
+        assert!(parse("calc-dirty-rate", arguments.clone()).is_err(), "{arguments}");
+    }
+}
+
+#[test]
+fn the_cache_size_has_commands_of_its_own() {
+    let set = parse("migrate-set-cache-size", json!({"value": 1 << 20}));
+    let Ok(Command::SetParameters(change)) = set else { panic!("{set:?}") };
+    assert_eq!(change.apply(Params::default()).unwrap().xbzrle_cache_size, 1 << 20);
+    let too_small = ParameterChange { xbzrle_cache_size: Some(0), ..change };
+    assert!(too_small.apply(Params::default()).is_err());
+    assert_eq!(parse("query-migrate-cache-size", json!({})), Ok(Command::QueryCacheSize));
+}
+
+#[test]
+fn parameters_are_checked() {
+    let change = parse("migrate-set-parameters", json!({"downtime-limit": 2_000_001}));
+    let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
+    assert!(change.apply(Params::default()).is_err());
+    for (name, value) in [
+        ("throttle-trigger-threshold", 0),
+        ("cpu-throttle-initial", 100),
+        ("cpu-throttle-increment", 1_000_000),
+        ("max-cpu-throttle", 19),
+    ] {
+        let change = parse("migrate-set-parameters", json!({name: value}));
+        let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
+        let refused = change.apply(Params::default()).unwrap_err().desc;
+        assert!(refused.contains(name), "{refused}");
+    }
+}
