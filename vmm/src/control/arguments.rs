@@ -27,6 +27,22 @@ pub enum Kind {
         /// What it has.
         members: &'static [Member],
     },
+    /// An object with a `type`, one of `cases`, and the `data` of that case; a union in QEMU's schema.
+    Tagged {
+        /// The type's name.
+        name: &'static str,
+        /// The name of the type of `type`.
+        tag: &'static str,
+        /// What `type` can be, and its `data`: an object.
+        cases: &'static [(&'static str, Kind)],
+    },
+    /// One of several kinds, which differ in their JSON type; an alternate in QEMU's schema.
+    Either {
+        /// The type's name.
+        name: &'static str,
+        /// The kinds.
+        of: &'static [Kind],
+    },
     /// An array.
     List(&'static Kind),
     /// Anything: its reader checks it.
@@ -66,37 +82,65 @@ fn wrong_type(name: &str, expected: &str) -> QmpError {
     QmpError::generic(format!("Invalid parameter type for '{name}', expected: {expected}"))
 }
 
+/// That a string is none of those that are known.
+fn check_choice(name: &str, chosen: &str, known: &[&str]) -> Result<(), QmpError> {
+    match known.contains(&chosen) {
+        true => Ok(()),
+        false => Err(QmpError::generic(format!(
+            "Parameter '{name}' does not accept value '{chosen}', only: {}",
+            known.join(", ")
+        ))),
+    }
+}
+
 impl Kind {
-    /// Whether `value` is of this kind; the error names it `name`, in QEMU's words.
-    fn check(self, name: &str, value: &Value) -> Result<(), QmpError> {
-        let (fits, expected) = match self {
-            Self::Text => (value.is_string(), "string"),
+    /// Whether `value` is of this kind's JSON type, and what errors call that.
+    fn json_type(self, value: &Value) -> (bool, &'static str) {
+        match self {
+            Self::Text | Self::Choice { .. } => (value.is_string(), "string"),
             Self::Whole => (value.is_u64(), "integer"),
             Self::Flag => (value.is_boolean(), "boolean"),
+            Self::Object { .. } | Self::Tagged { .. } => (value.is_object(), "object"),
+            Self::Either { name, of } => (of.iter().any(|kind| kind.json_type(value).0), name),
+            Self::List(_) => (value.is_array(), "array"),
             Self::Any => (true, "value"),
-            Self::Choice { values, .. } => {
-                let Some(chosen) = value.as_str() else { return Err(wrong_type(name, "string")) };
-                return match values.contains(&chosen) {
-                    true => Ok(()),
-                    false => Err(QmpError::generic(format!(
-                        "Parameter '{name}' does not accept value '{chosen}', only: {}",
-                        values.join(", ")
-                    ))),
-                };
-            }
-            Self::Object { members, .. } => {
-                let Some(object) = value.as_object() else {
-                    return Err(wrong_type(name, "object"));
-                };
-                return check(members, object);
-            }
-            Self::List(of) => {
-                let Some(list) = value.as_array() else { return Err(wrong_type(name, "array")) };
-                return list.iter().try_for_each(|element| of.check(name, element));
-            }
-        };
-        if fits { Ok(()) } else { Err(wrong_type(name, expected)) }
+        }
     }
+
+    /// Whether `value` is of this kind; the error names it `name`, in QEMU's words.
+    fn check(self, name: &str, value: &Value) -> Result<(), QmpError> {
+        let (fits, expected) = self.json_type(value);
+        if !fits {
+            return Err(wrong_type(name, expected));
+        }
+        match (self, value) {
+            (Self::Choice { values, .. }, Value::String(chosen)) => {
+                check_choice(name, chosen, values)
+            }
+            (Self::Object { members, .. }, Value::Object(object)) => check(members, object),
+            (Self::Tagged { cases, .. }, Value::Object(object)) => check_tagged(cases, object),
+            (Self::List(of), Value::Array(list)) => {
+                list.iter().try_for_each(|element| of.check(name, element))
+            }
+            (Self::Either { of, .. }, value) => {
+                let fitting = of.iter().find(|kind| kind.json_type(value).0);
+                fitting.map_or(Ok(()), |kind| kind.check(name, value))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn check_tagged(
+    cases: &[(&'static str, Kind)],
+    object: &Map<String, Value>,
+) -> Result<(), QmpError> {
+    let tag = object.get("type").ok_or_else(|| missing("type"))?;
+    let Some(chosen) = tag.as_str() else { return Err(wrong_type("type", "string")) };
+    let known: Vec<_> = cases.iter().map(|(name, _)| *name).collect();
+    check_choice("type", chosen, &known)?;
+    let data = cases.iter().find(|(name, _)| *name == chosen).map(|(_, data)| *data);
+    check(&[needed("type", Kind::Text), needed("data", data.unwrap_or(EMPTY))], object)
 }
 
 /// Whether `object` has what it must have, and nothing that is not in `members`.
@@ -203,6 +247,8 @@ mod tests {
         const ALL: &[Member] = &[
             needed("kind", Kind::Choice { name: "y", values: &["one", "two"] }),
             optional("list", Kind::List(&INNER)),
+            optional("either", Kind::Either { name: "z", of: &[Kind::Text, INNER] }),
+            optional("tagged", Kind::Tagged { name: "t", tag: "u", cases: &[("x", INNER)] }),
         ];
         let read = |value: Value| {
             let read = Arguments::new(ALL, value.as_object().cloned().unwrap());
@@ -210,6 +256,15 @@ mod tests {
         };
         assert_eq!(read(json!({"kind": "one"})), Ok(None));
         let list = json!([{"a": true}, {"a": false}]);
+        for more in [
+            json!({"either": "text"}),
+            json!({"either": {"a": true}}),
+            json!({"tagged": {"type": "x", "data": {"a": true}}}),
+        ] {
+            let mut whole = more;
+            whole["kind"] = "one".into();
+            assert_eq!(read(whole), Ok(None));
+        }
         assert_eq!(read(json!({"kind": "two", "list": list})), Ok(list.as_array().cloned()));
         for (value, refusal) in [
             (json!({}), "Parameter 'kind' is missing"),
@@ -228,6 +283,29 @@ mod tests {
                 "Invalid parameter type for 'list', expected: object",
             ),
             (json!({"kind": "one", "list": [{}]}), "Parameter 'a' is missing"),
+            (
+                json!({"kind": "one", "either": 1}),
+                "Invalid parameter type for 'either', expected: z",
+            ),
+            (json!({"kind": "one", "either": {}}), "Parameter 'a' is missing"),
+            (json!({"kind": "one", "tagged": {}}), "Parameter 'type' is missing"),
+            (
+                json!({"kind": "one", "tagged": {"type": 1}}),
+                "Invalid parameter type for 'type', expected: string",
+            ),
+            (
+                json!({"kind": "one", "tagged": {"type": "y"}}),
+                "Parameter 'type' does not accept value 'y', only: x",
+            ),
+            (json!({"kind": "one", "tagged": {"type": "x"}}), "Parameter 'data' is missing"),
+            (
+                json!({"kind": "one", "tagged": {"type": "x", "data": {}, "b": 1}}),
+                "Parameter 'a' is missing",
+            ),
+            (
+                json!({"kind": "one", "tagged": {"type": "x", "data": {"a": true}, "b": 1}}),
+                "Parameter 'b' is unexpected",
+            ),
             (json!({"kind": "one", "list": [{"a": true, "b": 1}]}), "Parameter 'b' is unexpected"),
         ] {
             assert_eq!(read(value), Err(refusal.to_owned()));

@@ -2,6 +2,7 @@
 //! the supervisor.
 
 use devices::block::BlockNode;
+use devices::block::bitmaps::BitmapInfo;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -41,7 +42,27 @@ fn info(node: &BlockNode, sizes: &Sizes) -> Value {
     if let Some(name) = backing.first() {
         info["backing_file"] = name.as_str().into();
     }
+    let bitmaps = node.bitmaps().info();
+    if !bitmaps.is_empty() {
+        info["dirty-bitmaps"] = bitmaps.iter().map(bitmap).collect();
+    }
     info
+}
+
+/// QEMU's `BlockDirtyInfo`.
+fn bitmap(info: &BitmapInfo) -> Value {
+    let mut shown = json!({
+        "name": info.name.as_str(),
+        "count": info.count_bytes,
+        "granularity": info.granularity,
+        "recording": info.recording,
+        "busy": info.busy,
+        "persistent": info.persistent,
+    });
+    if info.inconsistent {
+        shown["inconsistent"] = true.into();
+    }
+    shown
 }
 
 /// The reply to `query-block`.
@@ -114,6 +135,7 @@ pub fn stats<'n>(nodes: impl Iterator<Item = &'n BlockNode>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::block::bitmaps::{BitmapName, NewBitmap};
     use devices::block::memory::MemoryDisk;
 
     #[test]
@@ -131,6 +153,40 @@ mod tests {
         assert_eq!((&nodes[0]["drv"], &nodes[0]["ro"]), (&json!("memory"), &json!(false)));
         assert_eq!(stats[0]["stats"]["wr_bytes"], 512);
         assert_eq!(stats[0]["stats"]["wr_operations"], 1);
+    }
+
+    #[test]
+    fn bitmaps_are_shown_as_qemu_shows_them() {
+        let node = BlockNode::new("root", Box::new(MemoryDisk::new(1 << 20)));
+        let sizes = Sizes::new();
+        let shown = || {
+            let (all, one) = (devices([&node].into_iter(), &sizes), [&node].into_iter());
+            assert_eq!(all[0]["inserted"], named_nodes(one, &sizes)[0]);
+            all[0]["inserted"].get("dirty-bitmaps").cloned()
+        };
+        assert_eq!(shown(), None);
+        let name = |name| BitmapName::new(name).unwrap();
+        let new =
+            NewBitmap { name: name("b0"), granularity: 65_536, persistent: false, recording: true };
+        node.bitmaps().add(new.clone()).unwrap();
+        let off = NewBitmap { name: name("b1"), granularity: 512, recording: false, ..new };
+        node.bitmaps().add(off).unwrap();
+        let held = node.bitmaps().hold(&name("b1")).unwrap();
+        node.write_at(&[1; 512], 70_000).unwrap();
+        let all = json!([
+            {
+                "name": "b0", "count": 65_536, "granularity": 65_536,
+                "recording": true, "busy": false, "persistent": false,
+            },
+            {
+                "name": "b1", "count": 0, "granularity": 512,
+                "recording": false, "busy": true, "persistent": false,
+            },
+        ]);
+        assert_eq!(shown(), Some(all));
+        drop(held);
+        let lost = BitmapInfo { inconsistent: true, ..node.bitmaps().info().remove(0) };
+        assert_eq!(bitmap(&lost)["inconsistent"], true);
     }
 
     #[test]

@@ -2,11 +2,13 @@
 //! The supervisor executes them.
 
 use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
+use super::bitmap::{self, BitmapAction, BitmapChange};
 use super::message::{QmpError, Request};
 use super::options::{
     CAPABILITIES, Capability, OwnOptions, PARAMETERS, ParameterChange, capabilities, migration_id,
 };
 use crate::disk_selection::{DiskMode, DiskSelection};
+use devices::block::bitmaps::BitmapName;
 use migration::block::Tuning;
 use std::time::Duration;
 
@@ -39,6 +41,15 @@ pub enum Command {
     QueryNamedBlockNodes,
     /// `query-blockstats`
     QueryBlockStats,
+    /// `block-dirty-bitmap-add` and the like, or `transaction`: all of them, or none.
+    ChangeBitmaps(Vec<BitmapAction>),
+    /// `x-debug-block-dirty-bitmap-sha256`
+    BitmapSha256 {
+        /// The disk.
+        node: String,
+        /// The bitmap.
+        name: BitmapName,
+    },
     /// `stop`
     Stop,
     /// `cont`
@@ -203,6 +214,34 @@ pub const COMMANDS: &[Entry] = &[
             Ok(Command::QueryBlockStats)
         },
     ),
+    Entry::new("block-dirty-bitmap-add", bitmap::ADD, EMPTY, |arguments| {
+        change(bitmap::add(arguments)?)
+    }),
+    Entry::new("block-dirty-bitmap-remove", bitmap::NAMED, EMPTY, |arguments| {
+        change(bitmap::simple(arguments, BitmapChange::Remove)?)
+    }),
+    Entry::new("block-dirty-bitmap-clear", bitmap::NAMED, EMPTY, |arguments| {
+        change(bitmap::simple(arguments, BitmapChange::Clear)?)
+    }),
+    Entry::new("block-dirty-bitmap-enable", bitmap::NAMED, EMPTY, |arguments| {
+        change(bitmap::simple(arguments, BitmapChange::Enable)?)
+    }),
+    Entry::new("block-dirty-bitmap-disable", bitmap::NAMED, EMPTY, |arguments| {
+        change(bitmap::simple(arguments, BitmapChange::Disable)?)
+    }),
+    Entry::new("block-dirty-bitmap-merge", bitmap::MERGE, EMPTY, |arguments| {
+        change(bitmap::merge(arguments)?)
+    }),
+    Entry::new("transaction", bitmap::TRANSACTION, EMPTY, transaction),
+    Entry::new(
+        "x-debug-block-dirty-bitmap-sha256",
+        bitmap::NAMED,
+        object("BlockDirtyBitmapSha256", &[needed("sha256", Kind::Text)]),
+        |arguments| {
+            let (node, name) = bitmap::named(arguments)?;
+            Ok(Command::BitmapSha256 { node, name })
+        },
+    ),
     Entry::new("stop", &[], EMPTY, |_| Ok(Command::Stop)),
     Entry::new("cont", &[optional("x-force", Kind::Flag)], EMPTY, |arguments| {
         Ok(Command::Cont { force: arguments.flag("x-force").unwrap_or(false) })
@@ -306,6 +345,25 @@ fn negotiation(arguments: &mut Arguments) -> Result<Command, QmpError> {
         Some(name) => Err(QmpError::generic(format!("Capability {name} not available"))),
         None => Ok(Command::Negotiate),
     }
+}
+
+fn change(action: BitmapAction) -> Result<Command, QmpError> {
+    Ok(Command::ChangeBitmaps(vec![action]))
+}
+
+/// An action is the command of the same name.
+fn transaction(arguments: &mut Arguments) -> Result<Command, QmpError> {
+    let mut all = Vec::new();
+    for action in bitmap::transaction(arguments)? {
+        match Command::parse(&action)? {
+            Command::ChangeBitmaps(actions) => all.extend(actions),
+            _ => {
+                let desc = format!("{} cannot be part of a transaction", action.execute);
+                return Err(QmpError::generic(desc));
+            }
+        }
+    }
+    Ok(Command::ChangeBitmaps(all))
 }
 
 fn console_input(arguments: &mut Arguments) -> Result<Command, QmpError> {

@@ -28,13 +28,37 @@ impl Types {
                 let info = json!({"meta-type": "array", "element-type": element});
                 self.add(format!("[{element}]"), info)
             }
-            Kind::Choice { name, values } => {
-                let members: Vec<_> = values.iter().map(|value| json!({"name": value})).collect();
-                let info = json!({"meta-type": "enum", "values": values, "members": members});
+            Kind::Choice { name, values } => self.choice(name, values),
+            Kind::Object { name, members } => self.object(name.to_owned(), members),
+            Kind::Either { name, of } => {
+                let of: Vec<_> = of.iter().map(|kind| json!({"type": self.name(*kind)})).collect();
+                self.add(name.to_owned(), json!({"meta-type": "alternate", "members": of}))
+            }
+            Kind::Tagged { name, tag, cases } => {
+                let values: Vec<_> = cases.iter().map(|(case, _)| *case).collect();
+                let tag = self.choice(tag, &values);
+                let variant = |(case, data): &(&str, Kind)| {
+                    let data = self.name(*data);
+                    let members = json!([{"name": "data", "type": data}]);
+                    let info = json!({"meta-type": "object", "members": members});
+                    json!({"case": case, "type": self.add(format!("{data}Wrapper"), info)})
+                };
+                let variants: Vec<_> = cases.iter().map(variant).collect();
+                let info = json!({
+                    "meta-type": "object",
+                    "members": [{"name": "type", "type": tag}],
+                    "tag": "type",
+                    "variants": variants,
+                });
                 self.add(name.to_owned(), info)
             }
-            Kind::Object { name, members } => self.object(name.to_owned(), members),
         }
+    }
+
+    fn choice(&mut self, name: &str, values: &[&str]) -> String {
+        let members: Vec<_> = values.iter().map(|value| json!({"name": value})).collect();
+        let info = json!({"meta-type": "enum", "values": values, "members": members});
+        self.add(name.to_owned(), info)
     }
 
     fn object(&mut self, name: String, members: &[Member]) -> String {
@@ -110,9 +134,10 @@ mod tests {
             assert_eq!(entity(&schema, name)["meta-type"], "event");
         }
         for one in schema.as_array().unwrap() {
-            let members = one["members"].as_array().into_iter().flatten().map(|of| &of["type"]);
+            let inner = [&one["members"], &one["variants"]].into_iter().filter_map(Value::as_array);
+            let inner = inner.flatten().map(|of| &of["type"]);
             let types = [&one["arg-type"], &one["ret-type"], &one["element-type"]];
-            for name in types.into_iter().chain(members).filter_map(Value::as_str) {
+            for name in types.into_iter().chain(inner).filter_map(Value::as_str) {
                 let meta = &entity(&schema, name)["meta-type"];
                 assert!(meta != "command" && meta != "event", "{one}: {name} is a {meta}");
             }
@@ -135,6 +160,22 @@ mod tests {
         assert_eq!(list["element-type"], "MigrationCapabilityStatus");
         assert_eq!(entity(&schema, "int")["json-type"], "int");
         assert_eq!(entity(&schema, "RESET")["arg-type"], "q_obj_RESET-arg");
+    }
+
+    #[test]
+    fn unions_and_alternates_are_described_in_qemus_form() {
+        let schema = schema();
+        let action = entity(&schema, "TransactionAction");
+        assert_eq!((&action["meta-type"], &action["tag"]), (&json!("object"), &json!("type")));
+        assert_eq!(action["members"], json!([{"name": "type", "type": "TransactionActionKind"}]));
+        let variant =
+            json!({"case": "block-dirty-bitmap-merge", "type": "BlockDirtyBitmapMergeWrapper"});
+        assert!(action["variants"].as_array().unwrap().contains(&variant), "{action}");
+        let wrapper = entity(&schema, "BlockDirtyBitmapMergeWrapper");
+        assert_eq!(wrapper["members"], json!([{"name": "data", "type": "BlockDirtyBitmapMerge"}]));
+        let either = entity(&schema, "BlockDirtyBitmapOrStr");
+        assert_eq!(either["meta-type"], "alternate");
+        assert_eq!(either["members"], json!([{"type": "str"}, {"type": "BlockDirtyBitmap"}]));
     }
 
     #[test]
@@ -168,6 +209,15 @@ mod tests {
                 ],
                 "calc-dirty-rate" => &["calc-time", "calc-time-unit", "sample-pages", "mode"],
                 "query-dirty-rate" => &["calc-time-unit"],
+                "block-dirty-bitmap-add" => {
+                    &["node", "name", "granularity", "persistent", "disabled"]
+                }
+                "block-dirty-bitmap-remove"
+                | "block-dirty-bitmap-clear"
+                | "block-dirty-bitmap-enable"
+                | "block-dirty-bitmap-disable" => &["node", "name"],
+                "block-dirty-bitmap-merge" => &["node", "target", "bitmaps"],
+                "transaction" => &["actions", "properties"],
                 _ => &[],
             }
         };

@@ -117,11 +117,13 @@ impl Supervisor {
             | Command::Reset
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_)
+            | Command::ChangeBitmaps(_)
             | Command::Powerdown
                 if self.ending.is_some() =>
             {
                 Some(Err(shutting_down()))
             }
+            Command::ChangeBitmaps(_) | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
@@ -161,6 +163,8 @@ impl Supervisor {
             Command::Quit
             | Command::QueryBlock
             | Command::QueryNamedBlockNodes
+            | Command::ChangeBitmaps(_)
+            | Command::BitmapSha256 { .. }
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),

@@ -8,6 +8,7 @@
 //! migrations, [`dirty_rate`] measures the dirty rate.
 
 mod backends;
+mod bitmaps;
 mod commands;
 mod dirty_rate;
 mod ending;
@@ -36,6 +37,7 @@ use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{GuestEvents, Machine, MachineError};
 use crate::setup::SetupError;
 use backends::BackendParts;
+use bitmaps::BitmapRequests;
 use devices::block::failure::{Action, Failure};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
@@ -92,6 +94,7 @@ pub struct Supervisor {
     /// A migration waits for requests in flight.
     pausing: Option<Pausing>,
     sizes: Sizes,
+    bitmap_requests: BitmapRequests,
     waiting: Waiting,
     ending: Option<Ending>,
     /// The guest has moved, and the process ends when this client has gone.
@@ -169,6 +172,7 @@ impl Supervisor {
             stopping: None,
             pausing: None,
             sizes: Sizes::default(),
+            bitmap_requests: BitmapRequests::default(),
             waiting: Waiting::default(),
             ending: None,
             ends_with: None,

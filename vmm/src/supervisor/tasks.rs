@@ -5,6 +5,7 @@
 //! [`DiskWork`] runs the same work on several disks, each on its own thread, so that a hanging disk does
 //! not delay the others.
 
+use crate::control::QmpResult;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
 use crate::setup::SetupError;
@@ -36,6 +37,8 @@ pub enum Done {
     Sized,
     /// The disks are flushed, except for these parts.
     Flushed(Vec<PartTime>),
+    /// The reply to a request about bitmaps.
+    Bitmaps(QmpResult),
     /// It panicked or is overdue.
     Nothing,
 }

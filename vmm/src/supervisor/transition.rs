@@ -94,6 +94,10 @@ impl Supervisor {
                     && self.jobs.has_unreported_end();
                 in_transition || in_ended_migration && !matches!(command, Command::Cont { .. })
             }
+            // Its disks are not open yet.
+            Command::ChangeBitmaps(_) | Command::BitmapSha256 { .. } => {
+                matches!(self.transition, Some((_, Transition::Boot(_))))
+            }
             _ => false,
         }
     }
@@ -138,6 +142,7 @@ impl Supervisor {
             }
             return;
         }
+        let Some(done) = self.on_bitmaps_done(id, done) else { return };
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
             // Even if some have not responded.
@@ -148,7 +153,7 @@ impl Supervisor {
                 self.on_flushed(id, &[late]);
             }
             Done::Built(Ok(machine)) => tasks::discard(machine),
-            Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) => {}
+            Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) | Done::Bitmaps(_) => {}
         }
     }
 

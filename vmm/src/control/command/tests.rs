@@ -58,8 +58,17 @@ fn samples(member: &Member) -> Vec<Value> {
             Kind::Flag => vec![false.into(), true.into()],
             Kind::Choice { values, .. } => values.iter().map(|value| json!(value)).collect(),
             Kind::Object { members, .. } => {
-                let last = members.iter().map(|one| (one.name, samples(one).pop().unwrap()));
-                vec![last.collect()]
+                let of = |pick: fn(Vec<Value>) -> Option<Value>| {
+                    let pick = |one: &Member| (one.name.to_owned(), pick(samples(one)).unwrap());
+                    Value::Object(members.iter().map(pick).collect())
+                };
+                vec![of(|samples| samples.into_iter().next()), of(|mut samples| samples.pop())]
+            }
+            Kind::Either { of: kinds, .. } => kinds.iter().flat_map(|kind| of(*kind)).collect(),
+            Kind::Tagged { cases, .. } => {
+                let case =
+                    |(case, data): &(&str, Kind)| json!({"type": case, "data": of(*data)[0]});
+                cases.iter().map(case).collect()
             }
             Kind::List(kind) => {
                 let mut lists = vec![json!([])];
@@ -143,5 +152,88 @@ fn parameters_are_checked() {
         let Ok(Command::SetParameters(change)) = change else { panic!("{change:?}") };
         let refused = change.apply(Params::default()).unwrap_err().desc;
         assert!(refused.contains(name), "{refused}");
+    }
+}
+
+fn bitmap(name: &str) -> BitmapName {
+    BitmapName::new(name).unwrap()
+}
+
+#[test]
+fn a_transaction_is_made_of_the_commands_of_the_same_names() {
+    let of = |name: &str| json!({"node": "root", "name": name});
+    let named = |kind: &str, name: &str| json!({"type": kind, "data": of(name)});
+    let merge = json!({
+        "node": "root",
+        "target": "a",
+        "bitmaps": ["b", {"node": "data", "name": "c"}],
+    });
+    let actions = json!([
+        named("block-dirty-bitmap-add", "a"),
+        named("block-dirty-bitmap-remove", "b"),
+        named("block-dirty-bitmap-clear", "c"),
+        named("block-dirty-bitmap-enable", "d"),
+        named("block-dirty-bitmap-disable", "e"),
+        {"type": "block-dirty-bitmap-merge", "data": merge},
+    ]);
+    let all = parse("transaction", json!({"actions": actions})).unwrap();
+    let one_by_one = actions.as_array().unwrap().iter().flat_map(|action| {
+        match parse(action["type"].as_str().unwrap(), action["data"].clone()) {
+            Ok(Command::ChangeBitmaps(one)) => one,
+            other => panic!("{other:?}"),
+        }
+    });
+    assert_eq!(all, Command::ChangeBitmaps(one_by_one.collect()));
+    let Command::ChangeBitmaps(all) = all else { panic!("{all:?}") };
+    let sources = vec![(None, bitmap("b")), (Some("data".to_owned()), bitmap("c"))];
+    let change = BitmapChange::Merge { target: bitmap("a"), sources };
+    assert_eq!(all[5], BitmapAction { node: "root".to_owned(), change });
+    let properties = json!({"completion-mode": "individual"});
+    let empty = parse("transaction", json!({"actions": [], "properties": properties}));
+    assert_eq!(empty, Ok(Command::ChangeBitmaps(Vec::new())));
+}
+
+#[test]
+fn a_transaction_of_other_things_is_refused() {
+    let desc = |arguments| parse("transaction", arguments).unwrap_err().desc;
+    let clear = json!({"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}});
+    let grouped = json!({"actions": [clear], "properties": {"completion-mode": "grouped"}});
+    assert_eq!(
+        desc(grouped),
+        "Action 'block-dirty-bitmap-clear' does not support transaction property completion-mode = \
+         grouped"
+    );
+    let unknown = desc(json!({"actions": [clear, {"type": "drive-backup", "data": {}}]}));
+    assert!(unknown.contains("'type' does not accept value 'drive-backup'"), "{unknown}");
+    let nested = desc(json!({"actions": [{"type": "transaction", "data": {"actions": []}}]}));
+    assert!(nested.contains("'type' does not accept value 'transaction'"), "{nested}");
+    let many = desc(json!({"actions": vec![clear; bitmap::MAX_ACTIONS + 1]}));
+    assert!(many.contains("at most 1024 elements, not 1025"), "{many}");
+    let data = json!({"node": "n", "name": "b", "granularity": -1});
+    let negative = desc(json!({"actions": [{"type": "block-dirty-bitmap-add", "data": data}]}));
+    assert_eq!(negative, "Invalid parameter type for 'granularity', expected: integer");
+}
+
+#[test]
+fn names_of_bitmaps_are_checked() {
+    for (name, refusal) in [
+        ("", "Bitmap name cannot be empty"),
+        (&*"n".repeat(256), "Bitmap name too long: 256 bytes, at most 255"),
+        ("a\nb", "Bitmap name \"a\\nb\" has a control character"),
+    ] {
+        let good = "b";
+        for (execute, arguments) in [
+            ("block-dirty-bitmap-add", json!({"node": "n", "name": name})),
+            ("block-dirty-bitmap-remove", json!({"node": "n", "name": name})),
+            ("x-debug-block-dirty-bitmap-sha256", json!({"node": "n", "name": name})),
+            ("block-dirty-bitmap-merge", json!({"node": "n", "target": name, "bitmaps": [good]})),
+            ("block-dirty-bitmap-merge", json!({"node": "n", "target": good, "bitmaps": [name]})),
+            (
+                "block-dirty-bitmap-merge",
+                json!({"node": "n", "target": good, "bitmaps": [{"node": "n", "name": name}]}),
+            ),
+        ] {
+            assert_eq!(parse(execute, arguments).unwrap_err().desc, refusal, "{execute}");
+        }
     }
 }
