@@ -1,25 +1,56 @@
-//! `ferry ctl`: sends one command and prints its result as JSON.
+//! `ferry ctl`: sends one command and prints its result, as JSON unless a person has asked in short words.
 
-use super::{ClientError, QmpClient};
+use super::{ClientError, QmpClient, bitmap};
 use crate::cli::CtlArgs;
 use crate::error::chain;
 use crate::exit_code;
 use serde_json::{Value, json};
 
+/// A command, and how its result is shown.
+#[derive(Debug)]
+pub struct Request {
+    /// The command.
+    pub command: String,
+    /// Its arguments.
+    pub arguments: Value,
+    /// Writes the result.
+    pub show: fn(&Value) -> String,
+}
+
+impl Request {
+    /// One whose result is shown as JSON.
+    pub fn new(command: impl Into<String>, arguments: Value) -> Self {
+        Self { command: command.into(), arguments, show: |value| format!("{value:#}") }
+    }
+}
+
+/// Words that are no command.
+#[derive(Debug)]
+enum Unclear {
+    Problem(String),
+    /// Also a wish for help.
+    Words(clap::Error),
+}
+
 /// Sends the command; returns the exit code.
 pub fn run(args: &CtlArgs) -> u8 {
-    let (command, arguments) = match translate(&args.command) {
+    let Request { command, arguments, show } = match translate(&args.command) {
         Ok(request) => request,
-        Err(problem) => {
+        Err(Unclear::Problem(problem)) => {
             eprintln!("ferry: {problem}");
             return exit_code::USAGE;
+        }
+        Err(Unclear::Words(error)) => {
+            // Nobody may be listening.
+            let _ = error.print();
+            return if error.use_stderr() { exit_code::USAGE } else { exit_code::OK };
         }
     };
     let answer =
         QmpClient::connect(&args.socket).and_then(|mut client| client.execute(&command, arguments));
     match answer {
         Ok(value) => {
-            println!("{value:#}");
+            println!("{}", show(&value));
             exit_code::OK
         }
         // A VMM that quits may be gone before its reply is read.
@@ -32,21 +63,24 @@ pub fn run(args: &CtlArgs) -> u8 {
 }
 
 /// Expands shorthands; otherwise a QMP command and its arguments.
-fn translate(words: &[String]) -> Result<(String, Value), String> {
+fn translate(words: &[String]) -> Result<Request, Unclear> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let request = |command: &str, arguments| Ok((command.to_owned(), arguments));
+    let request = |command: &str, arguments| Ok(Request::new(command, arguments));
     match words.as_slice() {
         ["status"] => request("query-status", json!({})),
         ["migration"] => request("query-migrate", json!({})),
         ["cancel"] => request("migrate_cancel", json!({})),
         ["give-up"] => request("x-migrate-give-up", json!({})),
         ["cont", "--force"] => request("cont", json!({"x-force": true})),
+        ["bitmap", ..] => bitmap::request(&words).map_err(Unclear::Words),
         [command] => request(command, json!({})),
         [command, arguments] => match serde_json::from_str(arguments) {
             Ok(arguments @ Value::Object(_)) => request(command, arguments),
-            _ => Err(format!("{arguments:?} is not a JSON object with the command's arguments")),
+            _ => Err(Unclear::Problem(format!(
+                "{arguments:?} is not a JSON object with the command's arguments"
+            ))),
         },
-        _ => Err("expected a command and at most one JSON object".into()),
+        _ => Err(Unclear::Problem("expected a command and at most one JSON object".into())),
     }
 }
 
@@ -59,9 +93,12 @@ mod tests {
         let of = |words: &[&str]| {
             translate(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>())
         };
-        assert_eq!(of(&["status"]).unwrap().0, "query-status");
-        assert_eq!(of(&["cont", "--force"]).unwrap().1, json!({"x-force": true}));
-        assert_eq!(of(&["migrate", r#"{"uri":"tcp:h:1"}"#]).unwrap().1["uri"], "tcp:h:1");
+        assert_eq!(of(&["status"]).unwrap().command, "query-status");
+        assert_eq!(of(&["cont", "--force"]).unwrap().arguments, json!({"x-force": true}));
+        assert_eq!(of(&["migrate", r#"{"uri":"tcp:h:1"}"#]).unwrap().arguments["uri"], "tcp:h:1");
         assert!(of(&["migrate", "tcp:h:1"]).is_err());
+        let clear = of(&["bitmap", "clear", "root", "b0"]).unwrap();
+        assert_eq!(clear.command, "block-dirty-bitmap-clear");
+        assert!(matches!(of(&["bitmap", "clear"]), Err(Unclear::Words(_))));
     }
 }

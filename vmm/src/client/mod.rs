@@ -1,5 +1,6 @@
 //! A blocking QMP client for control sockets.
 
+mod bitmap;
 pub mod ctl;
 pub mod migrate;
 
