@@ -1,119 +1,433 @@
-//! Persistent dirty bitmaps in whole processes: recorded by a guest's writes, kept over the end of the process
-//! and a move on shared storage, inconsistent after a crash.
+//! Named dirty bitmaps, over the control socket of a guest that writes: what they have is compared with what
+//! has changed in the image.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use devices::block::BlockNode;
-use devices::block::bitmaps::{BitmapInfo, BitmapName, NewBitmap};
-use devices::block::raw::{Cache, RawFile};
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::hosts::{started, text};
 use ferry_tests::process::{SOON, Vmm};
-use ferry_tests::{disk, skip};
-use serde_json::json;
-use std::os::unix::fs::FileExt;
+use ferry_tests::qmp::{Qmp, run_python};
+use ferry_tests::{disk, needs};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-const DISK_BYTES: u64 = 8 << 20;
-const SECTOR: u64 = 512;
+const SECTOR: u64 = disk::SECTOR_BYTES;
+const MIB: u64 = 1 << 20;
 
-/// Opens the image as a VMM does, works with its bitmaps and closes it.
-fn with_bitmaps<T>(image: &Path, work: impl FnOnce(&Arc<BlockNode>) -> T) -> T {
-    let backend = RawFile::open(image, false, Cache::Writeback).unwrap();
-    let node = Arc::new(BlockNode::new("root", Box::new(backend)));
-    node.lock().unwrap();
-    node.load_bitmaps().unwrap();
-    let result = work(&node);
-    node.close_bitmaps().unwrap();
-    result
-}
+/// A folder with disk images.
+struct Images(tempfile::TempDir);
 
-fn name(name: &str) -> BitmapName {
-    BitmapName::new(name).unwrap()
-}
-
-/// A blank disk with two bitmaps, and a guest that writes to its first MiB only.
-fn disk_and_guest(folder: &Path) -> (PathBuf, Guest) {
-    let image = folder.join("disk.img");
-    disk::create(&image, DISK_BYTES).unwrap();
-    with_bitmaps(&image, |node| {
-        for (text, granularity) in [("fine", SECTOR), ("coarse", 65_536)] {
-            let (name, persistent, recording) = (name(text), true, true);
-            let new = NewBitmap { name, granularity, persistent, recording };
-            node.bitmaps().add(new).unwrap();
-        }
-    });
-    let guest = Guest::new("work=disk disk_mb=1 hb_ms=20", 64).disk("root", &image);
-    (image, guest)
-}
-
-/// That each granule is marked exactly if something was written there.
-fn assert_exact(image: &Path) {
-    let file = std::fs::File::open(image).unwrap();
-    with_bitmaps(image, |node| {
-        for text in ["fine", "coarse"] {
-            let held = node.bitmaps().hold(&name(text)).unwrap();
-            let mut bytes = vec![0; usize::try_from(held.granule_bytes()).unwrap()];
-            for at in (0..DISK_BYTES).step_by(bytes.len()) {
-                file.read_exact_at(&mut bytes, at).unwrap();
-                let written = bytes.iter().any(|byte| *byte != 0);
-                assert_eq!(held.is_marked(at), written, "{text}, at {at}");
-            }
-            assert!(held.marked_bytes() > 0 && held.marked_bytes() <= 1 << 20);
-        }
-    });
-}
-
-fn quit(vmm: &mut Vmm) {
-    vmm.qmp().unwrap().execute("quit", json!({})).unwrap();
-    vmm.process.wait(SOON).unwrap();
-}
-
-#[test]
-fn what_a_guest_writes_is_in_its_bitmaps_when_the_process_has_ended() {
-    if skip::kvm_is_missing() {
-        return;
+impl Images {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (image, guest) = disk_and_guest(folder.path());
-    let mut vmm = ferry::run(&guest).unwrap();
-    vmm.wait_line("^HB n=1 ").unwrap();
-    quit(&mut vmm);
-    assert_exact(&image);
-    // A crash.
-    let mut vmm = ferry::run(&guest).unwrap();
-    vmm.wait_line("^HB n=1 ").unwrap();
-    vmm.process.kill().unwrap();
-    let inconsistent = |info: &BitmapInfo| info.inconsistent;
-    assert!(with_bitmaps(&image, |node| node.bitmaps().info()).iter().all(inconsistent));
-    // A guest does not start with a file that nobody can use; it says which.
-    let file = folder.path().join("disk.img.bitmaps");
-    let whole = std::fs::read(&file).unwrap();
-    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
-    let disk = format!("path={},id=root", image.display());
-    let (code, text) =
-        ferry::end_of(["run", "--kernel", guest_images::KERNEL, "--disk", &disk]).unwrap();
-    assert_eq!(code, 126, "{text}");
-    let why = format!("disk root: the bitmaps in {} cannot be used: delete it", file.display());
-    assert!(text.contains(&why), "{text}");
+
+    fn blank(&self, id: &str, bytes: u64) -> PathBuf {
+        let path = self.0.path().join(id);
+        disk::create(&path, bytes).unwrap();
+        path
+    }
 }
 
-#[test]
-fn bitmaps_of_a_shared_disk_follow_the_guest_and_lose_nothing() {
-    if skip::kvm_is_missing() {
-        return;
+/// A guest that has written all of its disk `root` and goes on writing.
+fn busy(image: &Path) -> Guest {
+    Guest::new("work=disk hb_ms=20", 64).disk("root", image)
+}
+
+fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
+    assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}), "{command}");
+}
+
+fn named(name: &str) -> Value {
+    json!({"node": "root", "name": name})
+}
+
+fn add(qmp: &mut Qmp, name: &str, granularity: u64, disabled: bool) {
+    let mut arguments = named(name);
+    arguments["granularity"] = granularity.into();
+    arguments["disabled"] = disabled.into();
+    run(qmp, "block-dirty-bitmap-add", arguments);
+}
+
+fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
+    let refusal = qmp.refused(command, arguments).unwrap();
+    assert_eq!(refusal.class, "GenericError", "{refusal}");
+    refusal.description
+}
+
+/// The bitmaps of a disk, as both queries show them.
+fn bitmaps(qmp: &mut Qmp, id: &str) -> Value {
+    let devices = qmp.execute("query-block", json!({})).unwrap();
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
+    let all = devices.as_array().unwrap().iter().zip(nodes.as_array().unwrap());
+    let (device, node) = all.into_iter().find(|(device, _)| device["device"] == id).unwrap();
+    assert_eq!(node["node-name"], id);
+    assert_eq!(device["inserted"]["dirty-bitmaps"], node["dirty-bitmaps"]);
+    node["dirty-bitmaps"].clone()
+}
+
+fn bitmap(qmp: &mut Qmp, name: &str) -> Value {
+    let all = bitmaps(qmp, "root");
+    let found = all.as_array().into_iter().flatten().find(|bitmap| bitmap["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {all}")).clone()
+}
+
+fn sha256(qmp: &mut Qmp, name: &str) -> String {
+    let answer = qmp.execute("x-debug-block-dirty-bitmap-sha256", named(name)).unwrap();
+    answer["sha256"].as_str().unwrap().to_owned()
+}
+
+/// Sectors of an image that differ from what it was.
+fn changed(image: &Path, before: &[u8]) -> BTreeSet<u64> {
+    let now = std::fs::read(image).unwrap();
+    assert_eq!(now.len(), before.len());
+    let sectors = now.chunks(512).zip(before.chunks(512)).zip(0..);
+    sectors.filter(|((now, before), _)| now != before).map(|(_, sector)| sector).collect()
+}
+
+/// The count and the digest of a bitmap of these sectors, and nothing else.
+fn expected(sectors: &BTreeSet<u64>, granularity: u64, disk_bytes: u64) -> (u64, String) {
+    let granules: BTreeSet<u64> =
+        sectors.iter().map(|sector| sector * SECTOR / granularity).collect();
+    let len = |granule: &u64| (disk_bytes - granule * granularity).min(granularity);
+    let bits = disk_bytes.div_ceil(granularity);
+    let mut bytes = vec![0u8; usize::try_from(bits.div_ceil(64) * 8).unwrap()];
+    for granule in &granules {
+        bytes[usize::try_from(granule / 8).unwrap()] |= 1 << (granule % 8);
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (image, guest) = disk_and_guest(folder.path());
-    let give = format!("root={}", image.display());
-    let mut source = ferry::run(&guest).unwrap();
-    source.wait_line("^HB n=1 ").unwrap();
+    let digest = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    (granules.iter().map(len).sum(), digest)
+}
+
+#[track_caller]
+fn assert_has(qmp: &mut Qmp, name: &str, sectors: &BTreeSet<u64>, disk_bytes: u64) {
+    let shown = bitmap(qmp, name);
+    let granularity = shown["granularity"].as_u64().unwrap();
+    let (count, digest) = expected(sectors, granularity, disk_bytes);
+    assert_eq!(shown["count"], count, "{shown}");
+    assert_eq!(sha256(qmp, name), digest, "{shown}");
+}
+
+/// Lets the guest write for a while, and stops it.
+fn let_write(vmm: &Vmm, qmp: &mut Qmp) {
+    run(qmp, "cont", json!({}));
     for _ in 0..3 {
-        let destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
-        ferry::migrate_well(&source, &destination.address, &[]).unwrap();
-        source.process.wait(SOON).unwrap();
-        source = destination.vmm;
-        source.wait_line("^HB ").unwrap();
+        vmm.wait_next_line("^HB ").unwrap();
     }
-    quit(&mut source);
-    assert_exact(&image);
+    run(qmp, "stop", json!({}));
+}
+
+#[test]
+#[needs(kvm)]
+fn bitmaps_have_exactly_what_the_guest_has_written() {
+    let images = Images::new();
+    // Its last granule is short.
+    let bytes = 32 * MIB + 512;
+    let image = images.blank("root", bytes);
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    run(&mut qmp, "stop", json!({}));
+    let before = std::fs::read(&image).unwrap();
+    add(&mut qmp, "fine", 512, false);
+    add(&mut qmp, "middle", 4096, true);
+    run(&mut qmp, "block-dirty-bitmap-add", named("default"));
+    assert_eq!(
+        bitmap(&mut qmp, "default"),
+        json!({
+            "name": "default", "count": 0, "granularity": 65_536,
+            "recording": true, "busy": false, "persistent": false,
+        })
+    );
+    assert_eq!(bitmap(&mut qmp, "middle")["recording"], false);
+    let_write(&vmm, &mut qmp);
+    let first = changed(&image, &before);
+    assert!(!first.is_empty(), "the guest has written nothing");
+    let none = BTreeSet::new();
+    for (name, sectors) in [("fine", &first), ("default", &first), ("middle", &none)] {
+        assert_has(&mut qmp, name, sectors, bytes);
+    }
+
+    // At one moment one stops and its successor starts: no write is in both, or in neither.
+    let between = std::fs::read(&image).unwrap();
+    let action = |verb: &str, data: Value| json!({"type": format!("block-dirty-bitmap-{verb}"), "data": data});
+    let actions = json!([action("disable", named("fine")), action("enable", named("middle"))]);
+    run(&mut qmp, "transaction", json!({"actions": actions}));
+    let_write(&vmm, &mut qmp);
+    let (second, all) = (changed(&image, &between), changed(&image, &before));
+    for (name, sectors) in [("fine", &first), ("middle", &second), ("default", &all)] {
+        assert_has(&mut qmp, name, sectors, bytes);
+    }
+
+    let merge = json!({"node": "root", "target": "middle", "bitmaps": ["fine"]});
+    run(&mut qmp, "block-dirty-bitmap-merge", merge);
+    // Every sector that is written again differs from what it was at first.
+    assert_has(&mut qmp, "middle", &all, bytes);
+    assert_has(&mut qmp, "fine", &first, bytes);
+    run(&mut qmp, "block-dirty-bitmap-clear", named("fine"));
+    assert_has(&mut qmp, "fine", &none, bytes);
+    run(&mut qmp, "block-dirty-bitmap-enable", named("fine"));
+    assert_eq!(bitmap(&mut qmp, "fine")["recording"], true);
+    for name in ["fine", "middle", "default"] {
+        run(&mut qmp, "block-dirty-bitmap-remove", named(name));
+    }
+    assert_eq!(bitmaps(&mut qmp, "root"), Value::Null);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_transaction_is_done_on_all_disks_or_on_none() {
+    let images = Images::new();
+    let guest = busy(&images.blank("root", MIB)).disk("data", &images.blank("data", MIB));
+    let guest = guest.disk("small", &images.blank("small", 512));
+    let vmm = started(&guest);
+    let mut qmp = vmm.qmp().unwrap();
+    add(&mut qmp, "b", 512, false);
+    let_write(&vmm, &mut qmp);
+    let action = |verb: &str, node: &str, name: &str| {
+        let data = json!({"node": node, "name": name});
+        json!({"type": format!("block-dirty-bitmap-{verb}"), "data": data})
+    };
+    let merge = |node: &str, target: &str, bitmaps: Value| {
+        let data = json!({"node": node, "target": target, "bitmaps": bitmaps});
+        json!({"type": "block-dirty-bitmap-merge", "data": data})
+    };
+    let from_root = json!([{"node": "root", "name": "b"}]);
+    let shown = |qmp: &mut Qmp| ["root", "data", "small"].map(|id| bitmaps(qmp, id));
+    let before = (shown(&mut qmp), sha256(&mut qmp, "b"));
+    assert!(before.0[0][0]["count"].as_u64() > Some(0), "{before:?}");
+    for (last, refusal) in [
+        (action("remove", "root", "nope"), "Dirty bitmap 'nope' not found"),
+        (action("add", "data", "b"), "Bitmap already exists: b"),
+        (action("clear", "nope", "b"), "Node 'nope' not found"),
+        (action("add", "nope", "b"), "Cannot find device='nope' nor node-name='nope'"),
+        (merge("data", "b", json!(["nope"])), "Dirty bitmap 'nope' not found"),
+        (merge("data", "b", json!([{"node": "nope", "name": "b"}])), "Node 'nope' not found"),
+        (
+            merge("small", "s", from_root.clone()),
+            "Bitmaps are of different sizes (destination size is 512, source size is 1048576) and \
+             can't be merged",
+        ),
+    ] {
+        let actions = json!([
+            action("add", "data", "b"),
+            merge("data", "b", from_root.clone()),
+            action("add", "small", "s"),
+            action("clear", "root", "b"),
+            action("disable", "root", "b"),
+            last,
+        ]);
+        let arguments = json!({"actions": actions});
+        assert_eq!(refused(&mut qmp, "transaction", arguments), refusal, "{actions}");
+        assert_eq!((shown(&mut qmp), sha256(&mut qmp, "b")), before, "{actions}");
+    }
+    let actions = json!([
+        action("add", "data", "b"),
+        merge("data", "b", from_root),
+        action("clear", "root", "b"),
+        action("add", "root", "c"),
+        action("remove", "root", "c"),
+    ]);
+    let properties = json!({"completion-mode": "individual"});
+    run(&mut qmp, "transaction", json!({"actions": actions, "properties": properties}));
+    // A granule of the other disk is as large as the whole of this one's bitmap.
+    let [root, data, small] = shown(&mut qmp);
+    assert_eq!((root[0]["count"].as_u64(), root.as_array().unwrap().len()), (Some(0), 1));
+    assert!(data[0]["count"].as_u64() > Some(0), "{data}");
+    assert_eq!(small, Value::Null);
+    run(&mut qmp, "transaction", json!({"actions": []}));
+}
+
+#[test]
+#[needs(kvm)]
+fn what_cannot_be_done_is_refused_and_changes_nothing() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root", MIB)));
+    let mut qmp = vmm.qmp().unwrap();
+    add(&mut qmp, "b", 512, true);
+    let before = bitmaps(&mut qmp, "root");
+    let long = "n".repeat(256);
+    let with = |name: &str, member: &str, value: Value| {
+        let mut arguments = named(name);
+        arguments[member] = value;
+        arguments
+    };
+    let elsewhere = |name: &str| with(name, "node", "nope".into());
+    let power = "Granularity must be power of 2 and at least 512";
+    let (at_most, empty) = ("Granularity must be at most 67108864", "Bitmap name cannot be empty");
+    for (verb, arguments, refusal) in [
+        ("add", named(""), empty),
+        ("add", named(&long), "Bitmap name too long: 256 bytes, at most 255"),
+        ("add", named("a\u{7}"), "Bitmap name \"a\\u{7}\" has a control character"),
+        ("add", named("b"), "Bitmap already exists: b"),
+        ("add", with("c", "granularity", 0.into()), power),
+        ("add", with("c", "granularity", 256.into()), power),
+        ("add", with("c", "granularity", 1000.into()), power),
+        ("add", with("c", "granularity", u64::MAX.into()), power),
+        ("add", with("c", "granularity", (128 * MIB).into()), at_most),
+        (
+            "add",
+            with("c", "granularity", (-512).into()),
+            "Invalid parameter type for 'granularity', expected: integer",
+        ),
+        ("add", elsewhere("c"), "Cannot find device='nope' nor node-name='nope'"),
+        ("add", json!({"node": "root"}), "Parameter 'name' is missing"),
+        ("remove", named("nope"), "Dirty bitmap 'nope' not found"),
+        ("remove", elsewhere("b"), "Node 'nope' not found"),
+        ("clear", named(""), empty),
+        ("clear", named("nope"), "Dirty bitmap 'nope' not found"),
+        ("enable", named("nope"), "Dirty bitmap 'nope' not found"),
+        ("disable", named("nope"), "Dirty bitmap 'nope' not found"),
+        (
+            "merge",
+            json!({"node": "root", "target": "nope", "bitmaps": ["b"]}),
+            "Dirty bitmap 'nope' not found",
+        ),
+        (
+            "merge",
+            json!({"node": "root", "target": "b", "bitmaps": ["b", 1]}),
+            "Invalid parameter type for 'bitmaps', expected: BlockDirtyBitmapOrStr",
+        ),
+    ] {
+        let command = format!("block-dirty-bitmap-{verb}");
+        assert_eq!(refused(&mut qmp, &command, arguments.clone()), refusal, "{verb} {arguments}");
+    }
+    let digest = "x-debug-block-dirty-bitmap-sha256";
+    assert_eq!(refused(&mut qmp, digest, named("nope")), "Dirty bitmap 'nope' not found");
+    assert_eq!(refused(&mut qmp, digest, elsewhere("b")), "Node 'nope' not found");
+    let unknown = json!({"actions": [{"type": "abort", "data": {}}]});
+    let text = refused(&mut qmp, "transaction", unknown);
+    assert!(text.starts_with("Parameter 'type' does not accept value 'abort'"), "{text}");
+    assert_eq!(bitmaps(&mut qmp, "root"), before);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_reset_keeps_the_bitmaps_and_writes_before_and_after_it_are_in_them() {
+    let images = Images::new();
+    let bytes = 8 * MIB;
+    let image = images.blank("root", bytes);
+    let mut guest = busy(&image);
+    guest.cmdline.push_str(" disk_mb=4");
+    let vmm = started(&guest);
+    let mut qmp = vmm.qmp().unwrap();
+    run(&mut qmp, "stop", json!({}));
+    let before = std::fs::read(&image).unwrap();
+    add(&mut qmp, "on", 512, false);
+    let_write(&vmm, &mut qmp);
+    // Not what the first guest has written.
+    add(&mut qmp, "late", 4096, false);
+    let first = changed(&image, &before);
+    assert!(!first.is_empty(), "the guest has written nothing");
+    assert_has(&mut qmp, "on", &first, bytes);
+    // A guest that is paused is reset paused: nothing is written yet.
+    run(&mut qmp, "system_reset", json!({}));
+    qmp.wait_event("RESET", SOON).unwrap();
+    assert_has(&mut qmp, "on", &first, bytes);
+    assert_has(&mut qmp, "late", &BTreeSet::new(), bytes);
+    assert_eq!(bitmap(&mut qmp, "on")["recording"], true);
+    // It boots again and writes its part of the disk first of all.
+    let from = vmm.serial().count();
+    run(&mut qmp, "cont", json!({}));
+    vmm.serial().wait_from(from, "^HB n=2 ", SOON).unwrap();
+    run(&mut qmp, "stop", json!({}));
+    let all: BTreeSet<u64> = (0..4 * MIB / SECTOR).collect();
+    assert_has(&mut qmp, "on", &all, bytes);
+    assert_has(&mut qmp, "late", &all, bytes);
+    // Another one, while it runs and writes.
+    run(&mut qmp, "block-dirty-bitmap-clear", named("late"));
+    run(&mut qmp, "block-dirty-bitmap-disable", named("on"));
+    run(&mut qmp, "cont", json!({}));
+    let from = vmm.serial().count();
+    run(&mut qmp, "system_reset", json!({}));
+    vmm.serial().wait_from(from, "^HB n=2 ", SOON).unwrap();
+    run(&mut qmp, "stop", json!({}));
+    assert_has(&mut qmp, "late", &all, bytes);
+}
+
+#[test]
+fn a_large_bitmap_holds_nobody_up() {
+    const AT_ONCE: Duration = Duration::from_millis(500);
+    if skip::kvm_is_missing() {
+        return;
+    }
+    let images = Images::new();
+    let image = images.blank("root", 1 << 40);
+    let vmm = started(&Guest::new("work=idle", 64).disk("root", &image));
+    let mut qmp = vmm.qmp().unwrap();
+    let mut other = vmm.qmp().unwrap();
+    // 256 MiB of bits, which take no memory yet.
+    let began = Instant::now();
+    add(&mut qmp, "large", 512, false);
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    qmp.ask("x-debug-block-dirty-bitmap-sha256", named("large")).unwrap();
+    // Behind it, as its client's next request.
+    for command in ["query-status", "query-block", "query-named-block-nodes"] {
+        let began = Instant::now();
+        other.execute(command, json!({})).unwrap();
+        assert!(began.elapsed() < AT_ONCE, "{command}: {:?}", began.elapsed());
+    }
+    let began = Instant::now();
+    add(&mut other, "more", 1024, false);
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    let digest = qmp.answer().unwrap();
+    assert_eq!(digest["sha256"].as_str().unwrap().len(), 64);
+    let too_large = json!({"node": "root", "name": "c", "granularity": 512});
+    for name in ["a", "b"] {
+        add(&mut qmp, name, 512, true);
+    }
+    let text = refused(&mut qmp, "block-dirty-bitmap-add", too_large);
+    assert!(text.contains("use a larger granularity"), "{text}");
+    for name in ["large", "more", "a", "b"] {
+        run(&mut qmp, "block-dirty-bitmap-remove", named(name));
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_person_adds_merges_and_lists_bitmaps() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root", MIB)));
+    let socket = text(vmm.socket()).to_owned();
+    let bitmap = |words: &str| {
+        let words = ["ctl", &socket, "bitmap"].into_iter().chain(words.split(' '));
+        ferry::end_of(words).unwrap()
+    };
+    assert_eq!(bitmap("list").1.lines().count(), 1);
+    assert_eq!(bitmap("add root b0 --granularity 4K").0, 0);
+    assert_eq!(bitmap("add root b1 --granularity 1M --disabled").0, 0);
+    vmm.wait_next_line("^HB ").unwrap();
+    vmm.wait_next_line("^HB ").unwrap();
+    assert_eq!(bitmap("merge root b1 b0").0, 0);
+    assert_eq!(bitmap("disable root b0").0, 0);
+    let (code, list) = bitmap("list");
+    assert_eq!(code, 0, "{list}");
+    let lines: Vec<Vec<&str>> =
+        list.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!((lines[1][..3].to_vec(), lines[1][4]), (vec!["root", "b0", "4K"], "disabled"));
+    assert_eq!(lines[2], ["root", "b1", "1M", "1048576", "disabled"], "{list}");
+    let (code, digest) = bitmap("sha256 root b1");
+    let whole: BTreeSet<u64> = (0..MIB / SECTOR).collect();
+    assert_eq!((code, digest.trim()), (0, expected(&whole, MIB, MIB).1.as_str()));
+    assert_eq!(bitmap("clear root b0").0, 0);
+    assert_eq!(bitmap("enable root b0").0, 0);
+    for name in ["b0", "b1"] {
+        assert_eq!(bitmap(&format!("remove root {name}")).0, 0);
+    }
+    let (code, text) = bitmap("remove root b0");
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("Dirty bitmap 'b0' not found"), "{text}");
+    let (code, text) = bitmap("add root");
+    assert_eq!(code, 2, "{text}");
+    let (code, text) = bitmap("--help");
+    assert!(code == 0 && text.contains("merge") && text.contains("sha256"), "{code} {text}");
+}
+
+#[test]
+#[needs(kvm)]
+fn the_python_client_qemu_qmp_adds_merges_and_reads_bitmaps() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root", 32 * MIB)));
+    run_python("bitmaps_client.py", vmm.socket()).unwrap();
 }

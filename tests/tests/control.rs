@@ -4,9 +4,8 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::Hosts;
 use ferry_tests::image::{Pattern, assert_same, fill};
-use ferry_tests::needs::qmp_python;
 use ferry_tests::process::{Process, SOON, Vmm};
-use ferry_tests::qmp::{ENDS, Qmp};
+use ferry_tests::qmp::{ENDS, Qmp, run_python};
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -251,12 +250,7 @@ fn ctl_speaks_for_people() {
 #[test]
 #[needs(kvm, qemu_qmp)]
 fn the_python_client_qemu_qmp_drives_it() {
-    let vmm = idle();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qmp_client.py");
-    let mut python =
-        Process::start(Command::new(qmp_python()).arg(script).arg(vmm.socket())).unwrap();
-    let code = python.exit_code(SOON).unwrap();
-    assert_eq!(code, 0, "{}{}", python.out.text(), python.err.text());
+    run_python("qmp_client.py", idle().socket()).unwrap();
 }
 
 /// Everything that bad clients must not stop: the guest, and other clients.
