@@ -1,7 +1,7 @@
 //! A small control-socket client: requests, replies, events. Works with Ferry and with QEMU.
 
 use crate::process::{Process, SOON};
-use crate::skip;
+use crate::needs::qmp_python;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -40,16 +40,11 @@ impl std::fmt::Display for Refusal {
 impl std::error::Error for Refusal {}
 
 /// Runs `script`, a file in `tests/tests` that drives the control socket with Python's `qemu.qmp`, to its end.
-/// Skips where that is not installed.
+/// For tests that need [`qemu_qmp`](crate::needs).
 pub fn run_python(script: &str, socket: &Path) -> Result<()> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = here.join("../target/qmp-venv/bin/python");
-    if !python.exists() {
-        skip::skip("qemu.qmp is not installed: tests/install-deps.sh test");
-        return Ok(());
-    }
     let script = here.join("tests").join(script);
-    let mut python = Process::start(Command::new(python).arg(script).arg(socket))?;
+    let mut python = Process::start(Command::new(qmp_python()).arg(script).arg(socket))?;
     let code = python.exit_code(SOON)?;
     ensure!(code == 0, "{}{}", python.out.text(), python.err.text());
     Ok(())

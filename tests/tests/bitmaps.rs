@@ -231,7 +231,6 @@ fn a_transaction_is_done_on_all_disks_or_on_none() {
     ]);
     let properties = json!({"completion-mode": "individual"});
     run(&mut qmp, "transaction", json!({"actions": actions, "properties": properties}));
-    // A granule of the other disk is as large as the whole of this one's bitmap.
     let [root, data, small] = shown(&mut qmp);
     assert_eq!((root[0]["count"].as_u64(), root.as_array().unwrap().len()), (Some(0), 1));
     assert!(data[0]["count"].as_u64() > Some(0), "{data}");
@@ -354,15 +353,17 @@ fn a_large_bitmap_holds_nobody_up() {
     }
     let images = Images::new();
     let image = images.blank("root", 1 << 40);
-    let vmm = started(&Guest::new("work=idle", 64).disk("root", &image));
+    let vmm = ferry::run(&Guest::new("work=idle", 64).disk("root", &image)).unwrap();
     let mut qmp = vmm.qmp().unwrap();
     let mut other = vmm.qmp().unwrap();
+    // The machine may not be built yet: this waits for its disks.
+    add(&mut qmp, "early", 1 << 20, false);
     // 256 MiB of bits, which take no memory yet.
     let began = Instant::now();
     add(&mut qmp, "large", 512, false);
     assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
     qmp.ask("x-debug-block-dirty-bitmap-sha256", named("large")).unwrap();
-    // Behind it, as its client's next request.
+    // Meanwhile others are answered.
     for command in ["query-status", "query-block", "query-named-block-nodes"] {
         let began = Instant::now();
         other.execute(command, json!({})).unwrap();
@@ -377,9 +378,10 @@ fn a_large_bitmap_holds_nobody_up() {
     for name in ["a", "b"] {
         add(&mut qmp, name, 512, true);
     }
+    // The disk has 1 GiB for all of them.
     let text = refused(&mut qmp, "block-dirty-bitmap-add", too_large);
     assert!(text.contains("use a larger granularity"), "{text}");
-    for name in ["large", "more", "a", "b"] {
+    for name in ["early", "large", "more", "a", "b"] {
         run(&mut qmp, "block-dirty-bitmap-remove", named(name));
     }
 }

@@ -31,7 +31,7 @@ pub enum ClientError {
     Timeout,
     #[error("the control socket does not speak QMP: {0:?}")]
     NotQmp(String),
-    /// The command failed; QMP's `desc`.
+    /// The command failed; QMP's `desc`, and a hint if there is one.
     #[error("{0}")]
     Refused(String),
 }
@@ -139,8 +139,13 @@ impl QmpClient {
                 return Ok(value.take());
             }
             if let Some(error) = answer.get("error") {
-                let desc = error.get("desc").and_then(Value::as_str).unwrap_or("unknown error");
-                return Err(ClientError::Refused(desc.to_owned()));
+                let text = |name| error.get(name).and_then(Value::as_str);
+                let mut desc = text("desc").unwrap_or("unknown error").to_owned();
+                if let Some(hint) = text("x-hint") {
+                    desc.push_str(". ");
+                    desc.push_str(hint);
+                }
+                return Err(ClientError::Refused(desc));
             }
         }
     }

@@ -19,17 +19,19 @@ pub struct QmpError {
     pub class: &'static str,
     /// Human-readable description.
     pub desc: String,
+    /// What to do about it, Ferry's own: `x-hint`. QEMU has hints, but does not send them.
+    pub hint: Option<&'static str>,
 }
 
 impl QmpError {
     /// A `GenericError`.
     pub fn generic(desc: impl Into<String>) -> Self {
-        Self { class: "GenericError", desc: desc.into() }
+        Self { class: "GenericError", desc: desc.into(), hint: None }
     }
 
     /// A `CommandNotFound`.
     pub fn not_found(desc: impl Into<String>) -> Self {
-        Self { class: "CommandNotFound", desc: desc.into() }
+        Self { class: "CommandNotFound", desc: desc.into(), hint: None }
     }
 }
 
@@ -275,7 +277,13 @@ pub fn version() -> Value {
 pub fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
     let mut answer = match result {
         Ok(value) => json!({"return": value}),
-        Err(error) => json!({"error": {"class": error.class, "desc": error.desc}}),
+        Err(QmpError { class, desc, hint }) => {
+            let mut error = json!({"class": class, "desc": desc});
+            if let Some(hint) = hint {
+                error["x-hint"] = hint.into();
+            }
+            json!({"error": error})
+        }
     };
     if let Some(id) = id {
         answer["id"] = id;
@@ -287,6 +295,15 @@ pub fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_hint_is_a_member_of_its_own() {
+        let plain = QmpError::generic("broken");
+        let error = json!({"error": {"class": "GenericError", "desc": "broken"}, "id": 7});
+        assert_eq!(reply(Some(7.into()), Err(plain.clone())), error);
+        let hinted = QmpError { hint: Some("mend it"), ..plain };
+        assert_eq!(reply(None, Err(hinted))["error"]["x-hint"], "mend it");
+    }
 
     #[test]
     fn requests_need_no_newline_and_may_come_in_pieces() {

@@ -9,7 +9,7 @@ use crate::control::message::QmpError;
 use crate::control::{Incoming, QmpResult};
 use crate::error::chain;
 use devices::block::BlockNode;
-use devices::block::bitmaps::{Action, BitmapName, MergeSource, execute};
+use devices::block::bitmaps::{Action, BitmapError, BitmapName, MergeSource, execute};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -72,7 +72,7 @@ impl Supervisor {
         let actions = actions.iter().map(read).collect::<Result<Vec<_>, _>>()?;
         Ok(Box::new(move || match execute(&actions) {
             Ok(()) => Ok(json!({})),
-            Err((_, error)) => Err(QmpError::generic(error.to_string())),
+            Err((_, error)) => Err(refusal(&error)),
         }))
     }
 
@@ -108,7 +108,25 @@ impl Supervisor {
         let node = self.node_of_bitmap(node)?;
         Ok(Box::new(move || match node.bitmaps().sha256(&name) {
             Ok(sha256) => Ok(json!({"sha256": sha256})),
-            Err(error) => Err(QmpError::generic(error.to_string())),
+            Err(error) => Err(refusal(&error)),
         }))
+    }
+}
+
+fn refusal(error: &BitmapError) -> QmpError {
+    QmpError { hint: error.hint(), ..QmpError::generic(error.to_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_inconsistent_bitmap_comes_with_a_hint() {
+        let name = BitmapName::new("b").unwrap();
+        let lost = refusal(&BitmapError::Inconsistent { name: name.clone() });
+        assert_eq!(lost.desc, "Bitmap 'b' is inconsistent and cannot be used");
+        assert!(lost.hint.is_some_and(|hint| hint.contains("block-dirty-bitmap-remove")));
+        assert_eq!(refusal(&BitmapError::NotFound { name }).hint, None);
     }
 }

@@ -5,7 +5,7 @@
 //! is the interface for migration threads and [`moving`] executes their requests; [`commands`] executes QMP
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
-//! migrations, [`dirty_rate`] measures the dirty rate.
+//! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps.
 
 mod backends;
 mod bitmaps;
