@@ -1,7 +1,7 @@
 //! A small control-socket client: requests, replies, events. Works with Ferry and with QEMU.
 
-use crate::process::{Process, SOON};
 use crate::needs::qmp_python;
+use crate::process::{Process, SOON};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::collections::VecDeque;

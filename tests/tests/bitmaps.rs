@@ -346,11 +346,9 @@ fn a_reset_keeps_the_bitmaps_and_writes_before_and_after_it_are_in_them() {
 }
 
 #[test]
+#[needs(kvm)]
 fn a_large_bitmap_holds_nobody_up() {
     const AT_ONCE: Duration = Duration::from_millis(500);
-    if skip::kvm_is_missing() {
-        return;
-    }
     let images = Images::new();
     let image = images.blank("root", 1 << 40);
     let vmm = ferry::run(&Guest::new("work=idle", 64).disk("root", &image)).unwrap();
@@ -427,7 +425,7 @@ fn a_person_adds_merges_and_lists_bitmaps() {
 }
 
 #[test]
-#[needs(kvm)]
+#[needs(kvm, qemu_qmp)]
 fn the_python_client_qemu_qmp_adds_merges_and_reads_bitmaps() {
     let images = Images::new();
     let vmm = started(&busy(&images.blank("root", 32 * MIB)));

@@ -4,7 +4,7 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::Hosts;
 use ferry_tests::image::{Pattern, assert_same, fill};
-use ferry_tests::process::{Process, SOON, Vmm};
+use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::{ENDS, Qmp, run_python};
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
