@@ -13,6 +13,7 @@
 //! - [`hanging`]: a disk image whose storage is slow, fails or stops answering.
 //! - [`unlinks`]: a process whose unlinks hang.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
+//! - [`bitmaps`]: dirty bitmaps, compared with what has changed in an image.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
 //! - [`qmp`]: a small control-socket client that works with both.
@@ -22,6 +23,7 @@
 //! - [`skip`]: checks that this host cannot run, said loudly.
 
 pub mod bare;
+pub mod bitmaps;
 pub mod disk;
 pub mod ferry;
 pub mod frames;

@@ -2,13 +2,13 @@
 //! has changed in the image.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
+use ferry_tests::bitmaps::{add, assert_has, bitmap, bitmaps, changed, named, sha256};
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::{started, text};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::{Qmp, run_python};
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -40,74 +40,10 @@ fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
     assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}), "{command}");
 }
 
-fn named(name: &str) -> Value {
-    json!({"node": "root", "name": name})
-}
-
-fn add(qmp: &mut Qmp, name: &str, granularity: u64, disabled: bool) {
-    let mut arguments = named(name);
-    arguments["granularity"] = granularity.into();
-    arguments["disabled"] = disabled.into();
-    run(qmp, "block-dirty-bitmap-add", arguments);
-}
-
 fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
     let refusal = qmp.refused(command, arguments).unwrap();
     assert_eq!(refusal.class, "GenericError", "{refusal}");
     refusal.description
-}
-
-/// The bitmaps of a disk, as both queries show them.
-fn bitmaps(qmp: &mut Qmp, id: &str) -> Value {
-    let devices = qmp.execute("query-block", json!({})).unwrap();
-    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
-    let all = devices.as_array().unwrap().iter().zip(nodes.as_array().unwrap());
-    let (device, node) = all.into_iter().find(|(device, _)| device["device"] == id).unwrap();
-    assert_eq!(node["node-name"], id);
-    assert_eq!(device["inserted"]["dirty-bitmaps"], node["dirty-bitmaps"]);
-    node["dirty-bitmaps"].clone()
-}
-
-fn bitmap(qmp: &mut Qmp, name: &str) -> Value {
-    let all = bitmaps(qmp, "root");
-    let found = all.as_array().into_iter().flatten().find(|bitmap| bitmap["name"] == name);
-    found.unwrap_or_else(|| panic!("no {name} in {all}")).clone()
-}
-
-fn sha256(qmp: &mut Qmp, name: &str) -> String {
-    let answer = qmp.execute("x-debug-block-dirty-bitmap-sha256", named(name)).unwrap();
-    answer["sha256"].as_str().unwrap().to_owned()
-}
-
-/// Sectors of an image that differ from what it was.
-fn changed(image: &Path, before: &[u8]) -> BTreeSet<u64> {
-    let now = std::fs::read(image).unwrap();
-    assert_eq!(now.len(), before.len());
-    let sectors = now.chunks(512).zip(before.chunks(512)).zip(0..);
-    sectors.filter(|((now, before), _)| now != before).map(|(_, sector)| sector).collect()
-}
-
-/// The count and the digest of a bitmap of these sectors, and nothing else.
-fn expected(sectors: &BTreeSet<u64>, granularity: u64, disk_bytes: u64) -> (u64, String) {
-    let granules: BTreeSet<u64> =
-        sectors.iter().map(|sector| sector * SECTOR / granularity).collect();
-    let len = |granule: &u64| (disk_bytes - granule * granularity).min(granularity);
-    let bits = disk_bytes.div_ceil(granularity);
-    let mut bytes = vec![0u8; usize::try_from(bits.div_ceil(64) * 8).unwrap()];
-    for granule in &granules {
-        bytes[usize::try_from(granule / 8).unwrap()] |= 1 << (granule % 8);
-    }
-    let digest = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-    (granules.iter().map(len).sum(), digest)
-}
-
-#[track_caller]
-fn assert_has(qmp: &mut Qmp, name: &str, sectors: &BTreeSet<u64>, disk_bytes: u64) {
-    let shown = bitmap(qmp, name);
-    let granularity = shown["granularity"].as_u64().unwrap();
-    let (count, digest) = expected(sectors, granularity, disk_bytes);
-    assert_eq!(shown["count"], count, "{shown}");
-    assert_eq!(sha256(qmp, name), digest, "{shown}");
 }
 
 /// Lets the guest write for a while, and stops it.

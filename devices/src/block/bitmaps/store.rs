@@ -81,6 +81,7 @@ impl Bitmaps {
 
     /// Adds what was in the file, if still nobody objects.
     fn install(&self, loaded: Vec<Entry>) -> Result<(), BitmapError> {
+        let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         for entry in &loaded {
             if entries.iter().any(|other| other.name == entry.name) {
@@ -98,6 +99,7 @@ impl Bitmaps {
 
     /// All of them have missed writes.
     fn spoil(&self) {
+        let _turn = lock(&self.turn);
         for entry in lock(&self.entries).iter_mut() {
             self.writes.remove(&entry.bitmap);
             (entry.inconsistent, entry.recording) = (true, false);
