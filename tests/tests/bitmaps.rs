@@ -2,7 +2,7 @@
 //! has changed in the image.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::bitmaps::{add, assert_has, bitmap, bitmaps, changed, named, sha256};
+use ferry_tests::bitmaps::{add, assert_has, bitmap, bitmaps, changed, expected, named, sha256};
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::{started, text};
 use ferry_tests::process::{SOON, Vmm};
