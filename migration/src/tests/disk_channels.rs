@@ -163,11 +163,17 @@ fn migrate_over_narrow(patience: Duration, room: u64, slow_reads: u64) -> (End, 
 #[test]
 fn a_destination_that_reads_one_disk_channel_slowly_gets_its_guest() {
     let patience = Duration::from_millis(1500);
-    let started = Instant::now();
-    let (end, disks) = migrate_over_narrow(patience, u64::MAX, 1700);
-    end.assert_moved();
-    disks.assert_same();
-    assert!(started.elapsed() > patience, "it was not slow");
+    // A chunk takes whichever channel is free: on a busy host perhaps never the slow one.
+    for _ in 0..20 {
+        let started = Instant::now();
+        let (end, disks) = migrate_over_narrow(patience, u64::MAX, 1700);
+        end.assert_moved();
+        disks.assert_same();
+        if started.elapsed() > patience {
+            return;
+        }
+    }
+    panic!("it was never slow");
 }
 
 #[test]
