@@ -18,6 +18,8 @@
 //!   │ too slow? CalledOff, the guest runs on, back to iterate
 //!   ▼ give up the right to run
 //! Go ─────────────────────────────────────────────▶   run ◀── Running | Declined
+//!   ── moved; only if something could wait (dirty bitmaps): postcopy ──
+//! Postcopy…, AllSent ─────────────────────────────▶   merge, while the guest runs ◀── Complete
 //! ```
 //! Both sides send KeepAlive every second; Abort and Refused may come at any time before `Go`.
 //!
@@ -32,10 +34,12 @@
 //! | link | the network path that all connections share; has one bandwidth and one cap ([`pace`]) |
 //! | frame | the unit on any connection: a header and a payload ([`wire`], `frame` of each participant) |
 //! | section | a named, versioned frame of one participant on the control connection ([`wire::section`]) |
-//! | participant | a part of the machine that migrates: RAM, disks, boot payload ([`participant`]) |
+//! | participant | a part of the machine that migrates: RAM, disks, dirty bitmaps, boot payload ([`participant`]) |
 //! | record | the state of one device |
 //! | shard | a share of RAM with its own encoders and data channel ([`ram::shard`]) |
 //! | chunk, granule | 1 MiB of a disk, the unit of work; 16 KiB, the unit of dirty tracking ([`block`]) |
+//! | moved, complete | the guest runs at the destination; everything has arrived ([`source`]'s postcopy) |
+//! | dirty bitmap | a named bitmap of a disk's writes, for backups; moves with it ([`bitmap`]) |
 //! | boot payload | kernel, initrd and modules, needed again at a reset ([`boot`]) |
 //! | round, pass | everything dirty is sent once, while the guest runs |
 //! | mark | ends a round on a channel; answered when everything before it is in place |

@@ -5,7 +5,7 @@ use ferry_tests::ferry::{self, Guest};
 use ferry_tests::image::{self, Pattern, SmallFileSystem};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, needs};
+use ferry_tests::{bitmaps, disk, needs};
 use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -25,6 +25,12 @@ fn moves(vmm: &Vmm) -> u32 {
 /// Waits for move `number`, of which `-v` tells.
 fn wait_for_move(vmm: &Vmm, number: u32) {
     vmm.process.err.wait_for(&format!(r"\bmove {number}: "), SOON).unwrap();
+}
+
+/// How many moves `-v` has told of.
+fn moves_so_far(vmm: &Vmm) -> u32 {
+    let told = vmm.process.err.text();
+    (1..).find(|number| !told.contains(&format!("move {number}: "))).map_or(0, |next: u32| next - 1)
 }
 
 fn children(parent: u32) -> Vec<u32> {
@@ -76,6 +82,36 @@ fn the_control_socket_stays_connected_while_the_guest_moves_with_its_disk() {
     qmp.execute("quit", json!({})).unwrap();
     assert_eq!(vmm.process.exit_code(SOON).unwrap(), 0);
     assert!(moves(&vmm) >= 4);
+}
+
+#[test]
+#[needs(kvm)]
+fn dirty_bitmaps_go_along_and_lose_nothing() {
+    const BYTES: u64 = 2 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    disk::create(&image, BYTES).unwrap();
+    let mut vmm = shuttle(&Guest::new("work=disk disk_mb=1", 64).disk("root", &image), &["-v"]);
+    vmm.wait_line("^HB n=1 ").unwrap();
+    let mut qmp = vmm.qmp().unwrap();
+    qmp.execute("stop", json!({})).unwrap();
+    let before = std::fs::read(&image).unwrap();
+    bitmaps::add(&mut qmp, "all", 512, false);
+    bitmaps::add(&mut qmp, "coarse", 65_536, false);
+    let moved = moves_so_far(&vmm);
+    qmp.execute("cont", json!({})).unwrap();
+    wait_for_move(&vmm, moved + 3);
+    vmm.wait_next_line("^HB ").unwrap();
+    qmp.execute("stop", json!({})).unwrap();
+    let written = bitmaps::changed(&image, &before);
+    assert!(!written.is_empty(), "the guest has written nothing");
+    for name in ["all", "coarse"] {
+        bitmaps::assert_has(&mut qmp, name, &written, BYTES);
+        assert_eq!(bitmaps::bitmap(&mut qmp, name)["recording"], true);
+    }
+    qmp.execute("cont", json!({})).unwrap();
+    vmm.process.type_in("q").unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 1, "the guest's own code");
 }
 
 #[test]

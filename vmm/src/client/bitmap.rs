@@ -47,6 +47,11 @@ enum Bitmap {
         #[arg(long, value_name = "DISK")]
         from: Option<String>,
     },
+    /// Write the persistent bitmaps of a disk to their file now, not only at the end
+    Store {
+        /// The disk
+        disk: String,
+    },
     /// Print the SHA-256 of a bitmap's content
     Sha256(Named),
 }
@@ -95,6 +100,7 @@ pub fn request(words: &[&str]) -> Result<Request, clap::Error> {
             let bitmaps: Vec<_> = bitmaps.iter().map(source).collect();
             change("merge", json!({"node": disk, "target": target, "bitmaps": bitmaps}))
         }
+        Bitmap::Store { disk } => Request::new("x-block-dirty-bitmap-store", json!({"node": disk})),
         Bitmap::Sha256(named) => {
             let arguments = named.arguments();
             let digest = |answer: &Value| answer["sha256"].as_str().unwrap_or_default().to_owned();
@@ -176,6 +182,7 @@ mod tests {
         });
         assert_eq!(of("bitmap merge root all --from data a").1, merge);
         assert_eq!(of("bitmap sha256 root b0").0, "x-debug-block-dirty-bitmap-sha256");
+        assert_eq!(of("bitmap store root").0, "x-block-dirty-bitmap-store");
         assert_eq!(of("bitmap list").0, "query-named-block-nodes");
         for bad in ["bitmap", "bitmap add root", "bitmap add root b --granularity 64X"] {
             let words: Vec<_> = bad.split(' ').collect();

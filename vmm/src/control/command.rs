@@ -43,6 +43,11 @@ pub enum Command {
     QueryBlockStats,
     /// `block-dirty-bitmap-add` and the like, or `transaction`: all of them, or none.
     ChangeBitmaps(Vec<BitmapAction>),
+    /// `x-block-dirty-bitmap-store`
+    StoreBitmaps {
+        /// The disk.
+        node: String,
+    },
     /// `x-debug-block-dirty-bitmap-sha256`
     BitmapSha256 {
         /// The disk.
@@ -231,6 +236,10 @@ pub const COMMANDS: &[Entry] = &[
     }),
     Entry::new("block-dirty-bitmap-merge", bitmap::MERGE, EMPTY, |arguments| {
         change(bitmap::merge(arguments)?)
+    }),
+    Entry::new("x-block-dirty-bitmap-store", &[needed("node", Kind::Text)], EMPTY, |arguments| {
+        let node = arguments.text("node").ok_or_else(|| missing("node"))?;
+        Ok(Command::StoreBitmaps { node })
     }),
     Entry::new("transaction", bitmap::TRANSACTION, EMPTY, transaction),
     Entry::new(

@@ -27,6 +27,7 @@ impl Supervisor {
         let work = match &request.command {
             Command::ChangeBitmaps(actions) if actions.is_empty() => return Some(Ok(json!({}))),
             Command::ChangeBitmaps(actions) => self.change(actions),
+            Command::StoreBitmaps { node } => self.store(node),
             Command::BitmapSha256 { node, name } => self.digest(node, name.clone()),
             _ => Err(QmpError::generic("this command is not about bitmaps")),
         };
@@ -102,6 +103,14 @@ impl Supervisor {
             }
         };
         Ok((node, action))
+    }
+
+    fn store(&self, node: &str) -> Result<Work, QmpError> {
+        let node = self.node_of_bitmap(node)?;
+        Ok(Box::new(move || match node.save_bitmaps() {
+            Ok(()) => Ok(json!({})),
+            Err(error) => Err(QmpError::generic(chain(&error))),
+        }))
     }
 
     fn digest(&self, node: &str, name: BitmapName) -> Result<Work, QmpError> {

@@ -123,7 +123,9 @@ impl Supervisor {
             {
                 Some(Err(shutting_down()))
             }
-            Command::ChangeBitmaps(_) | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
+            Command::ChangeBitmaps(_)
+            | Command::StoreBitmaps { .. }
+            | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
@@ -164,6 +166,7 @@ impl Supervisor {
             | Command::QueryBlock
             | Command::QueryNamedBlockNodes
             | Command::ChangeBitmaps(_)
+            | Command::StoreBitmaps { .. }
             | Command::BitmapSha256 { .. }
             | Command::Stop
             | Command::Cont { .. }

@@ -95,7 +95,9 @@ impl Supervisor {
                 in_transition || in_ended_migration && !matches!(command, Command::Cont { .. })
             }
             // Its disks are not open yet.
-            Command::ChangeBitmaps(_) | Command::BitmapSha256 { .. } => {
+            Command::ChangeBitmaps(_)
+            | Command::StoreBitmaps { .. }
+            | Command::BitmapSha256 { .. } => {
                 matches!(self.transition, Some((_, Transition::Boot(_))))
             }
             _ => false,

@@ -123,8 +123,8 @@ struct Entry {
     bitmap: Arc<DirtyBitmap>,
     recording: bool,
     busy: bool,
-    /// Busy with leaving: not to be stored here.
-    leaving: bool,
+    /// Busy with leaving, or not whole yet: not to be stored here.
+    in_transit: bool,
     persistent: bool,
     inconsistent: bool,
 }
@@ -214,8 +214,8 @@ impl Bitmaps {
             return Err(BitmapError::TooLarge { name, bytes });
         }
         let bitmap = self.blank(&name, granularity)?;
-        let (busy, leaving, inconsistent) = (false, false, false);
-        Ok(Entry { name, bitmap, recording, busy, leaving, persistent, inconsistent })
+        let (busy, in_transit, inconsistent) = (false, false, false);
+        Ok(Entry { name, bitmap, recording, busy, in_transit, persistent, inconsistent })
     }
 
     /// That it can be persistent, if it shall be.

@@ -200,7 +200,7 @@ impl BlockNode {
     }
 
     /// Stores persistent bitmaps and gives them back. Call it when nobody writes to the disk any more, before
-    /// the image is unlocked. Those that leave with the guest are not stored. Nothing happens if they have not
+    /// the image is unlocked. Those that leave with the guest, or have not arrived whole, are not stored. Nothing happens if they have not
     /// been loaded, or are closed already.
     pub fn close_bitmaps(&self) -> Result<(), StoreError> {
         self.store_bitmaps(false)
@@ -215,7 +215,7 @@ impl BlockNode {
         }
         let mut entries = bitmaps.persistent();
         if !in_use {
-            entries.retain(|entry| !entry.leaving);
+            entries.retain(|entry| !entry.in_transit);
         }
         let stored = (|| {
             if bitmaps.is_read_only() {

@@ -54,7 +54,8 @@ impl Bitmaps {
         Ok(Held { bitmaps: self.clone(), name: name.clone(), bitmap: entries[at].bitmap.clone() })
     }
 
-    /// Adds a bitmap whose contents arrive later. Writes that end from now on mark it if it is `recording`.
+    /// Adds a bitmap whose contents arrive later. Writes that end from now on mark it if it is `recording`. Until
+    /// all is there, closing the disk does not store it.
     ///
     /// # Errors
     /// As for [`Bitmaps::add`].
@@ -62,7 +63,7 @@ impl Bitmaps {
         let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         self.check_storable(new)?;
-        let entry = Entry { busy: true, ..self.make(&entries, new)? };
+        let entry = Entry { busy: true, in_transit: true, ..self.make(&entries, new)? };
         let bitmap = entry.bitmap.clone();
         if entry.recording {
             self.writes.add(bitmap.clone());
@@ -91,7 +92,7 @@ impl Held {
     /// It is about to leave with the guest: unless this is dropped first, closing the disk does not store it.
     pub fn will_leave(&self) {
         self.bitmaps.change(&self.bitmap, |entry| {
-            entry.leaving = true;
+            entry.in_transit = true;
             true
         });
     }
@@ -105,7 +106,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.bitmaps.change(&self.bitmap, |entry| {
-            (entry.busy, entry.leaving) = (false, false);
+            (entry.busy, entry.in_transit) = (false, false);
             true
         });
     }

@@ -2,9 +2,10 @@
 //!
 //! Both are driven through their control sockets by the same code. Runs alternate between them, so that a
 //! change of the host's load meets both; memory is warm before each move ([`memory`]). [`rows`] lists the figures; [`alone`], [`moves`],
-//! [`engine`] and [`disks`] take them.
+//! [`engine`], [`disks`] and [`bitmaps`] take them.
 
 mod alone;
+mod bitmaps;
 mod disks;
 mod engine;
 mod memory;
@@ -124,7 +125,7 @@ impl Measured {
     /// Ferry's figure by that of the better QEMU.
     fn ratio(&self, target: &Target) -> Option<f64> {
         let better = match target {
-            Target::AtMost(_) | Target::RatioAtMost(_) => f64::min,
+            Target::AtMost(_) | Target::RatioAtMost(_) | Target::MoreByAtMost(_) => f64::min,
             Target::AtLeast(_) | Target::RatioAtLeast(_) => f64::max,
         };
         let qemus = [&self.qemu, &self.newer].into_iter().filter_map(Figures::median);
@@ -172,6 +173,11 @@ fn verdict(target: &Target, ratio: Option<f64>, ferry: Option<f64>) -> (String, 
         Target::AtLeast(least) => (format!("≥ {least}"), ferry.map(|ferry| ferry >= *least)),
         Target::RatioAtMost(most) => {
             (format!("ratio ≤ {most:.2}"), ratio.map(|ratio| ratio <= *most))
+        }
+        Target::MoreByAtMost(most) => {
+            // The ratio is of the same two figures.
+            let more = ferry.zip(ratio).map(|(ferry, ratio)| ferry - ferry / ratio);
+            (format!("+ ≤ {most}"), more.map(|more| more <= *most))
         }
         Target::RatioAtLeast(least) => {
             (format!("ratio ≥ {least}"), ratio.map(|ratio| ratio >= *least))

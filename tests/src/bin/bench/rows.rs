@@ -3,7 +3,7 @@
 
 use crate::memory::Memory;
 use crate::moves::Figure;
-use crate::{alone, disks, engine, moves};
+use crate::{alone, bitmaps, disks, engine, moves};
 use anyhow::{Context, Result, bail};
 use ferry_tests::qemu::{self, Qemu};
 
@@ -39,6 +39,8 @@ pub enum Target {
     RatioAtMost(f64),
     /// Ferry's figure by QEMU's, at least.
     RatioAtLeast(f64),
+    /// Ferry's figure less the first column's, at most.
+    MoreByAtMost(f64),
 }
 
 /// One figure.
@@ -289,6 +291,22 @@ pub const ROWS: &[Row] = &[
         unit: "ms",
         measure: disks::gap_writing,
         target: Target::AtMost(15.0),
+        newer: false,
+    },
+    Row {
+        name: "bitmaps-gap",
+        title: "gap with 8 bitmaps of 1 TiB; first: without",
+        unit: "ms",
+        measure: bitmaps::gap,
+        target: Target::RatioAtMost(1.1),
+        newer: false,
+    },
+    Row {
+        name: "bitmaps-total",
+        title: "the same: until all has arrived",
+        unit: "ms",
+        measure: bitmaps::total,
+        target: Target::MoreByAtMost(100.0),
         newer: false,
     },
 ];

@@ -412,3 +412,16 @@ fn a_disk_without_a_file_has_no_persistent_bitmaps_and_writes_none() {
     assert!(!image.file().exists());
     drop(RawFile::open(&image.path, true, Cache::Writeback).unwrap());
 }
+
+#[test]
+fn a_bitmap_that_has_not_arrived_whole_is_not_stored() {
+    let image = Image::new();
+    let node = image.load();
+    let arriving = |text| node.bitmaps().arrive(&persistent(text, 512)).unwrap();
+    let (whole, half) = (arriving("whole"), arriving("half"));
+    write(&node, 0);
+    whole.finish();
+    close(&node);
+    drop(half);
+    assert_eq!(shown(&image.load()), ["whole 512 recording"]);
+}
