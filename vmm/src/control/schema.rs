@@ -206,6 +206,7 @@ mod tests {
                     "cpu-throttle-increment",
                     "max-cpu-throttle",
                     "cpu-throttle-tailslow",
+                    "block-bitmap-mapping",
                 ],
                 "calc-dirty-rate" => &["calc-time", "calc-time-unit", "sample-pages", "mode"],
                 "query-dirty-rate" => &["calc-time-unit"],
