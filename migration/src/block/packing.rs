@@ -1,9 +1,11 @@
 //! Compresses chunks at the source and unpacks them at the destination, in the threads that read and write
 //! them. The methods and the question whether they pay are RAM's ([`crate::ram::compress`],
-//! [`crate::ram::adaptive`]); here is what differs: several threads compress for one link.
+//! [`crate::ram::adaptive`]); here is what differs: several threads compress for one link, and while it sends.
+//! So only that part of their time counts for which the link has nothing to send.
 
 use super::{BlockError, CHUNK, LoadError};
 use crate::params::SharedParams;
+use crate::policy;
 use crate::ram::adaptive::{Adaptive, Trial};
 use crate::ram::compress::{Compressor, DecompressError, Decompressor, Method, MethodError};
 use crate::ram::frame::Packing;
@@ -76,7 +78,9 @@ impl Pays {
         judged.since = now;
         judged.busy = judged.busy.saturating_sub(1);
         if judged.trial.raw_bytes >= JUDGED_BYTES {
-            judged.worth.tried(std::mem::take(&mut judged.trial), link);
+            let trial = std::mem::take(&mut judged.trial);
+            let cost = trial.cost.saturating_sub(policy::send_time(trial.sent_bytes, link));
+            judged.worth.tried(Trial { cost, ..trial }, link);
         }
     }
 }
