@@ -25,8 +25,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 const EMULATOR: &str = "qemu-system-x86_64";
-/// Longest time until a test's verdict, those that run before it included.
-const LIMIT: Duration = Duration::from_secs(900);
+/// Longest time until a test's verdict, those that run before it and machines that had to be replaced included: some
+/// minutes each.
+const LIMIT: Duration = Duration::from_secs(2100);
 
 /// Longest life of the machine.
 const LIFETIME: Duration = Duration::from_secs(3600);
