@@ -179,7 +179,10 @@ impl BlockNode {
             }
         };
         if !bitmaps.is_read_only() {
-            let all: Vec<_> = bitmaps.persistent().into_iter().chain(loaded.clone()).collect();
+            // Those that arrive are stored when they are whole: this may be in the pause of a move.
+            let mut all = bitmaps.persistent();
+            all.retain(|entry| !entry.in_transit);
+            all.extend(loaded.clone());
             if !all.is_empty() {
                 match file::write(&path, self.len_bytes, &all, now, true, false) {
                     Err(error) if matches!(*custody, Custody::Past(_)) => {
