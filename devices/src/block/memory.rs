@@ -4,6 +4,7 @@ use super::backend::{BackingChain, BlockBackend, ByteRange, Content, Extent, Loc
 use crate::lock;
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ pub struct MemoryDisk {
     script: Arc<Script>,
     /// And the memory alignment that it needs.
     file: Option<(Arc<File>, usize)>,
+    /// What it pretends to be stored in.
+    image: Option<(File, PathBuf)>,
 }
 
 /// Controls a disk's accesses; the test keeps it when the disk has moved into its node.
@@ -121,7 +124,7 @@ impl MemoryDisk {
     pub fn new(len_bytes: u64) -> Self {
         let len = usize::try_from(len_bytes).expect("a test's disk fits in memory");
         let bytes = Mutex::new(vec![0; len]);
-        Self { bytes, len_bytes, read_only: false, script: Arc::default(), file: None }
+        Self { bytes, len_bytes, read_only: false, script: Arc::default(), file: None, image: None }
     }
 
     /// A writable disk of any size that stores nothing: it reads as zeroes.
@@ -139,6 +142,11 @@ impl MemoryDisk {
     #[must_use]
     pub fn with_direct_file(self, file: File, alignment: usize) -> Self {
         Self { file: Some((Arc::new(file), alignment)), ..self }
+    }
+
+    /// The same disk, which passes for one that is stored in the file at `path`: its bitmaps are kept beside that.
+    pub fn with_image(self, path: &Path) -> io::Result<Self> {
+        Ok(Self { image: Some((File::open(path)?, path.to_owned())), ..self })
     }
 
     /// The same disk, refusing writes.
@@ -245,6 +253,10 @@ impl BlockBackend for MemoryDisk {
 
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(self.len_bytes)
+    }
+
+    fn image_file(&self) -> Option<(&File, &Path)> {
+        self.image.as_ref().map(|(file, path)| (file, path.as_path()))
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {

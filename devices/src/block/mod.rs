@@ -387,7 +387,9 @@ impl BlockNode {
     /// too.
     pub fn fill_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
-        self.backend.write_at(buffer, offset_bytes)
+        let filled = self.backend.write_at(buffer, offset_bytes);
+        self.writes.note_fill();
+        filled
     }
 
     /// Like [`BlockNode::fill_at`] with zeroes, without allocating space where possible.
@@ -396,7 +398,9 @@ impl BlockNode {
         if len_bytes == 0 {
             return Ok(());
         }
-        self.backend.write_zeroes(offset_bytes, len_bytes, true)
+        let filled = self.backend.write_zeroes(offset_bytes, len_bytes, true);
+        self.writes.note_fill();
+        filled
     }
 
     /// The extent at `offset_bytes`.
@@ -440,7 +444,7 @@ impl BlockNode {
     /// Makes every acknowledged write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.counters.flushes.add(0);
-        self.backend.flush()
+        self.sync()
     }
 
     /// Writes cached metadata to the file, though not to stable storage: another process sees every
@@ -451,7 +455,12 @@ impl BlockNode {
 
     /// Like [`BlockNode::flush`], for a copy of the disk: not counted as the guest's.
     pub fn sync(&self) -> io::Result<()> {
-        self.backend.flush()
+        self.writes.sync(|| self.backend.flush())
+    }
+
+    /// Whether [`BlockNode::sync`] has something to do: a write has ended since it last succeeded.
+    pub fn has_unsynced_writes(&self) -> bool {
+        self.writes.has_unsynced()
     }
 
     /// Takes the lock: exclusive for a disk opened for writing, shared for a read-only one. Locking twice

@@ -6,15 +6,45 @@
 
 use super::backend::ByteRange;
 use super::bitmap::DirtyBitmap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
-/// The bitmaps that a node's writes mark.
-#[derive(Debug, Default)]
+/// The bitmaps that a node's writes mark, and which writes are durable.
+#[derive(Debug)]
 pub(super) struct Writes {
     bitmaps: RwLock<Vec<Arc<DirtyBitmap>>>,
+    /// How many have ended. Begins with those of whoever had the image before.
+    ended: AtomicU64,
+    /// How many of them were durable when a sync last succeeded.
+    synced: AtomicU64,
+}
+
+impl Default for Writes {
+    fn default() -> Self {
+        Self { bitmaps: RwLock::default(), ended: AtomicU64::new(1), synced: AtomicU64::new(0) }
+    }
 }
 
 impl Writes {
+    /// Runs `sync`, which makes all durable that has ended by now.
+    pub fn sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let ended = self.ended.load(Ordering::Acquire);
+        sync()?;
+        self.synced.fetch_max(ended, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether a write has ended that no successful sync has found. One in flight does not count yet.
+    pub fn has_unsynced(&self) -> bool {
+        self.synced.load(Ordering::Acquire) < self.ended.load(Ordering::Acquire)
+    }
+
+    /// Something was written that is no write of the guest.
+    pub fn note_fill(&self) {
+        self.ended.fetch_add(1, Ordering::Release);
+    }
+
     /// Begins a write of `range`, which it may change whether or not it succeeds.
     pub fn begin(self: &Arc<Self>, range: ByteRange) -> WriteGuard {
         WriteGuard { node: self.clone(), range }
@@ -56,6 +86,7 @@ impl Drop for WriteGuard {
         for bitmap in bitmaps.iter() {
             bitmap.mark(self.range);
         }
+        self.node.ended.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -65,6 +96,30 @@ mod tests {
 
     fn bitmap() -> Arc<DirtyBitmap> {
         Arc::new(DirtyBitmap::new(1 << 20, 512).unwrap())
+    }
+
+    #[test]
+    fn a_write_is_unsynced_until_a_sync_that_began_after_it_succeeds() {
+        let writes = Arc::<Writes>::default();
+        assert!(writes.has_unsynced(), "nobody knows what came before");
+        let write = || writes.begin(ByteRange { offset_bytes: 0, len_bytes: 512 });
+        writes.sync(|| Ok(())).unwrap();
+        assert!(!writes.has_unsynced());
+        let early = write();
+        writes.sync(|| Ok(())).unwrap();
+        assert!(!writes.has_unsynced(), "it has not ended");
+        drop(early);
+        assert!(writes.has_unsynced());
+        writes.sync(|| Err(io::ErrorKind::Other.into())).unwrap_err();
+        assert!(writes.has_unsynced());
+        let meanwhile = || {
+            drop(write());
+            Ok(())
+        };
+        writes.sync(meanwhile).unwrap();
+        assert!(writes.has_unsynced());
+        writes.sync(|| Ok(())).unwrap();
+        assert!(!writes.has_unsynced());
     }
 
     #[test]

@@ -2,7 +2,13 @@
 //!
 //! ```text
 //! lock ─▶ load: bitmaps are here, the file says "in use" ─▶ … save … ─▶ close: the file has them ─▶ unlock
+//!                    ▲                                          │  ▲          │
+//!                    │   removed ahead: all leave, no file ◀────┘  └──────────┘ called off: still locked
+//!                    └──────────── mark ◀────────┘
 //! ```
+//! If all of them leave with the guest, the file goes shortly before the guest stops, as storage may take its
+//! time for that. A crash from then on loses the bitmaps instead of making them inconsistent.
+//!
 //! They follow the right to write to the image: a shared image's leave with its lock, unless they travel with
 //! the guest. A file that says "in use" when it is loaded was left by a crash, and an image that has changed
 //! since its bitmaps were stored was written by somebody else: in both cases they have missed writes, and
@@ -17,7 +23,7 @@ use crate::lock;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Appended to the name of the image.
 const SUFFIX: &str = ".bitmaps";
@@ -63,8 +69,11 @@ pub(super) enum Custody {
     /// Not looked at yet.
     #[default]
     None,
-    /// We are.
+    /// We are, and the file says so, or there is nothing to say.
     Ours,
+    /// We are, and the file does not say so: it was removed ahead of a stop, or stored in one that was called
+    /// off. It does no harm: once the guest has written, the image is another one than the file's.
+    Unmarked,
     /// We have been, until the image was this one.
     Past(Identity),
 }
@@ -73,6 +82,18 @@ impl Bitmaps {
     /// Whether closing the disk has bitmaps to store.
     pub fn has_persistent(&self) -> bool {
         lock(&self.entries).iter().any(|entry| entry.persistent)
+    }
+
+    /// Whether closing the disk stores bitmaps that stay here, or has to remove a file of those that leave.
+    pub fn close_takes_time(&self) -> bool {
+        let entries = lock(&self.entries);
+        let mut persistent = entries.iter().filter(|entry| entry.persistent).peekable();
+        if persistent.peek().is_none() || self.is_read_only() {
+            return false;
+        }
+        // Locked while the file is written: that takes time as well.
+        let removed = self.custody.try_lock().is_ok_and(|it| matches!(*it, Custody::Unmarked));
+        !removed || persistent.any(|entry| !entry.in_transit)
     }
 
     fn persistent(&self) -> Vec<Entry> {
@@ -165,7 +186,7 @@ impl BlockNode {
         let unmarked = |source| StoreError::Mark { path: path.clone(), source };
         let now = Identity::of(image).map_err(unmarked)?;
         let loaded = match *custody {
-            Custody::Ours => return Ok(()),
+            Custody::Ours | Custody::Unmarked => return Ok(()),
             Custody::None => bitmaps.read(&path, now)?,
             Custody::Past(then) => {
                 if then != now && !bitmaps.info().is_empty() {
@@ -179,41 +200,98 @@ impl BlockNode {
             }
         };
         if !bitmaps.is_read_only() {
-            // Those that arrive are stored when they are whole: this may be in the pause of a move.
-            let mut all = bitmaps.persistent();
-            all.retain(|entry| !entry.in_transit);
-            all.extend(loaded.clone());
-            if !all.is_empty() {
-                match file::write(&path, self.len_bytes, &all, now, true, false) {
-                    Err(error) if matches!(*custody, Custody::Past(_)) => {
-                        log::error!("{}: {error}", unmarked(io::ErrorKind::Other.into()));
-                    }
-                    marked => marked.map_err(unmarked)?,
+            match self.write_mark(&path, loaded.clone(), now) {
+                Err(error) if matches!(*custody, Custody::Past(_)) => {
+                    log::error!("{}: {error}", unmarked(io::ErrorKind::Other.into()));
                 }
+                marked => marked.map_err(unmarked)?,
             }
         }
         bitmaps.install(loaded).map_err(|source| StoreError::Conflict { path, source })?;
-        *custody = Custody::Ours;
+        let unmarked = bitmaps.persistent().iter().any(|entry| entry.in_transit);
+        *custody = if unmarked { Custody::Unmarked } else { Custody::Ours };
         Ok(())
+    }
+
+    /// Has the file say that the bitmaps are in use, and `loaded` as well.
+    fn write_mark(&self, path: &Path, loaded: Vec<Entry>, now: Identity) -> io::Result<()> {
+        // Those that arrive are stored when they are whole: this may be in the pause of a move.
+        let mut all = self.bitmaps.persistent();
+        all.retain(|entry| !entry.in_transit);
+        all.extend(loaded);
+        if all.is_empty() {
+            return Ok(());
+        }
+        file::write(path, self.len_bytes, &all, now, true, false)
+    }
+
+    /// The guest is about to leave: if all persistent bitmaps leave with it, removes their file while the guest
+    /// runs, so that [`BlockNode::close_bitmaps`] has nothing to do. If they stay after all, call
+    /// [`BlockNode::mark_bitmaps`].
+    pub fn remove_bitmaps_ahead(&self) -> io::Result<()> {
+        let Some((_, path)) = self.bitmap_file() else { return Ok(()) };
+        let mut custody = lock(&self.bitmaps.custody);
+        let entries = self.bitmaps.persistent();
+        let leave = !entries.is_empty() && entries.iter().all(|entry| entry.in_transit);
+        if leave && matches!(*custody, Custody::Ours) && !self.bitmaps.is_read_only() {
+            file::remove(&path)?;
+            *custody = Custody::Unmarked;
+        }
+        Ok(())
+    }
+
+    /// If the file does not say that the bitmaps are in use, it does so again. The disk is still locked, or
+    /// nothing is done.
+    ///
+    /// # Errors
+    /// If it cannot be written; the bitmaps in memory are as good as before.
+    pub fn mark_bitmaps(&self) -> Result<(), StoreError> {
+        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+        let mut custody = lock(&self.bitmaps.custody);
+        if matches!(*custody, Custody::Unmarked) {
+            let marked =
+                Identity::of(image).and_then(|now| self.write_mark(&path, Vec::new(), now));
+            marked.map_err(|source| StoreError::Mark { path, source })?;
+            *custody = Custody::Ours;
+        }
+        Ok(())
+    }
+
+    /// A stop in which [`BlockNode::close_bitmaps_unless`] was called is called off, and the disk is still
+    /// locked: those in memory are used again. Does no I/O; one that is not done yet learns it by its flag.
+    pub fn keep_bitmaps(&self) {
+        if let Ok(mut custody) = self.bitmaps.custody.try_lock()
+            && matches!(*custody, Custody::Past(_))
+        {
+            *custody = Custody::Unmarked;
+        }
     }
 
     /// Stores persistent bitmaps now, while they are in use: a crash still makes them inconsistent.
     pub fn save_bitmaps(&self) -> Result<(), StoreError> {
-        self.store_bitmaps(true)
+        self.store_bitmaps(true, &AtomicBool::new(false))
     }
 
     /// Stores persistent bitmaps and gives them back. Call it when nobody writes to the disk any more, before
     /// the image is unlocked. Those that leave with the guest, or have not arrived whole, are not stored. Nothing happens if they have not
     /// been loaded, or are closed already.
     pub fn close_bitmaps(&self) -> Result<(), StoreError> {
-        self.store_bitmaps(false)
+        self.close_bitmaps_unless(&AtomicBool::new(false))
     }
 
-    fn store_bitmaps(&self, in_use: bool) -> Result<(), StoreError> {
+    /// As [`BlockNode::close_bitmaps`], on a thread of its own: if `called_off` is set before it is done, the
+    /// guest runs, and the bitmaps are still in use. Who sets it calls [`BlockNode::keep_bitmaps`] next.
+    pub fn close_bitmaps_unless(&self, called_off: &AtomicBool) -> Result<(), StoreError> {
+        self.store_bitmaps(false, called_off)
+    }
+
+    fn store_bitmaps(&self, in_use: bool, called_off: &AtomicBool) -> Result<(), StoreError> {
         let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
         let bitmaps = &self.bitmaps;
         let mut custody = lock(&bitmaps.custody);
-        if !matches!(*custody, Custody::Ours) {
+        if !matches!(*custody, Custody::Ours | Custody::Unmarked)
+            || called_off.load(Ordering::SeqCst)
+        {
             return Ok(());
         }
         let mut entries = bitmaps.persistent();
@@ -240,8 +318,15 @@ impl BlockNode {
             let lost: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
             StoreError::Store { path, lost: lost.join(", "), source }
         })?;
-        if !in_use {
-            *custody = Custody::Past(now);
+        *custody = match in_use {
+            true => Custody::Ours,
+            false if called_off.load(Ordering::SeqCst) => Custody::Unmarked,
+            false => Custody::Past(now),
+        };
+        drop(custody);
+        // Set after the look above, by somebody who did not get the lock.
+        if !in_use && called_off.load(Ordering::SeqCst) {
+            self.keep_bitmaps();
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! their locks and retakes them after a failure.
 
 use super::super::messages::Mailbox;
-use super::super::tasks::{DiskWork, longest, wait_in_steps};
+use super::super::tasks::{DiskWork, longest, spawn, wait_in_steps};
 use super::ask;
 use super::request::GuestRequest;
 use crate::error::chain;
@@ -13,6 +13,7 @@ use migration::cancel::CancelToken;
 use migration::guest::{GuestControl, GuestError, PartTime, Stopped};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a drain that missed its deadline is observed after the guest has resumed, to measure its real
@@ -35,8 +36,10 @@ pub struct LeavingGuest {
     nodes: Vec<Arc<BlockNode>>,
     /// Ids of migrated disks, which need no flush: the destination has its own copy.
     migrated: Vec<String>,
-    flushes: DiskWork<io::Result<()>>,
-    /// The locks were let go of, or at least bitmaps were.
+    flushes: DiskWork<Result<(), String>>,
+    /// Of bitmaps that stay.
+    storing: DiskWork<Result<(), String>>,
+    /// The locks were let go of.
     released: bool,
 }
 
@@ -48,9 +51,10 @@ impl LeavingGuest {
         nodes: Vec<Arc<BlockNode>>,
         migrated: Vec<String>,
     ) -> Self {
-        let writable = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
-        let flushes = DiskWork::new("flushing", writable);
-        Self { mailbox, cancel, nodes, migrated, flushes, released: false }
+        let writable: Vec<_> = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
+        let flushes = DiskWork::new("flushing", writable.clone());
+        let storing = DiskWork::new("storing the bitmaps of", writable);
+        Self { mailbox, cancel, nodes, migrated, flushes, storing, released: false }
     }
 
     /// Runs `work` on each writable disk that `wanted` selects, until `deadline`.
@@ -60,29 +64,87 @@ impl LeavingGuest {
         work: impl Fn(&BlockNode, bool) -> io::Result<()> + Clone + Send + 'static,
         deadline: Instant,
     ) -> Result<PartTime, GuestError> {
-        let (migrated, cancel) = (self.migrated.clone(), self.cancel.clone());
+        let migrated = self.migrated.clone();
         let stays = move |node: &BlockNode| !migrated.iter().any(|id| id == node.id());
         let stays_too = stays.clone();
-        let done = self.flushes.run(
-            |node| wanted(node, stays(node)),
-            move |node| work(node, stays_too(node)),
+        let work = move |node: &BlockNode| {
+            work(node, stays_too(node)).map_err(|error| error.to_string())
+        };
+        run(&mut self.flushes, &self.cancel, |node| wanted(node, stays(node)), work, deadline)
+    }
+
+    /// Stores the bitmaps that stay with their disks, until `deadline`. If that fails or is late, the guest
+    /// stays with them.
+    fn store_bitmaps(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
+        let called_off = Arc::new(AtomicBool::new(false));
+        let flag = called_off.clone();
+        let stored = run(
+            &mut self.storing,
+            &self.cancel,
+            |node| node.bitmaps().close_takes_time(),
+            move |node| node.close_bitmaps_unless(&flag).map_err(|error| chain(&error)),
             deadline,
-            &|| !cancel.is_cancelled(),
         );
-        let done =
-            done.map_err(|error| GuestError::new(format!("cannot start a thread: {error}")))?;
-        for disk in &done {
-            if let Some(Err(error)) = &disk.result {
-                return Err(GuestError::new(format!("{}: {error}", disk.time.part)));
-            }
+        if !matches!(&stored, Ok(took) if took.ended) {
+            called_off.store(true, Ordering::SeqCst);
+            self.nodes.iter().for_each(|node| node.keep_bitmaps());
         }
-        Ok(longest(&done, NO_FLUSH))
+        stored
+    }
+}
+
+/// Runs `work` on each disk that `wanted` selects, until `deadline`; returns what took longest.
+fn run(
+    on: &mut DiskWork<Result<(), String>>,
+    cancel: &CancelToken,
+    wanted: impl Fn(&BlockNode) -> bool,
+    work: impl Fn(&BlockNode) -> Result<(), String> + Clone + Send + 'static,
+    deadline: Instant,
+) -> Result<PartTime, GuestError> {
+    let done = on.run(wanted, work, deadline, &|| !cancel.is_cancelled());
+    let done = done.map_err(|error| GuestError::new(format!("cannot start a thread: {error}")))?;
+    for disk in &done {
+        if let Some(Err(error)) = &disk.result {
+            return Err(GuestError::new(format!("{}: {error}", disk.time.part)));
+        }
+    }
+    Ok(longest(&done, NO_FLUSH))
+}
+
+impl Drop for LeavingGuest {
+    /// Bitmaps that were to leave, and are here after all, are in use again for those who find their file.
+    fn drop(&mut self) {
+        // Their disks' locks are with somebody else, or with nobody.
+        if self.released {
+            return;
+        }
+        let mut nodes = std::mem::take(&mut self.nodes);
+        nodes.retain(|node| node.bitmaps().has_persistent());
+        if nodes.is_empty() {
+            return;
+        }
+        let mark = move || {
+            for node in nodes {
+                if let Err(error) = node.mark_bitmaps() {
+                    log::error!("disk {}: {}", node.id(), chain(&error));
+                }
+            }
+        };
+        if let Err(error) = spawn("mark-bitmaps", mark) {
+            log::error!("cannot start a thread: {error}");
+        }
     }
 }
 
 impl GuestControl for LeavingGuest {
     fn flush_ahead(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
-        self.flush(|_, stays| stays, |node, _| node.sync(), deadline)
+        // Their file as well, if all of a disk's bitmaps leave: it is not the pause's business.
+        let work = |node: &BlockNode, stays: bool| {
+            node.remove_bitmaps_ahead()?;
+            if stays { node.sync() } else { Ok(()) }
+        };
+        let has_work = |node: &BlockNode, stays| stays || node.bitmaps().close_takes_time();
+        self.flush(has_work, work, deadline)
     }
 
     fn pause(&mut self, deadline: Instant) -> Result<Stopped, GuestError> {
@@ -113,23 +175,25 @@ impl GuestControl for LeavingGuest {
             }
             node.write_back()
         };
-        // A raw file that travels has nothing to write back: the destination has it on its own storage.
-        let has_work = |node: &BlockNode, stays| stays || node.format() != Format::Raw.name();
+        // A raw file that travels has nothing to write back: the destination has it on its own storage. Nor has
+        // one to which nothing was written since it was flushed ahead.
+        let has_work = |node: &BlockNode, stays| {
+            node.format() != Format::Raw.name() || stays && node.has_unsynced_writes()
+        };
         let took = self.flush(has_work, flush, deadline)?;
         if !took.ended {
             return Err(GuestError::Overdue(took));
         }
-        self.released = true;
-        // Bitmaps that do not travel. If they cannot be stored, the guest stays with them. On this thread: one
-        // that is late would store them while the guest runs.
-        for node in &self.nodes {
-            let stored = node.close_bitmaps();
-            stored.map_err(|error| {
-                GuestError::new(format!("disk {}: {}", node.id(), chain(&error)))
-            })?;
+        let stored = self.store_bitmaps(deadline)?;
+        if !stored.ended {
+            return Err(GuestError::Overdue(stored));
         }
+        self.released = true;
         unlock_disks(&self.nodes);
-        Ok(took)
+        Ok(match stored.took.is_zero() {
+            true => took,
+            false => PartTime::new(stored.part, took.took + stored.took),
+        })
     }
 
     fn resume(&mut self, stopped: Stopped) -> Result<(), GuestError> {
@@ -169,8 +233,9 @@ mod tests {
     use super::*;
     use devices::block::backend::BlockBackend;
     use devices::block::bitmaps::{BitmapName, NewBitmap};
-    use devices::block::memory::MemoryDisk;
+    use devices::block::memory::{MemoryDisk, Script};
     use devices::block::raw::{Cache, RawFile};
+    use std::path::{Path, PathBuf};
 
     fn guest(nodes: Vec<Arc<BlockNode>>, migrated: &[&str]) -> LeavingGuest {
         let (mailbox, _) = crate::event_loop::mailbox_for_test();
@@ -249,6 +314,81 @@ mod tests {
         cancels.join().unwrap().hold(false);
     }
 
+    /// A disk with a persistent bitmap, whose accesses `Script` controls, and its bitmaps' file.
+    fn disk_with_bitmap(folder: &Path) -> (Arc<BlockNode>, Arc<Script>, PathBuf) {
+        let path = folder.join("image");
+        std::fs::write(&path, [0; 1024]).unwrap();
+        let disk = MemoryDisk::new(1024).with_image(&path).unwrap();
+        let script = disk.script();
+        let node = Arc::new(BlockNode::new("d", Box::new(disk)));
+        lock_disks(std::slice::from_ref(&node)).unwrap();
+        let name = BitmapName::new("b").unwrap();
+        let new = NewBitmap { name, granularity: 512, persistent: true, recording: true };
+        node.bitmaps().add(new).unwrap();
+        node.save_bitmaps().unwrap();
+        (node, script, folder.join("image.bitmaps"))
+    }
+
+    /// Waits for what another thread is about to do.
+    fn wait_until(what: impl Fn() -> bool) {
+        let limit = Instant::now() + Duration::from_secs(30);
+        while !what() {
+            assert!(Instant::now() < limit);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn the_file_of_bitmaps_that_leave_goes_before_the_pause_and_comes_back_if_they_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let (node, _, file) = disk_with_bitmap(folder.path());
+        let held = node.bitmaps().hold(&BitmapName::new("b").unwrap()).unwrap();
+        let mut leaving = guest(vec![node.clone()], &[]);
+        assert!(leaving.flush_ahead(late()).unwrap().ended);
+        assert!(file.exists(), "it was not said to leave");
+        held.will_leave();
+        assert!(leaving.flush_ahead(late()).unwrap().ended);
+        assert!(!file.exists());
+        assert!(!node.bitmaps().close_takes_time());
+        // The migration fails.
+        drop(held);
+        drop(leaving);
+        wait_until(|| file.exists());
+        wait_until(|| node.bitmaps().close_takes_time());
+        // The next one does not.
+        let mut leaving = guest(vec![node.clone()], &[]);
+        let held = node.bitmaps().hold(&BitmapName::new("b").unwrap()).unwrap();
+        held.will_leave();
+        leaving.flush_ahead(late()).unwrap();
+        assert!(leaving.release_disks(late()).unwrap().ended);
+        held.leave();
+        drop(leaving);
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn bitmaps_that_stay_and_cannot_be_stored_in_time_are_in_use_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (node, script, _) = disk_with_bitmap(folder.path());
+        let mut guest = guest(vec![node.clone()], &[]);
+        // The flush passes, and the one before the file is written hangs.
+        script.hold_after(1);
+        let overdue = guest.release_disks(in_a_moment()).unwrap_err();
+        let GuestError::Overdue(time) = &overdue else { panic!("{overdue}") };
+        assert_eq!(time.part, "storing the bitmaps of disk `d`");
+        // It ends while the guest runs, and says that the bitmaps are whole, which they soon are not.
+        script.hold(false);
+        node.write_at(&[1; 512], 512).unwrap();
+        // The next attempt stores what the guest has written since.
+        assert!(guest.release_disks(late()).unwrap().ended);
+        drop(node);
+        let other = MemoryDisk::new(1024).with_image(&folder.path().join("image")).unwrap();
+        let other = Arc::new(BlockNode::new("d", Box::new(other)));
+        lock_disks(std::slice::from_ref(&other)).unwrap();
+        let info = other.bitmaps().info().remove(0);
+        assert_eq!((info.count_bytes, info.inconsistent), (512, false));
+    }
+
     #[test]
     fn bitmaps_are_stored_before_the_locks_are_let_go_of_and_in_use_again_after_a_failure() {
         let folder = tempfile::tempdir().unwrap();
@@ -269,7 +409,10 @@ mod tests {
         let obstacle = folder.path().join("image.bitmaps.partial");
         std::fs::create_dir(&obstacle).unwrap();
         let error = guest.release_disks(late()).unwrap_err().to_string();
-        assert!(error.starts_with("disk d: cannot store bitmaps in"), "{error}");
+        assert!(
+            error.starts_with("storing the bitmaps of disk `d`: cannot store bitmaps in"),
+            "{error}"
+        );
         assert!(open().lock().is_err(), "the guest stays");
         std::fs::remove_dir(&obstacle).unwrap();
         relock(&guest.nodes).unwrap();
