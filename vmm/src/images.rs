@@ -163,6 +163,7 @@ impl Images {
                     let backend = made.map_err(|error| failed(id, error))?;
                     let node = BlockNode::new(id, backend).with_policy(place.errors);
                     let node = if disk.read_only { node.into_read_only() } else { node };
+                    node.image_is_new();
                     let node = Arc::new(node);
                     let only_top = travels.backing.is_some();
                     images.arriving.push(IncomingDisk { node: node.clone(), only_top });

@@ -93,14 +93,19 @@ pub struct Access {
     /// Memory alignment that the file needs.
     alignment: usize,
     /// Marks what a write has written when it ends.
-    _guard: Option<WriteGuard>,
+    guard: Option<WriteGuard>,
 }
 
-#[cfg(test)]
 impl Access {
+    /// Marks now what a write may have written, and again when it ends.
+    pub fn mark(&self) {
+        self.guard.iter().for_each(WriteGuard::mark);
+    }
+
     /// An access that belongs to no node.
+    #[cfg(test)]
     fn to(file: Arc<File>, alignment: usize) -> Self {
-        Self { file, alignment, _guard: None }
+        Self { file, alignment, guard: None }
     }
 }
 
@@ -347,7 +352,7 @@ impl BlockNode {
         }
         let Some((file, alignment)) = self.backend.plain_file() else { return Ok(None) };
         let guard = (kind == AccessKind::Write).then(|| self.writes.begin(range));
-        Ok(Some(Access { file, alignment, _guard: guard }))
+        Ok(Some(Access { file, alignment, guard }))
     }
 
     /// Counts an admitted access in the statistics. One that is made through this node instead is counted

@@ -80,13 +80,20 @@ pub(super) struct WriteGuard {
     range: ByteRange,
 }
 
-impl Drop for WriteGuard {
-    fn drop(&mut self) {
+impl WriteGuard {
+    /// Marks the range.
+    pub fn mark(&self) {
         let bitmaps = self.node.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
         for bitmap in bitmaps.iter() {
             bitmap.mark(self.range);
         }
         self.node.ended.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Drop for WriteGuard {
+    fn drop(&mut self) {
+        self.mark();
     }
 }
 

@@ -239,6 +239,10 @@ impl Processor {
     fn hold(&mut self, mut held: Held) {
         let (Held::Transfer(ticket, _) | Held::Request(Request { ticket, .. })) = &mut held;
         ticket.was_kept = true;
+        if let Held::Transfer(_, transfer) = &held {
+            // It may have written a part, and the process may end before it is retried.
+            transfer.access.mark();
+        }
         self.held.push((held, self.node.keep_failed()));
     }
 

@@ -96,6 +96,15 @@ impl Mapping {
         Some((node.alias.clone(), found.alias.clone(), found.persistent))
     }
 
+    /// A disk or bitmap that is mapped and not in `there`, which has the bitmaps of a disk.
+    pub fn unknown(&self, there: impl Fn(&str) -> Option<Vec<String>>) -> Option<String> {
+        self.0.iter().find_map(|node| {
+            let Some(names) = there(&node.node_name) else { return Some(node.node_name.clone()) };
+            let missing = node.bitmaps.iter().find(|one| !names.contains(&one.name))?;
+            Some(format!("{}/{}", node.node_name, missing.name))
+        })
+    }
+
     /// The disk and bitmap here for aliases on the wire, and whether that is to be persistent.
     pub fn here(&self, disk: &str, bitmap: &str) -> Option<(String, String, Option<bool>)> {
         let node = self.0.iter().find(|node| node.alias == disk)?;

@@ -300,23 +300,63 @@ impl Machine {
     }
 }
 
-/// Locks all disks and loads their bitmaps; on an error none is locked. May block on storage.
+/// Locks all disks, loads their bitmaps and has the files say that they are in use; on an error none is locked.
+/// May block on storage.
 pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
-    for node in nodes {
-        let locked = node.lock().map_err(Box::<dyn std::error::Error + Send + Sync>::from);
-        let ready = locked.and_then(|()| node.load_bitmaps().map_err(Into::into));
-        if let Err(source) = ready {
+    let again = lock_and_load(nodes)?;
+    for (node, again) in nodes.iter().zip(again) {
+        if again {
+            // Nobody has written to it meanwhile: the guest can run in any case.
+            node.mark_or_remove_bitmaps();
+        } else if let Err(error) = node.mark_bitmaps() {
             unlock_disks(nodes);
-            return Err(MachineError::Disk { id: node.id().to_owned(), source });
+            return Err(disk_error(node, error));
         }
     }
     Ok(())
+}
+
+/// As [`lock_disks`], for a guest that arrives: writes nothing, so that the pause has nothing to wait for and the
+/// disks can be given back as they were. Call [`BlockNode::mark_or_remove_bitmaps`] when the guest runs.
+pub fn lock_disks_in_pause(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
+    lock_and_load(nodes).map(drop)
+}
+
+/// Returns of each whether its bitmaps were here before.
+fn lock_and_load(nodes: &[Arc<BlockNode>]) -> Result<Vec<bool>, MachineError> {
+    // First all locks: somebody may have one of them still, and then the others' bitmaps are of no use.
+    let locked =
+        nodes.iter().try_for_each(|node| node.lock().map_err(|error| disk_error(node, error)));
+    let loaded = locked.and_then(|()| {
+        let load =
+            |node: &Arc<BlockNode>| node.load_bitmaps().map_err(|error| disk_error(node, error));
+        nodes.iter().map(load).collect()
+    });
+    if loaded.is_err() {
+        nodes.iter().for_each(|node| node.unlock());
+    }
+    loaded
+}
+
+fn disk_error(
+    node: &BlockNode,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> MachineError {
+    MachineError::Disk { id: node.id().to_owned(), source: source.into() }
 }
 
 /// Unlocks all disks, and stores the bitmaps of those for which that has not been done. May block on storage.
 pub fn unlock_disks(nodes: &[Arc<BlockNode>]) {
     for node in nodes {
         close_bitmaps(node);
+        node.unlock();
+    }
+}
+
+/// Unlocks disks that [`lock_disks_in_pause`] has locked, and to which nothing was written.
+pub fn give_back_disks(nodes: &[Arc<BlockNode>]) {
+    for node in nodes {
+        node.forget_bitmaps();
         node.unlock();
     }
 }

@@ -83,22 +83,37 @@ fn migrated(
     Ok((description, migrated))
 }
 
-/// The dirty bitmaps that move, with their names on the wire: all, or those that the mapping names and that are
-/// here.
-fn bitmaps_of(nodes: &[Arc<BlockNode>], params: &Params) -> Vec<SourceBitmap> {
+/// The dirty bitmaps that move, with their names on the wire: all, or those that the mapping names, which must be
+/// here. The persistent ones of a read-only disk that does not travel are in its file, which the destination reads.
+fn bitmaps_of(
+    nodes: &[Arc<BlockNode>],
+    disks: &[SourceDisk],
+    params: &Params,
+) -> Result<Vec<SourceBitmap>, QmpError> {
     let mapping = params.block_bitmap_mapping.as_deref();
+    let names = |id: &str| {
+        let node = nodes.iter().find(|node| node.id() == id)?;
+        Some(node.bitmaps().info().iter().map(|bitmap| bitmap.name.as_str().to_owned()).collect())
+    };
+    if let Some(unknown) = mapping.and_then(|mapping| mapping.unknown(names)) {
+        let desc = format!("block-bitmap-mapping: there is no '{unknown}'");
+        return Err(QmpError::generic(desc));
+    }
+    let travels = |node: &BlockNode| disks.iter().any(|disk| disk.node.id() == node.id());
     let here = nodes.iter().flat_map(|node| {
-        node.bitmaps().info().into_iter().map(move |bitmap| (node.clone(), bitmap.name))
+        let stay = node.read_only() && !travels(node);
+        let all = node.bitmaps().info().into_iter();
+        all.filter(move |it| !(it.persistent && stay)).map(move |it| (node.clone(), it.name))
     });
-    here.filter_map(|(node, name)| {
+    let all = here.filter_map(|(node, name)| {
         let own = || (node.id().to_owned(), name.as_str().to_owned(), None);
         let (disk_alias, alias, persistent) = match mapping {
             Some(mapping) => mapping.there(node.id(), name.as_str())?,
             None => own(),
         };
         Some(SourceBitmap { node, name, disk_alias, alias, persistent })
-    })
-    .collect()
+    });
+    Ok(all.collect())
 }
 
 impl Supervisor {
@@ -378,7 +393,10 @@ impl Supervisor {
         let nodes = machine.nodes();
         let by_capability = DiskSelection::by_capability(&params);
         let (mut description, disks) = migrated(machine, selection.unwrap_or(&by_capability))?;
-        let bitmaps = if params.dirty_bitmaps { bitmaps_of(&nodes, &params) } else { Vec::new() };
+        let bitmaps = match params.dirty_bitmaps {
+            true => bitmaps_of(&nodes, &disks, &params)?,
+            false => Vec::new(),
+        };
         description.bitmaps = !bitmaps.is_empty();
         // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();

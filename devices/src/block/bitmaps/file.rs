@@ -243,14 +243,15 @@ fn read_chunks(body: &mut impl Read, entry: &Entry) -> Result<(), Damage> {
     }
 }
 
-/// Replaces the file at `path`. While it is `in_use`, contents are written only if `with_contents`.
+/// Replaces the file at `path`, unless it turns out not to be `wanted` just before. While it is `in_use`, contents
+/// are written only if `with_contents`.
 pub(super) fn write(
     path: &Path,
     disk_bytes: u64,
     entries: &[Entry],
     image: Identity,
-    in_use: bool,
-    with_contents: bool,
+    (in_use, with_contents): (bool, bool),
+    wanted: &dyn Fn() -> bool,
 ) -> io::Result<()> {
     let partial = with_suffix(path, ".partial");
     // Left by a crash. Only who has the image locked comes here.
@@ -271,6 +272,9 @@ pub(super) fn write(
     let written = (|| {
         write_body(&file, &header, entries, with_contents)?;
         file.sync_all()?;
+        if !wanted() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
         std::fs::rename(&partial, path)?;
         sync_folder(path)
     })();

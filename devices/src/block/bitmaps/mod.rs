@@ -54,6 +54,11 @@ pub enum BitmapError {
     /// A persistent bitmap of a read-only disk, whose file is not written.
     #[error("Bitmap '{name}' is readonly and cannot be modified")]
     ReadOnly { name: BitmapName },
+    /// A persistent bitmap of a disk that is closed, or another process's by now.
+    #[error(
+        "Bitmap '{name}' cannot be modified: its disk has been given up, and the bitmap with it"
+    )]
+    GivenUp { name: BitmapName },
     #[error("Granularity must be power of 2 and at least {MIN_GRANULE_BYTES}")]
     Granularity,
     #[error("Granularity must be at most {MAX_GRANULE_BYTES}")]
@@ -123,10 +128,22 @@ struct Entry {
     bitmap: Arc<DirtyBitmap>,
     recording: bool,
     busy: bool,
-    /// Busy with leaving, or not whole yet: not to be stored here.
-    in_transit: bool,
+    transit: Transit,
     persistent: bool,
     inconsistent: bool,
+    /// It is from the file that was beside the image when that was locked.
+    loaded: bool,
+}
+
+/// Whether a migration has the bitmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Transit {
+    #[default]
+    None,
+    /// It goes with the guest: not to be stored when the disk is given up for that.
+    Leaving,
+    /// It is not whole yet: not to be stored.
+    Arriving,
 }
 
 impl Entry {
@@ -164,6 +181,8 @@ pub struct Bitmaps {
     entries: Mutex<Vec<Entry>>,
     /// Locked while the file is read or written.
     custody: Mutex<Custody>,
+    /// Persistent ones are being stored, or have been: a change would be lost. Set by who has the turn.
+    given_up: AtomicBool,
 }
 
 fn position(entries: &[Entry], name: &BitmapName) -> Result<usize, BitmapError> {
@@ -184,6 +203,7 @@ impl Bitmaps {
             turn: Mutex::default(),
             entries: Mutex::default(),
             custody: Mutex::default(),
+            given_up: AtomicBool::new(false),
         }
     }
 
@@ -214,8 +234,8 @@ impl Bitmaps {
             return Err(BitmapError::TooLarge { name, bytes });
         }
         let bitmap = self.blank(&name, granularity)?;
-        let (busy, in_transit, inconsistent) = (false, false, false);
-        Ok(Entry { name, bitmap, recording, busy, in_transit, persistent, inconsistent })
+        let (busy, inconsistent, loaded, transit) = (false, false, false, Transit::None);
+        Ok(Entry { name, bitmap, recording, busy, transit, persistent, inconsistent, loaded })
     }
 
     /// That it can be persistent, if it shall be.
@@ -224,6 +244,7 @@ impl Bitmaps {
             _ if !new.persistent => return Ok(()),
             Self { storable: false, .. } => "its image is not a regular file",
             _ if self.read_only.load(Ordering::SeqCst) => "the disk is read-only",
+            _ if self.given_up.load(Ordering::SeqCst) => "the disk has been given up",
             _ => return Ok(()),
         };
         Err(BitmapError::NotStorable { name: new.name.clone(), disk: self.id.clone(), why })
@@ -243,6 +264,9 @@ impl Bitmaps {
     fn check_writable(&self, entry: &Entry) -> Result<(), BitmapError> {
         if self.read_only.load(Ordering::SeqCst) && entry.persistent {
             return Err(BitmapError::ReadOnly { name: entry.name.clone() });
+        }
+        if self.given_up.load(Ordering::SeqCst) && entry.persistent {
+            return Err(BitmapError::GivenUp { name: entry.name.clone() });
         }
         Ok(())
     }

@@ -1,13 +1,12 @@
 //! When persistent bitmaps are read and written: [`file`] says how.
 //!
 //! ```text
-//! lock ─▶ load: bitmaps are here, the file says "in use" ─▶ … save … ─▶ close: the file has them ─▶ unlock
-//!                    ▲                                          │  ▲          │
-//!                    │   removed ahead: all leave, no file ◀────┘  └──────────┘ called off: still locked
-//!                    └──────────── mark ◀────────┘
+//! lock ─▶ load: bitmaps are here ─▶ mark: the file says "in use" ─▶ … save … ─▶ close: the file has them ─▶ unlock
 //! ```
-//! If all of them leave with the guest, the file goes shortly before the guest stops, as storage may take its
-//! time for that. A crash from then on loses the bitmaps instead of making them inconsistent.
+//! In the pause of a move nothing waits for storage if it need not. The destination only loads, and marks once the
+//! guest runs there; until then it can give the image back as it was. If all bitmaps leave with the guest, the
+//! source removes the file shortly before the pause: a crash from then on loses them instead of making them
+//! inconsistent.
 //!
 //! They follow the right to write to the image: a shared image's leave with its lock, unless they travel with
 //! the guest. A file that says "in use" when it is loaded was left by a crash, and an image that has changed
@@ -17,7 +16,7 @@
 //! A read-only disk's bitmaps are loaded, and nothing is written.
 
 use super::file::{self, Damage, Identity};
-use super::{BitmapError, Bitmaps, Entry};
+use super::{BitmapError, Bitmaps, Entry, Transit};
 use crate::block::BlockNode;
 use crate::lock;
 use std::fs::File;
@@ -71,11 +70,20 @@ pub(super) enum Custody {
     None,
     /// We are, and the file says so, or there is nothing to say.
     Ours,
-    /// We are, and the file does not say so: it was removed ahead of a stop, or stored in one that was called
-    /// off. It does no harm: once the guest has written, the image is another one than the file's.
+    /// We are, and the file does not say so yet, or any more. Once the guest has written, the image is another one
+    /// than the file's.
     Unmarked,
     /// We have been, until the image was this one.
     Past(Identity),
+}
+
+/// For whom a disk is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// The destination, to which bitmaps leave with the guest.
+    Destination,
+    /// Whoever opens the image next.
+    Anyone,
 }
 
 impl Bitmaps {
@@ -84,8 +92,9 @@ impl Bitmaps {
         lock(&self.entries).iter().any(|entry| entry.persistent)
     }
 
-    /// Whether closing the disk stores bitmaps that stay here, or has to remove a file of those that leave.
-    pub fn close_takes_time(&self) -> bool {
+    /// Whether giving the disk up for a migration takes more than a moment: bitmaps that stay have to be stored, or
+    /// the file of those that leave be removed.
+    pub fn leaving_takes_time(&self) -> bool {
         let entries = lock(&self.entries);
         let mut persistent = entries.iter().filter(|entry| entry.persistent).peekable();
         if persistent.peek().is_none() || self.is_read_only() {
@@ -93,7 +102,7 @@ impl Bitmaps {
         }
         // Locked while the file is written: that takes time as well.
         let removed = self.custody.try_lock().is_ok_and(|it| matches!(*it, Custody::Unmarked));
-        !removed || persistent.any(|entry| !entry.in_transit)
+        !removed || persistent.any(|entry| entry.transit != Transit::Leaving)
     }
 
     fn persistent(&self) -> Vec<Entry> {
@@ -155,6 +164,7 @@ impl Bitmaps {
                 log::warn!("bitmap {} of disk {} is inconsistent: {why}", entry.name, self.id);
                 entry.inconsistent = true;
             }
+            entry.loaded = true;
             if entry.inconsistent {
                 entry.recording = false;
                 let blank = self.blank(&entry.name, entry.bitmap.granule_bytes());
@@ -170,69 +180,118 @@ impl BlockNode {
     /// The image, and the path of the file beside it.
     fn bitmap_file(&self) -> Option<(&File, PathBuf)> {
         let (image, path) = self.backend.image_file()?;
-        Some((image, file::with_suffix(path, SUFFIX)))
+        // Beside the image, not beside a symlink to it, so that everybody finds it.
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        Some((image, file::with_suffix(&path, SUFFIX)))
     }
 
-    /// Loads persistent bitmaps, and marks them as in use unless the disk is read-only. Call it when the image
-    /// has just been locked, before anything writes to it. Loading twice is not an error.
+    /// The image has just been created: a file that is beside it, or where it will be renamed to, is of another
+    /// one, and is not looked at. [`BlockNode::mark_bitmaps`] removes it.
+    pub fn image_is_new(&self) {
+        *lock(&self.bitmaps.custody) = Custody::Unmarked;
+    }
+
+    /// Loads persistent bitmaps. Call it when the image has just been locked; before anything writes to it, if there
+    /// is time for that, [`BlockNode::mark_bitmaps`]. Writes nothing. Loading twice is not an error.
     ///
     /// After [`BlockNode::close_bitmaps`] those in memory are used again, if nobody else has written to the
-    /// image meanwhile. If the file cannot be marked then, that is logged only, so that the guest can run: once
-    /// it has written, the image is another one than the file's.
-    pub fn load_bitmaps(&self) -> Result<(), StoreError> {
-        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+    /// image meanwhile; then returns true.
+    pub fn load_bitmaps(&self) -> Result<bool, StoreError> {
         let bitmaps = &self.bitmaps;
         let mut custody = lock(&bitmaps.custody);
+        let then = match *custody {
+            Custody::Ours | Custody::Unmarked => return Ok(false),
+            Custody::None => None,
+            Custody::Past(then) => Some(then),
+        };
+        let Some((image, path)) = self.bitmap_file() else { return Ok(false) };
         let unmarked = |source| StoreError::Mark { path: path.clone(), source };
         let now = Identity::of(image).map_err(unmarked)?;
-        let loaded = match *custody {
-            Custody::Ours | Custody::Unmarked => return Ok(()),
-            Custody::None => bitmaps.read(&path, now)?,
-            Custody::Past(then) => {
-                if then != now && !bitmaps.info().is_empty() {
-                    log::warn!(
-                        "bitmaps of disk {} are inconsistent: its image was changed by another program",
-                        bitmaps.id
-                    );
-                    bitmaps.spoil();
-                }
-                Vec::new()
+        match then {
+            None => {
+                let loaded = bitmaps.read(&path, now)?;
+                let installed = bitmaps.install(loaded);
+                installed.map_err(|source| StoreError::Conflict { path, source })?;
             }
-        };
-        if !bitmaps.is_read_only() {
-            match self.write_mark(&path, loaded.clone(), now) {
-                Err(error) if matches!(*custody, Custody::Past(_)) => {
-                    log::error!("{}: {error}", unmarked(io::ErrorKind::Other.into()));
-                }
-                marked => marked.map_err(unmarked)?,
+            Some(then) if then != now && !bitmaps.info().is_empty() => {
+                log::warn!(
+                    "bitmaps of disk {} are inconsistent: its image was changed by another program",
+                    bitmaps.id
+                );
+                bitmaps.spoil();
             }
+            Some(_) => {}
         }
-        bitmaps.install(loaded).map_err(|source| StoreError::Conflict { path, source })?;
-        let unmarked = bitmaps.persistent().iter().any(|entry| entry.in_transit);
-        *custody = if unmarked { Custody::Unmarked } else { Custody::Ours };
+        *custody = Custody::Unmarked;
+        bitmaps.given_up.store(false, Ordering::SeqCst);
+        Ok(then.is_some())
+    }
+
+    /// Forgets what [`BlockNode::load_bitmaps`] has loaded, as if it had not been called. For who has locked the image
+    /// and gives it back without having written to it.
+    pub fn forget_bitmaps(&self) {
+        let bitmaps = &self.bitmaps;
+        let mut custody = lock(&bitmaps.custody);
+        let _turn = lock(&bitmaps.turn);
+        lock(&bitmaps.entries).retain(|entry| {
+            if entry.loaded {
+                bitmaps.writes.remove(&entry.bitmap);
+            }
+            !entry.loaded
+        });
+        *custody = Custody::None;
+    }
+
+    /// Has the file say that the bitmaps are in use, if it does not: they will have missed writes if they are not
+    /// stored. Without bitmaps, there is no file. Nothing happens if they are not loaded, or are given up.
+    ///
+    /// # Errors
+    /// If it cannot be written; the bitmaps in memory are as good as before.
+    pub fn mark_bitmaps(&self) -> Result<(), StoreError> {
+        let bitmaps = &self.bitmaps;
+        let mut custody = lock(&bitmaps.custody);
+        if !matches!(*custody, Custody::Unmarked) || bitmaps.is_read_only() {
+            return Ok(());
+        }
+        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+        let (moving, here): (Vec<_>, Vec<_>) =
+            bitmaps.persistent().into_iter().partition(|entry| entry.transit != Transit::None);
+        let marked = match here.is_empty() {
+            true => file::remove(&path),
+            false => Identity::of(image).and_then(|now| {
+                let how = (true, false);
+                file::write(&path, self.len_bytes, &here, now, how, &|| true)
+            }),
+        };
+        marked.map_err(|source| StoreError::Mark { path, source })?;
+        // Those that arrive are marked when they are whole.
+        if moving.is_empty() {
+            *custody = Custody::Ours;
+        }
         Ok(())
     }
 
-    /// Has the file say that the bitmaps are in use, and `loaded` as well.
-    fn write_mark(&self, path: &Path, loaded: Vec<Entry>, now: Identity) -> io::Result<()> {
-        // Those that arrive are stored when they are whole: this may be in the pause of a move.
-        let mut all = self.bitmaps.persistent();
-        all.retain(|entry| !entry.in_transit);
-        all.extend(loaded);
-        if all.is_empty() {
-            return Ok(());
+    /// As [`BlockNode::mark_bitmaps`], for a guest that runs in any case: what cannot be marked is removed, so that
+    /// nobody believes it.
+    pub fn mark_or_remove_bitmaps(&self) {
+        let Err(error) = self.mark_bitmaps() else { return };
+        log::error!("disk {}: {error}: {}", self.id, io_text(&error));
+        if let Some((_, path)) = self.bitmap_file()
+            && let Err(error) = file::remove(&path)
+        {
+            log::error!("cannot remove {}: {error}", path.display());
         }
-        file::write(path, self.len_bytes, &all, now, true, false)
     }
 
     /// The guest is about to leave: if all persistent bitmaps leave with it, removes their file while the guest
-    /// runs, so that [`BlockNode::close_bitmaps`] has nothing to do. If they stay after all, call
+    /// runs, so that [`BlockNode::leave_bitmaps`] has nothing to do. If they stay after all, call
     /// [`BlockNode::mark_bitmaps`].
     pub fn remove_bitmaps_ahead(&self) -> io::Result<()> {
         let Some((_, path)) = self.bitmap_file() else { return Ok(()) };
         let mut custody = lock(&self.bitmaps.custody);
         let entries = self.bitmaps.persistent();
-        let leave = !entries.is_empty() && entries.iter().all(|entry| entry.in_transit);
+        let leave =
+            !entries.is_empty() && entries.iter().all(|entry| entry.transit == Transit::Leaving);
         if leave && matches!(*custody, Custody::Ours) && !self.bitmaps.is_read_only() {
             file::remove(&path)?;
             *custody = Custody::Unmarked;
@@ -240,63 +299,76 @@ impl BlockNode {
         Ok(())
     }
 
-    /// If the file does not say that the bitmaps are in use, it does so again. The disk is still locked, or
-    /// nothing is done.
-    ///
-    /// # Errors
-    /// If it cannot be written; the bitmaps in memory are as good as before.
-    pub fn mark_bitmaps(&self) -> Result<(), StoreError> {
-        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
-        let mut custody = lock(&self.bitmaps.custody);
-        if matches!(*custody, Custody::Unmarked) {
-            let marked =
-                Identity::of(image).and_then(|now| self.write_mark(&path, Vec::new(), now));
-            marked.map_err(|source| StoreError::Mark { path, source })?;
-            *custody = Custody::Ours;
-        }
-        Ok(())
-    }
-
-    /// A stop in which [`BlockNode::close_bitmaps_unless`] was called is called off, and the disk is still
-    /// locked: those in memory are used again. Does no I/O; one that is not done yet learns it by its flag.
+    /// A stop in which [`BlockNode::leave_bitmaps`] was called is called off, and the disk is still locked: those
+    /// in memory are used again. Does no I/O; a call that is not done yet learns it by its flag.
     pub fn keep_bitmaps(&self) {
         if let Ok(mut custody) = self.bitmaps.custody.try_lock()
             && matches!(*custody, Custody::Past(_))
         {
             *custody = Custody::Unmarked;
+            self.bitmaps.given_up.store(false, Ordering::SeqCst);
         }
     }
 
     /// Stores persistent bitmaps now, while they are in use: a crash still makes them inconsistent.
     pub fn save_bitmaps(&self) -> Result<(), StoreError> {
-        self.store_bitmaps(true, &AtomicBool::new(false))
+        let bitmaps = &self.bitmaps;
+        let mut custody = lock(&bitmaps.custody);
+        if !matches!(*custody, Custody::Ours | Custody::Unmarked) || bitmaps.is_read_only() {
+            return Ok(());
+        }
+        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+        let mut entries = {
+            let _turn = lock(&bitmaps.turn);
+            bitmaps.persistent()
+        };
+        entries.retain(|entry| entry.transit != Transit::Arriving);
+        let stored = match entries.is_empty() {
+            true => file::remove(&path),
+            false => Identity::of(image).and_then(|now| {
+                file::write(&path, self.len_bytes, &entries, now, (true, true), &|| true)
+            }),
+        };
+        stored.map_err(|source| cannot_store(path, &entries, source))?;
+        *custody = Custody::Ours;
+        Ok(())
     }
 
     /// Stores persistent bitmaps and gives them back. Call it when nobody writes to the disk any more, before
-    /// the image is unlocked. Those that leave with the guest, or have not arrived whole, are not stored. Nothing happens if they have not
-    /// been loaded, or are closed already.
+    /// the image is unlocked. Those that have not arrived whole are not stored; those that were to leave are, as the
+    /// guest ends here. Nothing happens if they have not been loaded, or are closed already.
     pub fn close_bitmaps(&self) -> Result<(), StoreError> {
-        self.close_bitmaps_unless(&AtomicBool::new(false))
+        self.give_up_bitmaps(Next::Anyone, &AtomicBool::new(false))
     }
 
-    /// As [`BlockNode::close_bitmaps`], on a thread of its own: if `called_off` is set before it is done, the
-    /// guest runs, and the bitmaps are still in use. Who sets it calls [`BlockNode::keep_bitmaps`] next.
-    pub fn close_bitmaps_unless(&self, called_off: &AtomicBool) -> Result<(), StoreError> {
-        self.store_bitmaps(false, called_off)
+    /// As [`BlockNode::close_bitmaps`], but those that leave with the guest are not stored. If `called_off` is set
+    /// before it is done, the guest runs, and the bitmaps are still in use. Who sets it calls
+    /// [`BlockNode::keep_bitmaps`] next.
+    pub fn leave_bitmaps(&self, called_off: &AtomicBool) -> Result<(), StoreError> {
+        self.give_up_bitmaps(Next::Destination, called_off)
     }
 
-    fn store_bitmaps(&self, in_use: bool, called_off: &AtomicBool) -> Result<(), StoreError> {
-        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+    fn give_up_bitmaps(&self, next: Next, called_off: &AtomicBool) -> Result<(), StoreError> {
+        let wanted = || !called_off.load(Ordering::SeqCst);
         let bitmaps = &self.bitmaps;
         let mut custody = lock(&bitmaps.custody);
-        if !matches!(*custody, Custody::Ours | Custody::Unmarked)
-            || called_off.load(Ordering::SeqCst)
-        {
+        if !matches!(*custody, Custody::Ours | Custody::Unmarked) || !wanted() {
             return Ok(());
         }
+        let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
+        let stays = |entry: &Entry| match entry.transit {
+            Transit::None => true,
+            Transit::Leaving => next == Next::Anyone,
+            Transit::Arriving => false,
+        };
         let mut entries = bitmaps.persistent();
-        if !in_use {
-            entries.retain(|entry| !entry.in_transit);
+        entries.retain(stays);
+        if !entries.is_empty() {
+            // What a transaction has done to them, and what was written meanwhile, is in them then. None follows.
+            let _turn = lock(&bitmaps.turn);
+            bitmaps.given_up.store(true, Ordering::SeqCst);
+            entries = bitmaps.persistent();
+            entries.retain(stays);
         }
         let stored = (|| {
             if bitmaps.is_read_only() {
@@ -306,28 +378,42 @@ impl BlockNode {
                 file::remove(&path)?;
                 return Identity::of(image);
             }
-            if !in_use {
-                // Bitmaps must not survive a crash of the host that the writes do not.
-                self.backend.flush()?;
-            }
+            // Bitmaps must not survive a crash of the host that the writes do not.
+            self.sync()?;
             let now = Identity::of(image)?;
-            file::write(&path, self.len_bytes, &entries, now, in_use, true)?;
+            file::write(&path, self.len_bytes, &entries, now, (false, true), &wanted)?;
             Ok(now)
         })();
-        let now = stored.map_err(|source| {
-            let lost: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
-            StoreError::Store { path, lost: lost.join(", "), source }
-        })?;
-        *custody = match in_use {
-            true => Custody::Ours,
-            false if called_off.load(Ordering::SeqCst) => Custody::Unmarked,
-            false => Custody::Past(now),
-        };
+        let given_up = |is| bitmaps.given_up.store(is, Ordering::SeqCst);
+        match stored {
+            Ok(now) if wanted() => {
+                *custody = Custody::Past(now);
+                given_up(true);
+            }
+            Ok(_) => {
+                *custody = Custody::Unmarked;
+                given_up(false);
+            }
+            Err(source) => {
+                given_up(false);
+                return Err(cannot_store(path, &entries, source));
+            }
+        }
         drop(custody);
         // Set after the look above, by somebody who did not get the lock.
-        if !in_use && called_off.load(Ordering::SeqCst) {
+        if !wanted() {
             self.keep_bitmaps();
         }
         Ok(())
     }
+}
+
+fn cannot_store(path: PathBuf, entries: &[Entry], source: io::Error) -> StoreError {
+    let lost: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
+    StoreError::Store { path, lost: lost.join(", "), source }
+}
+
+/// The cause of an error, if it has one.
+fn io_text(error: &StoreError) -> String {
+    std::error::Error::source(error).map(ToString::to_string).unwrap_or_default()
 }

@@ -6,7 +6,7 @@
 //! contents have arrived, then merges both. Here the contents are ORed, atomically, into the bitmap that writes
 //! mark already: a bit that is set by either stays set, and nothing is left to be merged.
 
-use super::{BitmapError, BitmapInfo, BitmapName, Bitmaps, Entry, NewBitmap, position};
+use super::{BitmapError, BitmapInfo, BitmapName, Bitmaps, Entry, NewBitmap, Transit, position};
 use crate::block::bitmap::{Chunk, ChunkError, DirtyBitmap};
 use crate::lock;
 use std::sync::Arc;
@@ -63,7 +63,7 @@ impl Bitmaps {
         let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         self.check_storable(new)?;
-        let entry = Entry { busy: true, in_transit: true, ..self.make(&entries, new)? };
+        let entry = Entry { busy: true, transit: Transit::Arriving, ..self.make(&entries, new)? };
         let bitmap = entry.bitmap.clone();
         if entry.recording {
             self.writes.add(bitmap.clone());
@@ -89,10 +89,11 @@ impl Held {
         entries[at.expect("only its holder removes it")].info()
     }
 
-    /// It is about to leave with the guest: unless this is dropped first, closing the disk does not store it.
+    /// It is about to leave with the guest: unless this is dropped first, it is not stored when the disk is given
+    /// up for that.
     pub fn will_leave(&self) {
         self.bitmaps.change(&self.bitmap, |entry| {
-            entry.in_transit = true;
+            entry.transit = Transit::Leaving;
             true
         });
     }
@@ -106,7 +107,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.bitmaps.change(&self.bitmap, |entry| {
-            (entry.busy, entry.in_transit) = (false, false);
+            (entry.busy, entry.transit) = (false, Transit::None);
             true
         });
     }

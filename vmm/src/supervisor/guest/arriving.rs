@@ -13,7 +13,7 @@ use crate::error::guest_error;
 use crate::images::Images;
 use crate::kvm::Host;
 use crate::machine::description::Description;
-use crate::machine::{Machine, MachineError, lock_disks, unlock_disks};
+use crate::machine::{Machine, MachineError, give_back_disks, lock_disks_in_pause};
 use devices::block::BlockNode;
 use devices::state::DeviceRecord;
 use migration::bitmap::incoming::BitmapsIncoming;
@@ -87,6 +87,8 @@ pub struct ArrivingGuest {
     images: Images,
     /// The received boot payload.
     arrived: Arc<Mutex<Option<BootPayload>>>,
+    /// The guest has been started here.
+    runs: bool,
 }
 
 impl ArrivingGuest {
@@ -98,7 +100,7 @@ impl ArrivingGuest {
         context: BuildContext,
     ) -> Self {
         let (images, arrived) = (Images::default(), Arc::default());
-        Self { mailbox, cancel, params, context: Some(context), images, arrived }
+        Self { mailbox, cancel, params, context: Some(context), images, arrived, runs: false }
     }
 
     fn nodes(&self) -> &[Arc<BlockNode>] {
@@ -108,7 +110,20 @@ impl ArrivingGuest {
     /// After the migration: removes the replaced images, if the guest runs here. May block on the file
     /// system.
     pub fn clean_up(mut self) {
+        // Those that have arrived as well, now.
+        if self.runs {
+            self.mark_bitmaps();
+        }
         self.images.clean_up();
+    }
+
+    /// Has the files of bitmaps say that they are in use. The guest does not wait for that.
+    fn mark_bitmaps(&self) {
+        let nodes = self.nodes().to_vec();
+        let mark = move || nodes.iter().for_each(|node| node.mark_or_remove_bitmaps());
+        if let Err(error) = tasks::spawn("mark-bitmaps", mark) {
+            log::error!("cannot start a thread: {error}");
+        }
     }
 }
 
@@ -177,7 +192,7 @@ impl DestinationHost for ArrivingGuest {
     }
 
     fn lock_disks(&mut self) -> Result<(), GuestError> {
-        lock_disks(self.nodes()).map_err(|error| guest_error(&error))
+        lock_disks_in_pause(self.nodes()).map_err(|error| guest_error(&error))
     }
 
     fn called_off(&mut self) -> Result<(), GuestError> {
@@ -185,7 +200,7 @@ impl DestinationHost for ArrivingGuest {
         let arriving = self.images.arriving();
         let travels = |node: &Arc<BlockNode>| arriving.iter().any(|it| Arc::ptr_eq(&it.node, node));
         let shared: Vec<_> = self.nodes().iter().filter(|node| !travels(node)).cloned().collect();
-        unlock_disks(&shared);
+        give_back_disks(&shared);
         Ok(())
     }
 
@@ -195,6 +210,8 @@ impl DestinationHost for ArrivingGuest {
         ask(&self.mailbox, |reply| GuestRequest::Run(permit, running, payload, reply))?;
         // The images must stay now, whatever happens to this thread.
         self.images.commit();
+        self.runs = true;
+        self.mark_bitmaps();
         Ok(())
     }
 

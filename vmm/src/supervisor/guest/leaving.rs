@@ -6,7 +6,7 @@ use super::super::tasks::{DiskWork, longest, spawn, wait_in_steps};
 use super::ask;
 use super::request::GuestRequest;
 use crate::error::chain;
-use crate::machine::{MachineError, lock_disks, unlock_disks};
+use crate::machine::{MachineError, lock_disks};
 use devices::block::{BlockNode, Format};
 use devices::state::DeviceRecord;
 use migration::cancel::CancelToken;
@@ -67,9 +67,8 @@ impl LeavingGuest {
         let migrated = self.migrated.clone();
         let stays = move |node: &BlockNode| !migrated.iter().any(|id| id == node.id());
         let stays_too = stays.clone();
-        let work = move |node: &BlockNode| {
-            work(node, stays_too(node)).map_err(|error| error.to_string())
-        };
+        let work =
+            move |node: &BlockNode| work(node, stays_too(node)).map_err(|error| error.to_string());
         run(&mut self.flushes, &self.cancel, |node| wanted(node, stays(node)), work, deadline)
     }
 
@@ -81,8 +80,8 @@ impl LeavingGuest {
         let stored = run(
             &mut self.storing,
             &self.cancel,
-            |node| node.bitmaps().close_takes_time(),
-            move |node| node.close_bitmaps_unless(&flag).map_err(|error| chain(&error)),
+            |node| node.bitmaps().leaving_takes_time(),
+            move |node| node.leave_bitmaps(&flag).map_err(|error| chain(&error)),
             deadline,
         );
         if !matches!(&stored, Ok(took) if took.ended) {
@@ -123,13 +122,7 @@ impl Drop for LeavingGuest {
         if nodes.is_empty() {
             return;
         }
-        let mark = move || {
-            for node in nodes {
-                if let Err(error) = node.mark_bitmaps() {
-                    log::error!("disk {}: {}", node.id(), chain(&error));
-                }
-            }
-        };
+        let mark = move || nodes.iter().for_each(|node| node.mark_or_remove_bitmaps());
         if let Err(error) = spawn("mark-bitmaps", mark) {
             log::error!("cannot start a thread: {error}");
         }
@@ -141,9 +134,10 @@ impl GuestControl for LeavingGuest {
         // Their file as well, if all of a disk's bitmaps leave: it is not the pause's business.
         let work = |node: &BlockNode, stays: bool| {
             node.remove_bitmaps_ahead()?;
-            if stays { node.sync() } else { Ok(()) }
+            // A copied disk as well, if bitmaps that stay with it have to be stored in the pause.
+            if stays || node.bitmaps().leaving_takes_time() { node.sync() } else { Ok(()) }
         };
-        let has_work = |node: &BlockNode, stays| stays || node.bitmaps().close_takes_time();
+        let has_work = |node: &BlockNode, stays| stays || node.bitmaps().leaving_takes_time();
         self.flush(has_work, work, deadline)
     }
 
@@ -189,7 +183,14 @@ impl GuestControl for LeavingGuest {
             return Err(GuestError::Overdue(stored));
         }
         self.released = true;
-        unlock_disks(&self.nodes);
+        for node in &self.nodes {
+            // Of most there is nothing to store.
+            let left = node.leave_bitmaps(&AtomicBool::new(false));
+            left.map_err(|error| {
+                GuestError::new(format!("disk {}: {}", node.id(), chain(&error)))
+            })?;
+        }
+        self.nodes.iter().for_each(|node| node.unlock());
         Ok(match stored.took.is_zero() {
             true => took,
             false => PartTime::new(stored.part, took.took + stored.took),
@@ -231,6 +232,7 @@ fn relock(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::unlock_disks;
     use devices::block::backend::BlockBackend;
     use devices::block::bitmaps::{BitmapName, NewBitmap};
     use devices::block::memory::{MemoryDisk, Script};
@@ -349,12 +351,12 @@ mod tests {
         held.will_leave();
         assert!(leaving.flush_ahead(late()).unwrap().ended);
         assert!(!file.exists());
-        assert!(!node.bitmaps().close_takes_time());
+        assert!(!node.bitmaps().leaving_takes_time());
         // The migration fails.
         drop(held);
         drop(leaving);
         wait_until(|| file.exists());
-        wait_until(|| node.bitmaps().close_takes_time());
+        wait_until(|| node.bitmaps().leaving_takes_time());
         // The next one does not.
         let mut leaving = guest(vec![node.clone()], &[]);
         let held = node.bitmaps().hold(&BitmapName::new("b").unwrap()).unwrap();

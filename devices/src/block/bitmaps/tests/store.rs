@@ -7,6 +7,7 @@ use crate::block::{Format, open_image};
 use std::error::Error;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 struct Image {
     _folder: tempfile::TempDir,
@@ -46,6 +47,7 @@ impl Image {
     fn load(&self) -> Arc<BlockNode> {
         let node = self.open(false);
         node.load_bitmaps().unwrap();
+        node.mark_bitmaps().unwrap();
         node
     }
 
@@ -333,8 +335,8 @@ fn what_cannot_be_stored_at_close_is_named_and_inconsistent_at_the_next_start() 
     // Nor can a disk be used whose file cannot say so.
     drop(node);
     let node = image.open(false);
-    assert!(matches!(node.load_bitmaps(), Err(StoreError::Mark { .. })));
-    assert_eq!(node.bitmaps().info(), []);
+    node.load_bitmaps().unwrap();
+    assert!(matches!(node.mark_bitmaps(), Err(StoreError::Mark { .. })));
     drop(node);
     std::fs::remove_dir(obstacle).unwrap();
     assert_eq!(inconsistent(&image.load()), ["on", "off"]);
@@ -347,7 +349,8 @@ fn a_disk_that_comes_back_keeps_its_bitmaps_unless_another_program_wrote_to_it()
     node.bitmaps().add(new("temporary", 512)).unwrap();
     let leaving = node.bitmaps().hold(&name("on")).unwrap();
     leaving.will_leave();
-    close(&node);
+    node.leave_bitmaps(&AtomicBool::new(false)).unwrap();
+    node.unlock();
     // Another process meanwhile: those that travel are not in the file.
     let other = image.load();
     assert_eq!(shown(&other), ["off 4096"]);
@@ -355,11 +358,12 @@ fn a_disk_that_comes_back_keeps_its_bitmaps_unless_another_program_wrote_to_it()
     // A guest that comes back must run, marked file or not: see the last part.
     let obstacle = obstruct(&image.file());
     node.lock().unwrap();
-    node.load_bitmaps().unwrap();
+    assert!(node.load_bitmaps().unwrap());
+    node.mark_or_remove_bitmaps();
+    assert!(!image.file().exists(), "it says what is not true any more");
     std::fs::remove_dir(obstacle).unwrap();
-    node.close_bitmaps().unwrap();
-    node.load_bitmaps().unwrap();
     drop(leaving);
+    node.mark_bitmaps().unwrap();
     write(&node, 0);
     assert_eq!(shown(&node), ["on 1024 recording", "off 4096", "temporary 512 recording"]);
     // While it is here, a crash would be noticed.
@@ -424,4 +428,148 @@ fn a_bitmap_that_has_not_arrived_whole_is_not_stored() {
     close(&node);
     drop(half);
     assert_eq!(shown(&image.load()), ["whole 512 recording"]);
+}
+
+/// All that a destination does up to the handover.
+fn borrow(image: &Image) -> Arc<BlockNode> {
+    let node = image.open(false);
+    node.load_bitmaps().unwrap();
+    node
+}
+
+#[test]
+fn a_destination_that_gives_the_image_back_has_changed_nothing_and_reads_it_again() {
+    let image = Image::new().with_bitmaps();
+    let source = image.load();
+    let leave = || {
+        source.leave_bitmaps(&AtomicBool::new(false)).unwrap();
+        source.unlock();
+    };
+    leave();
+    let stored = std::fs::read(image.file()).unwrap();
+    let destination = borrow(&image);
+    let arriving = destination.bitmaps().arrive(&persistent("arriving", 512)).unwrap();
+    destination.forget_bitmaps();
+    destination.unlock();
+    assert_eq!(std::fs::read(image.file()).unwrap(), stored);
+    let left: Vec<_> = destination.bitmaps().info().into_iter().map(|info| info.name).collect();
+    assert_eq!(left, [name("arriving")]);
+    assert_eq!(destination.writes.list().len(), 1);
+    // The stop was called off: the guest runs at the source.
+    source.lock().unwrap();
+    assert!(source.load_bitmaps().unwrap());
+    source.mark_bitmaps().unwrap();
+    write(&source, 0);
+    source.bitmaps().add(persistent("later", 512)).unwrap();
+    leave();
+    // The next stop is not.
+    destination.lock().unwrap();
+    assert!(!destination.load_bitmaps().unwrap());
+    assert_eq!(inconsistent(&destination), Vec::<String>::new());
+    drop(arriving);
+    assert_eq!(shown(&destination), ["on 1024 recording", "off 4096", "later 0 recording"]);
+    // It ends before it has marked them, and has written.
+    write(&destination, 512);
+    drop(destination);
+    assert_eq!(inconsistent(&image.load()), ["on", "off", "later"]);
+}
+
+#[test]
+fn the_end_of_a_process_stores_what_was_about_to_leave() {
+    let image = Image::new().with_bitmaps();
+    let node = image.load();
+    let held = node.bitmaps().hold(&name("on")).unwrap();
+    held.will_leave();
+    close(&node);
+    assert_eq!(shown(&image.load()), ["on 512 recording", "off 4096"]);
+}
+
+#[test]
+fn a_store_that_is_called_off_leaves_the_file_alone() {
+    let image = Image::new().with_bitmaps();
+    let node = image.load();
+    let before = std::fs::read(image.file()).unwrap();
+    let path = image.file();
+    let entries = lock(&node.bitmaps().entries).clone();
+    let identity = file::Identity::of(&std::fs::File::open(&image.path).unwrap()).unwrap();
+    let late = file::write(&path, MIB, &entries, identity, (false, true), &|| false);
+    assert_eq!(late.unwrap_err().kind(), std::io::ErrorKind::Interrupted);
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    // One that is done just before is not believed in: it is stored again.
+    node.leave_bitmaps(&AtomicBool::new(false)).unwrap();
+    node.keep_bitmaps();
+    write(&node, 0);
+    node.leave_bitmaps(&AtomicBool::new(true)).unwrap();
+    close(&node);
+    assert_eq!(shown(&image.load()), ["on 1024 recording", "off 4096"]);
+}
+
+#[test]
+fn a_new_image_has_nothing_to_do_with_the_file_of_the_one_that_it_replaces() {
+    let image = Image::new().with_bitmaps();
+    let node = image.open(false);
+    node.image_is_new();
+    let arriving = node.bitmaps().arrive(&persistent("on", 512)).unwrap();
+    node.load_bitmaps().unwrap();
+    assert!(image.file().exists(), "the guest may not come");
+    node.mark_bitmaps().unwrap();
+    assert!(!image.file().exists());
+    arriving.finish();
+    node.mark_bitmaps().unwrap();
+    close(&node);
+    assert_eq!(shown(&image.load()), ["on 0 recording"]);
+}
+
+#[test]
+fn a_symlink_to_the_image_shows_the_same_bitmaps() {
+    let image = Image::new().with_bitmaps();
+    let link = image.path.with_file_name("link");
+    std::os::unix::fs::symlink(&image.path, &link).unwrap();
+    let backend = RawFile::open(&link, false, Cache::Writeback).unwrap();
+    let node = Arc::new(BlockNode::new("d", Box::new(backend)));
+    node.lock().unwrap();
+    node.load_bitmaps().unwrap();
+    assert_eq!(shown(&node), ["on 512 recording", "off 4096"]);
+}
+
+#[test]
+fn persistent_bitmaps_cannot_be_changed_once_they_are_given_up() {
+    let image = Image::new().with_bitmaps();
+    let node = image.load();
+    node.bitmaps().add(new("temporary", 512)).unwrap();
+    node.leave_bitmaps(&AtomicBool::new(false)).unwrap();
+    let refused = |result: Result<(), BitmapError>| result.unwrap_err().to_string();
+    let bitmaps = node.bitmaps();
+    let given_up =
+        "Bitmap 'on' cannot be modified: its disk has been given up, and the bitmap with it";
+    assert_eq!(refused(bitmaps.clear(&name("on"))), given_up);
+    assert_eq!(refused(bitmaps.remove(&name("on"))), given_up);
+    assert!(refused(bitmaps.add(persistent("new", 512))).contains("has been given up"));
+    bitmaps.clear(&name("temporary")).unwrap();
+    // The guest stays after all.
+    node.load_bitmaps().unwrap();
+    bitmaps.clear(&name("on")).unwrap();
+}
+
+#[test]
+fn a_store_waits_for_a_transaction_so_that_it_misses_no_write() {
+    let image = Image::new().with_bitmaps();
+    let node = image.load();
+    // As one that merges: it has the turn.
+    let turn = lock(&node.bitmaps().turn);
+    let (tell, told) = std::sync::mpsc::channel();
+    let closing = {
+        let node = node.clone();
+        std::thread::spawn(move || {
+            tell.send(()).unwrap();
+            node.close_bitmaps().unwrap();
+        })
+    };
+    told.recv().unwrap();
+    // It holds the file now, or will in a moment, and has to wait.
+    write(&node, 0);
+    drop(turn);
+    closing.join().unwrap();
+    node.unlock();
+    assert_eq!(shown(&image.load()), ["on 1024 recording", "off 4096"]);
 }
