@@ -53,6 +53,15 @@ impl PageBitmap {
 
     /// Sets `page_count` pages from `first` on; those past the end are ignored.
     pub fn insert_run(&mut self, first: PageIndex, page_count: u64) {
+        self.change_run(first, page_count, |word, mask| *word |= mask);
+    }
+
+    /// Clears `page_count` pages from `first` on; those past the end are ignored.
+    pub fn remove_run(&mut self, first: PageIndex, page_count: u64) {
+        self.change_run(first, page_count, |word, mask| *word &= !mask);
+    }
+
+    fn change_run(&mut self, first: PageIndex, page_count: u64, change: impl Fn(&mut u64, u64)) {
         let end = first.0.saturating_add(page_count).min(self.page_count);
         let mut at = first.0;
         while at < end {
@@ -60,7 +69,7 @@ impl PageBitmap {
             let mask = if in_word == 64 { u64::MAX } else { ((1 << in_word) - 1) << (at % 64) };
             if let Some(word) = usize::try_from(at / 64).ok().and_then(|at| self.words.get_mut(at))
             {
-                *word |= mask;
+                change(word, mask);
             }
             at += in_word;
         }

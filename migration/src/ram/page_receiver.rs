@@ -106,14 +106,11 @@ impl PageReceiver {
                 RunKind::Raw => {
                     let bytes = bytes_of(run.page_count);
                     raw.push(self.ram.ram.get_slice(*address, bytes).map_err(failed)?);
-                    self.written.insert_run(run.first, page_count);
                 }
                 RunKind::Zero => {
                     zero_pages += page_count;
-                    if channel.is_cancelled() {
-                        return Err(WireError::Interrupted);
-                    }
-                    clear_written(&self.ram, &self.written, run)?;
+                    let go_on = || !channel.is_cancelled();
+                    clear_written(&self.ram, &mut self.written, run, &go_on)?;
                 }
                 RunKind::Delta => delta_pages += page_count,
             }
@@ -132,6 +129,10 @@ impl PageReceiver {
                     pages = rest;
                 }
             }
+        }
+        // Last: what the frame zeroes as well has content now.
+        for (run, _) in self.runs.iter().filter(|(run, _)| run.kind == RunKind::Raw) {
+            self.written.insert_run(run.first, run.page_count.into());
         }
         if delta_pages > 0 {
             self.apply_deltas(channel)?;
@@ -179,13 +180,68 @@ fn outside(page: PageIndex) -> WireError {
     WireError::Malformed { what: "page frame", reason }
 }
 
-/// Zeroes the pages of `run` that were ever written.
-fn clear_written(ram: &IncomingRam, written: &PageBitmap, run: &Run) -> Result<(), WireError> {
-    for (first, count) in written.runs_among(run.first, run.page_count.into()) {
-        for page in (first.0..first.0 + count).map(PageIndex) {
-            let at = ram.layout.address_of(page).ok_or_else(|| outside(page))?;
-            ram.ram.write_slice(&ZEROES, at).map_err(failed)?;
+/// Pages that are zeroed between two looks at a cancel.
+const ZEROED_AT_ONCE: u64 = 512;
+
+/// Zeroes the pages of `run` that have content. They have none then: a peer has no more zeroed than it has sent,
+/// however often it asks.
+fn clear_written(
+    ram: &IncomingRam,
+    written: &mut PageBitmap,
+    run: &Run,
+    go_on: &dyn Fn() -> bool,
+) -> Result<(), WireError> {
+    let end = run.first.0 + u64::from(run.page_count);
+    for first in (run.first.0..end).step_by(ZEROED_AT_ONCE as usize).map(PageIndex) {
+        if !go_on() {
+            return Err(WireError::Interrupted);
         }
+        let count = ZEROED_AT_ONCE.min(end - first.0);
+        for (first, count) in written.runs_among(first, count) {
+            for page in (first.0..first.0 + count).map(PageIndex) {
+                let at = ram.layout.address_of(page).ok_or_else(|| outside(page))?;
+                ram.ram.write_slice(&ZEROES, at).map_err(failed)?;
+            }
+        }
+        written.remove_run(first, count);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ram::frame::Run;
+    use devices::ram::{GuestRam, RamLayout};
+    use std::cell::Cell;
+    use vm_memory::GuestMemoryBackend;
+
+    #[test]
+    fn zeroing_is_bounded_by_what_was_written_and_ends_with_a_cancel() {
+        let layout = RamLayout::for_size(16 << 20).unwrap();
+        let all = GuestRam::from_ranges(&[(vm_memory::GuestAddress(0), 16 << 20)]).unwrap();
+        let mut written = PageBitmap::new(layout.page_count());
+        written.insert_run(PageIndex(3), 2000);
+        let ram = IncomingRam { ram: all, layout };
+        let page_count = u32::try_from(ram.layout.page_count()).unwrap();
+        let run = Run { first: PageIndex(0), page_count, kind: RunKind::Zero };
+        let looks = Cell::new(0);
+        let twice = || {
+            looks.set(looks.get() + 1);
+            looks.get() <= 2
+        };
+        let stopped = clear_written(&ram, &mut written, &run, &twice);
+        assert!(matches!(stopped, Err(WireError::Interrupted)));
+        // Two pieces of 512 pages are done, of which three pages were clean.
+        assert_eq!(written.count(), 2000 - (2 * ZEROED_AT_ONCE - 3));
+        clear_written(&ram, &mut written, &run, &|| true).unwrap();
+        assert_eq!(written.count(), 0);
+        // Nothing is left to be done, whatever is in memory.
+        let at = ram.layout.address_of(PageIndex(5)).unwrap();
+        ram.ram.write_slice(&[7; 4096], at).unwrap();
+        clear_written(&ram, &mut written, &run, &|| true).unwrap();
+        let mut page = [0; 4096];
+        ram.ram.read_slice(&mut page, at).unwrap();
+        assert!(ram.ram.num_regions() == 1 && page == [7; 4096]);
+    }
 }
