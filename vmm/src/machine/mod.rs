@@ -304,12 +304,14 @@ impl Machine {
 /// May block on storage.
 pub fn lock_disks(nodes: &[Arc<BlockNode>]) -> Result<(), MachineError> {
     let again = lock_and_load(nodes)?;
-    for (node, again) in nodes.iter().zip(again) {
+    for (at, (node, again)) in nodes.iter().zip(again).enumerate() {
         if again {
-            // Nobody has written to it meanwhile: the guest can run in any case.
+            // The guest was here before, and can run in any case.
             node.mark_or_remove_bitmaps();
         } else if let Err(error) = node.mark_bitmaps() {
-            unlock_disks(nodes);
+            let (marked, untouched) = nodes.split_at(at);
+            unlock_disks(marked);
+            give_back_disks(untouched);
             return Err(disk_error(node, error));
         }
     }
