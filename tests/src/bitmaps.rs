@@ -2,14 +2,39 @@
 
 use crate::disk::SECTOR_BYTES;
 use crate::qmp::Qmp;
+use devices::block::BlockNode;
+use devices::block::raw::{Cache, RawFile};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The arguments that name a bitmap of disk `root`.
 pub fn named(name: &str) -> Value {
     json!({"node": "root", "name": name})
+}
+
+/// Where the persistent bitmaps of an image are.
+pub fn file_of(image: &Path) -> PathBuf {
+    let mut path = image.as_os_str().to_owned();
+    path.push(".bitmaps");
+    path.into()
+}
+
+/// Opens an image that no process has, as a VMM does, works with its bitmaps and closes it.
+///
+/// # Panics
+/// If that fails.
+pub fn with_bitmaps<T>(image: &Path, work: impl FnOnce(&Arc<BlockNode>) -> T) -> T {
+    let backend = RawFile::open(image, false, Cache::Writeback).expect("an image");
+    let node = Arc::new(BlockNode::new("root", Box::new(backend)));
+    node.lock().expect("nobody has it");
+    node.load_bitmaps().expect("a good file, or none");
+    let result = work(&node);
+    node.close_bitmaps().expect("it is written");
+    node.unlock();
+    result
 }
 
 /// Adds a bitmap to disk `root`.
@@ -20,6 +45,18 @@ pub fn add(qmp: &mut Qmp, name: &str, granularity: u64, disabled: bool) {
     let mut arguments = named(name);
     arguments["granularity"] = granularity.into();
     arguments["disabled"] = disabled.into();
+    let answer = qmp.execute("block-dirty-bitmap-add", arguments);
+    assert_eq!(answer.expect("it is added"), json!({}));
+}
+
+/// Adds one that records and is kept beside the image.
+///
+/// # Panics
+/// If it is refused.
+pub fn add_persistent(qmp: &mut Qmp, name: &str, granularity: u64) {
+    let mut arguments = named(name);
+    arguments["granularity"] = granularity.into();
+    arguments["persistent"] = true.into();
     let answer = qmp.execute("block-dirty-bitmap-add", arguments);
     assert_eq!(answer.expect("it is added"), json!({}));
 }

@@ -1,18 +1,18 @@
 //! Dirty bitmaps that move with their guest: bit for bit, and not at all if the last phase is cut short.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use devices::block::BlockNode;
-use devices::block::bitmaps::{BitmapName, NewBitmap};
-use devices::block::raw::{Cache, RawFile};
-use ferry_tests::bitmaps::{add, assert_has, bitmap, bitmaps, changed, named};
+use devices::block::bitmaps::{BitmapInfo, BitmapName, NewBitmap};
+use ferry_tests::bitmaps::{
+    add, add_persistent, assert_has, bitmap, bitmaps, expected, named, with_bitmaps,
+};
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::hosts::started;
+use ferry_tests::hosts::{moving, started};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
-use ferry_tests::{disk, needs};
+use ferry_tests::steps::{STEPPING, touched};
+use ferry_tests::{disk, needs, steps};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 16 * MIB + 512;
@@ -48,69 +48,149 @@ fn hop(vmm: &mut Vmm, image: &mut PathBuf, to: &Path, channels: &str) {
     vmm.wait_line("^HB ").unwrap();
 }
 
+/// A guest that takes steps on its disk `root`, held, on a blank image.
+fn stepper(image: &Path) -> Vmm {
+    started(&Guest::new(STEPPING, 64).disk("root", image))
+}
+
+/// The bitmaps that an image nobody has open keeps in its file.
+fn kept(image: &Path) -> Vec<BitmapInfo> {
+    with_bitmaps(image, |node| node.bitmaps().info())
+}
+
 #[test]
 #[needs(kvm)]
-fn ten_moves_lose_no_bit_and_add_none() {
+fn what_is_written_discarded_and_zeroed_before_during_and_after_a_move_is_marked() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = 32 * MIB + 512;
+    let mut vmm = stepper(&blank(folder.path(), "0", bytes));
+    let mut qmp = vmm.qmp().unwrap();
+    for (name, granularity) in
+        [("fine", 512), ("middle", 4096), ("coarse", 65_536), ("before", 512)]
+    {
+        add(&mut qmp, name, granularity, false);
+    }
+    steps::go(&mut vmm).unwrap();
+    steps::wait_for(&vmm, 100).unwrap();
+    let before = steps::hold(&mut vmm).unwrap();
+    let sectors = touched(0..before, bytes);
+    for name in ["fine", "middle", "coarse", "before"] {
+        assert_has(&mut qmp, name, &sectors, bytes);
+    }
+    run(&mut qmp, "block-dirty-bitmap-disable", named("before"));
+    steps::go(&mut vmm).unwrap();
+    let give = format!("root={}", folder.path().join("1").display());
+    let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+    // The disk is at the destination in part while the guest takes some steps.
+    let slow = ["--disks", "full", "--max-bandwidth", "2M"];
+    let migration = moving(&vmm, &destination.address, &slow);
+    let at_start = steps::last_told(&vmm).unwrap();
+    steps::wait_for(&vmm, at_start + 100).unwrap();
+    run(&mut qmp, "migrate-set-parameters", json!({"max-bandwidth": 1_u64 << 30}));
+    let ended = migration.end(SOON * 2).unwrap();
+    assert_eq!(ended.code, 0, "{}", ended.errors);
+    vmm.process.wait(SOON).unwrap();
+    let at_end = steps::last_told(&vmm).unwrap();
+    assert!(at_end >= at_start + 100, "{at_start} to {at_end} during the move");
+    steps::wait_for(&destination.vmm, at_end + 100).unwrap();
+    let after = steps::hold(&mut destination.vmm).unwrap();
+    let mut qmp = destination.vmm.qmp().unwrap();
+    let all = touched(0..after, bytes);
+    for name in ["fine", "middle", "coarse"] {
+        assert_has(&mut qmp, name, &all, bytes);
+    }
+    assert_has(&mut qmp, "before", &sectors, bytes);
+    ferry::verify_at(&mut destination.vmm, &[vmm.serial()]).unwrap();
+}
+
+#[test]
+#[needs(kvm)]
+fn ten_moves_lose_no_bit_and_add_none_over_one_channel() {
+    ten_moves("1");
+}
+
+#[test]
+#[needs(kvm)]
+fn ten_moves_lose_no_bit_and_add_none_over_four_channels() {
+    ten_moves("4");
+}
+
+fn ten_moves(channels: &str) {
     let folder = tempfile::tempdir().unwrap();
     let mut image = blank(folder.path(), "0", DISK_BYTES);
-    let mut vmm = started(&writer(&image));
+    let mut vmm = stepper(&image);
     let mut qmp = vmm.qmp().unwrap();
-    run(&mut qmp, "stop", json!({}));
-    let before = std::fs::read(&image).unwrap();
     for (name, granularity) in
         [("fine", 512), ("coarse", 65_536), ("huge", 64 << 20), ("off", 4096)]
     {
         add(&mut qmp, name, granularity, false);
     }
-    run(&mut qmp, "cont", json!({}));
-    vmm.wait_next_line("^HB ").unwrap();
-    run(&mut qmp, "stop", json!({}));
+    add_persistent(&mut qmp, "kept", 4096);
+    steps::go(&mut vmm).unwrap();
+    steps::wait_for(&vmm, 20).unwrap();
+    let first = steps::hold(&mut vmm).unwrap();
     run(&mut qmp, "block-dirty-bitmap-disable", named("off"));
-    let at_first = changed(&image, &before);
-    run(&mut qmp, "cont", json!({}));
+    steps::go(&mut vmm).unwrap();
+    let mut late = 0;
     for number in 1..=10 {
         // Every third time the disk stays where it is.
         let to =
             if number % 3 == 0 { image.clone() } else { folder.path().join(number.to_string()) };
-        hop(&mut vmm, &mut image, &to, if number % 2 == 0 { "4" } else { "1" });
+        let (from, taken) = (image.clone(), steps::last_told(&vmm).unwrap());
+        hop(&mut vmm, &mut image, &to, channels);
+        if from != to {
+            assert_eq!(kept(&from), [], "it has left, and the old disk must not say otherwise");
+        }
+        steps::wait_for(&vmm, taken + 20).unwrap();
         if number == 5 {
-            let mut qmp = vmm.qmp().unwrap();
-            add(&mut qmp, "late", 512, false);
+            late = steps::hold(&mut vmm).unwrap();
+            add(&mut vmm.qmp().unwrap(), "late", 512, false);
+            steps::go(&mut vmm).unwrap();
         }
     }
+    let last = steps::hold(&mut vmm).unwrap();
+    let all = touched(0..last, DISK_BYTES);
     let mut qmp = vmm.qmp().unwrap();
-    run(&mut qmp, "stop", json!({}));
-    let all = changed(&image, &before);
-    assert!(all.len() > at_first.len(), "the guest has written on the way");
-    for name in ["fine", "coarse", "huge"] {
+    for name in ["fine", "coarse", "huge", "kept"] {
         assert_has(&mut qmp, name, &all, DISK_BYTES);
-        assert_eq!(bitmap(&mut qmp, name)["recording"], true);
+        let shown = bitmap(&mut qmp, name);
+        assert_eq!(
+            (&shown["recording"], &shown["persistent"]),
+            (&json!(true), &json!(name == "kept"))
+        );
     }
-    assert_has(&mut qmp, "off", &at_first, DISK_BYTES);
+    assert_has(&mut qmp, "late", &touched(late..last, DISK_BYTES), DISK_BYTES);
+    assert_has(&mut qmp, "off", &touched(0..first, DISK_BYTES), DISK_BYTES);
     assert_eq!(bitmap(&mut qmp, "off")["recording"], false);
-    assert!(bitmap(&mut qmp, "late")["count"].as_u64().unwrap() > 0);
     let busy = |bitmap: &Value| bitmap["busy"] == true;
     assert!(!bitmaps(&mut qmp, "root").as_array().unwrap().iter().any(busy));
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    // The file beside the last image has the one that is persistent, bit for bit.
+    run(&mut qmp, "quit", json!({}));
+    vmm.process.wait(SOON).unwrap();
+    let (count, digest) = expected(&all, 4096, DISK_BYTES);
+    let kept = kept(&image);
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_eq!((kept[0].name.as_str(), kept[0].count_bytes), ("kept", count));
+    assert!(kept[0].recording && !kept[0].inconsistent, "{kept:?}");
+    let stored = with_bitmaps(&image, |node| node.bitmaps().sha256(&kept[0].name));
+    assert_eq!(stored.unwrap(), digest);
 }
 
 /// A guest on a disk with two bitmaps. The contents of `large` are 2 MiB, no part of which is clean: they take
 /// seconds over a slow link.
 fn with_a_large_bitmap(folder: &Path) -> (Vmm, ferry::Destination) {
     let image = blank(folder, "root", 8 << 30);
-    let backend = RawFile::open(&image, false, Cache::Writeback).unwrap();
-    let node = Arc::new(BlockNode::new("root", Box::new(backend)));
-    node.lock().unwrap();
-    node.load_bitmaps().unwrap();
-    for (name, granularity) in [("small", 64 << 20), ("large", 512)] {
-        let name = BitmapName::new(name).unwrap();
-        let new = NewBitmap { name, granularity, persistent: true, recording: true };
-        node.bitmaps().add(new).unwrap();
-    }
-    for at in (0..8 << 30).step_by(256 << 20) {
-        node.write_at(&[0; 512], at).unwrap();
-    }
-    node.close_bitmaps().unwrap();
-    node.unlock();
+    with_bitmaps(&image, |node| {
+        for (name, granularity) in [("small", 64 << 20), ("large", 512)] {
+            let name = BitmapName::new(name).unwrap();
+            let new = NewBitmap { name, granularity, persistent: true, recording: true };
+            node.bitmaps().add(new).unwrap();
+        }
+        for at in (0..8 << 30).step_by(256 << 20) {
+            node.write_at(&[0; 512], at).unwrap();
+        }
+    });
     let source = started(&Guest::new("work=idle", 64).disk("root", &image));
     let give = format!("root={}", image.display());
     (source, ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap())
