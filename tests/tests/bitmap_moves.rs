@@ -1,12 +1,13 @@
-//! Dirty bitmaps that move with their guest: bit for bit, and not at all if the last phase is cut short.
+//! Dirty bitmaps that move with their guest: bit for bit, under the names and with the flags that a mapping gives.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use devices::block::bitmaps::{BitmapInfo, BitmapName, NewBitmap};
+use devices::block::bitmaps::BitmapInfo;
 use ferry_tests::bitmaps::{
-    add, add_persistent, assert_has, bitmap, bitmaps, expected, named, with_bitmaps,
+    add, add_persistent, assert_has, bitmap, bitmap_now, bitmaps, bitmaps_now, expected, named,
+    with_bitmaps,
 };
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::hosts::{moving, started};
+use ferry_tests::hosts::{assert_failed, assert_goes_on, moving, started};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::steps::{STEPPING, touched};
@@ -177,114 +178,6 @@ fn ten_moves(channels: &str) {
     assert_eq!(stored.unwrap(), digest);
 }
 
-/// A guest on a disk with two bitmaps. The contents of `large` are 2 MiB, no part of which is clean: they take
-/// seconds over a slow link.
-fn with_a_large_bitmap(folder: &Path) -> (Vmm, ferry::Destination) {
-    let image = blank(folder, "root", 8 << 30);
-    with_bitmaps(&image, |node| {
-        for (name, granularity) in [("small", 64 << 20), ("large", 512)] {
-            let name = BitmapName::new(name).unwrap();
-            let new = NewBitmap { name, granularity, persistent: true, recording: true };
-            node.bitmaps().add(new).unwrap();
-        }
-        for at in (0..8 << 30).step_by(256 << 20) {
-            node.write_at(&[0; 512], at).unwrap();
-        }
-    });
-    let source = started(&Guest::new("work=idle", 64).disk("root", &image));
-    let give = format!("root={}", image.display());
-    (source, ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap())
-}
-
-/// Starts a move and waits until the guest has moved and the bitmaps are on their way.
-fn in_last_phase(source: &Vmm, address: &str) -> (ferry::Migration, Qmp) {
-    let mut qmp = source.qmp().unwrap();
-    qmp.want_migration_events().unwrap();
-    let slow = ["--max-bandwidth", "400K", "--disks", "none"];
-    let migration = ferry::start_migrate(source, address, &slow).unwrap();
-    qmp.wait_migration(&["postcopy-active"], SOON * 2).unwrap();
-    let info = qmp.execute("query-migrate", json!({})).unwrap();
-    assert_eq!(info["status"], "postcopy-active");
-    assert!(
-        info["downtime"].is_u64() && info["x-postcopy"]["total"].as_u64().unwrap() > 0,
-        "{info}"
-    );
-    (migration, qmp)
-}
-
-/// That the guest runs there, and which bitmaps have arrived.
-fn arrived(destination: &ferry::Destination, source: &Vmm) -> Vec<String> {
-    let mut qmp = destination.vmm.qmp().unwrap();
-    let info = qmp.migration_end().unwrap();
-    assert_eq!(info["status"], "completed", "{info}");
-    assert_eq!(qmp.run_state().unwrap(), "running");
-    destination.vmm.wait_next_line("^HB ").unwrap();
-    assert!(!source.serial().text().is_empty());
-    let found = bitmaps(&mut qmp, "root");
-    let found = found.as_array().into_iter().flatten();
-    assert!(
-        found.clone().all(|bitmap| bitmap["busy"] == false && bitmap["inconsistent"].is_null())
-    );
-    let missing = info["x-incomplete"].as_str().unwrap_or_default();
-    let names: Vec<_> = found.map(|bitmap| bitmap["name"].as_str().unwrap().to_owned()).collect();
-    for name in ["small", "large"] {
-        let named = missing.contains(&format!("root/{name}"));
-        assert_eq!(named, !names.contains(&name.to_owned()), "{name}: {missing:?}");
-    }
-    names
-}
-
-/// Kill either side, or give up: the guest runs at the destination or is the operator's, and no bitmap is half
-/// true.
-#[test]
-#[needs(kvm)]
-fn the_last_phase_cut_short_costs_bitmaps_and_nothing_else() {
-    let folder = tempfile::tempdir().unwrap();
-    // The source is killed.
-    let (mut source, destination) = with_a_large_bitmap(folder.path());
-    let (migration, _) = in_last_phase(&source, &destination.address);
-    source.process.kill().unwrap();
-    assert_eq!(migration.end(SOON).unwrap().code, 4, "its control socket has gone");
-    assert_eq!(arrived(&destination, &source), ["small"]);
-    drop(destination);
-
-    // The destination is: the guest is gone with it, and does not come back by itself.
-    let folder = tempfile::tempdir().unwrap();
-    let (source, mut destination) = with_a_large_bitmap(folder.path());
-    let (migration, mut qmp) = in_last_phase(&source, &destination.address);
-    destination.vmm.process.kill().unwrap();
-    let info = qmp.migration_end().unwrap();
-    assert_eq!(info["status"], "completed", "{info}");
-    assert!(info["x-incomplete"].is_string(), "{info}");
-    let ended = migration.end(SOON).unwrap();
-    assert_eq!(ended.code, 6, "{}", ended.errors);
-    assert!(ended.errors.contains("not everything has arrived"), "{}", ended.errors);
-
-    // A cancel comes too late; what is left can be given up.
-    let folder = tempfile::tempdir().unwrap();
-    let (source, destination) = with_a_large_bitmap(folder.path());
-    let (migration, mut qmp) = in_last_phase(&source, &destination.address);
-    let refusal = qmp.refused("migrate_cancel", json!({})).unwrap();
-    assert!(refusal.description.contains("cannot be cancelled any more"), "{refusal}");
-    run(&mut qmp, "x-migrate-give-up", json!({}));
-    let ended = migration.end(SOON).unwrap();
-    assert_eq!(ended.code, 6, "{}", ended.errors);
-    assert!(ended.errors.contains("given up at the source"), "{}", ended.errors);
-    assert_eq!(arrived(&destination, &source), ["small"]);
-
-    // Left alone, all is there.
-    let folder = tempfile::tempdir().unwrap();
-    let (source, destination) = with_a_large_bitmap(folder.path());
-    let (migration, _qmp) = in_last_phase(&source, &destination.address);
-    // The guest has run there for seconds when the last bitmap is complete.
-    destination.vmm.wait_line("^HB ").unwrap();
-    let ended = migration.end(SOON * 2).unwrap();
-    assert_eq!(ended.code, 0, "{}", ended.errors);
-    assert_eq!(arrived(&destination, &source), ["small", "large"]);
-    let mut qmp = destination.vmm.qmp().unwrap();
-    assert_eq!(bitmap(&mut qmp, "large")["count"], 32 * 512);
-}
-
 #[test]
 #[needs(kvm)]
 fn a_mapping_renames_what_it_names_and_leaves_the_rest() {
@@ -321,4 +214,127 @@ fn a_mapping_renames_what_it_names_and_leaves_the_rest() {
     ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
     let names: Vec<_> = bitmaps(&mut there, "root").as_array().unwrap().clone();
     assert_eq!((names.len(), &names[0]["name"]), (1, &json!("arrived")));
+}
+
+/// `name` of disk `root` moves as itself, and is persistent at the other end or not.
+fn transformed(name: &str, persistent: bool) -> Value {
+    json!({"name": name, "alias": name, "transform": {"persistent": persistent}})
+}
+
+fn map(qmp: &mut Qmp, bitmaps: Value) {
+    let mapping = json!([{"node-name": "root", "alias": "root", "bitmaps": bitmaps}]);
+    run(qmp, "migrate-set-parameters", json!({"block-bitmap-mapping": mapping}));
+}
+
+#[test]
+#[needs(kvm)]
+fn a_mapping_makes_bitmaps_persistent_or_not_at_either_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = ["0", "1", "2"].map(|name| folder.path().join(name));
+    let mut vmm = stepper(&blank(folder.path(), "0", DISK_BYTES));
+    let mut qmp = vmm.qmp().unwrap();
+    add(&mut qmp, "becomes", 512, false);
+    add_persistent(&mut qmp, "ceases", 512);
+    add_persistent(&mut qmp, "stays", 512);
+    map(
+        &mut qmp,
+        json!([
+            transformed("becomes", true),
+            transformed("ceases", false),
+            {"name": "stays", "alias": "stays"},
+        ]),
+    );
+    let persistent = |qmp: &mut Qmp| {
+        ["becomes", "ceases", "stays"].map(|name| bitmap(qmp, name)["persistent"] == true)
+    };
+    assert_eq!(persistent(&mut qmp), [false, true, true]);
+    steps::go(&mut vmm).unwrap();
+    steps::wait_for(&vmm, 20).unwrap();
+    let mut image = images[0].clone();
+    hop(&mut vmm, &mut image, &images[1], "1");
+    assert_eq!(kept(&images[0]), []);
+    steps::hold(&mut vmm).unwrap();
+    assert_eq!(persistent(&mut vmm.qmp().unwrap()), [true, false, true]);
+    steps::go(&mut vmm).unwrap();
+
+    // What arrives is for the destination to say, too.
+    let give = format!("root={}", images[2].display());
+    let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+    let mut qmp = destination.vmm.qmp().unwrap();
+    let both = json!([
+        {"name": "becomes", "alias": "becomes"},
+        transformed("ceases", true),
+        transformed("stays", false),
+    ]);
+    map(&mut qmp, both);
+    ferry::migrate_well(&vmm, &destination.address, &["--disks", "full"]).unwrap();
+    vmm.process.wait(SOON).unwrap();
+    assert_eq!(kept(&images[1]), []);
+    let told = steps::last_told(&vmm).unwrap();
+    steps::wait_for(&destination.vmm, told + 20).unwrap();
+    let all = touched(0..steps::hold(&mut destination.vmm).unwrap(), DISK_BYTES);
+    assert_eq!(persistent(&mut qmp), [true, true, false]);
+    for name in ["becomes", "ceases", "stays"] {
+        assert_has(&mut qmp, name, &all, DISK_BYTES);
+    }
+    run(&mut qmp, "quit", json!({}));
+    destination.vmm.process.wait(SOON).unwrap();
+    let (count, digest) = expected(&all, 512, DISK_BYTES);
+    let mut kept = kept(&images[2]);
+    kept.sort_by(|a, b| a.name.as_str().cmp(b.name.as_str()));
+    let names: Vec<_> = kept.iter().map(|info| info.name.as_str()).collect();
+    assert_eq!(names, ["becomes", "ceases"]);
+    for info in &kept {
+        assert!(info.count_bytes == count && !info.inconsistent, "{info:?}");
+        let stored = with_bitmaps(&images[2], |node| node.bitmaps().sha256(&info.name));
+        assert_eq!(stored.unwrap(), digest);
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn an_inconsistent_bitmap_is_refused_by_name_and_can_stay_behind_or_be_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = blank(folder.path(), "0", DISK_BYTES);
+    let mut crashed = started(&writer(&image));
+    let mut qmp = crashed.qmp().unwrap();
+    add_persistent(&mut qmp, "lost", 512);
+    run(&mut qmp, "x-block-dirty-bitmap-store", json!({"node": "root"}));
+    crashed.process.kill().unwrap();
+    let mut source = started(&writer(&image));
+    let mut qmp = source.qmp().unwrap();
+    assert_eq!(bitmap_now(&mut qmp, "lost")["inconsistent"], true);
+    add(&mut qmp, "good", 512, false);
+    let target = folder.path().join("1");
+    let give = format!("root={}", target.display());
+    let receive = || ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+    let refused = ferry::migrate(&source, &receive().address, &["--disks", "full"]).unwrap();
+    assert_failed(&refused, "Bitmap 'lost' is inconsistent");
+    assert_goes_on(&mut source);
+    assert_eq!(bitmap_now(&mut qmp, "lost")["inconsistent"], true);
+    assert_eq!(bitmap_now(&mut qmp, "good")["busy"], false, "the refusal left it to others");
+    let names = |vmm: &Vmm| -> Vec<Value> {
+        let all = bitmaps_now(&mut vmm.qmp().unwrap());
+        all.iter().map(|bitmap| bitmap["name"].clone()).collect()
+    };
+
+    // One that is not mapped stays behind, whatever it is.
+    map(&mut qmp, json!([{"name": "good", "alias": "good"}]));
+    let destination = receive();
+    ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
+    source.process.wait(SOON).unwrap();
+    assert_eq!(names(&destination.vmm), ["good"]);
+    drop(destination);
+    let left = kept(&image);
+    assert!(left.len() == 1 && left[0].inconsistent, "{left:?}");
+
+    // Without it the others move as ever.
+    std::fs::remove_file(&target).unwrap();
+    let source = started(&writer(&image));
+    let mut qmp = source.qmp().unwrap();
+    add(&mut qmp, "good", 512, false);
+    run(&mut qmp, "block-dirty-bitmap-remove", named("lost"));
+    let destination = receive();
+    ferry::migrate_well(&source, &destination.address, &["--disks", "full"]).unwrap();
+    assert_eq!(names(&destination.vmm), ["good"]);
 }
