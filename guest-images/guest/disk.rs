@@ -1,7 +1,8 @@
 //! `disk`: sectors that prove themselves, over the driver in `virtio`.
 //!
 //! Every cycle takes a few sectors at random, reads them, checks that each is exactly what the device
-//! acknowledged last, writes the next generation, and now and then flushes.
+//! acknowledged last, writes the next generation, and now and then flushes. With `steps=1` it takes those of
+//! the next of `steps`, and writes, discards or zeroes them.
 
 use crate::beside::{Beside, pages_wanted};
 use crate::clock::{tsc, us};
@@ -9,10 +10,13 @@ use crate::console::{self, println};
 use crate::heartbeat::{self, Heartbeat, PER_CPU, answer, corrupt, note_gap};
 use crate::machine::{self, Machine};
 use crate::pages::next_random;
+use crate::steps::{Kind, Step};
 use crate::virtio::{
-    BATCH, DATA_PAGES, Disk, RING_PAGES, SECTOR_WORDS, T_FLUSH, T_GET_ID, T_IN, T_OUT,
+    BATCH, DATA_PAGES, Disk, RANGE_BYTES, RING_PAGES, SECTOR_WORDS, T_DISCARD, T_FLUSH, T_GET_ID,
+    T_IN, T_OUT, T_WRITE_ZEROES,
 };
 use core::ops::Range;
+use core::sync::atomic::Ordering::Relaxed;
 
 const SECTOR_BYTES: usize = 512;
 const SECTORS_PER_MB: u64 = 2048;
@@ -24,6 +28,9 @@ const BYTES_PER_CYCLE: usize = 4;
 /// Generations of sectors in one page of their table.
 const ENTRIES: u64 = 1024;
 const MAGIC: u64 = 0x4645_5252_5953_4543;
+/// Flags beside a generation: the sector is zeroes; it was discarded, and may be that or what it was.
+const ZEROED: u32 = 1 << 31;
+const DISCARDED: u32 = 1 << 30;
 
 fn seed(sector: u64, generation: u64) -> u64 {
     (sector << 24 ^ generation).wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -94,7 +101,7 @@ impl Region<'_> {
     fn write_next_generation(&mut self, batch: Range<u64>) {
         for (slot, sector) in batch.clone().enumerate() {
             let generation = self.generation(sector);
-            *generation += 1;
+            *generation = (*generation & !(ZEROED | DISCARDED)) + 1;
             let generation = u64::from(*generation);
             fill_sector(self.disk.sector(slot), sector, generation);
         }
@@ -108,12 +115,42 @@ impl Region<'_> {
         }
         self.must("read", T_IN, batch.clone(), SECTOR_BYTES);
         for (slot, sector) in batch.enumerate() {
-            let expected = u64::from(*self.generation(sector));
+            let entry = *self.generation(sector);
+            let expected = u64::from(entry & !(ZEROED | DISCARDED));
             let words = self.disk.sector(slot);
-            if !is_whole(words, sector, expected) {
+            let is_right = if words.iter().all(|word| *word == 0) {
+                entry & (ZEROED | DISCARDED) != 0
+            } else {
+                entry & ZEROED == 0 && is_whole(words, sector, expected)
+            };
+            if !is_right {
                 heartbeat::report_content("sector", sector as usize, expected, words[2]);
             }
         }
+    }
+
+    /// Discards or zeroes: one request of one range.
+    fn clear(&mut self, what: &str, kind: u32, sectors: Range<u64>, flags: u64, mark: u32) {
+        let count = sectors.end - sectors.start;
+        self.disk.sector(0)[..2].copy_from_slice(&[sectors.start, count | flags << 32]);
+        self.must(what, kind, sectors.start..sectors.start + 1, RANGE_BYTES);
+        for sector in sectors {
+            *self.generation(sector) |= mark;
+        }
+        self.written += count;
+    }
+
+    fn take(&mut self, step: Step) {
+        let sectors = step.sectors;
+        self.read_and_check(sectors.clone());
+        match step.kind {
+            Kind::Write => self.write_next_generation(sectors.clone()),
+            Kind::Discard => self.clear("discard", T_DISCARD, sectors.clone(), 0, DISCARDED),
+            Kind::Zeroes { unmap } => {
+                self.clear("zeroes", T_WRITE_ZEROES, sectors.clone(), unmap.into(), ZEROED);
+            }
+        }
+        self.read_and_check(sectors);
     }
 
     fn flush(&mut self) {
@@ -157,6 +194,12 @@ pub fn run(machine: &Machine) -> ! {
         println!("ERROR the disk is empty");
         machine::debug_exit(0x77);
     }
+    let steps = machine.number("steps", 0) == 1;
+    if steps && (Step::new(0, sectors).is_none() || !disk.clears()) {
+        println!("ERROR the disk is too small for steps, or has no discards and zeroes");
+        machine::debug_exit(0x77);
+    }
+    heartbeat::HELD.store(steps, Relaxed);
     for page in 0..(sectors.div_ceil(ENTRIES)) as usize {
         // SAFETY: nothing else uses the table's pages.
         unsafe { machine.page(RING_PAGES + DATA_PAGES + page).write_bytes(0, 512) };
@@ -187,7 +230,8 @@ pub fn run(machine: &Machine) -> ! {
     let written = region.written * SECTOR_BYTES as u64;
     let pace = Pace::new(machine.number("rate_mbps", 0), region.written);
     let heartbeat = Heartbeat::new(machine.number("hb_ms", 100), written);
-    rewrite_for_ever(&mut region, beside, pace, heartbeat)
+    let next_step = steps.then_some(0);
+    rewrite_for_ever(&mut region, beside, pace, heartbeat, next_step)
 }
 
 /// Keeps to a rate, if there is one.
@@ -219,16 +263,25 @@ fn rewrite_for_ever(
     mut beside: Beside<'_>,
     mut pace: Pace,
     mut heartbeat: Heartbeat,
+    mut next_step: Option<u64>,
 ) -> ! {
     let (mut random, mut cycles) = (1u64, 0u64);
     let mut last = tsc();
     let mut sending = false;
     loop {
-        random = next_random(random);
-        let first = (random >> 20) % region.sectors / BATCH as u64 * BATCH as u64;
-        let batch = region.batch(first);
-        region.read_and_check(batch.clone());
-        region.write_next_generation(batch);
+        let held = heartbeat::HELD.load(Relaxed);
+        if let Some(number) = &mut next_step {
+            if !held && let Some(step) = Step::new(*number, region.sectors) {
+                region.take(step);
+                *number += 1;
+            }
+        } else {
+            random = next_random(random);
+            let first = (random >> 20) % region.sectors / BATCH as u64 * BATCH as u64;
+            let batch = region.batch(first);
+            region.read_and_check(batch.clone());
+            region.write_next_generation(batch);
+        }
         cycles += 1;
         if cycles.is_multiple_of(CYCLES_PER_FLUSH) {
             region.flush();
@@ -246,14 +299,19 @@ fn rewrite_for_ever(
             }
             sending = sending && console::pump();
         }
-        PER_CPU[0].progress.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+        PER_CPU[0].progress.fetch_add(1, Relaxed);
         if heartbeat.is_due() {
             let (acked, lost) = (region.disk.acknowledged, region.disk.lost_interrupts);
             let bytes = region.written * SECTOR_BYTES as u64;
             heartbeat.beat(
                 region.written,
                 bytes,
-                format_args!(" acked={acked} lost_irq={lost} ram_gen={}", beside.rewritten),
+                format_args!(
+                    " acked={acked} lost_irq={lost} ram_gen={} steps={} held={}",
+                    beside.rewritten,
+                    next_step.unwrap_or(0),
+                    u8::from(held),
+                ),
             );
             sending = true;
             if answer(&mut || region.check_all(&beside)) {

@@ -5,7 +5,7 @@ use crate::console::{self, println};
 use crate::machine;
 use crate::smp::MAX_CPUS;
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// What one CPU has to tell, in cache lines of its own.
 #[repr(align(128))]
@@ -32,6 +32,9 @@ static CONTENT_CORRUPT: AtomicU64 = AtomicU64::new(0);
 static UNTOUCHED_CORRUPT: AtomicU64 = AtomicU64::new(0);
 /// How often registers came back changed.
 pub static FPU_CORRUPT: AtomicU64 = AtomicU64::new(0);
+
+/// Whether `disk` takes no steps, until it is told to go.
+pub static HELD: AtomicBool = AtomicBool::new(false);
 
 /// Mismatches of every kind.
 pub fn corrupt() -> u64 {
@@ -156,7 +159,7 @@ impl Heartbeat {
 }
 
 /// Reads what was asked on the serial line: `c` calls for a check, `q` leaves through the debug port,
-/// `p` powers off, `r` resets. Says whether a check was made.
+/// `p` powers off, `r` resets, `g` and `h` have `disk` take steps or not. Says whether a check was made.
 pub fn answer(check: &mut dyn FnMut()) -> bool {
     let mut checked = false;
     while let Some(byte) = console::read() {
@@ -165,6 +168,8 @@ pub fn answer(check: &mut dyn FnMut()) -> bool {
                 check();
                 checked = true;
             }
+            b'g' => HELD.store(false, Relaxed),
+            b'h' => HELD.store(true, Relaxed),
             b'q' => machine::debug_exit(0),
             b'p' => machine::power_off(),
             b'r' => machine::reset(),

@@ -18,6 +18,7 @@ mod runtime;
 mod selftest;
 mod sleeper;
 mod smp;
+mod steps;
 mod virtio;
 
 core::arch::global_asm!(include_str!("ring0.s"), options(raw));

@@ -27,8 +27,14 @@ pub const T_IN: u32 = 0;
 pub const T_OUT: u32 = 1;
 pub const T_FLUSH: u32 = 4;
 pub const T_GET_ID: u32 = 8;
+pub const T_DISCARD: u32 = 11;
+pub const T_WRITE_ZEROES: u32 = 13;
+/// What one of the last two has as its data: first sector, 8 bytes; sectors, 4; flags, 4.
+pub const RANGE_BYTES: usize = 16;
 
 const F_FLUSH: u64 = 1 << 9;
+const F_DISCARD: u64 = 1 << 13;
+const F_WRITE_ZEROES: u64 = 1 << 14;
 const F_INDIRECT: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
@@ -186,7 +192,8 @@ impl Disk {
         if offered & F_VERSION_1 == 0 {
             return Err("the device does not offer VERSION_1");
         }
-        self.features = offered & (F_VERSION_1 | F_FLUSH | F_EVENT_IDX | F_INDIRECT);
+        let clearing = F_DISCARD | F_WRITE_ZEROES;
+        self.features = offered & (F_VERSION_1 | F_FLUSH | clearing | F_EVENT_IDX | F_INDIRECT);
         for half in [0, 1] {
             self.set(DRIVER_FEATURES_SELECT, half);
             self.set(DRIVER_FEATURES, (self.features >> (half * 32)) as u32);
@@ -204,6 +211,11 @@ impl Disk {
 
     pub fn flushes(&self) -> bool {
         self.has(F_FLUSH)
+    }
+
+    /// Whether it takes discards and zeroes.
+    pub fn clears(&self) -> bool {
+        self.has(F_DISCARD) && self.has(F_WRITE_ZEROES)
     }
 
     /// In sectors.
@@ -243,7 +255,7 @@ impl Disk {
             (self.rings, first)
         };
         let data = self.data as usize + slot * self.slot_bytes;
-        let direction = if kind == T_OUT { 0 } else { DESC_WRITE };
+        let direction = if matches!(kind, T_IN | T_GET_ID) { DESC_WRITE } else { 0 };
         let mut count = 0;
         let mut add = |address, len, flags, is_last: bool| {
             let flags = if is_last { flags } else { flags | DESC_NEXT };

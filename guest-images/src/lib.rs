@@ -29,6 +29,7 @@
 //! | `pattern=seq\|rand` | `dirty`: order of rewriting |
 //! | `change_pct=100` | `dirty`: how much of a page a rewrite changes; its head always changes |
 //! | `sleep=1` | `spin`, `dirty`: sleep like `idle` after the fill, and rewrite nothing |
+//! | `steps=1` | `disk`: after the fill, writes, discards and zeroes in the order of [`steps`], in place of writes at random; held until a `g` |
 //! | `disk_mb=N` | `disk`: how much of the disk to use, from its start; default all, at most 1024 |
 //! | `virtio_mmio.device=SIZE@BASE:IRQ` | devices; the first that is a disk is used |
 //! | `ram_mb=N` | RAM from address 0, only for a VMM that passes no memory map |
@@ -49,15 +50,17 @@
 //!   late a sleeper woke, or how long a cycle of `disk` took; only the time of a check is left out. R the
 //!   rate since then, in 10^6 bytes per second. C mismatches so far of any kind, F those in registers. A
 //!   of the CPUs made progress since the last heartbeat. V is time by kvmclock, 0 where there is none. A
-//!   disk adds `acked=N lost_irq=L ram_gen=G`: requests that the device acknowledged, those that a timer
-//!   found instead of an interrupt, and pages rewritten beside it.
+//!   disk adds `acked=N lost_irq=L ram_gen=G steps=S held=H`: requests that the device acknowledged, those
+//!   that a timer found instead of an interrupt, pages rewritten beside it, steps taken, and whether it
+//!   takes none now.
 //! - `CORRUPT WHAT …` at the first mismatch of each kind: `CORRUPT page=I expected_gen=E found_gen=G`,
 //!   `CORRUPT sector=…` likewise, `CORRUPT untouched=I word=W found=0x…`, `CORRUPT fpu cpu=C`,
 //!   `CORRUPT clock last=T now=U` (it went backwards), `CORRUPT kvmclock …`. The guest goes on; `corrupt=`
 //!   counts all of them.
 //! - `CHECK pages=P corrupt=C gen=G untouched=U` or `CHECK sectors=S corrupt=C gen=G acked=N` answers a
 //!   `c` on the serial line, for `disk` with the pages beside it as `ram_pages=`: all was read, every byte of it; C as in heartbeats, so 0 means that nothing
-//!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off, `r` resets.
+//!   was ever wrong. `q` exits through port 0xf4 with 0 (status 1), `p` powers off, `r` resets, `g` and
+//!   `h` have a disk with `steps=1` take them or not.
 //! - `READY work=diskread bs=B qd=Q blocks=N`, then `DISKREAD requests=R us=T kbps=K iops=I`: R reads in T, K in
 //!   1000 bytes per second.
 //! - `SELFTEST flipped bit detected at page N bit B`, `SELFTEST flipped bit detected in a sector`,
@@ -66,6 +69,9 @@
 //!   something that must not happen.
 //!
 //! Power-off is 0x2000 to port 0x604, then the i8042's reset, then a triple fault.
+
+#[path = "../guest/steps.rs"]
+pub mod steps;
 
 /// Path of the built kernel.
 pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");

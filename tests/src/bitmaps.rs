@@ -1,15 +1,47 @@
 //! Dirty bitmaps over the control socket, compared with what has changed in the image.
 
 use crate::disk::SECTOR_BYTES;
+use crate::process::SOON;
 use crate::qmp::Qmp;
+use devices::block::BlockNode;
+use devices::block::raw::{Cache, RawFile};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The arguments that name a bitmap of disk `root`.
 pub fn named(name: &str) -> Value {
     json!({"node": "root", "name": name})
+}
+
+/// Where the persistent bitmaps of an image are.
+pub fn file_of(image: &Path) -> PathBuf {
+    let mut path = image.as_os_str().to_owned();
+    path.push(".bitmaps");
+    path.into()
+}
+
+/// Opens an image that no process has, as a VMM does, works with its bitmaps and closes it.
+///
+/// # Panics
+/// If that fails.
+pub fn with_bitmaps<T>(image: &Path, work: impl FnOnce(&Arc<BlockNode>) -> T) -> T {
+    let backend = RawFile::open(image, false, Cache::Writeback).expect("an image");
+    let node = Arc::new(BlockNode::new("root", Box::new(backend)));
+    let deadline = Instant::now() + SOON;
+    // The rings of a process that was killed give its files back a moment after its end; nothing announces that.
+    while let Err(error) = node.lock() {
+        assert!(Instant::now() < deadline, "{error}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    node.load_bitmaps().expect("a good file, or none");
+    let result = work(&node);
+    node.close_bitmaps().expect("it is written");
+    node.unlock();
+    result
 }
 
 /// Adds a bitmap to disk `root`.
@@ -24,7 +56,40 @@ pub fn add(qmp: &mut Qmp, name: &str, granularity: u64, disabled: bool) {
     assert_eq!(answer.expect("it is added"), json!({}));
 }
 
-/// The bitmaps of a disk, as both queries show them.
+/// Adds one that records and is kept beside the image.
+///
+/// # Panics
+/// If it is refused.
+pub fn add_persistent(qmp: &mut Qmp, name: &str, granularity: u64) {
+    let mut arguments = named(name);
+    arguments["granularity"] = granularity.into();
+    arguments["persistent"] = true.into();
+    let answer = qmp.execute("block-dirty-bitmap-add", arguments);
+    assert_eq!(answer.expect("it is added"), json!({}));
+}
+
+/// The bitmaps of disk `root` while the guest may write: as one query shows them at one moment.
+///
+/// # Panics
+/// If the answer is none.
+pub fn bitmaps_now(qmp: &mut Qmp) -> Vec<Value> {
+    let answer = qmp.execute("query-block", json!({})).expect("an answer of the expected shape");
+    let mut devices = answer.as_array().into_iter().flatten();
+    let found = devices.find(|device| device["device"] == "root").expect("a disk `root`");
+    found["inserted"]["dirty-bitmaps"].as_array().cloned().unwrap_or_default()
+}
+
+/// One of them.
+///
+/// # Panics
+/// If there is none.
+pub fn bitmap_now(qmp: &mut Qmp, name: &str) -> Value {
+    let all = bitmaps_now(qmp);
+    let found = all.iter().find(|bitmap| bitmap["name"] == name);
+    found.unwrap_or_else(|| panic!("no {name} in {all:?}")).clone()
+}
+
+/// The bitmaps of a disk, as both queries show them; nothing is written meanwhile.
 ///
 /// # Panics
 /// If the answer or the image is none.

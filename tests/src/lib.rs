@@ -14,6 +14,7 @@
 //! - [`unlinks`]: a process whose unlinks hang.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`bitmaps`]: dirty bitmaps, compared with what has changed in an image.
+//! - [`steps`]: a guest that tells what it has written, discarded and zeroed.
 //! - [`image`]: disk images, filled and compared by the host.
 //! - [`qemu`]: the same guest under QEMU, for the benchmark.
 //! - [`qmp`]: a small control-socket client that works with both.
@@ -39,6 +40,7 @@ pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod skip;
+pub mod steps;
 pub mod traveller;
 pub mod unlinks;
 pub mod verdict;

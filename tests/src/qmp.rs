@@ -39,12 +39,12 @@ impl std::fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Runs `script`, a file in `tests/tests` that drives the control socket with Python's `qemu.qmp`, to its end.
+/// Runs `script`, a file in `tests/tests` that drives control sockets with Python's `qemu.qmp`, to its end.
 /// For tests that need [`qemu_qmp`](crate::needs).
-pub fn run_python(script: &str, socket: &Path) -> Result<()> {
+pub fn run_python(script: &str, arguments: &[&str]) -> Result<()> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let script = here.join("tests").join(script);
-    let mut python = Process::start(Command::new(qmp_python()).arg(script).arg(socket))?;
+    let mut python = Process::start(Command::new(qmp_python()).arg(script).args(arguments))?;
     let code = python.exit_code(SOON)?;
     ensure!(code == 0, "{}{}", python.out.text(), python.err.text());
     Ok(())

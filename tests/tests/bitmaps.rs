@@ -362,8 +362,12 @@ fn a_person_adds_merges_and_lists_bitmaps() {
 
 #[test]
 #[needs(kvm, qemu_qmp)]
-fn the_python_client_qemu_qmp_adds_merges_and_reads_bitmaps() {
+fn the_python_client_qemu_qmp_adds_merges_moves_and_reads_bitmaps() {
     let images = Images::new();
     let vmm = started(&busy(&images.blank("root", 32 * MIB)));
-    run_python("bitmaps_client.py", vmm.socket()).unwrap();
+    let give = format!("root={}", images.0.path().join("copy").display());
+    let destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+    let sockets = [text(vmm.socket()), text(destination.vmm.socket())];
+    let arguments = [sockets[0], sockets[1], &destination.address];
+    run_python("bitmaps_client.py", &arguments).unwrap();
 }

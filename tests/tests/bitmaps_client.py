@@ -1,4 +1,8 @@
-"""Adds, merges and reads dirty bitmaps with the public qemu.qmp client, as backup programs do."""
+"""Adds, merges, moves and reads dirty bitmaps with the public qemu.qmp client, as backup programs do.
+
+Arguments: the control socket of a guest that writes to its disk `root`; the control socket of a process that waits
+for it, and its address.
+"""
 
 import asyncio
 import sys
@@ -6,9 +10,14 @@ import sys
 from qemu.qmp import ExecuteError, QMPClient
 
 
-async def main(path):
+async def connected(path):
     client = QMPClient("ferry-test")
     await client.connect(path)
+    return client
+
+
+async def main(path, other_path, address):
+    client = await connected(path)
 
     async def run(command, **arguments):
         return await client.execute(command, arguments)
@@ -21,14 +30,14 @@ async def main(path):
             return str(error)
         raise AssertionError(f"{command} was not refused")
 
-    async def bitmaps():
-        for device in await run("query-block"):
+    async def bitmaps(client=client):
+        for device in await client.execute("query-block"):
             if device["device"] == "root":
                 return {each["name"]: each for each in device["inserted"].get("dirty-bitmaps", [])}
 
-    async def sha256(name):
-        answer = await run("x-debug-block-dirty-bitmap-sha256", node="root", name=name)
-        return answer["sha256"]
+    async def sha256(name, client=client):
+        arguments = {"node": "root", "name": name}
+        return (await client.execute("x-debug-block-dirty-bitmap-sha256", arguments))["sha256"]
 
     await run("block-dirty-bitmap-add", node="root", name="b0")
     await run("block-dirty-bitmap-add", node="root", name="b1", granularity=4096)
@@ -58,10 +67,44 @@ async def main(path):
     ])
     assert text == "Dirty bitmap 'nope' not found", text
     assert await bitmaps() == found
-    for name in found:
-        await run("block-dirty-bitmap-remove", node="root", name=name)
-    assert await bitmaps() == {}
+
+    # They move with the guest and its disk; one records all the time.
+    await run("block-dirty-bitmap-add", node="root", name="recording", granularity=512)
+    found = await bitmaps()
+    digests = {name: await sha256(name) for name in found}
+    wanted = [{"capability": name, "state": True} for name in ("events", "dirty-bitmaps", "block")]
+    await run("migrate-set-capabilities", capabilities=wanted)
+    statuses = []
+    with client.listener(("MIGRATION",)) as events:
+        await run("migrate", uri=address)
+        while not statuses or statuses[-1] not in ("completed", "failed", "cancelled"):
+            event = await asyncio.wait_for(events.get(), 20)
+            statuses.append(event["data"]["status"])
+    info = await run("query-migrate")
+    assert statuses[-2:] == ["postcopy-active", "completed"] and "x-incomplete" not in info, (statuses, info)
+    other = await connected(other_path)
+    assert (await other.execute("query-status"))["status"] == "running"
+    arrived = await bitmaps(other)
+    assert set(arrived) == set(found) == {"b0", "b1", "all", "recording"}, arrived
+    for name in ("b0", "b1", "all"):
+        assert arrived[name] == found[name], (arrived, found)
+        assert await sha256(name, other) == digests[name], name
+    last = arrived["recording"]
+    assert last["recording"] and not last["busy"] and last["granularity"] == 512, last
+    assert last["count"] >= found["recording"]["count"], (last, found)
+    # The guest goes on writing, and that is marked.
+    await other.execute("block-dirty-bitmap-clear", {"node": "root", "name": "recording"})
+    for _ in range(1000):
+        if (await bitmaps(other))["recording"]["count"]:
+            break
+        await asyncio.sleep(0.01)
+    else:
+        raise AssertionError("nothing is marked at the destination")
+    for name in arrived:
+        await other.execute("block-dirty-bitmap-remove", {"node": "root", "name": name})
+    assert await bitmaps(other) == {}
+    await other.disconnect()
     await client.disconnect()
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
-use ferry_tests::hosts::Hosts;
+use ferry_tests::hosts::{Hosts, text};
 use ferry_tests::image::{Pattern, assert_same, fill};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::{ENDS, Qmp, run_python};
@@ -249,7 +249,8 @@ fn ctl_speaks_for_people() {
 #[test]
 #[needs(kvm, qemu_qmp)]
 fn the_python_client_qemu_qmp_drives_it() {
-    run_python("qmp_client.py", idle().socket()).unwrap();
+    let vmm = idle();
+    run_python("qmp_client.py", &[text(vmm.socket())]).unwrap();
 }
 
 /// Everything that bad clients must not stop: the guest, and other clients.

@@ -2,30 +2,17 @@
 //! and a move on shared storage, inconsistent after a crash.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use devices::block::BlockNode;
 use devices::block::bitmaps::{BitmapInfo, BitmapName, NewBitmap};
-use devices::block::raw::{Cache, RawFile};
+use ferry_tests::bitmaps::with_bitmaps;
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::{disk, needs};
 use serde_json::json;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 const DISK_BYTES: u64 = 8 << 20;
 const SECTOR: u64 = 512;
-
-/// Opens the image as a VMM does, works with its bitmaps and closes it.
-fn with_bitmaps<T>(image: &Path, work: impl FnOnce(&Arc<BlockNode>) -> T) -> T {
-    let backend = RawFile::open(image, false, Cache::Writeback).unwrap();
-    let node = Arc::new(BlockNode::new("root", Box::new(backend)));
-    node.lock().unwrap();
-    node.load_bitmaps().unwrap();
-    let result = work(&node);
-    node.close_bitmaps().unwrap();
-    result
-}
 
 fn name(name: &str) -> BitmapName {
     BitmapName::new(name).unwrap()
