@@ -62,6 +62,18 @@ impl BitmapsOutgoing {
         encode_setup(&all)
     }
 
+    fn total_bytes(&self) -> u64 {
+        self.held.iter().map(|held| held.serialized_bytes()).sum()
+    }
+
+    /// All of `bytes` is left to be sent.
+    fn show_left(&self, bytes: u64) -> Result<(), ParticipantError> {
+        self.context()?.counters.update(|stats| {
+            (stats.postcopy_total, stats.postcopy_left) = (bytes, bytes);
+        });
+        Ok(())
+    }
+
     fn send(&self, piece: &Piece, left: u64) -> Result<(), ParticipantError> {
         let context = self.context()?;
         let body = piece.encode();
@@ -135,11 +147,13 @@ impl Outgoing for BitmapsOutgoing {
     fn rate_has_changed(&mut self) {}
 
     fn complete(&mut self) -> Result<(), ParticipantError> {
+        // Known before anybody hears that this phase has begun.
+        self.show_left(self.total_bytes())?;
         Ok(self.context()?.push(SECTION, Stage::End, &[])?)
     }
 
     fn called_off(&mut self) -> Result<(), ParticipantError> {
-        Ok(())
+        self.show_left(0)
     }
 
     fn can_postcopy(&self) -> bool {
@@ -147,11 +161,7 @@ impl Outgoing for BitmapsOutgoing {
     }
 
     fn postcopy(&mut self) -> Result<(), ParticipantError> {
-        let total: u64 = self.held.iter().map(|held| held.serialized_bytes()).sum();
-        self.context()?.counters.update(|stats| {
-            (stats.postcopy_total, stats.postcopy_left) = (total, total);
-        });
-        let mut left = total;
+        let mut left = self.total_bytes();
         // The guest does not run here any more: nothing changes them.
         for (bitmap, held) in (0u16..).zip(&self.held) {
             if held.info().inconsistent {

@@ -71,9 +71,16 @@ impl Supervisor {
     fn change(&self, actions: &[BitmapAction]) -> Result<Work, QmpError> {
         let read = |action| self.action(action);
         let actions = actions.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-        Ok(Box::new(move || match execute(&actions) {
-            Ok(()) => Ok(json!({})),
-            Err((_, error)) => Err(refusal(&error)),
+        Ok(Box::new(move || {
+            execute(&actions).map_err(|(_, error)| refusal(&error))?;
+            // A crash is noticed then. That it may not be is no reason to undo what has been done.
+            let adds = |action: &Action| matches!(action, Action::Add(new) if new.persistent);
+            for (node, _) in actions.iter().filter(|(_, action)| adds(action)) {
+                if let Err(error) = node.mark_added_bitmaps() {
+                    log::warn!("disk {}: {}", node.id(), chain(&error));
+                }
+            }
+            Ok(json!({}))
         }))
     }
 

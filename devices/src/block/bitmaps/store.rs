@@ -271,6 +271,17 @@ impl BlockNode {
         Ok(())
     }
 
+    /// As [`BlockNode::mark_bitmaps`], when persistent bitmaps have been added: the file shall name them as well.
+    pub fn mark_added_bitmaps(&self) -> Result<(), StoreError> {
+        {
+            let mut custody = lock(&self.bitmaps.custody);
+            if matches!(*custody, Custody::Ours) {
+                *custody = Custody::Unmarked;
+            }
+        }
+        self.mark_bitmaps()
+    }
+
     /// As [`BlockNode::mark_bitmaps`], for a guest that runs in any case: what cannot be marked is removed, so that
     /// nobody believes it.
     pub fn mark_or_remove_bitmaps(&self) {

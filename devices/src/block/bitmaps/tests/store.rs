@@ -135,6 +135,12 @@ fn after_a_crash_they_are_inconsistent_and_stay_so_until_they_are_removed() {
     let node = image.load();
     node.bitmaps().remove(&name("on")).unwrap();
     node.bitmaps().add(persistent("on", 512)).unwrap();
+    node.mark_added_bitmaps().unwrap();
+    drop(node);
+    let node = image.load();
+    assert_eq!(inconsistent(&node), ["off", "on"], "also one that was never stored");
+    node.bitmaps().remove(&name("on")).unwrap();
+    node.bitmaps().add(persistent("on", 512)).unwrap();
     // Stored on request: the content is there, but a crash is a crash.
     node.save_bitmaps().unwrap();
     drop(node);
