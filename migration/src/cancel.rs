@@ -12,6 +12,9 @@ type Wake = Arc<dyn Fn() + Send + Sync>;
 #[derive(Default)]
 struct State {
     disarmed: bool,
+    /// A cancel comes at the last moment.
+    #[cfg(test)]
+    cancelled_at_disarm: bool,
     wakes: Vec<(u64, Wake)>,
     next_id: u64,
 }
@@ -82,12 +85,22 @@ impl CancelToken {
 
     /// Makes later cancels ineffective. Returns false if the token is already cancelled.
     pub(crate) fn disarm(&self) -> bool {
+        #[cfg(test)]
+        if self.state().cancelled_at_disarm {
+            self.cancel();
+        }
         let mut state = self.state();
         if self.is_cancelled() {
             return false;
         }
         state.disarmed = true;
         true
+    }
+
+    /// Cancels as the owner is about to disarm it: the last moment at which that has an effect.
+    #[cfg(test)]
+    pub(crate) fn cancel_at_disarm(&self) {
+        self.state().cancelled_at_disarm = true;
     }
 
     /// Waits for `duration`, or until cancelled.

@@ -405,6 +405,8 @@ impl StatsSnapshot {
         if self.called_off > 0 {
             put("x-called-off-switches", self.called_off.into());
         }
+        // Not a status of its own: clients written for QEMU wait for `completed`, `failed` or `cancelled`, and
+        // would wait forever.
         if self.outcome_unknown {
             put("x-outcome", "unknown".into());
         }

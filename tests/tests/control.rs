@@ -235,7 +235,9 @@ fn ctl_speaks_for_people() {
     assert!(ctl(&["status"]).1.contains("paused"));
     assert_eq!(ctl(&["cont"]).0, 0);
     assert_eq!(ctl(&["migrate-set-parameters", r#"{"downtime-limit": 7}"#]).0, 0);
-    assert!(ctl(&["query-migrate-parameters"]).1.contains('7'));
+    let (code, parameters) = ctl(&["query-migrate-parameters"]);
+    let parameters: Value = serde_json::from_str(&parameters).unwrap();
+    assert_eq!((code, &parameters["downtime-limit"]), (0, &json!(7)), "{parameters}");
     let (code, text) = ctl(&["frobnicate"]);
     assert_eq!(code, 1, "{text}");
     assert_eq!(ctl(&["stop", "no json"]).0, 2);

@@ -2,14 +2,18 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Destination, Guest, Migration};
-use ferry_tests::frames::{self, kind};
+use ferry_tests::frames::{self, Change, Held, kind};
+use ferry_tests::hanging::HangingImage;
 use ferry_tests::hosts::{Hosts, assert_goes_on, moving, started};
 use ferry_tests::image::{Pattern, fill};
 use ferry_tests::pair::Pair;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{bare, needs};
+use ferry_tests::{bare, bitmaps, disk, needs};
 use serde_json::json;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// A guest that dirties its memory faster than it may be sent: it moves until somebody ends that.
 fn endless() -> (Vmm, Destination, Migration) {
@@ -123,7 +127,7 @@ fn without_running(kind: u8, payload: Vec<u8>) -> Option<Vec<u8>> {
 }
 
 /// Moves the guest over a link that breaks in the handover: the client cannot know, and says so.
-fn lost(pair: &Pair, forth: frames::Change, back: frames::Change) {
+fn lost(pair: &Pair, forth: impl Change, back: impl Change) {
     let link = frames::between(&pair.destination.address, forth, back).unwrap();
     let ended = ferry::migrate(&pair.source, &link, &[]).unwrap();
     assert_eq!(ended.code, 4, "{} {}", ended.errors, ended.summary);
@@ -168,6 +172,180 @@ fn a_lost_answer_leaves_the_guest_at_the_destination_and_paused_at_the_source() 
     pair.check_moved().unwrap();
     assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
     assert_eq!(pair.destination.vmm.qmp().unwrap().run_state().unwrap(), "running");
+}
+
+/// A guest on the move, whose destination's frame of that kind is on its way to the source.
+fn held_at(kind: u8) -> (Pair, Held) {
+    let mut pair = Pair::new(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64)).unwrap();
+    let (back, held) = frames::holding(move |it| it == kind);
+    let link = frames::between(&pair.destination.address, frames::unchanged, back).unwrap();
+    // Longer than this takes, and than a peer may be silent.
+    pair.qmp.execute("migrate-set-parameters", json!({"downtime-limit": 20_000})).unwrap();
+    pair.start_by(&link).unwrap();
+    held.wait().unwrap();
+    (pair, held)
+}
+
+#[test]
+#[needs(kvm)]
+fn a_stop_in_the_pause_is_refused_once_the_guest_has_moved_and_holds_if_it_stays() {
+    for moves in [true, false] {
+        let (mut pair, held) = held_at(kind::READY);
+        let mut other = pair.source.qmp().unwrap();
+        other.ask("stop", json!({})).unwrap();
+        // It waits: what becomes of the guest is open.
+        assert_eq!(pair.qmp.run_state().unwrap(), "finish-migrate");
+        if moves {
+            drop(held);
+            let refusal = other.answer().unwrap_err().to_string();
+            assert!(refusal.contains("handed over: stop it at the destination"), "{refusal}");
+            assert_eq!(pair.qmp.migration_end().unwrap()["status"], "completed");
+            pair.check_moved().unwrap();
+            continue;
+        }
+        held.cut();
+        assert_eq!(other.answer().unwrap(), json!({}));
+        assert_eq!(pair.qmp.migration_end().unwrap()["status"], "failed");
+        assert_eq!(pair.qmp.run_state().unwrap(), "paused");
+        // What it had said before may still be on its way: the answer has come after that.
+        let said = pair.source.serial().count();
+        let beat = pair.source.serial().wait_from(said, "^HB ", Duration::from_millis(500));
+        assert!(beat.is_err(), "it runs on: {beat:?}");
+        pair.qmp.execute("cont", json!({})).unwrap();
+        pair.check_stayed().unwrap();
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_cancel_while_the_destination_is_ready_leaves_the_guest_at_the_source() {
+    let (mut pair, held) = held_at(kind::READY);
+    pair.qmp.execute("migrate_cancel", json!({})).unwrap();
+    drop(held);
+    assert_eq!(pair.qmp.migration_end().unwrap()["status"], "cancelled");
+    pair.check_stayed().unwrap();
+    assert_eq!(pair.destination.vmm.process.exit_code(SOON).unwrap(), 126);
+    pair.move_after_all().unwrap();
+}
+
+#[test]
+#[needs(kvm)]
+fn a_source_that_is_told_to_end_in_the_handover_says_where_the_guest_may_be() {
+    let (mut pair, held) = held_at(kind::RUNNING);
+    assert_eq!(pair.qmp.run_state().unwrap(), "postmigrate");
+    pair.qmp.execute("quit", json!({})).unwrap();
+    assert_eq!(pair.source.process.exit_code(SOON).unwrap(), 0);
+    let said = pair.source.process.err.from(0);
+    let expected = "ferry: exit 0: ended by `quit`; the guest was being handed over: it may run at the \
+                    destination";
+    assert_eq!(said.last().unwrap(), expected, "{said:?}");
+    drop(held);
+    pair.check_moved().unwrap();
+}
+
+/// A guest with a dirty bitmap, which runs at the destination while that is on its way: nothing that follows
+/// `Go` has come yet.
+fn in_last_phase(folder: &Path, address: &str) -> (Vmm, Destination, Migration, Held) {
+    let image = folder.join("root.img");
+    disk::create(&image, 1 << 20).unwrap();
+    let source = started(&Guest::new("work=idle", 64).disk("root", &image));
+    bitmaps::add(&mut source.qmp().unwrap(), "daily", 65_536, false);
+    let give = format!("root={}", image.display());
+    let destination = ferry::receive_at(address, &["--disk", &give]).unwrap();
+    let has_gone = AtomicBool::new(false);
+    let (forth, held) = frames::holding(move |kind| {
+        // The one that comes next.
+        has_gone.fetch_or(kind == kind::GO, Ordering::SeqCst)
+    });
+    let link = frames::between(&destination.address, forth, frames::unchanged).unwrap();
+    let migration = ferry::start_migrate(&source, &link, &[]).unwrap();
+    held.wait().unwrap();
+    let mut qmp = destination.vmm.qmp().unwrap();
+    qmp.wait_info(|info| info["status"] == "postcopy-active").unwrap();
+    assert_eq!(qmp.run_state().unwrap(), "running");
+    (source, destination, migration, held)
+}
+
+/// The second signal ends it at once, whatever is left to do.
+fn signal_twice(vmm: &mut Vmm) {
+    let mut qmp = vmm.qmp().unwrap();
+    vmm.process.signal(libc::SIGTERM).unwrap();
+    // It may have ended by now, if nothing was left.
+    let _ = qmp.wait_event("SHUTDOWN", SOON);
+    vmm.process.signal(libc::SIGTERM).unwrap();
+}
+
+#[test]
+#[needs(kvm, fuse)]
+fn the_socket_at_which_a_guest_is_received_goes_before_what_a_hung_disk_holds_up() {
+    let hosts = Hosts::new();
+    let image = HangingImage::for_test(&hosts, "disk", 1 << 20);
+    let own = hosts.blank("root", 1 << 20);
+    let source = started(&Guest::new("work=idle", 64).disk("root", &own));
+    let socket = hosts.at("b", "incoming");
+    let give = format!("root={}", image.path().display());
+    image.hang();
+    let address = format!("unix:{}", socket.display());
+    let mut destination = ferry::receive_at(&address, &["--disk", &give]).unwrap();
+    let migration = ferry::start_migrate(&source, &address, &[]).unwrap();
+    image.wait_until_asked();
+    signal_twice(&mut destination.vmm);
+    assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 130);
+    assert!(!socket.exists());
+    assert_eq!(migration.end(SOON).unwrap().code, 1);
+}
+
+#[test]
+#[needs(kvm)]
+fn the_socket_at_which_a_guest_is_received_goes_however_that_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("incoming");
+    let address = format!("unix:{}", socket.display());
+    let end = |vmm: &mut Vmm, how: &str| {
+        assert!(socket.exists(), "{how}");
+        match how {
+            "quit" => drop(vmm.qmp().unwrap().execute("quit", json!({})).unwrap()),
+            "SIGTERM" => vmm.process.signal(libc::SIGTERM).unwrap(),
+            _ => signal_twice(vmm),
+        }
+        vmm.process.wait(SOON).unwrap();
+        assert!(!socket.exists(), "{how}");
+    };
+    const WAYS: [&str; 3] = ["quit", "SIGTERM", "two signals"];
+    for how in WAYS {
+        // Nobody has come.
+        end(&mut ferry::receive_at(&address, &[]).unwrap().vmm, how);
+        // A guest is arriving.
+        let source = started(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64));
+        let mut destination = ferry::receive_at(&address, &[]).unwrap();
+        let slow = ["--max-bandwidth", "20M", "--downtime-limit", "1ms"];
+        let migration = moving(&source, &address, &slow);
+        end(&mut destination.vmm, how);
+        assert_eq!(migration.end(SOON).unwrap().code, 1, "{how}");
+        // It is here, and not all that belongs to it.
+        let folder = tempfile::tempdir().unwrap();
+        let (source, mut destination, migration, held) = in_last_phase(folder.path(), &address);
+        end(&mut destination.vmm, how);
+        drop((held, source, migration));
+    }
+    // The source goes.
+    let mut source = started(&Guest::new("work=dirty ws_mb=8 rate_mbps=50", 64));
+    let mut destination = ferry::receive_at(&address, &[]).unwrap();
+    let _migration = moving(&source, &address, &["--max-bandwidth", "20M"]);
+    source.process.kill().unwrap();
+    assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 126);
+    assert!(!socket.exists());
+    // The guest is here: another may come, to another process.
+    let source = started(&Guest::new("work=idle", 64));
+    let mut destination = ferry::receive_at(&address, &[]).unwrap();
+    ferry::migrate_well(&source, &address, &[]).unwrap();
+    destination.vmm.qmp().unwrap().migration_end().unwrap();
+    let next = ferry::receive_at(&address, &[]).unwrap();
+    ferry::verify_at(&mut destination.vmm, &[source.serial()]).unwrap();
+    destination.vmm.process.signal(libc::SIGTERM).unwrap();
+    destination.vmm.process.wait(SOON).unwrap();
+    assert!(socket.exists(), "it is the other's now");
+    drop(next);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::{bare, disk, needs};
+use std::time::Duration;
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
 
@@ -129,4 +130,49 @@ fn the_readme_and_the_help_have_the_same_table() {
         assert!(readme.contains(&format!("\n| {code} | ")), "the README lacks {code}");
         assert!(help.contains(&format!("\n  {code} ")), "--help lacks {code}: {help}");
     }
+}
+
+/// Starts `ferry` with `arguments`, interrupts it so long after that, and returns its code: 130 whether it
+/// ended by the signal or because of it.
+fn interrupted(arguments: &[&str], after: Duration) -> i32 {
+    let mut process = Process::start(&mut ferry::command(arguments)).unwrap();
+    // A moment is a point in time, not an event.
+    while process.started().elapsed() < after {
+        std::hint::spin_loop();
+    }
+    process.signal(libc::SIGINT).unwrap();
+    process.exit_code(SOON).unwrap_or_else(|error| panic!("{arguments:?}, {after:?}: {error:#}"))
+}
+
+#[test]
+#[needs(kvm)]
+fn an_interrupt_ends_it_at_any_moment_of_its_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |kind: &str, name: &str| format!("{kind}={}", folder.path().join(name).display());
+    let (log, socket) = (at("file", "log"), at("socket", "serial"));
+    let address = format!("unix:{}", folder.path().join("incoming").display());
+    // One that never says anything.
+    let silent = bare::kernel(folder.path(), &[&[0xeb, 0xfe]]).unwrap();
+    let run = ["run", "--memory", "64M", "--kernel", silent.to_str().unwrap()];
+    for more in [
+        &["--serial", "null"][..],
+        &["--serial", &log],
+        &["--serial", &socket],
+        &["--migrate-every", "1h"],
+        &["receive", &address],
+    ] {
+        let arguments = if more[0] == "receive" { more.to_vec() } else { [&run, more].concat() };
+        // Spread over the start of the process, of KVM and of the guest.
+        let moments = [0, 300, 600, 1000, 1500, 2000, 3000, 5000, 8000, 15_000, 30_000, 100_000];
+        for after in moments.map(Duration::from_micros) {
+            assert_eq!(interrupted(&arguments, after), 130, "{arguments:?}, {after:?}");
+        }
+    }
+    // It runs, and nothing has been said.
+    let silent = Guest { kernel: silent, ..Guest::new("", 64) };
+    let mut vmm = ferry::run(&silent).unwrap();
+    while vmm.qmp().unwrap().run_state().unwrap() != "running" {}
+    vmm.process.signal(libc::SIGINT).unwrap();
+    assert_ended(&mut vmm.process, 130, &["SIGINT or SIGTERM"]);
+    assert_eq!(vmm.serial().text(), "");
 }

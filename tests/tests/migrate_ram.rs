@@ -147,6 +147,9 @@ fn the_source_stays_only_if_it_is_asked_to_and_never_runs_again_by_itself() {
     for command in ["cont", "system_reset"] {
         assert_eq!(qmp.refused(command, json!({})).unwrap().class, "GenericError", "{command}");
     }
+    let refusal = qmp.refused("stop", json!({})).unwrap();
+    let reason = "The guest has been handed over: stop it at the destination";
+    assert_eq!(refusal.description, reason);
     let again = qmp.refused("migrate", json!({"uri": destination.address})).unwrap();
     assert_eq!(again.class, "GenericError");
     let said = source.serial().text();

@@ -197,8 +197,7 @@ fn sockets_are_for_their_owner_only_and_go_with_their_process() {
         vmm.process.signal(libc::SIGTERM).unwrap();
         vmm.process.wait(SOON).unwrap();
     }
-    // The destination's is released by a thread that nothing waits for.
-    for socket in [&sockets[0], &sockets[2]] {
+    for socket in &sockets {
         assert!(!socket.exists(), "{} is left behind", socket.display());
     }
 }
@@ -301,6 +300,49 @@ fn a_log_file_is_complete_when_the_guest_is_stopped_and_when_it_ends() {
     assert!(text.starts_with(&stopped), "{text}");
     // The guest sends all it has to say before it powers off.
     assert!(text[stopped.len()..].contains("\nCHECK ") && text.ends_with('\n'), "{text}");
+}
+
+fn fifo(folder: &Path) -> PathBuf {
+    let path = folder.join("fifo");
+    let made = Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    path
+}
+
+#[test]
+#[needs(kvm)]
+fn a_fifo_that_nobody_reads_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = fifo(folder.path());
+    let serial = format!("file={}", fifo.display());
+    let arguments = ["run", "--kernel", guest_images::KERNEL, "--serial", &serial];
+    for more in [&[][..], &["--migrate-every", "1s"]] {
+        let (code, text) = ferry::end_of([&arguments, more].concat()).unwrap();
+        assert_eq!(code, 126, "{text}");
+        let expected = format!("serial log {} is a FIFO that nobody reads", fifo.display());
+        assert!(text.lines().last().unwrap().contains(&expected), "{text}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_fifo_is_a_log_for_its_reader_and_holds_nobody_who_does_not_read_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let fifo = fifo(folder.path());
+    // To read; opened so, it waits for no writer.
+    let reader = std::fs::File::options().read(true).write(true).open(&fifo).unwrap();
+    let serial = format!("file={}", fifo.display());
+    let mut vmm = ferry::run_with(&Guest::new(CHATTY, 64), &["--serial", &serial]).unwrap();
+    let end = Instant::now() + SOON;
+    while unread(&reader) < 60_000 {
+        assert!(Instant::now() < end, "only {} bytes", unread(&reader));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_answers_at_once(&vmm);
+    let lines = Lines::collect(reader);
+    lines.wait_for("^HB n=1000 ", SOON).unwrap();
+    vmm.process.signal(libc::SIGINT).unwrap();
+    assert_eq!(vmm.process.exit_code(SOON).unwrap(), 130);
 }
 
 #[test]

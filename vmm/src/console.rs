@@ -18,11 +18,12 @@ use expect::Expect;
 use migration::transport::unix::{ListenError, SocketFile, listen_unix};
 use output::{Clients, Output, Sink};
 use regex_lite::Regex;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal, Read};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -45,6 +46,9 @@ pub enum ConsoleError {
         #[source]
         source: io::Error,
     },
+    /// A FIFO that nobody reads.
+    #[error("serial log {path} is a FIFO that nobody reads: start its reader first")]
+    NoReader { path: PathBuf },
     #[error("cannot listen on serial socket {path}")]
     Socket {
         path: PathBuf,
@@ -133,10 +137,8 @@ impl Console {
                 (Some(Sink::file(stdout).map_err(ConsoleError::Start)?), Input::Stdin(stdin))
             }
             SerialConfig::File(path) => {
-                let sink = File::create(path)
-                    .and_then(Sink::file)
-                    .map_err(|source| ConsoleError::File { path: path.clone(), source })?;
-                (Some(sink), Input::None)
+                let failed = |source| ConsoleError::File { path: path.clone(), source };
+                (Some(Sink::file(open_log(path)?).map_err(failed)?), Input::None)
             }
             SerialConfig::Socket(path) => {
                 let (listener, file) = listen_unix(path)
@@ -384,6 +386,21 @@ impl Reader {
             self.pending.drain(..taken.min(self.pending.len()));
         }
     }
+}
+
+/// Opens or creates a log for writing, without waiting for anything: the standard library would wait for the
+/// reader of a FIFO, and try again after every signal.
+fn open_log(path: &Path) -> Result<File, ConsoleError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    options.open(path).map_err(|source| {
+        let is_fifo = || std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+        match source.raw_os_error() {
+            Some(libc::ENXIO) if is_fifo() => ConsoleError::NoReader { path: path.to_owned() },
+            _ => ConsoleError::File { path: path.to_owned(), source },
+        }
+    })
 }
 
 fn prepare_client(client: UnixStream) -> io::Result<(UnixStream, UnixStream)> {

@@ -38,6 +38,8 @@ pub struct Cache<T> {
     /// Entries not yet considered in this generation. Pages do not age within one, so each is considered
     /// only once.
     unseen: usize,
+    /// Reserves a piece's memory; a test's fails.
+    reserve: fn(&mut Vec<T>, usize) -> Result<(), TryReserveError>,
 }
 
 /// Hashes page numbers by multiplications with random factors. The guest chooses which pages it writes, and
@@ -114,6 +116,7 @@ impl<T: Copy> Cache<T> {
             generation: 0,
             hand: 0,
             unseen: 0,
+            reserve: Vec::try_reserve_exact,
         }
     }
 
@@ -177,7 +180,7 @@ impl<T: Copy> Cache<T> {
             self.places.try_reserve(1)?;
             if self.entries.len() / PIECE_PAGES == self.pieces.len() {
                 let mut piece = Vec::new();
-                piece.try_reserve_exact(PIECE_PAGES)?;
+                (self.reserve)(&mut piece, PIECE_PAGES)?;
                 piece.resize(PIECE_PAGES, *value);
                 self.pieces.push(piece.into_boxed_slice());
             }
@@ -286,6 +289,39 @@ mod tests {
         cache.resize(PAGE_BYTES);
         assert!(cache.insert(PageIndex(1), &page(7)));
         assert_eq!(cache.lookup(PageIndex(1)), Some(&mut page(7)));
+    }
+
+    #[test]
+    fn a_host_without_memory_for_more_leaves_the_cache_as_large_as_it_is() {
+        let mut cache = PageCache::new(1 << 30);
+        for index in 0..300 {
+            assert!(cache.insert(PageIndex(index), &page(1)));
+        }
+        // More than any host has.
+        cache.reserve = |piece, _| piece.try_reserve_exact(usize::MAX);
+        // As far as the memory reaches that it has.
+        for index in 300..512 {
+            assert!(cache.insert(PageIndex(index), &page(1)));
+        }
+        assert!(!cache.insert(PageIndex(512), &page(2)));
+        let full = (512, 512 * PAGE_BYTES, 512 * PAGE_BYTES);
+        let size =
+            |cache: &PageCache| (cache.page_count(), cache.capacity_bytes(), cache.memory_bytes());
+        assert_eq!(size(&cache), full);
+        for index in 0..512 {
+            assert_eq!(cache.lookup(PageIndex(index)), Some(&mut page(1)), "{index}");
+        }
+        // It goes on with what it has, and does not try again by itself…
+        cache.reserve = Vec::try_reserve_exact;
+        cache.advance();
+        cache.advance();
+        assert!(cache.insert(PageIndex(512), &page(2)));
+        assert_eq!(cache.lookup(PageIndex(512)), Some(&mut page(2)));
+        assert_eq!(size(&cache), full);
+        // …but when it is told to.
+        cache.resize(1 << 30);
+        assert!(cache.insert(PageIndex(513), &page(3)));
+        assert_eq!((cache.page_count(), cache.memory_bytes()), (513, 3 << 20));
     }
 
     #[test]

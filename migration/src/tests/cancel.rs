@@ -5,6 +5,7 @@ use crate::params::Params;
 use crate::source::{MigrationEvent, SourceOutcome};
 use crate::stats::MigrationStatus;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -17,6 +18,20 @@ fn a_cancel_at_any_step_leaves_the_guest_running_at_the_source() {
         end.assert_back_at_source(&format!("{at:?}"));
         assert_eq!(end.events.last(), Some(&Status(MigrationStatus::Cancelled)));
     }
+}
+
+#[test]
+fn a_cancel_between_ready_and_go_leaves_the_guest_running_at_the_source() {
+    let scenario = Scenario::default();
+    scenario.cancel.cancel_at_disarm();
+    let end = migrate(&scenario);
+    assert!(matches!(end.source, SourceOutcome::Cancelled), "{:?}", end.source);
+    end.assert_back_at_source("after Ready");
+    // It was ready, with the disk locked, and has been told.
+    assert_eq!(end.destination_machine.loads.load(SeqCst), 1);
+    let heard = end.destination.unwrap_err();
+    assert!(heard.contains("cancelled"), "{heard}");
+    assert!(!end.source_machine.surrendered.load(SeqCst));
 }
 
 #[test]

@@ -14,9 +14,12 @@ use crate::transport::Transport;
 use crate::wire::hello::DISKS;
 use crate::wire::section::{Eof, RamEnd, RamSetup, RamTotals, Section, Stage};
 use crate::wire::{self, Encoder, Hello, Kind, MigrationId, Role};
+use devices::block::BlockNode;
+use devices::block::memory::MemoryDisk;
 use devices::ram::PAGE_SIZE;
 use devices::state::JsonText;
 use proptest::prelude::*;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -259,6 +262,21 @@ fn cutting_the_link_anywhere_never_runs_two_guests_nor_one_on_half_a_disk() {
             other => panic!("cut at byte {cut}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn a_disk_whose_writes_cannot_be_tracked_is_named_and_the_guest_stays() {
+    let mut disks = FakeDisks::new(&SIZES[..2]);
+    // No host has the memory for the dirty bitmap of such a disk.
+    let endless = MemoryDisk::without_storage(u64::MAX);
+    disks.disks[1].here = Arc::new(BlockNode::new("endless", Box::new(endless)));
+    let end = move_disks(&disks);
+    let SourceOutcome::Failed(error) = &end.source else { panic!("{:?}", end.source) };
+    let said = chain(error);
+    assert!(said.contains("disk endless: its writes cannot be tracked"), "{said}");
+    end.assert_back_at_source("an endless disk");
+    let heard = end.destination.as_ref().unwrap_err();
+    assert!(heard.contains("disk endless: its writes cannot be tracked"), "{heard}");
 }
 
 /// Greets as a source with disks does.

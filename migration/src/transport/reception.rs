@@ -271,3 +271,66 @@ fn answer(transport: &dyn super::Transport, kind: Kind, payload: &[u8]) {
         let _ = transport.send(&bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Address;
+    use super::*;
+    use std::io::Write;
+
+    /// A connection that says `bytes`.
+    fn say(at: &Address, bytes: &[u8]) -> Socket {
+        let socket = match at {
+            Address::Tcp(at) => {
+                let at: std::net::SocketAddr = at.parse().unwrap();
+                let socket =
+                    Socket::new(socket2::Domain::for_address(at), socket2::Type::STREAM, None);
+                let socket = socket.unwrap();
+                socket.connect(&at.into()).unwrap();
+                socket
+            }
+            Address::Unix(path) => {
+                let socket = Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None);
+                let socket = socket.unwrap();
+                socket.connect(&socket2::SockAddr::unix(path).unwrap()).unwrap();
+                socket
+            }
+        };
+        (&socket).write_all(bytes).unwrap();
+        socket
+    }
+
+    #[test]
+    fn a_connection_cut_at_any_byte_of_its_greeting_leaves_the_next_one_its_chance() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("incoming");
+        let hello =
+            |byte: u8| Hello::new(Role::Control, MigrationId([byte; 16]), 2).wanting("disks");
+        let bytes = |byte: u8| {
+            let mut bytes = Vec::new();
+            wire::append_frame(&mut bytes, Kind::Hello, &hello(byte).encode()).unwrap();
+            bytes
+        };
+        let (cut, whole) = (bytes(1), bytes(2));
+        for at in ["tcp:127.0.0.1:0".to_owned(), format!("unix:{}", path.display())] {
+            let listener = Listener::bind(&at.parse().unwrap()).unwrap();
+            let address = listener.local_address();
+            for count in 0..cut.len() {
+                let cancel = CancelToken::new();
+                let mut reception = Reception::open(&listener, &cancel).unwrap();
+                let received = std::thread::scope(|scope| {
+                    let receiving = scope.spawn(|| reception.control());
+                    // One that ends, and one that is torn off.
+                    drop(say(address, &cut[..count]));
+                    let torn = say(address, &cut[..count]);
+                    torn.set_linger(Some(Duration::ZERO)).unwrap();
+                    drop(torn);
+                    let _next = say(address, &whole);
+                    receiving.join().unwrap()
+                });
+                let (_, received) = received.unwrap_or_else(|error| panic!("{count}: {error}"));
+                assert_eq!(received, hello(2), "after {count} bytes");
+            }
+        }
+    }
+}

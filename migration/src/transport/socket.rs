@@ -7,6 +7,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use std::io::{self, Read};
 use std::net::{Shutdown, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Enough to keep both sides busy while the other is descheduled. A hint, which the kernel caps.
@@ -122,7 +123,15 @@ pub struct Listener {
     socket: Socket,
     address: Address,
     /// Removed with the listener.
-    _file: Option<SocketFile>,
+    file: Option<Arc<SocketFile>>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(file) = &self.file {
+            file.remove();
+        }
+    }
 }
 
 impl Listener {
@@ -133,7 +142,7 @@ impl Listener {
                 let (listener, file) = listen_unix(path).map_err(io::Error::other)?;
                 listener.set_nonblocking(true)?;
                 let socket = Socket::from(OwnedFd::from(listener));
-                Ok(Self { socket, address: address.clone(), _file: Some(file) })
+                Ok(Self { socket, address: address.clone(), file: Some(Arc::new(file)) })
             }
             Address::Tcp(host_port) => {
                 let mut all = host_port.to_socket_addrs()?;
@@ -146,7 +155,7 @@ impl Listener {
                 socket.listen(BACKLOG)?;
                 socket.set_nonblocking(true)?;
                 let bound = socket.local_addr()?.as_socket().unwrap_or(at);
-                Ok(Self { socket, address: Address::Tcp(bound.to_string()), _file: None })
+                Ok(Self { socket, address: Address::Tcp(bound.to_string()), file: None })
             }
         }
     }
@@ -154,6 +163,11 @@ impl Listener {
     /// Where it listens, with the port that was chosen.
     pub fn local_address(&self) -> &Address {
         &self.address
+    }
+
+    /// The path of a Unix socket, for an owner who ends before the thread that has the listener.
+    pub fn file(&self) -> Option<Arc<SocketFile>> {
+        self.file.clone()
     }
 
     /// Accepts a pending connection, in non-blocking mode; `WouldBlock` if there is none.

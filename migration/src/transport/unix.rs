@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -41,15 +42,26 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    identity: (u64, u64),
+    /// Until it is removed.
+    identity: Mutex<Option<(u64, u64)>>,
+}
+
+impl SocketFile {
+    /// Removes it, once: another socket that takes the path later may get the same inode.
+    pub fn remove(&self) {
+        let ours = &mut *devices::lock(&self.identity);
+        if let Some(ours) = ours.take()
+            && identity(&self.path).is_ok_and(|now| now == ours)
+        {
+            // Best effort: it may be gone already.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            // Best effort: it may be gone already.
-            let _ = std::fs::remove_file(&self.path);
-        }
+        self.remove();
     }
 }
 
@@ -83,7 +95,8 @@ fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     file.set_permissions(Permissions::from_mode(MODE))?;
     let socket = Socket::from(OwnedFd::from(file));
     socket.bind(&SockAddr::unix(path)?)?;
-    let file = SocketFile { path: path.to_owned(), identity: identity(path)? };
+    let identity = Mutex::new(Some(identity(path)?));
+    let file = SocketFile { path: path.to_owned(), identity };
     socket.listen(BACKLOG)?;
     Ok((UnixListener::from(OwnedFd::from(socket)), file))
 }
@@ -185,6 +198,21 @@ mod tests {
         assert_eq!(std::fs::read(&file).unwrap(), b"precious");
         let missing = folder.path().join("missing/socket");
         assert!(matches!(listen_unix(&missing), Err(ListenError::Host { .. })));
+    }
+
+    #[test]
+    fn a_path_is_removed_once_whatever_inode_is_there_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, kept] = ["socket", "kept"].map(|name| folder.path().join(name));
+        let (_listener, file) = listen_unix(&path).unwrap();
+        std::fs::hard_link(&path, &kept).unwrap();
+        file.remove();
+        assert!(!path.exists());
+        // As that of a later socket may be, once the first one's inode is free.
+        std::fs::hard_link(&kept, &path).unwrap();
+        file.remove();
+        drop(file);
+        assert!(path.exists());
     }
 
     #[test]

@@ -68,7 +68,7 @@ const WORDS: [FeatureWord; 13] = [
 ];
 
 /// Features by the names that `/proc/cpuinfo` uses; the rest are reported by leaf and bit.
-const NAMES: [(u32, u32, char, u32, &str); 30] = [
+const NAMES: [(u32, u32, char, u32, &str); 33] = [
     (1, 0, 'c', 0, "sse3"),
     (1, 0, 'c', 9, "ssse3"),
     (1, 0, 'c', 12, "fma"),
@@ -92,6 +92,9 @@ const NAMES: [(u32, u32, char, u32, &str); 30] = [
     (7, 0, 'b', 17, "avx512dq"),
     (7, 0, 'b', 18, "rdseed"),
     (7, 0, 'b', 20, "smap"),
+    (7, 0, 'b', 26, "avx512pf"),
+    (7, 0, 'b', 27, "avx512er"),
+    (7, 0, 'b', 28, "avx512cd"),
     (7, 0, 'b', 29, "sha_ni"),
     (7, 0, 'b', 30, "avx512bw"),
     (7, 0, 'b', 31, "avx512vl"),

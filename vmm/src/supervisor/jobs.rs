@@ -24,6 +24,7 @@ use migration::participant::Outgoing;
 use migration::ram::outgoing::RamOutgoing;
 use migration::source::{AppliedThrottle, Source, SourceRam};
 use migration::stats::{Counters, MigrationStatus};
+use migration::transport::unix::SocketFile;
 use migration::transport::{Address, Listener};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -102,6 +103,9 @@ pub struct Jobs {
     name: Option<String>,
     /// The machine being migrated; not its replacement after a reset.
     leaving: Weak<Vm>,
+    /// The path at which a guest is received. Its thread has the listener, and is not waited for when the
+    /// process ends.
+    arriving_at: Option<Arc<SocketFile>>,
     /// The `events` capability.
     pub events_wanted: bool,
 }
@@ -194,6 +198,7 @@ impl Jobs {
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
+        self.arriving_at = listener.file();
         let (params, owner, to_us) = (Params::default(), Owner::default(), mailbox.clone());
         self.spawn(true, params, owner, to_us, move |id, counters, tokens, params| {
             let Tokens { cancel, give_up } = tokens;
@@ -313,6 +318,9 @@ impl Jobs {
     /// The process ends: cancels the migration without joining its thread, which may be waiting for a reply
     /// of the supervisor.
     pub fn abandon(&mut self) {
+        if let Some(socket) = self.arriving_at.take() {
+            socket.remove();
+        }
         if let Some(job) = self.current.take() {
             job.tokens.cancel.cancel();
             job.tokens.give_up.cancel();
