@@ -5,11 +5,11 @@
 //! stop the guest for the last one.
 
 use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES};
+use super::holes::{self, SHOWN_EVERY};
 use super::packing::Pays;
 use super::readers::{Event, Filled, Readers};
 use super::scan::{Scan, TrackedDisk};
 use super::senders::Senders;
-use super::stats::DiskProgress;
 use super::{SourceDisk, SourceDisks, Tuning};
 use crate::error::ParticipantError;
 use crate::participant::{
@@ -21,15 +21,11 @@ use crate::units::saturating_u64;
 use crate::wire::hello::{DISK_CHANNELS, DISK_PACKING, DISKS};
 use crate::wire::section::Stage;
 use crate::wire::{Hello, Role};
-use devices::block::backend::BackingChain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
-
-/// How often the bandwidth of a pass is shown while it runs.
-const SHOWN_EVERY: Duration = Duration::from_millis(200);
 
 /// Name of the disks' sections.
 pub const SECTION: &str = "block";
@@ -218,22 +214,7 @@ impl Outgoing for DisksOutgoing {
         let senders = Senders::start(channels, &context.cap, pays, readers.events())?;
         let Started { context, disks, .. } =
             self.started.insert(Started { context, disks, readers, senders });
-        for disk in disks.iter() {
-            disk.skip_unwritten(&|| !context.cancel.is_cancelled());
-        }
-        let progress = |disk: &TrackedDisk| {
-            let total_bytes = disk.dirty.marked_bytes();
-            let name = disk.disk.node.id().to_owned();
-            let sent = DiskTotals::default();
-            let node = &disk.disk.node;
-            let below = node.backing().filter(|_| !disk.disk.only_top);
-            let files = below.map_or_else(Vec::new, BackingChain::files);
-            let files = std::iter::once(node.location()).chain(files).collect();
-            let remaining_bytes = total_bytes;
-            DiskProgress { name, total_bytes, remaining_bytes, sent, files, ..Default::default() }
-        };
-        let progress: Vec<_> = disks.iter().map(progress).collect();
-        context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
+        holes::find(disks, &context.counters, SHOWN_EVERY, &|| !context.cancel.is_cancelled());
         let setup = self.announcement().encode()?;
         self.started()?.context.send(SECTION, Stage::Setup, &setup)?;
         Ok(())

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskProgress {
     pub name: String,
+    /// How much of the image was searched for holes. `None` at the destination.
+    pub searched_bytes: Option<u64>,
     /// Bytes to send. Unallocated ranges do not count once they are known.
     pub total_bytes: u64,
     /// Bytes still to send.
@@ -23,6 +25,23 @@ impl DiskProgress {
     fn percent(&self) -> u64 {
         let done = self.total_bytes.saturating_sub(self.remaining_bytes);
         (done * 100).checked_div(self.total_bytes).unwrap_or(100)
+    }
+
+    fn to_json(&self) -> Value {
+        let mut json = json!({
+            "device": self.name,
+            "total": self.total_bytes,
+            "remaining": self.remaining_bytes,
+            "normal-bytes": self.sent.data_bytes,
+            "zero-bytes": self.sent.zero_bytes,
+            "transferred": self.transferred_bytes,
+            "percent": self.percent(),
+            "files": self.files,
+        });
+        if let Some(searched) = self.searched_bytes {
+            json["searched"] = searched.into();
+        }
+        json
     }
 }
 
@@ -97,16 +116,7 @@ impl DiskStats {
             "dirty-sync-count": self.passes,
             "postcopy-requests": 0,
             "page-size": granule,
-            "x-disks": self.disks.iter().map(|disk| json!({
-                "device": disk.name,
-                "total": disk.total_bytes,
-                "remaining": disk.remaining_bytes,
-                "normal-bytes": disk.sent.data_bytes,
-                "zero-bytes": disk.sent.zero_bytes,
-                "transferred": disk.transferred_bytes,
-                "percent": disk.percent(),
-                "files": disk.files,
-            })).collect::<Vec<_>>(),
+            "x-disks": self.disks.iter().map(DiskProgress::to_json).collect::<Vec<_>>(),
         });
         if self.packed.chunks > 0 {
             all["x-compression"] = self.packed.to_json();
