@@ -4,7 +4,7 @@
 //! Called by the source's driver on the `mig-out` thread. The driver decides when to make a pass and when to
 //! stop the guest for the last one.
 
-use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES};
+use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of};
 use super::holes::{self, SHOWN_EVERY};
 use super::packing::Pays;
 use super::readers::{Event, Filled, Readers};
@@ -47,6 +47,38 @@ struct Sent {
     unpacked: u64,
 }
 
+/// A pass that goes on.
+struct InPass {
+    began: Instant,
+    scan: Scan,
+    /// Chunks handed out and not yet sent.
+    ahead: usize,
+    /// What they hold.
+    ahead_bytes: u64,
+    sent: Sent,
+}
+
+impl InPass {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            scan: Scan::default(),
+            ahead: 0,
+            ahead_bytes: 0,
+            sent: Sent::default(),
+        }
+    }
+
+    /// Its bandwidth so far, if it was long enough to measure.
+    fn measured(&self) -> Option<Measured> {
+        let took = self.began.elapsed();
+        (self.sent.unpacked >= MEASURABLE_BYTES).then(|| Measured {
+            wire_per_sec: policy::per_second(self.sent.wire, took),
+            unpacked_per_sec: policy::per_second(self.sent.unpacked, took),
+        })
+    }
+}
+
 /// Bandwidth of a pass: of the disks, which are often the slower part, and the link together.
 #[derive(Debug, Clone, Copy)]
 struct Measured {
@@ -74,7 +106,9 @@ pub struct DisksOutgoing {
     channels: u16,
     started: Option<Started>,
     totals: BlockTotals,
+    /// Finished passes.
     passes: u64,
+    pass: Option<InPass>,
     /// Of the last pass that was long enough to measure.
     measured: Option<Measured>,
     /// The destination's shortest flush at the end of a pass.
@@ -92,6 +126,7 @@ impl DisksOutgoing {
             started: None,
             totals: BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); count] },
             passes: 0,
+            pass: None,
             measured: None,
             flush: None,
         }
@@ -113,7 +148,8 @@ impl DisksOutgoing {
 
     /// Expected bandwidth of a pass, in bytes of the disks.
     fn rate(&self, context: &OutgoingContext) -> u64 {
-        match self.measured {
+        let measured = self.measured.or_else(|| self.pass.as_ref().and_then(InPass::measured));
+        match measured {
             None => context.speed.bytes_per_sec(),
             Some(measured) => measured.under(context.params.get().max_bandwidth),
         }
@@ -142,42 +178,50 @@ impl DisksOutgoing {
         Ok(())
     }
 
-    /// Sends all dirty chunks.
-    fn send_dirty(&mut self) -> Result<Sent, ParticipantError> {
+    /// Sends dirty chunks until the pass is over, or `time` is. Returns whether it is over.
+    fn send_dirty(&mut self, pass: &mut InPass, time: Duration) -> Result<bool, ParticipantError> {
         let Self { started, tuning, totals, .. } = self;
         let Started { disks, context, readers, senders } =
             started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
-        let mut scan = Scan::new(disks);
-        let (mut sent, began) = (Sent::default(), Instant::now());
-        let mut shown = began;
-        // Chunks handed out and not yet sent.
-        let mut ahead = 0;
+        let entered = Instant::now();
         loop {
-            while ahead < tuning.reads + tuning.buffers
-                && let Some(work) = scan.take()
+            while pass.ahead < tuning.reads + tuning.buffers
+                && let Some(work) = pass.scan.take(disks)
             {
+                let len_bytes = disks.get(work.disk).map_or(0, |one| one.disk.node.len_bytes());
+                pass.ahead_bytes += bytes_of(work.index, work.granules, len_bytes);
                 readers.hand_out(work)?;
-                ahead += 1;
+                pass.ahead += 1;
             }
-            if ahead == 0 {
-                return Ok(sent);
+            if pass.ahead == 0 {
+                return Ok(true);
             }
             let done = match readers.next(&context.control)? {
                 Event::Filled(filled) => senders.send(filled?)?,
                 Event::Sent(chunk) => Some(chunk?),
             };
-            let Some(chunk) = done else { continue };
-            ahead -= 1;
-            count(&chunk, &context.counters, totals, &mut sent);
-            readers.reuse(chunk);
-            if shown.elapsed() >= SHOWN_EVERY {
-                shown = Instant::now();
-                let rate = policy::per_second(sent.wire, began.elapsed());
-                context.counters.update(|stats| {
-                    stats.disk.get_or_insert_default().bytes_per_sec = rate;
-                });
+            if let Some(chunk) = done {
+                pass.ahead -= 1;
+                pass.ahead_bytes -= chunk.totals.data_bytes + chunk.totals.zero_bytes;
+                count(&chunk, &context.counters, totals, &mut pass.sent);
+                readers.reuse(chunk);
+            }
+            if entered.elapsed() >= time {
+                return Ok(false);
             }
         }
+    }
+
+    /// Shows the bandwidth of a pass that goes on. In the first one it is all that is known of the link.
+    fn show_rate(&self, pass: &InPass) -> Result<(), ParticipantError> {
+        let rate = policy::per_second(pass.sent.wire, pass.began.elapsed());
+        self.started()?.context.counters.update(|stats| {
+            stats.disk.get_or_insert_default().bytes_per_sec = rate;
+            if self.passes == 0 {
+                stats.bytes_per_sec = rate;
+            }
+        });
+        Ok(())
     }
 }
 
@@ -221,24 +265,24 @@ impl Outgoing for DisksOutgoing {
     }
 
     /// Sends every dirty chunk once, and waits until the destination has them on stable storage.
-    fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
-        let began = Instant::now();
-        let sent = self.send_dirty()?;
+    fn iterate(&mut self, _: u64, budget: Budget) -> Result<Step, ParticipantError> {
+        let mut pass = self.pass.take().unwrap_or_else(InPass::begin);
+        if !self.send_dirty(&mut pass, budget.time)? {
+            self.show_rate(&pass)?;
+            self.pass = Some(pass);
+            return Ok(Step::More);
+        }
+        let sent = pass.sent;
         if sent.wire > 0 {
             self.passes += 1;
             self.tell_all(Frame::Mark(self.passes))?;
             let flush = self.started()?.senders.await_flushed(self.passes)?;
             self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
         }
-        let (passes, took) = (self.passes, began.elapsed());
+        let (passes, took) = (self.passes, pass.began.elapsed());
         log::debug!("disks: pass {passes}: {sent:?} in {took:?}, flush {:?}", self.flush);
         self.update_remaining()?;
-        if sent.unpacked >= MEASURABLE_BYTES {
-            self.measured = Some(Measured {
-                wire_per_sec: policy::per_second(sent.wire, took),
-                unpacked_per_sec: policy::per_second(sent.unpacked, took),
-            });
-        }
+        self.measured = pass.measured().or(self.measured);
         // For reports: 0 until a pass was long enough to measure.
         let measured = self.measured.map_or(0, |measured| measured.wire_per_sec);
         let context = &self.started()?.context;
@@ -252,7 +296,9 @@ impl Outgoing for DisksOutgoing {
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
         let Started { disks, context, .. } = self.started()?;
-        let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum();
+        // Taken from the bitmaps, and not sent yet.
+        let ahead = self.pass.as_ref().map_or(0, |pass| pass.ahead_bytes);
+        let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum::<u64>() + ahead;
         let send_time = policy::send_time(left, self.rate(context));
         // Nothing to write means nothing to flush. Before the first pass no flush has been measured.
         let measured = self.flush.filter(|_| left > 0);
@@ -275,7 +321,7 @@ impl Outgoing for DisksOutgoing {
     /// dirty; if the stop is called off, later writes are marked.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         // The guest's requests have ended: its stop has waited for them.
-        self.send_dirty()?;
+        self.send_dirty(&mut InPass::begin(), Duration::MAX)?;
         self.tell_all(Frame::End)?;
         self.totals.ends += 1;
         self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
@@ -287,7 +333,7 @@ impl Outgoing for DisksOutgoing {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.started = None;
+        (self.started, self.pass) = (None, None);
     }
 }
 

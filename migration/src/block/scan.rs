@@ -90,34 +90,30 @@ pub struct Work {
 }
 
 /// One pass over all disks.
-#[derive(Debug)]
-pub struct Scan<'d> {
-    disks: &'d [TrackedDisk],
+#[derive(Debug, Default)]
+pub struct Scan {
     /// Next chunk of each disk.
     next: Vec<u64>,
     turn: usize,
 }
 
-impl<'d> Scan<'d> {
-    /// From the start of every disk.
-    pub fn new(disks: &'d [TrackedDisk]) -> Self {
-        Self { disks, next: vec![0; disks.len()], turn: 0 }
-    }
-
-    /// Takes the next dirty chunk, from each disk in turn.
-    pub fn take(&mut self) -> Option<Work> {
-        for _ in 0..self.disks.len() {
+impl Scan {
+    /// Takes the next dirty chunk, from each disk in turn, from the start of every disk on. They are the same
+    /// in every call.
+    pub fn take(&mut self, disks: &[TrackedDisk]) -> Option<Work> {
+        self.next.resize(disks.len(), 0);
+        for _ in 0..disks.len() {
             let disk = self.turn;
-            self.turn = (self.turn + 1) % self.disks.len();
-            if let Some(work) = self.take_of(disk) {
+            self.turn = (self.turn + 1) % disks.len();
+            if let Some(work) = self.take_of(disks, disk) {
                 return Some(work);
             }
         }
         None
     }
 
-    fn take_of(&mut self, disk: usize) -> Option<Work> {
-        let tracked = self.disks.get(disk)?;
+    fn take_of(&mut self, disks: &[TrackedDisk], disk: usize) -> Option<Work> {
+        let tracked = disks.get(disk)?;
         let next = self.next.get_mut(disk)?;
         while let Some((index, taken)) = tracked.dirty.take_next(*next) {
             *next = index + 1;
@@ -151,14 +147,14 @@ mod tests {
         disk.disk.node.write_at(&[1; 512], 10 * CHUNK_BYTES).unwrap();
         disk.skip_unwritten(&|| true, &mut |_| {});
         let disks = [disk];
-        let mut scan = Scan::new(&disks);
-        assert_eq!(scan.take(), Some(Work { disk: 0, index: 2, granules: 2 }));
+        let mut scan = Scan::default();
+        assert_eq!(scan.take(&disks), Some(Work { disk: 0, index: 2, granules: 2 }));
         // Behind the scan: it waits for the next pass.
         disks[0].disk.node.write_at(&[2; 512], 0).unwrap();
-        assert_eq!(scan.take(), Some(Work { disk: 0, index: 10, granules: 1 }));
-        assert_eq!(scan.take(), None);
+        assert_eq!(scan.take(&disks), Some(Work { disk: 0, index: 10, granules: 1 }));
+        assert_eq!(scan.take(&disks), None);
         assert_eq!(disks[0].dirty.marked_bytes(), GRANULE_BYTES);
-        assert_eq!(Scan::new(&disks).take(), Some(Work { disk: 0, index: 0, granules: 1 }));
+        assert_eq!(Scan::default().take(&disks), Some(Work { disk: 0, index: 0, granules: 1 }));
     }
 
     #[test]
@@ -198,8 +194,9 @@ mod tests {
     #[test]
     fn disks_take_turns_until_each_is_done() {
         let disks = [tracked(3 * CHUNK_BYTES), tracked(512), tracked(2 * CHUNK_BYTES)];
-        let mut scan = Scan::new(&disks);
-        let order: Vec<_> = std::iter::from_fn(|| scan.take()).map(|work| work.disk).collect();
+        let mut scan = Scan::default();
+        let order: Vec<_> =
+            std::iter::from_fn(|| scan.take(&disks)).map(|work| work.disk).collect();
         assert_eq!(order, [0, 1, 2, 0, 2, 0]);
     }
 }

@@ -98,6 +98,43 @@ fn a_cap_holds_for_ram_and_disks_together() {
 }
 
 #[test]
+fn rate_and_expected_downtime_are_shown_while_a_disk_travels() {
+    let disks = FakeDisks::new(&[32 * CHUNK_BYTES]);
+    // Half a second under the cap, of which the driver looks up once or more.
+    for at in 0..10 {
+        let data = vec![7; usize::try_from(CHUNK_BYTES).unwrap()];
+        disks.disks[0].here.write_at(&data, 3 * at * CHUNK_BYTES).unwrap();
+    }
+    let params = Params { max_bandwidth: 20 << 20, multifd_channels: 1, ..Params::default() };
+    let scenario = Scenario { params, disks: disks.clone(), ..Default::default() };
+    let counters = scenario.counters.clone();
+    let moving = std::thread::spawn(move || migrate(&scenario));
+    let mut looks = Vec::new();
+    while !moving.is_finished() {
+        let stats = counters.snapshot();
+        // The first pass of RAM is a matter of milliseconds.
+        if stats.disk.as_ref().is_some_and(|disk| disk.passes == 0 && disk.bytes_per_sec > 0) {
+            looks.push(stats);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let end = moving.join().unwrap();
+    end.assert_moved();
+    disks.assert_same();
+    assert!(!looks.is_empty(), "the disk was never seen on its way");
+    for look in looks {
+        let info = look.to_json();
+        assert_eq!(info["ram"]["mbps"], info["disk"]["mbps"], "{info}");
+        let mbps = info["ram"]["mbps"].as_f64().unwrap();
+        assert!((40.0..180.0).contains(&mbps), "{info}");
+        let left = look.disk.unwrap().remaining_bytes();
+        let expected = info["expected-downtime"].as_u64().unwrap_or_else(|| panic!("{info}"));
+        // As of the last look of the driver.
+        assert!(expected >= left * 1000 / (23 << 20), "{left} bytes in {expected} ms: {info}");
+    }
+}
+
+#[test]
 fn a_disk_that_cannot_be_read_or_written_fails_the_migration_and_the_guest_runs_on() {
     for (at_source, expected) in [
         (true, "disk d1: reading 512 bytes at 0 failed: scripted fault"),
