@@ -4,7 +4,9 @@
 //! Called by the source's driver on the `mig-out` thread. The driver decides when to make a pass and when to
 //! stop the guest for the last one.
 
-use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of};
+use super::frame::{
+    BlockSetup, BlockTotals, DiskData, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of,
+};
 use super::holes::{self, SHOWN_EVERY};
 use super::packing::Pays;
 use super::readers::{Event, Filled, Readers};
@@ -18,7 +20,7 @@ use crate::participant::{
 use crate::policy;
 use crate::stats::Counters;
 use crate::units::saturating_u64;
-use crate::wire::hello::{DISK_CHANNELS, DISK_PACKING, DISKS};
+use crate::wire::hello::{DISK_CHANNELS, DISK_DATA, DISK_PACKING, DISKS};
 use crate::wire::section::Stage;
 use crate::wire::{Hello, Role};
 use std::sync::Arc;
@@ -235,7 +237,7 @@ impl Outgoing for DisksOutgoing {
     }
 
     fn options(&self) -> &'static [&'static str] {
-        &[DISK_CHANNELS, DISK_PACKING]
+        &[DISK_CHANNELS, DISK_PACKING, DISK_DATA]
     }
 
     fn roles(&self, agreed: &Hello) -> Vec<Role> {
@@ -260,7 +262,12 @@ impl Outgoing for DisksOutgoing {
             self.started.insert(Started { context, disks, readers, senders });
         holes::find(disks, &context.counters, SHOWN_EVERY, &|| !context.cancel.is_cancelled());
         let setup = self.announcement().encode()?;
-        self.started()?.context.send(SECTION, Stage::Setup, &setup)?;
+        let Started { context, disks, .. } = self.started()?;
+        context.send(SECTION, Stage::Setup, &setup)?;
+        if context.agreed.has(DISK_DATA) {
+            let data = DiskData(disks.iter().map(|disk| disk.dirty.marked_bytes()).collect());
+            context.send(SECTION, Stage::Part, &data.encode()?)?;
+        }
         Ok(())
     }
 

@@ -90,6 +90,17 @@ impl DiskStats {
         }
     }
 
+    /// Takes the source's word for how much will come of each disk. Some of it may have come already.
+    pub(super) fn announced(&mut self, data: &[u64]) {
+        for (disk, bytes) in self.disks.iter_mut().zip(data) {
+            disk.total_bytes = *bytes;
+            let come = disk.sent.data_bytes + disk.sent.zero_bytes;
+            // Later passes send what was written meanwhile.
+            let first_pass = self.passes == 0;
+            disk.remaining_bytes = if first_pass { bytes.saturating_sub(come) } else { 0 };
+        }
+    }
+
     fn sum(&self, of: impl Fn(&DiskProgress) -> u64) -> u64 {
         self.disks.iter().map(of).sum()
     }
@@ -133,5 +144,31 @@ impl PackedStats {
             "compressed-size": self.packed_bytes,
             "compression-rate": self.data_bytes as f64 / self.packed_bytes.max(1) as f64,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_do_not_count_once_the_source_has_said_how_much_comes() {
+        let one =
+            |len| DiskProgress { total_bytes: len, remaining_bytes: len, ..Default::default() };
+        let mut stats = DiskStats { disks: vec![one(8000), one(10)], ..Default::default() };
+        let come = |data_bytes, zero_bytes| DiskTotals { data_bytes, zero_bytes };
+        // Chunks have channels of their own: they may come first.
+        stats.count_chunk(0, Packing::None, 132, come(60, 40));
+        stats.announced(&[400, 0]);
+        let percent = |stats: &DiskStats| stats.disks.iter().map(DiskProgress::percent).collect();
+        let seen: Vec<u64> = percent(&stats);
+        assert_eq!(seen, [25, 100]);
+        stats.count_chunk(0, Packing::None, 232, come(200, 0));
+        let seen: Vec<u64> = percent(&stats);
+        assert_eq!(seen, [75, 100]);
+        assert_eq!(stats.to_json()["total"], 400);
+        stats.passes = 1;
+        stats.announced(&[400, 10]);
+        assert_eq!(stats.remaining_bytes(), 0, "all has come once");
     }
 }
