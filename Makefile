@@ -34,6 +34,7 @@ test-linux: build ## those of them in which stock Linux is the guest, with what 
 bench: build ## Ferry and QEMU side by side; BENCH="--row gap --runs 3" for a part
 	tests/install-deps.sh bench
 	cargo build --release --package migration --example codec
+	cargo build --release --package devices --example bitmaps
 	cargo build --package ferry-tests --bin bench
 	FERRY_BIN=$(FERRY) QEMU_NEWER=$${QEMU_NEWER:-target/qemu-newer} $(TARGET)/debug/bench $(BENCH)
 

@@ -166,12 +166,14 @@ fn some_disks_travel_and_others_stay() {
 fn a_cap_holds_and_progress_is_told_per_disk() {
     let hosts = Hosts::new();
     let path = hosts.random("data", 40 << 20);
+    // The rest is a hole.
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(400 << 20).unwrap();
     let source = started(&Guest::new("work=idle", 64).disk("data", &path));
     let mut destination = hosts.receive();
     let options = ["--disks", "full", "--max-bandwidth", "20M"];
     let migration = moving(&source, &destination.address, &options);
-    let mut qmp = source.qmp().unwrap();
-    let mut last = 0;
+    let (mut qmp, mut there) = (source.qmp().unwrap(), destination.vmm.qmp().unwrap());
+    let (mut last, mut last_there, mut rates) = (0, 0, 0);
     // 40 MiB at 20 MiB/s: progress can be watched.
     while let Ok(info) = qmp.execute("query-migrate", json!({})) {
         if info["status"] != "active" {
@@ -182,6 +184,17 @@ fn a_cap_holds_and_progress_is_told_per_disk() {
         let percent = one["percent"].as_u64().unwrap();
         assert!((last..=100).contains(&percent), "{percent} after {last}");
         last = percent;
+        assert_eq!(one["searched"], 400 << 20, "{info}");
+        if info["disk"]["dirty-sync-count"] == 0 && info["ram"]["mbps"].as_f64() > Some(0.0) {
+            assert!(info["expected-downtime"].as_u64() > Some(0), "{info}");
+            rates += 1;
+        }
+        let info = there.execute("query-migrate", json!({})).unwrap();
+        let one = &info["disk"]["x-disks"][0];
+        if one["percent"].as_u64().is_some_and(|percent| percent < 100) {
+            last_there = last_there.max(one["percent"].as_u64().unwrap());
+            assert_eq!(one["total"], 40 << 20, "{info}");
+        }
         // A tenth of a second; there is none when the guest has moved.
         if source.wait_next_line("^HB ").is_err() {
             break;
@@ -190,6 +203,8 @@ fn a_cap_holds_and_progress_is_told_per_disk() {
     let ended = migration.end(SOON).unwrap();
     assert_eq!(ended.code, 0, "{}", ended.errors);
     assert!(last > 30, "progress was seen up to {last} percent only");
+    assert!(last_there > 30, "at the destination up to {last_there} percent only");
+    assert!(rates > 3, "the rate was seen {rates} times while the disk travelled");
     let bytes = ended.summary["disk"]["transferred"].as_f64().unwrap()
         + ended.summary["ram"]["transferred"].as_f64().unwrap();
     let seconds = ended.summary["total-time"].as_f64().unwrap() / 1e3;

@@ -67,7 +67,7 @@ impl ChunkReceiver {
         let progress = |disk: &DiskSetup| DiskProgress {
             name: disk.name.clone(),
             total_bytes: disk.len_bytes,
-            // Ranges that the source never wrote do not come: the rest is there at the end.
+            // Until the source says how much comes. Holes do not.
             remaining_bytes: disk.len_bytes,
             ..Default::default()
         };

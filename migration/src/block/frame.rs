@@ -231,6 +231,45 @@ impl BlockSetup {
     }
 }
 
+/// Bytes that the first pass sends of each disk: holes do not count. For reports. Follows the setup, if both
+/// sides can do `disk-data`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskData(pub Vec<u64>);
+
+impl DiskData {
+    /// Encodes the section's body.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] for too many disks.
+    pub fn encode(&self) -> Result<Vec<u8>, WireError> {
+        let mut encoder = Encoder::default();
+        encoder.u16(count_of(&self.0)?);
+        for bytes in &self.0 {
+            encoder.u64(*bytes);
+        }
+        Ok(encoder.bytes().to_vec())
+    }
+
+    /// Decodes a section's body, for disks of these lengths.
+    pub fn decode(body: &[u8], lens: &[u64]) -> Result<Self, WireError> {
+        let mut decoder = Decoder::new("data of the disks", body);
+        let count = usize::from(decoder.u16()?);
+        if count != lens.len() {
+            return Err(decoder.malformed(format!("{count} disks instead of {}", lens.len())));
+        }
+        let mut data = Vec::new();
+        for len in lens {
+            let bytes = decoder.u64()?;
+            if bytes > *len {
+                return Err(decoder.malformed(format!("{bytes} bytes in a disk of {len}")));
+            }
+            data.push(bytes);
+        }
+        decoder.finish()?;
+        Ok(Self(data))
+    }
+}
+
 /// Bytes sent of one disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskTotals {
@@ -339,10 +378,24 @@ mod tests {
                 .collect();
             let one = |disk: &DiskSetup| DiskTotals { data_bytes: disk.len_bytes, zero_bytes: 7 };
             let totals = BlockTotals { ends: 1, frames, disks: disks.iter().map(one).collect() };
+            let lens: Vec<_> = disks.iter().map(|disk| disk.len_bytes).collect();
+            let data = DiskData(lens.iter().map(|len| len / 3).collect());
+            prop_assert_eq!(DiskData::decode(&data.encode().unwrap(), &lens).unwrap(), data);
+            let _ = DiskData::decode(&bytes, &lens);
             let setup = BlockSetup { disks };
             prop_assert_eq!(BlockSetup::decode(&setup.encode().unwrap()).unwrap(), setup);
             prop_assert_eq!(BlockTotals::decode(&totals.encode().unwrap()).unwrap(), totals);
             let _ = (BlockSetup::decode(&bytes), BlockTotals::decode(&bytes));
+        }
+
+        #[test]
+        fn data_is_never_more_than_its_disk(lens in prop::collection::vec(0..u64::MAX, 1..4)) {
+            let last = lens.len() - 1;
+            let mut data = lens.clone();
+            prop_assert!(DiskData::decode(&DiskData(data.clone()).encode().unwrap(), &lens).is_ok());
+            prop_assert!(DiskData::decode(&DiskData(data.clone()).encode().unwrap(), &lens[1..]).is_err());
+            data[last] += 1;
+            prop_assert!(DiskData::decode(&DiskData(data).encode().unwrap(), &lens).is_err());
         }
 
         #[test]

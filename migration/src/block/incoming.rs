@@ -2,19 +2,23 @@
 //! sides' counts before the guest may run.
 
 use super::IncomingDisk;
-use super::frame::{BlockSetup, BlockTotals};
+use super::frame::{BlockSetup, BlockTotals, DiskData};
 use super::outgoing::SECTION;
 use super::receiver::Receiver;
 use crate::block::chunk_receiver::ChunkReceiver;
 use crate::error::ParticipantError;
 use crate::participant::{Incoming, IncomingContext, Outcome};
+use crate::stats::Counters;
 use crate::wire::section::Stage;
 use crate::wire::{Role, WireError};
+use std::sync::Arc;
 
 /// The disks of an incoming guest.
 pub struct DisksIncoming {
     disks: Vec<IncomingDisk>,
     receiver: Option<Receiver>,
+    /// Set with the receiver.
+    counters: Option<Arc<Counters>>,
     /// The source's totals, once its end has come.
     end: Option<BlockTotals>,
 }
@@ -22,7 +26,7 @@ pub struct DisksIncoming {
 impl DisksIncoming {
     /// `disks` are blank images in exclusive use, in the order of the machine description.
     pub fn new(disks: Vec<IncomingDisk>) -> Self {
-        Self { disks, receiver: None, end: None }
+        Self { disks, receiver: None, counters: None, end: None }
     }
 }
 
@@ -47,10 +51,17 @@ impl Incoming for DisksIncoming {
         let setup = BlockSetup::decode(body)?;
         let chunks = ChunkReceiver::start(self.disks.clone(), &setup, context.counters.clone())?;
         self.receiver = Some(Receiver::start(chunks, channels, &context.control)?);
+        self.counters = Some(context.counters);
         Ok(())
     }
 
     fn load(&mut self, stage: Stage, body: &[u8]) -> Result<(), ParticipantError> {
+        if let (Stage::Part, Some(counters)) = (stage, &self.counters) {
+            let lens: Vec<_> = self.disks.iter().map(|disk| disk.node.len_bytes()).collect();
+            let DiskData(data) = DiskData::decode(body, &lens)?;
+            counters.update(|stats| stats.disk.get_or_insert_default().announced(&data));
+            return Ok(());
+        }
         if stage != Stage::End {
             let (found, expected) =
                 (format!("{stage:?} of section \"block\""), "the end of the disks");

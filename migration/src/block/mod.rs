@@ -30,6 +30,7 @@
 
 pub mod chunk_receiver;
 pub mod frame;
+mod holes;
 pub mod incoming;
 pub mod outgoing;
 mod packing;

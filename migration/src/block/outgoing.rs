@@ -4,12 +4,14 @@
 //! Called by the source's driver on the `mig-out` thread. The driver decides when to make a pass and when to
 //! stop the guest for the last one.
 
-use super::frame::{BlockSetup, BlockTotals, DiskSetup, DiskTotals, Frame, HEADER_BYTES};
+use super::frame::{
+    BlockSetup, BlockTotals, DiskData, DiskSetup, DiskTotals, Frame, HEADER_BYTES, bytes_of,
+};
+use super::holes::{self, SHOWN_EVERY};
 use super::packing::Pays;
 use super::readers::{Event, Filled, Readers};
 use super::scan::{Scan, TrackedDisk};
 use super::senders::Senders;
-use super::stats::DiskProgress;
 use super::{SourceDisk, SourceDisks, Tuning};
 use crate::error::ParticipantError;
 use crate::participant::{
@@ -18,18 +20,14 @@ use crate::participant::{
 use crate::policy;
 use crate::stats::Counters;
 use crate::units::saturating_u64;
-use crate::wire::hello::{DISK_CHANNELS, DISK_PACKING, DISKS};
+use crate::wire::hello::{DISK_CHANNELS, DISK_DATA, DISK_PACKING, DISKS};
 use crate::wire::section::Stage;
 use crate::wire::{Hello, Role};
-use devices::block::backend::BackingChain;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A pass must send this much before its bandwidth counts as measured.
 const MEASURABLE_BYTES: u64 = 4 << 20;
-
-/// How often the bandwidth of a pass is shown while it runs.
-const SHOWN_EVERY: Duration = Duration::from_millis(200);
 
 /// Name of the disks' sections.
 pub const SECTION: &str = "block";
@@ -49,6 +47,38 @@ struct Sent {
     wire: u64,
     /// What they would have been without compression.
     unpacked: u64,
+}
+
+/// A pass that goes on.
+struct InPass {
+    began: Instant,
+    scan: Scan,
+    /// Chunks handed out and not yet sent.
+    ahead: usize,
+    /// What they hold.
+    ahead_bytes: u64,
+    sent: Sent,
+}
+
+impl InPass {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            scan: Scan::default(),
+            ahead: 0,
+            ahead_bytes: 0,
+            sent: Sent::default(),
+        }
+    }
+
+    /// Its bandwidth so far, if it was long enough to measure.
+    fn measured(&self) -> Option<Measured> {
+        let took = self.began.elapsed();
+        (self.sent.unpacked >= MEASURABLE_BYTES).then(|| Measured {
+            wire_per_sec: policy::per_second(self.sent.wire, took),
+            unpacked_per_sec: policy::per_second(self.sent.unpacked, took),
+        })
+    }
 }
 
 /// Bandwidth of a pass: of the disks, which are often the slower part, and the link together.
@@ -78,7 +108,9 @@ pub struct DisksOutgoing {
     channels: u16,
     started: Option<Started>,
     totals: BlockTotals,
+    /// Finished passes.
     passes: u64,
+    pass: Option<InPass>,
     /// Of the last pass that was long enough to measure.
     measured: Option<Measured>,
     /// The destination's shortest flush at the end of a pass.
@@ -96,6 +128,7 @@ impl DisksOutgoing {
             started: None,
             totals: BlockTotals { ends: 0, frames: 0, disks: vec![DiskTotals::default(); count] },
             passes: 0,
+            pass: None,
             measured: None,
             flush: None,
         }
@@ -117,7 +150,8 @@ impl DisksOutgoing {
 
     /// Expected bandwidth of a pass, in bytes of the disks.
     fn rate(&self, context: &OutgoingContext) -> u64 {
-        match self.measured {
+        let measured = self.measured.or_else(|| self.pass.as_ref().and_then(InPass::measured));
+        match measured {
             None => context.speed.bytes_per_sec(),
             Some(measured) => measured.under(context.params.get().max_bandwidth),
         }
@@ -146,42 +180,50 @@ impl DisksOutgoing {
         Ok(())
     }
 
-    /// Sends all dirty chunks.
-    fn send_dirty(&mut self) -> Result<Sent, ParticipantError> {
+    /// Sends dirty chunks until the pass is over, or `time` is. Returns whether it is over.
+    fn send_dirty(&mut self, pass: &mut InPass, time: Duration) -> Result<bool, ParticipantError> {
         let Self { started, tuning, totals, .. } = self;
         let Started { disks, context, readers, senders } =
             started.as_mut().ok_or_else(|| ParticipantError::not_set_up(SECTION))?;
-        let mut scan = Scan::new(disks);
-        let (mut sent, began) = (Sent::default(), Instant::now());
-        let mut shown = began;
-        // Chunks handed out and not yet sent.
-        let mut ahead = 0;
+        let entered = Instant::now();
         loop {
-            while ahead < tuning.reads + tuning.buffers
-                && let Some(work) = scan.take()
+            while pass.ahead < tuning.reads + tuning.buffers
+                && let Some(work) = pass.scan.take(disks)
             {
+                let len_bytes = disks.get(work.disk).map_or(0, |one| one.disk.node.len_bytes());
+                pass.ahead_bytes += bytes_of(work.index, work.granules, len_bytes);
                 readers.hand_out(work)?;
-                ahead += 1;
+                pass.ahead += 1;
             }
-            if ahead == 0 {
-                return Ok(sent);
+            if pass.ahead == 0 {
+                return Ok(true);
             }
             let done = match readers.next(&context.control)? {
                 Event::Filled(filled) => senders.send(filled?)?,
                 Event::Sent(chunk) => Some(chunk?),
             };
-            let Some(chunk) = done else { continue };
-            ahead -= 1;
-            count(&chunk, &context.counters, totals, &mut sent);
-            readers.reuse(chunk);
-            if shown.elapsed() >= SHOWN_EVERY {
-                shown = Instant::now();
-                let rate = policy::per_second(sent.wire, began.elapsed());
-                context.counters.update(|stats| {
-                    stats.disk.get_or_insert_default().bytes_per_sec = rate;
-                });
+            if let Some(chunk) = done {
+                pass.ahead -= 1;
+                pass.ahead_bytes -= chunk.totals.data_bytes + chunk.totals.zero_bytes;
+                count(&chunk, &context.counters, totals, &mut pass.sent);
+                readers.reuse(chunk);
+            }
+            if entered.elapsed() >= time {
+                return Ok(false);
             }
         }
+    }
+
+    /// Shows the bandwidth of a pass that goes on. In the first one it is all that is known of the link.
+    fn show_rate(&self, pass: &InPass) -> Result<(), ParticipantError> {
+        let rate = policy::per_second(pass.sent.wire, pass.began.elapsed());
+        self.started()?.context.counters.update(|stats| {
+            stats.disk.get_or_insert_default().bytes_per_sec = rate;
+            if self.passes == 0 {
+                stats.bytes_per_sec = rate;
+            }
+        });
+        Ok(())
     }
 }
 
@@ -195,7 +237,7 @@ impl Outgoing for DisksOutgoing {
     }
 
     fn options(&self) -> &'static [&'static str] {
-        &[DISK_CHANNELS, DISK_PACKING]
+        &[DISK_CHANNELS, DISK_PACKING, DISK_DATA]
     }
 
     fn roles(&self, agreed: &Hello) -> Vec<Role> {
@@ -218,46 +260,36 @@ impl Outgoing for DisksOutgoing {
         let senders = Senders::start(channels, &context.cap, pays, readers.events())?;
         let Started { context, disks, .. } =
             self.started.insert(Started { context, disks, readers, senders });
-        for disk in disks.iter() {
-            disk.skip_unwritten(&|| !context.cancel.is_cancelled());
-        }
-        let progress = |disk: &TrackedDisk| {
-            let total_bytes = disk.dirty.marked_bytes();
-            let name = disk.disk.node.id().to_owned();
-            let sent = DiskTotals::default();
-            let node = &disk.disk.node;
-            let below = node.backing().filter(|_| !disk.disk.only_top);
-            let files = below.map_or_else(Vec::new, BackingChain::files);
-            let files = std::iter::once(node.location()).chain(files).collect();
-            let remaining_bytes = total_bytes;
-            DiskProgress { name, total_bytes, remaining_bytes, sent, files, ..Default::default() }
-        };
-        let progress: Vec<_> = disks.iter().map(progress).collect();
-        context.counters.update(|stats| stats.disk.get_or_insert_default().disks = progress);
+        holes::find(disks, &context.counters, SHOWN_EVERY, &|| !context.cancel.is_cancelled());
         let setup = self.announcement().encode()?;
-        self.started()?.context.send(SECTION, Stage::Setup, &setup)?;
+        let Started { context, disks, .. } = self.started()?;
+        context.send(SECTION, Stage::Setup, &setup)?;
+        if context.agreed.has(DISK_DATA) {
+            let data = DiskData(disks.iter().map(|disk| disk.dirty.marked_bytes()).collect());
+            context.send(SECTION, Stage::Part, &data.encode()?)?;
+        }
         Ok(())
     }
 
     /// Sends every dirty chunk once, and waits until the destination has them on stable storage.
-    fn iterate(&mut self, _: u64, _: Budget) -> Result<Step, ParticipantError> {
-        let began = Instant::now();
-        let sent = self.send_dirty()?;
+    fn iterate(&mut self, _: u64, budget: Budget) -> Result<Step, ParticipantError> {
+        let mut pass = self.pass.take().unwrap_or_else(InPass::begin);
+        if !self.send_dirty(&mut pass, budget.time)? {
+            self.show_rate(&pass)?;
+            self.pass = Some(pass);
+            return Ok(Step::More);
+        }
+        let sent = pass.sent;
         if sent.wire > 0 {
             self.passes += 1;
             self.tell_all(Frame::Mark(self.passes))?;
             let flush = self.started()?.senders.await_flushed(self.passes)?;
             self.flush = Some(self.flush.map_or(flush, |shortest| shortest.min(flush)));
         }
-        let (passes, took) = (self.passes, began.elapsed());
+        let (passes, took) = (self.passes, pass.began.elapsed());
         log::debug!("disks: pass {passes}: {sent:?} in {took:?}, flush {:?}", self.flush);
         self.update_remaining()?;
-        if sent.unpacked >= MEASURABLE_BYTES {
-            self.measured = Some(Measured {
-                wire_per_sec: policy::per_second(sent.wire, took),
-                unpacked_per_sec: policy::per_second(sent.unpacked, took),
-            });
-        }
+        self.measured = pass.measured().or(self.measured);
         // For reports: 0 until a pass was long enough to measure.
         let measured = self.measured.map_or(0, |measured| measured.wire_per_sec);
         let context = &self.started()?.context;
@@ -271,7 +303,9 @@ impl Outgoing for DisksOutgoing {
 
     fn pending(&mut self, _: Precision) -> Result<Pending, ParticipantError> {
         let Started { disks, context, .. } = self.started()?;
-        let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum();
+        // Taken from the bitmaps, and not sent yet.
+        let ahead = self.pass.as_ref().map_or(0, |pass| pass.ahead_bytes);
+        let left = disks.iter().map(|disk| disk.dirty.marked_bytes()).sum::<u64>() + ahead;
         let send_time = policy::send_time(left, self.rate(context));
         // Nothing to write means nothing to flush. Before the first pass no flush has been measured.
         let measured = self.flush.filter(|_| left > 0);
@@ -294,7 +328,7 @@ impl Outgoing for DisksOutgoing {
     /// dirty; if the stop is called off, later writes are marked.
     fn complete(&mut self) -> Result<(), ParticipantError> {
         // The guest's requests have ended: its stop has waited for them.
-        self.send_dirty()?;
+        self.send_dirty(&mut InPass::begin(), Duration::MAX)?;
         self.tell_all(Frame::End)?;
         self.totals.ends += 1;
         self.started()?.context.push(SECTION, Stage::End, &self.totals.encode()?)?;
@@ -306,7 +340,7 @@ impl Outgoing for DisksOutgoing {
     }
 
     fn cleanup(&mut self, _: Outcome) {
-        self.started = None;
+        (self.started, self.pass) = (None, None);
     }
 }
 

@@ -25,10 +25,10 @@ impl TrackedDisk {
     }
 
     /// Clears the bits of ranges that the destination's blank disk holds already: ranges that read as
-    /// zeroes or, if only the top layer is sent, from the backing file. Returns early once `go_on` returns
-    /// false: a large image may have millions of holes. Where the storage does not say what it holds, all
-    /// counts as data.
-    pub fn skip_unwritten(&self, go_on: GoOn<'_>) {
+    /// zeroes or, if only the top layer is sent, from the backing file. A large image may have millions of
+    /// holes: tells `searched` after each extent how far it has come, and returns early once `go_on` returns
+    /// false. Where the storage does not say what it holds, all counts as data.
+    pub fn skip_unwritten(&self, go_on: GoOn<'_>, searched: &mut dyn FnMut(u64)) {
         let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
         let node = &self.disk.node;
         let mut at = 0;
@@ -45,17 +45,21 @@ impl TrackedDisk {
                 self.dirty.clear_within(ByteRange { offset_bytes: at, len_bytes: end - at });
                 // A write before the clear is in the file by now, and a later one marks its granules. So
                 // look once more for data written between the query and the clear.
-                self.mark_written(ByteRange { offset_bytes: at, len_bytes: end - at }, skipped);
+                let cleared = ByteRange { offset_bytes: at, len_bytes: end - at };
+                self.mark_written(cleared, skipped, go_on);
             }
             at = end;
+            searched(at);
         }
     }
 
-    fn mark_written(&self, range: ByteRange, skipped: Content) {
+    /// Marks what is not `skipped` in `range`; what it has not looked at counts as data.
+    fn mark_written(&self, range: ByteRange, skipped: Content, go_on: GoOn<'_>) {
         let mut at = range.offset_bytes;
         while at < range.end() {
             let rest = ByteRange { offset_bytes: at, len_bytes: range.end() - at };
-            let Ok(extent) = extent(&self.disk.node, at) else {
+            let extent = if go_on() { extent(&self.disk.node, at).ok() } else { None };
+            let Some(extent) = extent else {
                 self.dirty.mark(rest);
                 return;
             };
@@ -86,34 +90,30 @@ pub struct Work {
 }
 
 /// One pass over all disks.
-#[derive(Debug)]
-pub struct Scan<'d> {
-    disks: &'d [TrackedDisk],
+#[derive(Debug, Default)]
+pub struct Scan {
     /// Next chunk of each disk.
     next: Vec<u64>,
     turn: usize,
 }
 
-impl<'d> Scan<'d> {
-    /// From the start of every disk.
-    pub fn new(disks: &'d [TrackedDisk]) -> Self {
-        Self { disks, next: vec![0; disks.len()], turn: 0 }
-    }
-
-    /// Takes the next dirty chunk, from each disk in turn.
-    pub fn take(&mut self) -> Option<Work> {
-        for _ in 0..self.disks.len() {
+impl Scan {
+    /// Takes the next dirty chunk, from each disk in turn, from the start of every disk on. They are the same
+    /// in every call.
+    pub fn take(&mut self, disks: &[TrackedDisk]) -> Option<Work> {
+        self.next.resize(disks.len(), 0);
+        for _ in 0..disks.len() {
             let disk = self.turn;
-            self.turn = (self.turn + 1) % self.disks.len();
-            if let Some(work) = self.take_of(disk) {
+            self.turn = (self.turn + 1) % disks.len();
+            if let Some(work) = self.take_of(disks, disk) {
                 return Some(work);
             }
         }
         None
     }
 
-    fn take_of(&mut self, disk: usize) -> Option<Work> {
-        let tracked = self.disks.get(disk)?;
+    fn take_of(&mut self, disks: &[TrackedDisk], disk: usize) -> Option<Work> {
+        let tracked = disks.get(disk)?;
         let next = self.next.get_mut(disk)?;
         while let Some((index, taken)) = tracked.dirty.take_next(*next) {
             *next = index + 1;
@@ -133,6 +133,7 @@ mod tests {
     use crate::block::CHUNK_BYTES;
     use devices::block::memory::MemoryDisk;
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
     fn tracked(len_bytes: u64) -> TrackedDisk {
         let node = Arc::new(BlockNode::new("d", Box::new(MemoryDisk::new(len_bytes))));
@@ -144,16 +145,16 @@ mod tests {
         let disk = tracked(10 * CHUNK_BYTES + 512);
         disk.disk.node.write_at(&[1; 512], 2 * CHUNK_BYTES + GRANULE_BYTES).unwrap();
         disk.disk.node.write_at(&[1; 512], 10 * CHUNK_BYTES).unwrap();
-        disk.skip_unwritten(&|| true);
+        disk.skip_unwritten(&|| true, &mut |_| {});
         let disks = [disk];
-        let mut scan = Scan::new(&disks);
-        assert_eq!(scan.take(), Some(Work { disk: 0, index: 2, granules: 2 }));
+        let mut scan = Scan::default();
+        assert_eq!(scan.take(&disks), Some(Work { disk: 0, index: 2, granules: 2 }));
         // Behind the scan: it waits for the next pass.
         disks[0].disk.node.write_at(&[2; 512], 0).unwrap();
-        assert_eq!(scan.take(), Some(Work { disk: 0, index: 10, granules: 1 }));
-        assert_eq!(scan.take(), None);
+        assert_eq!(scan.take(&disks), Some(Work { disk: 0, index: 10, granules: 1 }));
+        assert_eq!(scan.take(&disks), None);
         assert_eq!(disks[0].dirty.marked_bytes(), GRANULE_BYTES);
-        assert_eq!(Scan::new(&disks).take(), Some(Work { disk: 0, index: 0, granules: 1 }));
+        assert_eq!(Scan::default().take(&disks), Some(Work { disk: 0, index: 0, granules: 1 }));
     }
 
     #[test]
@@ -163,18 +164,39 @@ mod tests {
         let node = Arc::new(BlockNode::new("d", Box::new(memory)));
         let disk = TrackedDisk::start(SourceDisk { node, only_top: false }).unwrap();
         script.hide_extents(true);
-        disk.skip_unwritten(&|| true);
+        disk.skip_unwritten(&|| true, &mut |_| {});
         assert_eq!(disk.dirty.marked_bytes(), 3 * CHUNK_BYTES);
         script.hide_extents(false);
-        disk.skip_unwritten(&|| true);
+        disk.skip_unwritten(&|| true, &mut |_| {});
         assert_eq!(disk.dirty.marked_bytes(), 0);
+    }
+
+    #[test]
+    fn holes_that_are_filled_meanwhile_are_looked_at_again_until_nobody_waits_any_more() {
+        let disk = tracked(10 * CHUNK_BYTES);
+        let (calls, node) = (AtomicUsize::new(0), disk.disk.node.clone());
+        let go_on = || match calls.fetch_add(1, SeqCst) {
+            // The disk is one hole. It gets data between its clearing and the second look.
+            1 => {
+                node.write_at(&[1; 512], 2 * CHUNK_BYTES).unwrap();
+                node.write_at(&[1; 512], 5 * CHUNK_BYTES).unwrap();
+                true
+            }
+            call => call < 2,
+        };
+        let mut searched = Vec::new();
+        disk.skip_unwritten(&go_on, &mut |at| searched.push(at));
+        assert_eq!(calls.load(SeqCst), 3, "asked before each extent");
+        assert_eq!(disk.dirty.marked_bytes(), 8 * CHUNK_BYTES, "the second look ended early");
+        assert_eq!(searched, [10 * CHUNK_BYTES]);
     }
 
     #[test]
     fn disks_take_turns_until_each_is_done() {
         let disks = [tracked(3 * CHUNK_BYTES), tracked(512), tracked(2 * CHUNK_BYTES)];
-        let mut scan = Scan::new(&disks);
-        let order: Vec<_> = std::iter::from_fn(|| scan.take()).map(|work| work.disk).collect();
+        let mut scan = Scan::default();
+        let order: Vec<_> =
+            std::iter::from_fn(|| scan.take(&disks)).map(|work| work.disk).collect();
         assert_eq!(order, [0, 1, 2, 0, 2, 0]);
     }
 }

@@ -8,6 +8,8 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DiskProgress {
     pub name: String,
+    /// How much of the image was searched for holes. `None` at the destination.
+    pub searched_bytes: Option<u64>,
     /// Bytes to send. Unallocated ranges do not count once they are known.
     pub total_bytes: u64,
     /// Bytes still to send.
@@ -23,6 +25,23 @@ impl DiskProgress {
     fn percent(&self) -> u64 {
         let done = self.total_bytes.saturating_sub(self.remaining_bytes);
         (done * 100).checked_div(self.total_bytes).unwrap_or(100)
+    }
+
+    fn to_json(&self) -> Value {
+        let mut json = json!({
+            "device": self.name,
+            "total": self.total_bytes,
+            "remaining": self.remaining_bytes,
+            "normal-bytes": self.sent.data_bytes,
+            "zero-bytes": self.sent.zero_bytes,
+            "transferred": self.transferred_bytes,
+            "percent": self.percent(),
+            "files": self.files,
+        });
+        if let Some(searched) = self.searched_bytes {
+            json["searched"] = searched.into();
+        }
+        json
     }
 }
 
@@ -71,6 +90,17 @@ impl DiskStats {
         }
     }
 
+    /// Takes the source's word for how much will come of each disk. Some of it may have come already.
+    pub(super) fn announced(&mut self, data: &[u64]) {
+        for (disk, bytes) in self.disks.iter_mut().zip(data) {
+            disk.total_bytes = *bytes;
+            let come = disk.sent.data_bytes + disk.sent.zero_bytes;
+            // Later passes send what was written meanwhile.
+            let first_pass = self.passes == 0;
+            disk.remaining_bytes = if first_pass { bytes.saturating_sub(come) } else { 0 };
+        }
+    }
+
     fn sum(&self, of: impl Fn(&DiskProgress) -> u64) -> u64 {
         self.disks.iter().map(of).sum()
     }
@@ -97,16 +127,7 @@ impl DiskStats {
             "dirty-sync-count": self.passes,
             "postcopy-requests": 0,
             "page-size": granule,
-            "x-disks": self.disks.iter().map(|disk| json!({
-                "device": disk.name,
-                "total": disk.total_bytes,
-                "remaining": disk.remaining_bytes,
-                "normal-bytes": disk.sent.data_bytes,
-                "zero-bytes": disk.sent.zero_bytes,
-                "transferred": disk.transferred_bytes,
-                "percent": disk.percent(),
-                "files": disk.files,
-            })).collect::<Vec<_>>(),
+            "x-disks": self.disks.iter().map(DiskProgress::to_json).collect::<Vec<_>>(),
         });
         if self.packed.chunks > 0 {
             all["x-compression"] = self.packed.to_json();
@@ -123,5 +144,31 @@ impl PackedStats {
             "compressed-size": self.packed_bytes,
             "compression-rate": self.data_bytes as f64 / self.packed_bytes.max(1) as f64,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_do_not_count_once_the_source_has_said_how_much_comes() {
+        let one =
+            |len| DiskProgress { total_bytes: len, remaining_bytes: len, ..Default::default() };
+        let mut stats = DiskStats { disks: vec![one(8000), one(10)], ..Default::default() };
+        let come = |data_bytes, zero_bytes| DiskTotals { data_bytes, zero_bytes };
+        // Chunks have channels of their own: they may come first.
+        stats.count_chunk(0, Packing::None, 132, come(60, 40));
+        stats.announced(&[400, 0]);
+        let percent = |stats: &DiskStats| stats.disks.iter().map(DiskProgress::percent).collect();
+        let seen: Vec<u64> = percent(&stats);
+        assert_eq!(seen, [25, 100]);
+        stats.count_chunk(0, Packing::None, 232, come(200, 0));
+        let seen: Vec<u64> = percent(&stats);
+        assert_eq!(seen, [75, 100]);
+        assert_eq!(stats.to_json()["total"], 400);
+        stats.passes = 1;
+        stats.announced(&[400, 10]);
+        assert_eq!(stats.remaining_bytes(), 0, "all has come once");
     }
 }

@@ -191,9 +191,16 @@ impl Source<'_> {
 
     /// In the middle of a pass.
     fn after_look(&mut self, session: &mut Session, pending: &Pending) {
-        let Some(rates) = pending.rates else { return };
-        let Some(dirtied) = rates.dirtied else { return };
         let expected = session.estimate.floor() + pending.send_time;
+        let Some(rates) = pending.rates else {
+            self.counters.update(|stats| {
+                // A lower bound too: what comes later in this pass does not count. In the first pass it falls.
+                let known = stats.expected_downtime.filter(|_| session.pass > 1);
+                stats.expected_downtime = Some(known.map_or(expected, |known| known.max(expected)));
+            });
+            return;
+        };
+        let Some(dirtied) = rates.dirtied else { return };
         self.counters.update(|stats| {
             stats.bytes_per_sec = session.link.bytes_per_sec();
             stats.dirty_pages_rate = dirtied / PAGE_SIZE;

@@ -4,7 +4,7 @@
 use super::fake_disks::FakeDisks;
 use crate::block::chunk_receiver::ChunkReceiver;
 use crate::block::frame::{
-    BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame, bytes_of, granules_of,
+    BlockSetup, BlockTotals, Chunk, DiskData, DiskSetup, DiskTotals, Frame, bytes_of, granules_of,
 };
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES};
 use crate::cancel::CancelToken;
@@ -260,6 +260,9 @@ fn the_format_of_disks_is_what_it_was() {
     let lines: Vec<String> = lines.map(hex).collect();
     let golden = include_str!("golden-disks-v3.hex");
     assert_eq!(lines.join("\n") + "\n", golden);
+    // Since there is the capability `disk-data`.
+    let data = DiskData(vec![2 << 20, 512]).encode().unwrap();
+    assert_eq!(hex(data), "020000002000000000000002000000000000");
     // Read back from the record, not from what was just written.
     let recorded: Vec<&str> = golden.lines().collect();
     for (line, frame) in recorded[recorded.len() - frames.len()..].iter().zip(frames) {

@@ -2,7 +2,7 @@
 
 use super::fake::*;
 use super::fake_disks::{FakeDisks, PanickingDisk};
-use crate::block::frame::{BlockSetup, BlockTotals, Chunk, DiskSetup, DiskTotals, Frame};
+use crate::block::frame::{BlockSetup, BlockTotals, Chunk, DiskData, DiskSetup, DiskTotals, Frame};
 use crate::block::{CHUNK_BYTES, GRANULE_BYTES, Tuning};
 use crate::error::chain;
 use crate::guest::MachineDescription;
@@ -98,6 +98,58 @@ fn a_cap_holds_for_ram_and_disks_together() {
     let sent = stats.transferred_bytes + stats.disk.unwrap().transferred_bytes;
     let rate = sent as f64 / stats.total_time.unwrap().as_secs_f64();
     assert!(rate < 1.05 * f64::from(20 << 20), "{rate} bytes/s");
+}
+
+#[test]
+fn rate_and_expected_downtime_are_shown_while_a_disk_travels() {
+    let disks = FakeDisks::new(&[32 * CHUNK_BYTES]);
+    // Half a second under the cap, of which the driver looks up once or more.
+    for at in 0..10 {
+        let data = vec![7; usize::try_from(CHUNK_BYTES).unwrap()];
+        disks.disks[0].here.write_at(&data, 3 * at * CHUNK_BYTES).unwrap();
+    }
+    let params = Params { max_bandwidth: 20 << 20, multifd_channels: 1, ..Params::default() };
+    let scenario = Scenario { params, disks: disks.clone(), ..Default::default() };
+    let counters = scenario.counters.clone();
+    let moving = std::thread::spawn(move || migrate(&scenario));
+    let mut looks = Vec::new();
+    while !moving.is_finished() {
+        let stats = counters.snapshot();
+        // The first pass of RAM is a matter of milliseconds.
+        if stats.disk.as_ref().is_some_and(|disk| disk.passes == 0 && disk.bytes_per_sec > 0) {
+            looks.push(stats);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let end = moving.join().unwrap();
+    end.assert_moved();
+    disks.assert_same();
+    assert!(!looks.is_empty(), "the disk was never seen on its way");
+    for look in looks {
+        let info = look.to_json();
+        assert_eq!(info["ram"]["mbps"], info["disk"]["mbps"], "{info}");
+        let mbps = info["ram"]["mbps"].as_f64().unwrap();
+        assert!((40.0..180.0).contains(&mbps), "{info}");
+        let left = look.disk.unwrap().remaining_bytes();
+        let expected = info["expected-downtime"].as_u64().unwrap_or_else(|| panic!("{info}"));
+        // As of the last look of the driver.
+        assert!(expected >= left * 1000 / (23 << 20), "{left} bytes in {expected} ms: {info}");
+    }
+}
+
+#[test]
+fn holes_count_on_neither_side() {
+    let disks = FakeDisks::new(&[32 * CHUNK_BYTES]);
+    for at in 0..10 {
+        disks.disks[0].here.write_at(&[7; 512], 3 * at * CHUNK_BYTES).unwrap();
+    }
+    let end = move_disks(&disks);
+    end.assert_moved();
+    for (side, counters) in [("source", &end.counters), ("there", &end.destination_counters)] {
+        let disk = counters.snapshot().disk.unwrap();
+        assert_eq!(disk.disks[0].total_bytes, 10 * GRANULE_BYTES, "{side}");
+        assert_eq!(disk.remaining_bytes(), 0, "{side}");
+    }
 }
 
 #[test]
@@ -307,6 +359,11 @@ fn announce(liar: &Liar, disks: &[(&str, u64)]) {
     liar.frame(Kind::Section, &Section::encode(Stage::Setup, "block", &setup.encode().unwrap()));
 }
 
+fn announce_data(liar: &Liar, data: &[u64]) {
+    let body = DiskData(data.to_vec()).encode().unwrap();
+    liar.frame(Kind::Section, &Section::encode(Stage::Part, "block", &body));
+}
+
 fn introduce(liar: &Liar) {
     greet(liar, true);
     announce(liar, &[("d0", CHUNK_BYTES + 512)]);
@@ -361,6 +418,10 @@ fn lies_about_disks_are_refused_by_name() {
             greet(liar, true);
             let setup = RamSetup { page_count: 512, page_bytes: 4096, data_channels: 1 };
             liar.frame(Kind::Section, &Section::encode(Stage::Setup, "ram", &setup.encode()));
+        }),
+        ("2 disks instead of 1", |liar| (introduce(liar), announce_data(liar, &[0, 0])).1),
+        ("1049089 bytes in a disk of 1049088", |liar| {
+            (introduce(liar), announce_data(liar, &[CHUNK_BYTES + 513])).1
         }),
         ("no disk number 1", |liar| (introduce(liar), chunk(liar, 1, 0, (0, 1), 0)).1),
         ("chunk 2 of disk d0 lies past its end", |liar| {

@@ -31,12 +31,14 @@ pub const DISKS: &str = "disks";
 pub const DISK_CHANNELS: &str = "disk-channels";
 /// Chunks of disks may be compressed.
 pub const DISK_PACKING: &str = "disk-packing";
+/// The source says how much its disks will send.
+pub const DISK_DATA: &str = "disk-data";
 /// The source has the guest's boot payload to send.
 pub const BOOT: &str = "boot";
 /// The source has dirty bitmaps to send.
 pub const BITMAPS: &str = "dirty-bitmaps";
 /// Capabilities of this build that change the stream.
-pub const CAPABILITIES: &[&str] = &[DISKS, DISK_CHANNELS, DISK_PACKING, BOOT, BITMAPS];
+pub const CAPABILITIES: &[&str] = &[DISKS, DISK_CHANNELS, DISK_PACKING, DISK_DATA, BOOT, BITMAPS];
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

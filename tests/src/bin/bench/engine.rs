@@ -1,7 +1,8 @@
 //! Figures of the RAM engine: several channels against two plain sockets, compression, processor time,
 //! and the pieces that a page goes through.
 
-use crate::moves::{How, XBZRLE, moved_well, total_ms};
+use crate::figures::Figure;
+use crate::moves::{How, XBZRLE, moved_well};
 use crate::rows::Program;
 use anyhow::{Context, Result, ensure};
 use ferry_tests::ferry::{self, Guest};
@@ -9,7 +10,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 fn asleep(memory_mb: u64) -> Guest {
     Guest::new("work=dirty fill=random fill_pct=75 sleep=1", memory_mb)
@@ -23,7 +24,7 @@ pub fn one_channel(program: Program) -> Result<f64> {
 fn gb_per_sec(program: Program, channels: u16) -> Result<f64> {
     let how = How { channels: Some(channels), ..How::fast(300) };
     let moved = moved_well(program, &asleep(4096), &how)?;
-    Ok((4u64 << 30) as f64 / 1e6 / total_ms(&moved.info)?)
+    Ok((4u64 << 30) as f64 / 1e6 / moved.ms())
 }
 
 /// The same over as many channels as are best.
@@ -84,17 +85,15 @@ pub fn zlib(program: Program) -> Result<f64> {
         max_bandwidth: GIGABIT,
         ..How::fast(300)
     };
-    Ok(total_ms(&moved_well(program, &guest, &how)?.info)? / 1e3)
+    Ok(moved_well(program, &guest, &how)?.ms() / 1e3)
 }
 
 /// Seconds until a guest that dirties 500 MB/s of 256 MiB, a twentieth of each page, has moved over
-/// a link of 1 Gb/s with XBZRLE; its patience, if it does not.
-pub fn xbzrle(program: Program) -> Result<f64> {
+/// a link of 1 Gb/s with XBZRLE.
+pub fn xbzrle(program: Program) -> Result<Figure> {
     let work = "work=dirty fill=random fill_pct=75 ws_mb=256 rate_mbps=500 change_pct=5";
-    let patience = Duration::from_secs(60);
-    let how = How { max_bandwidth: GIGABIT, capabilities: &[XBZRLE], patience, ..How::fast(300) };
-    let moved = crate::moves::moved(program, &Guest::new(work, 1024), &how)?;
-    moved.map_or(Ok(patience.as_secs_f64()), |moved| Ok(total_ms(&moved.info)? / 1e3))
+    let how = How { max_bandwidth: GIGABIT, capabilities: &[XBZRLE], ..How::fast(300) };
+    Ok(crate::moves::moved(program, &Guest::new(work, 1024), &how)?.seconds())
 }
 
 /// GB per second that XBZRLE encodes with the best vectors at hand, a twentieth of the bytes changed, here
@@ -112,12 +111,18 @@ pub fn zero_scan(program: Program) -> Result<f64> {
 
 /// What the example `codec` says of one of its parts.
 fn codec(part: &str) -> Result<String> {
+    example("codec", &["256", part])
+}
+
+/// What an example says.
+pub fn example(name: &str, arguments: &[&str]) -> Result<String> {
     let binary = ferry::binary();
     let folder = binary.parent().unwrap_or(Path::new("."));
-    let output = Command::new(folder.join("examples/codec")).args(["256", part]).output();
-    let output =
-        output.context("cannot start the example codec: is it built? `make bench` does")?;
-    ensure!(output.status.success(), "the example codec has failed");
+    let output = Command::new(folder.join("examples").join(name)).args(arguments).output();
+    let output = output.with_context(|| {
+        format!("cannot start the example {name}: is it built? `make bench` does")
+    })?;
+    ensure!(output.status.success(), "the example {name} has failed");
     Ok(String::from_utf8(output.stdout)?)
 }
 
