@@ -128,7 +128,9 @@ fn bench() -> Result<()> {
     if newer.is_none() {
         options.programs.retain(|program| *program != Program::Newer);
     }
-    let (ferry, runs) = (said(ferry::binary(), "--version")?, options.runs_in_words());
+    let ferry = said(ferry::binary(), "--version")?;
+    let ferry = ferry.trim_start_matches("ferry ").to_owned();
+    let runs = options.runs_in_words();
     let head = Head { host: host()?, qemu, newer, ferry, runs };
     if !options.markdown {
         println!("{}\n", head.text());
