@@ -96,6 +96,7 @@ impl BitmapsOutgoing {
 }
 
 /// Marks in a chunk, word by word.
+#[expect(clippy::host_endian_bytes, reason = "a count has no order")]
 fn marked(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<8>();
     let words = words.iter().map(|word| u64::from(u64::from_ne_bytes(*word).count_ones()));

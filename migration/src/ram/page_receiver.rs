@@ -181,7 +181,7 @@ fn outside(page: PageIndex) -> WireError {
 }
 
 /// Pages that are zeroed between two looks at a cancel.
-const ZEROED_AT_ONCE: u64 = 512;
+const ZEROED_AT_ONCE: usize = 512;
 
 /// Zeroes the pages of `run` that have content. They have none then: a peer has no more zeroed than it has sent,
 /// however often it asks.
@@ -192,11 +192,11 @@ fn clear_written(
     go_on: &dyn Fn() -> bool,
 ) -> Result<(), WireError> {
     let end = run.first.0 + u64::from(run.page_count);
-    for first in (run.first.0..end).step_by(ZEROED_AT_ONCE as usize).map(PageIndex) {
+    for first in (run.first.0..end).step_by(ZEROED_AT_ONCE).map(PageIndex) {
         if !go_on() {
             return Err(WireError::Interrupted);
         }
-        let count = ZEROED_AT_ONCE.min(end - first.0);
+        let count = (ZEROED_AT_ONCE as u64).min(end - first.0);
         for (first, count) in written.runs_among(first, count) {
             for page in (first.0..first.0 + count).map(PageIndex) {
                 let at = ram.layout.address_of(page).ok_or_else(|| outside(page))?;
@@ -233,7 +233,7 @@ mod tests {
         let stopped = clear_written(&ram, &mut written, &run, &twice);
         assert!(matches!(stopped, Err(WireError::Interrupted)));
         // Two pieces of 512 pages are done, of which three pages were clean.
-        assert_eq!(written.count(), 2000 - (2 * ZEROED_AT_ONCE - 3));
+        assert_eq!(written.count(), 2000 - (2 * ZEROED_AT_ONCE as u64 - 3));
         clear_written(&ram, &mut written, &run, &|| true).unwrap();
         assert_eq!(written.count(), 0);
         // Nothing is left to be done, whatever is in memory.
