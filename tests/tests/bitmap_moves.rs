@@ -11,7 +11,7 @@ use ferry_tests::hosts::{assert_failed, assert_goes_on, moving, started};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::steps::{STEPPING, touched};
-use ferry_tests::{disk, needs, steps};
+use ferry_tests::{disk, frames, needs, steps};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -101,6 +101,50 @@ fn what_is_written_discarded_and_zeroed_before_during_and_after_a_move_is_marked
         assert_has(&mut qmp, name, &all, bytes);
     }
     assert_has(&mut qmp, "before", &sectors, bytes);
+    ferry::verify_at(&mut destination.vmm, &[vmm.serial()]).unwrap();
+}
+
+/// The destination has locked the shared disk and read its bitmaps when the source runs the guest again.
+#[test]
+#[needs(kvm)]
+fn a_stop_that_is_called_off_costs_no_bitmap() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = 32 * MIB;
+    let image = blank(folder.path(), "0", bytes);
+    let mut vmm = stepper(&image);
+    let mut qmp = vmm.qmp().unwrap();
+    add(&mut qmp, "plain", 512, false);
+    add_persistent(&mut qmp, "kept", 4096);
+    // Does not travel: the destination finds it beside the image.
+    add_persistent(&mut qmp, "stays", 4096);
+    let travels = ["plain", "kept"].map(|name| json!({"name": name, "alias": name}));
+    let mapping = json!([{"node-name": "root", "alias": "root", "bitmaps": travels}]);
+    run(&mut qmp, "migrate-set-parameters", json!({"block-bitmap-mapping": mapping}));
+    steps::go(&mut vmm).unwrap();
+    steps::wait_for(&vmm, 20).unwrap();
+    let give = format!("root={}", image.display());
+    let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap();
+    let (back, ready) = frames::holding(|kind| kind == frames::kind::READY);
+    let proxy = frames::between(&destination.address, frames::unchanged, back).unwrap();
+    let migration = moving(&vmm, &proxy, &["--disks", "none"]);
+    ready.wait().unwrap();
+    // The guest runs on at the source, and writes.
+    let taken = steps::last_told(&vmm).unwrap();
+    steps::wait_for(&vmm, taken + 50).unwrap();
+    drop(ready);
+    let ended = migration.end(SOON * 2).unwrap();
+    assert_eq!(ended.code, 0, "{}", ended.errors);
+    vmm.process.wait(SOON).unwrap();
+    let called_off = ended.summary["x-called-off-switches"].as_u64().unwrap();
+    assert!(called_off > 0, "{}", ended.summary);
+    let at_end = steps::last_told(&vmm).unwrap();
+    steps::wait_for(&destination.vmm, at_end + 20).unwrap();
+    let after = steps::hold(&mut destination.vmm).unwrap();
+    let mut qmp = destination.vmm.qmp().unwrap();
+    for name in ["plain", "kept", "stays"] {
+        assert_eq!(bitmap(&mut qmp, name)["inconsistent"], Value::Null);
+        assert_has(&mut qmp, name, &touched(0..after, bytes), bytes);
+    }
     ferry::verify_at(&mut destination.vmm, &[vmm.serial()]).unwrap();
 }
 
