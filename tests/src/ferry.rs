@@ -134,10 +134,6 @@ pub fn end_of<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result
     Ok((code, process.out.text() + &process.err.text()))
 }
 
-fn start(verb: &str, arguments: &[&str]) -> Result<Vmm> {
-    start_prepared(verb, arguments, |_| {})
-}
-
 fn start_prepared(
     verb: &str,
     arguments: &[&str],
@@ -158,6 +154,15 @@ pub fn run(guest: &Guest) -> Result<Vmm> {
 
 /// As [`run`], with more options.
 pub fn run_with(guest: &Guest, more: &[&str]) -> Result<Vmm> {
+    run_prepared(guest, more, |_| {})
+}
+
+/// As [`run_with`], in a process that `prepare` has changed before it starts.
+pub fn run_prepared(
+    guest: &Guest,
+    more: &[&str],
+    prepare: impl FnOnce(&mut Command),
+) -> Result<Vmm> {
     let (memory, cpus) = (format!("{}M", guest.memory_mb), guest.cpus.to_string());
     let path = |path: &PathBuf| path.to_str().context("a path is not UTF-8").map(str::to_owned);
     let (kernel, initrd) = (path(&guest.kernel)?, guest.initrd.as_ref().map(path).transpose()?);
@@ -165,7 +170,7 @@ pub fn run_with(guest: &Guest, more: &[&str]) -> Result<Vmm> {
     let mut arguments = [&kernel[..], &["--memory", &memory, "--cpus", &cpus], more].concat();
     arguments.extend(initrd.iter().flat_map(|initrd| ["--initrd", initrd.as_str()]));
     arguments.extend(guest.disks.iter().flat_map(|disk| ["--disk", disk.as_str()]));
-    start("run", &arguments)
+    start_prepared("run", &arguments, prepare)
 }
 
 /// A process that waits for a guest, and where.

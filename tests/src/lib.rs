@@ -11,7 +11,7 @@
 //! - [`traveller`]: a guest that moves from process to process, and its whole life.
 //! - [`linux`]: stock Linux as a guest, where need be in an emulated machine.
 //! - [`hanging`]: a disk image whose storage is slow, fails or stops answering.
-//! - [`unlinks`]: a process whose unlinks hang.
+//! - [`seccomp`]: a process whose unlinks hang, or whose kernel lacks an ioctl.
 //! - [`hosts`]: two hosts without shared storage, and guests with disks on them.
 //! - [`bitmaps`]: dirty bitmaps, compared with what has changed in an image.
 //! - [`steps`]: a guest that tells what it has written, discarded and zeroed.
@@ -39,10 +39,10 @@ pub mod process;
 pub mod proxy;
 pub mod qemu;
 pub mod qmp;
+pub mod seccomp;
 pub mod skip;
 pub mod steps;
 pub mod traveller;
-pub mod unlinks;
 pub mod verdict;
 
 pub use ferry_test_macros::needs;

@@ -11,7 +11,7 @@ use ferry_tests::pair::Pair;
 use ferry_tests::process::SOON;
 use ferry_tests::qmp::{ENDS, Qmp, is_end};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, needs, unlinks};
+use ferry_tests::{disk, needs, seccomp};
 use serde_json::{Value, json};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
@@ -359,7 +359,7 @@ fn the_source_hears_that_the_guest_runs_before_a_replaced_image_is_removed() {
     let folder = hosts.at("b", "");
     let options = ["--disk-dir", text(&folder), "--overwrite"];
     let mut destination =
-        ferry::receive_prepared("tcp:127.0.0.1:0", &options, unlinks::hang_in).unwrap();
+        ferry::receive_prepared("tcp:127.0.0.1:0", &options, seccomp::hang_unlinks).unwrap();
     let migration = ferry::start_migrate(&source, &destination.address, &["--disks", "full"]);
     let ended = migration.unwrap().end(SOON).unwrap();
     assert_eq!(ended.code, 0, "{} {}", ended.errors, ended.summary);

@@ -6,8 +6,9 @@ use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::traveller::{Traveller, Way};
 use ferry_tests::verdict::Transcript;
-use ferry_tests::{disk, needs};
+use ferry_tests::{disk, needs, seccomp};
 use serde_json::json;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Boots `guest`, moves it over `address`, and has it verified at the destination.
@@ -46,6 +47,28 @@ fn every_kind_of_page_arrives_while_it_is_written() {
                 &["--downtime-limit", "50ms"],
             );
         }
+    }
+}
+
+/// `KVM_ENABLE_CAP` of a VM, by which KVM is asked for a dirty log that is cleared by hand.
+const KVM_ENABLE_CAP: u32 = 0x4068_aea3;
+
+#[test]
+#[needs(kvm)]
+fn a_kvm_whose_dirty_log_is_cleared_when_it_is_read_loses_no_page() {
+    for channels in ["1", "4"] {
+        let work = "work=dirty fill=random ws_mb=32 rate_mbps=200 pattern=rand";
+        let guest = Guest::new(work, 128);
+        let lacks_it = |command: &mut Command| seccomp::refuse_ioctl(command, KVM_ENABLE_CAP);
+        let vmm = ferry::run_prepared(&guest, &["-vv"], lacks_it).unwrap();
+        vmm.process.err.wait_for("dirty log mode Manual refused", SOON).unwrap();
+        vmm.wait_line("^HB n=2 ").unwrap();
+        let mut traveller = Traveller::from(vmm);
+        let migrate = ["--channels", channels, "--downtime-limit", "50ms"];
+        let hop = traveller.hop(Way { migrate: &migrate, ..Way::default() }).unwrap();
+        let rounds = hop.ended.summary["ram"]["dirty-sync-count"].as_u64().unwrap();
+        assert!(rounds > 1, "no round has read the log: {}", hop.ended.summary);
+        traveller.verify().unwrap();
     }
 }
 
