@@ -7,6 +7,7 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=guest");
     println!("cargo::rerun-if-changed=multiboot");
+    println!("cargo::rerun-if-changed=vmlinux");
     println!("cargo::rerun-if-changed=build.rs");
     let guest = build("guest", "ferry-guest.elf", &["-Clink-args=-Wl,-z,max-page-size=4096"]);
     println!("cargo::rustc-env=FERRY_GUEST_KERNEL={}", guest.display());
@@ -20,6 +21,8 @@ fn main() {
         &["--cfg=flat", "-Clink-args=-Wl,--oformat,binary", "-Cstrip=none"],
     );
     println!("cargo::rustc-env=FERRY_MULTIBOOT_FLAT={}", flat.display());
+    let vmlinux = build("vmlinux", "vmlinux.elf", &["-Clink-args=-Wl,-z,max-page-size=4096"]);
+    println!("cargo::rustc-env=FERRY_VMLINUX={}", vmlinux.display());
 }
 
 fn build(folder: &str, name: &str, more: &[&str]) -> PathBuf {

@@ -81,6 +81,9 @@ pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
 pub const MULTIBOOT_ELF: &str = env!("FERRY_MULTIBOOT_ELF");
 /// The same as a flat binary.
 pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
+/// Path of a 64-bit ELF without a PVH note, to be entered as Linux is: prints `CMDLINE …` and `INITRD content`, then
+/// writes the ramdisk's length to port 0xf4.
+pub const VMLINUX: &str = env!("FERRY_VMLINUX");
 
 #[cfg(test)]
 mod tests {

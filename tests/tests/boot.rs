@@ -324,6 +324,21 @@ fn multiboot_kernels_get_command_line_and_modules() {
 
 #[test]
 #[needs(kvm)]
+fn an_elf_without_a_pvh_note_is_entered_as_linux_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let initrd = folder.path().join("initrd");
+    std::fs::write(&initrd, "files").unwrap();
+    let (kernel, initrd) = (guest_images::VMLINUX, initrd.to_str().unwrap());
+    let arguments =
+        ["run", "--kernel", kernel, "--initrd", initrd, "--cmdline", "root=/dev/vda ro", "-v"];
+    let (code, said) = ferry::end_of(arguments).unwrap();
+    assert_eq!(code, 5 << 1 | 1, "{said}");
+    assert!(said.contains("CMDLINE root=/dev/vda ro\n"), "{said}");
+    assert!(said.contains("INITRD files\n"), "{said}");
+}
+
+#[test]
+#[needs(kvm)]
 fn a_ramdisk_that_does_not_fit_is_refused_with_the_sizes() {
     let folder = tempfile::tempdir().unwrap();
     let initrd = folder.path().join("initrd");
