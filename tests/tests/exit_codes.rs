@@ -4,6 +4,7 @@
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::{bare, disk, needs};
+use std::os::unix::process::CommandExt;
 use std::time::Duration;
 
 const README: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
@@ -135,7 +136,16 @@ fn the_readme_and_the_help_have_the_same_table() {
 /// Starts `ferry` with `arguments`, interrupts it so long after that, and returns its code: 130 whether it
 /// ended by the signal or because of it.
 fn interrupted(arguments: &[&str], after: Duration) -> i32 {
-    let mut process = Process::start(&mut ferry::command(arguments)).unwrap();
+    let mut command = ferry::command(arguments);
+    // What a shell starts in the background ignores it, and hands that on.
+    // SAFETY: one system call without memory, which is safe between fork and exec.
+    unsafe {
+        command.pre_exec(|| match libc::signal(libc::SIGINT, libc::SIG_DFL) {
+            libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    let mut process = Process::start(&mut command).unwrap();
     // A moment is a point in time, not an event.
     while process.started().elapsed() < after {
         std::hint::spin_loop();
