@@ -67,6 +67,7 @@ pub mod pace;
 pub mod params;
 pub mod participant;
 pub mod policy;
+mod priority;
 pub mod ram;
 pub mod source;
 pub mod stats;

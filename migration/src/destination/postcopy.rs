@@ -5,6 +5,7 @@ use super::load::{Arrival, LATER};
 use super::{Destination, DestinationError};
 use crate::control::Limit;
 use crate::error::chain;
+use crate::priority;
 use crate::source::MigrationEvent;
 use crate::stats::MigrationStatus;
 use crate::wire::{Kind, WireError, fit_reason};
@@ -15,6 +16,7 @@ impl Destination<'_> {
         if !arrival.can_postcopy() {
             return;
         }
+        priority::give_way();
         self.status(MigrationStatus::PostcopyActive);
         let control = arrival.control.clone();
         // Ends every wait and every write.

@@ -8,6 +8,7 @@
 use crate::control::Control;
 use crate::error::chain;
 use crate::guest::{GuestError, PartTime, PausedGuest};
+use crate::priority;
 use crate::wire::{Kind, WireError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -173,7 +174,7 @@ impl<'g> StopClock<'g> {
 
     /// Body of the watching thread: returns when the guest is taken or the deadline has passed.
     pub(super) fn watch(&self) {
-        be_on_time();
+        priority::be_on_time();
         let mut state = self.lock();
         while !state.done {
             let left = state.deadline.saturating_duration_since(Instant::now());
@@ -199,16 +200,6 @@ impl<'g> StopClock<'g> {
                 }
             }
         }
-    }
-}
-
-/// Undoes for the calling thread that migration threads yield to vCPUs: it inherits that from `mig-out`, but
-/// a guest that is stopped waits for it. Needs CAP_SYS_NICE or an `ulimit -e` that allows it; without,
-/// the thread still sleeps until the deadline and so is preferred to whoever has used its time.
-fn be_on_time() {
-    let thread = rustix::thread::gettid();
-    if let Err(error) = rustix::process::setpriority_process(Some(thread), 0) {
-        log::debug!("the deadline's thread keeps its priority: {error}");
     }
 }
 
@@ -342,20 +333,6 @@ mod tests {
         assert!(resuming.try_recv().is_err(), "still stopped");
         clock.resume().unwrap();
         resuming.try_recv().expect("it runs");
-    }
-
-    #[test]
-    fn the_watcher_is_not_nice_if_it_may_choose() {
-        use rustix::process::{getpriority_process, setpriority_process};
-        let nice = std::thread::spawn(|| {
-            let thread = Some(rustix::thread::gettid());
-            setpriority_process(thread, 5).unwrap();
-            let may_choose = setpriority_process(thread, 4).is_ok();
-            be_on_time();
-            (may_choose, getpriority_process(thread).unwrap())
-        });
-        let (may_choose, nice) = nice.join().unwrap();
-        assert_eq!(nice, if may_choose { 0 } else { 5 });
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::session::Session;
 use super::{MigrationEvent, Source, SourceError};
 use crate::control::Limit;
 use crate::error::chain;
+use crate::priority;
 use crate::stats::MigrationStatus;
 use crate::wire::{Kind, WireError};
 
@@ -14,6 +15,7 @@ impl Source<'_> {
         if !session.participants.iter().any(|one| one.can_postcopy()) {
             return None;
         }
+        priority::give_way();
         self.status(MigrationStatus::PostcopyActive);
         let control = session.control.clone();
         // Ends every wait and every write.
