@@ -8,6 +8,7 @@ fn main() {
     println!("cargo::rerun-if-changed=guest");
     println!("cargo::rerun-if-changed=multiboot");
     println!("cargo::rerun-if-changed=vmlinux");
+    println!("cargo::rerun-if-changed=print_byte.s");
     println!("cargo::rerun-if-changed=build.rs");
     let guest = build("guest", "ferry-guest.elf", &["-Clink-args=-Wl,-z,max-page-size=4096"]);
     println!("cargo::rustc-env=FERRY_GUEST_KERNEL={}", guest.display());

@@ -87,20 +87,6 @@ print:
 printed:
     ret
 
-newline:
-    movb $10, %al
-print_byte:
-    movb %al, %ah
-    movw $0x3fd, %dx
-not_ready:
-    inb %dx, %al
-    testb $0x20, %al
-    jz not_ready
-    movb %ah, %al
-    movw $0x3f8, %dx
-    outb %al, %dx
-    ret
-
 text_cmdline: .asciz "CMDLINE "
 text_module: .asciz "MODULE "
 text_holds: .asciz " HOLDS "

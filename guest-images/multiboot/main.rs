@@ -7,7 +7,11 @@
 core::arch::global_asm!(include_str!("header-flat.s"), options(att_syntax));
 #[cfg(not(flat))]
 core::arch::global_asm!(include_str!("header-elf.s"), options(att_syntax));
-core::arch::global_asm!(include_str!("kernel.s"), options(att_syntax));
+core::arch::global_asm!(
+    include_str!("kernel.s"),
+    include_str!("../print_byte.s"),
+    options(att_syntax)
+);
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

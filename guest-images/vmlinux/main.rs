@@ -3,7 +3,11 @@
 #![no_std]
 #![no_main]
 
-core::arch::global_asm!(include_str!("kernel.s"), options(att_syntax));
+core::arch::global_asm!(
+    include_str!("kernel.s"),
+    include_str!("../print_byte.s"),
+    options(att_syntax)
+);
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

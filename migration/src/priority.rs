@@ -3,8 +3,8 @@
 
 use rustix::process::setpriority_process;
 
-/// The nice value of a thread that may wait: a hundredth of a vCPU's share of a processor that both want. A
-/// guest on two processors lost a tick of the scheduler's (4 ms) to larger shares after every second move.
+/// The nice value of a thread that may wait: a seventieth of a vCPU's share of a processor that both want. To a
+/// larger share a guest on two processors often lost a tick of the scheduler's (4 ms) right after its move.
 const LAST: i32 = 19;
 
 /// Nobody waits for what the calling thread does from now on: the guest has moved.

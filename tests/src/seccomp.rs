@@ -35,7 +35,7 @@ fn number(call: libc::c_long) -> u32 {
 }
 
 fn install_refusing(request: u32) -> io::Result<()> {
-    let refused = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EINVAL).unwrap_or(0);
+    let refused = libc::SECCOMP_RET_ERRNO | libc::EINVAL.unsigned_abs();
     let mut steps = [
         step(LOAD, (0, 0), 0),
         step(JUMP_IF_EQUAL, (0, 2), number(libc::SYS_ioctl)),

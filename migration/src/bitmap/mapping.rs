@@ -147,4 +147,18 @@ mod tests {
         assert_eq!(good.there("b", "1"), None);
         assert_eq!((good.here("a", "1"), good.here("x", "one")), (None, None));
     }
+
+    #[test]
+    fn what_is_mapped_and_not_there_is_named() {
+        let bitmap =
+            |name: &str| MappedBitmap { name: name.into(), alias: name.into(), persistent: None };
+        let node = |bitmaps| MappedNode { node_name: "root".into(), alias: "r".into(), bitmaps };
+        let mapping = Mapping::new(vec![node(vec![bitmap("a"), bitmap("b")])]).unwrap();
+        let there = |names: &'static [&'static str]| {
+            move |id: &str| (id == "root").then(|| names.iter().map(|&it| it.to_owned()).collect())
+        };
+        assert_eq!(mapping.unknown(there(&["b", "a", "c"])), None);
+        assert_eq!(mapping.unknown(there(&["a"])), Some("root/b".into()));
+        assert_eq!(mapping.unknown(|_| None), Some("root".into()));
+    }
 }

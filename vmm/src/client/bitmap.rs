@@ -1,7 +1,7 @@
 //! `ferry ctl SOCKET bitmap …`: named dirty bitmaps, for people. Translates words into QMP for `ctl`, and shows
 //! what comes back.
 
-use super::ctl::Request;
+use super::request::Request;
 use crate::config::parse_size;
 use clap::{Args, Parser};
 use serde_json::{Value, json};

@@ -1,28 +1,11 @@
 //! `ferry ctl`: sends one command and prints its result, as JSON unless a person has asked in short words.
 
+use super::request::Request;
 use super::{ClientError, QmpClient, bitmap};
 use crate::cli::CtlArgs;
 use crate::error::chain;
 use crate::exit_code;
 use serde_json::{Value, json};
-
-/// A command, and how its result is shown.
-#[derive(Debug)]
-pub struct Request {
-    /// The command.
-    pub command: String,
-    /// Its arguments.
-    pub arguments: Value,
-    /// Writes the result.
-    pub show: fn(&Value) -> String,
-}
-
-impl Request {
-    /// One whose result is shown as JSON.
-    pub fn new(command: impl Into<String>, arguments: Value) -> Self {
-        Self { command: command.into(), arguments, show: |value| format!("{value:#}") }
-    }
-}
 
 /// Words that are no command.
 #[derive(Debug)]

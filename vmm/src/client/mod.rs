@@ -3,6 +3,7 @@
 mod bitmap;
 pub mod ctl;
 pub mod migrate;
+mod request;
 
 use serde_json::{Value, json};
 use std::collections::VecDeque;

@@ -96,7 +96,9 @@ fn bitmaps_of(
         Some(node.bitmaps().info().iter().map(|bitmap| bitmap.name.as_str().to_owned()).collect())
     };
     if let Some(unknown) = mapping.and_then(|mapping| mapping.unknown(names)) {
-        let desc = format!("block-bitmap-mapping: there is no '{unknown}'");
+        let desc = format!(
+            "block-bitmap-mapping names '{unknown}', which is not here: unmap or add it first"
+        );
         return Err(QmpError::generic(desc));
     }
     let travels = |node: &BlockNode| disks.iter().any(|disk| disk.node.id() == node.id());

@@ -248,8 +248,11 @@ impl BlockNode {
     /// # Errors
     /// If it cannot be written; the bitmaps in memory are as good as before.
     pub fn mark_bitmaps(&self) -> Result<(), StoreError> {
+        self.mark(&mut lock(&self.bitmaps.custody))
+    }
+
+    fn mark(&self, custody: &mut Custody) -> Result<(), StoreError> {
         let bitmaps = &self.bitmaps;
-        let mut custody = lock(&bitmaps.custody);
         if !matches!(*custody, Custody::Unmarked) || bitmaps.is_read_only() {
             return Ok(());
         }
@@ -273,20 +276,21 @@ impl BlockNode {
 
     /// As [`BlockNode::mark_bitmaps`], when persistent bitmaps have been added: the file shall name them as well.
     pub fn mark_added_bitmaps(&self) -> Result<(), StoreError> {
-        {
-            let mut custody = lock(&self.bitmaps.custody);
-            if matches!(*custody, Custody::Ours) {
-                *custody = Custody::Unmarked;
-            }
+        let mut custody = lock(&self.bitmaps.custody);
+        if matches!(*custody, Custody::Ours) {
+            *custody = Custody::Unmarked;
         }
-        self.mark_bitmaps()
+        self.mark(&mut custody)
     }
 
     /// As [`BlockNode::mark_bitmaps`], for a guest that runs in any case: what cannot be marked is removed, so that
     /// nobody believes it.
     pub fn mark_or_remove_bitmaps(&self) {
-        let Err(error) = self.mark_bitmaps() else { return };
-        log::error!("disk {}: {error}: {}", self.id, io_text(&error));
+        // Held to the end: nobody stores them or gives the disk up in between.
+        let mut custody = lock(&self.bitmaps.custody);
+        let Err(error) = self.mark(&mut custody) else { return };
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        log::error!("disk {}: {error}{}", self.id, cause.as_deref().unwrap_or(""));
         if let Some((_, path)) = self.bitmap_file()
             && let Err(error) = file::remove(&path)
         {
@@ -329,11 +333,12 @@ impl BlockNode {
             return Ok(());
         }
         let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
-        let mut entries = {
+        let all = {
             let _turn = lock(&bitmaps.turn);
             bitmaps.persistent()
         };
-        entries.retain(|entry| entry.transit != Transit::Arriving);
+        let (arriving, entries): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|entry| entry.transit == Transit::Arriving);
         let stored = match entries.is_empty() {
             true => file::remove(&path),
             false => Identity::of(image).and_then(|now| {
@@ -341,7 +346,8 @@ impl BlockNode {
             }),
         };
         stored.map_err(|source| cannot_store(path, &entries, source))?;
-        *custody = Custody::Ours;
+        // Those that arrive are marked when they are whole.
+        *custody = if arriving.is_empty() { Custody::Ours } else { Custody::Unmarked };
         Ok(())
     }
 
@@ -422,9 +428,4 @@ impl BlockNode {
 fn cannot_store(path: PathBuf, entries: &[Entry], source: io::Error) -> StoreError {
     let lost: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
     StoreError::Store { path, lost: lost.join(", "), source }
-}
-
-/// The cause of an error, if it has one.
-fn io_text(error: &StoreError) -> String {
-    std::error::Error::source(error).map(ToString::to_string).unwrap_or_default()
 }

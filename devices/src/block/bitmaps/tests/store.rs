@@ -579,3 +579,15 @@ fn a_store_waits_for_a_transaction_so_that_it_misses_no_write() {
     node.unlock();
     assert_eq!(shown(&image.load()), ["on 1024 recording", "off 4096"]);
 }
+
+#[test]
+fn one_that_arrives_while_others_are_stored_on_request_is_named_when_it_is_whole() {
+    let image = Image::new().with_bitmaps();
+    let node = image.load();
+    let arriving = node.bitmaps().arrive(&persistent("new", 512)).unwrap();
+    node.save_bitmaps().unwrap();
+    arriving.finish();
+    node.mark_bitmaps().unwrap();
+    drop(node);
+    assert_eq!(inconsistent(&image.load()), ["on", "off", "new"]);
+}
