@@ -341,7 +341,7 @@ fn check_backing(
     place: &Place,
     backend: &dyn BlockBackend,
 ) -> Result<(), ImageError> {
-    match (&travels.backing, &place.backing, backend.backing().map(BackingChain::len_bytes)) {
+    match (&travels.backing, &place.backing, backend.backing().map(|chain| chain.len_bytes())) {
         (None, None, _) => Ok(()),
         (None, Some(backing), _) => Err(ImageError::BackingUnwanted { path: backing.path.clone() }),
         (Some(theirs), Some(_), Some(len)) if len == theirs.len_bytes => Ok(()),

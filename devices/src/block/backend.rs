@@ -4,7 +4,7 @@
 use super::aligned::AlignedBuffer;
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A range of bytes of a disk.
@@ -88,7 +88,7 @@ pub(super) fn write_zeroes_as_data(
 }
 
 /// The backing files of an image.
-pub trait BackingChain {
+pub trait BackingChain: Send + Sync {
     /// Their paths, topmost first; at least one.
     fn files(&self) -> Vec<String>;
     /// Size of the topmost as a disk.
@@ -107,14 +107,14 @@ pub trait BlockBackend: Send + Sync {
     /// Name of its format.
     fn format(&self) -> &'static str;
     /// Its backing chain, if any.
-    fn backing(&self) -> Option<&dyn BackingChain>;
+    fn backing(&self) -> Option<Arc<dyn BackingChain>>;
     /// Whether its backing chain is another one than the image records: who opens the image elsewhere
     /// would see other content.
     fn overrules_backing(&self) -> bool {
         false
     }
     /// The regular file that holds the image, and its path as the user gave it; `None` for other storage.
-    fn image_file(&self) -> Option<(&File, &Path)> {
+    fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
         None
     }
     /// Whether it bypasses the host's page cache.

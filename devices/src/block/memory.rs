@@ -18,7 +18,7 @@ pub struct MemoryDisk {
     /// And the memory alignment that it needs.
     file: Option<(Arc<File>, usize)>,
     /// What it pretends to be stored in.
-    image: Option<(File, PathBuf)>,
+    image: Option<(Arc<File>, PathBuf)>,
 }
 
 /// Controls a disk's accesses; the test keeps it when the disk has moved into its node.
@@ -146,7 +146,7 @@ impl MemoryDisk {
 
     /// The same disk, which passes for one that is stored in the file at `path`: its bitmaps are kept beside that.
     pub fn with_image(self, path: &Path) -> io::Result<Self> {
-        Ok(Self { image: Some((File::open(path)?, path.to_owned())), ..self })
+        Ok(Self { image: Some((Arc::new(File::open(path)?), path.to_owned())), ..self })
     }
 
     /// The same disk, refusing writes.
@@ -193,7 +193,7 @@ impl BlockBackend for MemoryDisk {
         "memory"
     }
 
-    fn backing(&self) -> Option<&dyn BackingChain> {
+    fn backing(&self) -> Option<Arc<dyn BackingChain>> {
         None
     }
 
@@ -255,8 +255,8 @@ impl BlockBackend for MemoryDisk {
         Ok(self.len_bytes)
     }
 
-    fn image_file(&self) -> Option<(&File, &Path)> {
-        self.image.as_ref().map(|(file, path)| (file, path.as_path()))
+    fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
+        self.image.clone()
     }
 
     fn plain_file(&self) -> Option<(Arc<File>, usize)> {

@@ -8,12 +8,17 @@
 //! To learn what is written from now on, have the node [`BlockNode::track`] it in a [`bitmap`]: every
 //! write, write-zeroes and discard marks its range when it ends, even if it fails. Bitmaps that a user
 //! names are in [`bitmaps`].
+//!
+//! A node outlives its storage: [`BlockNode::exchange`] gives it another one, in a drained section of its
+//! [`gate`].
 
 pub mod aligned;
 pub mod backend;
 pub mod bitmap;
 pub mod bitmaps;
 pub mod failure;
+pub mod filter;
+pub mod gate;
 pub mod memory;
 mod ofd_lock;
 pub mod qcow2;
@@ -26,14 +31,17 @@ use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use bitmaps::Bitmaps;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
+use filter::{Change, Filters, WriteFilter};
+use gate::{Drained, Gate, Pass};
 use qcow2::BackingChoice;
 use raw::{Cache, OpenError, RawFile};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use writes::{WriteGuard, Writes};
 
 /// The unit by which guests address disks.
@@ -86,6 +94,20 @@ pub fn open_image(
     })
 }
 
+/// How long a request that cannot be put back waits for admission.
+const ADMISSION: Duration = Duration::from_secs(30);
+
+/// Why a disk cannot have another storage.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    #[error("disk {id}: its requests are not drained, which is a bug")]
+    NotDrained { id: String },
+    #[error("{location} has {is} bytes, but disk {id} has {needed}: give it the same size")]
+    Size { id: String, location: String, is: u64, needed: u64 },
+    #[error("{location} is read-only, but disk {id} is not")]
+    ReadOnly { id: String, location: String },
+}
+
 /// An access that a node has admitted, to be made directly on its file. Must live until it is complete.
 #[derive(Debug)]
 pub struct Access {
@@ -94,18 +116,25 @@ pub struct Access {
     alignment: usize,
     /// Marks what a write has written when it ends.
     guard: Option<WriteGuard>,
+    /// Dropped last: what was written is marked before a drained section goes on.
+    pass: Option<Pass>,
 }
 
 impl Access {
-    /// Marks now what a write may have written, and again when it ends.
-    pub fn mark(&self) {
-        self.guard.iter().for_each(WriteGuard::mark);
+    /// It is not made directly after all.
+    pub fn into_pass(self) -> Option<Pass> {
+        self.pass
+    }
+
+    /// It failed, and is kept for a retry: it is in flight no more. Ask [`BlockNode::access`] for another one then.
+    pub fn end(&mut self) {
+        (self.guard, self.pass) = (None, None);
     }
 
     /// An access that belongs to no node.
     #[cfg(test)]
     fn to(file: Arc<File>, alignment: usize) -> Self {
-        Self { file, alignment, guard: None }
+        Self { file, alignment, guard: None, pass: None }
     }
 }
 
@@ -167,7 +196,10 @@ struct Counters {
 /// A named disk.
 pub struct BlockNode {
     id: String,
-    backend: Box<dyn BlockBackend>,
+    /// Exchanged in a drained section only.
+    backend: RwLock<Arc<dyn BlockBackend>>,
+    gate: Arc<Gate>,
+    filters: Filters,
     len_bytes: u64,
     read_only: bool,
     writes: Arc<Writes>,
@@ -211,9 +243,22 @@ impl BlockNode {
     pub fn new(id: impl Into<String>, backend: Box<dyn BlockBackend>) -> Self {
         let (len_bytes, read_only) = (backend.len_bytes(), backend.read_only());
         let (id, writes, counters) = (id.into(), Arc::<Writes>::default(), Counters::default());
-        let (failures, error_lines) = (Failures::default(), LogLimit::new());
+        let (failures, error_lines, filters) = Default::default();
         let bitmaps = Arc::new(Bitmaps::new(&id, backend.as_ref(), writes.clone()));
-        Self { id, backend, len_bytes, read_only, writes, bitmaps, counters, failures, error_lines }
+        let (backend, gate) = (RwLock::new(backend.into()), Arc::default());
+        Self {
+            id,
+            backend,
+            gate,
+            filters,
+            len_bytes,
+            read_only,
+            writes,
+            bitmaps,
+            counters,
+            failures,
+            error_lines,
+        }
     }
 
     /// The same disk, read-only for the guest.
@@ -266,6 +311,46 @@ impl BlockNode {
         self.failures.retry_failed();
     }
 
+    /// Its storage now.
+    fn backend(&self) -> Arc<dyn BlockBackend> {
+        self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Admits requests.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Gives the disk another storage, which holds the same data, and returns the old one. `section` is of its
+    /// [`BlockNode::gate`], and nothing is in flight. Bitmaps are not concerned: see
+    /// [`BlockNode::take_bitmaps_along`].
+    ///
+    /// # Errors
+    /// If the storage is of another size, or read-only for a disk that is not.
+    pub fn exchange(
+        &self,
+        section: &Drained,
+        backend: Arc<dyn BlockBackend>,
+    ) -> Result<Arc<dyn BlockBackend>, ExchangeError> {
+        let (id, location) = (|| self.id.clone(), || backend.location());
+        if !section.is_of(&self.gate) {
+            return Err(ExchangeError::NotDrained { id: id() });
+        }
+        if backend.len_bytes() != self.len_bytes {
+            let (is, needed) = (backend.len_bytes(), self.len_bytes);
+            return Err(ExchangeError::Size { id: id(), location: location(), is, needed });
+        }
+        if backend.read_only() && !self.read_only {
+            return Err(ExchangeError::ReadOnly { id: id(), location: location() });
+        }
+        let mut current = self.backend.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *current, backend);
+        drop(current);
+        // Whether the new one is on stable storage is not known here.
+        self.writes.note_fill();
+        Ok(old)
+    }
+
     /// The disk's id.
     pub fn id(&self) -> &str {
         &self.id
@@ -273,27 +358,27 @@ impl BlockNode {
 
     /// Path of its storage, as the user gave it.
     pub fn location(&self) -> String {
-        self.backend.location()
+        self.backend().location()
     }
 
     /// Name of its format.
     pub fn format(&self) -> &'static str {
-        self.backend.format()
+        self.backend().format()
     }
 
     /// Its backing chain, if any.
-    pub fn backing(&self) -> Option<&dyn BackingChain> {
-        self.backend.backing()
+    pub fn backing(&self) -> Option<Arc<dyn BackingChain>> {
+        self.backend().backing()
     }
 
     /// Whether its backing chain is another one than the image records.
     pub fn overrules_backing(&self) -> bool {
-        self.backend.overrules_backing()
+        self.backend().overrules_backing()
     }
 
     /// Whether it bypasses the host's page cache.
     pub fn is_direct(&self) -> bool {
-        self.backend.is_direct()
+        self.backend().is_direct()
     }
 
     /// Size in bytes; a multiple of [`SECTOR_BYTES`].
@@ -337,22 +422,38 @@ impl BlockNode {
         self.check(offset_bytes, len_bytes)
     }
 
-    /// Checks an access and admits it if it may be made directly on the file; `None` if it must go through
-    /// this node. Call [`BlockNode::count`] when it has begun.
+    /// Lets an access be made directly on the file, if it may. Otherwise it must go through this node with the
+    /// pass that is returned, which also tells what is wrong with it. Call [`BlockNode::count`] when it has begun.
     pub fn access(
         &self,
+        pass: Pass,
         kind: AccessKind,
         offset_bytes: u64,
         len_bytes: u64,
-    ) -> io::Result<Option<Access>> {
+    ) -> Result<Access, Pass> {
         let range = ByteRange { offset_bytes, len_bytes };
-        match kind {
-            AccessKind::Write => self.check_write(offset_bytes, len_bytes)?,
-            AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes)?,
+        let checked = match kind {
+            AccessKind::Write => self.check_write(offset_bytes, len_bytes),
+            AccessKind::Read | AccessKind::Flush => self.check(offset_bytes, len_bytes),
+        };
+        if checked.is_err() {
+            return Err(pass);
         }
-        let Some((file, alignment)) = self.backend.plain_file() else { return Ok(None) };
+        let plain = {
+            let backend = self.backend.read().unwrap_or_else(PoisonError::into_inner);
+            backend.plain_file()
+        };
+        let Some((file, alignment)) = plain else { return Err(pass) };
+        if kind == AccessKind::Write && !self.filters.let_pass(range) {
+            return Err(pass);
+        }
         let guard = (kind == AccessKind::Write).then(|| self.writes.begin(range));
-        Ok(Some(Access { file, alignment, guard }))
+        Ok(Access { file, alignment, guard, pass: Some(pass) })
+    }
+
+    /// Whether accesses may be made directly on the file, at the moment.
+    pub fn is_plain(&self) -> bool {
+        self.backend().plain_file().is_some()
     }
 
     /// Counts an admitted access in the statistics. One that is made through this node instead is counted
@@ -366,33 +467,60 @@ impl BlockNode {
         }
     }
 
+    /// Waits for admission: for who cannot put a request back.
+    fn admitted(&self) -> io::Result<Pass> {
+        self.gate.enter_by(Instant::now() + ADMISSION)
+    }
+
     /// Fills `buffer` from `offset_bytes` on; both in whole sectors.
     pub fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
+        self.read(&self.admitted()?, buffer, offset_bytes)
+    }
+
+    /// [`BlockNode::read_at`], for a request that has been admitted.
+    pub fn read(&self, _: &Pass, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
         self.counters.reads.add(buffer.len() as u64);
-        self.backend.read_at(buffer, offset_bytes)
+        self.backend().read_at(buffer, offset_bytes)
     }
 
     /// Like [`BlockNode::read_at`], for a copy of the disk: not counted as the guest's.
     pub fn copy_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
-        self.backend.read_at(buffer, offset_bytes)
+        self.backend().read_at(buffer, offset_bytes)
     }
 
     /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     pub fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
-        let len_bytes = buffer.len() as u64;
-        self.check_write(offset_bytes, len_bytes)?;
-        self.counters.writes.add(len_bytes);
-        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
-        self.backend.write_at(buffer, offset_bytes)
+        self.write(&self.admitted()?, buffer, offset_bytes)
+    }
+
+    /// [`BlockNode::write_at`], for a request that has been admitted.
+    pub fn write(&self, _: &Pass, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+        let range = ByteRange { offset_bytes, len_bytes: buffer.len() as u64 };
+        self.check_write(range.offset_bytes, range.len_bytes)?;
+        self.counters.writes.add(range.len_bytes);
+        self.change(range, Change::Data(buffer), |backend| backend.write_at(buffer, offset_bytes))
+    }
+
+    /// Changes a range, which the bitmaps and filters see.
+    fn change(
+        &self,
+        range: ByteRange,
+        change: Change<'_>,
+        write: impl FnOnce(&dyn BlockBackend) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.filters.around(range, change, || {
+            let _guard = self.writes.begin(range);
+            write(self.backend().as_ref())
+        })
     }
 
     /// Like [`BlockNode::write_at`], for data that arrives before the guest: allowed on a read-only disk,
     /// too.
     pub fn fill_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         self.check(offset_bytes, buffer.len() as u64)?;
-        let filled = self.backend.write_at(buffer, offset_bytes);
+        let filled = self.backend().write_at(buffer, offset_bytes);
         self.writes.note_fill();
         filled
     }
@@ -403,7 +531,7 @@ impl BlockNode {
         if len_bytes == 0 {
             return Ok(());
         }
-        let filled = self.backend.write_zeroes(offset_bytes, len_bytes, true);
+        let filled = self.backend().write_zeroes(offset_bytes, len_bytes, true);
         self.writes.note_fill();
         filled
     }
@@ -411,23 +539,28 @@ impl BlockNode {
     /// The extent at `offset_bytes`.
     pub fn extent_at(&self, offset_bytes: u64) -> io::Result<Extent> {
         self.check(offset_bytes, 1)?;
-        self.backend.extent_at(offset_bytes)
+        self.backend().extent_at(offset_bytes)
     }
 
     /// Estimated space that it takes on the host, in bytes.
     pub fn allocated_bytes(&self) -> io::Result<u64> {
-        self.backend.allocated_bytes()
+        self.backend().allocated_bytes()
     }
 
     /// Discards a range that the guest does not need any more. Advisory: the data may stay.
     pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        self.discard_range(&self.admitted()?, offset_bytes, len_bytes)
+    }
+
+    /// [`BlockNode::discard`], for a request that has been admitted.
+    pub fn discard_range(&self, _: &Pass, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
         self.check_write(offset_bytes, len_bytes)?;
         if len_bytes == 0 {
             return Ok(());
         }
         self.counters.discards.add(len_bytes);
-        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
-        self.backend.discard(offset_bytes, len_bytes)
+        let range = ByteRange { offset_bytes, len_bytes };
+        self.change(range, Change::Discard, |backend| backend.discard(offset_bytes, len_bytes))
     }
 
     /// Zeroes a range, and frees its space if `may_unmap` and that is possible.
@@ -437,13 +570,37 @@ impl BlockNode {
         len_bytes: u64,
         may_unmap: bool,
     ) -> io::Result<()> {
+        self.zero(&self.admitted()?, offset_bytes, len_bytes, may_unmap)
+    }
+
+    /// [`BlockNode::write_zeroes`], for a request that has been admitted.
+    pub fn zero(
+        &self,
+        _: &Pass,
+        offset_bytes: u64,
+        len_bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
         self.check_write(offset_bytes, len_bytes)?;
         if len_bytes == 0 {
             return Ok(());
         }
         self.counters.writes.add(len_bytes);
-        let _guard = self.writes.begin(ByteRange { offset_bytes, len_bytes });
-        self.backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
+        let range = ByteRange { offset_bytes, len_bytes };
+        self.change(range, Change::Zeroes { may_unmap }, |backend| {
+            backend.write_zeroes(offset_bytes, len_bytes, may_unmap)
+        })
+    }
+
+    /// Shows every write that begins from now on to `filter`. `section` is of this node.
+    pub fn attach(&self, section: &Drained, filter: Arc<dyn WriteFilter>) {
+        debug_assert!(section.is_of(&self.gate), "{}: not drained", self.id);
+        self.filters.add(filter);
+    }
+
+    /// Ends [`BlockNode::attach`], from the next write on.
+    pub fn detach(&self, filter: &Arc<dyn WriteFilter>) {
+        self.filters.remove(filter);
     }
 
     /// Makes every acknowledged write durable.
@@ -455,12 +612,12 @@ impl BlockNode {
     /// Writes cached metadata to the file, though not to stable storage: another process sees every
     /// acknowledged write once the lock is released.
     pub fn write_back(&self) -> io::Result<()> {
-        self.backend.write_back()
+        self.backend().write_back()
     }
 
     /// Like [`BlockNode::flush`], for a copy of the disk: not counted as the guest's.
     pub fn sync(&self) -> io::Result<()> {
-        self.writes.sync(|| self.backend.flush())
+        self.writes.sync(|| self.backend().flush())
     }
 
     /// Whether [`BlockNode::sync`] has something to do: a write has ended since it last succeeded.
@@ -471,12 +628,12 @@ impl BlockNode {
     /// Takes the lock: exclusive for a disk opened for writing, shared for a read-only one. Locking twice
     /// is not an error.
     pub fn lock(&self) -> Result<(), LockError> {
-        self.backend.lock()
+        self.backend().lock()
     }
 
     /// Releases the lock.
     pub fn unlock(&self) {
-        self.backend.unlock();
+        self.backend().unlock();
     }
 }
 
@@ -503,9 +660,9 @@ mod tests {
         assert!(node.write_at(&[0; 1], 0).is_err());
         assert!(node.discard(0, 512).is_err());
         assert!(node.write_zeroes(0, 512, false).is_err());
-        assert!(node.access(AccessKind::Write, 0, 512).is_err());
-        assert!(node.access(AccessKind::Read, 0, 512).unwrap().is_none(), "there is no file");
-        assert!(node.access(AccessKind::Read, 512, 1024).is_err());
+        let access = |kind, at, len| node.access(node.gate().enter().unwrap(), kind, at, len);
+        assert!(access(AccessKind::Write, 0, 512).is_err());
+        assert!(access(AccessKind::Read, 0, 512).is_err(), "there is no file");
     }
 
     #[test]
@@ -541,9 +698,11 @@ mod tests {
         file.as_file().set_len(64 << 10).unwrap();
         let raw = raw::RawFile::open(file.path(), false, raw::Cache::Writeback).unwrap();
         let node = BlockNode::new("d", Box::new(raw));
-        let write = node.access(AccessKind::Write, 1024, 512).unwrap();
+        let access = |kind, at, len| node.access(node.gate().enter().unwrap(), kind, at, len);
+        assert!(access(AccessKind::Read, 64 << 10, 512).is_err());
+        let write = access(AccessKind::Write, 1024, 512).unwrap();
         let tracking = node.track(512).unwrap();
-        let read = node.access(AccessKind::Read, 0, 512).unwrap();
+        let read = access(AccessKind::Read, 0, 512).unwrap();
         assert_eq!(tracking.marked_bytes(), 0);
         drop((write, read));
         assert!(tracking.is_marked(1024));

@@ -37,7 +37,7 @@ pub struct Qcow2File {
     /// `None` while it is not locked.
     image: Mutex<Option<Arc<Image>>>,
     /// The image's open file description, which holds the lock.
-    file: File,
+    file: Arc<File>,
     /// The image's name.
     path: PathBuf,
     /// Where it was opened: a new image has another name until it is complete.
@@ -48,7 +48,7 @@ pub struct Qcow2File {
     /// What the user said about its backing file.
     choice: BackingChoice,
     /// Its backing chain.
-    chain: Option<Chain>,
+    chain: Option<Arc<Chain>>,
 }
 
 impl std::fmt::Debug for Qcow2File {
@@ -148,8 +148,9 @@ impl Qcow2File {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
-        let chain = backing.map(Chain::open).transpose().map_err(failed)?;
+        let chain = backing.map(Chain::open).transpose().map_err(failed)?.map(Arc::new);
         let (image, path, at) = (Mutex::new(None), path.to_owned(), at.to_owned());
+        let file = Arc::new(file);
         Ok(Self { image, file, path, at, len_bytes, read_only, cache, choice, chain })
     }
 
@@ -158,19 +159,20 @@ impl Qcow2File {
         let storage = storage(self.file.try_clone()?, &self.at, !self.read_only, self.cache)?;
         let mut image = Qcow2::open_image(storage, !self.read_only)?;
         let backing = self.choice.of(&image, &self.at)?;
-        if image.size() != self.len_bytes || backing.as_ref() != self.chain.as_ref().map(Chain::top)
+        if image.size() != self.len_bytes
+            || backing.as_ref() != self.chain.as_deref().map(Chain::top)
         {
             return Err(refused("its size or backing file has changed since it was opened".into()));
         }
         image.set_data_file(None);
-        image.set_backing(self.chain.as_ref().map(Chain::reader).transpose()?);
+        image.set_backing(self.chain.as_deref().map(Chain::reader).transpose()?);
         Ok(FormatAccess::new(image))
     }
 
     fn try_lock(&self) -> Result<(), LockError> {
         let operation = if self.read_only { Operation::Shared } else { Operation::Exclusive };
         lock_file(&self.file, &self.path, operation)?;
-        self.chain.as_ref().map_or(Ok(()), Chain::lock)?;
+        self.chain.as_deref().map_or(Ok(()), Chain::lock)?;
         let mut image = lock(&self.image);
         if image.is_none() {
             let location = self.path.display().to_string();
@@ -230,17 +232,17 @@ impl BlockBackend for Qcow2File {
         Format::Qcow2.name()
     }
 
-    fn image_file(&self) -> Option<(&File, &Path)> {
+    fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
         let regular = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
-        regular.then_some((&self.file, &self.path))
+        regular.then(|| (self.file.clone(), self.path.clone()))
     }
 
     fn is_direct(&self) -> bool {
         self.cache == Cache::None
     }
 
-    fn backing(&self) -> Option<&dyn BackingChain> {
-        self.chain.as_ref().map(|chain| chain as &dyn BackingChain)
+    fn backing(&self) -> Option<Arc<dyn BackingChain>> {
+        self.chain.clone().map(|chain| chain as Arc<dyn BackingChain>)
     }
 
     fn overrules_backing(&self) -> bool {

@@ -301,13 +301,13 @@ impl BlockBackend for RawFile {
         "raw"
     }
 
-    fn backing(&self) -> Option<&dyn BackingChain> {
+    fn backing(&self) -> Option<Arc<dyn BackingChain>> {
         None
     }
 
-    fn image_file(&self) -> Option<(&File, &Path)> {
+    fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
         let regular = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
-        regular.then_some((&self.file, &self.path))
+        regular.then(|| (self.file.clone(), self.path.clone()))
     }
 
     fn is_direct(&self) -> bool {

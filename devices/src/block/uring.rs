@@ -6,7 +6,7 @@
 //! until the access completes.
 #![allow(unsafe_code)]
 
-use super::Access;
+use super::{Access, AccessKind};
 use crate::ram::GuestRam;
 use crate::segments::{Segment, Segments};
 use io_uring::types::{Fd, FsyncFlags};
@@ -44,6 +44,15 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// As the node knows it.
+    pub fn kind(&self) -> AccessKind {
+        match self {
+            Self::Read(_) => AccessKind::Read,
+            Self::Write { .. } => AccessKind::Write,
+            Self::Flush => AccessKind::Flush,
+        }
+    }
+
     /// Bytes not transferred yet.
     pub fn bytes_left(&self) -> usize {
         match self {

@@ -8,6 +8,7 @@ use crate::block::{BlockNode, SECTOR_BYTES};
 use crate::ram::GuestRam;
 use crate::state::{DeviceRecord, Persist, RestoreError};
 use serde::{Deserialize, Serialize};
+use std::io;
 use std::sync::Arc;
 
 const DEVICE_ID: u32 = 2;
@@ -89,8 +90,9 @@ impl VirtioDevice for Block {
         _queue: u16,
         driver_features: u64,
         ram: &GuestRam,
-    ) -> Box<dyn QueueProcessor> {
-        Box::new(Processor::new(self.node.clone(), driver_features, ram, QUEUE_SIZE))
+    ) -> io::Result<Box<dyn QueueProcessor>> {
+        let node = self.node.clone();
+        Ok(Box::new(Processor::new(node, driver_features, ram, QUEUE_SIZE)?))
     }
 
     fn thread_name(&self, queue: u16) -> String {

@@ -13,6 +13,8 @@
 //!   written has been marked dirty, in RAM or on the disk.
 //!
 //! A request that was kept after an error is no longer the last one taken: it is kept once more.
+//!
+//! In the same way a request yields to a drained section of the disk, and the gate wakes the worker when it opens.
 
 use super::blk_request::{
     F_FLUSH, Request, S_IOERR, S_OK, S_UNSUPP, T_FLUSH, T_GET_ID, T_IN, T_OUT, Ticket,
@@ -21,16 +23,18 @@ use super::chains::{give_back, take_all};
 use super::{BrokenQueue, QueueHost, QueueProcessor};
 use crate::block::aligned::AlignedBuffer;
 use crate::block::failure::{Action, Kept};
+use crate::block::gate::Pass;
 use crate::block::uring::{Completion, End, Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::log_limit::LogLimit;
 use crate::ram::GuestRam;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use virtio_queue::{Queue, QueueOwnedT};
 use vm_memory::Bytes;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 mod execute;
 
@@ -74,6 +78,10 @@ pub(super) struct Processor {
     held: Vec<(Held, Kept)>,
     /// Length of the next request, which did not fit in the ring and was put back.
     next_bytes: usize,
+    /// Written when the disk's gate opens, if it was found closed.
+    opened: Arc<EventFd>,
+    /// Whether that is waited for.
+    kept_out: bool,
     bad_request: LogLimit,
 }
 
@@ -84,8 +92,15 @@ impl QueueProcessor for Processor {
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue> {
+        if self.kept_out {
+            // Fails if something else woke the worker.
+            self.kept_out = self.opened.read().is_err();
+        }
         loop {
             self.take_back(ram, queue, host, Long::Continue)?;
+            if self.is_kept_out() {
+                return self.submit();
+            }
             if !self.takes_more() {
                 return Ok(());
             }
@@ -107,7 +122,8 @@ impl QueueProcessor for Processor {
             self.submit()?;
             self.take_back(ram, queue, host, Long::Continue)?;
             // A request that did not fit may be in the available ring without another notification.
-            if !full || host.must_yield() || self.node.is_stopped() {
+            let more = full || self.node.gate().is_closed();
+            if !more || host.must_yield() || self.node.is_stopped() {
                 return Ok(());
             }
         }
@@ -132,8 +148,9 @@ impl QueueProcessor for Processor {
         result
     }
 
-    fn completions(&self) -> Option<RawFd> {
-        self.ring.as_ref().map(Ring::descriptor)
+    fn wakers(&self) -> Vec<RawFd> {
+        let ring = self.ring.as_ref().map(Ring::descriptor);
+        ring.into_iter().chain([self.opened.as_raw_fd()]).collect()
     }
 
     fn in_flight(&self) -> bool {
@@ -177,9 +194,9 @@ impl Processor {
         driver_features: u64,
         ram: &GuestRam,
         depth: u16,
-    ) -> Self {
-        let plain = node.access(AccessKind::Read, 0, 0).is_ok_and(|access| access.is_some());
-        let ring = plain.then(|| Ring::new(ram.clone(), depth)).transpose();
+    ) -> io::Result<Self> {
+        let opened = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let ring = node.is_plain().then(|| Ring::new(ram.clone(), depth)).transpose();
         let ring = ring.unwrap_or_else(|error| {
             // A guest can trigger this with every start of the device.
             static NO_RING: LogLimit = LogLimit::new();
@@ -189,23 +206,40 @@ impl Processor {
             }
             None
         });
-        Self {
+        Ok(Self {
             node,
             buffer: AlignedBuffer::new(BUFFER_BYTES),
             ring,
             driver_features,
             held: Vec::new(),
             next_bytes: 0,
+            opened,
+            kept_out: false,
             bad_request: LogLimit::new(),
-        }
+        })
     }
 
-    /// Whether there is room and no error has stopped the guest.
+    /// Whether there is room, the disk admits requests and no error has stopped the guest.
     fn takes_more(&self) -> bool {
-        self.has_room() && self.has_room_for(self.next_bytes) && !self.node.is_stopped()
+        self.has_room()
+            && self.has_room_for(self.next_bytes)
+            && !self.node.is_stopped()
+            && !self.node.gate().is_closed()
     }
 
-    /// Starts a request, or serves it synchronously. Returns it if there is no room or if it had to yield.
+    /// Whether the disk's gate is closed. Then `opened` will be written when it opens.
+    fn is_kept_out(&mut self) -> bool {
+        self.kept_out = self.kept_out || self.node.gate().wake(&self.opened);
+        self.kept_out
+    }
+
+    /// Whether a request must end between two pieces.
+    fn must_yield(&self, host: &dyn QueueHost) -> bool {
+        host.must_yield() || self.node.gate().is_closed()
+    }
+
+    /// Starts a request, or serves it synchronously. Returns it if there is no room, if the disk does not admit it
+    /// or if it had to yield.
     fn serve(
         &mut self,
         ram: &GuestRam,
@@ -218,10 +252,11 @@ impl Processor {
             self.next_bytes = bytes;
             return Ok(Some(request));
         }
-        let Some(mut request) = self.start(request) else { return Ok(None) };
+        let Some(pass) = self.node.gate().enter() else { return Ok(Some(request)) };
+        let Some((mut request, pass)) = self.start(request, pass) else { return Ok(None) };
         // Serving consumes the request.
         let whole = request.clone();
-        let result = self.execute(ram, host, &mut request);
+        let result = self.execute(ram, host, &pass, &mut request);
         if let Err(Failed::Interrupted) = result {
             return Ok(Some(whole));
         }
@@ -239,9 +274,9 @@ impl Processor {
     fn hold(&mut self, mut held: Held) {
         let (Held::Transfer(ticket, _) | Held::Request(Request { ticket, .. })) = &mut held;
         ticket.was_kept = true;
-        if let Held::Transfer(_, transfer) = &held {
+        if let Held::Transfer(_, transfer) = &mut held {
             // It may have written a part, and the process may end before it is retried.
-            transfer.access.mark();
+            transfer.access.end();
         }
         self.held.push((held, self.node.keep_failed()));
     }
@@ -260,12 +295,24 @@ impl Processor {
                     let again = self.serve(ram, queue, host, request)?.map(Held::Request);
                     self.held.extend(again.map(|held| (held, kept)));
                 }
-                Held::Transfer(ticket, transfer) => {
-                    let refused = match &mut self.ring {
-                        Some(ring) => ring.push(transfer, ticket).err(),
-                        None => Some((transfer, ticket)),
+                Held::Transfer(ticket, mut transfer) => {
+                    let (operation, offset) = (&transfer.operation, transfer.offset_bytes);
+                    let (kind, left) = (operation.kind(), operation.bytes_left() as u64);
+                    let Some(pass) = self.node.gate().enter() else {
+                        self.held.push((Held::Transfer(ticket, transfer), kept));
+                        continue;
                     };
-                    let Some((transfer, ticket)) = refused else { continue };
+                    let access = self.node.access(pass, kind, offset, left).ok();
+                    let refused = match (&mut self.ring, access) {
+                        (Some(ring), Some(access)) => {
+                            transfer.access = access;
+                            ring.push(transfer, ticket).err()
+                        }
+                        // The storage may be another one by now.
+                        (_, _) => Some((transfer, ticket)),
+                    };
+                    let Some((mut transfer, ticket)) = refused else { continue };
+                    transfer.access.end();
                     let again = if self.in_flight() {
                         Some(Held::Transfer(ticket, transfer))
                     } else {
@@ -319,11 +366,16 @@ impl Processor {
         self.ring.as_ref().is_none_or(|ring| ring.has_room_for(bytes))
     }
 
-    /// Submits a request to the ring, or returns it to be served synchronously, which also reports invalid
-    /// ones.
-    fn start(&mut self, mut request: Request) -> Option<Request> {
-        let Ok(Some((access, offset_bytes))) = self.admit(&request) else { return Some(request) };
-        let Some(ring) = &mut self.ring else { return Some(request) };
+    /// Submits a request to the ring, or returns it with its pass to be served synchronously, which also reports
+    /// invalid ones.
+    fn start(&mut self, mut request: Request, pass: Pass) -> Option<(Request, Pass)> {
+        let (access, offset_bytes) = match self.admit(&request, pass) {
+            Ok(admitted) => admitted,
+            Err(pass) => return Some((request, pass)),
+        };
+        let Some(ring) = &mut self.ring else {
+            return access.into_pass().map(|pass| (request, pass));
+        };
         let (kind, operation) = match request.ticket.kind {
             T_IN => (AccessKind::Read, Operation::Read(std::mem::take(&mut request.to_guest))),
             T_OUT => {
@@ -340,23 +392,24 @@ impl Processor {
             self.node.count(kind, len_bytes);
             return None;
         };
-        take_buffers(&mut request, transfer.operation);
-        Some(request)
+        let Transfer { access, operation, .. } = transfer;
+        take_buffers(&mut request, operation);
+        access.into_pass().map(|pass| (request, pass))
     }
 
-    /// Whether a request may use the ring, and its offset in the file.
-    fn admit(&self, request: &Request) -> Result<Option<(Access, u64)>, Failed> {
+    /// The access of a request that may use the ring, and its offset in the file; otherwise its pass.
+    fn admit(&self, request: &Request, pass: Pass) -> Result<(Access, u64), Pass> {
         if self.ring.is_none() {
-            return Ok(None);
+            return Err(pass);
         }
         let (kind, offset, len) = match request.ticket.kind {
-            T_IN => (AccessKind::Read, self.check_read(request)?, request.to_guest.len()),
-            T_OUT => (AccessKind::Write, self.check_write(request)?, request.from_guest.len()),
-            T_FLUSH => (AccessKind::Flush, 0, 0),
-            _ => return Ok(None),
+            T_IN => (AccessKind::Read, self.check_read(request), request.to_guest.len()),
+            T_OUT => (AccessKind::Write, self.check_write(request), request.from_guest.len()),
+            T_FLUSH => (AccessKind::Flush, Ok(0), 0),
+            _ => return Err(pass),
         };
-        let access = self.node.access(kind, offset, len as u64)?;
-        Ok(access.map(|access| (access, offset)))
+        let Ok(offset) = offset else { return Err(pass) };
+        self.node.access(pass, kind, offset, len as u64).map(|access| (access, offset))
     }
 
     /// Completes the requests that have ended.
@@ -369,7 +422,7 @@ impl Processor {
     ) -> Result<(), BrokenQueue> {
         let mut result = Ok(());
         loop {
-            let interrupt = long == Long::Stop || host.must_yield();
+            let interrupt = long == Long::Stop || self.must_yield(host);
             let next = self.ring.as_mut().and_then(|ring| ring.next_completion(interrupt));
             let Some(Completion { token: ticket, transfer, end }) = next else { break };
             let ended = match end {
@@ -453,6 +506,8 @@ impl Processor {
     }
 }
 
+#[cfg(test)]
+mod drained;
 #[cfg(test)]
 mod long_requests;
 #[cfg(test)]

@@ -423,7 +423,7 @@ impl MmioTransport {
                 self.ram.clone(),
                 queue,
                 notify,
-                self.device.processor(number, self.driver_features, &self.ram),
+                self.device.processor(number, self.driver_features, &self.ram)?,
                 self.shared.clone(),
                 self.drained,
             )

@@ -15,6 +15,7 @@ pub mod worker;
 
 use crate::ram::GuestRam;
 use crate::state::{DeviceRecord, RestoreError};
+use std::io;
 use std::os::fd::RawFd;
 use virtio_queue::Queue;
 
@@ -43,13 +44,13 @@ pub trait VirtioDevice: Send {
     /// Reads the configuration space, which is zero past its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Creates the processor of a queue for a driver that accepted `driver_features`. It runs on its own
-    /// thread.
+    /// thread. Fails if the host has no descriptor for it.
     fn processor(
         &self,
         queue: u16,
         driver_features: u64,
         ram: &GuestRam,
-    ) -> Box<dyn QueueProcessor>;
+    ) -> io::Result<Box<dyn QueueProcessor>>;
     /// Name of a queue's thread.
     fn thread_name(&self, queue: u16) -> String;
     /// The device's own state, part of the transport's record.
@@ -88,9 +89,8 @@ pub trait QueueProcessor: Send {
         queue: &mut Queue,
         host: &mut dyn QueueHost,
     ) -> Result<(), BrokenQueue>;
-    /// Readable when a request in flight has ended and `process` should run. `None` if `process` leaves
-    /// none in flight.
-    fn completions(&self) -> Option<RawFd>;
+    /// Each readable when `process` should run: a request in flight has ended, for example. They do not change.
+    fn wakers(&self) -> Vec<RawFd>;
     /// Whether requests are in flight, so that RAM may be read or written between two calls.
     fn in_flight(&self) -> bool;
 }

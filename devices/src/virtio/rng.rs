@@ -8,6 +8,7 @@ use crate::ram::GuestRam;
 use crate::segments::Segments;
 use crate::state::{DeviceRecord, Persist, RestoreError};
 use serde::{Deserialize, Serialize};
+use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
 use virtio_queue::{DescriptorChain, Queue};
@@ -47,8 +48,8 @@ impl VirtioDevice for Rng {
         _queue: u16,
         _driver_features: u64,
         _ram: &GuestRam,
-    ) -> Box<dyn QueueProcessor> {
-        Box::new(Processor { bytes: vec![0; MOST_BYTES], no_bytes: LogLimit::new() })
+    ) -> io::Result<Box<dyn QueueProcessor>> {
+        Ok(Box::new(Processor { bytes: vec![0; MOST_BYTES], no_bytes: LogLimit::new() }))
     }
 
     fn thread_name(&self, _queue: u16) -> String {
@@ -113,8 +114,8 @@ impl QueueProcessor for Processor {
         Ok(())
     }
 
-    fn completions(&self) -> Option<RawFd> {
-        None
+    fn wakers(&self) -> Vec<RawFd> {
+        Vec::new()
     }
 
     fn in_flight(&self) -> bool {

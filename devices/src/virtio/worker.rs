@@ -131,7 +131,7 @@ impl Worker {
         let (commands, inbox) = channel();
         let epoll = Epoll::new()?;
         let events = [notify.as_raw_fd(), wake.as_raw_fd()];
-        for fd in events.into_iter().chain(processor.completions()) {
+        for fd in events.into_iter().chain(processor.wakers()) {
             let interest = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, fd, interest)?;
         }
@@ -289,7 +289,7 @@ impl Serving {
 
     /// Waits for a notification, a completion or a command.
     fn wait(&self) -> Option<()> {
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         loop {
             match self.epoll.wait(-1, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -386,8 +386,8 @@ mod tests {
             }
         }
 
-        fn completions(&self) -> Option<std::os::fd::RawFd> {
-            None
+        fn wakers(&self) -> Vec<std::os::fd::RawFd> {
+            Vec::new()
         }
 
         fn in_flight(&self) -> bool {

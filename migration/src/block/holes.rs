@@ -42,7 +42,7 @@ pub(super) fn find(disks: &[TrackedDisk], counters: &Counters, shown_every: Dura
 fn progress(disk: &TrackedDisk) -> DiskProgress {
     let (node, left) = (&disk.disk.node, disk.dirty.marked_bytes());
     let below = node.backing().filter(|_| !disk.disk.only_top);
-    let files = below.map_or_else(Vec::new, BackingChain::files);
+    let files = below.map_or_else(Vec::new, |chain| chain.files());
     DiskProgress {
         name: node.id().to_owned(),
         searched_bytes: Some(0),

@@ -22,6 +22,7 @@ use crate::lock;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Appended to the name of the image.
@@ -178,10 +179,11 @@ impl Bitmaps {
 
 impl BlockNode {
     /// The image, and the path of the file beside it.
-    fn bitmap_file(&self) -> Option<(&File, PathBuf)> {
-        let (image, path) = self.backend.image_file()?;
+    fn bitmap_file(&self) -> Option<(Arc<File>, PathBuf)> {
+        let backend = self.backend();
+        let (image, path) = backend.image_file()?;
         // Beside the image, not beside a symlink to it, so that everybody finds it.
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let path = path.canonicalize().unwrap_or(path);
         Some((image, file::with_suffix(&path, SUFFIX)))
     }
 
@@ -206,7 +208,7 @@ impl BlockNode {
         };
         let Some((image, path)) = self.bitmap_file() else { return Ok(false) };
         let unmarked = |source| StoreError::Mark { path: path.clone(), source };
-        let now = Identity::of(image).map_err(unmarked)?;
+        let now = Identity::of(&image).map_err(unmarked)?;
         match then {
             None => {
                 let loaded = bitmaps.read(&path, now)?;
@@ -261,7 +263,7 @@ impl BlockNode {
             bitmaps.persistent().into_iter().partition(|entry| entry.transit != Transit::None);
         let marked = match here.is_empty() {
             true => file::remove(&path),
-            false => Identity::of(image).and_then(|now| {
+            false => Identity::of(&image).and_then(|now| {
                 let how = (true, false);
                 file::write(&path, self.len_bytes, &here, now, how, &|| true)
             }),
@@ -341,7 +343,7 @@ impl BlockNode {
             all.into_iter().partition(|entry| entry.transit == Transit::Arriving);
         let stored = match entries.is_empty() {
             true => file::remove(&path),
-            false => Identity::of(image).and_then(|now| {
+            false => Identity::of(&image).and_then(|now| {
                 file::write(&path, self.len_bytes, &entries, now, (true, true), &|| true)
             }),
         };
@@ -389,15 +391,15 @@ impl BlockNode {
         }
         let stored = (|| {
             if bitmaps.is_read_only() {
-                return Identity::of(image);
+                return Identity::of(&image);
             }
             if entries.is_empty() {
                 file::remove(&path)?;
-                return Identity::of(image);
+                return Identity::of(&image);
             }
             // Bitmaps must not survive a crash of the host that the writes do not.
             self.sync()?;
-            let now = Identity::of(image)?;
+            let now = Identity::of(&image)?;
             file::write(&path, self.len_bytes, &entries, now, (false, true), &wanted)?;
             Ok(now)
         })();

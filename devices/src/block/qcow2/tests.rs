@@ -240,7 +240,7 @@ fn a_recorded_backing_file_can_be_overruled_or_left_out() {
         let image = Qcow2File::open(&path, false, Cache::Writeback, choice.clone()).unwrap();
         image.lock().unwrap();
         assert_eq!(image.overrules_backing(), choice != BackingChoice::Recorded);
-        (bytes(&image, 0), image.backing().map(BackingChain::files))
+        (bytes(&image, 0), image.backing().map(|chain| chain.files()))
     };
     let name = |backing: &Backing| Some(vec![backing.path.display().to_string()]);
     assert_eq!(first_byte(BackingChoice::Recorded), (3, name(&backing)));

@@ -9,6 +9,7 @@ use super::super::blk_request::{
 };
 use super::{Failed, Processor};
 use crate::block::SECTOR_BYTES;
+use crate::block::gate::Pass;
 use crate::ram::GuestRam;
 
 /// Discards and zeroes are made in pieces that end at multiples of this: a multiple of an image's
@@ -20,11 +21,6 @@ struct ZeroRange {
     offset_bytes: u64,
     len_bytes: u64,
     unmap: bool,
-}
-
-/// Between two pieces of a request: fails if the worker must yield.
-fn check_yield(host: &dyn QueueHost) -> Result<(), Failed> {
-    if host.must_yield() { Err(Failed::Interrupted) } else { Ok(()) }
 }
 
 /// Splits a range at multiples of [`RANGE_PIECE_BYTES`].
@@ -39,6 +35,11 @@ fn pieces(range: &ZeroRange) -> impl Iterator<Item = (u64, u64)> {
 }
 
 impl Processor {
+    /// Between two pieces of a request: fails if the worker must yield.
+    fn check_yield(&self, host: &dyn QueueHost) -> Result<(), Failed> {
+        if self.must_yield(host) { Err(Failed::Interrupted) } else { Ok(()) }
+    }
+
     fn accepted(&self, feature: u64) -> bool {
         self.driver_features & feature != 0
     }
@@ -47,11 +48,12 @@ impl Processor {
         &mut self,
         ram: &GuestRam,
         host: &dyn QueueHost,
+        pass: &Pass,
         request: &mut Request,
     ) -> Result<(), Failed> {
         match request.ticket.kind {
-            T_IN => self.read(ram, host, request),
-            T_OUT => self.write(ram, host, request),
+            T_IN => self.read(ram, host, pass, request),
+            T_OUT => self.write(ram, host, pass, request),
             T_FLUSH => Ok(self.node.flush()?),
             T_GET_ID => {
                 let mut id = [0u8; ID_BYTES];
@@ -63,16 +65,16 @@ impl Processor {
             T_DISCARD if self.accepted(F_DISCARD) => {
                 let ranges = self.ranges(ram, request, DISCARD_LIMITS)?;
                 for (offset_bytes, len_bytes) in ranges.iter().flat_map(pieces) {
-                    check_yield(host)?;
-                    self.node.discard(offset_bytes, len_bytes)?;
+                    self.check_yield(host)?;
+                    self.node.discard_range(pass, offset_bytes, len_bytes)?;
                 }
                 self.finish_write()
             }
             T_WRITE_ZEROES if self.accepted(F_WRITE_ZEROES) => {
                 for range in self.ranges(ram, request, WRITE_ZEROES_LIMITS)? {
                     for (offset_bytes, len_bytes) in pieces(&range) {
-                        check_yield(host)?;
-                        self.node.write_zeroes(offset_bytes, len_bytes, range.unmap)?;
+                        self.check_yield(host)?;
+                        self.node.zero(pass, offset_bytes, len_bytes, range.unmap)?;
                     }
                 }
                 self.finish_write()
@@ -107,15 +109,16 @@ impl Processor {
         &mut self,
         ram: &GuestRam,
         host: &dyn QueueHost,
+        pass: &Pass,
         request: &mut Request,
     ) -> Result<(), Failed> {
         let mut offset = self.check_read(request)?;
         let room = &mut request.to_guest;
         while !room.is_empty() {
-            check_yield(host)?;
+            self.check_yield(host)?;
             let len = room.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
-            self.node.read_at(piece, offset)?;
+            self.node.read(pass, piece, offset)?;
             if host.is_ending() {
                 return Err(Failed::Interrupted);
             }
@@ -138,16 +141,17 @@ impl Processor {
         &mut self,
         ram: &GuestRam,
         host: &dyn QueueHost,
+        pass: &Pass,
         request: &mut Request,
     ) -> Result<(), Failed> {
         let mut offset = self.check_write(request)?;
         let data = &mut request.from_guest;
         while !data.is_empty() {
-            check_yield(host)?;
+            self.check_yield(host)?;
             let len = data.len().min(self.buffer.len());
             let (piece, _) = self.buffer.split_at_mut(len);
             data.read(ram, piece).ok_or(Failed::Guest("not all data is there"))?;
-            self.node.write_at(piece, offset)?;
+            self.node.write(pass, piece, offset)?;
             offset += len as u64;
         }
         self.finish_write()

@@ -98,10 +98,11 @@ fn a_request_is_counted_once_where_there_is_no_ring() {
     let status = GuestAddress(STATUS);
     let ticket = Ticket { head: 0, kind: 0, sector: 0, status, room: 512, was_kept: false };
     let request = Request { ticket, from_guest: Segments::default(), to_guest };
-    let mut processor = Processor::new(driver.node.clone(), F_VERSION_1, &driver.ram, 16);
+    let mut processor = Processor::new(driver.node.clone(), F_VERSION_1, &driver.ram, 16).unwrap();
     processor.ring = None;
-    let mut request = processor.start(request).unwrap();
-    processor.execute(&driver.ram, &CalmHost, &mut request).unwrap();
+    let pass = driver.node.gate().enter().unwrap();
+    let (mut request, pass) = processor.start(request, pass).unwrap();
+    processor.execute(&driver.ram, &CalmHost, &pass, &mut request).unwrap();
     let stats = driver.node.stats();
     assert_eq!((stats.reads, stats.read_bytes), (1, 512));
 }
