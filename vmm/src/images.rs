@@ -10,7 +10,7 @@ mod partial;
 use crate::config::{ReceiveConfig, ReceiveDisk, is_id};
 use crate::machine::MachineError;
 use crate::machine::description::{BackingDescription, DiskDescription, Travels};
-use devices::block::backend::{BackingChain, BlockBackend, GoOn, LockError};
+use devices::block::backend::{BlockBackend, GoOn, LockError};
 use devices::block::failure::ErrorPolicy;
 use devices::block::qcow2::{Backing, BackingChoice, Qcow2File};
 use devices::block::raw::{Cache, HeldFile, OpenError, RawFile};

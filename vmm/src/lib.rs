@@ -26,3 +26,4 @@ pub mod machine;
 pub mod setup;
 pub mod shuttle;
 pub mod supervisor;
+pub mod targets;

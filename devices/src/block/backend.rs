@@ -2,6 +2,7 @@
 //! [`super::BlockNode`] only.
 
 use super::aligned::AlignedBuffer;
+use super::qcow2::Backing;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -93,6 +94,8 @@ pub trait BackingChain: Send + Sync {
     fn files(&self) -> Vec<String>;
     /// Size of the topmost as a disk.
     fn len_bytes(&self) -> u64;
+    /// The topmost, with its format.
+    fn top(&self) -> Backing;
     /// Estimated space that all take on the host.
     fn allocated_bytes(&self) -> io::Result<u64>;
     /// SHA-256 of the content of the chain, in hexadecimal digits. Reads all of it unless `go_on` returns
@@ -115,6 +118,10 @@ pub trait BlockBackend: Send + Sync {
     }
     /// The regular file that holds the image, and its path as the user gave it; `None` for other storage.
     fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
+        None
+    }
+    /// Bytes of a cluster, the unit in which it allocates space; `None` if that is a detail of the file system.
+    fn cluster_bytes(&self) -> Option<u64> {
         None
     }
     /// Whether it bypasses the host's page cache.

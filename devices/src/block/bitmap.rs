@@ -243,6 +243,17 @@ impl DirtyBitmap {
         })
     }
 
+    /// The first run of marked granules that ends after `from_bytes`, of at most `most_bytes`: whole granules, at
+    /// least one.
+    pub fn next_run(&self, from_bytes: u64, most_bytes: u64) -> Option<ByteRange> {
+        let first = self.next_marked(from_bytes >> self.granule_shift)?;
+        let most = (most_bytes >> self.granule_shift).max(1);
+        let end = self.next_clean_before(first, first.saturating_add(most));
+        let offset_bytes = first << self.granule_shift;
+        let end = (end << self.granule_shift).min(self.len_bytes);
+        Some(ByteRange { offset_bytes, len_bytes: end.saturating_sub(offset_bytes) })
+    }
+
     /// The first marked granule from `from` on.
     fn next_marked(&self, from: u64) -> Option<u64> {
         let (word, mask) = (from / BITS, u64::MAX << (from % BITS));
@@ -257,7 +268,12 @@ impl DirtyBitmap {
 
     /// The first granule from `from` on that is not marked, or their number.
     fn next_clean(&self, from: u64) -> u64 {
-        let end = self.granules();
+        self.next_clean_before(from, self.granules())
+    }
+
+    /// The first granule from `from` on that is not marked, or `end`.
+    fn next_clean_before(&self, from: u64, end: u64) -> u64 {
+        let end = end.min(self.granules());
         let mut word = from / BITS;
         while word * BITS < end
             && let Some(bits) = self.words.get(index(word))

@@ -16,9 +16,12 @@ pub mod aligned;
 pub mod backend;
 pub mod bitmap;
 pub mod bitmaps;
+pub mod copy;
 pub mod failure;
 pub mod filter;
 pub mod gate;
+pub mod holes;
+pub mod job;
 pub mod memory;
 mod ofd_lock;
 pub mod qcow2;
@@ -218,6 +221,18 @@ pub struct Tracking {
     writes: Arc<Writes>,
 }
 
+impl Tracking {
+    /// The bitmap.
+    pub fn shared(&self) -> Arc<DirtyBitmap> {
+        self.bitmap.clone()
+    }
+
+    /// Writes do not mark it any more: something else does.
+    pub fn detach(&self) {
+        self.writes.remove(&self.bitmap);
+    }
+}
+
 impl std::ops::Deref for Tracking {
     type Target = DirtyBitmap;
 
@@ -316,22 +331,51 @@ impl BlockNode {
         self.backend.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Its storage, to be that of another disk.
+    pub fn storage(&self) -> Arc<dyn BlockBackend> {
+        self.backend()
+    }
+
     /// Admits requests.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
 
-    /// Gives the disk another storage, which holds the same data, and returns the old one. `section` is of its
-    /// [`BlockNode::gate`], and nothing is in flight. Bitmaps are not concerned: see
-    /// [`BlockNode::take_bitmaps_along`].
+    /// Gives the disk another storage, which is locked and holds the same data. `section` is of its
+    /// [`BlockNode::gate`], and nothing is in flight. Its bitmaps come along; the old storage is written back and
+    /// unlocked, with the persistent ones beside it.
     ///
     /// # Errors
-    /// If the storage is of another size, or read-only for a disk that is not.
+    /// If the storage is of another size, or read-only for a disk that is not. Nothing has changed then.
     pub fn exchange(
         &self,
         section: &Drained,
         backend: Arc<dyn BlockBackend>,
-    ) -> Result<Arc<dyn BlockBackend>, ExchangeError> {
+    ) -> Result<(), ExchangeError> {
+        self.check_exchange(section, backend.as_ref())?;
+        if let Err(error) = self.close_bitmaps() {
+            // What is beside the old image says that it is in use: nobody believes it.
+            log::warn!("disk {}: {error}", self.id);
+        }
+        let old = {
+            let mut current = self.backend.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, backend)
+        };
+        if let Err(error) = old.write_back() {
+            log::warn!("disk {}: cannot write back {}: {error}", self.id, old.location());
+        }
+        old.unlock();
+        // Whether the new one is on stable storage is not known here.
+        self.writes.note_fill();
+        self.adopt_bitmaps();
+        Ok(())
+    }
+
+    fn check_exchange(
+        &self,
+        section: &Drained,
+        backend: &dyn BlockBackend,
+    ) -> Result<(), ExchangeError> {
         let (id, location) = (|| self.id.clone(), || backend.location());
         if !section.is_of(&self.gate) {
             return Err(ExchangeError::NotDrained { id: id() });
@@ -343,12 +387,7 @@ impl BlockNode {
         if backend.read_only() && !self.read_only {
             return Err(ExchangeError::ReadOnly { id: id(), location: location() });
         }
-        let mut current = self.backend.write().unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::replace(&mut *current, backend);
-        drop(current);
-        // Whether the new one is on stable storage is not known here.
-        self.writes.note_fill();
-        Ok(old)
+        Ok(())
     }
 
     /// The disk's id.
@@ -374,6 +413,11 @@ impl BlockNode {
     /// Whether its backing chain is another one than the image records.
     pub fn overrules_backing(&self) -> bool {
         self.backend().overrules_backing()
+    }
+
+    /// Bytes of a cluster of its storage, if it has clusters.
+    pub fn cluster_bytes(&self) -> Option<u64> {
+        self.backend().cluster_bytes()
     }
 
     /// Whether it bypasses the host's page cache.
@@ -525,13 +569,18 @@ impl BlockNode {
         filled
     }
 
-    /// Like [`BlockNode::fill_at`] with zeroes, without allocating space where possible.
-    pub fn fill_zeroes(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+    /// Like [`BlockNode::fill_at`] with zeroes; without allocating space if it `may_unmap` and that is possible.
+    pub fn fill_zeroes(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        may_unmap: bool,
+    ) -> io::Result<()> {
         self.check(offset_bytes, len_bytes)?;
         if len_bytes == 0 {
             return Ok(());
         }
-        let filled = self.backend().write_zeroes(offset_bytes, len_bytes, true);
+        let filled = self.backend().write_zeroes(offset_bytes, len_bytes, may_unmap);
         self.writes.note_fill();
         filled
     }
@@ -714,11 +763,13 @@ mod tests {
         let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024))).into_read_only();
         assert!(node.read_only() && node.write_at(&[1; 512], 0).is_err());
         node.fill_at(&[7; 512], 512).unwrap();
-        node.fill_zeroes(512, 256).unwrap();
+        node.fill_zeroes(512, 256, true).unwrap();
         let mut back = [1; 512];
         node.copy_at(&mut back, 512).unwrap();
         assert_eq!((back[255], back[256]), (0, 7));
-        assert!(node.fill_at(&[7; 512], 1024).is_err() && node.fill_zeroes(1000, 100).is_err());
+        assert!(
+            node.fill_at(&[7; 512], 1024).is_err() && node.fill_zeroes(1000, 100, true).is_err()
+        );
         assert_eq!(node.stats(), NodeStats::default());
     }
 }

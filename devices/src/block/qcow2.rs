@@ -9,6 +9,7 @@
 
 mod chain;
 
+use super::aligned::AlignedBuffer;
 use super::backend::{
     BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
 };
@@ -24,7 +25,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatAccess, FormatCreateBuilder, ShallowMapping, StorageOpenOptions};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -43,6 +44,7 @@ pub struct Qcow2File {
     /// Where it was opened: a new image has another name until it is complete.
     at: PathBuf,
     len_bytes: u64,
+    cluster_bytes: u64,
     read_only: bool,
     cache: Cache,
     /// What the user said about its backing file.
@@ -74,6 +76,16 @@ fn open_file(path: &Path, write: bool, cache: Cache) -> io::Result<File> {
 fn storage(file: File, path: &Path, write: bool, cache: Cache) -> io::Result<ImagoFile> {
     let options = StorageOpenOptions::new().filename(path).write(write);
     ImagoFile::from_open_file(file, options.direct(cache == Cache::None))
+}
+
+/// Size of the image's clusters, from its header (qcow2 specification, "Header": bytes 20 to 23). `imago` has
+/// checked the header, but does not tell.
+fn cluster_bytes(file: &File) -> io::Result<u64> {
+    let mut header = AlignedBuffer::new(512);
+    file.read_exact_at(&mut header, 0)?;
+    let bits = header.get(20..24).and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes);
+    let fine = bits.filter(|bits| (9..=21).contains(bits));
+    fine.map(|bits| 1 << bits).ok_or_else(|| refused("its clusters have an impossible size".into()))
 }
 
 fn refused(what: String) -> io::Error {
@@ -149,9 +161,21 @@ impl Qcow2File {
             return Err(OpenError::OddSize { path: path.to_owned(), len_bytes });
         }
         let chain = backing.map(Chain::open).transpose().map_err(failed)?.map(Arc::new);
+        let cluster_bytes = cluster_bytes(&file).map_err(failed)?;
         let (image, path, at) = (Mutex::new(None), path.to_owned(), at.to_owned());
         let file = Arc::new(file);
-        Ok(Self { image, file, path, at, len_bytes, read_only, cache, choice, chain })
+        Ok(Self {
+            image,
+            file,
+            path,
+            at,
+            len_bytes,
+            cluster_bytes,
+            read_only,
+            cache,
+            choice,
+            chain,
+        })
     }
 
     /// Reads the metadata of the image, which is locked.
@@ -160,7 +184,7 @@ impl Qcow2File {
         let mut image = Qcow2::open_image(storage, !self.read_only)?;
         let backing = self.choice.of(&image, &self.at)?;
         if image.size() != self.len_bytes
-            || backing.as_ref() != self.chain.as_deref().map(Chain::top)
+            || backing.as_ref() != self.chain.as_deref().map(Chain::topmost)
         {
             return Err(refused("its size or backing file has changed since it was opened".into()));
         }
@@ -235,6 +259,10 @@ impl BlockBackend for Qcow2File {
     fn image_file(&self) -> Option<(Arc<File>, PathBuf)> {
         let regular = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
         regular.then(|| (self.file.clone(), self.path.clone()))
+    }
+
+    fn cluster_bytes(&self) -> Option<u64> {
+        Some(self.cluster_bytes)
     }
 
     fn is_direct(&self) -> bool {

@@ -5,7 +5,7 @@ use super::frame::DiskTotals;
 use super::scan::TrackedDisk;
 use super::stats::DiskProgress;
 use crate::stats::Counters;
-use devices::block::backend::{BackingChain, GoOn};
+use devices::block::backend::GoOn;
 use std::time::{Duration, Instant};
 
 /// How often progress is shown.

@@ -3,9 +3,8 @@
 
 use super::frame::granules_of;
 use super::{BlockError, GRANULE_BYTES, SourceDisk};
-use devices::block::backend::{ByteRange, Content, Extent, GoOn};
-use devices::block::{BlockNode, Tracking};
-use std::io;
+use devices::block::backend::{Content, GoOn};
+use devices::block::{Tracking, holes};
 
 /// A disk and its dirty bitmap.
 #[derive(Debug)]
@@ -24,59 +23,11 @@ impl TrackedDisk {
         Ok(Self { disk, dirty })
     }
 
-    /// Clears the bits of ranges that the destination's blank disk holds already: ranges that read as
-    /// zeroes or, if only the top layer is sent, from the backing file. A large image may have millions of
-    /// holes: tells `searched` after each extent how far it has come, and returns early once `go_on` returns
-    /// false. Where the storage does not say what it holds, all counts as data.
+    /// Clears the bits of ranges that the destination's blank disk holds already: see [`holes::clear`].
     pub fn skip_unwritten(&self, go_on: GoOn<'_>, searched: &mut dyn FnMut(u64)) {
         let skipped = if self.disk.only_top { Content::Backing } else { Content::Zero };
-        let node = &self.disk.node;
-        let mut at = 0;
-        while at < node.len_bytes() && go_on() {
-            let extent = match extent(node, at) {
-                Ok(extent) => extent,
-                Err(error) => {
-                    log::warn!("disk {}: its holes are sent as data: {error}", node.id());
-                    return;
-                }
-            };
-            let end = at + extent.len_bytes;
-            if extent.content == skipped {
-                self.dirty.clear_within(ByteRange { offset_bytes: at, len_bytes: end - at });
-                // A write before the clear is in the file by now, and a later one marks its granules. So
-                // look once more for data written between the query and the clear.
-                let cleared = ByteRange { offset_bytes: at, len_bytes: end - at };
-                self.mark_written(cleared, skipped, go_on);
-            }
-            at = end;
-            searched(at);
-        }
+        holes::clear(&self.disk.node, &self.dirty, skipped, go_on, searched);
     }
-
-    /// Marks what is not `skipped` in `range`; what it has not looked at counts as data.
-    fn mark_written(&self, range: ByteRange, skipped: Content, go_on: GoOn<'_>) {
-        let mut at = range.offset_bytes;
-        while at < range.end() {
-            let rest = ByteRange { offset_bytes: at, len_bytes: range.end() - at };
-            let extent = if go_on() { extent(&self.disk.node, at).ok() } else { None };
-            let Some(extent) = extent else {
-                self.dirty.mark(rest);
-                return;
-            };
-            let end = (at + extent.len_bytes).min(range.end());
-            if extent.content != skipped {
-                self.dirty.mark(ByteRange { offset_bytes: at, len_bytes: end - at });
-            }
-            at = end;
-        }
-    }
-}
-
-fn extent(node: &BlockNode, at: u64) -> io::Result<Extent> {
-    let mut extent = node.extent_at(at)?;
-    // Clamped, so that the loop ends whatever the backend returns.
-    extent.len_bytes = extent.len_bytes.clamp(1, node.len_bytes() - at);
-    Ok(extent)
 }
 
 /// A chunk to read. The bits of its granules are cleared.
@@ -131,6 +82,7 @@ impl Scan {
 mod tests {
     use super::*;
     use crate::block::CHUNK_BYTES;
+    use devices::block::BlockNode;
     use devices::block::memory::MemoryDisk;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};

@@ -369,7 +369,7 @@ impl Image {
         for range in runs(zero).map(range_of) {
             if self.disk.only_top || self.was_written(range) {
                 let ByteRange { offset_bytes, len_bytes } = range;
-                node.fill_zeroes(offset_bytes, len_bytes).map_err(failed(range))?;
+                node.fill_zeroes(offset_bytes, len_bytes, true).map_err(failed(range))?;
                 bytes += len_bytes;
             }
         }

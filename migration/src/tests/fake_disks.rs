@@ -53,7 +53,7 @@ impl BlockBackend for PanickingDisk {
         self.inner.format()
     }
 
-    fn backing(&self) -> Option<&dyn BackingChain> {
+    fn backing(&self) -> Option<Arc<dyn BackingChain>> {
         None
     }
 

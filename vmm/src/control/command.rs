@@ -3,12 +3,14 @@
 
 use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
 use super::bitmap::{self, BitmapAction, BitmapChange};
+use super::job::{self, JobAction, JobCommand, MirrorSpec, NodeSpec};
 use super::message::{QmpError, Request};
 use super::options::{
     CAPABILITIES, Capability, OwnOptions, PARAMETERS, ParameterChange, capabilities, migration_id,
 };
 use crate::disk_selection::{DiskMode, DiskSelection};
 use devices::block::bitmaps::BitmapName;
+use devices::block::job::Cancel;
 use migration::block::Tuning;
 use std::time::Duration;
 
@@ -55,6 +57,21 @@ pub enum Command {
         /// The bitmap.
         name: BitmapName,
     },
+    /// `drive-mirror` or `blockdev-mirror`
+    Mirror(Box<MirrorSpec>),
+    /// `blockdev-add`
+    AddNode(NodeSpec),
+    /// `blockdev-del`
+    DeleteNode {
+        /// The node.
+        name: String,
+    },
+    /// `query-block-jobs`
+    QueryBlockJobs,
+    /// `query-jobs`
+    QueryJobs,
+    /// A command to a block job.
+    Job(JobCommand),
     /// `stop`
     Stop,
     /// `cont`
@@ -241,6 +258,53 @@ pub const COMMANDS: &[Entry] = &[
         let node = arguments.text("node").ok_or_else(|| missing("node"))?;
         Ok(Command::StoreBitmaps { node })
     }),
+    Entry::new("drive-mirror", job::DRIVE_MIRROR, EMPTY, |arguments| {
+        Ok(Command::Mirror(Box::new(job::drive_mirror(arguments)?)))
+    }),
+    Entry::new("blockdev-mirror", job::BLOCKDEV_MIRROR, EMPTY, |arguments| {
+        Ok(Command::Mirror(Box::new(job::blockdev_mirror(arguments)?)))
+    }),
+    Entry::new("blockdev-add", job::BLOCKDEV_ADD, EMPTY, |arguments| {
+        Ok(Command::AddNode(job::blockdev_add(arguments)?))
+    }),
+    Entry::new("blockdev-del", &[needed("node-name", Kind::Text)], EMPTY, |arguments| {
+        let name = arguments.text("node-name").ok_or_else(|| missing("node-name"))?;
+        Ok(Command::DeleteNode { name })
+    }),
+    Entry::new("query-block-jobs", &[], Kind::List(&Kind::Any), |_| Ok(Command::QueryBlockJobs)),
+    Entry::new("query-jobs", &[], Kind::List(&Kind::Any), |_| Ok(Command::QueryJobs)),
+    Entry::new("block-job-set-speed", job::SET_SPEED, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_device(arguments, job::set_speed)?))
+    }),
+    Entry::new("block-job-cancel", job::CANCEL, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_device(arguments, job::cancel)?))
+    }),
+    Entry::new("block-job-pause", job::DEVICE, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_device(arguments, |_| JobAction::Pause)?))
+    }),
+    Entry::new("block-job-resume", job::DEVICE, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_device(arguments, |_| JobAction::Resume)?))
+    }),
+    Entry::new("block-job-complete", job::DEVICE, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_device(arguments, |_| JobAction::Complete)?))
+    }),
+    Entry::new("block-job-finalize", job::ID, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_id(arguments, true, JobAction::Finalize)?))
+    }),
+    Entry::new("block-job-dismiss", job::ID, EMPTY, |arguments| {
+        Ok(Command::Job(job::of_id(arguments, true, JobAction::Dismiss)?))
+    }),
+    Entry::new("block-job-change", job::CHANGE, EMPTY, |arguments| {
+        Ok(Command::Job(job::change(arguments)?))
+    }),
+    Entry::new("job-pause", job::ID, EMPTY, |arguments| of_job(arguments, JobAction::Pause)),
+    Entry::new("job-resume", job::ID, EMPTY, |arguments| of_job(arguments, JobAction::Resume)),
+    Entry::new("job-cancel", job::ID, EMPTY, |arguments| {
+        of_job(arguments, JobAction::Cancel(Cancel::Force))
+    }),
+    Entry::new("job-complete", job::ID, EMPTY, |arguments| of_job(arguments, JobAction::Complete)),
+    Entry::new("job-finalize", job::ID, EMPTY, |arguments| of_job(arguments, JobAction::Finalize)),
+    Entry::new("job-dismiss", job::ID, EMPTY, |arguments| of_job(arguments, JobAction::Dismiss)),
     Entry::new("transaction", bitmap::TRANSACTION, EMPTY, transaction),
     Entry::new(
         "x-debug-block-dirty-bitmap-sha256",
@@ -358,6 +422,10 @@ fn negotiation(arguments: &mut Arguments) -> Result<Command, QmpError> {
 
 fn change(action: BitmapAction) -> Result<Command, QmpError> {
     Ok(Command::ChangeBitmaps(vec![action]))
+}
+
+fn of_job(arguments: &mut Arguments, action: JobAction) -> Result<Command, QmpError> {
+    Ok(Command::Job(job::of_id(arguments, false, action)?))
 }
 
 /// An action is the command of the same name.

@@ -1,7 +1,9 @@
 //! Events of the control socket: their table, which `query-qmp-schema` shows, and one function for each kind.
 
 use super::arguments::{Kind, Member, needed, optional};
+use super::job;
 use devices::block::failure::Failure;
+use devices::block::job::JobEvent;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -26,6 +28,12 @@ pub const EVENTS: &[(&str, &[Member])] = &[
             needed("reason", Kind::Text),
         ],
     ),
+    ("JOB_STATUS_CHANGE", job::STATUS),
+    ("BLOCK_JOB_READY", job::PROGRESS),
+    ("BLOCK_JOB_PENDING", job::PENDING),
+    ("BLOCK_JOB_COMPLETED", job::COMPLETED),
+    ("BLOCK_JOB_CANCELLED", job::PROGRESS),
+    ("BLOCK_JOB_ERROR", job::ERROR),
     ("MIGRATION", &[needed("status", Kind::Text)]),
     ("MIGRATION_PASS", &[needed("pass", Kind::Whole)]),
     (
@@ -94,6 +102,12 @@ impl Event {
         Self::new("BLOCK_IO_ERROR", Some(data))
     }
 
+    /// What has happened to a block job.
+    pub fn job(event: &JobEvent) -> Self {
+        let (name, data) = job::event(event);
+        Self::new(name, Some(data))
+    }
+
     /// `MIGRATION`.
     pub fn migration(status: &str) -> Self {
         Self::new("MIGRATION", Some(json!({"status": status})))
@@ -143,6 +157,8 @@ impl Event {
 mod tests {
     use super::*;
     use crate::control::arguments::Arguments;
+    use devices::block::copy::Side;
+    use devices::block::job::{IoStatus, JobInfo, JobKind, JobStatus};
     use migration::stats::NotConverging;
 
     #[test]
@@ -176,6 +192,35 @@ mod tests {
             Event::migration_step("one", false),
             Event::incomplete("bitmap"),
         ];
+        let job = JobInfo {
+            id: "m".into(),
+            kind: JobKind::Mirror,
+            status: JobStatus::Ready,
+            len_bytes: 2,
+            offset_bytes: 1,
+            busy: false,
+            paused: false,
+            ready: true,
+            speed: 0,
+            io_status: IoStatus::Ok,
+            auto_finalize: true,
+            auto_dismiss: true,
+            error: Some("it broke".into()),
+            actively_synced: None,
+        };
+        let (id, status) = (job.id.clone(), job.status);
+        events.extend(
+            [
+                JobEvent::Status { id: id.clone(), status },
+                JobEvent::Ready(job.clone()),
+                JobEvent::Pending(job.clone()),
+                JobEvent::Completed(job.clone()),
+                JobEvent::Cancelled(job),
+                JobEvent::Error { id, side: Side::Target, action: "report" },
+            ]
+            .iter()
+            .map(Event::job),
+        );
         events.extend(["STOP", "RESUME", "POWERDOWN"].map(Event::plain));
         events.extend(["SHUTDOWN", "RESET"].map(|name| Event::ending(name, true, "guest-panic")));
         assert_eq!(events.len(), EVENTS.len());

@@ -30,6 +30,11 @@ impl QmpError {
     }
 
     /// A `CommandNotFound`.
+    pub fn not_active(desc: impl Into<String>) -> Self {
+        Self { class: "DeviceNotActive", desc: desc.into(), hint: None }
+    }
+
+    /// A command that does not exist.
     pub fn not_found(desc: impl Into<String>) -> Self {
         Self { class: "CommandNotFound", desc: desc.into(), hint: None }
     }

@@ -2,12 +2,12 @@
 
 use super::ending::shutting_down;
 use super::{Event, Mode, RunState, Supervisor, jobs};
-use crate::control::block;
 use crate::control::command::{COMMANDS, Command};
 use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError, version};
 use crate::control::options::{Capability, OwnOptions, parameters, set_capabilities};
 use crate::control::schema::schema;
 use crate::control::{ClientId, Incoming, QmpResult};
+use crate::control::{block, job};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
@@ -135,6 +135,8 @@ impl Supervisor {
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_)
             | Command::ChangeBitmaps(_)
+            | Command::Mirror(_)
+            | Command::AddNode(_)
             | Command::Powerdown
                 if self.ending.is_some() =>
             {
@@ -143,6 +145,8 @@ impl Supervisor {
             Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
             | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
+            Command::Mirror(spec) => self.mirror(spec, request),
+            Command::AddNode(spec) => self.add_node(spec, request),
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
@@ -185,10 +189,16 @@ impl Supervisor {
             | Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
             | Command::BitmapSha256 { .. }
+            | Command::Mirror(_)
+            | Command::AddNode(_)
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),
             Command::Negotiate => Err(QmpError::generic("the control server answers this command")),
+            Command::DeleteNode { name } => self.delete_node(&name),
+            Command::QueryBlockJobs => Ok(self.block_jobs.query(job::block_job)),
+            Command::QueryJobs => Ok(self.block_jobs.query(job::job)),
+            Command::Job(command) => self.job_command(&command),
             Command::Powerdown => {
                 if let Some(machine) = &self.machine {
                     machine.press_power_button().map_err(|error| failed(&error))?;

@@ -6,6 +6,7 @@ use crate::console::ConsoleEvent;
 use crate::event_loop;
 use crate::machine::vcpus::VcpuEnd;
 use devices::block::failure::Failure;
+use devices::block::job::JobEvent;
 use devices::reset::GuestExit;
 use migration::source::{MigrationEvent, SourceOutcome};
 
@@ -36,6 +37,8 @@ pub enum Message {
     TaskEnded(TaskId, Done),
     /// Progress of a migration.
     Migration(MigrationEvent),
+    /// Something has happened to a block job.
+    BlockJob(JobEvent),
     /// The outgoing migration has ended.
     OutgoingEnded(JobId, SourceOutcome),
     /// The thread of a migration panicked.

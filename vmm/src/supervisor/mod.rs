@@ -5,10 +5,12 @@
 //! is the interface for migration threads and [`moving`] executes their requests; [`commands`] executes QMP
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
-//! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps.
+//! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps,
+//! [`block_jobs`] starts and steers mirrors.
 
 mod backends;
 mod bitmaps;
+mod block_jobs;
 mod commands;
 mod dirty_rate;
 mod ending;
@@ -38,6 +40,7 @@ use crate::machine::{GuestEvents, Machine, MachineError};
 use crate::setup::SetupError;
 use backends::BackendParts;
 use bitmaps::BitmapRequests;
+use block_jobs::BlockJobs;
 use devices::block::failure::{Action, Failure};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
@@ -95,6 +98,7 @@ pub struct Supervisor {
     pausing: Option<Pausing>,
     sizes: Sizes,
     bitmap_requests: BitmapRequests,
+    block_jobs: BlockJobs,
     waiting: Waiting,
     ending: Option<Ending>,
     /// The guest has moved, and the process ends when this client has gone.
@@ -173,6 +177,7 @@ impl Supervisor {
             pausing: None,
             sizes: Sizes::default(),
             bitmap_requests: BitmapRequests::default(),
+            block_jobs: BlockJobs::default(),
             waiting: Waiting::default(),
             ending: None,
             ends_with: None,
@@ -315,6 +320,7 @@ impl Handler for Supervisor {
                     tasks::discard(machine);
                 }
             }
+            Message::BlockJob(event) => self.on_job_event(&event),
             Message::Migration(event) => self.on_migration_event(event),
             Message::OutgoingEnded(id, outcome) => {
                 log::info!("migration: {outcome:?}");

@@ -67,7 +67,9 @@ impl Supervisor {
     fn describe_disks(&self, command: &Command) -> serde_json::Value {
         let known = devices::lock(&self.sizes.known);
         match command {
-            Command::QueryNamedBlockNodes => block::named_nodes(self.nodes(), &known),
+            Command::QueryNamedBlockNodes => {
+                block::named_nodes(self.nodes().chain(self.block_jobs.nodes()), &known)
+            }
             _ => block::devices(self.nodes(), &known),
         }
     }

@@ -145,6 +145,7 @@ impl Supervisor {
             return;
         }
         let Some(done) = self.on_bitmaps_done(id, done) else { return };
+        let Some(done) = self.on_target_opened(id, done) else { return };
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
             // Even if some have not responded.
@@ -155,7 +156,11 @@ impl Supervisor {
                 self.on_flushed(id, &[late]);
             }
             Done::Built(Ok(machine)) => tasks::discard(machine),
-            Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) | Done::Bitmaps(_) => {}
+            Done::Built(Err(_))
+            | Done::Drained(_)
+            | Done::Locked(_)
+            | Done::Bitmaps(_)
+            | Done::Opened(_) => {}
         }
     }
 

@@ -172,7 +172,7 @@ pub struct Bitmaps {
     len_bytes: u64,
     read_only: AtomicBool,
     /// Whether its image is a regular file, with room for another beside it.
-    storable: bool,
+    storable: AtomicBool,
     writes: Arc<Writes>,
     /// Whose turn it is to change `entries`. A merge may hold it for long.
     turn: Mutex<()>,
@@ -198,7 +198,7 @@ impl Bitmaps {
             id: id.to_owned(),
             len_bytes: backend.len_bytes(),
             read_only: backend.read_only().into(),
-            storable,
+            storable: storable.into(),
             writes,
             turn: Mutex::default(),
             entries: Mutex::default(),
@@ -242,7 +242,7 @@ impl Bitmaps {
     fn check_storable(&self, new: &NewBitmap) -> Result<(), BitmapError> {
         let why = match self {
             _ if !new.persistent => return Ok(()),
-            Self { storable: false, .. } => "its image is not a regular file",
+            _ if !self.storable.load(Ordering::SeqCst) => "its image is not a regular file",
             _ if self.read_only.load(Ordering::SeqCst) => "the disk is read-only",
             _ if self.given_up.load(Ordering::SeqCst) => "the disk has been given up",
             _ => return Ok(()),

@@ -193,6 +193,33 @@ impl BlockNode {
         *lock(&self.bitmaps.custody) = Custody::Unmarked;
     }
 
+    /// The disk has another image, which is locked: from now on the bitmaps are kept beside that. Where there is no
+    /// place for them, persistent ones become temporary.
+    pub(in crate::block) fn adopt_bitmaps(&self) {
+        let bitmaps = &self.bitmaps;
+        let mut custody = lock(&bitmaps.custody);
+        let storable = self.backend().image_file().is_some();
+        bitmaps.storable.store(storable, Ordering::SeqCst);
+        if matches!(*custody, Custody::None) {
+            return;
+        }
+        *custody = Custody::Unmarked;
+        bitmaps.given_up.store(false, Ordering::SeqCst);
+        if !storable {
+            let _turn = lock(&bitmaps.turn);
+            for entry in lock(&bitmaps.entries).iter_mut().filter(|entry| entry.persistent) {
+                log::warn!(
+                    "bitmap {} of disk {} is not persistent any more: the disk's image is not a regular file",
+                    entry.name,
+                    self.id
+                );
+                entry.persistent = false;
+            }
+        }
+        drop(custody);
+        self.mark_or_remove_bitmaps();
+    }
+
     /// Loads persistent bitmaps. Call it when the image has just been locked; before anything writes to it, if there
     /// is time for that, [`BlockNode::mark_bitmaps`]. Writes nothing. Loading twice is not an error.
     ///

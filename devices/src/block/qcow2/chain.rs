@@ -143,7 +143,7 @@ impl Chain {
     }
 
     /// The topmost file.
-    pub fn top(&self) -> &Backing {
+    pub fn topmost(&self) -> &Backing {
         &self.top
     }
 
@@ -173,6 +173,10 @@ impl Chain {
 impl BackingChain for Chain {
     fn files(&self) -> Vec<String> {
         self.files.iter().map(|(path, _)| path.display().to_string()).collect()
+    }
+
+    fn top(&self) -> Backing {
+        self.top.clone()
     }
 
     fn len_bytes(&self) -> u64 {
