@@ -18,6 +18,8 @@ use std::sync::Arc;
 pub enum TargetError {
     #[error("{location} is the image of {node}: a disk cannot be copied to itself")]
     InUse { location: String, node: String },
+    #[error("node '{0}' needs a file with its filename, or an NBD server")]
+    NoLocation(String),
     #[error("{location} is neither a regular file nor a block device")]
     NotAnImage { location: String },
     #[error("{location} is a block device: use mode=existing")]
@@ -131,6 +133,7 @@ pub fn create(new: &NewTarget, open: &[Arc<BlockNode>]) -> Result<Target, Target
 /// Opens a node of `blockdev-add`, and locks it.
 pub fn open(spec: &NodeSpec, open: &[Arc<BlockNode>]) -> Result<Target, TargetError> {
     let NodeSpec { name, location, format, read_only, cache } = spec;
+    let location = location.as_deref().ok_or_else(|| TargetError::NoLocation(name.clone()))?;
     let path = path_of(location)?;
     check_free(location, look(location, &path)?.as_ref(), open)?;
     lock(open_image(&path, *format, *read_only, *cache, BackingChoice::Recorded)?, name)

@@ -46,8 +46,8 @@ pub struct MirrorSpec {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeSpec {
     pub name: String,
-    /// An image, or an NBD address.
-    pub location: String,
+    /// An image, or an NBD address, if it is given.
+    pub location: Option<String>,
     pub format: Format,
     pub read_only: bool,
     pub cache: Cache,
@@ -82,7 +82,8 @@ const ON_ERROR: Kind = Kind::Choice {
 };
 const SYNC: Kind = Kind::Choice {
     name: "MirrorSyncMode",
-    values: &["top", "full", "none", "incremental", "bitmap"],
+    // The others of QEMU's are for backups.
+    values: &["top", "full", "none"],
 };
 const COPY_MODE: Kind =
     Kind::Choice { name: "MirrorCopyMode", values: &["background", "write-blocking"] };
@@ -93,7 +94,7 @@ pub const DRIVE_MIRROR: &[Member] = &[
     needed("device", Kind::Text),
     needed("target", Kind::Text),
     needed("sync", SYNC),
-    optional("format", Kind::Text),
+    optional("format", Kind::Choice { name: "x-ImageFormat", values: &["raw", "qcow2"] }),
     optional("node-name", Kind::Text),
     optional("replaces", Kind::Text),
     optional(
@@ -246,11 +247,7 @@ fn mirror(
     let sync = match text(arguments, "sync")?.as_str() {
         "full" => Sync::Full,
         "top" => Sync::Top,
-        "none" => Sync::None,
-        other => {
-            let desc = format!("Sync mode '{other}' not supported by mirror: use a backup");
-            return Err(QmpError::generic(desc));
-        }
+        _ => Sync::None,
     };
     Ok(MirrorSpec {
         job: job_options(arguments, &device)?,
@@ -318,18 +315,14 @@ pub fn blockdev_add(arguments: &mut Arguments) -> Result<NodeSpec, QmpError> {
         "server": arguments.any("server"),
         "export": arguments.any("export"),
     });
-    let file = arguments.any("file");
+    let file = arguments.any("file").unwrap_or_default();
     if matches!(driver.as_str(), "raw" | "qcow2") {
-        own = file.ok_or_else(|| missing("file"))?;
+        own = file;
     }
     let location = match own["driver"].as_str() {
-        Some("nbd") => {
-            if own["server"].is_null() {
-                return Err(missing("server"));
-            }
-            nbd(&own["server"], own["export"].as_str())?
-        }
-        _ => own["filename"].as_str().ok_or_else(|| missing("filename"))?.to_owned(),
+        Some("nbd") if own["server"].is_null() => None,
+        Some("nbd") => Some(nbd(&own["server"], own["export"].as_str())?),
+        _ => own["filename"].as_str().map(str::to_owned),
     };
     Ok(NodeSpec { name, location, format, read_only, cache })
 }

@@ -1,0 +1,253 @@
+//! Mirrors of disks that a guest writes to: jobs over the control socket, and what the images hold afterwards.
+#![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
+
+use ferry_tests::ferry::Guest;
+use ferry_tests::hosts::started;
+use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::qmp::Qmp;
+use ferry_tests::{disk, needs};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const MIB: u64 = 1 << 20;
+const DISK: u64 = 64 * MIB;
+
+struct Images(tempfile::TempDir);
+
+impl Images {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn blank(&self, name: &str) -> PathBuf {
+        disk::create(&self.at(name), DISK).unwrap();
+        self.at(name)
+    }
+}
+
+fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
+    assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}), "{command}");
+}
+
+fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
+    qmp.refused(command, arguments).unwrap().description
+}
+
+/// A guest that writes its disk `root`, verifies what it reads, and says so in heartbeats.
+fn busy(image: &Path) -> Guest {
+    Guest::new("work=disk hb_ms=20", 64).disk("root", image)
+}
+
+fn mirror(target: &Path, more: Value) -> Value {
+    let mut arguments = json!({"device": "root", "target": target, "sync": "full"});
+    let all = arguments.as_object_mut().unwrap();
+    all.extend(more.as_object().unwrap().clone());
+    arguments
+}
+
+/// The status changes and events of jobs up to `last`.
+fn job_events(qmp: &mut Qmp, last: &str) -> Vec<String> {
+    let mut seen = Vec::new();
+    loop {
+        let event = qmp
+            .wait_event_where(SOON, |event| {
+                event["event"].as_str().is_some_and(|name| name.contains("JOB"))
+            })
+            .unwrap();
+        let name = match event["event"].as_str().unwrap() {
+            "JOB_STATUS_CHANGE" => event["data"]["status"].as_str().unwrap().to_owned(),
+            name => name.trim_start_matches("BLOCK_JOB_").to_owned(),
+        };
+        let is_last = name == last;
+        seen.push(name);
+        if is_last {
+            return seen;
+        }
+    }
+}
+
+fn let_write(vmm: &Vmm) {
+    for _ in 0..3 {
+        vmm.wait_next_line("^HB ").unwrap();
+    }
+}
+
+fn qemu_img_compare(one: &Path, other: &Path, formats: [&str; 2]) {
+    let compared = Command::new("qemu-img")
+        .args(["compare", "-f", formats[0], "-F", formats[1]])
+        .args([one, other])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
+    assert!(compared.status.success(), "{said}{}", String::from_utf8_lossy(&compared.stderr));
+}
+
+fn jobs(qmp: &mut Qmp) -> Value {
+    qmp.execute("query-block-jobs", json!({})).unwrap()
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_goes_on_on_the_copy_that_its_disk_was_switched_over_to() {
+    for (format, mode) in
+        [("raw", "background"), ("qcow2", "background"), ("raw", "write-blocking")]
+    {
+        let images = Images::new();
+        let image = images.blank("root");
+        let mut vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let copy = images.at("copy");
+        run(&mut qmp, "drive-mirror", mirror(&copy, json!({"format": format, "copy-mode": mode})));
+        // As QEMU emits them.
+        assert_eq!(job_events(&mut qmp, "READY"), ["created", "running", "ready", "READY"]);
+        let shown = jobs(&mut qmp);
+        assert_eq!((&shown[0]["device"], &shown[0]["ready"]), (&json!("root"), &json!(true)));
+        assert_eq!(shown[0]["type"], "mirror");
+        let_write(&vmm);
+        run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+        let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+        assert_eq!(job_events(&mut qmp, "null"), end, "{format} {mode}");
+        let blocks = qmp.execute("query-block", json!({})).unwrap();
+        assert_eq!(blocks[0]["inserted"]["file"], json!(copy));
+        assert_eq!(blocks[0]["inserted"]["drv"], format);
+        let frozen = std::fs::read(&image).unwrap();
+        let_write(&vmm);
+        // The guest compares all that it has written with what the disk holds.
+        let check = vmm.check().unwrap();
+        assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
+        assert!(frozen == std::fs::read(&image).unwrap(), "the old image is written no more");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = images.at("copy");
+    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"format": "qcow2", "job-id": "m1"})));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    run(&mut qmp, "stop", json!({}));
+    run(&mut qmp, "block-job-cancel", json!({"device": "m1"}));
+    let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+    assert_eq!(job_events(&mut qmp, "null"), end);
+    qemu_img_compare(&image, &copy, ["raw", "qcow2"]);
+    assert_eq!(jobs(&mut qmp), json!([]));
+    run(&mut qmp, "cont", json!({}));
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn nodes_can_be_added_mirrored_to_and_deleted() {
+    let images = Images::new();
+    let (image, copy) = (images.blank("root"), images.blank("copy"));
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let file = json!({"driver": "file", "filename": copy});
+    let node = json!({"driver": "raw", "node-name": "there", "file": file});
+    run(&mut qmp, "blockdev-add", node.clone());
+    assert!(refused(&mut qmp, "blockdev-add", node).contains("Duplicate nodes"));
+    let nodes = qmp.execute("query-named-block-nodes", json!({})).unwrap();
+    assert_eq!(nodes[1]["node-name"], "there");
+    let arguments = json!({"device": "root", "target": "there", "sync": "full", "job-id": "m"});
+    run(&mut qmp, "blockdev-mirror", arguments.clone());
+    job_events(&mut qmp, "READY");
+    let again = json!({"device": "root", "target": "there", "sync": "full", "job-id": "n"});
+    assert!(refused(&mut qmp, "blockdev-mirror", again).contains("is busy"));
+    assert!(refused(&mut qmp, "blockdev-mirror", arguments).contains("already in use"));
+    let delete = json!({"node-name": "there"});
+    assert!(refused(&mut qmp, "blockdev-del", delete.clone()).contains("in use by block job"));
+    run(&mut qmp, "job-cancel", json!({"id": "m"}));
+    assert!(job_events(&mut qmp, "null").contains(&"CANCELLED".to_owned()));
+    run(&mut qmp, "blockdev-del", delete.clone());
+    assert!(refused(&mut qmp, "blockdev-del", delete).contains("Failed to find node"));
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn what_cannot_be_mirrored_is_refused_by_name() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let (hard, soft, fifo) = (images.at("hard"), images.at("soft"), images.at("fifo"));
+    std::fs::hard_link(&image, &hard).unwrap();
+    std::os::unix::fs::symlink(&image, &soft).unwrap();
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    disk::create(&images.at("small"), DISK - MIB).unwrap();
+    let existing =
+        |name: &str| mirror(&images.at(name), json!({"mode": "existing", "format": "raw"}));
+    for target in [&image, &hard, &soft] {
+        let refusal = refused(&mut qmp, "drive-mirror", mirror(target, json!({})));
+        assert!(refusal.contains("cannot be copied to itself"), "{refusal}");
+    }
+    for (arguments, expected) in [
+        (existing("fifo"), "neither a regular file nor a block device"),
+        (existing("small"), "different sizes"),
+        (existing("nowhere"), "cannot open disk image"),
+        (mirror(&images.at("no/such/folder"), json!({})), "cannot create disk image"),
+        (mirror(&images.at("x"), json!({"granularity": 1000})), "power of 2"),
+        (mirror(&images.at("x"), json!({"granularity": 256})), "range [512B, 64MB]"),
+        (mirror(&images.at("x"), json!({"granularity": 1 << 30})), "range [512B, 64MB]"),
+        (mirror(&images.at("x"), json!({"speed": -1})), "speed"),
+        (mirror(&images.at("x"), json!({"job-id": "1 2"})), "Invalid job ID"),
+        (mirror(&images.at("x"), json!({"device": "nope"})), "Cannot find device='nope'"),
+        (mirror(&images.at("x"), json!({"sync": "incremental"})), "does not accept value"),
+        (mirror(&images.at("x"), json!({"sync": "none", "format": "raw"})), "sync=none needs"),
+    ] {
+        let refusal = refused(&mut qmp, "drive-mirror", arguments.clone());
+        assert!(refusal.contains(expected), "{arguments}: {refusal}");
+    }
+    for (command, arguments, class) in [
+        ("block-job-complete", json!({"device": "nope"}), "DeviceNotActive"),
+        ("job-complete", json!({"id": "nope"}), "GenericError"),
+    ] {
+        assert_eq!(qmp.refused(command, arguments).unwrap().class, class);
+    }
+    // None of them has harmed the guest, or its image.
+    assert_eq!(jobs(&mut qmp), json!([]));
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    run(&mut qmp, "stop", json!({}));
+    let slow = json!({"speed": 1 << 20, "auto-dismiss": false, "job-id": "s"});
+    run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), slow));
+    assert_eq!(job_events(&mut qmp, "running"), ["created", "running"]);
+    let refusal = refused(&mut qmp, "block-job-complete", json!({"device": "s"}));
+    assert_eq!(refusal, "Job 's' in state 'running' cannot accept command verb 'complete'");
+    run(&mut qmp, "block-job-pause", json!({"device": "s"}));
+    assert_eq!(job_events(&mut qmp, "paused"), ["paused"]);
+    assert_eq!(jobs(&mut qmp)[0]["paused"], true);
+    assert_eq!(
+        refused(&mut qmp, "block-job-pause", json!({"device": "s"})),
+        "Job is already paused"
+    );
+    run(&mut qmp, "block-job-set-speed", json!({"device": "s", "speed": 0}));
+    run(&mut qmp, "block-job-resume", json!({"device": "s"}));
+    assert_eq!(job_events(&mut qmp, "READY"), ["running", "ready", "READY"]);
+    run(&mut qmp, "block-job-cancel", json!({"device": "s"}));
+    job_events(&mut qmp, "concluded");
+    let shown = qmp.execute("query-jobs", json!({})).unwrap();
+    assert_eq!((&shown[0]["id"], &shown[0]["status"]), (&json!("s"), &json!("concluded")));
+    run(&mut qmp, "job-dismiss", json!({"id": "s"}));
+    assert_eq!(job_events(&mut qmp, "null"), ["null"]);
+    qemu_img_compare(&image, &images.at("copy"), ["raw", "raw"]);
+    drop(vmm);
+}
