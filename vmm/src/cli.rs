@@ -187,8 +187,8 @@ pub struct MigrateArgs {
 pub struct CtlArgs {
     /// Control socket
     pub socket: String,
-    /// status, stop, cont [--force], cancel, bitmap VERB … (see bitmap --help), quit, or any QMP command with
-    /// JSON arguments
+    /// status, stop, cont [--force], cancel, bitmap VERB …, mirror DISK TARGET …, job VERB … (see bitmap --help and so
+    /// on), quit, or any QMP command with JSON arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     pub command: Vec<String>,
 }

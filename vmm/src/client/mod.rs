@@ -2,6 +2,7 @@
 
 mod bitmap;
 pub mod ctl;
+mod job;
 pub mod migrate;
 mod request;
 

@@ -410,13 +410,23 @@ impl Supervisor {
             false => Vec::new(),
         };
         description.bitmaps = !bitmaps.is_empty();
+        let mirrors = self.block_jobs.for_a_move().map_err(QmpError::generic)?;
         // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();
-        let leaving =
-            jobs::Leaving { vm, description, bitmaps, payload, nodes, measurement, params, owner };
+        let leaving = jobs::Leaving {
+            vm,
+            description,
+            bitmaps,
+            payload,
+            nodes,
+            mirrors,
+            measurement,
+            params,
+            owner,
+        };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

@@ -12,6 +12,7 @@ use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;
 use devices::block::backend::GoOn;
+use devices::block::job::Job as BlockJob;
 use migration::bitmap::outgoing::{BitmapsOutgoing, SourceBitmap};
 use migration::block::outgoing::DisksOutgoing;
 use migration::block::{SourceDisk, SourceDisks};
@@ -80,6 +81,8 @@ pub struct Leaving {
     pub payload: Option<Arc<BootPayload>>,
     /// All its disks.
     pub nodes: Vec<Arc<BlockNode>>,
+    /// Mirrors that must be in sync when the guest leaves.
+    pub mirrors: Vec<Arc<BlockJob>>,
     /// Must end first: it uses the dirty log.
     pub measurement: Option<Aborted>,
     /// Its own parameters.
@@ -157,8 +160,17 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description, bitmaps, payload, nodes, measurement, params, owner } =
-            leaving;
+        let Leaving {
+            vm,
+            mut description,
+            bitmaps,
+            payload,
+            nodes,
+            mirrors,
+            measurement,
+            params,
+            owner,
+        } = leaving;
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         let to_us = mailbox.clone();
@@ -167,7 +179,8 @@ impl Jobs {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
-            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated);
+            let mut guest =
+                LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated, mirrors);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
             let participants = participants(payload, disks, bitmaps, ram, params.get().channels());

@@ -292,6 +292,14 @@ impl Mirror {
         self.on_error(job, CopyError::Write { disk, range, source });
     }
 
+    /// Whether nothing was written to the target since it was flushed.
+    fn is_flushed(&mut self) -> bool {
+        if self.active.as_ref().is_some_and(|active| active.has_written()) {
+            self.flushed = false;
+        }
+        self.flushed
+    }
+
     /// Waits for what is in flight. False if something hangs.
     fn settle(&mut self, job: &Job, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
@@ -313,7 +321,7 @@ impl Mirror {
 
     /// Copies until the copy is equal to the disk, whose requests are drained, and durable.
     fn finish_drained(&mut self, job: &Job) -> Result<(), CopyError> {
-        while !(self.is_clean() && self.flushed) {
+        while !(self.is_clean() && self.is_flushed()) {
             if job.cancelled() == Some(Cancel::Force) {
                 return Ok(());
             }
@@ -333,6 +341,8 @@ impl Mirror {
     }
 
     fn start_flush(&mut self, job: &Job) {
+        // What is written meanwhile needs another one.
+        self.is_flushed();
         match self.copier.flush() {
             Ok(()) => self.flushing = true,
             Err(error) => self.no_thread(job, error),
@@ -375,14 +385,19 @@ impl Mirror {
         }
         let ready = job.info().ready;
         let now = Instant::now();
+        // Asked before the look at what is dirty: what was written before is seen.
+        let sync = job.wanted_sync();
         if let Err(error) = self.start_operations(!ready, now, job.speed()) {
             self.no_thread(job, error);
         }
         if self.is_clean() && !self.flushing && self.failed.is_none() {
-            if !ready && self.flushed {
+            let flushed = self.is_flushed();
+            if !ready && flushed {
                 job.become_ready();
                 self.show(job);
-            } else if !ready && now >= self.not_before {
+            } else if let Some(number) = sync.filter(|_| flushed) {
+                job.note_sync(number);
+            } else if (!ready || sync.is_some()) && now >= self.not_before {
                 self.start_flush(job);
             }
             if ready && self.active.is_some() && job.info().actively_synced == Some(false) {
@@ -428,7 +443,7 @@ impl Mirror {
                 }
                 continue;
             }
-            if job.must_complete() && ready && self.remaining_bytes() <= LAST_BYTES {
+            if job.is_told_to_complete() && ready && self.remaining_bytes() <= LAST_BYTES {
                 return Ok(Finished::Done);
             }
             self.turn(job);
@@ -442,7 +457,6 @@ impl Mirror {
             return Ok(false);
         }
         let Some(_section) = self.drain(job) else { return Ok(false) };
-        self.flushed = false;
         self.finish_drained(job)?;
         Ok(job.cancelled() == Some(Cancel::Soft))
     }
@@ -461,7 +475,6 @@ impl Mirror {
                 continue;
             }
             let Some(section) = self.drain(job) else { continue };
-            self.flushed = false;
             self.finish_drained(job).map_err(|error| super::chain(&error))?;
             if job.cancelled() == Some(Cancel::Force) {
                 continue;
