@@ -1,7 +1,7 @@
 //! Mirrors of disks that a guest writes to: jobs over the control socket, and what the images hold afterwards.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::Guest;
+use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::started;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
@@ -79,7 +79,8 @@ fn let_write(vmm: &Vmm) {
 
 fn qemu_img_compare(one: &Path, other: &Path, formats: [&str; 2]) {
     let compared = Command::new("qemu-img")
-        .args(["compare", "-f", formats[0], "-F", formats[1]])
+        // A running VMM holds locks of its own.
+        .args(["compare", "-U", "-f", formats[0], "-F", formats[1]])
         .args([one, other])
         .output()
         .unwrap();
@@ -250,4 +251,92 @@ fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
     assert_eq!(job_events(&mut qmp, "null"), ["null"]);
     qemu_img_compare(&image, &images.at("copy"), ["raw", "raw"]);
     drop(vmm);
+}
+
+/// A destination on this host that gets its own copy of the disk.
+fn receive(images: &Images) -> ferry::Destination {
+    let give = format!("root={}", images.at("there").display());
+    ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap()
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_in_sync_has_all_that_the_guest_wrote_before_it_moved() {
+    for mode in ["background", "write-blocking"] {
+        let images = Images::new();
+        let image = images.blank("root");
+        let vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let copy = images.at("copy");
+        run(&mut qmp, "drive-mirror", mirror(&copy, json!({"copy-mode": mode})));
+        job_events(&mut qmp, "READY");
+        let destination = receive(&images);
+        let keep = ["--disks", "full", "--keep-source"];
+        let ended = ferry::migrate_well(&vmm, &destination.address, &keep).unwrap();
+        assert_eq!(ended.summary["status"], "completed");
+        // It ends by itself, and well: the guest writes here no more.
+        let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+        assert_eq!(job_events(&mut qmp, "null"), end, "{mode}");
+        // Each sector that the guest has written is whole and in both: the disk that it has left, and its copy.
+        assert_eq!(disk::verify(&image).unwrap(), disk::verify(&copy).unwrap(), "{mode}");
+        qemu_img_compare(&image, &copy, ["raw", "raw"]);
+        let mut moved = destination.vmm;
+        assert_eq!(moved.check().unwrap().corrupt, 0);
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_does_not_move_while_a_copy_is_not_in_sync_nor_is_a_disk_switched_over_in_a_move() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root")));
+    let mut qmp = vmm.qmp().unwrap();
+    let slow = json!({"speed": 1 << 20, "job-id": "s"});
+    run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), slow));
+    let destination = receive(&images);
+    let migrate = json!({"uri": destination.address, "blk": true});
+    let refusal = refused(&mut qmp, "migrate", migrate.clone());
+    assert!(refusal.contains("cannot move while job 's' is running"), "{refusal}");
+    run(&mut qmp, "block-job-set-speed", json!({"device": "s", "speed": 0}));
+    job_events(&mut qmp, "READY");
+    run(&mut qmp, "migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
+    run(&mut qmp, "migrate", migrate);
+    let refusal = refused(&mut qmp, "block-job-complete", json!({"device": "s"}));
+    assert!(refusal.contains("cannot switch a disk over now"), "{refusal}");
+    run(&mut qmp, "migrate_cancel", json!({}));
+    qmp.wait_info(|info| info["status"] == "cancelled").unwrap();
+    run(&mut qmp, "block-job-complete", json!({"device": "s"}));
+    job_events(&mut qmp, "null");
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_person_sees_how_far_it_is_and_how_it_ends() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root")));
+    let socket = format!("unix:{}", vmm.socket().display());
+    let ctl = |words: &[&str]| {
+        let all = [&["ctl", socket.as_str()], words].concat();
+        let output = ferry::command(&all).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let copy = images.at("copy");
+    let copy = copy.to_str().unwrap();
+    let (code, said) = ctl(&["mirror", "root", copy, "--format", "qcow2", "--wait"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("the copy is in sync"), "{said}");
+    let (_, list) = ctl(&["job", "list"]);
+    assert!(list.contains("root") && list.contains("ready"), "{list}");
+    let (code, said) = ctl(&["job", "cancel", "root"]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = ctl(&["job", "wait", "nope"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("there is no such job"), "{said}");
+    let second = images.at("second");
+    let (code, said) = ctl(&["mirror", "root", second.to_str().unwrap(), "--complete"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("completed"), "{said}");
+    let_write(&vmm);
 }
