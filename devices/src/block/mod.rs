@@ -15,6 +15,7 @@ pub mod bitmap;
 pub mod bitmaps;
 pub mod failure;
 pub mod memory;
+pub mod nbd;
 mod ofd_lock;
 pub mod qcow2;
 pub mod raw;
