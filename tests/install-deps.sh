@@ -30,6 +30,7 @@ test)
     need objdump binutils
     need python3 python3
     need qemu-img qemu-utils
+    need nbdkit nbdkit
     # Debian has venv apart from Python.
     python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
     ;;

@@ -38,6 +38,22 @@ pub fn qemu_img() -> Result<()> {
     Ok(())
 }
 
+/// QEMU's NBD server.
+pub fn qemu_nbd() -> Result<()> {
+    let mut command = Command::new("qemu-nbd");
+    let found = command.arg("--version").output().is_ok_and(|output| output.status.success());
+    ensure!(found, "qemu-nbd is not installed (package qemu-utils)");
+    Ok(())
+}
+
+/// The NBD server that fails as it is told to.
+pub fn nbdkit() -> Result<()> {
+    let mut command = Command::new("nbdkit");
+    let found = command.arg("--version").output().is_ok_and(|output| output.status.success());
+    ensure!(found, "nbdkit is not installed (package nbdkit)");
+    Ok(())
+}
+
 /// Python's own client of control sockets.
 pub fn qemu_qmp() -> Result<()> {
     ensure!(qmp_python().exists(), "qemu.qmp is not installed: tests/install-deps.sh test");

@@ -11,4 +11,6 @@
 //! replies nor block status, `libnbd` binds a C library that has no server, and neither lets a caller bound
 //! the memory that its peer may cost.
 
+pub mod address;
+pub mod client;
 pub mod protocol;
