@@ -12,3 +12,4 @@
 //! the memory that its peer may cost.
 
 pub mod protocol;
+pub mod server;
