@@ -46,11 +46,20 @@ pub fn qemu_nbd() -> Result<()> {
     Ok(())
 }
 
-/// The NBD server that fails as it is told to.
+/// libnbd's tools.
+pub fn nbd_tools() -> Result<()> {
+    for tool in ["nbdinfo", "nbdcopy"] {
+        let found = Command::new(tool).arg("--version").output();
+        let found = found.is_ok_and(|output| output.status.success());
+        ensure!(found, "{tool} is not installed (package libnbd-bin)");
+    }
+    Ok(())
+}
+
+/// A server of others' disks.
 pub fn nbdkit() -> Result<()> {
-    let mut command = Command::new("nbdkit");
-    let found = command.arg("--version").output().is_ok_and(|output| output.status.success());
-    ensure!(found, "nbdkit is not installed (package nbdkit)");
+    let found = Command::new("nbdkit").arg("--version").output();
+    ensure!(found.is_ok_and(|output| output.status.success()), "nbdkit is not installed");
     Ok(())
 }
 

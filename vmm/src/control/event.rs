@@ -26,6 +26,7 @@ pub const EVENTS: &[(&str, &[Member])] = &[
             needed("reason", Kind::Text),
         ],
     ),
+    ("BLOCK_EXPORT_DELETED", &[needed("id", Kind::Text)]),
     ("MIGRATION", &[needed("status", Kind::Text)]),
     ("MIGRATION_PASS", &[needed("pass", Kind::Whole)]),
     (
@@ -92,6 +93,11 @@ impl Event {
             "reason": failure.reason,
         });
         Self::new("BLOCK_IO_ERROR", Some(data))
+    }
+
+    /// `BLOCK_EXPORT_DELETED`.
+    pub fn export_deleted(id: &str) -> Self {
+        Self::new("BLOCK_EXPORT_DELETED", Some(json!({"id": id})))
     }
 
     /// `MIGRATION`.
@@ -170,6 +176,7 @@ mod tests {
         };
         let mut events = vec![
             Event::block_io_error(&failure),
+            Event::export_deleted("root"),
             Event::migration("active"),
             Event::pass(1),
             Event::not_converging(report.to_json()),

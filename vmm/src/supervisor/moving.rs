@@ -27,6 +27,7 @@ impl Supervisor {
             GuestRequest::Uninstall(reply) => drop(reply.send(Ok(self.uninstall()))),
             GuestRequest::Surrendered(reply) => {
                 self.become_state(RunState::Postmigrate);
+                self.end_exports();
                 drop(reply.send(Ok(())));
             }
             GuestRequest::Install(machine, _) if self.ending.is_some() => tasks::discard(machine),

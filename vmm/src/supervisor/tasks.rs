@@ -5,6 +5,7 @@
 //! [`DiskWork`] runs the same work on several disks, each on its own thread, so that a hanging disk does
 //! not delay the others.
 
+use super::exports::ExportsDone;
 use crate::control::QmpResult;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
@@ -39,6 +40,8 @@ pub enum Done {
     Flushed(Vec<PartTime>),
     /// The reply to a request about bitmaps.
     Bitmaps(QmpResult),
+    /// What was asked about exports.
+    Exports(ExportsDone),
     /// It panicked or is overdue.
     Nothing,
 }

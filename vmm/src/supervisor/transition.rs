@@ -97,6 +97,7 @@ impl Supervisor {
             // Its disks are not open yet.
             Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
+            | Command::Export(_)
             | Command::BitmapSha256 { .. } => {
                 matches!(self.transition, Some((_, Transition::Boot(_))))
             }
@@ -145,6 +146,7 @@ impl Supervisor {
             return;
         }
         let Some(done) = self.on_bitmaps_done(id, done) else { return };
+        let Some(done) = self.on_exports_done(id, done) else { return };
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
             // Even if some have not responded.
@@ -155,7 +157,11 @@ impl Supervisor {
                 self.on_flushed(id, &[late]);
             }
             Done::Built(Ok(machine)) => tasks::discard(machine),
-            Done::Built(Err(_)) | Done::Drained(_) | Done::Locked(_) | Done::Bitmaps(_) => {}
+            Done::Built(Err(_))
+            | Done::Drained(_)
+            | Done::Locked(_)
+            | Done::Bitmaps(_)
+            | Done::Exports(_) => {}
         }
     }
 

@@ -14,3 +14,4 @@
 pub mod address;
 pub mod client;
 pub mod protocol;
+pub mod server;

@@ -39,11 +39,11 @@ pub mod option {
     /// Reply to reads in chunks.
     pub const STRUCTURED_REPLY: u32 = 8;
     /// List an export's metadata contexts.
-    pub const LIST_META_CONTEXT: u32 = 10;
+    pub const LIST_META_CONTEXT: u32 = 9;
     /// Select metadata contexts of an export.
-    pub const SET_META_CONTEXT: u32 = 11;
+    pub const SET_META_CONTEXT: u32 = 10;
     /// Headers with lengths of 64 bits.
-    pub const EXTENDED_HEADERS: u32 = 12;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Kinds of replies to options. An error's data is a message for people.

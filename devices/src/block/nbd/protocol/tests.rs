@@ -8,6 +8,9 @@ fn headers_have_the_bytes_of_the_specification() {
     assert_eq!(Greeting::decode(&greeting.encode()), Ok(greeting));
     let header = OptionHeader { option: option::GO, len: 0x102 };
     assert_eq!(&header.encode(), b"IHAVEOPT\0\0\0\x07\0\0\x01\x02");
+    // Older versions of the specification have other numbers; clients have these.
+    let metadata = [option::LIST_META_CONTEXT, option::SET_META_CONTEXT, option::EXTENDED_HEADERS];
+    assert_eq!(metadata, [9, 10, 11]);
     let reply = OptionReply { option: 7, kind: reply::ERR_UNKNOWN, len: 3 };
     let bytes = b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\x80\0\0\x06\0\0\0\x03";
     assert_eq!((&reply.encode(), reply.is_error()), (bytes, true));
