@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-const PIECE_BYTES: u64 = 1 << 20;
+const PIECE_BYTES: usize = 1 << 20;
 
 /// Time of a copy without and with the flush after it.
 fn copy(file: &File, client: &NbdClient, threads: usize) -> (Duration, Duration) {
@@ -22,10 +22,10 @@ fn copy(file: &File, client: &NbdClient, threads: usize) -> (Duration, Duration)
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(move || {
-                let mut buffer = vec![0; PIECE_BYTES as usize];
+                let mut buffer = vec![0; PIECE_BYTES];
                 loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed) * PIECE_BYTES;
-                    let len = client.len_bytes().saturating_sub(at).min(PIECE_BYTES);
+                    let at = next.fetch_add(PIECE_BYTES as u64, Ordering::Relaxed);
+                    let len = client.len_bytes().saturating_sub(at).min(PIECE_BYTES as u64);
                     if len == 0 {
                         return;
                     }
@@ -50,7 +50,9 @@ fn main() {
     let number = |at: usize, default| {
         numbers.get(at).map_or(default, |word: &String| word.parse().expect("a number"))
     };
-    let (threads, max_connections, runs) = (number(0, 16), number(1, 4), number(2, 1));
+    let (threads, connections, runs) = (number(0, 16), number(1, 0), number(2, 1));
+    // As many as pay, if it is 0.
+    let max_connections = Some(connections).filter(|count| *count > 0);
     let file = File::open(path).expect("the file can be read");
     let address: NbdAddress = address.parse().unwrap_or_else(|error| panic!("{error}"));
     for _ in 0..runs {

@@ -3,7 +3,7 @@
 //! ```text
 //! NbdClient      BlockBackend: splits requests, keeps the last block status     this file
 //!  └ Shared      the session now, reconnecting, interrupting                     shared.rs
-//!     └ Session  1 to 4 connections, made and lost together                      session.rs
+//!     └ Session  1 or more connections, made and lost together                      session.rs
 //!        └ Connection   requests in flight, replies by cookie                    connection.rs, reply.rs
 //!           └ Wire      bytes, deadlines                                         wire.rs; handshake.rs
 //! ```
@@ -54,8 +54,9 @@ pub struct NbdOptions {
     pub stall_timeout: Duration,
     /// Least time between two attempts to connect again.
     pub reconnect_interval: Duration,
-    /// Connections at most, to a server that says that it can share them; at least 1.
-    pub max_connections: usize,
+    /// Connections at most, to a server that says that it can share them. `None` is what pays: one to a Unix
+    /// socket, where further ones only take turns, and two over TCP, where sending costs most.
+    pub max_connections: Option<usize>,
     /// Whether writes are refused even if the server takes them.
     pub read_only: bool,
 }
@@ -66,7 +67,7 @@ impl Default for NbdOptions {
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(30),
             reconnect_interval: Duration::from_secs(1),
-            max_connections: 4,
+            max_connections: None,
             read_only: false,
         }
     }

@@ -87,6 +87,7 @@ fn in_sectors(start: u64, len_bytes: u64, list: &[nbd::Extent]) -> Vec<(u64, Con
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "offsets in a small disk")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -17,7 +17,7 @@ const MOST_ERRORS: usize = 16;
 /// Longest block status: QEMU sends up to 128 Ki extents.
 const MAX_STATUS_BYTES: u32 = 4 + (1 << 20);
 /// An error number, a message with its length, and an offset.
-const MAX_ERROR_BYTES: u32 = 4 + 2 + MAX_STRING_BYTES as u32 + 8;
+const MAX_ERROR_BYTES: usize = 4 + 2 + MAX_STRING_BYTES + 8;
 
 /// Header of a simple reply or of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +171,7 @@ impl<'a> Reply<'a> {
         let ChunkHeader { kind, len, .. } = header;
         let wrong_length = || ReplyError::ChunkLength { kind, len };
         if header.is_error() {
-            if len > MAX_ERROR_BYTES {
+            if len as usize > MAX_ERROR_BYTES {
                 return Err(wrong_length());
             }
             let mut payload = vec![0; len as usize];
@@ -280,6 +280,7 @@ fn claim(
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "offsets in a small disk")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

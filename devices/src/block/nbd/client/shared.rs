@@ -12,7 +12,7 @@ use super::handshake::Export;
 use super::session::{Session, Terms};
 use super::unflushed::Unflushed;
 use super::wire::{Stop, resolve};
-use crate::block::nbd::address::NbdAddress;
+use crate::block::nbd::address::{NbdAddress, NbdServer};
 use crate::block::nbd::protocol::transmission_flag;
 use crate::lock;
 use socket2::SockAddr;
@@ -234,7 +234,11 @@ fn open(
     stop: &Arc<Stop>,
     until: Instant,
 ) -> Result<(Session, SockAddr), OpenReason> {
-    let (stall, max_connections) = (options.stall_timeout, options.max_connections);
-    let export = address.export();
+    let paying = match address.server() {
+        NbdServer::Unix(_) => 1,
+        NbdServer::Tcp { .. } => 2,
+    };
+    let max_connections = options.max_connections.unwrap_or(paying);
+    let (stall, export) = (options.stall_timeout, address.export());
     Session::open(&Terms { places, export, stop, stall, until, max_connections })
 }

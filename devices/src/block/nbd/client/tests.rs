@@ -1,5 +1,7 @@
 //! A disk on an NBD server: with real servers, and with scripted ones that lie.
 
+#![expect(clippy::cast_possible_truncation, reason = "sizes and bytes of a test")]
+
 mod handshake;
 mod loss;
 mod real;
@@ -21,7 +23,11 @@ fn unix(path: &Path, export: &str) -> NbdAddress {
 }
 
 fn single() -> NbdOptions {
-    NbdOptions { max_connections: 1, ..NbdOptions::default() }
+    with_connections(1)
+}
+
+fn with_connections(count: usize) -> NbdOptions {
+    NbdOptions { max_connections: Some(count), ..NbdOptions::default() }
 }
 
 /// All of an error's causes.

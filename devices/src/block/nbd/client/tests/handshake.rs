@@ -3,7 +3,8 @@
 use super::scripted::*;
 use super::*;
 use crate::block::nbd::protocol::{
-    BlockSizes, FLAG_FIXED_NEWSTYLE, GREETING_MAGIC, Greeting, Info, OptionReply, option, reply,
+    BlockSizes, FLAG_FIXED_NEWSTYLE, GREETING_MAGIC, Greeting, Info, MetaContext, OptionReply,
+    option, reply,
 };
 use std::time::Instant;
 
@@ -41,7 +42,6 @@ fn a_server_that_lies_is_refused_with_a_reason() {
         }),
         // The oldstyle handshake: another second magic number.
         ("begins with 0x420281861253", |peer| {
-            #[expect(clippy::big_endian_bytes, reason = "the protocol's order")]
             let magics = [GREETING_MAGIC, 0x0000_4202_8186_1253].map(u64::to_be_bytes).concat();
             peer.send([magics, vec![0; 136]].concat())
         }),
@@ -178,4 +178,45 @@ fn what_a_server_says_is_what_the_disk_is() {
     assert_eq!(client.connection_count(), 1, "it does not say that it shares");
     drop(client);
     server.end().expect("it took leave");
+}
+
+#[test]
+fn a_handshake_with_any_bit_flipped_or_cut_anywhere_ends_in_a_result() {
+    let reply = |option, kind, data: &[u8]| {
+        let len = u32::try_from(data.len()).unwrap();
+        [&OptionReply { option, kind, len }.encode()[..], data].concat()
+    };
+    let context = MetaContext { id: CONTEXT, name: "base:allocation".into() }.encode();
+    let export = Info::Export { len_bytes: DISK, flags: FLAGS }.encode();
+    let sizes = Info::BlockSize(BlockSizes { min: 1, preferred: 4096, max: 1 << 25 }).encode();
+    let valid = [
+        Greeting { flags: FLAG_FIXED_NEWSTYLE }.encode().to_vec(),
+        reply(option::STRUCTURED_REPLY, reply::ACK, &[]),
+        reply(option::SET_META_CONTEXT, reply::META_CONTEXT, &context),
+        reply(option::SET_META_CONTEXT, reply::ACK, &[]),
+        reply(option::GO, reply::INFO, &export),
+        reply(option::GO, reply::INFO, &sizes),
+        reply(option::GO, reply::ACK, &[]),
+    ]
+    .concat();
+    let len = valid.len();
+    let server = Scripted::start(move |peer, number| {
+        let mut bytes = valid.clone();
+        match number.checked_sub(len * 8) {
+            None => bytes[number / 8] ^= 1 << (number % 8),
+            Some(cut) => bytes.truncate(cut),
+        }
+        peer.send(bytes)?;
+        peer.stream.shutdown(std::net::Shutdown::Write)?;
+        peer.drain().map(drop)
+    });
+    let began = Instant::now();
+    let results: Vec<bool> =
+        (0..len * 9).map(|_| NbdClient::open(&server.address, single()).is_ok()).collect();
+    assert!(began.elapsed() < 3 * SOON);
+    let (flipped, cut) = results.split_at(len * 8);
+    assert!(cut.iter().all(|opened| !opened), "none of them is whole");
+    // What is ignored may be anything: flags, the context's number, most bits of sizes.
+    let refused = flipped.iter().filter(|opened| !**opened).count();
+    assert!(refused > len * 5, "{refused} of {}", len * 8);
 }

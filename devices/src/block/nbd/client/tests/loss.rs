@@ -262,8 +262,7 @@ fn a_client_that_is_dropped_takes_leave_on_each_connection_and_waits_for_nobody(
         std::thread::spawn(move || sender.send(peer.acknowledge_all().is_ok()));
         Ok(())
     });
-    let options = NbdOptions { max_connections: 3, ..NbdOptions::default() };
-    let client = NbdClient::open(&server.address, options).unwrap();
+    let client = NbdClient::open(&server.address, with_connections(3)).unwrap();
     assert_eq!(client.connection_count(), 3);
     drop(client);
     for _ in 0..3 {

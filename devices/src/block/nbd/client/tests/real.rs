@@ -195,7 +195,7 @@ fn compare_with_a_model(clients: &[NbdClient], steps_per_case: usize) {
 #[needs(qemu_nbd)]
 fn a_disk_on_qemu_nbd_behaves_like_a_plain_model() {
     let (image, server) = qemu_nbd(SECTORS * 512, &["-e", "8", "--discard=unmap"]);
-    let (single, several) = (server.open(single()), server.open(NbdOptions::default()));
+    let (single, several) = (server.open(single()), server.open(with_connections(4)));
     assert_eq!((single.connection_count(), several.connection_count()), (1, 4));
     compare_with_a_model(&[single, several], 40);
     let last = server.open(NbdOptions { read_only: true, ..NbdOptions::default() });
@@ -226,7 +226,7 @@ fn a_disk_on_nbdkit_behaves_like_a_plain_model_whatever_it_cannot_do() {
     ];
     for words in servers {
         let server = nbdkit(words);
-        compare_with_a_model(&[server.open(NbdOptions::default())], 20);
+        compare_with_a_model(&[server.open(with_connections(4))], 20);
     }
     let large = nbdkit(&["--filter=blocksize-policy", "memory", size, "blocksize-minimum=4096"]);
     let error = NbdClient::open(&large.address, single()).unwrap_err();
@@ -237,7 +237,7 @@ fn a_disk_on_nbdkit_behaves_like_a_plain_model_whatever_it_cannot_do() {
 #[needs(qemu_nbd)]
 fn threads_that_write_at_once_find_what_they_have_written() {
     let server = qemu_nbd(64 * MIB, &["-e", "8"]);
-    for options in [single(), NbdOptions::default()] {
+    for options in [single(), with_connections(4)] {
         let client = &server.1.open(options);
         std::thread::scope(|scope| {
             for thread in 0..8u64 {
@@ -250,7 +250,7 @@ fn threads_that_write_at_once_find_what_they_have_written() {
                         let at = (random >> 33) % (8 * MIB / 512 - 512) * 512;
                         let len = (1 + (random >> 20) % 512) as usize * 512;
                         let place = at as usize..at as usize + len;
-                        if random % 3 == 0 {
+                        if random.is_multiple_of(3) {
                             let mut buffer = vec![0; len];
                             client.read_at(&mut buffer, base + at).unwrap();
                             assert!(buffer == model[place]);
@@ -310,6 +310,7 @@ fn a_server_is_found_by_name_and_by_address_and_its_exports_by_theirs() {
         let address: NbdAddress = format!("nbd://{host}:{port}/a%20disk/%C3%A4").parse().unwrap();
         let client = NbdClient::open(&address, NbdOptions::default()).unwrap();
         assert_eq!(client.location(), format!("nbd://{host}:{port}/a%20disk/%C3%A4"));
+        assert_eq!(client.connection_count(), 2, "over TCP");
         client.write_at(&[1; 512], 0).unwrap();
         client.flush().unwrap();
     }
@@ -323,7 +324,7 @@ fn a_server_is_found_by_name_and_by_address_and_its_exports_by_theirs() {
 fn a_server_that_takes_fewer_connections_is_used_with_those() {
     let (_image, server) = qemu_nbd(MIB, &["-e", "2"]);
     let began = Instant::now();
-    let client = server.open(NbdOptions::default());
+    let client = server.open(with_connections(4));
     assert_eq!(client.connection_count(), 2);
     assert!(began.elapsed() < Duration::from_secs(5));
     client.write_at(&[1; 512], 0).unwrap();

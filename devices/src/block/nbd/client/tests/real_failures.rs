@@ -12,17 +12,9 @@ use std::time::Instant;
 fn a_full_server_is_a_full_disk_and_goes_on_when_it_has_space() {
     let folder = tempfile::tempdir().unwrap();
     let trigger = folder.path().join("full");
-    let file = format!("error-file={}", trigger.display());
-    let server = nbdkit(&[
-        "--filter=error",
-        "memory",
-        "1M",
-        "error-pwrite=ENOSPC",
-        "error-pwrite-rate=100%",
-        &format!("error-pwrite-{}", &file["error-".len()..]),
-        "error-pread=EIO",
-        "error-pread-rate=0",
-    ]);
+    let file = format!("error-pwrite-file={}", trigger.display());
+    let full = ["error-pwrite=ENOSPC", "error-pwrite-rate=100%", &file];
+    let server = nbdkit(&[&["--filter=error", "memory", "1M"], &full[..]].concat());
     let client = server.open(NbdOptions::default());
     client.write_at(&[1; 4096], 0).unwrap();
     std::fs::write(&trigger, "").unwrap();
@@ -38,7 +30,7 @@ fn a_full_server_is_a_full_disk_and_goes_on_when_it_has_space() {
 #[needs(nbdkit)]
 fn random_errors_reach_their_requests_and_nobody_else_s() {
     let server = nbdkit(&["--filter=error", "memory", "8M", "error=EIO", "error-rate=30%"]);
-    let client = &server.open(NbdOptions::default());
+    let client = &server.open(with_connections(4));
     let (failed, succeeded) = (&AtomicU64::new(0), &AtomicU64::new(0));
     std::thread::scope(|scope| {
         for thread in 0..8u64 {
@@ -110,8 +102,11 @@ fn write_until_failed(client: &NbdClient, when: impl FnOnce()) -> Vec<io::Error>
 fn a_killed_qemu_nbd_fails_all_at_once_and_its_successor_is_used() {
     let (_image, mut server) = qemu_nbd(64 * MIB, &["-e", "8"]);
     for max_connections in [1, 4] {
-        let options =
-            NbdOptions { max_connections, reconnect_interval: SHORT, ..NbdOptions::default() };
+        let options = NbdOptions {
+            max_connections: Some(max_connections),
+            reconnect_interval: SHORT,
+            ..NbdOptions::default()
+        };
         let client = server.open(options);
         let mut killed = Instant::now();
         let errors = write_until_failed(&client, || {
@@ -146,7 +141,7 @@ fn a_stopped_qemu_nbd_fails_all_after_the_timeout_or_the_interrupt() {
     let (_image, server) = qemu_nbd(64 * MIB, &["-e", "8"]);
     for max_connections in [1, 4] {
         let options = NbdOptions {
-            max_connections,
+            max_connections: Some(max_connections),
             stall_timeout: SHORT,
             connect_timeout: SHORT,
             ..NbdOptions::default()
@@ -167,7 +162,8 @@ fn a_stopped_qemu_nbd_fails_all_after_the_timeout_or_the_interrupt() {
         assert!(text(&error).contains("did not answer in time"), "{}", text(&error));
         server.signal(Signal::CONT);
 
-        let client = server.open(NbdOptions { max_connections, ..NbdOptions::default() });
+        let client = server
+            .open(NbdOptions { max_connections: Some(max_connections), ..NbdOptions::default() });
         let mut stopped = Instant::now();
         let errors = write_until_failed(&client, || {
             server.signal(Signal::STOP);

@@ -91,12 +91,12 @@ fn a_reply_that_does_not_fit_ends_the_connection_with_a_reason() {
         }),
         (true, "has closed the connection", |peer, request| {
             peer.send(data(request.cookie, 0, 4096, &[1; 4096]))?;
-            Ok(peer.stream.shutdown(std::net::Shutdown::Both)?)
+            peer.stream.shutdown(std::net::Shutdown::Both)
         }),
         (false, "has closed the connection", |peer, request| {
             peer.simple(request.cookie, 0)?;
             peer.send([1; 4095])?;
-            Ok(peer.stream.shutdown(std::net::Shutdown::Both)?)
+            peer.stream.shutdown(std::net::Shutdown::Both)
         }),
     ];
     let writes: &[(bool, &str, Lie)] = &[
@@ -228,7 +228,7 @@ fn replies_in_any_order_and_in_pieces_reach_the_threads_that_wait_for_them() {
         let client = &NbdClient::open(&server.address, options).unwrap();
         let request = |thread: usize, round: usize| {
             let (offset, len) = (thread as u64 * 65536, 512 * (1 + (thread + round) % 9));
-            if thread % 3 == 0 {
+            if thread.is_multiple_of(3) {
                 return client.write_at(&bytes_at(offset, len), offset).unwrap();
             }
             let mut buffer = vec![0; len];
@@ -323,4 +323,36 @@ fn what_a_server_cannot_do_is_done_otherwise_or_left() {
     }
     drop(client);
     server.end().unwrap();
+}
+
+#[test]
+fn a_reply_with_any_bit_flipped_ends_in_a_result() {
+    // A read in three chunks with an error in it, and a block status after it.
+    let valid = |read: u64, status: u64| {
+        let error = ErrorPayload { errno: 5, message: "x".into(), offset: Some(512) };
+        let extents = [nbd::Extent { len: 4096, flags: 0 }, nbd::Extent { len: 512, flags: 3 }];
+        [
+            data(read, 0, 0, &[1; 64]),
+            encode_hole_chunk(0, read, 64, 448).to_vec(),
+            chunk(read, CHUNK_DONE, error.kind(), &error.encode()),
+            chunk(status, CHUNK_DONE, chunk::BLOCK_STATUS, &encode_status(CONTEXT, &extents)),
+        ]
+        .concat()
+    };
+    let len = valid(1, 2).len();
+    let server = Scripted::start(move |peer, number| {
+        peer.handshake(Said::default())?;
+        let mut bytes = valid(1, 2);
+        bytes[number / 8] ^= 1 << (number % 8);
+        peer.send(bytes)?;
+        peer.stream.shutdown(std::net::Shutdown::Write)
+    });
+    let began = Instant::now();
+    for bit in 0..len * 8 {
+        let client = NbdClient::open(&server.address, single()).unwrap();
+        let read = client.read_at(&mut [0; 512], 0);
+        assert!(read.is_err(), "bit {bit}: it is an error, or the connection is lost");
+        let _ = client.extent_at(0);
+    }
+    assert!(began.elapsed() < 3 * SOON);
 }
