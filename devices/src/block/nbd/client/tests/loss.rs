@@ -73,9 +73,9 @@ fn a_reply_of_a_byte_now_and_then_is_no_progress() {
 #[test]
 fn slow_is_not_stalled_while_the_connection_makes_progress() {
     let server = Scripted::serve(Said::default(), |peer| {
-        // Six replies, each half a timeout after the last.
+        // Six replies, which take longer than the timeout together.
         let requests: Vec<_> = (0..6).map(|_| peer.request().unwrap().0).collect();
-        peer.stream.set_read_timeout(Some(SHORT / 2))?;
+        peer.stream.set_read_timeout(Some(10 * SHORT / 4))?;
         for request in requests {
             let mut none = [0];
             let _ = io::Read::read(&mut peer.stream, &mut none);
@@ -84,7 +84,8 @@ fn slow_is_not_stalled_while_the_connection_makes_progress() {
         peer.stream.set_read_timeout(None)?;
         peer.acknowledge_all()
     });
-    let client = NbdClient::open(&server.address, quick()).unwrap();
+    let options = NbdOptions { stall_timeout: 10 * SHORT, ..single() };
+    let client = NbdClient::open(&server.address, options).unwrap();
     std::thread::scope(|scope| {
         for _ in 0..6 {
             scope.spawn(|| client.write_at(&[1; 512], 0).unwrap());
