@@ -210,6 +210,7 @@ impl Supervisor {
             },
             target_is_blank: target.is_blank,
             reopen: target.reopen.clone().map(|reopen| reopen.into_work()),
+            remote: target.remote.clone(),
             pair: Pair { source, target: target.node, unmap: spec.unmap },
         };
         let mirror = Mirror::new(options).map_err(|error| refused(&error))?;

@@ -137,6 +137,7 @@ impl Supervisor {
             | Command::ChangeBitmaps(_)
             | Command::Mirror(_)
             | Command::AddNode(_)
+            | Command::Export(_)
             | Command::Powerdown
                 if self.ending.is_some() =>
             {
@@ -147,6 +148,7 @@ impl Supervisor {
             | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
             Command::Mirror(spec) => self.mirror(spec, request),
             Command::AddNode(spec) => self.add_node(spec, request),
+            Command::Export(_) => self.use_exports(request),
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
@@ -183,6 +185,7 @@ impl Supervisor {
             }
             Command::QueryCpus => Ok(self.query_cpus()),
             Command::QueryBlockStats => Ok(block::stats(self.nodes())),
+            Command::QueryExports => Ok(self.exports.query()),
             Command::Quit
             | Command::QueryBlock
             | Command::QueryNamedBlockNodes
@@ -191,6 +194,7 @@ impl Supervisor {
             | Command::BitmapSha256 { .. }
             | Command::Mirror(_)
             | Command::AddNode(_)
+            | Command::Export(_)
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),
@@ -379,6 +383,7 @@ impl Supervisor {
         client: ClientId,
     ) -> Result<Value, QmpError> {
         self.no_migration("start another")?;
+        self.exports.allow_migration()?;
         let cache_size = own.parameters.xbzrle_cache_size;
         cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
         let params = own.apply(self.jobs.params.clone())?;

@@ -6,7 +6,7 @@
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
 //! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps,
-//! [`block_jobs`] starts and steers mirrors.
+//! [`block_jobs`] starts and steers mirrors, [`exports`] offers the disks to NBD clients.
 
 mod backends;
 mod bitmaps;
@@ -14,6 +14,7 @@ mod block_jobs;
 mod commands;
 mod dirty_rate;
 mod ending;
+mod exports;
 pub mod guest;
 mod jobs;
 pub mod messages;
@@ -45,6 +46,7 @@ use devices::block::failure::{Action, Failure};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
 use ending::Ending;
+use exports::Exports;
 use guest::arriving::BuildContext;
 use jobs::{Jobs, Owner};
 use messages::{JobId, MachineId, Message};
@@ -99,6 +101,7 @@ pub struct Supervisor {
     sizes: Sizes,
     bitmap_requests: BitmapRequests,
     block_jobs: BlockJobs,
+    exports: Exports,
     waiting: Waiting,
     ending: Option<Ending>,
     /// The guest has moved, and the process ends when this client has gone.
@@ -178,6 +181,7 @@ impl Supervisor {
             sizes: Sizes::default(),
             bitmap_requests: BitmapRequests::default(),
             block_jobs: BlockJobs::default(),
+            exports: Exports::default(),
             waiting: Waiting::default(),
             ending: None,
             ends_with: None,
@@ -311,6 +315,7 @@ impl Handler for Supervisor {
                 self.end(self.told_to("Ctrl-A x"), &Event::ending("SHUTDOWN", false, "host-ui"));
             }
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
+            Message::ExportDeleted(id) => self.on_export_deleted(&id),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
                 // An overdue task may still return a machine, which takes time to drop.

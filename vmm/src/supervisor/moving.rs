@@ -28,6 +28,7 @@ impl Supervisor {
             GuestRequest::Surrendered(reply) => {
                 self.become_state(RunState::Postmigrate);
                 self.block_jobs.guest_has_moved();
+                self.end_exports();
                 drop(reply.send(Ok(())));
             }
             GuestRequest::Install(machine, _) if self.ending.is_some() => tasks::discard(machine),

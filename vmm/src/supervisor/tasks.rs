@@ -6,6 +6,7 @@
 //! not delay the others.
 
 use super::block_jobs::Opened;
+use super::exports::ExportsDone;
 use crate::control::QmpResult;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
@@ -42,6 +43,8 @@ pub enum Done {
     Bitmaps(QmpResult),
     /// A node of [`super::block_jobs`] has been opened, or an error.
     Opened(Result<Opened, String>),
+    /// What was asked about exports.
+    Exports(ExportsDone),
     /// It panicked or is overdue.
     Nothing,
 }

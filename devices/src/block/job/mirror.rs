@@ -17,6 +17,7 @@ use crate::block::copy::{
     Claim, Claims, Copied, Copier, CopyError, MAX_OPERATION_BYTES, MAX_OPERATIONS, Pair,
 };
 use crate::block::gate::Drained;
+use crate::block::nbd::client::NbdControl;
 use crate::block::{BlockNode, Tracking, holes};
 use active::Active;
 use std::io;
@@ -67,6 +68,8 @@ pub struct MirrorOptions {
     pub target_is_blank: bool,
     /// For a target that has the source as its backing file.
     pub reopen: Option<Reopen>,
+    /// Of a target on an NBD server.
+    pub remote: Option<NbdControl>,
 }
 
 /// A mirror that cannot be started. QEMU's words where QEMU has the rule.
@@ -259,8 +262,10 @@ impl Mirror {
         self.copier.ended();
         let Some(claim) = copied.claim else {
             self.flushing = false;
-            self.flushed = copied.result.is_ok();
-            if let Err(error) = copied.result {
+            // A flush after a loss fails, and that is no error: what was lost is written again.
+            let lost = self.take_lost_writes(job);
+            self.flushed = copied.result.is_ok() && !lost;
+            if let Some(error) = copied.result.err().filter(|_| !lost) {
                 self.on_error(job, error);
             }
             return;
@@ -274,6 +279,22 @@ impl Mirror {
                 self.on_error(job, error);
             }
         }
+    }
+
+    /// Marks what a server that was lost had not made durable. Returns whether there is something.
+    fn take_lost_writes(&mut self, job: &Job) -> bool {
+        let lost = self.options.remote.as_ref().and_then(NbdControl::take_lost_writes);
+        let Some(lost) = lost else { return false };
+        log::warn!(
+            "job {}: {} bytes are written again after a loss",
+            job.id(),
+            lost.marked_bytes()
+        );
+        for range in lost.runs() {
+            self.dirty.mark(range);
+        }
+        job.lose_sync();
+        true
     }
 
     fn on_error(&mut self, job: &Job, error: CopyError) {
@@ -505,12 +526,21 @@ impl Mirror {
 
     /// The end of all writes to the target.
     fn end(&mut self, job: &Job) {
+        if let Some(remote) =
+            self.options.remote.take_if(|_| job.cancelled() == Some(Cancel::Force))
+        {
+            remote.interrupt();
+        }
         if let Some(active) = self.active.take() {
             active.end();
             let filter: Arc<dyn crate::block::filter::WriteFilter> = active;
             self.source().detach(&filter);
         }
-        self.settle(job, LAST_WAIT);
+        if !self.settle(job, LAST_WAIT)
+            && let Some(remote) = &self.options.remote
+        {
+            remote.interrupt();
+        }
     }
 }
 

@@ -38,6 +38,7 @@ impl Case {
             buf_size: DEFAULT_BUF_SIZE,
             target_is_blank: true,
             reopen: None,
+            remote: None,
         }
     }
 
@@ -367,6 +368,7 @@ fn persistent_bitmaps_come_along_to_the_new_image() {
         buf_size: DEFAULT_BUF_SIZE,
         target_is_blank: true,
         reopen: None,
+        remote: None,
     };
     let (job, events) = start(options_of, CopyMode::Background, options("m"));
     until(&events, "READY");
