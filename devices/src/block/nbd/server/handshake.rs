@@ -131,8 +131,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
     }
 
     fn list(&self) -> io::Result<()> {
-        for export in self.exports.list() {
-            let (name, description) = (export.name.clone(), export.description.clone());
+        for (name, description) in self.exports.list() {
             let entry = ServerEntry { name, description };
             self.reply(option::LIST, reply::SERVER, &entry.encode())?;
         }
@@ -156,7 +155,8 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
         };
         let zeroes = [0; EXPORT_NAME_ZEROES];
         let zeroes = if self.no_zeroes { &[] } else { &zeroes[..] };
-        let (len_bytes, flags) = (export.node.len_bytes(), export.flags(self.structured));
+        let facts = export.facts();
+        let (len_bytes, flags) = (facts.len_bytes, facts.flags(self.structured));
         let chosen = self.chosen(export);
         // A client that is gone by now is noticed by who serves it, and leaves the export there.
         let _ = self.stream.send(&encode_export_name_reply(len_bytes, flags), zeroes);
@@ -176,14 +176,14 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
             return Ok(None);
         };
         let flags = export.flags(self.structured);
-        let mut infos = vec![Info::Export { len_bytes: export.node.len_bytes(), flags }];
+        let mut infos = vec![Info::Export { len_bytes: export.len_bytes, flags }];
         if wanted.wanted.contains(&info::NAME) {
             infos.push(Info::Name(export.name.clone()));
         }
         if wanted.wanted.contains(&info::DESCRIPTION) && !export.description.is_empty() {
             infos.push(Info::Description(export.description.clone()));
         }
-        // Also to who has not asked: it may heed it.
+        // Also to those who have not asked: they may heed it.
         let (min, preferred, max) = (MIN_BLOCK_BYTES, PREFERRED_BYTES, MAX_PAYLOAD_BYTES);
         infos.push(Info::BlockSize(BlockSizes { min, preferred, max }));
         for info in infos {
@@ -232,7 +232,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
             };
             all || request.queries.iter().any(names)
         };
-        for (id, (context, name)) in (1..).zip(export.contexts()) {
+        for (id, (context, name)) in (1..).zip(export.contexts) {
             if is_wanted(&name) {
                 let told = if selects { id } else { 0 };
                 self.reply(option, reply::META_CONTEXT, &MetaContext { id: told, name }.encode())?;
