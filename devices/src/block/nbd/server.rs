@@ -4,8 +4,8 @@
 //! listener ─▶ nbd-accept ─▶ nbd-client-N: handshake ─▶ transmission ─▶ BlockNode
 //!                                              └── Exports: who serves what to whom
 //! ```
-//! Blocking sockets and a thread for each connection. A client costs its thread, a descriptor and
-//! [`transmission::PIECE_BYTES`] of memory, whatever it sends or fails to read; [`Limits`] says how many there may
+//! Blocking sockets and a few threads for each connection. A client costs at most [`transmission::MAX_WORKERS`] of
+//! them, each with [`transmission::PIECE_BYTES`] of memory, and a descriptor, whatever it sends or fails to read; [`Limits`] says how many there may
 //! be and how long they may take to choose an export. A thread that waits for a client is woken by shutting its
 //! socket down; one that waits for the disk ends when the disk answers.
 //!
@@ -13,6 +13,7 @@
 
 mod exports;
 mod handshake;
+mod request;
 mod status;
 mod stream;
 mod transmission;
@@ -312,7 +313,8 @@ impl Connection {
             Outcome::Aborted => Ok(()),
             Outcome::Chosen(chosen) => {
                 stream.no_deadline()?;
-                transmission::Session::new(stream, chosen).serve()
+                let disconnect = || stream::disconnect(&socket);
+                transmission::Session::new(stream, chosen).serve(&disconnect)
             }
         }
     }

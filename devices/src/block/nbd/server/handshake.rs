@@ -66,8 +66,8 @@ pub fn run(
     enter: impl Fn(&str) -> Option<Arc<Exported>>,
 ) -> io::Result<Outcome> {
     let greeting = Greeting { flags: FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES };
-    stream.send(&greeting.encode(), &[])?;
-    let flags = stream.array::<4>()?;
+    stream.output.send(&greeting.encode(), &[])?;
+    let flags = stream.input.array::<4>()?;
     let flags = Fields::new("the client's flags", &flags).u32().map_err(broken)?;
     if flags & !(CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES) != 0 {
         return Err(invalid(format!("unknown client flags {flags:#x}")));
@@ -87,16 +87,16 @@ pub fn run(
 impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
     /// Serves the next option.
     fn option(&mut self) -> io::Result<Option<Outcome>> {
-        if self.stream.at_end()? {
+        if self.stream.input.at_end()? {
             return Ok(Some(Outcome::Aborted));
         }
         let OptionHeader { option, len } =
-            OptionHeader::decode(&self.stream.array()?).map_err(broken)?;
+            OptionHeader::decode(&self.stream.input.array()?).map_err(broken)?;
         if len > MAX_OPTION_BYTES {
             return Err(invalid(format!("an option of {len} bytes")));
         }
         let mut data = vec![0; usize::try_from(len).map_err(io::Error::other)?];
-        self.stream.receive(&mut data)?;
+        self.stream.input.receive(&mut data)?;
         match option {
             option::EXPORT_NAME => return self.export_name(&data).map(Some),
             option::ABORT => {
@@ -123,7 +123,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
 
     fn reply(&self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
         let len = u32::try_from(data.len()).map_err(io::Error::other)?;
-        self.stream.send(&OptionReply { option, kind, len }.encode(), data)
+        self.stream.output.send(&OptionReply { option, kind, len }.encode(), data)
     }
 
     fn refuse(&self, option: u32, kind: u32, why: &str) -> io::Result<()> {
@@ -159,7 +159,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
         let (len_bytes, flags) = (facts.len_bytes, facts.flags(self.structured));
         let chosen = self.chosen(export);
         // A client that is gone by now is noticed by who serves it, and leaves the export there.
-        let _ = self.stream.send(&encode_export_name_reply(len_bytes, flags), zeroes);
+        let _ = self.stream.output.send(&encode_export_name_reply(len_bytes, flags), zeroes);
         Ok(chosen)
     }
 
