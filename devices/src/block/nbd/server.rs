@@ -4,8 +4,8 @@
 //! listener ─▶ nbd-accept ─▶ nbd-client-N: handshake ─▶ transmission ─▶ BlockNode
 //!                                              └── Exports: who serves what to whom
 //! ```
-//! Blocking sockets and a thread for each connection. A client costs its thread, two descriptors at most and
-//! [`transmission::PIECE_BYTES`] of memory, whatever it sends or fails to read; [`Limits`] says how many there may
+//! Blocking sockets and a few threads for each connection. A client costs at most [`transmission::MAX_WORKERS`] of
+//! them, each with [`transmission::PIECE_BYTES`] of memory, and a descriptor, whatever it sends or fails to read; [`Limits`] says how many there may
 //! be and how long they may take to choose an export. A thread that waits for a client is woken by shutting its
 //! socket down; one that waits for the disk ends when the disk answers.
 //!
@@ -13,6 +13,7 @@
 
 mod exports;
 mod handshake;
+mod request;
 mod status;
 mod stream;
 mod transmission;
@@ -29,7 +30,7 @@ use std::net::{Shutdown, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use stream::Stream;
@@ -277,7 +278,7 @@ fn admit(socket: Socket, id: u64, shared: &Arc<Shared>) {
         }
         connections.insert(id, socket.clone());
     }
-    let connection = Connection { shared: shared.clone(), id };
+    let connection = Connection { shared: shared.clone(), id, uses: OnceLock::new() };
     let thread = std::thread::Builder::new().name(format!("nbd-client-{id}"));
     let spawned = thread.stack_size(STACK_BYTES).spawn(move || {
         if let Err(error) = connection.serve(socket) {
@@ -293,6 +294,8 @@ fn admit(socket: Socket, id: u64, shared: &Arc<Shared>) {
 struct Connection {
     shared: Arc<Shared>,
     id: u64,
+    /// Id of the export that it uses.
+    uses: OnceLock<String>,
 }
 
 impl Connection {
@@ -300,31 +303,32 @@ impl Connection {
         let deadline = Instant::now() + self.shared.limits.handshake;
         let mut stream = Stream::new(socket.clone(), deadline);
         let exports = &self.shared.exports;
-        match handshake::run(&mut stream, exports, |name| exports.enter(name, self.id, &socket))? {
+        let enter = |name: &str| {
+            let export = exports.enter(name, self.id, &socket)?;
+            // Once: the handshake is over then.
+            self.uses.get_or_init(|| export.id.clone());
+            Some(export)
+        };
+        match handshake::run(&mut stream, exports, enter)? {
             Outcome::Aborted => Ok(()),
             Outcome::Chosen(chosen) => {
-                let export = chosen.export.clone();
-                let served = stream
-                    .no_deadline()
-                    .and_then(|()| transmission::Session::new(stream, chosen).serve());
-                self.leave(&export.id.clone(), export);
-                served
+                stream.no_deadline()?;
+                let disconnect = || stream::disconnect(&socket);
+                transmission::Session::new(stream, chosen).serve(&disconnect)
             }
-        }
-    }
-
-    /// The client uses its export no more.
-    fn leave(&self, id: &str, export: Arc<exports::Exported>) {
-        drop(export);
-        if let Some(gone) = self.shared.exports.leave(id, self.id) {
-            drop(gone);
-            (self.shared.on_deleted)(id);
         }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        // Whoever used the export for it has let go of that.
+        if let Some(id) = self.uses.get()
+            && let Some(gone) = self.shared.exports.leave(id, self.id)
+        {
+            drop(gone);
+            (self.shared.on_deleted)(id);
+        }
         let mut connections = lock(&self.shared.connections);
         if let Some(socket) = connections.remove(&self.id) {
             stream::disconnect(&socket);

@@ -35,6 +35,8 @@ pub enum ExportError {
         /// As much of it as a message can take.
         start: String,
     },
+    #[error("{what} must not contain NUL")]
+    Nul { what: &'static str },
     #[error("Cannot export read-only node as writable")]
     ReadOnly,
     #[error("Bitmap '{name}' is not found")]
@@ -123,6 +125,18 @@ pub struct Exported {
     ending: AtomicBool,
 }
 
+/// What a handshake tells of an export. No part of that: a client that is slow to hear it does not keep an export
+/// that has been removed, or its bitmaps.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    pub name: String,
+    pub description: String,
+    pub len_bytes: u64,
+    pub writable: bool,
+    /// With their names.
+    pub contexts: Vec<(Context, String)>,
+}
+
 /// A metadata context of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Context {
@@ -135,8 +149,8 @@ pub enum Context {
 impl Exported {
     fn new(export: Export) -> Result<Self, ExportError> {
         let Export { id, name, description, node, writable, bitmaps } = export;
-        check_length("export name", &name)?;
-        check_length("description", &description)?;
+        check_text("export name", &name)?;
+        check_text("description", &description)?;
         if writable && node.read_only() {
             return Err(ExportError::ReadOnly);
         }
@@ -167,6 +181,20 @@ impl Exported {
         self.ending.load(Ordering::SeqCst)
     }
 
+    /// What a handshake tells of it.
+    pub fn facts(&self) -> Facts {
+        let (name, description) = (self.name.clone(), self.description.clone());
+        let bitmaps = self.bitmaps.iter().enumerate().map(|(at, bitmap)| {
+            (Context::Bitmap(at), format!("{QEMU_DIRTY_BITMAP}{}", bitmap.name()))
+        });
+        let allocation = (Context::Allocation, BASE_ALLOCATION.to_owned());
+        let contexts = std::iter::once(allocation).chain(bitmaps).collect();
+        let (len_bytes, writable) = (self.node.len_bytes(), self.writable);
+        Facts { name, description, len_bytes, writable, contexts }
+    }
+}
+
+impl Facts {
     /// Its transmission flags. A flush of the node is one for all connections.
     pub fn flags(&self, structured: bool) -> u16 {
         let flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN;
@@ -176,21 +204,16 @@ impl Exported {
         };
         flags | access | if structured { flag::SEND_DF } else { 0 }
     }
-
-    /// Its metadata contexts, with their names.
-    pub fn contexts(&self) -> impl Iterator<Item = (Context, String)> {
-        let bitmaps = self.bitmaps.iter().enumerate().map(|(at, bitmap)| {
-            (Context::Bitmap(at), format!("{QEMU_DIRTY_BITMAP}{}", bitmap.name()))
-        });
-        std::iter::once((Context::Allocation, BASE_ALLOCATION.to_owned())).chain(bitmaps)
-    }
 }
 
-fn check_length(what: &'static str, text: &str) -> Result<(), ExportError> {
-    if text.len() <= MAX_STRING_BYTES {
-        return Ok(());
+fn check_text(what: &'static str, text: &str) -> Result<(), ExportError> {
+    if text.contains('\0') {
+        return Err(ExportError::Nul { what });
     }
-    Err(ExportError::TooLong { what, start: text.chars().take(32).collect() })
+    if text.len() > MAX_STRING_BYTES {
+        return Err(ExportError::TooLong { what, start: text.chars().take(32).collect() });
+    }
+    Ok(())
 }
 
 #[derive(Debug)]
@@ -232,9 +255,9 @@ impl Exports {
         Ok(None)
     }
 
-    /// The export of this name.
-    pub fn find(&self, name: &str) -> Option<Arc<Exported>> {
-        lock(&self.0).iter().find(|entry| entry.serves(name)).map(|entry| entry.export.clone())
+    /// What is known of the export of this name.
+    pub fn find(&self, name: &str) -> Option<Facts> {
+        lock(&self.0).iter().find(|entry| entry.serves(name)).map(|entry| entry.export.facts())
     }
 
     /// The export of this name, from now on used by `client`.
@@ -256,10 +279,10 @@ impl Exports {
     }
 
     /// Names and descriptions for clients.
-    pub fn list(&self) -> Vec<Arc<Exported>> {
+    pub fn list(&self) -> Vec<(String, String)> {
         let entries = lock(&self.0);
-        let open = entries.iter().filter(|entry| !entry.export.is_ending());
-        open.map(|entry| entry.export.clone()).collect()
+        let open = entries.iter().map(|entry| &entry.export).filter(|export| !export.is_ending());
+        open.map(|export| (export.name.clone(), export.description.clone())).collect()
     }
 
     /// What is known of each.

@@ -66,8 +66,8 @@ pub fn run(
     enter: impl Fn(&str) -> Option<Arc<Exported>>,
 ) -> io::Result<Outcome> {
     let greeting = Greeting { flags: FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES };
-    stream.send(&greeting.encode(), &[])?;
-    let flags = stream.array::<4>()?;
+    stream.output.send(&greeting.encode(), &[])?;
+    let flags = stream.input.array::<4>()?;
     let flags = Fields::new("the client's flags", &flags).u32().map_err(broken)?;
     if flags & !(CLIENT_FIXED_NEWSTYLE | CLIENT_NO_ZEROES) != 0 {
         return Err(invalid(format!("unknown client flags {flags:#x}")));
@@ -87,16 +87,16 @@ pub fn run(
 impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
     /// Serves the next option.
     fn option(&mut self) -> io::Result<Option<Outcome>> {
-        if self.stream.at_end()? {
+        if self.stream.input.at_end()? {
             return Ok(Some(Outcome::Aborted));
         }
         let OptionHeader { option, len } =
-            OptionHeader::decode(&self.stream.array()?).map_err(broken)?;
+            OptionHeader::decode(&self.stream.input.array()?).map_err(broken)?;
         if len > MAX_OPTION_BYTES {
             return Err(invalid(format!("an option of {len} bytes")));
         }
         let mut data = vec![0; usize::try_from(len).map_err(io::Error::other)?];
-        self.stream.receive(&mut data)?;
+        self.stream.input.receive(&mut data)?;
         match option {
             option::EXPORT_NAME => return self.export_name(&data).map(Some),
             option::ABORT => {
@@ -123,7 +123,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
 
     fn reply(&self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
         let len = u32::try_from(data.len()).map_err(io::Error::other)?;
-        self.stream.send(&OptionReply { option, kind, len }.encode(), data)
+        self.stream.output.send(&OptionReply { option, kind, len }.encode(), data)
     }
 
     fn refuse(&self, option: u32, kind: u32, why: &str) -> io::Result<()> {
@@ -131,8 +131,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
     }
 
     fn list(&self) -> io::Result<()> {
-        for export in self.exports.list() {
-            let (name, description) = (export.name.clone(), export.description.clone());
+        for (name, description) in self.exports.list() {
             let entry = ServerEntry { name, description };
             self.reply(option::LIST, reply::SERVER, &entry.encode())?;
         }
@@ -156,10 +155,11 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
         };
         let zeroes = [0; EXPORT_NAME_ZEROES];
         let zeroes = if self.no_zeroes { &[] } else { &zeroes[..] };
-        let (len_bytes, flags) = (export.node.len_bytes(), export.flags(self.structured));
+        let facts = export.facts();
+        let (len_bytes, flags) = (facts.len_bytes, facts.flags(self.structured));
         let chosen = self.chosen(export);
         // A client that is gone by now is noticed by who serves it, and leaves the export there.
-        let _ = self.stream.send(&encode_export_name_reply(len_bytes, flags), zeroes);
+        let _ = self.stream.output.send(&encode_export_name_reply(len_bytes, flags), zeroes);
         Ok(chosen)
     }
 
@@ -176,14 +176,14 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
             return Ok(None);
         };
         let flags = export.flags(self.structured);
-        let mut infos = vec![Info::Export { len_bytes: export.node.len_bytes(), flags }];
+        let mut infos = vec![Info::Export { len_bytes: export.len_bytes, flags }];
         if wanted.wanted.contains(&info::NAME) {
             infos.push(Info::Name(export.name.clone()));
         }
         if wanted.wanted.contains(&info::DESCRIPTION) && !export.description.is_empty() {
             infos.push(Info::Description(export.description.clone()));
         }
-        // Also to who has not asked: it may heed it.
+        // Also to those who have not asked: they may heed it.
         let (min, preferred, max) = (MIN_BLOCK_BYTES, PREFERRED_BYTES, MAX_PAYLOAD_BYTES);
         infos.push(Info::BlockSize(BlockSizes { min, preferred, max }));
         for info in infos {
@@ -232,7 +232,7 @@ impl<E: Fn(&str) -> Option<Arc<Exported>>> Handshake<'_, E> {
             };
             all || request.queries.iter().any(names)
         };
-        for (id, (context, name)) in (1..).zip(export.contexts()) {
+        for (id, (context, name)) in (1..).zip(export.contexts) {
             if is_wanted(&name) {
                 let told = if selects { id } else { 0 };
                 self.reply(option, reply::META_CONTEXT, &MetaContext { id: told, name }.encode())?;

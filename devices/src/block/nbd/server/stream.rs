@@ -2,6 +2,7 @@
 
 use socket2::Socket;
 use std::io::{self, BufRead, BufReader, ErrorKind, IoSlice, Read};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,11 +19,25 @@ pub fn disconnect(socket: &Socket) {
 /// A connection.
 #[derive(Debug)]
 pub struct Stream {
-    input: BufReader<Input>,
+    /// What the client sends.
+    pub input: Input,
+    /// What it is sent.
+    pub output: Output,
+}
+
+/// One direction of it.
+#[derive(Debug)]
+pub struct Input(BufReader<Incoming>);
+
+/// The other one.
+#[derive(Debug)]
+pub struct Output {
+    socket: Arc<Socket>,
+    deadline: Option<Instant>,
 }
 
 #[derive(Debug)]
-struct Input {
+struct Incoming {
     socket: Arc<Socket>,
     deadline: Option<Instant>,
 }
@@ -42,7 +57,7 @@ fn timed(error: io::Error) -> io::Error {
     if error.kind() == ErrorKind::WouldBlock { too_late() } else { error }
 }
 
-impl Read for Input {
+impl Read for Incoming {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if let Some(deadline) = self.deadline {
             self.socket.set_read_timeout(Some(left(deadline)?))?;
@@ -54,31 +69,42 @@ impl Read for Input {
 impl Stream {
     /// A connection on which everything must be done by `deadline`.
     pub fn new(socket: Arc<Socket>, deadline: Instant) -> Self {
-        let input = Input { socket, deadline: Some(deadline) };
-        Self { input: BufReader::with_capacity(BUFFER_BYTES, input) }
+        let deadline = Some(deadline);
+        let incoming = Incoming { socket: socket.clone(), deadline };
+        let input = Input(BufReader::with_capacity(BUFFER_BYTES, incoming));
+        Self { input, output: Output { socket, deadline } }
     }
 
     /// From now on, it may take any time.
     pub fn no_deadline(&mut self) -> io::Result<()> {
-        let input = self.input.get_mut();
-        input.deadline = None;
-        input.socket.set_read_timeout(None)?;
-        input.socket.set_write_timeout(None)
+        self.input.0.get_mut().deadline = None;
+        self.output.deadline = None;
+        self.output.socket.set_read_timeout(None)?;
+        self.output.socket.set_write_timeout(None)
     }
+}
 
+impl Input {
     /// Whether the client has closed its side before another byte.
     pub fn at_end(&mut self) -> io::Result<bool> {
         loop {
-            match self.input.fill_buf() {
+            match self.0.fill_buf() {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 result => return result.map(<[u8]>::is_empty),
             }
         }
     }
 
+    /// Whether more has arrived already.
+    pub fn has_more(&self) -> bool {
+        let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+        let peek = || self.0.get_ref().socket.recv_with_flags(&mut [MaybeUninit::uninit()], flags);
+        !self.0.buffer().is_empty() || peek().is_ok_and(|count| count > 0)
+    }
+
     /// Fills `buffer`.
     pub fn receive(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        self.input.read_exact(buffer)
+        self.0.read_exact(buffer)
     }
 
     /// Receives `N` bytes.
@@ -87,17 +113,18 @@ impl Stream {
         self.receive(&mut bytes)?;
         Ok(bytes)
     }
+}
 
+impl Output {
     /// Sends `head`, then `data`; in one call if the socket takes that much.
     pub fn send(&self, head: &[u8], data: &[u8]) -> io::Result<()> {
-        let Input { socket, deadline } = self.input.get_ref();
         let mut slices = &mut [IoSlice::new(head), IoSlice::new(data)][..];
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
-            if let Some(deadline) = deadline {
-                socket.set_write_timeout(Some(left(*deadline)?))?;
+            if let Some(deadline) = self.deadline {
+                self.socket.set_write_timeout(Some(left(deadline)?))?;
             }
-            match socket.send_vectored_with_flags(slices, libc::MSG_NOSIGNAL) {
+            match self.socket.send_vectored_with_flags(slices, libc::MSG_NOSIGNAL) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

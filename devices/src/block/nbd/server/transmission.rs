@@ -1,344 +1,123 @@
-//! Requests and replies of one connection, one after the other.
+//! A connection after its handshake: requests that are received one after the other and served several at a time.
+//!
+//! ```text
+//! socket ─▶ Mutex<Inbox> ─▶ worker 1 … [`MAX_WORKERS`] ─▶ BlockNode ─▶ Mutex<Output> ─▶ socket
+//! ```
+//! A worker takes the inbox, receives a request with its data, gives the inbox to the next worker, and serves it;
+//! there is no queue. So a client that waits for every reply has one worker, and one that sends ahead keeps the disk
+//! busy. Replies come in any order, as the protocol allows. Both locks are held while the socket is waited for, by
+//! who speaks for the connection at that moment: shutting the socket down wakes them.
 //!
 //! Data passes in pieces of [`PIECE_BYTES`] between socket and disk: a large read is sent while it is read, a large
 //! write is written while it is received, and neither takes more memory than a small one. A write of one piece or
 //! less reaches the disk whole or not at all, however its connection ends; of a longer one, pieces that have
 //! arrived may have been written, each marked in the disk's bitmaps like any write.
 
+use super::STACK_BYTES;
 use super::exports::{Context, Exported};
-use super::handshake::{Chosen, MIN_BLOCK_BYTES};
-use super::status;
-use super::stream::Stream;
-use crate::block::aligned::AlignedBuffer;
-use crate::block::backend::Content;
-use crate::block::nbd::protocol::{
-    CHUNK_DONE, ChunkHeader, ErrorPayload, MAX_PAYLOAD_BYTES, Request, SimpleReply, chunk, command,
-    command_flag as flag, encode_data_chunk, encode_hole_chunk, encode_status, errno, errno_of,
-};
+use super::handshake::Chosen;
+pub use super::request::PIECE_BYTES;
+use super::request::{Received, Worker};
+use super::stream::{Input, Output, Stream};
+use crate::lock;
 use std::io;
-use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::Scope;
 
-/// Most data in memory for one connection.
-pub const PIECE_BYTES: usize = 256 << 10;
-/// A shorter hole is sent as zeroes.
-const MIN_HOLE_BYTES: u64 = 64 << 10;
-
-/// Why a request fails.
-struct Refusal {
-    errno: u32,
-    why: String,
-    /// Where, if that is known.
-    offset: Option<u64>,
-}
-
-impl Refusal {
-    fn new(errno: u32, why: impl Into<String>) -> Self {
-        Self { errno, why: why.into(), offset: None }
-    }
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Self::new(errno_of(&error), error.to_string())
-    }
-}
+/// Most requests of a connection that are served at a time.
+pub const MAX_WORKERS: usize = 4;
 
 /// A connection that uses an export.
 pub struct Session {
-    stream: Stream,
-    export: Arc<Exported>,
-    structured: bool,
-    contexts: Vec<(u32, Context)>,
-    buffer: AlignedBuffer,
-    /// Known to be allocated: need not be asked about again, since data may always be sent as data.
-    data: Range<u64>,
+    pub export: Arc<Exported>,
+    pub structured: bool,
+    pub contexts: Vec<(u32, Context)>,
+    inbox: Mutex<Inbox>,
+    output: Mutex<Output>,
+    /// Workers that wait for the inbox.
+    waiting: AtomicUsize,
+}
+
+/// Where requests come from.
+struct Inbox {
+    input: Input,
+    workers: usize,
+    /// No further request is received.
+    ended: bool,
+    /// Why, if the client is at fault or cannot be reached.
+    error: Option<io::Error>,
 }
 
 impl Session {
     /// Serves what a client has chosen.
     pub fn new(stream: Stream, chosen: Chosen) -> Self {
         let Chosen { export, structured, contexts } = chosen;
-        // Its pages take no memory until they are used.
-        let buffer = AlignedBuffer::new(PIECE_BYTES);
-        Self { stream, export, structured, contexts, buffer, data: 0..0 }
+        let Stream { input, output } = stream;
+        let inbox = Mutex::new(Inbox { input, workers: 1, ended: false, error: None });
+        let (output, waiting) = (Mutex::new(output), AtomicUsize::new(0));
+        Self { export, structured, contexts, inbox, output, waiting }
     }
 
-    /// Serves requests until the client leaves or the export is removed.
+    /// What the client is sent. Kept for the length of a reply, or of a chunk of it.
+    pub fn output(&self) -> MutexGuard<'_, Output> {
+        lock(&self.output)
+    }
+
+    /// Serves requests until the client leaves or the export is removed, and those that it has sent before are done.
     ///
     /// # Errors
     /// If the client breaks the protocol or cannot be reached.
-    pub fn serve(mut self) -> io::Result<()> {
-        while !self.stream.at_end()? {
-            let request = Request::decode(&self.stream.array()?);
-            let request = request.map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
-            if self.export.is_ending() || request.command == command::DISCONNECT {
-                break;
-            }
-            self.request(request)?;
-        }
-        Ok(())
+    pub fn serve(self, disconnect: &(dyn Fn() + Sync)) -> io::Result<()> {
+        std::thread::scope(|scope| self.work(scope, disconnect));
+        lock(&self.inbox).error.take().map_or(Ok(()), Err)
     }
 
-    /// Serves one request. An error ends the connection.
-    fn request(&mut self, request: Request) -> io::Result<()> {
-        let is_write = request.command == command::WRITE;
-        if is_write && request.len > MAX_PAYLOAD_BYTES {
-            let why = format!("a write of {} bytes", request.len);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
-        }
-        if let Err(refusal) = self.check(request) {
-            if is_write {
-                self.skip(request.len)?;
+    /// A worker's life.
+    fn work<'s>(&'s self, scope: &'s Scope<'s, '_>, disconnect: &'s (dyn Fn() + Sync)) {
+        let mut worker = Worker::new(self);
+        while let Some(received) = self.receive(&mut worker, scope, disconnect) {
+            if let Err(error) = worker.serve(received) {
+                // Wakes whoever has the inbox.
+                disconnect();
+                let mut inbox = lock(&self.inbox);
+                inbox.ended = true;
+                inbox.error.get_or_insert(error);
             }
-            return self.refuse(request, refusal);
-        }
-        let done = match request.command {
-            command::READ if self.structured && request.flags & flag::DF == 0 => {
-                return self.read_in_chunks(request);
-            }
-            command::READ => return self.read_whole(request),
-            command::BLOCK_STATUS => return self.block_status(request),
-            command::WRITE => self.write(request)?,
-            command::TRIM => self.export.node.discard(request.offset, request.len.into()),
-            command::WRITE_ZEROES => {
-                let may_unmap = request.flags & flag::NO_HOLE == 0;
-                self.export.node.write_zeroes(request.offset, request.len.into(), may_unmap)
-            }
-            _ => self.export.node.sync(),
-        };
-        let durable = request.flags & flag::FUA != 0 && self.export.writable;
-        let done = done.and_then(|()| if durable { self.export.node.sync() } else { Ok(()) });
-        match done {
-            Ok(()) => self.acknowledge(request),
-            Err(error) => self.refuse(request, error.into()),
         }
     }
 
-    /// That a request is one that the export accepts.
-    fn check(&self, request: Request) -> Result<(), Refusal> {
-        let Request { flags, command, offset, len, .. } = request;
-        let (allowed, changes) = match command {
-            command::READ if self.structured => (flag::DF, false),
-            command::READ | command::FLUSH => (0, false),
-            command::WRITE | command::TRIM => (0, true),
-            command::WRITE_ZEROES => (flag::NO_HOLE, true),
-            command::BLOCK_STATUS => (flag::REQ_ONE, false),
-            other => {
-                return Err(Refusal::new(errno::EINVAL, format!("command {other} is not known")));
+    /// The next request, and another worker for the one after it if that is there already and no worker is free.
+    fn receive<'s>(
+        &'s self,
+        worker: &mut Worker<'s>,
+        scope: &'s Scope<'s, '_>,
+        disconnect: &'s (dyn Fn() + Sync),
+    ) -> Option<Received> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut inbox = lock(&self.inbox);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        if inbox.ended {
+            return None;
+        }
+        let received = worker.receive(&mut inbox.input);
+        inbox.ended = !matches!(received, Ok(Some(_)));
+        let received = match received {
+            Ok(received) => received?,
+            Err(error) => {
+                inbox.error.get_or_insert(error);
+                return None;
             }
         };
-        let unknown = flags & !(allowed | flag::FUA);
-        if unknown != 0 {
-            let why = format!("command {command} does not have the flags {unknown:#x}");
-            return Err(Refusal::new(errno::EINVAL, why));
-        }
-        if command == command::FLUSH {
-            let why = "a flush has neither offset nor length";
-            let right = offset == 0 && len == 0;
-            return if right { Ok(()) } else { Err(Refusal::new(errno::EINVAL, why)) };
-        }
-        if changes && !self.export.writable {
-            return Err(Refusal::new(errno::EPERM, "the export is read-only"));
-        }
-        let size = self.export.node.len_bytes();
-        if offset.checked_add(len.into()).is_none_or(|end| end > size) {
-            let full = matches!(command, command::WRITE | command::WRITE_ZEROES);
-            let errno = if full { errno::ENOSPC } else { errno::EINVAL };
-            let why = format!("{len} bytes at {offset} exceed the export's {size}");
-            return Err(Refusal::new(errno, why));
-        }
-        if offset % u64::from(MIN_BLOCK_BYTES) != 0 || len % MIN_BLOCK_BYTES != 0 {
-            let why = format!("{len} bytes at {offset} are not in blocks of {MIN_BLOCK_BYTES}");
-            return Err(Refusal::new(errno::EINVAL, why));
-        }
-        if command == command::READ && len > MAX_PAYLOAD_BYTES {
-            let why = format!("a read of {len} bytes: at most {MAX_PAYLOAD_BYTES}");
-            return Err(Refusal::new(errno::EINVAL, why));
-        }
-        if command == command::BLOCK_STATUS && (self.contexts.is_empty() || len == 0) {
-            let why = "block status needs a metadata context and a length";
-            return Err(Refusal::new(errno::EINVAL, why));
-        }
-        Ok(())
-    }
-
-    /// Says that the request has succeeded, without data.
-    fn acknowledge(&self, request: Request) -> io::Result<()> {
-        let cookie = request.cookie;
-        if !self.structured || request.command != command::READ {
-            return self.stream.send(&SimpleReply { error: 0, cookie }.encode(), &[]);
-        }
-        let done = ChunkHeader { flags: CHUNK_DONE, kind: chunk::NONE, cookie, len: 0 };
-        self.stream.send(&done.encode(), &[])
-    }
-
-    /// Says that the request has failed.
-    fn refuse(&self, request: Request, refusal: Refusal) -> io::Result<()> {
-        let (cookie, Refusal { errno, why, offset }) = (request.cookie, refusal);
-        if !self.structured {
-            return self.stream.send(&SimpleReply { error: errno, cookie }.encode(), &[]);
-        }
-        let error = ErrorPayload { errno, message: why, offset };
-        let payload = error.encode();
-        let len = u32::try_from(payload.len()).map_err(io::Error::other)?;
-        let header = ChunkHeader { flags: CHUNK_DONE, kind: error.kind(), cookie, len };
-        self.stream.send(&header.encode(), &payload)
-    }
-
-    /// Receives the data of a write that is not made.
-    fn skip(&mut self, len: u32) -> io::Result<()> {
-        for range in pieces(0, len) {
-            let len = piece_len(&range)?;
-            self.stream.receive(&mut self.buffer[..len])?;
-        }
-        Ok(())
-    }
-
-    /// Writes what is received. The outer error is the connection's.
-    fn write(&mut self, request: Request) -> io::Result<io::Result<()>> {
-        let mut written = Ok(());
-        for range in pieces(request.offset, request.len) {
-            let len = piece_len(&range)?;
-            self.stream.receive(&mut self.buffer[..len])?;
-            if written.is_ok() {
-                written = self.export.node.write_at(&self.buffer[..len], range.start);
+        let is_alone = self.waiting.load(Ordering::SeqCst) == 0;
+        if is_alone && inbox.workers < MAX_WORKERS && inbox.input.has_more() {
+            let builder = std::thread::Builder::new().name("nbd-worker".into());
+            let work = move || self.work(scope, disconnect);
+            // Without it, the others go on.
+            if builder.stack_size(STACK_BYTES).spawn_scoped(scope, work).is_ok() {
+                inbox.workers += 1;
             }
         }
-        Ok(written)
+        Some(received)
     }
-
-    /// Reads a piece into the buffer and returns its length.
-    fn load(&mut self, range: &Range<u64>) -> io::Result<usize> {
-        let len = piece_len(range)?;
-        self.export.node.copy_at(&mut self.buffer[..len], range.start)?;
-        Ok(len)
-    }
-
-    /// Replies with all data in one reply or chunk. What comes after its first piece can fail when its header has
-    /// been sent.
-    fn read_whole(&mut self, request: Request) -> io::Result<()> {
-        let Request { cookie, offset, len, .. } = request;
-        let mut pieces = pieces(offset, len);
-        let Some(first) = pieces.next() else { return self.acknowledge(request) };
-        let loaded = match self.load(&first) {
-            Ok(loaded) => loaded,
-            Err(error) => return self.refuse(request, error.into()),
-        };
-        let is_all = first.end == offset + u64::from(len);
-        let data = &self.buffer[..loaded];
-        if self.structured {
-            let flags = if is_all { CHUNK_DONE } else { 0 };
-            self.stream.send(&encode_data_chunk(flags, cookie, offset, len), data)?;
-        } else {
-            self.stream.send(&SimpleReply { error: 0, cookie }.encode(), data)?;
-        }
-        let mut failed = None;
-        for piece in pieces {
-            let len = match self.load(&piece) {
-                Ok(len) => len,
-                // There is no other way to tell.
-                Err(error) if !self.structured => return Err(error),
-                Err(error) => {
-                    failed.get_or_insert(Refusal { offset: Some(piece.start), ..error.into() });
-                    let len = piece_len(&piece)?;
-                    self.buffer[..len].fill(0);
-                    len
-                }
-            };
-            self.stream.send(&self.buffer[..len], &[])?;
-        }
-        match failed {
-            Some(refusal) => self.refuse(request, refusal),
-            None if self.structured && !is_all => self.acknowledge(request),
-            None => Ok(()),
-        }
-    }
-
-    /// Replies with a chunk for each piece and each large hole.
-    fn read_in_chunks(&mut self, request: Request) -> io::Result<()> {
-        let Request { cookie, offset, len, .. } = request;
-        let end = offset + u64::from(len);
-        if len == 0 {
-            return self.acknowledge(request);
-        }
-        let mut at = offset;
-        while at < end {
-            let (part, is_hole) = self.part(at..end);
-            let flags = if part.end == end { CHUNK_DONE } else { 0 };
-            let start = part.start;
-            at = part.end;
-            if is_hole {
-                let len = u32::try_from(part.end - start).map_err(io::Error::other)?;
-                self.stream.send(&encode_hole_chunk(flags, cookie, start, len), &[])?;
-                continue;
-            }
-            match self.load(&part) {
-                Ok(loaded) => {
-                    let len = u32::try_from(loaded).map_err(io::Error::other)?;
-                    let header = encode_data_chunk(flags, cookie, start, len);
-                    self.stream.send(&header, &self.buffer[..loaded])?;
-                }
-                Err(error) => {
-                    let refusal = Refusal { offset: Some(start), ..error.into() };
-                    return self.refuse(request, refusal);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// What is at the start of `range`: a hole, or data, which is cut to a piece.
-    fn part(&mut self, range: Range<u64>) -> (Range<u64>, bool) {
-        let most = range.end.min(range.start + PIECE_BYTES as u64);
-        let mut at = range.start;
-        while at < most {
-            if self.data.contains(&at) {
-                at = self.data.end;
-                continue;
-            }
-            // What does not tell is read.
-            let Ok(extent) = self.export.node.extent_at(at) else { break };
-            let end = at.saturating_add(extent.len_bytes);
-            if extent.content != Content::Zero {
-                self.data = at..end;
-            } else if end.min(range.end) - at >= MIN_HOLE_BYTES {
-                return match at == range.start {
-                    true => (at..end.min(range.end), true),
-                    false => (range.start..at, false),
-                };
-            }
-            at = end;
-        }
-        (range.start..most, false)
-    }
-
-    fn block_status(&mut self, request: Request) -> io::Result<()> {
-        let Request { flags, cookie, offset, len, .. } = request;
-        let most = if flags & flag::REQ_ONE == 0 { status::MAX_EXTENTS } else { 1 };
-        let last = self.contexts.len() - 1;
-        for (at, (id, context)) in self.contexts.iter().enumerate() {
-            let extents = match status::extents(&self.export, *context, offset, len, most) {
-                Ok(extents) => extents,
-                Err(error) => return self.refuse(request, error.into()),
-            };
-            let payload = encode_status(*id, &extents);
-            let len = u32::try_from(payload.len()).map_err(io::Error::other)?;
-            let flags = if at == last { CHUNK_DONE } else { 0 };
-            let header = ChunkHeader { flags, kind: chunk::BLOCK_STATUS, cookie, len };
-            self.stream.send(&header.encode(), &payload)?;
-        }
-        Ok(())
-    }
-}
-
-/// Pieces of `len` bytes from `offset` on.
-fn pieces(offset: u64, len: u32) -> impl Iterator<Item = Range<u64>> {
-    let end = offset + u64::from(len);
-    let starts = (offset..end).step_by(PIECE_BYTES);
-    starts.map(move |start| start..end.min(start + PIECE_BYTES as u64))
-}
-
-fn piece_len(piece: &Range<u64>) -> io::Result<usize> {
-    usize::try_from(piece.end - piece.start).map_err(io::Error::other)
 }

@@ -28,6 +28,8 @@ fn what_qemu_refuses_is_refused_in_its_words() {
     assert_eq!(said(twice), "Bitmap 'b0' is named twice");
     let long = Export { description: "x".repeat(5000), ..export("b", &node, true) };
     assert!(said(long).starts_with("description 'xxxx"));
+    let nul = Export { name: "a\0b".into(), ..export("b", &node, true) };
+    assert_eq!(said(nul), "export name must not contain NUL");
     assert!(!node.bitmaps().info()[0].busy, "a refused export holds nothing");
     node.bitmaps().disable(&bitmap).unwrap();
     server.add(with(&bitmap, false)).unwrap();

@@ -1,6 +1,7 @@
 //! Other people's clients: libnbd's tools, QEMU's and nbdkit.
 
 use super::*;
+use crate::block::qcow2::{BackingChoice, Qcow2File};
 use ferry_tests::needs;
 use ferry_tests::process::Process;
 use std::process::Command;
@@ -122,6 +123,29 @@ fn qemu_img_converts_compares_and_maps() {
     let map: serde_json::Value = serde_json::from_str(&map).unwrap();
     let expected = [(0, MIB), (2 * MIB, 7 * MIB), (9 * MIB + 64 * KIB, 7 * MIB - 64 * KIB)];
     assert_eq!(data(&map), expected);
+}
+
+#[test]
+#[needs(qemu_img)]
+fn a_qcow2_image_with_a_backing_file_is_exported_as_the_disk_that_it_is() {
+    let fixture = Fixture::new();
+    let (base, top) = (fixture.path("base.raw"), fixture.path("top.qcow2"));
+    std::fs::write(&base, pattern(8 << 20)).unwrap();
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", text(&base), text(&top)]);
+    let backing = BackingChoice::Recorded;
+    let qcow2 = Qcow2File::open(&top, false, Cache::Writeback, backing).unwrap();
+    let node = Arc::new(BlockNode::new("d", Box::new(qcow2)));
+    node.lock().unwrap();
+    fixture.server().add(export("d", &node, true)).unwrap();
+    let nbd = fixture.uri("d");
+    let writes = ["-c", "write -P 0x5a 1M 64k", "-c", "write -z 2M 1M", "-c", "flush"];
+    run("qemu-io", &[&["-f", "raw"][..], &writes, &[&nbd]].concat());
+    let mut expected = pattern(8 << 20);
+    expected[1 << 20..][..64 << 10].fill(0x5a);
+    expected[2 << 20..][..1 << 20].fill(0);
+    let copy = fixture.path("copy.raw");
+    run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &nbd, text(&copy)]);
+    assert!(std::fs::read(&copy).unwrap() == expected);
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use super::*;
 use crate::block::backend::ByteRange;
 
-const PIECE: u64 = super::super::transmission::PIECE_BYTES as u64;
+use super::super::transmission::{MAX_WORKERS, PIECE_BYTES};
+
+const PIECE: u64 = PIECE_BYTES as u64;
 
 #[test]
 fn what_is_written_is_read_back_through_either_kind_of_reply() {
@@ -178,10 +180,44 @@ fn many_requests_may_wait_in_line() {
     for sector in 0..128 {
         client.ask(0, command::READ, sector * 512, 512);
     }
-    for (sector, expected) in data.chunks(512).enumerate() {
-        assert!(client.parts() == [Part::Data(sector as u64 * 512, expected.to_vec())]);
+    // In any order.
+    let mut replies: Vec<_> = (0..128).flat_map(|_| client.parts()).collect();
+    replies.sort_by_key(|part| if let Part::Data(offset, _) = part { *offset } else { u64::MAX });
+    for (sector, (expected, reply)) in data.chunks(512).zip(replies).enumerate() {
+        assert!(reply == Part::Data(sector as u64 * 512, expected.to_vec()));
     }
     client.ask(0, command::DISCONNECT, 0, 0);
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_few_requests_of_a_connection_are_served_at_a_time_and_no_more() {
+    let (fixture, _, script) = Fixture::of_memory(MIB);
+    script.hide_extents(true);
+    let mut client = Client::using(&fixture.socket(), "d", &[]);
+    script.hold(true);
+    for sector in 0..8 {
+        client.ask(0, command::WRITE, sector * 512, 512);
+        client.put(&[7; 512]);
+    }
+    script.wait_until_held_by(MAX_WORKERS);
+    assert_eq!(script.held(), MAX_WORKERS);
+    script.hold(false);
+    for _ in 0..8 {
+        assert_eq!(client.verdict(), 0);
+    }
+    assert_eq!(client.read(0, 4096).unwrap(), [7; 4096]);
+    // What was sent before the client says that it leaves is done.
+    script.hold(true);
+    for sector in 0..3 {
+        client.ask(0, command::WRITE, sector * 512, 512);
+        client.put(&[8; 512]);
+    }
+    script.wait_until_held();
+    client.ask(0, command::DISCONNECT, 0, 0);
+    script.hold(false);
+    let verdicts: Vec<_> = (0..3).map(|_| client.verdict()).collect();
+    assert_eq!(verdicts, [0, 0, 0]);
     assert!(client.is_closed());
 }
 
