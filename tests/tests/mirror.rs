@@ -3,12 +3,13 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::started;
-use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
@@ -339,4 +340,139 @@ fn a_person_sees_how_far_it_is_and_how_it_ends() {
     assert_eq!(code, 0, "{said}");
     assert!(said.contains("completed"), "{said}");
     let_write(&vmm);
+}
+
+/// A `qemu-nbd` that serves a raw image, until it is dropped.
+struct NbdServer {
+    socket: PathBuf,
+    process: Process,
+}
+
+impl NbdServer {
+    fn start(images: &Images, image: &Path) -> Self {
+        let socket = images.at("nbd.sock");
+        // It does not lock the image: a guest may come to run on it.
+        let options = format!(
+            "driver=raw,file.driver=file,file.locking=off,file.filename={}",
+            image.display()
+        );
+        let process = Process::start(
+            Command::new("qemu-nbd")
+                .args(["--persistent", "--shared=8", "--export-name=root", "--socket"])
+                .arg(&socket)
+                .args(["--image-opts", &options]),
+        );
+        let process = process.unwrap();
+        drop(Qmp::connect_raw(&socket, SOON).unwrap());
+        Self { socket, process }
+    }
+
+    fn url(&self) -> String {
+        format!("nbd:unix:{}:exportname=root", self.socket.display())
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
+    let images = Images::new();
+    let (image, there) = (images.blank("root"), images.blank("there"));
+    let server = NbdServer::start(&images, &there);
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let existing = json!({"mode": "existing", "format": "raw", "job-id": "m"});
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), existing));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    // The destination's disk is what the server serves: as if it were shared.
+    let destination = receive(&images);
+    let shared = ["--disks", "none", "--keep-source"];
+    let ended = ferry::migrate_well(&vmm, &destination.address, &shared).unwrap();
+    assert_eq!(ended.summary["status"], "completed");
+    job_events(&mut qmp, "null");
+    let mut moved = destination.vmm;
+    moved.wait_next_line("^HB ").unwrap();
+    let check = moved.check().unwrap();
+    assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
+    // What the guest has left is whole as well.
+    disk::verify(&image).unwrap();
+}
+
+#[test]
+#[needs(kvm)]
+fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
+    let images = Images::new();
+    let (image, there) = (images.blank("root"), images.blank("there"));
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let options = json!({
+        "mode": "existing", "format": "raw", "job-id": "m", "on-target-error": "stop",
+    });
+    let server = NbdServer::start(&images, &there);
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), options.clone()));
+    job_events(&mut qmp, "READY");
+    // Killed: the job rests, the guest goes on.
+    drop(server);
+    let stopped = job_events(&mut qmp, "standby");
+    assert_eq!(stopped.first().map(String::as_str), Some("ERROR"), "{stopped:?}");
+    assert_eq!(
+        (&jobs(&mut qmp)[0]["paused"], &jobs(&mut qmp)[0]["ready"]),
+        (&json!(true), &json!(false))
+    );
+    let_write(&vmm);
+    // It is there again: the job goes on, with all that the old one may not have kept.
+    std::fs::remove_file(images.at("nbd.sock")).ok();
+    let mut server = NbdServer::start(&images, &there);
+    let is_ready = |qmp: &mut Qmp| {
+        let job = &jobs(qmp)[0];
+        job["ready"] == true && job["status"] == "ready"
+    };
+    let deadline = Instant::now() + SOON;
+    while !is_ready(&mut qmp) {
+        assert!(Instant::now() < deadline, "{}", jobs(&mut qmp));
+        // Reconnecting is tried at most once in a second: the first attempts may come too early.
+        if jobs(&mut qmp)[0]["paused"] == true {
+            run(&mut qmp, "block-job-resume", json!({"device": "m"}));
+        }
+        let_write(&vmm);
+    }
+    run(&mut qmp, "stop", json!({}));
+    run(&mut qmp, "block-job-cancel", json!({"device": "m"}));
+    assert!(job_events(&mut qmp, "null").contains(&"COMPLETED".to_owned()));
+    assert_eq!(disk::verify(&image).unwrap(), disk::verify(&there).unwrap());
+    run(&mut qmp, "cont", json!({}));
+
+    // Stopped, so that it neither answers nor goes: a cancel ends the job nevertheless.
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), options));
+    job_events(&mut qmp, "READY");
+    server.process.signal(libc::SIGSTOP).unwrap();
+    let_write(&vmm);
+    run(&mut qmp, "block-job-cancel", json!({"device": "m", "force": true}));
+    assert!(job_events(&mut qmp, "null").contains(&"CANCELLED".to_owned()));
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn the_end_of_a_vmm_in_the_middle_leaves_its_image_whole() {
+    for turn in 0..3 {
+        let images = Images::new();
+        let image = images.blank("root");
+        let mut vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let slow = json!({"speed": if turn == 0 { 4 << 20 } else { 0 }});
+        run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), slow));
+        let at = ["running", "ready", "waiting"][turn];
+        if at == "waiting" {
+            job_events(&mut qmp, "READY");
+            run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+        }
+        job_events(&mut qmp, at);
+        vmm.process.kill().unwrap();
+        // Either is whole if the device may have been on it.
+        disk::verify(&image).unwrap();
+        if at == "waiting" {
+            disk::verify(&images.at("copy")).unwrap();
+        }
+    }
 }
