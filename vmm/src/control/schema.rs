@@ -219,6 +219,13 @@ mod tests {
                 | "block-dirty-bitmap-disable" => &["node", "name"],
                 "block-dirty-bitmap-merge" => &["node", "target", "bitmaps"],
                 "transaction" => &["actions", "properties"],
+                "nbd-server-start" => &["addr", "max-connections", "handshake-max-seconds"],
+                "nbd-server-add" => &["device", "name", "description", "writable", "bitmap"],
+                "nbd-server-remove" => &["name", "mode"],
+                "block-export-add" => {
+                    &["type", "id", "node-name", "name", "description", "writable", "bitmaps"]
+                }
+                "block-export-del" => &["id", "mode"],
                 _ => &[],
             }
         };
