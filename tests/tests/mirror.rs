@@ -3,6 +3,7 @@
 
 use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::started;
+use ferry_tests::image::{Pattern, SmallFileSystem, assert_same, assert_same_as, fill, overlay};
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
@@ -78,16 +79,6 @@ fn let_write(vmm: &Vmm) {
     }
 }
 
-fn qemu_img_compare(one: &Path, other: &Path, formats: [&str; 2]) {
-    let compared = Command::new("qemu-img")
-        .args(["compare", "-f", formats[0], "-F", formats[1]])
-        .args([one, other])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
-    assert!(compared.status.success(), "{said}{}", String::from_utf8_lossy(&compared.stderr));
-}
-
 fn jobs(qmp: &mut Qmp) -> Value {
     qmp.execute("query-block-jobs", json!({})).unwrap()
 }
@@ -143,7 +134,7 @@ fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
     assert_eq!(jobs(&mut qmp), json!([]));
     // The stopped guest has written nothing since.
     vmm.process.kill().unwrap();
-    qemu_img_compare(&image, &copy, ["raw", "qcow2"]);
+    assert_same_as((&image, "raw"), (&copy, "qcow2"));
 }
 
 #[test]
@@ -250,7 +241,7 @@ fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
     run(&mut qmp, "job-dismiss", json!({"id": "s"}));
     assert_eq!(job_events(&mut qmp, "null"), ["null"]);
     vmm.process.kill().unwrap();
-    qemu_img_compare(&image, &images.at("copy"), ["raw", "raw"]);
+    assert_same(&image, &images.at("copy"));
 }
 
 /// A destination on this host that gets its own copy of the disk.
@@ -279,7 +270,7 @@ fn a_copy_in_sync_has_all_that_the_guest_wrote_before_it_moved() {
         assert_eq!(job_events(&mut qmp, "null"), end, "{mode}");
         // Each sector that the guest has written is whole and in both: the disk that it has left, and its copy.
         assert_eq!(disk::verify(&image).unwrap(), disk::verify(&copy).unwrap(), "{mode}");
-        qemu_img_compare(&image, &copy, ["raw", "raw"]);
+        assert_same(&image, &copy);
         let mut moved = destination.vmm;
         assert_eq!(moved.check().unwrap().corrupt, 0);
     }
@@ -399,6 +390,53 @@ fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
 
 #[test]
 #[needs(kvm)]
+fn a_destination_offers_its_image_until_the_guest_takes_it() {
+    for tcp in [false, true] {
+        let images = Images::new();
+        let (image, there) = (images.blank("root"), images.blank("there"));
+        let vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let socket = images.at("nbd.sock");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (offer, target) = match tcp {
+            true => (format!("tcp:127.0.0.1:{port}"), format!("nbd://127.0.0.1:{port}/root")),
+            false => (
+                format!("unix:{}", socket.display()),
+                format!("nbd+unix:///root?socket={}", socket.display()),
+            ),
+        };
+        let give = format!("root={}", there.display());
+        let options = ["--disk", &give, "--nbd", &offer];
+        let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
+        let existing = json!({"mode": "existing", "job-id": "m"});
+        run(&mut qmp, "drive-mirror", mirror(Path::new(&target), existing));
+        job_events(&mut qmp, "READY");
+        let_write(&vmm);
+        let shared = ["--disks", "none", "--keep-source"];
+        let ended = ferry::migrate_well(&vmm, &destination.address, &shared).unwrap();
+        assert_eq!(ended.summary["status"], "completed");
+        let end = job_events(&mut qmp, "null");
+        assert!(end.contains(&"COMPLETED".to_owned()), "{end:?}");
+        let mut moved = destination.vmm;
+        moved.wait_next_line("^HB ").unwrap();
+        let check = moved.check().unwrap();
+        assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
+        assert!(!socket.exists(), "the server has ended");
+        disk::verify(&image).unwrap();
+    }
+    for (options, expected) in [
+        (vec!["--nbd", "unix:/x"], "--nbd needs the images to offer"),
+        (vec!["--nbd", "unix:/x", "--disk", "root=/no/such/image"], "is not: create it"),
+    ] {
+        let arguments = [&["receive", "tcp:127.0.0.1:0"], options.as_slice()].concat();
+        let (code, said) = ferry::end_of(&arguments).unwrap();
+        assert_eq!(code, 126, "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
 fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
     let images = Images::new();
     let (image, there) = (images.blank("root"), images.blank("there"));
@@ -474,4 +512,79 @@ fn the_end_of_a_vmm_in_the_middle_leaves_its_image_whole() {
             disk::verify(&images.at("copy")).unwrap();
         }
     }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_of_the_top_layer_has_the_same_backing_file() {
+    let images = Images::new();
+    let base = images.blank("base");
+    fill(&base, 32 * MIB, MIB, Pattern::Random).unwrap();
+    let image = images.at("root");
+    overlay(&image, &base).unwrap();
+    let mut guest = busy(&image);
+    guest.disks[0].push_str(",format=qcow2");
+    let mut vmm = started(&guest);
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = images.at("copy");
+    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"sync": "top", "format": "qcow2"})));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+    assert!(job_events(&mut qmp, "null").contains(&"COMPLETED".to_owned()));
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["inserted"]["file"], json!(copy));
+    assert_eq!(blocks[0]["inserted"]["backing_file"], json!(base));
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_of_what_is_written_from_now_on_has_the_disk_as_its_backing_file() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let mut vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = images.at("copy");
+    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"sync": "none", "format": "qcow2"})));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+    let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+    assert_eq!(job_events(&mut qmp, "null"), end);
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["inserted"]["backing_file"], json!(image));
+    let frozen = std::fs::read(&image).unwrap();
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    assert!(frozen == std::fs::read(&image).unwrap(), "the backing file is written no more");
+}
+
+#[test]
+#[needs(kvm, mounts)]
+fn a_target_without_space_pauses_the_job_until_there_is_some() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let folder = images.at("small");
+    std::fs::create_dir(&folder).unwrap();
+    let small = SmallFileSystem::mount(&folder, DISK / 2).unwrap();
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = folder.join("copy");
+    let options = json!({"on-target-error": "enospc", "job-id": "m"});
+    run(&mut qmp, "drive-mirror", mirror(&copy, options));
+    let seen = job_events(&mut qmp, "paused");
+    assert!(seen.contains(&"ERROR".to_owned()), "{seen:?}");
+    let job = &jobs(&mut qmp)[0];
+    assert_eq!((&job["io-status"], &job["status"]), (&json!("nospace"), &json!("paused")));
+    let_write(&vmm);
+    small.resize(2 * DISK).unwrap();
+    run(&mut qmp, "block-job-resume", json!({"device": "m"}));
+    let seen = job_events(&mut qmp, "READY");
+    assert!(seen.ends_with(&["ready".to_owned(), "READY".to_owned()]), "{seen:?}");
+    assert_eq!(jobs(&mut qmp)[0]["io-status"], "ok");
+    run(&mut qmp, "block-job-complete", json!({"device": "m"}));
+    job_events(&mut qmp, "null");
+    let_write(&vmm);
 }

@@ -84,6 +84,10 @@ pub struct ReceiveArgs {
     /// Folder for migrated disks, each in a file ID.img
     #[arg(long, value_name = "PATH")]
     pub disk_dir: Option<PathBuf>,
+    /// Offer the images of --disk over NBD, each under its ID, until the guest takes them: the source mirrors its
+    /// disks to them before it moves
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH")]
+    pub nbd: Option<Address>,
     /// Let migrated disks replace existing images
     #[arg(long)]
     pub overwrite: bool,
@@ -124,6 +128,7 @@ impl ReceiveArgs {
             address: self.address,
             disks: self.disks,
             disk_dir: self.disk_dir,
+            nbd: self.nbd,
             overwrite: self.overwrite,
             paused: self.paused,
             limits: Limits { memory_bytes: self.max_memory, cpus: self.max_cpus },

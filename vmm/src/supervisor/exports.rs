@@ -33,7 +33,7 @@ pub struct Nbd {
 }
 
 impl Nbd {
-    fn start(
+    pub(super) fn start(
         address: &NbdAddress,
         limits: Limits,
         on_deleted: OnDeleted,
@@ -65,6 +65,11 @@ impl Nbd {
         if let Some(file) = &self.file {
             file.remove();
         }
+    }
+
+    /// Offers a disk.
+    pub(super) fn add(&self, export: Export) -> Result<(), ExportError> {
+        self.server.add(export)
     }
 
     /// Ends all of it until `deadline`; returns whether nothing is left in flight.

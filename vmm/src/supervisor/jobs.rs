@@ -4,6 +4,7 @@
 use super::dirty_rate::Aborted;
 use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
+use super::guest::served::ServedDisks;
 use super::messages::{JobId, Mailbox, Message};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::LeavingFiles;
@@ -208,6 +209,7 @@ impl Jobs {
         &mut self,
         listener: Listener,
         context: BuildContext,
+        served: ServedDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
@@ -216,7 +218,8 @@ impl Jobs {
         self.spawn(true, params, owner, to_us, move |id, counters, tokens, params| {
             let Tokens { cancel, give_up } = tokens;
             counters.listening(address);
-            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), params, context);
+            let mut host =
+                ArrivingGuest::new(mailbox.clone(), cancel.clone(), params, context, served);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let events = &mut events;
             let destination = Destination { host: &mut host, counters, cancel, give_up, events };

@@ -48,6 +48,7 @@ use dirty_rate::DirtyRate;
 use ending::Ending;
 use exports::Exports;
 use guest::arriving::BuildContext;
+use guest::served::ServedDisks;
 use jobs::{Jobs, Owner};
 use messages::{JobId, MachineId, Message};
 use migration::source::{MigrationEvent, SourceOutcome};
@@ -128,6 +129,7 @@ pub fn receive(config: ReceiveConfig) -> Result<Exit, SetupError> {
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
     let payload = config.boot.as_ref().map(open_payload).transpose()?;
+    let served = ServedDisks::open(&config).map_err(|error| SetupError::Serve(Box::new(error)))?;
     let mut supervisor = Supervisor::new(Mode::Receive(config.clone()), host)?;
     supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
@@ -136,7 +138,7 @@ pub fn receive(config: ReceiveConfig) -> Result<Exit, SetupError> {
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
     let context = BuildContext { host: supervisor.host.clone(), config, parts, payload };
-    let started = supervisor.jobs.receive(listener, context, mailbox);
+    let started = supervisor.jobs.receive(listener, context, served, mailbox);
     started.map_err(SetupError::start("start the thread of a migration"))?;
     Ok(event_loop::serve(supervisor)?)
 }
