@@ -6,9 +6,10 @@
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
 //! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps,
-//! [`block_jobs`] starts and steers mirrors.
+//! [`block_jobs`] starts and steers mirrors, [`backups`] starts backups.
 
 mod backends;
+mod backups;
 mod bitmaps;
 mod block_jobs;
 mod commands;
@@ -313,11 +314,11 @@ impl Handler for Supervisor {
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
-                // An overdue task may still return a machine, which takes time to drop.
+                // An overdue task may still return a machine or a target, which takes time to drop.
                 if self.tasks.ended(id) {
                     self.on_task_ended(id, done);
-                } else if let Done::Built(Ok(machine)) = done {
-                    tasks::discard(machine);
+                } else {
+                    tasks::discard(done);
                 }
             }
             Message::BlockJob(event) => self.on_job_event(&event),

@@ -7,10 +7,12 @@
 
 use super::block_jobs::Opened;
 use crate::control::QmpResult;
+use crate::control::message::QmpError;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
 use crate::setup::SetupError;
 use devices::block::BlockNode;
+use devices::block::job::backup::Backup;
 use migration::guest::PartTime;
 use std::collections::BTreeMap;
 use std::io;
@@ -42,6 +44,8 @@ pub enum Done {
     Bitmaps(QmpResult),
     /// A node of [`super::block_jobs`] has been opened, or an error.
     Opened(Result<Opened, String>),
+    /// Backups have begun, to be run as jobs, or an error.
+    Begun(Result<Vec<Backup>, QmpError>),
     /// It panicked or is overdue.
     Nothing,
 }

@@ -160,6 +160,7 @@ impl Supervisor {
             | Done::Drained(_)
             | Done::Locked(_)
             | Done::Bitmaps(_)
+            | Done::Begun(_)
             | Done::Opened(_) => {}
         }
     }
