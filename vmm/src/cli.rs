@@ -36,6 +36,8 @@ pub enum Command {
     Receive(Box<ReceiveArgs>),
     /// Move the guest behind a control socket to another ferry
     Migrate(MigrateArgs),
+    /// Save the disks of a running guest in a folder; check and restore what was saved
+    Backup(BackupArgs),
     /// Send a command to a control socket
     Ctl(CtlArgs),
     /// Run or receive a guest for `ferry run --migrate-every`, configured on standard input
@@ -185,6 +187,32 @@ pub struct MigrateArgs {
     /// Print one JSON line per step; the last is the summary
     #[arg(long)]
     pub json: bool,
+}
+
+/// `ferry backup`
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// SOCKET DIR: control socket of the guest, and folder of its backups. With --restore: DISK=IMAGE[,format=qcow2]…
+    #[arg(value_name = "SOCKET DIR")]
+    pub words: Vec<String>,
+    /// Save this disk only, and others that are given [default: all writable ones]
+    #[arg(long = "disk", value_name = "ID", conflicts_with_all = ["verify", "restore"])]
+    pub disks: Vec<String>,
+    /// Save whole disks, whatever was saved before
+    #[arg(long, conflicts_with_all = ["verify", "restore"])]
+    pub full: bool,
+    /// Bandwidth limit of each disk in bytes per second, e.g. 100M; 0 for none
+    #[arg(long, value_name = "RATE", value_parser = parse_rate, conflicts_with_all = ["verify", "restore"])]
+    pub max_bandwidth: Option<u64>,
+    /// Check every file in this folder against its SHA-256
+    #[arg(long, value_name = "DIR", conflicts_with = "restore")]
+    pub verify: Option<PathBuf>,
+    /// Write the newest state of disks in this folder to images
+    #[arg(long, value_name = "DIR")]
+    pub restore: Option<PathBuf>,
+    /// Let restored disks replace existing images
+    #[arg(long, requires = "restore")]
+    pub overwrite: bool,
 }
 
 /// `ferry ctl`

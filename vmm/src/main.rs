@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         }),
         Command::Receive(args) => start(args.into_config(), supervisor::receive),
         Command::Migrate(args) => vmm::client::migrate::run(&args),
+        Command::Backup(args) => vmm::client::backup::run(&args),
         Command::Ctl(args) => vmm::client::ctl::run(&args),
         Command::Doctor => vmm::doctor::run(),
     };

@@ -200,6 +200,21 @@ impl DirtyBitmap {
         word.is_some_and(|word| word.load(Ordering::SeqCst) >> (granule % BITS) & 1 == 1)
     }
 
+    /// Whether a granule that `range` touches is marked.
+    pub fn is_any_marked(&self, range: ByteRange) -> bool {
+        let (first, end) = self.touched(range);
+        let mut any = 0;
+        each_word(&self.words, first, end, |word, mask| any |= word.load(Ordering::SeqCst) & mask);
+        any != 0
+    }
+
+    /// The whole granules that `range` touches, up to the disk's end.
+    pub fn granules_of(&self, range: ByteRange) -> ByteRange {
+        let (first, end) = self.touched(range);
+        let (offset_bytes, end) = (first << self.granule_shift, end << self.granule_shift);
+        ByteRange { offset_bytes, len_bytes: end.min(self.len_bytes).saturating_sub(offset_bytes) }
+    }
+
     /// Number of marked granules, without a scan. While others mark and take, what they are about to add
     /// may be missing; it is never more than there are granules.
     pub fn marked_granules(&self) -> u64 {

@@ -18,7 +18,7 @@ use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_
 use super::{Format, SECTOR_BYTES};
 use crate::lock;
 use chain::Chain;
-pub use chain::{Backing, BackingChoice};
+pub use chain::{Backing, BackingChoice, MAX_DEPTH};
 use imago::file::File as ImagoFile;
 use imago::format::drivers::FormatDriverInstance;
 use imago::qcow2::Qcow2;
@@ -116,17 +116,42 @@ impl Qcow2File {
         backing: Option<&Backing>,
     ) -> Result<Self, OpenError> {
         let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
+        let recorded = backing.map(|backing| {
+            let name = std::path::absolute(&backing.path)?.into_os_string().into_string();
+            let name = name.map_err(|_| refused("a backing file's name is not UTF-8".into()))?;
+            Ok((name, backing.format))
+        });
+        let recorded = recorded.transpose().map_err(failed)?;
+        Self::create_above(partial, path, len_bytes, cache, recorded)
+    }
+
+    /// The same, with the backing file `name` in the same folder: they can be moved together.
+    pub fn create_beside(
+        path: &Path,
+        len_bytes: u64,
+        name: &str,
+        format: Format,
+    ) -> Result<Self, OpenError> {
+        let recorded = Some((name.to_owned(), format));
+        Self::create_above(path, path, len_bytes, Cache::Writeback, recorded)
+    }
+
+    /// Creates an image whose header records a backing file.
+    fn create_above(
+        partial: &Path,
+        path: &Path,
+        len_bytes: u64,
+        cache: Cache,
+        recorded: Option<(String, Format)>,
+    ) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Create { path: path.to_owned(), len_bytes, source };
         let file = hold_partial(partial, path, len_bytes)?;
         let made = (|| {
             file.set_len(0)?;
             let image = storage(file.try_clone()?, partial, true, Cache::Writeback)?;
             let mut builder = Qcow2::<ImagoFile>::create_builder(image).size(len_bytes);
-            if let Some(backing) = backing {
-                let name = std::path::absolute(&backing.path)?;
-                let name = name.into_os_string().into_string();
-                let name =
-                    name.map_err(|_| refused("a backing file's name is not UTF-8".into()))?;
-                builder = builder.backing(name, backing.format.name().to_owned());
+            if let Some((name, format)) = recorded {
+                builder = builder.backing(name, format.name().to_owned());
             }
             builder.create()
         })();

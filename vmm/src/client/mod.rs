@@ -1,5 +1,6 @@
 //! A blocking QMP client for control sockets.
 
+pub mod backup;
 mod bitmap;
 pub mod ctl;
 mod job;

@@ -2,6 +2,7 @@
 //! the supervisor executes them.
 
 use super::arguments::{Arguments, Kind, Member, missing, needed, optional};
+use super::backup::{BLOCKDEV_BACKUP, DRIVE_BACKUP};
 use super::message::{QmpError, Request};
 use devices::block::bitmap::DEFAULT_GRANULE_BYTES;
 use devices::block::bitmaps::{BitmapName, NewBitmap};
@@ -92,6 +93,8 @@ const ACTION: Kind = Kind::Tagged {
             "block-dirty-bitmap-merge",
             Kind::Object { name: "BlockDirtyBitmapMerge", members: MERGE },
         ),
+        ("drive-backup", Kind::Object { name: "DriveBackup", members: DRIVE_BACKUP }),
+        ("blockdev-backup", Kind::Object { name: "BlockdevBackup", members: BLOCKDEV_BACKUP }),
     ],
 };
 
@@ -168,7 +171,7 @@ pub fn transaction(arguments: &mut Arguments) -> Result<Vec<Request>, QmpError> 
         let execute = action["type"].as_str().ok_or_else(|| missing("type"))?.to_owned();
         let Value::Object(arguments) = action["data"].take() else { return Err(missing("data")) };
         if mode != INDIVIDUAL {
-            // None of them is a job, which others could wait for.
+            // Jobs do not wait for each other here.
             return Err(QmpError::generic(format!(
                 "Action '{execute}' does not support transaction property completion-mode = {mode}"
             )));

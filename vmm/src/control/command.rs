@@ -2,6 +2,7 @@
 //! The supervisor executes them.
 
 use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
+use super::backup::{self, BackupSpec};
 use super::bitmap::{self, BitmapAction, BitmapChange};
 use super::export::{self, ExportCommand};
 use super::job::{self, JobAction, JobCommand, MirrorSpec, NodeSpec};
@@ -14,6 +15,15 @@ use devices::block::bitmaps::BitmapName;
 use devices::block::job::Cancel;
 use migration::block::Tuning;
 use std::time::Duration;
+
+/// An action of a transaction that begins backups.
+#[derive(Debug, Clone, PartialEq)]
+pub enum BackupStep {
+    /// Changes a bitmap.
+    Bitmap(BitmapAction),
+    /// Begins a backup.
+    Backup(Box<BackupSpec>),
+}
 
 /// A parsed command.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +68,8 @@ pub enum Command {
         /// The bitmap.
         name: BitmapName,
     },
+    /// `drive-backup` or `blockdev-backup`, or a transaction with one: all of the steps, or none.
+    Backup(Vec<BackupStep>),
     /// `drive-mirror` or `blockdev-mirror`
     Mirror(Box<MirrorSpec>),
     /// `blockdev-add`
@@ -269,6 +281,12 @@ pub const COMMANDS: &[Entry] = &[
     Entry::new("blockdev-mirror", job::BLOCKDEV_MIRROR, EMPTY, |arguments| {
         Ok(Command::Mirror(Box::new(job::blockdev_mirror(arguments)?)))
     }),
+    Entry::new("drive-backup", backup::DRIVE_BACKUP, EMPTY, |arguments| {
+        Ok(begin(backup::drive_backup(arguments)?))
+    }),
+    Entry::new("blockdev-backup", backup::BLOCKDEV_BACKUP, EMPTY, |arguments| {
+        Ok(begin(backup::blockdev_backup(arguments)?))
+    }),
     Entry::new("blockdev-add", job::BLOCKDEV_ADD, EMPTY, |arguments| {
         Ok(Command::AddNode(job::blockdev_add(arguments)?))
     }),
@@ -440,19 +458,33 @@ fn of_job(arguments: &mut Arguments, action: JobAction) -> Result<Command, QmpEr
     Ok(Command::Job(job::of_id(arguments, false, action)?))
 }
 
+fn begin(spec: BackupSpec) -> Command {
+    Command::Backup(vec![BackupStep::Backup(Box::new(spec))])
+}
+
 /// An action is the command of the same name.
 fn transaction(arguments: &mut Arguments) -> Result<Command, QmpError> {
     let mut all = Vec::new();
     for action in bitmap::transaction(arguments)? {
         match Command::parse(&action)? {
-            Command::ChangeBitmaps(actions) => all.extend(actions),
+            Command::ChangeBitmaps(actions) => {
+                all.extend(actions.into_iter().map(BackupStep::Bitmap));
+            }
+            Command::Backup(steps) => all.extend(steps),
             _ => {
                 let desc = format!("{} cannot be part of a transaction", action.execute);
                 return Err(QmpError::generic(desc));
             }
         }
     }
-    Ok(Command::ChangeBitmaps(all))
+    if all.iter().any(|step| matches!(step, BackupStep::Backup(_))) {
+        return Ok(Command::Backup(all));
+    }
+    let change = |step| match step {
+        BackupStep::Bitmap(action) => Some(action),
+        BackupStep::Backup(_) => None,
+    };
+    Ok(Command::ChangeBitmaps(all.into_iter().filter_map(change).collect()))
 }
 
 fn console_input(arguments: &mut Arguments) -> Result<Command, QmpError> {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 /// What a job copies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TargetSpec {
-    /// `drive-mirror`: a file, block device or NBD server.
+    /// `drive-mirror`, `drive-backup`: a file, block device or NBD server.
     File {
         /// `target`
         location: String,
@@ -23,8 +23,18 @@ pub enum TargetSpec {
         /// Whether it is there already, and stays as it is.
         existing: bool,
     },
-    /// `blockdev-mirror`: a node of `blockdev-add`.
+    /// `blockdev-mirror`, `blockdev-backup`: a node of `blockdev-add`.
     Node(String),
+}
+
+impl TargetSpec {
+    /// Its name, if it is a node.
+    pub fn node(&self) -> Option<&str> {
+        match self {
+            Self::Node(name) => Some(name),
+            Self::File { .. } => None,
+        }
+    }
 }
 
 /// `drive-mirror` or `blockdev-mirror`
@@ -76,7 +86,7 @@ pub struct JobCommand {
     pub of_block_job: bool,
 }
 
-const ON_ERROR: Kind = Kind::Choice {
+pub(super) const ON_ERROR: Kind = Kind::Choice {
     name: "BlockdevOnError",
     values: &["report", "ignore", "enospc", "stop", "auto"],
 };
@@ -88,19 +98,25 @@ const SYNC: Kind = Kind::Choice {
 const COPY_MODE: Kind =
     Kind::Choice { name: "MirrorCopyMode", values: &["background", "write-blocking"] };
 
+/// What commands take, beside `target`, that copy to a file.
+pub(super) const COPY_TO: [Member; 2] = [
+    optional("format", Kind::Choice { name: "x-ImageFormat", values: &["raw", "qcow2"] }),
+    optional(
+        "mode",
+        Kind::Choice { name: "NewImageMode", values: &["existing", "absolute-paths"] },
+    ),
+];
+
 /// What `drive-mirror` takes.
 pub const DRIVE_MIRROR: &[Member] = &[
     optional("job-id", Kind::Text),
     needed("device", Kind::Text),
     needed("target", Kind::Text),
     needed("sync", SYNC),
-    optional("format", Kind::Choice { name: "x-ImageFormat", values: &["raw", "qcow2"] }),
+    COPY_TO[0],
+    COPY_TO[1],
     optional("node-name", Kind::Text),
     optional("replaces", Kind::Text),
-    optional(
-        "mode",
-        Kind::Choice { name: "NewImageMode", values: &["existing", "absolute-paths"] },
-    ),
     optional("speed", Kind::Whole),
     optional("granularity", Kind::Whole),
     optional("buf-size", Kind::Whole),
@@ -193,7 +209,7 @@ pub const CHANGE: &[Member] = &[
     needed("copy-mode", COPY_MODE),
 ];
 
-fn text(arguments: &mut Arguments, name: &str) -> Result<String, QmpError> {
+pub(super) fn text(arguments: &mut Arguments, name: &str) -> Result<String, QmpError> {
     arguments.text(name).ok_or_else(|| missing(name))
 }
 
@@ -219,7 +235,8 @@ pub fn is_well_formed(id: &str) -> bool {
     id.len() <= 64 && id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.chars().all(fine)
 }
 
-fn job_options(arguments: &mut Arguments, device: &str) -> Result<JobOptions, QmpError> {
+/// Reads what every job takes; its id is that of the device by default.
+pub(super) fn job_options(arguments: &mut Arguments, device: &str) -> Result<JobOptions, QmpError> {
     let id = arguments.text("job-id").unwrap_or_else(|| device.to_owned());
     if !is_well_formed(&id) {
         return Err(QmpError::generic(format!("Invalid job ID '{id}'")));
@@ -261,19 +278,22 @@ fn mirror(
     })
 }
 
+/// Reads which file is copied to.
+pub(super) fn copy_to(arguments: &mut Arguments) -> Result<TargetSpec, QmpError> {
+    let format = arguments.text("format").map(|format| format.parse());
+    let format = format
+        .transpose()
+        .map_err(|error: String| QmpError::generic(format!("Parameter 'format': {error}")))?;
+    let existing = arguments.text("mode").is_some_and(|mode| mode == "existing");
+    Ok(TargetSpec::File { location: text(arguments, "target")?, format, existing })
+}
+
 /// Reads `drive-mirror`.
 pub fn drive_mirror(arguments: &mut Arguments) -> Result<MirrorSpec, QmpError> {
     let unmap = arguments.flag("unmap").unwrap_or(true);
     // Nodes of this kind have no name of their own here.
     arguments.text("node-name");
-    let spec = mirror(arguments, |arguments| {
-        let format = arguments.text("format").map(|format| format.parse());
-        let format = format
-            .transpose()
-            .map_err(|error: String| QmpError::generic(format!("Parameter 'format': {error}")))?;
-        let existing = arguments.text("mode").is_some_and(|mode| mode == "existing");
-        Ok(TargetSpec::File { location: text(arguments, "target")?, format, existing })
-    })?;
+    let spec = mirror(arguments, copy_to)?;
     Ok(MirrorSpec { unmap, ..spec })
 }
 

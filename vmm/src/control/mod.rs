@@ -2,6 +2,7 @@
 //! descriptors; owned by the event loop.
 
 mod arguments;
+pub mod backup;
 pub mod bitmap;
 pub mod block;
 pub mod command;

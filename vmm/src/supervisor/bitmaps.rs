@@ -73,18 +73,15 @@ impl Supervisor {
         let actions = actions.iter().map(read).collect::<Result<Vec<_>, _>>()?;
         Ok(Box::new(move || {
             execute(&actions).map_err(|(_, error)| refusal(&error))?;
-            // A crash is noticed then. That it may not be is no reason to undo what has been done.
-            let adds = |action: &Action| matches!(action, Action::Add(new) if new.persistent);
-            for (node, _) in actions.iter().filter(|(_, action)| adds(action)) {
-                if let Err(error) = node.mark_added_bitmaps() {
-                    log::warn!("disk {}: {}", node.id(), chain(&error));
-                }
-            }
+            mark_added(actions.iter().map(|(node, action)| (node, action)));
             Ok(json!({}))
         }))
     }
 
-    fn action(&self, action: &BitmapAction) -> Result<(Arc<BlockNode>, Action), QmpError> {
+    pub(super) fn action(
+        &self,
+        action: &BitmapAction,
+    ) -> Result<(Arc<BlockNode>, Action), QmpError> {
         let node = match &action.change {
             // QEMU takes the name of a device, too, and says so here only.
             BitmapChange::Add(_) => self.node(&action.node).ok_or_else(|| {
@@ -129,7 +126,18 @@ impl Supervisor {
     }
 }
 
-fn refusal(error: &BitmapError) -> QmpError {
+/// Has the files beside the images name the persistent bitmaps that `actions` have added: a crash is noticed then.
+/// That it may not be is no reason to undo what has been done.
+pub(super) fn mark_added<'a>(actions: impl Iterator<Item = (&'a Arc<BlockNode>, &'a Action)>) {
+    let adds = |action: &Action| matches!(action, Action::Add(new) if new.persistent);
+    for (node, _) in actions.filter(|(_, action)| adds(action)) {
+        if let Err(error) = node.mark_added_bitmaps() {
+            log::warn!("disk {}: {}", node.id(), chain(&error));
+        }
+    }
+}
+
+pub(super) fn refusal(error: &BitmapError) -> QmpError {
     QmpError { hint: error.hint(), ..QmpError::generic(error.to_string()) }
 }
 

@@ -4,6 +4,7 @@
 use super::Supervisor;
 use super::messages::Message;
 use super::tasks::{Done, TaskId};
+use crate::control::backup::BackupSpec;
 use crate::control::job::{JobAction, JobCommand, MirrorSpec, NodeSpec, TargetSpec, not_found};
 use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError};
 use crate::control::{Event, Incoming, QmpResult};
@@ -30,10 +31,25 @@ const OPENING: Duration = Duration::from_secs(60);
 pub struct Opened(Target);
 
 /// What a task opens a target for.
-enum For {
+pub(super) enum For {
     /// To be a node of this name.
     Node(String),
     Mirror(Box<MirrorSpec>, Arc<BlockNode>),
+    /// Of a transaction, in its order.
+    Backups(Vec<BackupSpec>),
+}
+
+impl For {
+    /// The jobs that it is for, with the names of their targets that are nodes.
+    fn jobs(&self) -> Vec<(&str, Option<&str>)> {
+        match self {
+            Self::Node(_) => Vec::new(),
+            Self::Mirror(spec, _) => vec![(spec.job.id.as_str(), spec.target.node())],
+            Self::Backups(specs) => {
+                specs.iter().map(|spec| (spec.job.id.as_str(), spec.target.node())).collect()
+            }
+        }
+    }
 }
 
 /// The jobs and the nodes beside the guest's disks.
@@ -80,20 +96,49 @@ impl BlockJobs {
         }
     }
 
+    /// A backup that runs or is about to: its id, and the disk's if it runs.
+    pub fn backup(&self) -> Option<(String, String)> {
+        let runs = |job: &&Arc<Job>| job.info().kind == JobKind::Backup && !job.has_ended();
+        let running = self.jobs.iter().find(runs);
+        running.map(|job| (job.id().to_owned(), job.device().to_owned())).or_else(|| {
+            self.opening.values().find_map(|(_, what)| match what {
+                For::Backups(specs) => {
+                    specs.first().map(|spec| (spec.job.id.clone(), spec.device.clone()))
+                }
+                _ => None,
+            })
+        })
+    }
+
+    /// Takes in a job.
+    pub fn add(&mut self, job: Arc<Job>) {
+        self.jobs.push(job);
+    }
+
+    /// How many jobs there are, or are about to be.
+    pub fn count(&self) -> usize {
+        let opening = self.opening.values().map(|(_, what)| what.jobs().len());
+        self.jobs.len() + opening.sum::<usize>()
+    }
+
     fn find(&self, id: &str) -> Option<&Arc<Job>> {
         self.jobs.iter().find(|job| job.id() == id)
     }
 
-    /// The job that uses a node as its target.
-    fn user_of(&self, name: &str) -> Option<&Arc<Job>> {
+    /// The id of the job that uses a node as its target, or is about to.
+    fn user_of(&self, name: &str) -> Option<String> {
         let uses = |job: &&Arc<Job>| job.target() == Some(name) && !job.has_ended();
-        self.jobs.iter().find(uses)
+        let running = self.jobs.iter().find(uses).map(|job| job.id().to_owned());
+        running.or_else(|| {
+            let opening = self.opening.values().flat_map(|(_, what)| what.jobs());
+            let mut opening = opening.filter(|(_, target)| *target == Some(name));
+            opening.next().map(|(id, _)| id.to_owned())
+        })
     }
 
     fn is_id_taken(&self, id: &str) -> bool {
-        let starts =
-            |(_, what): &(Incoming, For)| matches!(what, For::Mirror(spec, _) if spec.job.id == id);
-        self.find(id).is_some() || self.opening.values().any(starts)
+        let mut opening = self.opening.values().flat_map(|(_, what)| what.jobs());
+        self.find(id).is_some() || opening.any(|(other, _)| other == id)
     }
 
     fn is_name_taken(&self, name: &str) -> bool {
@@ -118,18 +163,24 @@ impl Supervisor {
     }
 
     /// Everything that is open: none of it may be a target.
-    fn open_nodes(&self) -> Vec<Arc<BlockNode>> {
+    pub(super) fn open_nodes(&self) -> Vec<Arc<BlockNode>> {
         let disks = self.machine.as_ref().map(|machine| machine.nodes()).unwrap_or_default();
         let targets = self.block_jobs.nodes.values().map(|target| target.node.clone());
         disks.into_iter().chain(targets).collect()
     }
 
+    /// That one more may be opened or started.
     fn check_free(&self) -> Result<(), QmpError> {
+        self.check_free_for(0)
+    }
+
+    /// That one more job may be started beside those that there are and `more`.
+    pub(super) fn check_free_for(&self, more: usize) -> Result<(), QmpError> {
         if self.mode.host().with_parent {
             let desc = "Block jobs cannot be combined with --migrate-every";
             return Err(QmpError::generic(desc));
         }
-        if self.block_jobs.jobs.len() + self.block_jobs.opening.len() >= MAX_JOBS {
+        if self.block_jobs.count() + more >= MAX_JOBS {
             let desc = format!("There are {MAX_JOBS} jobs already: dismiss one first");
             return Err(QmpError::generic(desc));
         }
@@ -166,12 +217,23 @@ impl Supervisor {
         spec: &MirrorSpec,
     ) -> Result<(Arc<BlockNode>, Option<Target>), QmpError> {
         self.check_free()?;
-        let source = self.disk(&spec.device)?;
-        if self.block_jobs.is_id_taken(&spec.job.id) {
-            return Err(QmpError::generic(format!("Job ID '{}' already in use", spec.job.id)));
+        let source = self.check_job(&spec.device, &spec.job.id)?;
+        let target = spec.target.node().map(|name| self.check_target(&source, name));
+        Ok((source, target.transpose()?))
+    }
+
+    /// The disk that a job works on, if there may be a job of this id.
+    pub(super) fn check_job(&self, device: &str, id: &str) -> Result<Arc<BlockNode>, QmpError> {
+        let source = self.disk(device)?;
+        if self.block_jobs.is_id_taken(id) {
+            return Err(QmpError::generic(format!("Job ID '{id}' already in use")));
         }
-        let TargetSpec::Node(name) = &spec.target else { return Ok((source, None)) };
-        if *name == spec.device {
+        Ok(source)
+    }
+
+    /// The node `name`, if a job may write to it.
+    pub(super) fn check_target(&self, source: &BlockNode, name: &str) -> Result<Target, QmpError> {
+        if name == source.id() {
             return Err(QmpError::generic("Can't mirror node into itself"));
         }
         if self.disk(name).is_ok() {
@@ -184,11 +246,10 @@ impl Supervisor {
             return Err(QmpError::generic(desc));
         };
         if let Some(job) = self.block_jobs.user_of(name) {
-            let desc =
-                format!("Node '{name}' is busy: block device is in use by block job: {}", job.id());
+            let desc = format!("Node '{name}' is busy: block device is in use by block job: {job}");
             return Err(QmpError::generic(desc));
         }
-        Ok((source, Some(target.clone())))
+        Ok(target.clone())
     }
 
     fn start_mirror(
@@ -240,8 +301,19 @@ impl Supervisor {
         request: &Incoming,
         open: impl FnOnce() -> Result<Target, targets::TargetError> + Send + 'static,
     ) -> Option<QmpResult> {
-        let work = move |_: &_| Done::Opened(open().map(Opened).map_err(|error| chain(&error)));
-        match self.tasks.start("open", Some(OPENING), work) {
+        self.open(what, request, move || {
+            Done::Opened(open().map(Opened).map_err(|error| chain(&error)))
+        })
+    }
+
+    /// Has a task open targets.
+    pub(super) fn open(
+        &mut self,
+        what: For,
+        request: &Incoming,
+        work: impl FnOnce() -> Done + Send + 'static,
+    ) -> Option<QmpResult> {
+        match self.tasks.start("open", Some(OPENING), move |_| work()) {
             Ok(task) => {
                 self.block_jobs.opening.insert(task, (request.clone(), what));
                 None
@@ -253,6 +325,11 @@ impl Supervisor {
     /// A task that may have opened a target has ended. Returns `done` if it was for something else.
     pub(super) fn on_target_opened(&mut self, id: TaskId, done: Done) -> Option<Done> {
         let Some((request, what)) = self.block_jobs.opening.remove(&id) else { return Some(done) };
+        if let For::Backups(specs) = what {
+            let result = self.on_backups_begun(specs, done);
+            self.answer(&request, result);
+            return None;
+        }
         let opened = match done {
             Done::Opened(Ok(Opened(target))) => Ok(target),
             Done::Opened(Err(why)) => Err(why),
@@ -265,6 +342,7 @@ impl Supervisor {
                 Ok(json!({}))
             }
             // A reset may have replaced the machine, but its disks stay.
+            (Ok(_), For::Backups(_)) => Err(QmpError::generic("this was not a backup")),
             (Ok(target), For::Mirror(spec, source)) => match self.ending.is_some() {
                 true => Err(super::ending::shutting_down()),
                 false => self.start_mirror(&spec, source, target),
@@ -299,7 +377,7 @@ impl Supervisor {
             return Err(QmpError::generic(desc));
         }
         if let Some(job) = self.block_jobs.user_of(name) {
-            let desc = format!("Node {name} is in use by block job {}", job.id());
+            let desc = format!("Node {name} is in use by block job {job}");
             return Err(QmpError::generic(desc));
         }
         match self.block_jobs.nodes.remove(name) {

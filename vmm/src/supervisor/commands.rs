@@ -135,6 +135,7 @@ impl Supervisor {
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_)
             | Command::ChangeBitmaps(_)
+            | Command::Backup(_)
             | Command::Mirror(_)
             | Command::AddNode(_)
             | Command::Export(_)
@@ -146,6 +147,7 @@ impl Supervisor {
             Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
             | Command::BitmapSha256 { .. } => self.use_bitmaps(request),
+            Command::Backup(steps) => self.backup(steps, request),
             Command::Mirror(spec) => self.mirror(spec, request),
             Command::AddNode(spec) => self.add_node(spec, request),
             Command::Export(_) => self.use_exports(request),
@@ -192,6 +194,7 @@ impl Supervisor {
             | Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
             | Command::BitmapSha256 { .. }
+            | Command::Backup(_)
             | Command::Mirror(_)
             | Command::AddNode(_)
             | Command::Export(_)
@@ -301,7 +304,7 @@ impl Supervisor {
         started.map(|()| empty()).map_err(|error| failed(&error))
     }
 
-    fn no_migration(&mut self, what: &str) -> Result<(), QmpError> {
+    pub(super) fn no_migration(&self, what: &str) -> Result<(), QmpError> {
         if self.jobs.busy() {
             let desc = format!("{MIGRATION_IN_PROGRESS}: cannot {what} now");
             return Err(QmpError::generic(desc));
@@ -384,6 +387,7 @@ impl Supervisor {
     ) -> Result<Value, QmpError> {
         self.no_migration("start another")?;
         self.exports.allow_migration()?;
+        self.no_backup()?;
         let cache_size = own.parameters.xbzrle_cache_size;
         cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
         let params = own.apply(self.jobs.params.clone())?;

@@ -6,9 +6,11 @@
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
 //! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps,
-//! [`block_jobs`] starts and steers mirrors, [`exports`] offers the disks to NBD clients.
+//! [`block_jobs`] starts and steers mirrors, [`backups`] starts backups, [`exports`] offers the disks to NBD
+//! clients.
 
 mod backends;
+mod backups;
 mod bitmaps;
 mod block_jobs;
 mod commands;
@@ -320,11 +322,11 @@ impl Handler for Supervisor {
             Message::ExportDeleted(id) => self.on_export_deleted(&id),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
-                // An overdue task may still return a machine, which takes time to drop.
+                // An overdue task may still return a machine or a target, which takes time to drop.
                 if self.tasks.ended(id) {
                     self.on_task_ended(id, done);
-                } else if let Done::Built(Ok(machine)) = done {
-                    tasks::discard(machine);
+                } else {
+                    tasks::discard(done);
                 }
             }
             Message::BlockJob(event) => self.on_job_event(&event),

@@ -8,10 +8,12 @@
 use super::block_jobs::Opened;
 use super::exports::ExportsDone;
 use crate::control::QmpResult;
+use crate::control::message::QmpError;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
 use crate::setup::SetupError;
 use devices::block::BlockNode;
+use devices::block::job::backup::Backup;
 use migration::guest::PartTime;
 use std::collections::BTreeMap;
 use std::io;
@@ -45,6 +47,8 @@ pub enum Done {
     Opened(Result<Opened, String>),
     /// What was asked about exports.
     Exports(ExportsDone),
+    /// Backups have begun, to be run as jobs, or an error.
+    Begun(Result<Vec<Backup>, QmpError>),
     /// It panicked or is overdue.
     Nothing,
 }

@@ -162,6 +162,7 @@ impl Supervisor {
             | Done::Drained(_)
             | Done::Locked(_)
             | Done::Bitmaps(_)
+            | Done::Begun(_)
             | Done::Opened(_)
             | Done::Exports(_) => {}
         }

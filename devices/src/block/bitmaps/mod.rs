@@ -9,11 +9,12 @@
 //!                                          │  └──▶ file: IMAGE.bitmaps
 //!                      guest's write ─▶ Writes
 //! ```
-//! Flags are QEMU's. *Recording*: writes mark it. *Busy*: an operation uses it ([`Held`], [`Arriving`]), and
-//! nobody else may change, merge or remove it. *Persistent*: it is kept in a file beside the image.
+//! Flags are QEMU's. *Recording*: writes mark it. *Busy*: an operation uses it ([`Held`], [`Frozen`], [`Arriving`]),
+//! and nobody else may change, merge or remove it. *Persistent*: it is kept in a file beside the image.
 //! *Inconsistent*: it has missed writes, and can only be removed.
 
 mod file;
+mod frozen;
 mod name;
 mod store;
 mod transaction;
@@ -25,6 +26,7 @@ use super::bitmap::{DirtyBitmap, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES};
 use super::writes::Writes;
 use crate::lock;
 pub use file::Damage;
+pub use frozen::Frozen;
 pub use name::{BitmapName, MAX_NAME_BYTES, NameError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -133,6 +135,8 @@ struct Entry {
     inconsistent: bool,
     /// It is from the file that was beside the image when that was locked.
     loaded: bool,
+    /// Its marks when a job began that uses them; `bitmap` has those since then.
+    frozen: Option<Arc<DirtyBitmap>>,
 }
 
 /// Whether a migration has the bitmap.
@@ -148,9 +152,15 @@ enum Transit {
 
 impl Entry {
     fn info(&self) -> BitmapInfo {
-        let Self { name, bitmap, recording, busy, persistent, inconsistent, .. } = self.clone();
+        let Self { name, recording, busy, persistent, inconsistent, .. } = self.clone();
+        let bitmap = self.shown();
         let (granularity, count_bytes) = (bitmap.granule_bytes(), bitmap.marked_bytes());
         BitmapInfo { name, granularity, count_bytes, recording, busy, persistent, inconsistent }
+    }
+
+    /// The marks that a user sees: those that a job uses, if it is frozen.
+    fn shown(&self) -> &Arc<DirtyBitmap> {
+        self.frozen.as_ref().unwrap_or(&self.bitmap)
     }
 
     /// That no other operation uses it and that it has missed nothing.
@@ -234,8 +244,17 @@ impl Bitmaps {
             return Err(BitmapError::TooLarge { name, bytes });
         }
         let bitmap = self.blank(&name, granularity)?;
-        let (busy, inconsistent, loaded, transit) = (false, false, false, Transit::None);
-        Ok(Entry { name, bitmap, recording, busy, transit, persistent, inconsistent, loaded })
+        Ok(Entry {
+            name,
+            bitmap,
+            recording,
+            busy: false,
+            transit: Transit::None,
+            persistent,
+            inconsistent: false,
+            loaded: false,
+            frozen: None,
+        })
     }
 
     /// That it can be persistent, if it shall be.
@@ -281,13 +300,13 @@ impl Bitmaps {
         let bitmap = {
             let entries = lock(&self.entries);
             let at = position(&entries, name)?;
-            entries[at].bitmap.clone()
+            entries[at].shown().clone()
         };
         Ok(bitmap.sha256())
     }
 
     fn one(self: &Arc<Self>, action: &Action) -> Result<(), BitmapError> {
-        transaction::run(&[(self, action)]).map_err(|(_, error)| error)
+        transaction::run(&[(self, action)]).map(drop).map_err(|(_, error)| error)
     }
 
     /// Adds a bitmap. It is clean, and writes that end from now on mark it if it is `recording`.

@@ -110,6 +110,11 @@ impl Bitmaps {
         lock(&self.entries).iter().filter(|entry| entry.persistent).cloned().collect()
     }
 
+    /// The same, to be stored: whole, whatever a job has frozen.
+    fn persistent_to_store(&self) -> Vec<Entry> {
+        self.persistent().into_iter().map(Entry::thawed).collect()
+    }
+
     /// Adds what was in the file, if still nobody objects.
     fn install(&self, loaded: Vec<Entry>) -> Result<(), BitmapError> {
         let _turn = lock(&self.turn);
@@ -364,7 +369,7 @@ impl BlockNode {
         let Some((image, path)) = self.bitmap_file() else { return Ok(()) };
         let all = {
             let _turn = lock(&bitmaps.turn);
-            bitmaps.persistent()
+            bitmaps.persistent_to_store()
         };
         let (arriving, entries): (Vec<_>, Vec<_>) =
             all.into_iter().partition(|entry| entry.transit == Transit::Arriving);
@@ -413,7 +418,7 @@ impl BlockNode {
             // What a transaction has done to them, and what was written meanwhile, is in them then. None follows.
             let _turn = lock(&bitmaps.turn);
             bitmaps.given_up.store(true, Ordering::SeqCst);
-            entries = bitmaps.persistent();
+            entries = bitmaps.persistent_to_store();
             entries.retain(stays);
         }
         let stored = (|| {

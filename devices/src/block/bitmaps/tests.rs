@@ -244,5 +244,6 @@ fn a_transaction_sees_its_own_changes_and_is_all_or_none() {
     execute(&[]).unwrap();
 }
 
+mod frozen;
 mod random;
 mod store;

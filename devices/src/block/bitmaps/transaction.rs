@@ -10,7 +10,7 @@
 //! that records afterwards, whether the transaction succeeds or not, and never waits for one. There is nothing
 //! to undo: failing drops the draft. A bitmap that is busy stays where it is; the action that names it fails.
 
-use super::{BitmapError, BitmapName, Bitmaps, Entry, NewBitmap, position};
+use super::{BitmapError, BitmapName, Bitmaps, Entry, Frozen, NewBitmap, position};
 use crate::block::BlockNode;
 use crate::block::bitmap::{DirtyBitmap, MAX_GRANULE_BYTES, MIN_GRANULE_BYTES};
 use crate::lock;
@@ -45,6 +45,13 @@ pub enum Action {
         /// Where they come from. They stay as they are.
         sources: Vec<MergeSource>,
     },
+    /// Freezes the marks of one for a job: see [`Frozen`].
+    Freeze {
+        /// The bitmap.
+        name: BitmapName,
+        /// Whether the job may clear it at its end.
+        may_clear: bool,
+    },
 }
 
 impl Action {
@@ -56,6 +63,7 @@ impl Action {
             | Self::Clear(name)
             | Self::Enable(name)
             | Self::Disable(name)
+            | Self::Freeze { name, .. }
             | Self::Merge { target: name, .. } => name,
         }
     }
@@ -75,8 +83,8 @@ impl Action {
 }
 
 /// Executes `actions` in their order as if at one moment, or none of them: then returns which one fails and
-/// why.
-pub fn execute(actions: &[(Arc<BlockNode>, Action)]) -> Result<(), (usize, BitmapError)> {
+/// why. Returns what is frozen, in the order of the actions that freeze.
+pub fn execute(actions: &[(Arc<BlockNode>, Action)]) -> Result<Vec<Frozen>, (usize, BitmapError)> {
     let actions: Vec<_> = actions.iter().map(|(node, action)| (node.bitmaps(), action)).collect();
     run(&actions)
 }
@@ -87,7 +95,7 @@ struct Part<'a> {
     /// Nobody else changes the list.
     _turn: MutexGuard<'a, ()>,
     entries: Vec<Entry>,
-    /// Bitmaps that are named by an action.
+    /// Bitmaps that are named by an action, and were not busy before.
     named: Vec<&'a BitmapName>,
     draft: Vec<Entry>,
     /// What is written meanwhile, in the finest granules that are needed.
@@ -97,7 +105,7 @@ struct Part<'a> {
 impl Part<'_> {
     /// Whether this transaction moves the entry out of `Writes` and back.
     fn moves(&self, entry: &Entry) -> bool {
-        entry.recording && !entry.busy && self.named.contains(&&entry.name)
+        entry.recording && self.named.contains(&&entry.name)
     }
 
     fn moved(&self) -> impl Iterator<Item = &Arc<DirtyBitmap>> {
@@ -105,11 +113,25 @@ impl Part<'_> {
     }
 }
 
-pub(super) fn run(actions: &[(&Arc<Bitmaps>, &Action)]) -> Result<(), (usize, BitmapError)> {
+pub(super) fn run(
+    actions: &[(&Arc<Bitmaps>, &Action)],
+) -> Result<Vec<Frozen>, (usize, BitmapError)> {
     let mut parts = freeze(actions)?;
     let done = actions.iter().enumerate().try_for_each(|(at, (bitmaps, action))| {
         draft(&mut parts, bitmaps, action).map_err(|error| (at, error))
     });
+    let frozen = |(bitmaps, action): &(&Arc<Bitmaps>, &Action)| match action {
+        Action::Freeze { name, .. } => {
+            let part = parts.iter().find(|part| Arc::ptr_eq(part.bitmaps, bitmaps))?;
+            let entry = part.draft.iter().find(|entry| entry.name == *name)?;
+            Some((Arc::clone(bitmaps), entry.clone()))
+        }
+        _ => None,
+    };
+    let frozen: Vec<_> = match done.is_ok() {
+        true => actions.iter().filter_map(frozen).collect(),
+        false => Vec::new(),
+    };
     for mut part in parts {
         if done.is_ok() {
             part.entries = std::mem::take(&mut part.draft);
@@ -122,7 +144,7 @@ pub(super) fn run(actions: &[(&Arc<Bitmaps>, &Action)]) -> Result<(), (usize, Bi
         writes.exchange(&part.meanwhile, &back);
         back.iter().for_each(|bitmap| bitmap.merge_from(&part.meanwhile));
     }
-    done
+    done.map(|()| frozen.into_iter().filter_map(|(at, entry)| Frozen::of(at, entry)).collect())
 }
 
 /// Locks the bitmaps of all nodes that are named, and takes those that are named out of their writes.
@@ -152,6 +174,7 @@ fn freeze<'a>(
                 granules.push(new.granularity);
             }
         }
+        named.retain(|name| !entries.iter().any(|entry| entry.busy && entry.name == **name));
         let moves = entries.iter().filter(|entry| named.contains(&&entry.name));
         granules.extend(moves.map(|entry| entry.bitmap.granule_bytes()));
         // An action that adds one with another granularity fails.
@@ -196,6 +219,7 @@ fn draft(
             return Err(BitmapError::Busy { name: entry.name.clone() });
         }
         Action::Remove(_) => bitmaps.check_writable(entry)?,
+        Action::Freeze { may_clear: false, .. } => entry.check_usable()?,
         _ => bitmaps.check_changeable(entry)?,
     }
     let blank = || bitmaps.blank(&entry.name, entry.bitmap.granule_bytes());
@@ -203,6 +227,10 @@ fn draft(
         Action::Add(_) => unreachable!("has returned"),
         Action::Remove(_) => None,
         Action::Clear(_) => Some(Entry { bitmap: blank()?, ..entry.clone() }),
+        Action::Freeze { .. } => {
+            let (bitmap, frozen) = (blank()?, Some(entry.bitmap.clone()));
+            Some(Entry { bitmap, frozen, busy: true, ..entry.clone() })
+        }
         Action::Enable(_) => Some(Entry { recording: true, ..entry.clone() }),
         Action::Disable(_) => Some(Entry { recording: false, ..entry.clone() }),
         Action::Merge { .. } => {

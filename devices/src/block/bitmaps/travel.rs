@@ -14,9 +14,9 @@ use std::sync::Arc;
 /// A busy bitmap. Writes go on marking it if it records.
 #[derive(Debug)]
 pub struct Held {
-    bitmaps: Arc<Bitmaps>,
-    name: BitmapName,
-    bitmap: Arc<DirtyBitmap>,
+    pub(super) bitmaps: Arc<Bitmaps>,
+    pub(super) name: BitmapName,
+    pub(super) bitmap: Arc<DirtyBitmap>,
 }
 
 impl std::ops::Deref for Held {
@@ -29,7 +29,11 @@ impl std::ops::Deref for Held {
 
 impl Bitmaps {
     /// Changes the entry of `bitmap`, or removes it if `change` returns false. Nothing if it is gone.
-    fn change(&self, bitmap: &Arc<DirtyBitmap>, change: impl FnOnce(&mut Entry) -> bool) {
+    pub(super) fn change(
+        &self,
+        bitmap: &Arc<DirtyBitmap>,
+        change: impl FnOnce(&mut Entry) -> bool,
+    ) {
         let _turn = lock(&self.turn);
         let mut entries = lock(&self.entries);
         let Some(at) = entries.iter().position(|entry| Arc::ptr_eq(&entry.bitmap, bitmap)) else {

@@ -8,17 +8,16 @@
 //! thread that hangs when the copier is dropped is left behind. It owns all that it touches.
 
 mod claims;
+mod pool;
 
 use super::BlockNode;
 use super::aligned::AlignedBuffer;
 use super::backend::{ByteRange, Content};
-use crate::lock;
 pub use claims::{Claim, Claims};
+pub use pool::{Buffer, Pool};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 
 /// Most bytes of one operation.
 pub const MAX_OPERATION_BYTES: u64 = 1 << 20;
@@ -93,24 +92,30 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Copies `range` through `buffer`: what reads as zeroes becomes zeroes without being written, where the storage
-    /// knows it.
-    pub fn copy(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), CopyError> {
+    /// The parts of `range` by what the disk holds there, in whole sectors. Storage that does not say it holds data.
+    pub fn parts(&self, range: ByteRange) -> impl Iterator<Item = (Content, ByteRange)> {
         let mut at = range.offset_bytes;
-        while at < range.end() {
-            let rest = range.end() - at;
-            // Storage that does not say what it holds is read.
+        std::iter::from_fn(move || {
+            let rest = range.end().checked_sub(at).filter(|rest| *rest > 0)?;
             let extent = self.source.extent_at(at).ok();
             let (content, len) = extent
                 .map_or((Content::Data, rest), |it| (it.content, it.len_bytes.clamp(1, rest)));
             // Where a hole ends need not be where a sector does.
             let len = if len < rest { (len / 512 * 512).max(512).min(rest) } else { len };
             let part = ByteRange { offset_bytes: at, len_bytes: len };
+            at += len;
+            Some((content, part))
+        })
+    }
+
+    /// Copies `range` through `buffer`: what reads as zeroes becomes zeroes without being written, where the storage
+    /// knows it.
+    pub fn copy(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), CopyError> {
+        for (content, part) in self.parts(range) {
             match content {
                 Content::Zero => self.zero(part)?,
                 Content::Data | Content::Backing => self.copy_data(part, buffer)?,
             }
-            at += len;
         }
         Ok(())
     }
@@ -122,11 +127,17 @@ impl Pair {
             let len = left.min(buffer.len());
             let (piece, _) = buffer.split_at_mut(len);
             let part = ByteRange { offset_bytes: at, len_bytes: len as u64 };
-            self.source.copy_at(piece, at).map_err(|source| self.read_failed(part, source))?;
+            self.read(part, piece)?;
             self.write(part, piece)?;
             at += len as u64;
         }
         Ok(())
+    }
+
+    /// Reads `bytes` from the disk.
+    pub fn read(&self, range: ByteRange, bytes: &mut [u8]) -> Result<(), CopyError> {
+        let read = self.source.copy_at(bytes, range.offset_bytes);
+        read.map_err(|source| self.read_failed(range, source))
     }
 
     /// Writes `bytes` to the copy.
@@ -166,26 +177,8 @@ pub struct Copied {
     pub result: Result<(), CopyError>,
 }
 
-type Tell = Arc<dyn Fn(Copied) + Send + Sync>;
-
-/// What a thread needs.
-#[derive(Clone)]
-struct Shared {
-    pair: Pair,
-    work: Arc<Mutex<Receiver<Option<Claim>>>>,
-    tell: Tell,
-}
-
 /// Copies in the background, up to [`MAX_OPERATIONS`] ranges of up to [`MAX_OPERATION_BYTES`] at a time.
-pub struct Copier {
-    shared: Shared,
-    /// Until it is dropped.
-    work: Option<Sender<Option<Claim>>>,
-    /// Spawned as they are needed.
-    threads: Vec<JoinHandle<()>>,
-    in_flight: usize,
-    name: String,
-}
+pub struct Copier(Pool<Option<Claim>>);
 
 impl Copier {
     /// Calls `tell` when an operation has ended, on the thread that made it. Threads are called after `name`.
@@ -194,14 +187,19 @@ impl Copier {
         name: impl Into<String>,
         tell: impl Fn(Copied) + Send + Sync + 'static,
     ) -> Self {
-        let (work, to_do) = channel();
-        let shared = Shared { pair, work: Arc::new(Mutex::new(to_do)), tell: Arc::new(tell) };
-        Self { shared, work: Some(work), threads: Vec::new(), in_flight: 0, name: name.into() }
+        Self(Pool::new(name, move |claim: Option<Claim>, buffer: &mut Buffer| {
+            let buffer = buffer.get_or_insert_with(operation_buffer);
+            let result = unless_panicking(&pair, || match &claim {
+                Some(claim) => pair.copy(claim.range(), buffer),
+                None => pair.flush(),
+            });
+            tell(Copied { claim, result });
+        }))
     }
 
     /// Operations in flight.
     pub fn in_flight(&self) -> usize {
-        self.in_flight
+        self.0.in_flight()
     }
 
     /// Starts to copy a range.
@@ -209,7 +207,7 @@ impl Copier {
     /// # Errors
     /// If there is no thread for it.
     pub fn start(&mut self, claim: Claim) -> io::Result<()> {
-        self.hand_out(Some(claim))
+        self.0.start(Some(claim)).map_err(|(_, error)| error)
     }
 
     /// Starts a flush of the copy, which counts as an operation.
@@ -217,68 +215,27 @@ impl Copier {
     /// # Errors
     /// If there is no thread for it.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.hand_out(None)
-    }
-
-    fn hand_out(&mut self, operation: Option<Claim>) -> io::Result<()> {
-        if self.threads.len() < (self.in_flight + 1).min(MAX_OPERATIONS) {
-            let shared = self.shared.clone();
-            let thread = std::thread::Builder::new()
-                .name(self.name.clone())
-                .stack_size(128 << 10)
-                .spawn(move || shared.copy_all());
-            match thread {
-                Ok(thread) => self.threads.push(thread),
-                // Those that are here do it.
-                Err(_) if !self.threads.is_empty() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        if self.work.as_ref().is_some_and(|work| work.send(operation).is_ok()) {
-            self.in_flight += 1;
-        }
-        Ok(())
+        self.0.start(None).map_err(|(_, error)| error)
     }
 
     /// Call it for each operation of which it was told.
     pub fn ended(&mut self) {
-        self.in_flight = self.in_flight.saturating_sub(1);
+        self.0.ended();
     }
 }
 
-impl Drop for Copier {
-    fn drop(&mut self) {
-        self.work = None;
-        // Otherwise one may hang: its thread ends after it, if it ever does.
-        if self.in_flight == 0 {
-            for thread in self.threads.drain(..) {
-                // Panics were reported.
-                let _ = thread.join();
-            }
-        }
-    }
+/// A buffer for the largest operation.
+pub fn operation_buffer() -> AlignedBuffer {
+    AlignedBuffer::new(usize::try_from(MAX_OPERATION_BYTES).unwrap_or(1 << 20))
 }
 
-impl Shared {
-    /// Body of a thread. Ends when nobody hands out work any more.
-    fn copy_all(&self) {
-        let mut buffer = None;
-        loop {
-            // One thread waits for work, the others for their turn to wait.
-            let next = lock(&self.work).recv();
-            let Ok(claim) = next else { return };
-            let buffer = buffer.get_or_insert_with(|| {
-                AlignedBuffer::new(usize::try_from(MAX_OPERATION_BYTES).unwrap_or(1 << 20))
-            });
-            let copy = AssertUnwindSafe(|| match &claim {
-                Some(claim) => self.pair.copy(claim.range(), buffer),
-                None => self.pair.flush(),
-            });
-            let panicked = |_| Err(CopyError::Panicked { disk: self.pair.source.location() });
-            let result = catch_unwind(copy).unwrap_or_else(panicked);
-            (self.tell)(Copied { claim, result });
-        }
-    }
+/// Does `work` on a pair of disks; a panic is an error.
+pub fn unless_panicking<T>(
+    pair: &Pair,
+    work: impl FnOnce() -> Result<T, CopyError>,
+) -> Result<T, CopyError> {
+    let panicked = |_| Err(CopyError::Panicked { disk: pair.source.location() });
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
 }
 
 #[cfg(test)]

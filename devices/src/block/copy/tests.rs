@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::block::memory::{MemoryDisk, Script};
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 const LEN: u64 = 4 << 20;

@@ -560,6 +560,10 @@ impl Work for Mirror {
         self.end(job);
         switched
     }
+
+    fn abort(&mut self, job: &Arc<Job>) {
+        self.end(job);
+    }
 }
 
 #[cfg(test)]

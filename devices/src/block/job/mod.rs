@@ -1,5 +1,5 @@
 //! Long work on disks that a user starts, watches and steers: QEMU's block jobs. [`Job`] is what all have in common:
-//! states, speed, pause, errors, the way they end. [`mirror`] is one.
+//! states, speed, pause, errors, the way they end. [`mirror`] and [`backup`] are two.
 //!
 //! ```text
 //!  created ─▶ running ◀──▶ paused      waiting ─▶ pending ─▶ concluded ─▶ null
@@ -10,6 +10,7 @@
 //! A job has a thread of its own, which does the work and makes the transitions; a user's command only notes what is
 //! wanted and wakes it. What happens is told as [`JobEvent`]s, in order, by the thread or by who starts it.
 
+pub mod backup;
 pub mod mirror;
 mod rate;
 mod state;
@@ -226,6 +227,8 @@ pub trait Work: Send {
     fn run(&mut self, job: &Arc<Job>) -> Result<Finished, CopyError>;
     /// It has finished and been told to finalize: makes the result permanent.
     fn commit(&mut self, job: &Arc<Job>) -> Result<(), String>;
+    /// It has finished, but was cancelled instead of told to finalize: gives up the result.
+    fn abort(&mut self, job: &Arc<Job>);
 }
 
 /// How a job's work has ended.
@@ -585,6 +588,17 @@ impl Job {
         self.update(|state| state.info.actively_synced = Some(true));
     }
 
+    /// Whether an error has paused it.
+    pub(in crate::block) fn is_stopped(&self) -> bool {
+        lock(&self.state).stopped
+    }
+
+    /// Tells a failed access after which the job cannot go on, whatever its policy is.
+    pub(in crate::block) fn report(&self, error: &CopyError) {
+        let (id, side) = (self.id().to_owned(), error.side());
+        (self.tell)(JobEvent::Error { id, side, action: "report" });
+    }
+
     /// Decides about a failed access, and tells it. Returns whether the job goes on; it may be paused then.
     pub(in crate::block) fn goes_on_after(&self, error: &CopyError) -> bool {
         let (side, no_space) = (error.side(), error.is_no_space());
@@ -645,7 +659,8 @@ impl Job {
             }
             Finished::Done => {
                 if self.await_finalize() == Some(Cancel::Force) {
-                    return Ok(Finished::Cancelled);
+                    let aborted = catch_unwind(AssertUnwindSafe(|| work.abort(self)));
+                    return aborted.map(|()| Finished::Cancelled).map_err(|_| panicked());
                 }
                 let committed = catch_unwind(AssertUnwindSafe(|| work.commit(self)));
                 committed.unwrap_or_else(|_| Err(panicked())).map(|()| Finished::Done)

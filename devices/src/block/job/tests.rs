@@ -1,6 +1,7 @@
 //! States, commands and events of jobs, with scripted work.
 
 use super::*;
+use crate::block::BlockNode;
 use crate::block::backend::ByteRange;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -44,6 +45,41 @@ pub(super) fn until(events: &Receiver<JobEvent>, last: &str) -> Vec<String> {
     all
 }
 
+pub(super) fn content(node: &BlockNode) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(node.len_bytes()).unwrap()];
+    node.copy_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// A guest that writes, zeroes and discards all over its disk until it is told to stop.
+pub(super) fn busy(
+    node: Arc<BlockNode>,
+    seed: u64,
+    stop: Arc<AtomicBool>,
+) -> std::thread::JoinHandle<u64> {
+    std::thread::spawn(move || {
+        let (mut random, mut writes) = (seed | 1, 0);
+        while !stop.load(Ordering::SeqCst) {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let sectors = node.len_bytes() / 512;
+            let (sector, count) = (random % sectors, (random >> 32) % 64 + 1);
+            let (at, len) = (sector * 512, count.min(sectors - sector) * 512);
+            match random >> 60 {
+                0 => node.write_zeroes(at, len, true).unwrap(),
+                1 => node.discard(at, len).unwrap(),
+                _ => {
+                    let byte = u8::try_from(random & 0xff).unwrap();
+                    node.write_at(&vec![byte; usize::try_from(len).unwrap()], at).unwrap();
+                }
+            }
+            writes += 1;
+        }
+        writes
+    })
+}
+
 /// Does what the test tells it.
 struct Scripted {
     steps: Receiver<Step>,
@@ -85,6 +121,8 @@ impl Work for Scripted {
     fn commit(&mut self, _: &Arc<Job>) -> Result<(), String> {
         self.commits.clone()
     }
+
+    fn abort(&mut self, _: &Arc<Job>) {}
 }
 
 fn start(

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Longest chain of backing files.
-const MAX_DEPTH: usize = 16;
+pub const MAX_DEPTH: usize = 16;
 /// Bytes hashed at a time.
 const PIECE_BYTES: usize = 1 << 20;
 

@@ -1,7 +1,7 @@
 //! Mirrors of scripted disks, and of files that change their place.
 #![allow(clippy::big_endian_bytes, reason = "counters in sectors")]
 
-use super::super::tests::{new_job, options, until};
+use super::super::tests::{busy, content, new_job, options, until};
 use super::super::{JobEvent, JobOptions, JobStatus};
 use super::*;
 use crate::block::failure::OnError;
@@ -62,37 +62,6 @@ fn start(
     let mirror = Mirror::new(options).unwrap();
     let first = &mut move |event| drop(first.send(event));
     (Job::start(new_job(job, mode), first, tell, mirror).unwrap(), events)
-}
-
-fn content(node: &BlockNode) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(node.len_bytes()).unwrap()];
-    node.copy_at(&mut bytes, 0).unwrap();
-    bytes
-}
-
-/// A guest that writes, zeroes and discards all over its disk until it is told to stop.
-fn busy(node: Arc<BlockNode>, seed: u64, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<u64> {
-    std::thread::spawn(move || {
-        let (mut random, mut writes) = (seed | 1, 0);
-        while !stop.load(Ordering::SeqCst) {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            let sectors = LEN / 512;
-            let (sector, count) = (random % sectors, (random >> 32) % 64 + 1);
-            let (at, len) = (sector * 512, count.min(sectors - sector) * 512);
-            match random >> 60 {
-                0 => node.write_zeroes(at, len, true).unwrap(),
-                1 => node.discard(at, len).unwrap(),
-                _ => {
-                    let byte = u8::try_from(random & 0xff).unwrap();
-                    node.write_at(&vec![byte; usize::try_from(len).unwrap()], at).unwrap();
-                }
-            }
-            writes += 1;
-        }
-        writes
-    })
 }
 
 #[test]
@@ -320,6 +289,23 @@ fn the_copy_mode_can_be_changed_while_it_runs() {
     assert!(case.is_equal());
     job.complete().unwrap();
     until(&events, "null");
+}
+
+#[test]
+fn one_that_is_cancelled_before_it_is_finalized_touches_no_write_any_more() {
+    let case = Case::new();
+    let manual = JobOptions { auto_finalize: false, ..options("m") };
+    let (job, events) = case.start(Sync::Full, CopyMode::WriteBlocking, manual);
+    until(&events, "READY");
+    assert!(job.wait_until(SOON, |info| info.actively_synced == Some(true)));
+    job.complete().unwrap();
+    until(&events, "PENDING");
+    job.cancel(Cancel::Force).unwrap();
+    assert!(until(&events, "null").contains(&"CANCELLED".into()));
+    case.target.hold(true);
+    case.pair.source.write_at(&[9; 512], 0).unwrap();
+    case.target.hold(false);
+    assert_eq!(content(&case.pair.target)[0], 0);
 }
 
 #[test]
