@@ -163,13 +163,17 @@ impl NbdClient {
     /// Makes a request that changes the disk.
     fn change(&self, session: &Arc<Session>, order: &Order<'_>) -> Result<(), RequestError> {
         let result = session.perform(*order, Answer::Done);
+        let range = ByteRange { offset_bytes: order.offset, len_bytes: order.len.into() };
+        self.note_change(session, range, result.is_ok());
+        result
+    }
+
+    fn note_change(&self, session: &Session, range: ByteRange, is_acknowledged: bool) {
         self.extents.forget();
-        if result.is_ok() && session.export.has(transmission_flag::SEND_FLUSH) {
-            let range = ByteRange { offset_bytes: order.offset, len_bytes: order.len.into() };
+        if is_acknowledged && session.export.has(transmission_flag::SEND_FLUSH) {
             session.unflushed.add(range);
             self.shared.settle(session);
         }
-        result
     }
 }
 
@@ -185,12 +189,19 @@ fn describe(order: &Order<'_>) -> String {
     format!("{what} of {} bytes at {}", order.len, order.offset)
 }
 
-/// A range in pieces of at most `most` bytes: offset and length of each.
-fn pieces(offset: u64, len: u64, most: u32) -> impl Iterator<Item = (u64, u32)> {
-    let end = offset + len;
-    let starts = (offset..end).step_by(usize::try_from(most).unwrap_or(usize::MAX));
-    starts.map(move |start| (start, u32::try_from(end - start).unwrap_or(most).min(most)))
+/// A range in pieces of at most `most` bytes, cut at multiples of it: offset and length of each.
+fn pieces(offset: u64, len: u64, most: u32) -> impl Iterator<Item = (u64, u32)> + Clone {
+    let (end, most_bytes) = (offset + len, u64::from(most));
+    let next = move |start: &u64| Some((start / most_bytes + 1) * most_bytes);
+    let starts = std::iter::successors(Some(offset), next).take_while(move |start| *start < end);
+    starts.map(move |start| {
+        let stop = ((start / most_bytes + 1) * most_bytes).min(end);
+        (start, u32::try_from(stop - start).unwrap_or(most))
+    })
 }
+
+/// Bytes of one write that are in flight at once.
+const MOST_IN_FLIGHT: usize = 32 << 20;
 
 /// Whether it can be done in another way.
 fn is_unsupported(error: &RequestError) -> bool {
@@ -237,15 +248,21 @@ impl BlockBackend for NbdClient {
         Ok(())
     }
 
-    fn write_at(&self, mut buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
+    fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()> {
         let session = self.session_to_change(offset_bytes, buffer.len() as u64)?;
-        let most = session.export.max_data_bytes;
-        for (offset, len) in pieces(offset_bytes, buffer.len() as u64, most) {
-            let (data, later) = buffer.split_at(len as usize);
-            let order = Order { command: command::WRITE, flags: 0, offset, len, data };
-            let written = self.change(&session, &order);
-            written.map_err(|error| self.error(&session, &order, error))?;
-            buffer = later;
+        let mut start = offset_bytes;
+        for part in buffer.chunks(MOST_IN_FLIGHT) {
+            let range = ByteRange { offset_bytes: start, len_bytes: part.len() as u64 };
+            let pieces = pieces(start, range.len_bytes, session.export.write_piece_bytes);
+            let orders = pieces.scan(part, |left, (offset, len)| {
+                let (data, later) = left.split_at(len as usize);
+                *left = later;
+                Some(Order { command: command::WRITE, flags: 0, offset, len, data })
+            });
+            let written = session.perform_all(orders);
+            self.note_change(&session, range, written.is_ok());
+            written.map_err(|(order, error)| self.error(&session, &order, error))?;
+            start = range.end();
         }
         Ok(())
     }

@@ -72,10 +72,17 @@ enum Turn {
     Passed(u64, Header, Reader),
 }
 
+/// A request that this thread has sent.
+struct Sent<'a> {
+    cookie: u64,
+    reply: Reply<'a>,
+    outcome: Option<Result<(), ServerError>>,
+}
+
 /// How a turn of reading ended.
 enum Ended {
-    /// One's own reply is complete.
-    Complete(Result<(), ServerError>),
+    /// One's own replies are complete.
+    Complete,
     /// After the header of a reply with data for somebody else.
     Before(Header),
 }
@@ -125,28 +132,58 @@ impl Connection {
     /// Makes a request and waits for its reply.
     pub fn perform(&self, order: Order<'_>, answer: Answer<'_>) -> Result<(), RequestError> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let result = self.send(order, &answer).and_then(|cookie| {
-            let result = self.wait(cookie, Reply::new(answer, self.structured));
-            if matches!(result, Err(RequestError::Lost(_))) {
-                lock(&self.table).pending.remove(&cookie);
-            }
-            result
+        let is_plain = matches!(answer, Answer::Done);
+        let result = self.send(order, is_plain).and_then(|cookie| {
+            let reply = Reply::new(answer, self.structured);
+            let mut sent = [Sent { cookie, reply, outcome: None }];
+            self.wait(&mut sent)?;
+            let [Sent { outcome, .. }] = sent;
+            outcome.unwrap_or(Ok(())).map_err(RequestError::Refused)
         });
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         result
     }
 
-    fn send(&self, order: Order<'_>, answer: &Answer<'_>) -> Result<u64, RequestError> {
+    /// Makes requests whose replies carry no data, and waits for all of them. Returns the first that failed.
+    pub fn perform_all<'o>(
+        &self,
+        orders: impl Iterator<Item = Order<'o>> + Clone,
+    ) -> Result<(), (Order<'o>, RequestError)> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let result = self.send_all(orders);
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        result
+    }
+
+    fn send_all<'o>(
+        &self,
+        orders: impl Iterator<Item = Order<'o>> + Clone,
+    ) -> Result<(), (Order<'o>, RequestError)> {
+        let mut sent = Vec::with_capacity(orders.size_hint().0);
+        let mut first = None;
+        for order in orders.clone() {
+            first.get_or_insert(order);
+            let cookie = self.send(order, true).map_err(|error| (order, error))?;
+            let reply = Reply::new(Answer::Done, self.structured);
+            sent.push(Sent { cookie, reply, outcome: None });
+        }
+        let Some(first) = first else { return Ok(()) };
+        self.wait(&mut sent).map_err(|error| (first, error))?;
+        let failed = sent.into_iter().zip(orders).find_map(|(sent, order)| match sent.outcome {
+            Some(Err(refusal)) => Some((order, RequestError::Refused(refusal))),
+            _ => None,
+        });
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn send(&self, order: Order<'_>, is_plain: bool) -> Result<u64, RequestError> {
         let sending = lock(&self.sending);
-        let cookie = self.register(matches!(answer, Answer::Done)).map_err(RequestError::Lost)?;
+        let cookie = self.register(is_plain).map_err(RequestError::Lost)?;
         let Order { command, flags, offset, len, data } = order;
         let header = Request { flags, command, cookie, offset, len }.encode();
-        let sent = self.wire.send(&header, data, Limit::Progress);
+        let result = self.wire.send(&header, data, Limit::Progress);
         drop(sending);
-        sent.map(|()| cookie).map_err(|error| {
-            lock(&self.table).pending.remove(&cookie);
-            self.fail(&Cause::of(&error))
-        })
+        result.map(|()| cookie).map_err(|error| self.fail(&Cause::of(&error)))
     }
 
     /// Loses the connection, and returns why it was lost first.
@@ -171,24 +208,22 @@ impl Connection {
         Ok(cookie)
     }
 
-    /// Waits for the reply to `cookie`, reading for all when it is this thread's turn.
-    fn wait(&self, cookie: u64, mut reply: Reply<'_>) -> Result<(), RequestError> {
+    /// Waits for the replies to `sent`, reading for all when it is this thread's turn.
+    fn wait(&self, sent: &mut [Sent<'_>]) -> Result<(), RequestError> {
         let mut table = lock(&self.table);
         loop {
-            if let Some(pending) = table.pending.get_mut(&cookie) {
-                pending.waits = true;
-                if let Some(outcome) = pending.outcome.take() {
-                    // At once: it must not be woken in another's place.
-                    table.pending.remove(&cookie);
-                    return outcome.map_err(RequestError::Refused);
-                }
+            table.collect(sent);
+            if sent.iter().all(|sent| sent.outcome.is_some()) {
+                return Ok(());
             }
             if let Some(cause) = &table.lost {
                 return Err(RequestError::Lost(cause.clone()));
             }
             let (mut reader, header) = match std::mem::replace(&mut table.turn, Turn::Taken) {
                 Turn::Idle(reader) => (reader, None),
-                Turn::Passed(to, header, reader) if to == cookie => (reader, Some(header)),
+                Turn::Passed(to, header, reader) if sent.iter().any(|sent| sent.cookie == to) => {
+                    (reader, Some(header))
+                }
                 other => {
                     table.turn = other;
                     drop(table);
@@ -200,14 +235,14 @@ impl Connection {
             drop(table);
             let ended = {
                 let _unfinished = Unfinished(self);
-                self.read(cookie, &mut reply, header, &mut reader)
+                self.read(sent, header, &mut reader)
             };
             table = lock(&self.table);
             match ended {
-                Ok(Ended::Complete(outcome)) => {
-                    table.pending.remove(&cookie);
+                Ok(Ended::Complete) => {
+                    table.collect(sent);
                     table.pass_on(reader);
-                    return outcome.map_err(RequestError::Refused);
+                    return Ok(());
                 }
                 Ok(Ended::Before(header)) => table.pass_to(header, reader),
                 Err(error) => {
@@ -218,11 +253,10 @@ impl Connection {
         }
     }
 
-    /// Receives replies until that to `cookie` is complete, or one with data for somebody else comes.
+    /// Receives replies until those to `sent` are complete, or one with data for somebody else comes.
     fn read(
         &self,
-        cookie: u64,
-        reply: &mut Reply<'_>,
+        sent: &mut [Sent<'_>],
         mut passed: Option<Header>,
         reader: &mut Reader,
     ) -> Result<Ended, ReplyError> {
@@ -232,14 +266,16 @@ impl Connection {
                 None => Header::receive(&self.wire, reader)?,
             };
             self.wire.touch();
-            if header.cookie() != cookie {
-                if self.note(header)? {
-                    continue;
+            match sent.iter_mut().find(|sent| sent.cookie == header.cookie()) {
+                Some(own) if own.outcome.is_some() => {
+                    return Err(ReplyError::UnknownCookie(own.cookie));
                 }
-                return Ok(Ended::Before(header));
+                Some(own) => own.outcome = own.reply.receive(header, &self.wire, reader)?,
+                None if self.note(header)? => {}
+                None => return Ok(Ended::Before(header)),
             }
-            if let Some(outcome) = reply.receive(header, &self.wire, reader)? {
-                return Ok(Ended::Complete(outcome));
+            if sent.iter().all(|sent| sent.outcome.is_some()) {
+                return Ok(Ended::Complete);
             }
         }
     }
@@ -264,6 +300,20 @@ impl Connection {
 }
 
 impl Table {
+    /// What is known of `sent`. What is complete is removed at once: it must not be woken in another's place.
+    fn collect(&mut self, sent: &mut [Sent<'_>]) {
+        for sent in sent {
+            let Some(pending) = self.pending.get_mut(&sent.cookie) else { continue };
+            pending.waits = true;
+            if sent.outcome.is_none() {
+                sent.outcome = pending.outcome.take();
+            }
+            if sent.outcome.is_some() {
+                self.pending.remove(&sent.cookie);
+            }
+        }
+    }
+
     /// The turn is anybody's: wakes the one that has waited longest, if any.
     fn pass_on(&mut self, reader: Reader) {
         self.turn = Turn::Idle(reader);

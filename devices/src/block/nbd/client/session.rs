@@ -76,17 +76,30 @@ impl Session {
 
     /// Makes a request on the connection that has least to do.
     pub fn perform(&self, order: Order<'_>, answer: Answer<'_>) -> Result<(), RequestError> {
+        self.least_busy().perform(order, answer).inspect_err(|error| self.note(error))
+    }
+
+    /// Makes requests whose replies carry no data, all at once. Returns the first that failed.
+    pub fn perform_all<'o>(
+        &self,
+        orders: impl Iterator<Item = Order<'o>> + Clone,
+    ) -> Result<(), (Order<'o>, RequestError)> {
+        self.least_busy().perform_all(orders).inspect_err(|(_, error)| self.note(error))
+    }
+
+    fn least_busy(&self) -> &Connection {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let count = self.connections.len();
         let in_turn = (0..count).map(|at| &self.connections[turn.wrapping_add(at) % count]);
-        let Some(connection) = in_turn.min_by_key(|connection| connection.in_flight()) else {
-            unreachable!("a session has a connection");
-        };
-        let result = connection.perform(order, answer);
-        if let Err(RequestError::Lost(cause)) = &result {
+        let least = in_turn.min_by_key(|connection| connection.in_flight());
+        least.expect("a session has a connection")
+    }
+
+    /// With one connection all are lost.
+    fn note(&self, error: &RequestError) {
+        if let RequestError::Lost(cause) = error {
             self.lose(cause);
         }
-        result
     }
 }
 

@@ -356,3 +356,48 @@ fn a_reply_with_any_bit_flipped_ends_in_a_result() {
     }
     assert!(began.elapsed() < 3 * SOON);
 }
+
+#[test]
+fn a_long_write_is_in_flight_as_a_whole_and_fails_with_any_of_its_parts() {
+    const PIECE: u64 = 128 << 10;
+    let server = Scripted::serve(Said::default(), |peer| {
+        for fails in [false, true] {
+            let mut requests: Vec<_> = (0..8).map(|_| peer.request().unwrap()).collect();
+            for (at, (request, written)) in requests.iter().enumerate() {
+                // The first is shorter, so that the others are cut at multiples.
+                let start = if at == 0 { 512 } else { at as u64 * PIECE };
+                assert_eq!((request.offset, request.command), (start, command::WRITE));
+                assert!(*written == bytes_at(start, request.len as usize));
+            }
+            requests.reverse();
+            for (request, _) in requests {
+                let refused = fails && request.offset == 2 * PIECE;
+                match (refused, request.offset / PIECE % 2) {
+                    (true, _) => {
+                        let error =
+                            ErrorPayload { errno: 28, message: "full".into(), offset: None };
+                        let payload = error.encode();
+                        peer.send(chunk(request.cookie, CHUNK_DONE, error.kind(), &payload))?;
+                    }
+                    (false, 0) => peer.simple(request.cookie, 0)?,
+                    (false, _) => {
+                        peer.send(chunk(request.cookie, CHUNK_DONE, chunk::NONE, &[]))?;
+                    }
+                }
+            }
+        }
+        // And a reply to one of them twice.
+        let requests: Vec<_> = (0..8).map(|_| peer.request().unwrap().0).collect();
+        peer.simple(requests[3].cookie, 0)?;
+        peer.simple(requests[3].cookie, 0)?;
+        peer.drain().map(drop)
+    });
+    let client = NbdClient::open(&server.address, single()).unwrap();
+    let bytes = bytes_at(512, DISK as usize - 512);
+    client.write_at(&bytes, 512).unwrap();
+    let error = client.write_at(&bytes, 512).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    assert!(error.to_string().contains("131072 bytes at 262144"), "{error}");
+    let error = client.write_at(&bytes, 512).unwrap_err();
+    assert!(error.to_string().contains("not in flight"), "{error}");
+}
