@@ -18,9 +18,13 @@ pub use pool::{Buffer, Pool};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Most bytes of one operation.
 pub const MAX_OPERATION_BYTES: u64 = 1 << 20;
+/// Where the host's processor copies, a piece is read and written before it leaves the processor's cache: with 256 KiB
+/// a copy between two cached files takes a third of the processor time that it takes with 1 MiB.
+const CACHED_PIECE_BYTES: usize = 256 << 10;
 /// Most operations in flight.
 pub const MAX_OPERATIONS: usize = 16;
 
@@ -56,6 +60,10 @@ pub enum CopyError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "{disk} takes longer than {limit:?} for what was left when the guest's requests were held"
+    )]
+    Slow { disk: String, limit: Duration },
     #[error("a thread that copies {disk} has panicked, which is a bug")]
     Panicked { disk: String },
 }
@@ -65,7 +73,7 @@ impl CopyError {
     pub fn side(&self) -> Side {
         match self {
             Self::Read { .. } | Self::Panicked { .. } => Side::Source,
-            Self::Write { .. } | Self::Flush { .. } => Side::Target,
+            Self::Write { .. } | Self::Flush { .. } | Self::Slow { .. } => Side::Target,
         }
     }
 
@@ -122,9 +130,13 @@ impl Pair {
 
     fn copy_data(&self, range: ByteRange, buffer: &mut [u8]) -> Result<(), CopyError> {
         let mut at = range.offset_bytes;
+        let most = match self.source.is_direct() && self.target.is_direct() {
+            true => buffer.len(),
+            false => buffer.len().min(CACHED_PIECE_BYTES),
+        };
         while at < range.end() {
             let left = usize::try_from(range.end() - at).unwrap_or(usize::MAX);
-            let len = left.min(buffer.len());
+            let len = left.min(most);
             let (piece, _) = buffer.split_at_mut(len);
             let part = ByteRange { offset_bytes: at, len_bytes: len as u64 };
             self.read(part, piece)?;

@@ -37,6 +37,8 @@ const BACKOFF: Duration = Duration::from_millis(100);
 const LAST_BYTES: u64 = 16 << 20;
 /// Longest wait for the guest's requests in flight before they go on.
 const DRAIN: Duration = Duration::from_secs(10);
+/// Longest time for what is left then. A target that takes longer hangs, and the guest is not to hang with it.
+const LAST_COPY: Duration = Duration::from_secs(10);
 /// Longest wait for operations in flight when the job ends. A disk that takes longer hangs.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
@@ -112,6 +114,7 @@ pub struct Mirror {
     /// No operation begins before.
     not_before: Instant,
     flushing: bool,
+    was_ready: bool,
     /// The target has been flushed, and nothing was written to it since.
     flushed: bool,
     active: Option<Arc<Active>>,
@@ -163,6 +166,7 @@ impl Mirror {
             speed: 0,
             not_before: now,
             flushing: false,
+            was_ready: false,
             flushed: false,
             active: None,
             failed: None,
@@ -340,13 +344,18 @@ impl Mirror {
         self.copier.in_flight() == 0 && self.dirty.marked_granules() == 0
     }
 
-    /// Copies until the copy is equal to the disk, whose requests are drained, and durable.
-    fn finish_drained(&mut self, job: &Job) -> Result<(), CopyError> {
+    /// Copies until the copy is equal to the disk, whose requests are drained, and durable. False if that fails and
+    /// the job goes on, or is cancelled: the guest's requests must not wait for a repair.
+    fn finish_drained(&mut self, job: &Job) -> Result<bool, CopyError> {
+        let began = Instant::now();
         while !(self.is_clean() && self.is_flushed()) {
-            if job.cancelled() == Some(Cancel::Force) {
-                return Ok(());
+            if began.elapsed() >= LAST_COPY {
+                let disk = self.options.pair.target.location();
+                return Err(CopyError::Slow { disk, limit: LAST_COPY });
             }
-            self.not_before = Instant::now();
+            if job.cancelled() == Some(Cancel::Force) || !job.info().ready {
+                return Ok(false);
+            }
             if let Err(error) = self.start_operations(false, Instant::now(), 0) {
                 self.no_thread(job, error);
             }
@@ -358,7 +367,7 @@ impl Mirror {
                 return Err(error);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn start_flush(&mut self, job: &Job) {
@@ -444,8 +453,9 @@ impl Mirror {
                 return Err(error);
             }
             let ready = job.info().ready;
+            self.was_ready |= ready;
             match job.cancelled() {
-                Some(Cancel::Soft) if ready => {
+                Some(Cancel::Soft) if self.was_ready => {
                     if self.leave(job)? {
                         return Ok(Finished::Left);
                     }
@@ -473,13 +483,12 @@ impl Mirror {
 
     /// Makes the target a copy of one moment. False if the guest writes too much, or its requests do not end.
     fn leave(&mut self, job: &Arc<Job>) -> Result<bool, CopyError> {
-        if self.remaining_bytes() > LAST_BYTES {
+        if self.remaining_bytes() > LAST_BYTES || !job.info().ready {
             self.turn(job);
             return Ok(false);
         }
         let Some(_section) = self.drain(job) else { return Ok(false) };
-        self.finish_drained(job)?;
-        Ok(job.cancelled() == Some(Cancel::Soft))
+        self.finish_drained(job)
     }
 
     /// Switches the device over to the target.
@@ -487,6 +496,9 @@ impl Mirror {
         loop {
             if job.cancelled() == Some(Cancel::Force) {
                 return Err("it was cancelled".into());
+            }
+            if !job.info().ready {
+                return Err("the copy is not in sync any more".into());
             }
             if self.remaining_bytes() > LAST_BYTES {
                 self.turn(job);
@@ -496,8 +508,7 @@ impl Mirror {
                 continue;
             }
             let Some(section) = self.drain(job) else { continue };
-            self.finish_drained(job).map_err(|error| super::chain(&error))?;
-            if job.cancelled() == Some(Cancel::Force) {
+            if !self.finish_drained(job).map_err(|error| super::chain(&error))? {
                 continue;
             }
             // Whatever the guest writes from now on is no work of this job.

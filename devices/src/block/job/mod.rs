@@ -528,7 +528,7 @@ impl Job {
 
     /// Shows whether it works at the moment.
     pub(in crate::block) fn show_busy(&self, busy: bool) {
-        lock(&self.state).info.busy = busy;
+        self.update(|state| state.info.busy = busy);
     }
 
     /// Whether it is to rest: then its status says so.
@@ -607,8 +607,10 @@ impl Job {
             Side::Target => self.options.on_target_error,
         };
         let panicked = matches!(error, CopyError::Panicked { .. });
+        // A job that ends waits for no repair.
+        let ends = self.cancelled().is_some();
         let action = match policy {
-            _ if panicked => "report",
+            _ if panicked || ends => "report",
             OnError::Ignore => "ignore",
             OnError::Stop => "stop",
             OnError::Enospc if no_space => "stop",
@@ -658,7 +660,7 @@ impl Job {
                 Ok(Finished::Left)
             }
             Finished::Done => {
-                if self.await_finalize() == Some(Cancel::Force) {
+                if self.await_finalize().is_some() {
                     let aborted = catch_unwind(AssertUnwindSafe(|| work.abort(self)));
                     return aborted.map(|()| Finished::Cancelled).map_err(|_| panicked());
                 }
@@ -686,7 +688,7 @@ impl Job {
         }
     }
 
-    /// Waits until it may be finalized; returns how it was cancelled meanwhile.
+    /// Waits until it may be finalized; returns how it is cancelled, if it is.
     fn await_finalize(&self) -> Option<Cancel> {
         self.become_status(JobStatus::Waiting);
         self.become_status(JobStatus::Pending);
@@ -694,9 +696,8 @@ impl Job {
             (self.tell)(JobEvent::Pending(self.info()));
         }
         let mut state: MutexGuard<'_, State> = lock(&self.state);
-        while !self.options.auto_finalize
-            && !state.wanted.finalize
-            && state.wanted.cancel != Some(Cancel::Force)
+        let before = state.wanted.cancel;
+        while !self.options.auto_finalize && !state.wanted.finalize && state.wanted.cancel == before
         {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -143,7 +143,7 @@ fn cancel_before_it_is_ready_ends_it_although_the_target_hangs() {
     case.target.hold(true);
     let (job, events) = case.start(Sync::Full, CopyMode::Background, options("m"));
     case.target.wait_until_held();
-    assert!(job.info().busy && !job.info().ready);
+    assert!(job.wait_until(SOON, |info| info.busy) && !job.info().ready);
     job.cancel(Cancel::Soft).unwrap();
     let end = ["created", "running", "aborting", "CANCELLED", "concluded", "null"];
     assert_eq!(until(&events, "null"), end);
@@ -419,4 +419,38 @@ fn a_copy_that_is_asked_for_is_durable_and_has_all_that_was_written_before() {
         until(&events, "CANCELLED");
         assert!(!job.sync_by(Instant::now() + Duration::from_millis(10)));
     }
+}
+
+#[test]
+fn a_target_that_fails_while_the_guest_is_held_does_not_hold_it_any_longer() {
+    let case = Case::new();
+    let ignores =
+        JobOptions { on_target_error: OnError::Ignore, auto_finalize: false, ..options("m") };
+    let (job, events) = case.start(Sync::Full, CopyMode::Background, ignores);
+    until(&events, "READY");
+    job.complete().unwrap();
+    until(&events, "PENDING");
+    case.pair.source.write_at(&[7; 512], 0).unwrap();
+    case.target.fail(true);
+    job.finalize().unwrap();
+    let end = until(&events, "null");
+    assert!(end.contains(&"FAILED".to_owned()), "{end:?}");
+    assert!(job.info().error.is_some_and(|error| error.contains("not in sync")));
+    case.pair.source.write_at(&[1; 512], 0).unwrap();
+    assert!(!job.has_switched());
+}
+
+#[test]
+fn a_soft_cancel_does_not_wait_for_a_repair() {
+    let case = Case::new();
+    let stops = JobOptions { on_target_error: OnError::Stop, ..options("m") };
+    let (job, events) = case.start(Sync::Full, CopyMode::Background, stops);
+    until(&events, "READY");
+    case.target.fail(true);
+    case.pair.source.write_at(&[1; 512], 0).unwrap();
+    until(&events, "standby");
+    job.cancel(Cancel::Soft).unwrap();
+    let end = until(&events, "null");
+    assert!(end.contains(&"Target report".to_owned()) && end.contains(&"FAILED".to_owned()));
+    case.pair.source.write_at(&[1; 512], 0).unwrap();
 }
