@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::Guest;
-use ferry_tests::hosts::started;
+use ferry_tests::hanging::HangingImage;
+use ferry_tests::hosts::{Hosts, started};
 use ferry_tests::image::SmallFileSystem;
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
@@ -270,6 +271,56 @@ fn only_what_an_image_holds_itself_is_saved_on_the_same_backing_file() {
     quit(&mut vmm);
     compare((&full, "raw"), (&top, "qcow2"));
     assert!(std::fs::metadata(&top).unwrap().len() < 4 * MIB);
+}
+
+#[test]
+#[needs(kvm, qemu_img)]
+fn what_the_guest_overwrites_is_saved_on_top_of_the_disk_itself_until_a_cancel() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let mut vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let (copy, known) = (images.at("copy"), images.at("known"));
+    at_a_known_moment(&mut qmp, &image, &known, |qmp| {
+        run(qmp, "drive-backup", backup(&copy, json!({"sync": "none", "format": "qcow2"})));
+    });
+    let_write(&vmm);
+    run(&mut qmp, "stop", json!({}));
+    let shown = qmp.execute("query-block-jobs", json!({})).unwrap();
+    assert!(shown[0]["offset"].as_u64().unwrap() > 0, "{shown}");
+    run(&mut qmp, "block-job-cancel", json!({"device": "root"}));
+    assert!(job_events(&mut qmp, "root", "null").contains(&"CANCELLED".to_owned()));
+    quit(&mut vmm);
+    assert!(std::fs::read(&known).unwrap() != std::fs::read(&image).unwrap());
+    compare((&known, "raw"), (&copy, "qcow2"));
+}
+
+#[test]
+#[needs(kvm, fuse)]
+fn a_target_that_hangs_keeps_neither_the_guest_nor_the_end_of_the_job() {
+    let hosts = Hosts::new();
+    let images = Images::new();
+    let image = images.blank("root");
+    let target = HangingImage::for_test(&hosts, "copy", usize::try_from(DISK).unwrap());
+    // It rewrites less than may wait in memory.
+    let guest = Guest::new("work=disk hb_ms=20 disk_mb=4", 64).disk("root", &image);
+    let mut vmm = started(&guest);
+    let mut qmp = vmm.qmp().unwrap();
+    let to = json!({"mode": "existing", "format": "raw", "sync": "none"});
+    // It is open, and nothing has been written to it yet.
+    run(&mut qmp, "stop", json!({}));
+    run(&mut qmp, "drive-backup", backup(&target.path(), to));
+    target.hang();
+    run(&mut qmp, "cont", json!({}));
+    let_write(&vmm);
+    target.wait_until_asked();
+    let_write(&vmm);
+    run(&mut qmp, "block-job-cancel", json!({"device": "root"}));
+    let seen = job_events(&mut qmp, "root", "null");
+    assert!(seen.contains(&"CANCELLED".to_owned()), "{seen:?}");
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    target.go_on();
 }
 
 #[test]
