@@ -7,7 +7,7 @@
 use ferry_tests::ferry::Guest;
 use ferry_tests::hanging::HangingImage;
 use ferry_tests::hosts::{Hosts, started};
-use ferry_tests::image::SmallFileSystem;
+use ferry_tests::image::{SmallFileSystem, assert_same_as};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
@@ -100,16 +100,6 @@ fn at_a_known_moment(qmp: &mut Qmp, image: &Path, copy: &Path, begin: impl FnOnc
     run(qmp, "cont", json!({}));
 }
 
-fn compare(one: (&Path, &str), other: (&Path, &str)) {
-    let compared = Command::new("qemu-img")
-        .args(["compare", "-f", one.1, "-F", other.1])
-        .args([one.0, other.0])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
-    assert!(compared.status.success(), "{said}{}", String::from_utf8_lossy(&compared.stderr));
-}
-
 /// Ends the VMM, which keeps others from opening its images.
 fn quit(vmm: &mut Vmm) {
     run(&mut vmm.qmp().unwrap(), "quit", json!({}));
@@ -154,7 +144,7 @@ fn a_full_backup_is_equal_to_the_disk_of_the_moment_at_which_it_began() {
         assert_eq!((&shown[0]["type"], &shown[0]["device"]), (&json!("backup"), &json!("b1")));
         run(&mut qmp, "block-job-set-speed", json!({"device": "b1", "speed": 0}));
         assert_eq!(job_events(&mut qmp, "b1", "null"), GOOD, "{format}");
-        compare((&known, "raw"), (&copy, format));
+        assert_same_as((&known, "raw"), (&copy, format));
         let check = vmm.check().unwrap();
         assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
         assert_eq!(qmp.execute("query-jobs", json!({})).unwrap(), json!([]));
@@ -191,7 +181,7 @@ fn a_chain_of_three_is_equal_to_the_disk_at_each_moment() {
         (below, known) = (Some(copy.clone()), [known, vec![(copy, moment)]].concat());
     }
     for (copy, moment) in &known {
-        compare((moment, "raw"), (copy, "qcow2"));
+        assert_same_as((moment, "raw"), (copy, "qcow2"));
     }
     // An increment holds what the guest rewrites, not the disk.
     let bytes = |path: &Path| std::fs::metadata(path).unwrap().len();
@@ -231,7 +221,7 @@ fn two_disks_and_their_bitmaps_are_saved_at_one_moment_or_not_at_all() {
         let seen = job_events(&mut qmp, id, "null");
         assert!(GOOD.ends_with(&seen.iter().map(String::as_str).collect::<Vec<_>>()), "{seen:?}");
         if id == "b1" {
-            compare((&known, "raw"), (&one, "raw"));
+            assert_same_as((&known, "raw"), (&one, "raw"));
             break;
         }
     }
@@ -242,7 +232,7 @@ fn two_disks_and_their_bitmaps_are_saved_at_one_moment_or_not_at_all() {
     let_write(&vmm);
     assert!(bitmap(&mut qmp)["count"].as_u64().unwrap() > 0);
     quit(&mut vmm);
-    compare((&data, "raw"), (&other, "qcow2"));
+    assert_same_as((&data, "raw"), (&other, "qcow2"));
 }
 
 #[test]
@@ -269,7 +259,7 @@ fn only_what_an_image_holds_itself_is_saved_on_the_same_backing_file() {
     }
     let_write(&vmm);
     quit(&mut vmm);
-    compare((&full, "raw"), (&top, "qcow2"));
+    assert_same_as((&full, "raw"), (&top, "qcow2"));
     assert!(std::fs::metadata(&top).unwrap().len() < 4 * MIB);
 }
 
@@ -292,7 +282,7 @@ fn what_the_guest_overwrites_is_saved_on_top_of_the_disk_itself_until_a_cancel()
     assert!(job_events(&mut qmp, "root", "null").contains(&"CANCELLED".to_owned()));
     quit(&mut vmm);
     assert!(std::fs::read(&known).unwrap() != std::fs::read(&image).unwrap());
-    compare((&known, "raw"), (&copy, "qcow2"));
+    assert_same_as((&known, "raw"), (&copy, "qcow2"));
 }
 
 #[test]
