@@ -2,7 +2,7 @@
 # Installs what the tests need and the machine lacks; run by `make test`. Does nothing the second time.
 #   tests/install-deps.sh build  a C linker
 #   tests/install-deps.sh linux  for stock Linux as well: QEMU, which emulates a host for it, and ext4's tools
-#   tests/install-deps.sh test   binutils and Python's QMP client (in target/) as well
+#   tests/install-deps.sh test   binutils, clients and servers of NBD, and Python's QMP client (in target/) as well
 #   tests/install-deps.sh bench  as for linux: QEMU is also what the benchmark compares with; and a newer one
 #                                from Debian's backports, unpacked in target/qemu-newer, where there is one
 set -eu
@@ -30,6 +30,8 @@ test)
     need objdump binutils
     need python3 python3
     need qemu-img qemu-utils
+    need nbdcopy libnbd-bin
+    need nbdkit nbdkit
     # Debian has venv apart from Python.
     python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
     ;;

@@ -172,6 +172,12 @@ impl SmallFileSystem {
         Ok(Self(folder.to_owned()))
     }
 
+    /// Gives it another size.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        let size = format!("remount,size={bytes}");
+        run(Command::new("mount").args(["-o", &size]).arg(&self.0)).map(drop)
+    }
+
     /// Unmounts it now.
     pub fn unmount(&self) -> Result<()> {
         // Lazily: a process that just ended may still be leaving it.

@@ -38,6 +38,31 @@ pub fn qemu_img() -> Result<()> {
     Ok(())
 }
 
+/// QEMU's NBD server.
+pub fn qemu_nbd() -> Result<()> {
+    let mut command = Command::new("qemu-nbd");
+    let found = command.arg("--version").output().is_ok_and(|output| output.status.success());
+    ensure!(found, "qemu-nbd is not installed (package qemu-utils)");
+    Ok(())
+}
+
+/// libnbd's tools.
+pub fn nbd_tools() -> Result<()> {
+    for tool in ["nbdinfo", "nbdcopy"] {
+        let found = Command::new(tool).arg("--version").output();
+        let found = found.is_ok_and(|output| output.status.success());
+        ensure!(found, "{tool} is not installed (package libnbd-bin)");
+    }
+    Ok(())
+}
+
+/// A server of others' disks.
+pub fn nbdkit() -> Result<()> {
+    let found = Command::new("nbdkit").arg("--version").output();
+    ensure!(found.is_ok_and(|output| output.status.success()), "nbdkit is not installed");
+    Ok(())
+}
+
 /// Python's own client of control sockets.
 pub fn qemu_qmp() -> Result<()> {
     ensure!(qmp_python().exists(), "qemu.qmp is not installed: tests/install-deps.sh test");

@@ -69,6 +69,34 @@ fn moves_5_times_while_it_writes_and_checks_its_disk() {
 }
 
 #[test]
+fn reboots_from_the_copy_that_its_busy_root_disk_was_switched_over_to() {
+    check(|assets| {
+        let disk = Disk::new()?;
+        let mut life = Life::begin(&guest(assets, "churn", 2, &disk), &disk, &[])?;
+        life.wait_line("^ROUND 1 ")?;
+        let mut qmp = life.guest.vmm.qmp()?;
+        let copy = disk.copy_path();
+        let mirror = json!({"device": "root", "target": copy, "sync": "full", "format": "raw"});
+        qmp.execute("drive-mirror", mirror)?;
+        qmp.wait_event("BLOCK_JOB_READY", LIMIT)?;
+        qmp.execute("block-job-complete", json!({"device": "root"}))?;
+        let completed = qmp.wait_event("BLOCK_JOB_COMPLETED", LIMIT)?;
+        ensure!(completed["data"].get("error").is_none(), "{completed}");
+        let left = std::fs::read(disk.path())?;
+        // A round that began before the switch ends, and a whole one; then it boots from the copy.
+        let ended = life.wait_line_from(life.guest.vmm.serial().count(), " uptime=")?;
+        life.wait_line_from(ended.index + 1, "^ROUND ")?;
+        life.guest.vmm.process.type_in("reboot\n")?;
+        let stopped = life.wait_line("^STOPPED by reboot$")?;
+        life.wait_line_from(stopped.index, "^ROUND 1 ")?;
+        life.guest.vmm.process.type_in("stop\n")?;
+        life.end()?;
+        ensure!(left == std::fs::read(disk.path())?, "the disk that was left has been written");
+        Disk::check_at(&copy)
+    });
+}
+
+#[test]
 fn a_reboot_ends_the_vm_where_reboots_are_not_wanted() {
     check(|assets| {
         let disk = Disk::new()?;

@@ -1,14 +1,16 @@
 //! Mirrors of disks that a guest writes to: jobs over the control socket, and what the images hold afterwards.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::Guest;
+use ferry_tests::ferry::{self, Guest};
 use ferry_tests::hosts::started;
-use ferry_tests::process::{SOON, Vmm};
+use ferry_tests::image::{Pattern, SmallFileSystem, assert_same, assert_same_as, fill, overlay};
+use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
@@ -77,16 +79,6 @@ fn let_write(vmm: &Vmm) {
     }
 }
 
-fn qemu_img_compare(one: &Path, other: &Path, formats: [&str; 2]) {
-    let compared = Command::new("qemu-img")
-        .args(["compare", "-f", formats[0], "-F", formats[1]])
-        .args([one, other])
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
-    assert!(compared.status.success(), "{said}{}", String::from_utf8_lossy(&compared.stderr));
-}
-
 fn jobs(qmp: &mut Qmp) -> Value {
     qmp.execute("query-block-jobs", json!({})).unwrap()
 }
@@ -129,7 +121,7 @@ fn a_guest_goes_on_on_the_copy_that_its_disk_was_switched_over_to() {
 fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
     let images = Images::new();
     let image = images.blank("root");
-    let vmm = started(&busy(&image));
+    let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
     let copy = images.at("copy");
     run(&mut qmp, "drive-mirror", mirror(&copy, json!({"format": "qcow2", "job-id": "m1"})));
@@ -139,10 +131,10 @@ fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
     run(&mut qmp, "block-job-cancel", json!({"device": "m1"}));
     let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
     assert_eq!(job_events(&mut qmp, "null"), end);
-    qemu_img_compare(&image, &copy, ["raw", "qcow2"]);
     assert_eq!(jobs(&mut qmp), json!([]));
-    run(&mut qmp, "cont", json!({}));
-    let_write(&vmm);
+    // The stopped guest has written nothing since.
+    vmm.process.kill().unwrap();
+    assert_same_as((&image, "raw"), (&copy, "qcow2"));
 }
 
 #[test]
@@ -224,7 +216,7 @@ fn what_cannot_be_mirrored_is_refused_by_name() {
 fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
     let images = Images::new();
     let image = images.blank("root");
-    let vmm = started(&busy(&image));
+    let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
     run(&mut qmp, "stop", json!({}));
     let slow = json!({"speed": 1 << 20, "auto-dismiss": false, "job-id": "s"});
@@ -248,6 +240,351 @@ fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
     assert_eq!((&shown[0]["id"], &shown[0]["status"]), (&json!("s"), &json!("concluded")));
     run(&mut qmp, "job-dismiss", json!({"id": "s"}));
     assert_eq!(job_events(&mut qmp, "null"), ["null"]);
-    qemu_img_compare(&image, &images.at("copy"), ["raw", "raw"]);
-    drop(vmm);
+    vmm.process.kill().unwrap();
+    assert_same(&image, &images.at("copy"));
+}
+
+/// A destination on this host that gets its own copy of the disk.
+fn receive(images: &Images) -> ferry::Destination {
+    let give = format!("root={}", images.at("there").display());
+    ferry::receive_at("tcp:127.0.0.1:0", &["--disk", &give]).unwrap()
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_in_sync_has_all_that_the_guest_wrote_before_it_moved() {
+    for mode in ["background", "write-blocking"] {
+        let images = Images::new();
+        let image = images.blank("root");
+        let vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let copy = images.at("copy");
+        run(&mut qmp, "drive-mirror", mirror(&copy, json!({"copy-mode": mode})));
+        job_events(&mut qmp, "READY");
+        let destination = receive(&images);
+        let keep = ["--disks", "full", "--keep-source"];
+        let ended = ferry::migrate_well(&vmm, &destination.address, &keep).unwrap();
+        assert_eq!(ended.summary["status"], "completed");
+        // It ends by itself, and well: the guest writes here no more.
+        let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+        assert_eq!(job_events(&mut qmp, "null"), end, "{mode}");
+        // Each sector that the guest has written is whole and in both: the disk that it has left, and its copy.
+        assert_eq!(disk::verify(&image).unwrap(), disk::verify(&copy).unwrap(), "{mode}");
+        assert_same(&image, &copy);
+        let mut moved = destination.vmm;
+        assert_eq!(moved.check().unwrap().corrupt, 0);
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_does_not_move_while_a_copy_is_not_in_sync_nor_is_a_disk_switched_over_in_a_move() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root")));
+    let mut qmp = vmm.qmp().unwrap();
+    let slow = json!({"speed": 1 << 20, "job-id": "s"});
+    run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), slow));
+    let destination = receive(&images);
+    let migrate = json!({"uri": destination.address, "blk": true});
+    let refusal = refused(&mut qmp, "migrate", migrate.clone());
+    assert!(refusal.contains("cannot move while job 's' is running"), "{refusal}");
+    run(&mut qmp, "block-job-set-speed", json!({"device": "s", "speed": 0}));
+    job_events(&mut qmp, "READY");
+    run(&mut qmp, "migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
+    run(&mut qmp, "migrate", migrate);
+    let refusal = refused(&mut qmp, "block-job-complete", json!({"device": "s"}));
+    assert!(refusal.contains("cannot switch a disk over now"), "{refusal}");
+    run(&mut qmp, "migrate_cancel", json!({}));
+    qmp.wait_info(|info| info["status"] == "cancelled").unwrap();
+    run(&mut qmp, "block-job-complete", json!({"device": "s"}));
+    job_events(&mut qmp, "null");
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_person_sees_how_far_it_is_and_how_it_ends() {
+    let images = Images::new();
+    let vmm = started(&busy(&images.blank("root")));
+    let socket = format!("unix:{}", vmm.socket().display());
+    let ctl = |words: &[&str]| {
+        let all = [&["ctl", socket.as_str()], words].concat();
+        let output = ferry::command(&all).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&said).into_owned())
+    };
+    let copy = images.at("copy");
+    let copy = copy.to_str().unwrap();
+    let (code, said) = ctl(&["mirror", "root", copy, "--format", "qcow2", "--wait"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("the copy is in sync"), "{said}");
+    let (_, list) = ctl(&["job", "list"]);
+    assert!(list.contains("root") && list.contains("ready"), "{list}");
+    let (code, said) = ctl(&["job", "cancel", "root"]);
+    assert_eq!(code, 0, "{said}");
+    let (code, said) = ctl(&["job", "wait", "nope"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("there is no such job"), "{said}");
+    let second = images.at("second");
+    let (code, said) = ctl(&["mirror", "root", second.to_str().unwrap(), "--complete"]);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("completed"), "{said}");
+    let_write(&vmm);
+}
+
+/// A `qemu-nbd` that serves a raw image, until it is dropped.
+struct NbdServer {
+    socket: PathBuf,
+    process: Process,
+}
+
+impl NbdServer {
+    fn start(images: &Images, image: &Path) -> Self {
+        let socket = images.at("nbd.sock");
+        // It does not lock the image: a guest may come to run on it.
+        let options = format!(
+            "driver=raw,file.driver=file,file.locking=off,file.filename={}",
+            image.display()
+        );
+        let process = Process::start(
+            Command::new("qemu-nbd")
+                .args(["--persistent", "--shared=8", "--export-name=root", "--socket"])
+                .arg(&socket)
+                .args(["--image-opts", &options]),
+        );
+        let process = process.unwrap();
+        drop(Qmp::connect_raw(&socket, SOON).unwrap());
+        Self { socket, process }
+    }
+
+    fn url(&self) -> String {
+        format!("nbd:unix:{}:exportname=root", self.socket.display())
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
+    let images = Images::new();
+    let (image, there) = (images.blank("root"), images.blank("there"));
+    let server = NbdServer::start(&images, &there);
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let existing = json!({"mode": "existing", "format": "raw", "job-id": "m"});
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), existing));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    // The destination's disk is what the server serves: as if it were shared.
+    let destination = receive(&images);
+    let shared = ["--disks", "none", "--keep-source"];
+    let ended = ferry::migrate_well(&vmm, &destination.address, &shared).unwrap();
+    assert_eq!(ended.summary["status"], "completed");
+    job_events(&mut qmp, "null");
+    let mut moved = destination.vmm;
+    moved.wait_next_line("^HB ").unwrap();
+    let check = moved.check().unwrap();
+    assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
+    // What the guest has left is whole as well.
+    disk::verify(&image).unwrap();
+}
+
+#[test]
+#[needs(kvm)]
+fn a_destination_offers_its_image_until_the_guest_takes_it() {
+    for tcp in [false, true] {
+        let images = Images::new();
+        let (image, there) = (images.blank("root"), images.blank("there"));
+        let vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let socket = images.at("nbd.sock");
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (offer, target) = match tcp {
+            true => (format!("tcp:127.0.0.1:{port}"), format!("nbd://127.0.0.1:{port}/root")),
+            false => (
+                format!("unix:{}", socket.display()),
+                format!("nbd+unix:///root?socket={}", socket.display()),
+            ),
+        };
+        let give = format!("root={}", there.display());
+        let options = ["--disk", &give, "--nbd", &offer];
+        let destination = ferry::receive_at("tcp:127.0.0.1:0", &options).unwrap();
+        let existing = json!({"mode": "existing", "job-id": "m"});
+        run(&mut qmp, "drive-mirror", mirror(Path::new(&target), existing));
+        job_events(&mut qmp, "READY");
+        let_write(&vmm);
+        let shared = ["--disks", "none", "--keep-source"];
+        let ended = ferry::migrate_well(&vmm, &destination.address, &shared).unwrap();
+        assert_eq!(ended.summary["status"], "completed");
+        let end = job_events(&mut qmp, "null");
+        assert!(end.contains(&"COMPLETED".to_owned()), "{end:?}");
+        let mut moved = destination.vmm;
+        moved.wait_next_line("^HB ").unwrap();
+        let check = moved.check().unwrap();
+        assert!(check.count > 0 && check.corrupt == 0, "{check:?}");
+        assert!(!socket.exists(), "the server has ended");
+        disk::verify(&image).unwrap();
+    }
+    for (options, expected) in [
+        (vec!["--nbd", "unix:/x"], "--nbd needs the images to offer"),
+        (vec!["--nbd", "unix:/x", "--disk", "root=/no/such/image"], "is not: create it"),
+    ] {
+        let arguments = [&["receive", "tcp:127.0.0.1:0"], options.as_slice()].concat();
+        let (code, said) = ferry::end_of(&arguments).unwrap();
+        assert_eq!(code, 126, "{said}");
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
+    let images = Images::new();
+    let (image, there) = (images.blank("root"), images.blank("there"));
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let options = json!({
+        "mode": "existing", "format": "raw", "job-id": "m", "on-target-error": "stop",
+    });
+    let server = NbdServer::start(&images, &there);
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), options.clone()));
+    job_events(&mut qmp, "READY");
+    // Killed: the job rests, the guest goes on.
+    drop(server);
+    let stopped = job_events(&mut qmp, "standby");
+    assert_eq!(stopped.first().map(String::as_str), Some("ERROR"), "{stopped:?}");
+    assert_eq!(
+        (&jobs(&mut qmp)[0]["paused"], &jobs(&mut qmp)[0]["ready"]),
+        (&json!(true), &json!(false))
+    );
+    let_write(&vmm);
+    // It is there again: the job goes on, with all that the old one may not have kept.
+    std::fs::remove_file(images.at("nbd.sock")).ok();
+    let mut server = NbdServer::start(&images, &there);
+    let is_ready = |qmp: &mut Qmp| {
+        let job = &jobs(qmp)[0];
+        job["ready"] == true && job["status"] == "ready"
+    };
+    let deadline = Instant::now() + SOON;
+    while !is_ready(&mut qmp) {
+        assert!(Instant::now() < deadline, "{}", jobs(&mut qmp));
+        // Reconnecting is tried at most once in a second: the first attempts may come too early.
+        if jobs(&mut qmp)[0]["paused"] == true {
+            run(&mut qmp, "block-job-resume", json!({"device": "m"}));
+        }
+        let_write(&vmm);
+    }
+    run(&mut qmp, "stop", json!({}));
+    run(&mut qmp, "block-job-cancel", json!({"device": "m"}));
+    assert!(job_events(&mut qmp, "null").contains(&"COMPLETED".to_owned()));
+    assert_eq!(disk::verify(&image).unwrap(), disk::verify(&there).unwrap());
+    run(&mut qmp, "cont", json!({}));
+
+    // Stopped, so that it neither answers nor goes: a cancel ends the job nevertheless.
+    run(&mut qmp, "drive-mirror", mirror(Path::new(&server.url()), options));
+    job_events(&mut qmp, "READY");
+    server.process.signal(libc::SIGSTOP).unwrap();
+    let_write(&vmm);
+    run(&mut qmp, "block-job-cancel", json!({"device": "m", "force": true}));
+    assert!(job_events(&mut qmp, "null").contains(&"CANCELLED".to_owned()));
+    let_write(&vmm);
+}
+
+#[test]
+#[needs(kvm)]
+fn the_end_of_a_vmm_in_the_middle_leaves_its_image_whole() {
+    for turn in 0..3 {
+        let images = Images::new();
+        let image = images.blank("root");
+        let mut vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let slow = json!({"speed": if turn == 0 { 4 << 20 } else { 0 }});
+        run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), slow));
+        let at = ["running", "ready", "waiting"][turn];
+        if at == "waiting" {
+            job_events(&mut qmp, "READY");
+            run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+        }
+        job_events(&mut qmp, at);
+        vmm.process.kill().unwrap();
+        // Either is whole if the device may have been on it.
+        disk::verify(&image).unwrap();
+        if at == "waiting" {
+            disk::verify(&images.at("copy")).unwrap();
+        }
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_of_the_top_layer_has_the_same_backing_file() {
+    let images = Images::new();
+    let base = images.blank("base");
+    fill(&base, 32 * MIB, MIB, Pattern::Random).unwrap();
+    let image = images.at("root");
+    overlay(&image, &base).unwrap();
+    let mut guest = busy(&image);
+    guest.disks[0].push_str(",format=qcow2");
+    let mut vmm = started(&guest);
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = images.at("copy");
+    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"sync": "top", "format": "qcow2"})));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+    assert!(job_events(&mut qmp, "null").contains(&"COMPLETED".to_owned()));
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["inserted"]["file"], json!(copy));
+    assert_eq!(blocks[0]["inserted"]["backing_file"], json!(base));
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_copy_of_what_is_written_from_now_on_has_the_disk_as_its_backing_file() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let mut vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = images.at("copy");
+    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"sync": "none", "format": "qcow2"})));
+    job_events(&mut qmp, "READY");
+    let_write(&vmm);
+    run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+    let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+    assert_eq!(job_events(&mut qmp, "null"), end);
+    let blocks = qmp.execute("query-block", json!({})).unwrap();
+    assert_eq!(blocks[0]["inserted"]["backing_file"], json!(image));
+    let frozen = std::fs::read(&image).unwrap();
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+    assert!(frozen == std::fs::read(&image).unwrap(), "the backing file is written no more");
+}
+
+#[test]
+#[needs(kvm, mounts)]
+fn a_target_without_space_pauses_the_job_until_there_is_some() {
+    let images = Images::new();
+    let image = images.blank("root");
+    let folder = images.at("small");
+    std::fs::create_dir(&folder).unwrap();
+    let small = SmallFileSystem::mount(&folder, DISK / 2).unwrap();
+    let vmm = started(&busy(&image));
+    let mut qmp = vmm.qmp().unwrap();
+    let copy = folder.join("copy");
+    let options = json!({"on-target-error": "enospc", "job-id": "m"});
+    run(&mut qmp, "drive-mirror", mirror(&copy, options));
+    let seen = job_events(&mut qmp, "paused");
+    assert!(seen.contains(&"ERROR".to_owned()), "{seen:?}");
+    let job = &jobs(&mut qmp)[0];
+    assert_eq!((&job["io-status"], &job["status"]), (&json!("nospace"), &json!("paused")));
+    let_write(&vmm);
+    small.resize(2 * DISK).unwrap();
+    run(&mut qmp, "block-job-resume", json!({"device": "m"}));
+    let seen = job_events(&mut qmp, "READY");
+    assert!(seen.ends_with(&["ready".to_owned(), "READY".to_owned()]), "{seen:?}");
+    assert_eq!(jobs(&mut qmp)[0]["io-status"], "ok");
+    run(&mut qmp, "block-job-complete", json!({"device": "m"}));
+    job_events(&mut qmp, "null");
+    let_write(&vmm);
 }

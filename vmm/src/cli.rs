@@ -86,6 +86,10 @@ pub struct ReceiveArgs {
     /// Folder for migrated disks, each in a file ID.img
     #[arg(long, value_name = "PATH")]
     pub disk_dir: Option<PathBuf>,
+    /// Offer the images of --disk over NBD, each under its ID, until the guest takes them: the source mirrors its
+    /// disks to them before it moves
+    #[arg(long, value_name = "tcp:HOST:PORT|unix:PATH")]
+    pub nbd: Option<Address>,
     /// Let migrated disks replace existing images
     #[arg(long)]
     pub overwrite: bool,
@@ -126,6 +130,7 @@ impl ReceiveArgs {
             address: self.address,
             disks: self.disks,
             disk_dir: self.disk_dir,
+            nbd: self.nbd,
             overwrite: self.overwrite,
             paused: self.paused,
             limits: Limits { memory_bytes: self.max_memory, cpus: self.max_cpus },
@@ -215,8 +220,8 @@ pub struct BackupArgs {
 pub struct CtlArgs {
     /// Control socket
     pub socket: String,
-    /// status, stop, cont [--force], cancel, bitmap VERB … (see bitmap --help), quit, or any QMP command with
-    /// JSON arguments
+    /// status, stop, cont [--force], cancel, bitmap VERB …, mirror DISK TARGET …, job VERB … (see bitmap --help and so
+    /// on), quit, or any QMP command with JSON arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     pub command: Vec<String>,
 }

@@ -131,6 +131,8 @@ pub struct ReceiveConfig {
     pub disks: Vec<ReceiveDisk>,
     /// Folder for migrated disks without a `--disk` option.
     pub disk_dir: Option<PathBuf>,
+    /// Where images are offered over NBD until the guest takes them.
+    pub nbd: Option<Address>,
     /// Whether migrated disks may replace existing images.
     pub overwrite: bool,
     /// Leave it paused after its migration.

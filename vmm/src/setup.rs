@@ -27,6 +27,8 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
+    #[error("cannot offer the images of disks")]
+    Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot {what}")]
     Start {
         what: &'static str,

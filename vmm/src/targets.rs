@@ -4,6 +4,8 @@
 use crate::control::job::NodeSpec;
 use devices::block::backend::{BlockBackend, LockError};
 use devices::block::job::mirror::{Reopen, Sync};
+use devices::block::nbd::address::{AddressError, NbdAddress};
+use devices::block::nbd::client::{NbdClient, NbdControl, NbdOpenError, NbdOptions};
 use devices::block::qcow2::{Backing, BackingChoice, Qcow2File};
 use devices::block::raw::{Cache, OpenError, RawFile};
 use devices::block::{BlockNode, Format, open_image};
@@ -30,8 +32,18 @@ pub enum TargetError {
         "sync=none needs mode=existing, or format=qcow2 for a target that has the disk as its backing file"
     )]
     NothingBelow,
-    #[error("{0} is an address of an NBD server, which this build cannot reach")]
-    Nbd(String),
+    #[error(
+        "cannot use {location}: an NBD server has raw disks, its exports' formats are its own business"
+    )]
+    NbdFormat { location: String },
+    #[error("cannot use {location}")]
+    NbdAddress {
+        location: String,
+        #[source]
+        source: AddressError,
+    },
+    #[error(transparent)]
+    Nbd(#[from] NbdOpenError),
     #[error("cannot look at {location}")]
     Unreachable {
         location: String,
@@ -52,6 +64,8 @@ pub struct Target {
     pub is_blank: bool,
     /// How it is opened when the source is not locked any more.
     pub reopen: Option<ReopenAt>,
+    /// If it is on an NBD server.
+    pub remote: Option<NbdControl>,
 }
 
 /// A target that has the source as its backing file.
@@ -91,8 +105,11 @@ pub struct NewTarget {
 /// Creates or opens the target of a job, and locks it. None of `open` may have the same image.
 pub fn create(new: &NewTarget, open: &[Arc<BlockNode>]) -> Result<Target, TargetError> {
     let NewTarget { location, format, existing, sync, source, direct } = new;
+    if NbdAddress::is_meant_by(location) {
+        return connect(location, location, false);
+    }
     let cache = if *direct { Cache::None } else { Cache::Writeback };
-    let path = path_of(location)?;
+    let path = path_of(location);
     let there = look(location, &path)?;
     check_free(location, there.as_ref(), open)?;
     if *existing {
@@ -134,22 +151,38 @@ pub fn create(new: &NewTarget, open: &[Arc<BlockNode>]) -> Result<Target, Target
 pub fn open(spec: &NodeSpec, open: &[Arc<BlockNode>]) -> Result<Target, TargetError> {
     let NodeSpec { name, location, format, read_only, cache } = spec;
     let location = location.as_deref().ok_or_else(|| TargetError::NoLocation(name.clone()))?;
-    let path = path_of(location)?;
+    if NbdAddress::is_meant_by(location) {
+        return match format {
+            Format::Raw => connect(name, location, *read_only),
+            Format::Qcow2 => Err(TargetError::NbdFormat { location: location.to_owned() }),
+        };
+    }
+    let path = path_of(location);
     check_free(location, look(location, &path)?.as_ref(), open)?;
     lock(open_image(&path, *format, *read_only, *cache, BackingChoice::Recorded)?, name)
+}
+
+/// Connects to an NBD server. Bounded in time by the client.
+fn connect(name: &str, location: &str, read_only: bool) -> Result<Target, TargetError> {
+    let address: NbdAddress = location.parse().map_err(|source| {
+        let location = location.to_owned();
+        TargetError::NbdAddress { location, source }
+    })?;
+    let client = NbdClient::open(&address, NbdOptions { read_only, ..NbdOptions::default() })?;
+    let remote = Some(client.control());
+    Ok(Target { remote, ..lock(Box::new(client), name)? })
 }
 
 fn lock(image: Box<dyn BlockBackend>, name: &str) -> Result<Target, TargetError> {
     image.lock()?;
     let node = Arc::new(BlockNode::new(name, image));
-    Ok(Target { node, is_blank: false, reopen: None })
+    Ok(Target { node, is_blank: false, reopen: None, remote: None })
 }
 
-fn path_of(location: &str) -> Result<PathBuf, TargetError> {
-    if location.starts_with("nbd:") || location.starts_with("nbd+") {
-        return Err(TargetError::Nbd(location.to_owned()));
-    }
-    Ok(location.strip_prefix("file:").unwrap_or(location).into())
+/// The file that `location` names, without symlinks: a file that is locked before it is emptied must be the one.
+fn path_of(location: &str) -> PathBuf {
+    let path = PathBuf::from(location.strip_prefix("file:").unwrap_or(location));
+    path.canonicalize().unwrap_or(path)
 }
 
 /// What is at `path`, through symlinks.

@@ -269,6 +269,20 @@ impl DirtyBitmap {
         Some(ByteRange { offset_bytes, len_bytes: end.saturating_sub(offset_bytes) })
     }
 
+    /// Whether `offset_bytes`, which must lie on the disk, is marked, and for how many bytes from there on the same
+    /// holds. As for [`DirtyBitmap::runs`], marks set meanwhile may be missed.
+    pub fn run_at(&self, offset_bytes: u64) -> (bool, u64) {
+        let granule = offset_bytes >> self.granule_shift;
+        let marked = self.next_marked(granule);
+        let (is_marked, end) = match marked {
+            Some(first) if first == granule => (true, self.next_clean(granule)),
+            first => (false, first.unwrap_or(self.granules())),
+        };
+        // A mark may be set at `granule` after it was found clean, or cleared after it was found marked.
+        let end = (end.max(granule + 1) << self.granule_shift).min(self.len_bytes);
+        (is_marked, end.saturating_sub(offset_bytes))
+    }
+
     /// The first marked granule from `from` on.
     fn next_marked(&self, from: u64) -> Option<u64> {
         let (word, mask) = (from / BITS, u64::MAX << (from % BITS));

@@ -23,6 +23,7 @@ pub mod gate;
 pub mod holes;
 pub mod job;
 pub mod memory;
+pub mod nbd;
 mod ofd_lock;
 pub mod qcow2;
 pub mod raw;

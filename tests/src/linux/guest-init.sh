@@ -78,6 +78,7 @@ churn)
     done
     [ "$still" = "$(sum /tmp/still)" ] || echo "WRONG still"
     echo "STOPPED by $(cat /tmp/stop)"
+    [ "$(cat /tmp/stop)" = reboot ] && finish reboot
     finish poweroff
     ;;
 *)

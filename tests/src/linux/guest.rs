@@ -6,7 +6,7 @@ use crate::lines::Found;
 use crate::process::Process;
 use crate::traveller::{Traveller, Way};
 use anyhow::{Context, Result, bail, ensure};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -45,10 +45,19 @@ impl Disk {
         self.folder.path().join("disk.img")
     }
 
+    /// Where a copy of it can be.
+    pub fn copy_path(&self) -> PathBuf {
+        self.folder.path().join("copy.img")
+    }
+
     /// Whether its file system is whole and was unmounted.
     pub fn check(&self) -> Result<()> {
-        let mut process =
-            Process::start(Command::new(program("e2fsck")?).arg("-fn").arg(self.path()))?;
+        Self::check_at(&self.path())
+    }
+
+    /// The same of an image at `path`.
+    pub fn check_at(path: &Path) -> Result<()> {
+        let mut process = Process::start(Command::new(program("e2fsck")?).arg("-fn").arg(path))?;
         let code = process.exit_code(LIMIT)?;
         let said = process.out.text() + &process.err.text();
         ensure!(code == 0, "the file system is damaged: {said}");

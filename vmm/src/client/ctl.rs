@@ -1,7 +1,7 @@
 //! `ferry ctl`: sends one command and prints its result, as JSON unless a person has asked in short words.
 
 use super::request::Request;
-use super::{ClientError, QmpClient, bitmap};
+use super::{ClientError, QmpClient, bitmap, job};
 use crate::cli::CtlArgs;
 use crate::error::chain;
 use crate::exit_code;
@@ -17,7 +17,7 @@ enum Unclear {
 
 /// Sends the command; returns the exit code.
 pub fn run(args: &CtlArgs) -> u8 {
-    let Request { command, arguments, show } = match translate(&args.command) {
+    let Request { command, arguments, show, follow } = match translate(&args.command) {
         Ok(request) => request,
         Err(Unclear::Problem(problem)) => {
             eprintln!("ferry: {problem}");
@@ -29,10 +29,11 @@ pub fn run(args: &CtlArgs) -> u8 {
             return if error.use_stderr() { exit_code::USAGE } else { exit_code::OK };
         }
     };
-    let answer =
-        QmpClient::connect(&args.socket).and_then(|mut client| client.execute(&command, arguments));
+    let answer = QmpClient::connect(&args.socket)
+        .and_then(|mut client| Ok((client.execute(&command, arguments)?, client)));
     match answer {
-        Ok(value) => {
+        Ok((_, mut client)) if let Some(follow) = follow => job::follow(&mut client, &follow),
+        Ok((value, _)) => {
             println!("{}", show(&value));
             exit_code::OK
         }
@@ -55,6 +56,8 @@ fn translate(words: &[String]) -> Result<Request, Unclear> {
         ["cancel"] => request("migrate_cancel", json!({})),
         ["give-up"] => request("x-migrate-give-up", json!({})),
         ["cont", "--force"] => request("cont", json!({"x-force": true})),
+        ["mirror", ..] => job::mirror(&words).map_err(Unclear::Words),
+        ["job", ..] => job::job(&words).map_err(Unclear::Words),
         ["bitmap", ..] => bitmap::request(&words).map_err(Unclear::Words),
         [command] => request(command, json!({})),
         [command, arguments] => match serde_json::from_str(arguments) {

@@ -3,6 +3,7 @@
 pub mod backup;
 mod bitmap;
 pub mod ctl;
+mod job;
 pub mod migrate;
 mod request;
 

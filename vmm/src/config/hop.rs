@@ -35,6 +35,7 @@ impl RunConfig {
             address: Address::Unix(address),
             disks: disks.into_iter().map(|(id, disk)| disk.at_destination(id)).collect(),
             disk_dir: None,
+            nbd: None,
             overwrite: false,
             paused: false,
             // The guest has its memory on this host already.
@@ -231,8 +232,9 @@ pub(crate) mod tests {
         assert_eq!((first.memory_bytes, first.cpus, first.rng), (12345 << 12, 11, true));
         assert_eq!(first.disks, [("root".to_owned(), disk.clone())]);
         assert_eq!(first.migrate_every, None, "it is a child, not a shuttle");
-        let ReceiveConfig { address, disks, disk_dir, overwrite, paused, limits, boot, host } =
+        let ReceiveConfig { address, disks, disk_dir, nbd, overwrite, paused, limits, boot, host } =
             next;
+        assert_eq!(nbd, None);
         assert_eq!(address, Address::Unix("/m2".into()));
         let backing = Some(Backing { path: "/base".into(), format: Format::Qcow2 });
         let DiskConfig { path, format, errors, cache, .. } = disk;

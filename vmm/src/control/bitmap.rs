@@ -53,7 +53,8 @@ pub const ADD: &[Member] = &[
 ];
 /// What names a bitmap.
 pub const NAMED: &[Member] = &[NODE, needed("name", Kind::Text)];
-const BITMAP: Kind = Kind::Object { name: "BlockDirtyBitmap", members: NAMED };
+/// A bitmap's name with its disk's.
+pub const BITMAP: Kind = Kind::Object { name: "BlockDirtyBitmap", members: NAMED };
 /// What `block-dirty-bitmap-merge` takes.
 pub const MERGE: &[Member] = &[
     NODE,

@@ -4,6 +4,7 @@
 use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
 use super::backup::{self, BackupSpec};
 use super::bitmap::{self, BitmapAction, BitmapChange};
+use super::export::{self, ExportCommand};
 use super::job::{self, JobAction, JobCommand, MirrorSpec, NodeSpec};
 use super::message::{QmpError, Request};
 use super::options::{
@@ -84,6 +85,10 @@ pub enum Command {
     QueryJobs,
     /// A command to a block job.
     Job(JobCommand),
+    /// `block-export-add` and the like.
+    Export(ExportCommand),
+    /// `query-block-exports`
+    QueryExports,
     /// `stop`
     Stop,
     /// `cont`
@@ -153,7 +158,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    const fn new(
+    pub(super) const fn new(
         name: &'static str,
         arguments: &'static [Member],
         returns: Kind,
@@ -333,6 +338,13 @@ pub const COMMANDS: &[Entry] = &[
             Ok(Command::BitmapSha256 { node, name })
         },
     ),
+    export::START_ENTRY,
+    export::STOP_ENTRY,
+    export::NBD_ADD_ENTRY,
+    export::NBD_REMOVE_ENTRY,
+    export::ADD_ENTRY,
+    export::DEL_ENTRY,
+    export::QUERY_ENTRY,
     Entry::new("stop", &[], EMPTY, |_| Ok(Command::Stop)),
     Entry::new("cont", &[optional("x-force", Kind::Flag)], EMPTY, |arguments| {
         Ok(Command::Cont { force: arguments.flag("x-force").unwrap_or(false) })

@@ -34,6 +34,7 @@ pub const EVENTS: &[(&str, &[Member])] = &[
     ("BLOCK_JOB_COMPLETED", job::COMPLETED),
     ("BLOCK_JOB_CANCELLED", job::PROGRESS),
     ("BLOCK_JOB_ERROR", job::ERROR),
+    ("BLOCK_EXPORT_DELETED", &[needed("id", Kind::Text)]),
     ("MIGRATION", &[needed("status", Kind::Text)]),
     ("MIGRATION_PASS", &[needed("pass", Kind::Whole)]),
     (
@@ -106,6 +107,11 @@ impl Event {
     pub fn job(event: &JobEvent) -> Self {
         let (name, data) = job::event(event);
         Self::new(name, Some(data))
+    }
+
+    /// `BLOCK_EXPORT_DELETED`.
+    pub fn export_deleted(id: &str) -> Self {
+        Self::new("BLOCK_EXPORT_DELETED", Some(json!({"id": id})))
     }
 
     /// `MIGRATION`.
@@ -186,6 +192,7 @@ mod tests {
         };
         let mut events = vec![
             Event::block_io_error(&failure),
+            Event::export_deleted("root"),
             Event::migration("active"),
             Event::pass(1),
             Event::not_converging(report.to_json()),

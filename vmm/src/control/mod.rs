@@ -7,6 +7,7 @@ pub mod bitmap;
 pub mod block;
 pub mod command;
 pub mod event;
+pub mod export;
 pub mod job;
 pub mod message;
 pub mod options;

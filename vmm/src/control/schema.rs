@@ -271,6 +271,13 @@ mod tests {
                 "block-job-finalize" | "block-job-dismiss" => &["id"],
                 name if name.starts_with("block-job-") => &["device", "speed", "force"],
                 name if name.starts_with("job-") => &["id"],
+                "nbd-server-start" => &["addr", "max-connections", "handshake-max-seconds"],
+                "nbd-server-add" => &["device", "name", "description", "writable", "bitmap"],
+                "nbd-server-remove" => &["name", "mode"],
+                "block-export-add" => {
+                    &["type", "id", "node-name", "name", "description", "writable", "bitmaps"]
+                }
+                "block-export-del" => &["id", "mode"],
                 _ => &[],
             }
         };

@@ -59,7 +59,7 @@ impl Supervisor {
         None
     }
 
-    fn node(&self, name: &str) -> Option<Arc<BlockNode>> {
+    pub(super) fn node(&self, name: &str) -> Option<Arc<BlockNode>> {
         let mut disks = self.machine.as_ref()?.disks().iter();
         disks.find(|disk| disk.node.id() == name).map(|disk| disk.node.clone())
     }

@@ -14,7 +14,7 @@ use devices::block::copy::Pair;
 use devices::block::job::mirror::{
     DEFAULT_BUF_SIZE, DEFAULT_GRANULARITY, Mirror, MirrorOptions, Sync,
 };
-use devices::block::job::{Job, JobEvent, JobInfo, JobKind, JobStatus, NewJob};
+use devices::block::job::{Cancel, Job, JobEvent, JobInfo, JobKind, JobStatus, NewJob};
 use devices::block::{BlockNode, Format};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -69,6 +69,31 @@ impl BlockJobs {
     /// The nodes beside the guest's disks.
     pub fn nodes(&self) -> impl Iterator<Item = &BlockNode> {
         self.nodes.values().map(|target| target.node.as_ref())
+    }
+
+    /// The mirrors that go on while the guest moves, or why it cannot.
+    pub fn for_a_move(&self) -> Result<Vec<Arc<Job>>, String> {
+        for job in self.jobs.iter().filter(|job| !job.has_ended()) {
+            let info = job.info();
+            // One that switches the disk over would leave the destination with another image than ours.
+            if !info.ready || info.status != JobStatus::Ready || job.is_told_to_complete() {
+                return Err(format!(
+                    "The guest cannot move while job '{}' is {}: wait until it is ready, or cancel it",
+                    info.id,
+                    info.status.name()
+                ));
+            }
+        }
+        Ok(self.jobs.iter().filter(|job| !job.has_ended()).cloned().collect())
+    }
+
+    /// The guest has moved: mirrors have all that it has written here.
+    pub fn guest_has_moved(&self) {
+        for job in &self.jobs {
+            if let Err(error) = job.cancel(Cancel::Soft) {
+                log::debug!("{error}");
+            }
+        }
     }
 
     /// A backup that runs or is about to: its id, and the disk's if it runs.
@@ -246,6 +271,7 @@ impl Supervisor {
             },
             target_is_blank: target.is_blank,
             reopen: target.reopen.clone().map(|reopen| reopen.into_work()),
+            remote: target.remote.clone(),
             pair: Pair { source, target: target.node, unmap: spec.unmap },
         };
         let mirror = Mirror::new(options).map_err(|error| refused(&error))?;

@@ -138,6 +138,7 @@ impl Supervisor {
             | Command::Backup(_)
             | Command::Mirror(_)
             | Command::AddNode(_)
+            | Command::Export(_)
             | Command::Powerdown
                 if self.ending.is_some() =>
             {
@@ -149,6 +150,7 @@ impl Supervisor {
             Command::Backup(steps) => self.backup(steps, request),
             Command::Mirror(spec) => self.mirror(spec, request),
             Command::AddNode(spec) => self.add_node(spec, request),
+            Command::Export(_) => self.use_exports(request),
             Command::Stop => self.stop(request),
             Command::Cont { force } => self.cont(*force, request),
             Command::Reset => self.system_reset(request),
@@ -185,6 +187,7 @@ impl Supervisor {
             }
             Command::QueryCpus => Ok(self.query_cpus()),
             Command::QueryBlockStats => Ok(block::stats(self.nodes())),
+            Command::QueryExports => Ok(self.exports.query()),
             Command::Quit
             | Command::QueryBlock
             | Command::QueryNamedBlockNodes
@@ -194,6 +197,7 @@ impl Supervisor {
             | Command::Backup(_)
             | Command::Mirror(_)
             | Command::AddNode(_)
+            | Command::Export(_)
             | Command::Stop
             | Command::Cont { .. }
             | Command::Reset => Err(QmpError::generic("this command is answered later")),
@@ -382,6 +386,7 @@ impl Supervisor {
         client: ClientId,
     ) -> Result<Value, QmpError> {
         self.no_migration("start another")?;
+        self.exports.allow_migration()?;
         self.no_backup()?;
         let cache_size = own.parameters.xbzrle_cache_size;
         cache_size.map_or(Ok(()), |bytes| self.check_cache_size(bytes))?;
@@ -414,13 +419,23 @@ impl Supervisor {
             false => Vec::new(),
         };
         description.bitmaps = !bitmaps.is_empty();
+        let mirrors = self.block_jobs.for_a_move().map_err(QmpError::generic)?;
         // The migration needs the dirty log.
         let measurement = self.dirty_rate.abort();
         let disks = SourceDisks { disks, tuning };
         let mailbox = self.event_loop.mailbox().clone();
         let payload = self.payload.clone();
-        let leaving =
-            jobs::Leaving { vm, description, bitmaps, payload, nodes, measurement, params, owner };
+        let leaving = jobs::Leaving {
+            vm,
+            description,
+            bitmaps,
+            payload,
+            nodes,
+            mirrors,
+            measurement,
+            params,
+            owner,
+        };
         let started = self.jobs.send(address, leaving, ram, disks, mailbox);
         started.map(|()| empty()).map_err(|error| failed(&error))
     }

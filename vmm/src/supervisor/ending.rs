@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// How long draining and flushing the disks may take when the process ends.
 const END_LIMIT: Duration = Duration::from_millis(1500);
+/// How much of it the requests of NBD clients may take.
+const EXPORTS_LIMIT: Duration = Duration::from_millis(500);
 /// How long a stopped vCPU may take to say where it is.
 const LOCATE_LIMIT: Duration = Duration::from_millis(100);
 /// How much later the process ends if its tasks do not report.
@@ -55,6 +57,7 @@ impl Supervisor {
             arrival_at_work,
             leaves_machine: false,
         };
+        let exports = self.exports.take();
         if let Some(machine) = &mut self.machine {
             let (drains, stopped) = machine.begin_end();
             ending.leaves_machine = !stopped;
@@ -62,7 +65,15 @@ impl Supervisor {
                 let places = machine.locate(Instant::now() + LOCATE_LIMIT).join(", ");
                 ending.exit = ending.exit.at(Some(places).filter(|places| !places.is_empty()));
             }
-            let come_to_rest = move |_: &_| Done::Flushed(come_to_rest(drains, deadline));
+            let come_to_rest = move |_: &_| {
+                // Its clients' last writes are to be flushed, too.
+                let exports = exports.is_none_or(|nbd| nbd.end(Instant::now() + EXPORTS_LIMIT));
+                let mut late = come_to_rest(drains, deadline);
+                if !exports {
+                    late.push(PartTime::not_ended("a request of an NBD client", END_LIMIT));
+                }
+                Done::Flushed(late)
+            };
             // The parent of a shuttled guest knows the output from before the last move, too.
             let says_output = matches!(
                 ending.exit.code,

@@ -2,11 +2,13 @@
 //! that they hold; every other call is a message to the supervisor, the only owner of the machine, and
 //! waits for its reply.
 //!
-//! [`leaving`] serves an outgoing migration, [`arriving`] an incoming one.
+//! [`leaving`] serves an outgoing migration, [`arriving`] an incoming one, and [`served`] offers the images of its disks
+//! until it is here.
 
 pub mod arriving;
 pub mod leaving;
 pub mod request;
+pub mod served;
 
 use super::messages::{Mailbox, Message};
 use migration::guest::GuestError;

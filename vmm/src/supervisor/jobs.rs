@@ -4,6 +4,7 @@
 use super::dirty_rate::Aborted;
 use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
+use super::guest::served::ServedDisks;
 use super::messages::{JobId, Mailbox, Message};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::LeavingFiles;
@@ -12,6 +13,7 @@ use crate::kvm::vm::Vm;
 use crate::machine::description::Description;
 use devices::block::BlockNode;
 use devices::block::backend::GoOn;
+use devices::block::job::Job as BlockJob;
 use migration::bitmap::outgoing::{BitmapsOutgoing, SourceBitmap};
 use migration::block::outgoing::DisksOutgoing;
 use migration::block::{SourceDisk, SourceDisks};
@@ -80,6 +82,8 @@ pub struct Leaving {
     pub payload: Option<Arc<BootPayload>>,
     /// All its disks.
     pub nodes: Vec<Arc<BlockNode>>,
+    /// Mirrors that must be in sync when the guest leaves.
+    pub mirrors: Vec<Arc<BlockJob>>,
     /// Must end first: it uses the dirty log.
     pub measurement: Option<Aborted>,
     /// Its own parameters.
@@ -157,8 +161,17 @@ impl Jobs {
         disks: SourceDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
-        let Leaving { vm, mut description, bitmaps, payload, nodes, measurement, params, owner } =
-            leaving;
+        let Leaving {
+            vm,
+            mut description,
+            bitmaps,
+            payload,
+            nodes,
+            mirrors,
+            measurement,
+            params,
+            owner,
+        } = leaving;
         self.leaving = Arc::downgrade(&vm);
         let migrated = disks.disks.iter().map(|disk| disk.node.id().to_owned()).collect();
         let to_us = mailbox.clone();
@@ -167,7 +180,8 @@ impl Jobs {
             if let Some(measurement) = measurement {
                 measurement.join();
             }
-            let mut guest = LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated);
+            let mut guest =
+                LeavingGuest::new(mailbox.clone(), cancel.clone(), nodes, migrated, mirrors);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let (leaving, token) = (disks.disks.clone(), cancel.clone());
             let participants = participants(payload, disks, bitmaps, ram, params.get().channels());
@@ -195,6 +209,7 @@ impl Jobs {
         &mut self,
         listener: Listener,
         context: BuildContext,
+        served: ServedDisks,
         mailbox: Mailbox,
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
@@ -203,7 +218,8 @@ impl Jobs {
         self.spawn(true, params, owner, to_us, move |id, counters, tokens, params| {
             let Tokens { cancel, give_up } = tokens;
             counters.listening(address);
-            let mut host = ArrivingGuest::new(mailbox.clone(), cancel.clone(), params, context);
+            let mut host =
+                ArrivingGuest::new(mailbox.clone(), cancel.clone(), params, context, served);
             let mut events = |event| mailbox.post(Message::Migration(event));
             let events = &mut events;
             let destination = Destination { host: &mut host, counters, cancel, give_up, events };

@@ -31,6 +31,8 @@ pub enum Message {
     Console(ConsoleEvent),
     /// A disk request of the guest has failed.
     DiskFailed(Failure),
+    /// The last client of this export, which has been removed, is gone.
+    ExportDeleted(String),
     /// A request of a migration thread.
     Guest(GuestRequest),
     /// A task has ended.

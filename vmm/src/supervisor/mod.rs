@@ -6,7 +6,8 @@
 //! commands and [`waiting`] queues those that must wait; [`transition`] boots, stops and resets the
 //! machine, [`ending`] ends the process; [`tasks`] are threads for slow work, [`jobs`] starts and reaps
 //! migrations, [`dirty_rate`] measures the dirty rate, [`bitmaps`] changes the disks' named dirty bitmaps,
-//! [`block_jobs`] starts and steers mirrors, [`backups`] starts backups.
+//! [`block_jobs`] starts and steers mirrors, [`backups`] starts backups, [`exports`] offers the disks to NBD
+//! clients.
 
 mod backends;
 mod backups;
@@ -15,6 +16,7 @@ mod block_jobs;
 mod commands;
 mod dirty_rate;
 mod ending;
+mod exports;
 pub mod guest;
 mod jobs;
 pub mod messages;
@@ -46,7 +48,9 @@ use devices::block::failure::{Action, Failure};
 use devices::reset::GuestExit;
 use dirty_rate::DirtyRate;
 use ending::Ending;
+use exports::Exports;
 use guest::arriving::BuildContext;
+use guest::served::ServedDisks;
 use jobs::{Jobs, Owner};
 use messages::{JobId, MachineId, Message};
 use migration::source::{MigrationEvent, SourceOutcome};
@@ -100,6 +104,7 @@ pub struct Supervisor {
     sizes: Sizes,
     bitmap_requests: BitmapRequests,
     block_jobs: BlockJobs,
+    exports: Exports,
     waiting: Waiting,
     ending: Option<Ending>,
     /// The guest has moved, and the process ends when this client has gone.
@@ -126,6 +131,7 @@ pub fn receive(config: ReceiveConfig) -> Result<Exit, SetupError> {
     let listener = migration::transport::Listener::bind(&config.address)
         .map_err(|source| SetupError::Listen { address: config.address.to_string(), source })?;
     let payload = config.boot.as_ref().map(open_payload).transpose()?;
+    let served = ServedDisks::open(&config).map_err(|error| SetupError::Serve(Box::new(error)))?;
     let mut supervisor = Supervisor::new(Mode::Receive(config.clone()), host)?;
     supervisor.payload.clone_from(&payload);
     supervisor.state = RunState::Inmigrate;
@@ -134,7 +140,7 @@ pub fn receive(config: ReceiveConfig) -> Result<Exit, SetupError> {
     let (id, parts) = supervisor.backend_parts();
     supervisor.machine_id = id;
     let context = BuildContext { host: supervisor.host.clone(), config, parts, payload };
-    let started = supervisor.jobs.receive(listener, context, mailbox);
+    let started = supervisor.jobs.receive(listener, context, served, mailbox);
     started.map_err(SetupError::start("start the thread of a migration"))?;
     Ok(event_loop::serve(supervisor)?)
 }
@@ -179,6 +185,7 @@ impl Supervisor {
             sizes: Sizes::default(),
             bitmap_requests: BitmapRequests::default(),
             block_jobs: BlockJobs::default(),
+            exports: Exports::default(),
             waiting: Waiting::default(),
             ending: None,
             ends_with: None,
@@ -312,6 +319,7 @@ impl Handler for Supervisor {
                 self.end(self.told_to("Ctrl-A x"), &Event::ending("SHUTDOWN", false, "host-ui"));
             }
             Message::DiskFailed(failure) => self.on_disk_failed(&failure),
+            Message::ExportDeleted(id) => self.on_export_deleted(&id),
             Message::Guest(request) => self.on_guest_request(request),
             Message::TaskEnded(id, done) => {
                 // An overdue task may still return a machine or a target, which takes time to drop.

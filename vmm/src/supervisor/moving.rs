@@ -27,6 +27,8 @@ impl Supervisor {
             GuestRequest::Uninstall(reply) => drop(reply.send(Ok(self.uninstall()))),
             GuestRequest::Surrendered(reply) => {
                 self.become_state(RunState::Postmigrate);
+                self.block_jobs.guest_has_moved();
+                self.end_exports();
                 drop(reply.send(Ok(())));
             }
             GuestRequest::Install(machine, _) if self.ending.is_some() => tasks::discard(machine),

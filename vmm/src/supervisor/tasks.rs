@@ -6,6 +6,7 @@
 //! not delay the others.
 
 use super::block_jobs::Opened;
+use super::exports::ExportsDone;
 use crate::control::QmpResult;
 use crate::control::message::QmpError;
 use crate::machine::Machine;
@@ -44,6 +45,8 @@ pub enum Done {
     Bitmaps(QmpResult),
     /// A node of [`super::block_jobs`] has been opened, or an error.
     Opened(Result<Opened, String>),
+    /// What was asked about exports.
+    Exports(ExportsDone),
     /// Backups have begun, to be run as jobs, or an error.
     Begun(Result<Vec<Backup>, QmpError>),
     /// It panicked or is overdue.

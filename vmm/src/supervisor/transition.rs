@@ -97,6 +97,7 @@ impl Supervisor {
             // Its disks are not open yet.
             Command::ChangeBitmaps(_)
             | Command::StoreBitmaps { .. }
+            | Command::Export(_)
             | Command::BitmapSha256 { .. } => {
                 matches!(self.transition, Some((_, Transition::Boot(_))))
             }
@@ -146,6 +147,7 @@ impl Supervisor {
         }
         let Some(done) = self.on_bitmaps_done(id, done) else { return };
         let Some(done) = self.on_target_opened(id, done) else { return };
+        let Some(done) = self.on_exports_done(id, done) else { return };
         match done {
             Done::Flushed(late) => self.on_flushed(id, &late),
             // Even if some have not responded.
@@ -161,7 +163,8 @@ impl Supervisor {
             | Done::Locked(_)
             | Done::Bitmaps(_)
             | Done::Begun(_)
-            | Done::Opened(_) => {}
+            | Done::Opened(_)
+            | Done::Exports(_) => {}
         }
     }
 

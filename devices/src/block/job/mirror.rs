@@ -17,6 +17,7 @@ use crate::block::copy::{
     Claim, Claims, Copied, Copier, CopyError, MAX_OPERATION_BYTES, MAX_OPERATIONS, Pair,
 };
 use crate::block::gate::Drained;
+use crate::block::nbd::client::NbdControl;
 use crate::block::{BlockNode, Tracking, holes};
 use active::Active;
 use std::io;
@@ -67,6 +68,8 @@ pub struct MirrorOptions {
     pub target_is_blank: bool,
     /// For a target that has the source as its backing file.
     pub reopen: Option<Reopen>,
+    /// Of a target on an NBD server.
+    pub remote: Option<NbdControl>,
 }
 
 /// A mirror that cannot be started. QEMU's words where QEMU has the rule.
@@ -259,8 +262,10 @@ impl Mirror {
         self.copier.ended();
         let Some(claim) = copied.claim else {
             self.flushing = false;
-            self.flushed = copied.result.is_ok();
-            if let Err(error) = copied.result {
+            // A flush after a loss fails, and that is no error: what was lost is written again.
+            let lost = self.take_lost_writes(job);
+            self.flushed = copied.result.is_ok() && !lost;
+            if let Some(error) = copied.result.err().filter(|_| !lost) {
                 self.on_error(job, error);
             }
             return;
@@ -274,6 +279,22 @@ impl Mirror {
                 self.on_error(job, error);
             }
         }
+    }
+
+    /// Marks what a server that was lost had not made durable. Returns whether there is something.
+    fn take_lost_writes(&mut self, job: &Job) -> bool {
+        let lost = self.options.remote.as_ref().and_then(NbdControl::take_lost_writes);
+        let Some(lost) = lost else { return false };
+        log::warn!(
+            "job {}: {} bytes are written again after a loss",
+            job.id(),
+            lost.marked_bytes()
+        );
+        for range in lost.runs() {
+            self.dirty.mark(range);
+        }
+        job.lose_sync();
+        true
     }
 
     fn on_error(&mut self, job: &Job, error: CopyError) {
@@ -290,6 +311,14 @@ impl Mirror {
         let disk = self.options.pair.target.location();
         let range = ByteRange { offset_bytes: 0, len_bytes: 0 };
         self.on_error(job, CopyError::Write { disk, range, source });
+    }
+
+    /// Whether nothing was written to the target since it was flushed.
+    fn is_flushed(&mut self) -> bool {
+        if self.active.as_ref().is_some_and(|active| active.has_written()) {
+            self.flushed = false;
+        }
+        self.flushed
     }
 
     /// Waits for what is in flight. False if something hangs.
@@ -313,7 +342,7 @@ impl Mirror {
 
     /// Copies until the copy is equal to the disk, whose requests are drained, and durable.
     fn finish_drained(&mut self, job: &Job) -> Result<(), CopyError> {
-        while !(self.is_clean() && self.flushed) {
+        while !(self.is_clean() && self.is_flushed()) {
             if job.cancelled() == Some(Cancel::Force) {
                 return Ok(());
             }
@@ -333,6 +362,8 @@ impl Mirror {
     }
 
     fn start_flush(&mut self, job: &Job) {
+        // What is written meanwhile needs another one.
+        self.is_flushed();
         match self.copier.flush() {
             Ok(()) => self.flushing = true,
             Err(error) => self.no_thread(job, error),
@@ -375,14 +406,19 @@ impl Mirror {
         }
         let ready = job.info().ready;
         let now = Instant::now();
+        // Asked before the look at what is dirty: what was written before is seen.
+        let sync = job.wanted_sync();
         if let Err(error) = self.start_operations(!ready, now, job.speed()) {
             self.no_thread(job, error);
         }
         if self.is_clean() && !self.flushing && self.failed.is_none() {
-            if !ready && self.flushed {
+            let flushed = self.is_flushed();
+            if !ready && flushed {
                 job.become_ready();
                 self.show(job);
-            } else if !ready && now >= self.not_before {
+            } else if let Some(number) = sync.filter(|_| flushed) {
+                job.note_sync(number);
+            } else if (!ready || sync.is_some()) && now >= self.not_before {
                 self.start_flush(job);
             }
             if ready && self.active.is_some() && job.info().actively_synced == Some(false) {
@@ -428,7 +464,7 @@ impl Mirror {
                 }
                 continue;
             }
-            if job.must_complete() && ready && self.remaining_bytes() <= LAST_BYTES {
+            if job.is_told_to_complete() && ready && self.remaining_bytes() <= LAST_BYTES {
                 return Ok(Finished::Done);
             }
             self.turn(job);
@@ -442,7 +478,6 @@ impl Mirror {
             return Ok(false);
         }
         let Some(_section) = self.drain(job) else { return Ok(false) };
-        self.flushed = false;
         self.finish_drained(job)?;
         Ok(job.cancelled() == Some(Cancel::Soft))
     }
@@ -461,7 +496,6 @@ impl Mirror {
                 continue;
             }
             let Some(section) = self.drain(job) else { continue };
-            self.flushed = false;
             self.finish_drained(job).map_err(|error| super::chain(&error))?;
             if job.cancelled() == Some(Cancel::Force) {
                 continue;
@@ -492,12 +526,21 @@ impl Mirror {
 
     /// The end of all writes to the target.
     fn end(&mut self, job: &Job) {
+        if let Some(remote) =
+            self.options.remote.take_if(|_| job.cancelled() == Some(Cancel::Force))
+        {
+            remote.interrupt();
+        }
         if let Some(active) = self.active.take() {
             active.end();
             let filter: Arc<dyn crate::block::filter::WriteFilter> = active;
             self.source().detach(&filter);
         }
-        self.settle(job, LAST_WAIT);
+        if !self.settle(job, LAST_WAIT)
+            && let Some(remote) = &self.options.remote
+        {
+            remote.interrupt();
+        }
     }
 }
 

@@ -24,7 +24,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a job does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,6 +172,8 @@ struct Wanted {
     complete: bool,
     cancel: Option<Cancel>,
     finalize: bool,
+    /// How often the copy was asked to be durable.
+    syncs: u64,
 }
 
 /// How a job is cancelled.
@@ -189,6 +191,8 @@ struct State {
     copy_mode: CopyMode,
     /// An error has paused it.
     stopped: bool,
+    /// The latest of [`Wanted::syncs`] that is done.
+    synced: u64,
 }
 
 /// Wakes a job's thread.
@@ -267,7 +271,8 @@ impl Job {
             error: None,
             actively_synced: (kind == JobKind::Mirror).then_some(false),
         };
-        let state = State { info, wanted: Wanted::default(), copy_mode, stopped: false };
+        let wanted = Wanted::default();
+        let state = State { info, wanted, copy_mode, stopped: false, synced: 0 };
         let job = Arc::new(Self {
             options,
             device,
@@ -315,6 +320,11 @@ impl Job {
     /// Whether the device has the target's storage now.
     pub fn has_switched(&self) -> bool {
         self.switched.load(Ordering::SeqCst)
+    }
+
+    /// Whether a user has told it to complete.
+    pub fn is_told_to_complete(&self) -> bool {
+        lock(&self.state).wanted.complete
     }
 
     /// Whether nothing of it runs any more.
@@ -413,6 +423,23 @@ impl Job {
         })
     }
 
+    /// Waits until the copy has all that was written before this call, on stable storage. False if it has not by
+    /// `deadline`, is not in sync or has ended.
+    pub fn sync_by(&self, deadline: Instant) -> bool {
+        let number = {
+            let mut state = lock(&self.state);
+            state.wanted.syncs += 1;
+            self.changed.notify_all();
+            state.wanted.syncs
+        };
+        self.wake_up();
+        let state = lock(&self.state);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waits = |state: &mut State| state.synced < number && state.info.ready;
+        let waited = self.changed.wait_timeout_while(state, left, waits);
+        waited.unwrap_or_else(PoisonError::into_inner).0.synced >= number
+    }
+
     /// `finalize`
     pub fn finalize(&self) -> Result<(), JobError> {
         self.want(Verb::Finalize, |state| {
@@ -482,11 +509,6 @@ impl Job {
         lock(&self.state).wanted.cancel
     }
 
-    /// Whether it is told to complete.
-    pub(in crate::block) fn must_complete(&self) -> bool {
-        lock(&self.state).wanted.complete
-    }
-
     /// Most bytes per second.
     pub(in crate::block) fn speed(&self) -> u64 {
         lock(&self.state).info.speed
@@ -538,6 +560,17 @@ impl Job {
             self.become_status(JobStatus::Ready);
             (self.tell)(JobEvent::Ready(self.info()));
         }
+    }
+
+    /// The number of the last request that the copy be durable, unless that is done.
+    pub(in crate::block) fn wanted_sync(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        (state.wanted.syncs > state.synced).then_some(state.wanted.syncs)
+    }
+
+    /// The copy has all that was written before request `number`.
+    pub(in crate::block) fn note_sync(&self, number: u64) {
+        self.update(|state| state.synced = number);
     }
 
     /// The copy is not in sync any more.

@@ -162,7 +162,7 @@ fn events_come_in_the_order_of_qemus() {
     step.send(Step::Look).unwrap();
     assert_eq!(until(&events, "ready"), ["ready"]);
     job.complete().unwrap();
-    assert!(job.must_complete());
+    assert!(job.is_told_to_complete());
     step.send(Step::End(Finished::Done)).unwrap();
     let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
     assert_eq!(until(&events, "null"), end);

@@ -130,6 +130,11 @@ fn whole(program: Program, once: impl Fn() -> Result<f64>) -> Result<f64> {
     result
 }
 
+/// An image of 1 GiB of random bytes.
+pub fn random_gib() -> Result<PathBuf> {
+    image("random.img", GIB, GIB, Pattern::Random)
+}
+
 /// GB of disk per second.
 pub fn full(program: Program, cache: &str) -> Result<f64> {
     let path = image("random.img", GIB, GIB, Pattern::Random)?;

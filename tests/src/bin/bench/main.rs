@@ -10,6 +10,7 @@ mod disks;
 mod engine;
 mod figures;
 mod memory;
+mod mirrors;
 mod moves;
 mod rows;
 mod table;

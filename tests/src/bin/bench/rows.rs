@@ -3,6 +3,7 @@
 
 use crate::figures::Figure;
 use crate::memory::Memory;
+use crate::mirrors::{self, To};
 use crate::moves::Look;
 use crate::{alone, bitmaps, disks, engine, moves};
 use anyhow::{Context, Result, bail};
@@ -337,6 +338,51 @@ pub const ROWS: &[Row] = &[
         target: Target::RatioAtLeast(0.9),
         columns: Columns::Two,
         runs: RUNS,
+    },
+    Row {
+        name: "mirror-none",
+        title: "mirror 1 GiB to a file, cache=none, until ready",
+        unit: "MB/s",
+        measure: Measure::Exact(|program| mirrors::speed(program, To::File("none"))),
+        target: Target::RatioAtLeast(1.3),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "mirror-writeback",
+        title: "the same, cache=writeback",
+        unit: "MB/s",
+        measure: Measure::Exact(|program| mirrors::speed(program, To::File("writeback"))),
+        target: Target::RatioAtLeast(1.3),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "mirror-nbd-unix",
+        title: "the same, to qemu-nbd over a Unix socket",
+        unit: "MB/s",
+        measure: Measure::Exact(|program| mirrors::speed(program, To::Unix)),
+        target: Target::RatioAtLeast(1.3),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "mirror-nbd-tcp",
+        title: "the same, to qemu-nbd over TCP",
+        unit: "MB/s",
+        measure: Measure::Exact(|program| mirrors::speed(program, To::Tcp)),
+        target: Target::RatioAtLeast(2.5),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "mirror-idle",
+        title: "processor time of a mirror that is ready, idle guest",
+        unit: "%",
+        measure: Measure::Exact(mirrors::idle),
+        target: Target::AtMost(0.1),
+        columns: Columns::All,
+        runs: 3,
     },
     Row {
         name: "disk-sparse",

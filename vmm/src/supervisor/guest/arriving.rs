@@ -5,6 +5,7 @@ use super::super::backends::BackendParts;
 use super::super::messages::{Mailbox, Message};
 use super::super::tasks;
 use super::request::GuestRequest;
+use super::served::ServedDisks;
 use super::{ask, shutting_down};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::ArrivingFiles;
@@ -85,6 +86,8 @@ pub struct ArrivingGuest {
     /// `None` once the machine is being built.
     context: Option<BuildContext>,
     images: Images,
+    /// Offered until the guest takes them.
+    served: ServedDisks,
     /// The received boot payload.
     arrived: Arc<Mutex<Option<BootPayload>>>,
     /// The guest has been started here.
@@ -98,9 +101,10 @@ impl ArrivingGuest {
         cancel: CancelToken,
         params: SharedParams,
         context: BuildContext,
+        served: ServedDisks,
     ) -> Self {
-        let (images, arrived) = (Images::default(), Arc::default());
-        Self { mailbox, cancel, params, context: Some(context), images, arrived, runs: false }
+        let (images, arrived, context) = (Images::default(), Arc::default(), Some(context));
+        Self { mailbox, cancel, params, context, images, served, arrived, runs: false }
     }
 
     fn nodes(&self) -> &[Arc<BlockNode>] {
@@ -192,6 +196,7 @@ impl DestinationHost for ArrivingGuest {
     }
 
     fn lock_disks(&mut self) -> Result<(), GuestError> {
+        self.served.close().map_err(|error| guest_error(&error))?;
         lock_disks_in_pause(self.nodes()).map_err(|error| guest_error(&error))
     }
 
@@ -201,6 +206,7 @@ impl DestinationHost for ArrivingGuest {
         let travels = |node: &Arc<BlockNode>| arriving.iter().any(|it| Arc::ptr_eq(&it.node, node));
         let shared: Vec<_> = self.nodes().iter().filter(|node| !travels(node)).cloned().collect();
         give_back_disks(&shared);
+        self.served.offer_again();
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use super::ask;
 use super::request::GuestRequest;
 use crate::error::chain;
 use crate::machine::{MachineError, lock_disks};
+use devices::block::job::Job;
 use devices::block::{BlockNode, Format};
 use devices::state::DeviceRecord;
 use migration::cancel::CancelToken;
@@ -39,6 +40,8 @@ pub struct LeavingGuest {
     flushes: DiskWork<Result<(), String>>,
     /// Of bitmaps that stay.
     storing: DiskWork<Result<(), String>>,
+    /// Whose copies must have all that the guest has written before it runs elsewhere.
+    mirrors: Vec<Arc<Job>>,
     /// The locks were let go of.
     released: bool,
 }
@@ -50,11 +53,12 @@ impl LeavingGuest {
         cancel: CancelToken,
         nodes: Vec<Arc<BlockNode>>,
         migrated: Vec<String>,
+        mirrors: Vec<Arc<Job>>,
     ) -> Self {
         let writable: Vec<_> = nodes.iter().filter(|node| !node.read_only()).cloned().collect();
         let flushes = DiskWork::new("flushing", writable.clone());
         let storing = DiskWork::new("storing the bitmaps of", writable);
-        Self { mailbox, cancel, nodes, migrated, flushes, storing, released: false }
+        Self { mailbox, cancel, nodes, migrated, flushes, storing, mirrors, released: false }
     }
 
     /// Runs `work` on each writable disk that `wanted` selects, until `deadline`.
@@ -70,6 +74,26 @@ impl LeavingGuest {
         let work =
             move |node: &BlockNode| work(node, stays_too(node)).map_err(|error| error.to_string());
         run(&mut self.flushes, &self.cancel, |node| wanted(node, stays(node)), work, deadline)
+    }
+
+    /// Has every mirror copy what is left, until `deadline`.
+    fn sync_mirrors(&self, deadline: Instant) -> Result<(), GuestError> {
+        for mirror in &self.mirrors {
+            let began = Instant::now();
+            if mirror.sync_by(deadline) {
+                continue;
+            }
+            let id = mirror.id();
+            if !mirror.info().ready {
+                return Err(GuestError::new(format!(
+                    "the mirror {id} of disk {} is not in sync: see query-block-jobs",
+                    mirror.device()
+                )));
+            }
+            let part = PartTime::not_ended(format!("syncing mirror `{id}`"), began.elapsed());
+            return Err(GuestError::Overdue(part));
+        }
+        Ok(())
     }
 
     /// Stores the bitmaps that stay with their disks, until `deadline`. If that fails or is late, the guest
@@ -161,6 +185,7 @@ impl GuestControl for LeavingGuest {
     }
 
     fn release_disks(&mut self, deadline: Instant) -> Result<PartTime, GuestError> {
+        self.sync_mirrors(deadline)?;
         // Nothing may be written after unlocking, not even by a late flush: write everything back first; a
         // thread that is late keeps the lock.
         let flush = |node: &BlockNode, stays: bool| {
@@ -242,7 +267,7 @@ mod tests {
     fn guest(nodes: Vec<Arc<BlockNode>>, migrated: &[&str]) -> LeavingGuest {
         let (mailbox, _) = crate::event_loop::mailbox_for_test();
         let migrated = migrated.iter().map(|id| (*id).to_owned()).collect();
-        LeavingGuest::new(mailbox, CancelToken::new(), nodes, migrated)
+        LeavingGuest::new(mailbox, CancelToken::new(), nodes, migrated, Vec::new())
     }
 
     fn in_a_moment() -> Instant {

@@ -18,6 +18,8 @@ pub(super) struct Active {
     /// The job has ended.
     ended: AtomicBool,
     failed: Mutex<Option<CopyError>>,
+    /// Since [`Active::has_written`] was called last.
+    written: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -29,8 +31,9 @@ impl Active {
         dirty: Arc<DirtyBitmap>,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Self {
-        let (ended, failed) = (AtomicBool::new(false), Mutex::default());
-        Self { pair, claims, dirty, ended, failed, wake: Box::new(wake) }
+        let (ended, written) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (failed, wake) = (Mutex::default(), Box::new(wake));
+        Self { pair, claims, dirty, ended, failed, written, wake }
     }
 
     /// The job ends: writes are made to the disk alone.
@@ -40,6 +43,11 @@ impl Active {
 
     fn has_ended(&self) -> bool {
         self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Whether the target was written to since the last call.
+    pub fn has_written(&self) -> bool {
+        self.written.swap(false, Ordering::SeqCst)
     }
 
     /// The first failure that nobody has taken.
@@ -77,7 +85,7 @@ struct ActiveWrite<'a> {
 
 impl FilteredWrite for ActiveWrite<'_> {
     fn end(self: Box<Self>, change: Change<'_>, written: &io::Result<()>) {
-        let Active { pair, dirty, failed, wake, .. } = self.active;
+        let Active { pair, dirty, failed, written: wrote, wake, .. } = self.active;
         let copied = match change {
             // What the disk holds now is not known: it is read.
             _ if written.is_err() || self.claim.is_none() => None,
@@ -86,7 +94,10 @@ impl FilteredWrite for ActiveWrite<'_> {
             Change::Zeroes { .. } => Some(pair.zero(self.range)),
         };
         match copied {
-            Some(Ok(())) => dirty.clear_within(self.range),
+            Some(Ok(())) => {
+                wrote.store(true, Ordering::SeqCst);
+                dirty.clear_within(self.range);
+            }
             None => {
                 dirty.mark(self.range);
                 wake();

@@ -38,6 +38,7 @@ impl Case {
             buf_size: DEFAULT_BUF_SIZE,
             target_is_blank: true,
             reopen: None,
+            remote: None,
         }
     }
 
@@ -353,6 +354,7 @@ fn persistent_bitmaps_come_along_to_the_new_image() {
         buf_size: DEFAULT_BUF_SIZE,
         target_is_blank: true,
         reopen: None,
+        remote: None,
     };
     let (job, events) = start(options_of, CopyMode::Background, options("m"));
     until(&events, "READY");
@@ -395,4 +397,26 @@ fn what_cannot_be_mirrored_is_refused() {
     let read_only = || node(MemoryDisk::new(LEN).into_read_only());
     let error = refused(&|options| options.pair.target = read_only());
     assert!(error.contains("read-only"), "{error}");
+}
+
+#[test]
+fn a_copy_that_is_asked_for_is_durable_and_has_all_that_was_written_before() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking] {
+        let case = Case::new();
+        let (job, events) = case.start(Sync::Full, mode, options("m"));
+        assert!(!job.sync_by(Instant::now()), "it is not in sync");
+        until(&events, "READY");
+        for turn in 1..20u8 {
+            case.pair.source.write_at(&[turn; 512], u64::from(turn) << 16).unwrap();
+            let before = case.target.flush_count();
+            assert!(job.sync_by(Instant::now() + SOON), "{mode:?}");
+            assert!(case.is_equal() && case.target.flush_count() > before, "{mode:?}");
+        }
+        case.target.hold(true);
+        case.target.fail(true);
+        job.cancel(Cancel::Force).unwrap();
+        case.target.hold(false);
+        until(&events, "CANCELLED");
+        assert!(!job.sync_by(Instant::now() + Duration::from_millis(10)));
+    }
 }
