@@ -178,7 +178,12 @@ impl Folder {
     /// Opens it to read.
     pub fn open(path: &Path) -> Result<Self, ManifestError> {
         let failed = |source| ManifestError::Folder { path: path.to_owned(), source };
-        Ok(Self { path: path.canonicalize().map_err(failed)?, _lock: None })
+        let absolute = path.canonicalize().map_err(failed)?;
+        if absolute.to_str().is_none() {
+            // QMP has no other strings.
+            return Err(failed(io::Error::other("its absolute path is not UTF-8")));
+        }
+        Ok(Self { path: absolute, _lock: None })
     }
 
     /// Opens it, or creates it, and keeps others from writing to it.

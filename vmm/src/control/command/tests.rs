@@ -203,8 +203,8 @@ fn a_transaction_of_other_things_is_refused() {
         "Action 'block-dirty-bitmap-clear' does not support transaction property completion-mode = \
          grouped"
     );
-    let unknown = desc(json!({"actions": [clear, {"type": "drive-backup", "data": {}}]}));
-    assert!(unknown.contains("'type' does not accept value 'drive-backup'"), "{unknown}");
+    let unknown = desc(json!({"actions": [clear, {"type": "drive-mirror", "data": {}}]}));
+    assert!(unknown.contains("'type' does not accept value 'drive-mirror'"), "{unknown}");
     let nested = desc(json!({"actions": [{"type": "transaction", "data": {"actions": []}}]}));
     assert!(nested.contains("'type' does not accept value 'transaction'"), "{nested}");
     let many = desc(json!({"actions": vec![clear; bitmap::MAX_ACTIONS + 1]}));
@@ -212,6 +212,22 @@ fn a_transaction_of_other_things_is_refused() {
     let data = json!({"node": "n", "name": "b", "granularity": -1});
     let negative = desc(json!({"actions": [{"type": "block-dirty-bitmap-add", "data": data}]}));
     assert_eq!(negative, "Invalid parameter type for 'granularity', expected: integer");
+}
+
+#[test]
+fn a_transaction_with_backups_keeps_the_order_of_its_actions() {
+    let clear = json!({"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}});
+    let data = json!({"device": "n", "target": "/x", "sync": "full"});
+    let save = json!({"type": "drive-backup", "data": data});
+    let actions = json!({"actions": [clear, save, clear]});
+    let Ok(Command::Backup(steps)) = parse("transaction", actions) else {
+        panic!("it is not a transaction with a backup");
+    };
+    let are_bitmaps: Vec<_> =
+        steps.iter().map(|step| matches!(step, BackupStep::Bitmap(_))).collect();
+    assert_eq!(are_bitmaps, [true, false, true]);
+    let BackupStep::Backup(spec) = &steps[1] else { unreachable!() };
+    assert_eq!((spec.device.as_str(), spec.job.id.as_str()), ("n", "n"));
 }
 
 #[test]
