@@ -202,11 +202,16 @@ impl Backup {
                     break;
                 }
                 run.len_bytes = run.len_bytes.min(end - run.offset_bytes);
-                if let Some(claim) = self.claims.try_claim(run) {
+                let Some(claim) = self.claims.try_claim(run) else {
+                    at = run.offset_bytes + granule;
+                    continue;
+                };
+                // Before it was claimed, the guest may have overwritten it: what is on the disk now is not the old
+                // data, which is in memory.
+                if self.to_read.next_run(run.offset_bytes, run.len_bytes) == Some(run) {
                     self.cursor = run.end();
                     return Some(claim);
                 }
-                at = run.offset_bytes + granule;
             }
         }
         None

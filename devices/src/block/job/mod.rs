@@ -656,11 +656,11 @@ impl Job {
         let ended = ended.and_then(|finished| match finished {
             Finished::Cancelled => Ok(Finished::Cancelled),
             Finished::Left => {
-                self.await_finalize();
+                self.await_finalize(Some(Cancel::Soft));
                 Ok(Finished::Left)
             }
             Finished::Done => {
-                if self.await_finalize().is_some() {
+                if self.await_finalize(None).is_some() {
                     let aborted = catch_unwind(AssertUnwindSafe(|| work.abort(self)));
                     return aborted.map(|()| Finished::Cancelled).map_err(|_| panicked());
                 }
@@ -688,17 +688,15 @@ impl Job {
         }
     }
 
-    /// Waits until it may be finalized; returns how it is cancelled, if it is.
-    fn await_finalize(&self) -> Option<Cancel> {
+    /// Waits until it may be finalized, or is cancelled otherwise than it `was`; returns how it is cancelled, if it is.
+    fn await_finalize(&self, was: Option<Cancel>) -> Option<Cancel> {
         self.become_status(JobStatus::Waiting);
         self.become_status(JobStatus::Pending);
         if !self.options.auto_finalize {
             (self.tell)(JobEvent::Pending(self.info()));
         }
         let mut state: MutexGuard<'_, State> = lock(&self.state);
-        let before = state.wanted.cancel;
-        while !self.options.auto_finalize && !state.wanted.finalize && state.wanted.cancel == before
-        {
+        while !self.options.auto_finalize && !state.wanted.finalize && state.wanted.cancel == was {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.wanted.cancel
