@@ -18,6 +18,8 @@ mod saved;
 mod search;
 
 use super::{Finished, Job, Rate, Work};
+use crate::block::aligned::AlignedBuffer;
+use crate::block::backend::ByteRange;
 use crate::block::bitmap::DirtyBitmap;
 use crate::block::bitmaps::{BitmapName, Frozen};
 use crate::block::copy::{
@@ -208,7 +210,12 @@ impl Backup {
                 };
                 // Before it was claimed, the guest may have overwritten it: what is on the disk now is not the old
                 // data, which is in memory.
-                if self.to_read.next_run(run.offset_bytes, run.len_bytes) == Some(run) {
+                // The last cluster may be shorter than the others.
+                let still = self.to_read.next_run(run.offset_bytes, MAX_OPERATION_BYTES);
+                let is_whole = |it: ByteRange| {
+                    it.offset_bytes == run.offset_bytes && it.len_bytes >= run.len_bytes
+                };
+                if still.is_some_and(is_whole) {
                     self.cursor = run.end();
                     return Some(claim);
                 }
@@ -430,7 +437,13 @@ fn pool(
             Operation::Write(saved) => write(&pair, saved, buffer),
             Operation::Copy(claim) => {
                 let range = claim.range();
-                let own = buffer.take().unwrap_or_else(operation_buffer);
+                // One cluster may be larger than an operation otherwise is.
+                let needed = usize::try_from(range.len_bytes).unwrap_or(usize::MAX);
+                let own = buffer.take().filter(|own| own.len() >= needed);
+                let own = own.unwrap_or_else(|| match range.len_bytes > MAX_OPERATION_BYTES {
+                    true => AlignedBuffer::new(needed),
+                    false => operation_buffer(),
+                });
                 match unless_panicking(&pair, || filter.read_ahead(range, own)) {
                     Err(error) => Event::Unread(error),
                     Ok(saved) => {

@@ -137,7 +137,7 @@ impl BeforeWrite {
         lock(&self.failed).take()
     }
 
-    /// Reads a claimed range in the background, into a buffer for the largest operation.
+    /// Reads a claimed range in the background, into a buffer that is large enough.
     pub fn read_ahead(&self, range: ByteRange, buffer: AlignedBuffer) -> Result<Saved, CopyError> {
         let holding = self.ledger.add(range.len_bytes);
         Saved::read(&self.pair, range, buffer, self.is_blank, holding)

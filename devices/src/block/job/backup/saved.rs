@@ -61,7 +61,7 @@ impl Saved {
         Ok(())
     }
 
-    /// The buffer, if it is one for the largest operation. The data is not needed any more.
+    /// The buffer, if it is large enough for most operations. The data is not needed any more.
     pub fn take_operation_buffer(&mut self) -> Option<AlignedBuffer> {
         let large = self.buffer.as_ref().is_some_and(|it| it.len() as u64 >= MAX_OPERATION_BYTES);
         if large { self.buffer.take() } else { None }

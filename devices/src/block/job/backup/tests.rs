@@ -179,6 +179,34 @@ fn a_chain_of_incremental_backups_is_the_disk_at_each_of_the_moments() {
 }
 
 #[test]
+fn a_disk_whose_last_cluster_is_short_is_saved_to_its_end() {
+    for len_bytes in [512, CLUSTER + 512, 5 * CLUSTER - 512, (1 << 20) + 3 * 512] {
+        let case = Case::of(len_bytes);
+        let bytes = vec![3; usize::try_from(len_bytes).unwrap()];
+        case.pair.source.fill_at(&bytes, 0).unwrap();
+        let guests = Guests::on(&case.pair.source);
+        let (_job, events, was) = start(case.options(BackupSync::Full), options("b"));
+        assert_eq!(until(&events, "null"), GOOD, "{len_bytes}");
+        assert!(content(&case.pair.target) == was, "{len_bytes}");
+        guests.end();
+    }
+}
+
+#[test]
+fn clusters_of_the_target_may_be_larger_than_an_operation() {
+    let case = Case::filled();
+    let to_read = DirtyBitmap::new(LEN, 2 << 20).unwrap();
+    to_read.mark_all();
+    let backup = Backup::new(case.options(BackupSync::Full), Arc::new(to_read));
+    let (job, events) = run(backup, options("b"));
+    assert_eq!(until(&events, "null"), GOOD);
+    assert_eq!(
+        (content(&case.pair.target) == content(&case.pair.source), job.info().error),
+        (true, None)
+    );
+}
+
+#[test]
 fn only_what_is_marked_is_copied() {
     let case = Case::filled();
     case.add_bitmap();
