@@ -363,7 +363,7 @@ impl NbdServer {
 }
 
 #[test]
-#[needs(kvm)]
+#[needs(kvm, qemu_nbd)]
 fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
     let images = Images::new();
     let (image, there) = (images.blank("root"), images.blank("there"));
@@ -436,7 +436,7 @@ fn a_destination_offers_its_image_until_the_guest_takes_it() {
 }
 
 #[test]
-#[needs(kvm)]
+#[needs(kvm, qemu_nbd)]
 fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
     let images = Images::new();
     let (image, there) = (images.blank("root"), images.blank("there"));
