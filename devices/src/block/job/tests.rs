@@ -3,6 +3,7 @@
 use super::*;
 use crate::block::BlockNode;
 use crate::block::backend::ByteRange;
+use crate::block::copy::CopyError;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 const SOON: Duration = Duration::from_secs(30);
