@@ -303,6 +303,46 @@ fn a_guest_does_not_move_while_a_copy_is_not_in_sync_nor_is_a_disk_switched_over
 
 #[test]
 #[needs(kvm)]
+fn a_guest_does_not_move_without_a_copy_that_has_ended_on_the_way() {
+    let images = Images::new();
+    let mut vmm = started(&busy(&images.blank("root")));
+    let mut qmp = vmm.qmp().unwrap();
+    run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), json!({"job-id": "m"})));
+    job_events(&mut qmp, "READY");
+    let destination = receive(&images);
+    run(&mut qmp, "migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
+    run(&mut qmp, "migrate", json!({"uri": destination.address, "blk": true}));
+    run(&mut qmp, "block-job-cancel", json!({"device": "m"}));
+    job_events(&mut qmp, "null");
+    run(&mut qmp, "migrate-set-parameters", json!({"max-bandwidth": 0}));
+    let end = qmp.wait_info(|info| info["status"] == "failed").unwrap();
+    let why = end["error-desc"].as_str().unwrap();
+    assert!(
+        why.contains("the mirror m of disk root has ended while the guest was moving"),
+        "{why}"
+    );
+    let_write(&vmm);
+    assert_eq!(vmm.check().unwrap().corrupt, 0);
+}
+
+#[test]
+#[needs(kvm)]
+fn a_process_that_waits_for_a_guest_takes_its_sockets_with_it() {
+    let images = Images::new();
+    let give = format!("root={}", images.blank("there").display());
+    let (address, socket) = (images.at("migration.sock"), images.at("nbd.sock"));
+    let [listen, offer] = [&address, &socket].map(|path| format!("unix:{}", path.display()));
+    let mut waiting = ferry::receive_at(&listen, &["--disk", &give, "--nbd", &offer]).unwrap();
+    // A client in the middle of its handshake does not keep it.
+    let client = Qmp::connect_raw(&socket, SOON).unwrap();
+    waiting.vmm.process.signal(libc::SIGTERM).unwrap();
+    waiting.vmm.process.exit_code(SOON).unwrap();
+    assert!(!address.exists() && !socket.exists(), "a socket is left behind");
+    drop(client);
+}
+
+#[test]
+#[needs(kvm)]
 fn a_person_sees_how_far_it_is_and_how_it_ends() {
     let images = Images::new();
     let vmm = started(&busy(&images.blank("root")));
@@ -542,23 +582,29 @@ fn a_copy_of_the_top_layer_has_the_same_backing_file() {
 #[test]
 #[needs(kvm)]
 fn a_copy_of_what_is_written_from_now_on_has_the_disk_as_its_backing_file() {
-    let images = Images::new();
-    let image = images.blank("root");
-    let mut vmm = started(&busy(&image));
-    let mut qmp = vmm.qmp().unwrap();
-    let copy = images.at("copy");
-    run(&mut qmp, "drive-mirror", mirror(&copy, json!({"sync": "none", "format": "qcow2"})));
-    job_events(&mut qmp, "READY");
-    let_write(&vmm);
-    run(&mut qmp, "block-job-complete", json!({"device": "root"}));
-    let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
-    assert_eq!(job_events(&mut qmp, "null"), end);
-    let blocks = qmp.execute("query-block", json!({})).unwrap();
-    assert_eq!(blocks[0]["inserted"]["backing_file"], json!(image));
-    let frozen = std::fs::read(&image).unwrap();
-    let_write(&vmm);
-    assert_eq!(vmm.check().unwrap().corrupt, 0);
-    assert!(frozen == std::fs::read(&image).unwrap(), "the backing file is written no more");
+    // Writes of single sectors: the rest of their clusters comes from the disk.
+    for more in [json!({}), json!({"granularity": 4096}), json!({"copy-mode": "write-blocking"})] {
+        let images = Images::new();
+        let image = images.blank("root");
+        let mut vmm = started(&busy(&image));
+        let mut qmp = vmm.qmp().unwrap();
+        let copy = images.at("copy");
+        let mut arguments = json!({"sync": "none", "format": "qcow2"});
+        arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        run(&mut qmp, "drive-mirror", mirror(&copy, arguments));
+        job_events(&mut qmp, "READY");
+        let_write(&vmm);
+        run(&mut qmp, "block-job-complete", json!({"device": "root"}));
+        let end = ["waiting", "pending", "COMPLETED", "concluded", "null"];
+        assert_eq!(job_events(&mut qmp, "null"), end, "{more}");
+        let blocks = qmp.execute("query-block", json!({})).unwrap();
+        assert_eq!(blocks[0]["inserted"]["backing_file"], json!(image));
+        let frozen = std::fs::read(&image).unwrap();
+        let_write(&vmm);
+        assert_eq!(vmm.check().unwrap().corrupt, 0, "{more}");
+        let now = std::fs::read(&image).unwrap();
+        assert!(frozen == now, "the backing file is written no more");
+    }
 }
 
 #[test]

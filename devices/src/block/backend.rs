@@ -1,8 +1,9 @@
 //! The interface of a disk's storage, implemented by `raw`, `qcow2` and `memory`, called by
 //! [`super::BlockNode`] only.
 
+use super::Format;
 use super::aligned::AlignedBuffer;
-use super::qcow2::Backing;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -86,6 +87,16 @@ pub(super) fn write_zeroes_as_data(
         (offset, left) = (offset + len, left - len);
     }
     Ok(())
+}
+
+/// A backing file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backing {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
 }
 
 /// The backing files of an image.

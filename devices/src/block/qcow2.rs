@@ -10,6 +10,7 @@
 mod chain;
 
 use super::aligned::AlignedBuffer;
+pub use super::backend::Backing;
 use super::backend::{
     BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
 };
@@ -18,7 +19,7 @@ use super::raw::{Cache, OpenError, hold_partial, lock_file, make_direct, unlock_
 use super::{Format, SECTOR_BYTES};
 use crate::lock;
 use chain::Chain;
-pub use chain::{Backing, BackingChoice, MAX_DEPTH};
+pub use chain::{BackingChoice, MAX_DEPTH};
 use imago::file::File as ImagoFile;
 use imago::format::drivers::FormatDriverInstance;
 use imago::qcow2::Qcow2;

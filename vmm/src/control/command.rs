@@ -338,13 +338,28 @@ pub const COMMANDS: &[Entry] = &[
             Ok(Command::BitmapSha256 { node, name })
         },
     ),
-    export::START_ENTRY,
-    export::STOP_ENTRY,
-    export::NBD_ADD_ENTRY,
-    export::NBD_REMOVE_ENTRY,
-    export::ADD_ENTRY,
-    export::DEL_ENTRY,
-    export::QUERY_ENTRY,
+    Entry::new("nbd-server-start", export::START, EMPTY, |arguments| {
+        Ok(Command::Export(export::start(arguments)?))
+    }),
+    Entry::new("nbd-server-stop", &[], EMPTY, |_| Ok(Command::Export(ExportCommand::Stop))),
+    Entry::new("nbd-server-add", export::NBD_ADD, EMPTY, |arguments| {
+        Ok(Command::Export(export::nbd_add(arguments)?))
+    }),
+    Entry::new(
+        "nbd-server-remove",
+        &[needed("name", Kind::Text), export::MODE],
+        EMPTY,
+        |arguments| Ok(Command::Export(export::remove(arguments, "name")?)),
+    ),
+    Entry::new("block-export-add", export::ADD, EMPTY, |arguments| {
+        Ok(Command::Export(export::add(arguments)?))
+    }),
+    Entry::new("block-export-del", &[needed("id", Kind::Text), export::MODE], EMPTY, |arguments| {
+        Ok(Command::Export(export::remove(arguments, "id")?))
+    }),
+    Entry::new("query-block-exports", &[], Kind::List(&export::INFO), |_| {
+        Ok(Command::QueryExports)
+    }),
     Entry::new("stop", &[], EMPTY, |_| Ok(Command::Stop)),
     Entry::new("cont", &[optional("x-force", Kind::Flag)], EMPTY, |arguments| {
         Ok(Command::Cont { force: arguments.flag("x-force").unwrap_or(false) })

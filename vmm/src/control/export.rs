@@ -1,8 +1,7 @@
 //! Arguments of the commands for NBD exports. Used by `command`; the supervisor executes them.
 
-use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
+use super::arguments::{Arguments, Kind, Member, missing, needed, optional};
 use super::bitmap::{BITMAP, MAX_ACTIONS};
-use super::command::{Command, Entry};
 use super::message::QmpError;
 use devices::block::bitmaps::BitmapName;
 use devices::block::nbd::server::{DEFAULT_MAX_CONNECTIONS, Limits, RemoveMode};
@@ -86,14 +85,17 @@ const ADDRESS: Kind = Kind::Tagged {
         ),
     ],
 };
-const START: &[Member] = &[
+/// What `nbd-server-start` takes.
+pub const START: &[Member] = &[
     needed("addr", ADDRESS),
     optional("max-connections", Kind::Whole),
     optional("handshake-max-seconds", Kind::Whole),
 ];
-const MODE: Member =
+/// Whether to wait for clients.
+pub const MODE: Member =
     optional("mode", Kind::Choice { name: "BlockExportRemoveMode", values: &["safe", "hard"] });
-const NBD_ADD: &[Member] = &[
+/// What `nbd-server-add` takes.
+pub const NBD_ADD: &[Member] = &[
     needed("device", Kind::Text),
     optional("name", Kind::Text),
     optional("description", Kind::Text),
@@ -101,7 +103,8 @@ const NBD_ADD: &[Member] = &[
     optional("bitmap", Kind::Text),
 ];
 const TYPE: Kind = Kind::Choice { name: "BlockExportType", values: &["nbd"] };
-const ADD: &[Member] = &[
+/// What `block-export-add` takes.
+pub const ADD: &[Member] = &[
     needed("type", TYPE),
     needed("id", Kind::Text),
     needed("node-name", Kind::Text),
@@ -113,7 +116,8 @@ const ADD: &[Member] = &[
         Kind::List(&Kind::Either { name: "BlockDirtyBitmapOrStr", of: &[Kind::Text, BITMAP] }),
     ),
 ];
-const INFO: Kind = Kind::Object {
+/// An element of the reply to `query-block-exports`.
+pub const INFO: Kind = Kind::Object {
     name: "BlockExportInfo",
     members: &[
         needed("id", Kind::Text),
@@ -123,34 +127,12 @@ const INFO: Kind = Kind::Object {
     ],
 };
 
-/// The commands.
-pub const START_ENTRY: Entry = Entry::new("nbd-server-start", START, EMPTY, start);
-/// See [`START_ENTRY`].
-pub const STOP_ENTRY: Entry =
-    Entry::new("nbd-server-stop", &[], EMPTY, |_| Ok(Command::Export(ExportCommand::Stop)));
-/// See [`START_ENTRY`].
-pub const NBD_ADD_ENTRY: Entry = Entry::new("nbd-server-add", NBD_ADD, EMPTY, nbd_add);
-/// See [`START_ENTRY`].
-pub const NBD_REMOVE_ENTRY: Entry =
-    Entry::new("nbd-server-remove", &[needed("name", Kind::Text), MODE], EMPTY, |arguments| {
-        remove(arguments, "name")
-    });
-/// See [`START_ENTRY`].
-pub const ADD_ENTRY: Entry = Entry::new("block-export-add", ADD, EMPTY, add);
-/// See [`START_ENTRY`].
-pub const DEL_ENTRY: Entry =
-    Entry::new("block-export-del", &[needed("id", Kind::Text), MODE], EMPTY, |arguments| {
-        remove(arguments, "id")
-    });
-/// See [`START_ENTRY`].
-pub const QUERY_ENTRY: Entry =
-    Entry::new("query-block-exports", &[], Kind::List(&INFO), |_| Ok(Command::QueryExports));
-
 fn text(arguments: &mut Arguments, name: &str) -> Result<String, QmpError> {
     arguments.text(name).ok_or_else(|| missing(name))
 }
 
-fn start(arguments: &mut Arguments) -> Result<Command, QmpError> {
+/// Reads `nbd-server-start`.
+pub fn start(arguments: &mut Arguments) -> Result<ExportCommand, QmpError> {
     let address = arguments.object("addr").ok_or_else(|| missing("addr"))?;
     let data = |name: &str| {
         let text = address.get("data").and_then(|data| data.get(name)).and_then(Value::as_str);
@@ -173,7 +155,7 @@ fn start(arguments: &mut Arguments) -> Result<Command, QmpError> {
         max_connections: max_connections.unwrap_or(DEFAULT_MAX_CONNECTIONS),
         handshake: seconds.map_or(standard.handshake, |count| Duration::from_secs(count as u64)),
     };
-    Ok(Command::Export(ExportCommand::Start { address, limits }))
+    Ok(ExportCommand::Start { address, limits })
 }
 
 fn bitmap_name(name: &str) -> Result<BitmapName, QmpError> {
@@ -190,22 +172,23 @@ fn check_id(id: &str) -> Result<(), QmpError> {
 }
 
 /// `nbd-server-add`: the export's name is its id, too.
-fn nbd_add(arguments: &mut Arguments) -> Result<Command, QmpError> {
+pub fn nbd_add(arguments: &mut Arguments) -> Result<ExportCommand, QmpError> {
     let node = text(arguments, "device")?;
     let name = arguments.text("name").unwrap_or_else(|| node.clone());
     check_id(&name)?;
     let bitmap = arguments.text("bitmap").map(|name| bitmap_name(&name)).transpose()?;
-    Ok(Command::Export(ExportCommand::Add(NewExport {
+    Ok(ExportCommand::Add(NewExport {
         id: name.clone(),
         node,
         name,
         description: arguments.text("description").unwrap_or_default(),
         writable: arguments.flag("writable").unwrap_or(false),
         bitmaps: bitmap.into_iter().collect(),
-    })))
+    }))
 }
 
-fn add(arguments: &mut Arguments) -> Result<Command, QmpError> {
+/// Reads `block-export-add`.
+pub fn add(arguments: &mut Arguments) -> Result<ExportCommand, QmpError> {
     // There is only one.
     arguments.text("type");
     let (id, node) = (text(arguments, "id")?, text(arguments, "node-name")?);
@@ -230,28 +213,30 @@ fn add(arguments: &mut Arguments) -> Result<Command, QmpError> {
         bitmap_name(name)
     };
     let bitmaps = bitmaps.iter().map(bitmap).collect::<Result<_, _>>()?;
-    Ok(Command::Export(ExportCommand::Add(NewExport {
+    Ok(ExportCommand::Add(NewExport {
         id,
         name: arguments.text("name").unwrap_or_else(|| node.clone()),
         node,
         description: arguments.text("description").unwrap_or_default(),
         writable: arguments.flag("writable").unwrap_or(false),
         bitmaps,
-    })))
+    }))
 }
 
-fn remove(arguments: &mut Arguments, named: &str) -> Result<Command, QmpError> {
+/// Reads what removes the export that the argument `named` names.
+pub fn remove(arguments: &mut Arguments, named: &str) -> Result<ExportCommand, QmpError> {
     let id = text(arguments, named)?;
     let mode = match arguments.text("mode").as_deref() {
         Some("hard") => RemoveMode::Hard,
         _ => RemoveMode::Safe,
     };
-    Ok(Command::Export(ExportCommand::Remove { id, mode }))
+    Ok(ExportCommand::Remove { id, mode })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::command::Command;
     use crate::control::message::Request;
     use serde_json::json;
 

@@ -3,11 +3,11 @@
 //! A task opens the targets, waits for the guest's requests in flight and takes the moment; then each backup runs as a
 //! job of [`super::block_jobs`].
 
+use super::Supervisor;
 use super::bitmaps::{mark_added, refusal};
 use super::block_jobs::For;
 use super::messages::Message;
 use super::tasks::{self, Done};
-use super::{RunState, Supervisor};
 use crate::control::backup::{BackupSpec, BitmapUse};
 use crate::control::command::BackupStep;
 use crate::control::job::TargetSpec;
@@ -89,11 +89,7 @@ impl Supervisor {
 
     fn plan(&self, steps: &[BackupStep]) -> Result<Vec<Planned>, QmpError> {
         self.no_migration("start a backup")?;
-        // Its disks are the destination's, or not here yet.
-        if matches!(self.state, RunState::Postmigrate | RunState::Inmigrate) {
-            let desc = format!("The guest is {}: its disks cannot be saved", self.state.name());
-            return Err(QmpError::generic(desc));
-        }
+        self.disks_are_here()?;
         let mut planned = Vec::new();
         let mut before: Vec<&BackupSpec> = Vec::new();
         for step in steps {

@@ -27,9 +27,6 @@ const MAX_NODES: usize = 32;
 /// How long opening a target may take before the client hears that it takes too long.
 const OPENING: Duration = Duration::from_secs(60);
 
-/// A target that a task has opened.
-pub struct Opened(Target);
-
 /// What a task opens a target for.
 pub(super) enum For {
     /// To be a node of this name.
@@ -58,6 +55,8 @@ pub(super) struct BlockJobs {
     jobs: Vec<Arc<Job>>,
     nodes: BTreeMap<String, Target>,
     opening: BTreeMap<TaskId, (Incoming, For)>,
+    /// Those that the guest's move waits for.
+    moving: Vec<Arc<Job>>,
 }
 
 impl BlockJobs {
@@ -72,7 +71,7 @@ impl BlockJobs {
     }
 
     /// The mirrors that go on while the guest moves, or why it cannot.
-    pub fn for_a_move(&self) -> Result<Vec<Arc<Job>>, String> {
+    pub fn for_a_move(&mut self) -> Result<Vec<Arc<Job>>, String> {
         for job in self.jobs.iter().filter(|job| !job.has_ended()) {
             let info = job.info();
             // One that switches the disk over would leave the destination with another image than ours.
@@ -84,13 +83,18 @@ impl BlockJobs {
                 ));
             }
         }
-        Ok(self.jobs.iter().filter(|job| !job.has_ended()).cloned().collect())
+        self.moving = self.jobs.iter().filter(|job| !job.has_ended()).cloned().collect();
+        Ok(self.moving.clone())
     }
 
-    /// The guest has moved: mirrors have all that it has written here.
-    pub fn guest_has_moved(&self) {
+    /// The guest has moved. The mirrors that its move has waited for have all that it wrote here; one that was started
+    /// meanwhile may not, and the disk is another's now.
+    pub fn guest_has_moved(&mut self) {
+        let waited_for = std::mem::take(&mut self.moving);
         for job in &self.jobs {
-            if let Err(error) = job.cancel(Cancel::Soft) {
+            let is_whole = waited_for.iter().any(|other| Arc::ptr_eq(other, job));
+            let how = if is_whole { Cancel::Soft } else { Cancel::Force };
+            if let Err(error) = job.cancel(how) {
                 log::debug!("{error}");
             }
         }
@@ -217,6 +221,7 @@ impl Supervisor {
         spec: &MirrorSpec,
     ) -> Result<(Arc<BlockNode>, Option<Target>), QmpError> {
         self.check_free()?;
+        self.disks_are_here()?;
         let source = self.check_job(&spec.device, &spec.job.id)?;
         let target = spec.target.node().map(|name| self.check_target(&source, name));
         Ok((source, target.transpose()?))
@@ -258,6 +263,8 @@ impl Supervisor {
         source: Arc<BlockNode>,
         target: Target,
     ) -> QmpResult {
+        // The guest may have left while the target was opened.
+        self.disks_are_here()?;
         let refused = |error: &dyn std::error::Error| QmpError::generic(chain(error));
         let device = source.id().to_owned();
         let name = target.node.id().to_owned();
@@ -301,9 +308,7 @@ impl Supervisor {
         request: &Incoming,
         open: impl FnOnce() -> Result<Target, targets::TargetError> + Send + 'static,
     ) -> Option<QmpResult> {
-        self.open(what, request, move || {
-            Done::Opened(open().map(Opened).map_err(|error| chain(&error)))
-        })
+        self.open(what, request, move || Done::Opened(open().map_err(|error| chain(&error))))
     }
 
     /// Has a task open targets.
@@ -331,7 +336,7 @@ impl Supervisor {
             return None;
         }
         let opened = match done {
-            Done::Opened(Ok(Opened(target))) => Ok(target),
+            Done::Opened(Ok(target)) => Ok(target),
             Done::Opened(Err(why)) => Err(why),
             _ => Err("opening the target takes too long: its storage hangs".to_owned()),
         };

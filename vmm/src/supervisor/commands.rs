@@ -312,6 +312,16 @@ impl Supervisor {
         Ok(())
     }
 
+    /// That the guest's disks are this process's: they are not before it has arrived, nor while it is handed over or
+    /// has moved.
+    pub(super) fn disks_are_here(&self) -> Result<(), QmpError> {
+        if let RunState::FinishMigrate | RunState::Postmigrate | RunState::Inmigrate = self.state {
+            let desc = format!("The guest is {}: its disks are another's", self.state.name());
+            return Err(QmpError::generic(desc));
+        }
+        Ok(())
+    }
+
     fn query_cpus(&self) -> Value {
         // Without a machine there are no vCPUs.
         let ids = self.machine.as_ref().map(|machine| machine.thread_ids()).unwrap_or_default();

@@ -67,7 +67,14 @@ impl Supervisor {
             }
             let come_to_rest = move |_: &_| {
                 // Its clients' last writes are to be flushed, too.
-                let exports = exports.is_none_or(|nbd| nbd.end(Instant::now() + EXPORTS_LIMIT));
+                let exports = exports.is_none_or(|nbd| {
+                    let ended = nbd.end(Instant::now() + EXPORTS_LIMIT);
+                    if !ended {
+                        // A thread that hangs in the kernel would hold this one up.
+                        tasks::discard(nbd);
+                    }
+                    ended
+                });
                 let mut late = come_to_rest(drains, deadline);
                 if !exports {
                     late.push(PartTime::not_ended("a request of an NBD client", END_LIMIT));

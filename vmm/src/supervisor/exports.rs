@@ -5,84 +5,22 @@
 //! each other: whichever comes second is refused. Read-only exports end when the guest has been handed over.
 
 use super::Supervisor;
+use super::nbd::{ExportsDone, Nbd};
 use super::tasks::{self, Done, TaskId};
 use crate::control::command::Command;
 use crate::control::event::Event;
-use crate::control::export::{ExportCommand, NbdAddress, NewExport};
+use crate::control::export::{ExportCommand, NewExport};
 use crate::control::message::{MIGRATION_IN_PROGRESS, QmpError};
 use crate::control::{Incoming, QmpResult};
 use crate::error::chain;
 use crate::machine::run_state::RunState;
-use devices::block::nbd::server::{
-    Export, ExportError, ExportInfo, Limits, Listener, NbdServer, OnDeleted,
-};
-use migration::transport::unix::{SocketFile, listen_unix};
+use devices::block::nbd::server::{Export, ExportError, ExportInfo, OnDeleted};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Most requests in progress: a client that leaves does not end its request.
 const MAX_IN_PROGRESS: usize = 32;
-
-/// A server, and the path of its socket if it has one.
-pub struct Nbd {
-    server: NbdServer,
-    file: Option<SocketFile>,
-}
-
-impl Nbd {
-    pub(super) fn start(
-        address: &NbdAddress,
-        limits: Limits,
-        on_deleted: OnDeleted,
-    ) -> Result<Self, QmpError> {
-        let (listener, file) = match address {
-            NbdAddress::Unix(path) => {
-                let (listener, file) =
-                    listen_unix(path).map_err(|error| QmpError::generic(chain(&error)))?;
-                log::info!("NBD server listens on {}", path.display());
-                (Listener::Unix(listener), Some(file))
-            }
-            NbdAddress::Inet { host, port } => {
-                let failed = |error: std::io::Error| {
-                    QmpError::generic(format!("cannot listen on {host} port {port}: {error}"))
-                };
-                let listener = TcpListener::bind((host.as_str(), *port)).map_err(failed)?;
-                log::info!("NBD server listens on {}", listener.local_addr().map_err(failed)?);
-                (Listener::Tcp(listener), None)
-            }
-        };
-        let server = NbdServer::start(listener, limits, on_deleted);
-        let failed = |error| QmpError::generic(format!("cannot start the NBD server: {error}"));
-        Ok(Self { server: server.map_err(failed)?, file })
-    }
-
-    /// Ends all of it but requests in flight.
-    pub(super) fn close(&self) {
-        self.server.close();
-        if let Some(file) = &self.file {
-            file.remove();
-        }
-    }
-
-    /// Offers a disk.
-    pub(super) fn add(&self, export: Export) -> Result<(), ExportError> {
-        self.server.add(export)
-    }
-
-    /// Ends all of it until `deadline`; returns whether nothing is left in flight.
-    pub(super) fn end(self: Arc<Self>, deadline: Instant) -> bool {
-        self.close();
-        let ended = self.server.wait_closed(deadline);
-        if !ended {
-            // A thread that hangs in the kernel would hold this one up.
-            tasks::discard(self);
-        }
-        ended
-    }
-}
 
 /// The NBD server and requests about it.
 #[derive(Default)]
@@ -98,14 +36,6 @@ enum State {
     Off,
     Starting,
     On(Arc<Nbd>),
-}
-
-/// What a task has done.
-pub enum ExportsDone {
-    /// A server has started, or cannot.
-    Started(Result<Arc<Nbd>, QmpError>),
-    /// The reply to another request.
-    Replied(QmpResult),
 }
 
 type Work = Box<dyn FnOnce() -> ExportsDone + Send>;
@@ -128,7 +58,7 @@ impl Exports {
     }
 
     fn list(&self) -> Vec<ExportInfo> {
-        self.server().map(|nbd| nbd.server.exports()).unwrap_or_default()
+        self.server().map(|nbd| nbd.exports()).unwrap_or_default()
     }
 
     /// The reply to `query-block-exports`.
@@ -225,11 +155,11 @@ impl Supervisor {
             ExportCommand::Add(new) => {
                 let nbd = self.exports.server()?.clone();
                 let export = self.export(new)?;
-                Box::new(move || replied(nbd.server.add(export)))
+                Box::new(move || replied(nbd.add(export)))
             }
             ExportCommand::Remove { id, mode } => {
                 let nbd = self.exports.server()?.clone();
-                Box::new(move || replied(nbd.server.remove(&id, mode)))
+                Box::new(move || replied(nbd.remove(&id, mode)))
             }
         })
     }
@@ -240,10 +170,7 @@ impl Supervisor {
             let desc = format!("Cannot find device='{node}' nor node-name='{node}'");
             return Err(QmpError::generic(desc));
         };
-        if let RunState::FinishMigrate | RunState::Postmigrate | RunState::Inmigrate = self.state {
-            let desc = format!("The guest is {}: its disks are another's", self.state.name());
-            return Err(QmpError::generic(desc));
-        }
+        self.disks_are_here()?;
         if writable && self.jobs.busy() {
             let desc = format!("{MIGRATION_IN_PROGRESS}: cannot let others write to a disk now");
             return Err(QmpError::generic(desc));
@@ -293,7 +220,7 @@ impl Supervisor {
     pub(super) fn end_exports(&mut self) {
         let Ok(nbd) = self.exports.server() else { return };
         let nbd = nbd.clone();
-        if let Err(error) = tasks::spawn("end-exports", move || nbd.server.remove_all()) {
+        if let Err(error) = tasks::spawn("end-exports", move || nbd.remove_all()) {
             log::error!("cannot start a thread: {error}");
         }
     }

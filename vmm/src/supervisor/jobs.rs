@@ -4,7 +4,7 @@
 use super::dirty_rate::Aborted;
 use super::guest::arriving::{ArrivingGuest, BuildContext};
 use super::guest::leaving::LeavingGuest;
-use super::guest::served::ServedDisks;
+use super::guest::served::{ServedDisks, ServerHandle};
 use super::messages::{JobId, Mailbox, Message};
 use crate::boot::payload::BootPayload;
 use crate::boot::transfer::LeavingFiles;
@@ -110,6 +110,8 @@ pub struct Jobs {
     /// The path at which a guest is received. Its thread has the listener, and is not waited for when the
     /// process ends.
     arriving_at: Option<Arc<SocketFile>>,
+    /// The server of the images that it offers, which is not waited for either.
+    offering: ServerHandle,
     /// The `events` capability.
     pub events_wanted: bool,
 }
@@ -214,6 +216,7 @@ impl Jobs {
     ) -> io::Result<()> {
         let address = socket_address(listener.local_address());
         self.arriving_at = listener.file();
+        self.offering = served.server();
         let (params, owner, to_us) = (Params::default(), Owner::default(), mailbox.clone());
         self.spawn(true, params, owner, to_us, move |id, counters, tokens, params| {
             let Tokens { cancel, give_up } = tokens;
@@ -337,6 +340,7 @@ impl Jobs {
         if let Some(socket) = self.arriving_at.take() {
             socket.remove();
         }
+        self.offering.abandon();
         if let Some(job) = self.current.take() {
             job.tokens.cancel.cancel();
             job.tokens.give_up.cancel();

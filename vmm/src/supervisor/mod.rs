@@ -21,6 +21,7 @@ pub mod guest;
 mod jobs;
 pub mod messages;
 mod moving;
+mod nbd;
 mod sizes;
 mod tasks;
 mod transition;

@@ -5,13 +5,13 @@
 //! [`DiskWork`] runs the same work on several disks, each on its own thread, so that a hanging disk does
 //! not delay the others.
 
-use super::block_jobs::Opened;
-use super::exports::ExportsDone;
+use super::nbd::ExportsDone;
 use crate::control::QmpResult;
 use crate::control::message::QmpError;
 use crate::machine::Machine;
 use crate::machine::drain::longest_first;
 use crate::setup::SetupError;
+use crate::targets::Target;
 use devices::block::BlockNode;
 use devices::block::job::backup::Backup;
 use migration::guest::PartTime;
@@ -43,8 +43,8 @@ pub enum Done {
     Flushed(Vec<PartTime>),
     /// The reply to a request about bitmaps.
     Bitmaps(QmpResult),
-    /// A node of [`super::block_jobs`] has been opened, or an error.
-    Opened(Result<Opened, String>),
+    /// A target of a block job has been opened, or an error.
+    Opened(Result<Target, String>),
     /// What was asked about exports.
     Exports(ExportsDone),
     /// Backups have begun, to be run as jobs, or an error.

@@ -14,6 +14,7 @@
 
 mod before_write;
 mod begin;
+mod ledger;
 mod saved;
 mod search;
 

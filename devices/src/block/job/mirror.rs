@@ -68,7 +68,8 @@ pub struct MirrorOptions {
     pub buf_size: u64,
     /// Whether the target reads as zeroes, or as the same backing file.
     pub target_is_blank: bool,
-    /// For a target that has the source as its backing file.
+    /// For a target that has the source as its backing file, and is opened without it until then: it is written in
+    /// whole clusters, since what it does not hold of one would read as zeroes.
     pub reopen: Option<Reopen>,
     /// Of a target on an NBD server.
     pub remote: Option<NbdControl>,
@@ -141,6 +142,10 @@ impl Mirror {
         if !granularity.is_power_of_two() {
             return Err(MirrorError::Granularity);
         }
+        let granularity = match options.reopen {
+            Some(_) => granularity.max(target.cluster_bytes().unwrap_or(0)),
+            None => granularity,
+        };
         options.buf_size = options.buf_size.max(granularity);
         let no_memory = || MirrorError::NoMemory { id: source.id().to_owned() };
         let dirty = source.track(granularity).ok_or_else(no_memory)?;
@@ -400,6 +405,7 @@ impl Mirror {
             self.options.pair.clone(),
             self.claims.clone(),
             self.dirty.shared(),
+            self.options.reopen.is_some(),
             move || drop(tell.send(Event::Wake)),
         ));
         // Every write is one that the filter sees, or has marked its granules by now.

@@ -415,7 +415,10 @@ impl Job {
         self.wake_up();
         let state = lock(&self.state);
         let left = deadline.saturating_duration_since(Instant::now());
-        let waits = |state: &mut State| state.synced < number && state.info.ready;
+        let waits = |state: &mut State| {
+            let works = matches!(state.info.status, JobStatus::Ready | JobStatus::Standby);
+            state.synced < number && state.info.ready && works
+        };
         let waited = self.changed.wait_timeout_while(state, left, waits);
         waited.unwrap_or_else(PoisonError::into_inner).0.synced >= number
     }

@@ -5,7 +5,7 @@
 
 use super::{open_file, refused, storage};
 use crate::block::Format;
-use crate::block::backend::{BackingChain, GoOn, LockError};
+use crate::block::backend::{Backing, BackingChain, GoOn, LockError};
 use crate::block::ofd_lock::Operation;
 use crate::block::raw::{Cache, lock_file, unlock_file};
 use crate::lock;
@@ -25,16 +25,6 @@ use std::sync::Mutex;
 pub const MAX_DEPTH: usize = 16;
 /// Bytes hashed at a time.
 const PIECE_BYTES: usize = 1 << 20;
-
-/// A backing file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Backing {
-    /// The file.
-    pub path: PathBuf,
-    /// Its format.
-    pub format: Format,
-}
 
 /// Which backing file an image has.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -84,6 +84,13 @@ impl LeavingGuest {
                 continue;
             }
             let id = mirror.id();
+            if mirror.has_ended() {
+                return Err(GuestError::new(format!(
+                    "the mirror {id} of disk {} has ended while the guest was moving: its copy may lack what the \
+                     guest has written since; mirror it again, or migrate without it",
+                    mirror.device()
+                )));
+            }
             if !mirror.info().ready {
                 return Err(GuestError::new(format!(
                     "the mirror {id} of disk {} is not in sync: see query-block-jobs",

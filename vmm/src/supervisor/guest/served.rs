@@ -6,7 +6,8 @@
 //! ```
 //! An image is open twice, but locked once: its export has the lock until the guest's disk takes it.
 
-use super::super::exports::Nbd;
+use super::super::nbd::Nbd;
+use super::super::tasks;
 use crate::config::ReceiveConfig;
 use crate::control::export::NbdAddress;
 use crate::error::chain;
@@ -15,7 +16,7 @@ use devices::block::qcow2::BackingChoice;
 use devices::block::{BlockNode, open_image};
 use migration::transport::Address;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long requests in flight may take when the exports end. The source has none by then.
@@ -48,7 +49,26 @@ pub struct ServedDisks {
     /// `None` if none are offered.
     address: Option<NbdAddress>,
     nodes: Vec<Arc<BlockNode>>,
-    server: Option<Arc<Nbd>>,
+    server: ServerHandle,
+}
+
+/// The server while there is one. For who ends the process and does not wait for the thread that receives the guest.
+#[derive(Clone, Default)]
+pub struct ServerHandle(Arc<Mutex<Option<Arc<Nbd>>>>);
+
+impl ServerHandle {
+    /// Refuses clients from now on, and removes the socket. Does not wait for requests in flight.
+    pub fn abandon(&self) {
+        if let Some(server) = self.take() {
+            server.close();
+            // A request that hangs would hold up who drops it.
+            tasks::discard(server);
+        }
+    }
+
+    fn take(&self) -> Option<Arc<Nbd>> {
+        devices::lock(&self.0).take()
+    }
 }
 
 impl ServedDisks {
@@ -71,7 +91,7 @@ impl ServedDisks {
                 opened.map_err(|error| ServeError::Disk { id, source: Box::new(error) })?;
             nodes.push(Arc::new(BlockNode::new(disk.id.clone(), opened)));
         }
-        let mut served = Self { address, nodes, server: None };
+        let mut served = Self { address, nodes, server: ServerHandle::default() };
         served.offer()?;
         Ok(served)
     }
@@ -97,8 +117,13 @@ impl ServedDisks {
             };
             server.add(export).map_err(|error| ServeError::Server(error.to_string()))?;
         }
-        self.server = Some(server);
+        *devices::lock(&self.server.0) = Some(server);
         Ok(())
+    }
+
+    /// A handle to end the server from elsewhere.
+    pub fn server(&self) -> ServerHandle {
+        self.server.clone()
     }
 
     /// Ends the exports and gives the images back, for the guest's disks to lock.
@@ -108,6 +133,7 @@ impl ServedDisks {
     pub fn close(&mut self) -> Result<(), ServeError> {
         let Some(server) = self.server.take() else { return Ok(()) };
         if !server.end(Instant::now() + LAST_REQUESTS) {
+            tasks::discard(server);
             let why = "a request of a client does not end: an image does not respond";
             return Err(ServeError::Server(why.into()));
         }

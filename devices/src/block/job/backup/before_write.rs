@@ -1,9 +1,10 @@
 //! The filter of a disk that is backed up: before the guest overwrites a cluster whose old data is still only on the
 //! disk, it takes that into memory.
 //!
-//! Memory is bounded: if the target falls [`MAX_GUEST_BYTES`] behind, writes wait until there is room. A target that
+//! Memory is bounded: if the target falls [`super::ledger::MAX_GUEST_BYTES`] behind, writes wait until there is room. A target that
 //! makes them wait for longer than [`LONGEST_HOLD`] ends the backup, not the guest.
 
+use super::ledger::Ledger;
 use super::saved::Saved;
 use super::{BackupOptions, BackupSync, Event};
 use crate::block::aligned::AlignedBuffer;
@@ -14,74 +15,11 @@ use crate::block::filter::{Change, FilteredWrite, WriteFilter};
 use crate::lock;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Most old data that waits for the target because the guest overwrites it.
-pub(super) const MAX_GUEST_BYTES: u64 = 16 << 20;
 /// Longest time for which a write waits without any progress.
 const LONGEST_HOLD: Duration = Duration::from_secs(30);
-/// How often a waiting write looks whether it must still wait.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
-
-/// How much old data is in memory, in bytes.
-#[derive(Debug, Default)]
-struct Held {
-    of_guest: u64,
-    all: u64,
-}
-
-#[derive(Debug, Default)]
-struct Ledger {
-    held: Mutex<Held>,
-    freed: Condvar,
-}
-
-/// Counts old data in memory until it is dropped.
-#[derive(Debug)]
-pub(super) struct Holding {
-    ledger: Arc<Ledger>,
-    len_bytes: u64,
-    of_guest: bool,
-}
-
-impl Drop for Holding {
-    fn drop(&mut self) {
-        let mut held = lock(&self.ledger.held);
-        held.all -= self.len_bytes;
-        if self.of_guest {
-            held.of_guest -= self.len_bytes;
-        }
-        self.ledger.freed.notify_all();
-    }
-}
-
-impl Ledger {
-    /// Counts what is read in the background.
-    fn add(self: &Arc<Self>, len_bytes: u64) -> Holding {
-        lock(&self.held).all += len_bytes;
-        Holding { ledger: self.clone(), len_bytes, of_guest: false }
-    }
-
-    /// Counts what the guest overwrites, when there is room for it. `None` if it is not `wanted` any more.
-    fn add_of_guest(
-        self: &Arc<Self>,
-        len_bytes: u64,
-        wanted: &dyn Fn() -> bool,
-    ) -> Option<Holding> {
-        let mut held = lock(&self.held);
-        while held.of_guest > 0 && held.of_guest + len_bytes > MAX_GUEST_BYTES {
-            if !wanted() {
-                return None;
-            }
-            let waited = self.freed.wait_timeout(held, LOOK_EVERY);
-            held = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        held.of_guest += len_bytes;
-        held.all += len_bytes;
-        Some(Holding { ledger: self.clone(), len_bytes, of_guest: true })
-    }
-}
 
 /// The filter.
 pub(super) struct BeforeWrite {
@@ -119,13 +57,13 @@ impl BeforeWrite {
 
     /// Old data in memory, in bytes.
     pub fn held_bytes(&self) -> u64 {
-        lock(&self.ledger.held).all
+        self.ledger.held_bytes()
     }
 
     /// The job ends: writes go on at once.
     pub fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
-        self.ledger.freed.notify_all();
+        self.ledger.look();
     }
 
     fn has_ended(&self) -> bool {

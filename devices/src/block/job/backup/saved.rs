@@ -1,6 +1,6 @@
 //! Old data in memory, between its read from the disk and its write to the target.
 
-use super::before_write::Holding;
+use super::ledger::Holding;
 use crate::block::aligned::AlignedBuffer;
 use crate::block::backend::{ByteRange, Content};
 use crate::block::copy::{CopyError, MAX_OPERATION_BYTES, Pair};

@@ -15,6 +15,8 @@ pub(super) struct Active {
     pair: Pair,
     claims: Arc<Claims>,
     dirty: Arc<DirtyBitmap>,
+    /// Whether the target takes whole granules only.
+    whole_granules: bool,
     /// The job has ended.
     ended: AtomicBool,
     failed: Mutex<Option<CopyError>>,
@@ -29,11 +31,12 @@ impl Active {
         pair: Pair,
         claims: Arc<Claims>,
         dirty: Arc<DirtyBitmap>,
+        whole_granules: bool,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> Self {
         let (ended, written) = (AtomicBool::new(false), AtomicBool::new(false));
         let (failed, wake) = (Mutex::default(), Box::new(wake));
-        Self { pair, claims, dirty, ended, failed, written, wake }
+        Self { pair, claims, dirty, whole_granules, ended, failed, written, wake }
     }
 
     /// The job ends: writes are made to the disk alone.
@@ -89,6 +92,9 @@ impl FilteredWrite for ActiveWrite<'_> {
         let copied = match change {
             // What the disk holds now is not known: it is read.
             _ if written.is_err() || self.claim.is_none() => None,
+            _ if self.active.whole_granules && self.active.granules(self.range) != self.range => {
+                None
+            }
             Change::Discard => None,
             Change::Data(bytes) => Some(pair.write(self.range, bytes)),
             Change::Zeroes { .. } => Some(pair.zero(self.range)),

@@ -1,9 +1,9 @@
 //! One request after the other, as a worker of a connection serves them.
 
+use super::exports::{Context, Exported};
 use super::handshake::MIN_BLOCK_BYTES;
 use super::status;
 use super::stream::{Input, Output};
-use super::transmission::Session;
 use crate::block::BlockNode;
 use crate::block::aligned::AlignedBuffer;
 use crate::block::backend::Content;
@@ -11,9 +11,10 @@ use crate::block::nbd::protocol::{
     CHUNK_DONE, ChunkHeader, ErrorPayload, MAX_PAYLOAD_BYTES, Request, SimpleReply, chunk, command,
     command_flag as flag, encode_data_chunk, encode_hole_chunk, encode_status, errno, errno_of,
 };
+use crate::lock;
 use std::io;
 use std::ops::Range;
-use std::sync::MutexGuard;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Most data in memory for one request.
 pub const PIECE_BYTES: usize = 256 << 10;
@@ -40,6 +41,33 @@ impl From<io::Error> for Refusal {
     }
 }
 
+/// A client that uses an export, and how it is answered.
+pub struct Client {
+    export: Arc<Exported>,
+    /// Whether it has asked for structured replies.
+    structured: bool,
+    /// The metadata contexts that it has chosen, with their ids.
+    contexts: Vec<(u32, Context)>,
+    output: Mutex<Output>,
+}
+
+impl Client {
+    /// As it has chosen in its handshake.
+    pub fn new(
+        export: Arc<Exported>,
+        structured: bool,
+        contexts: Vec<(u32, Context)>,
+        output: Output,
+    ) -> Self {
+        Self { export, structured, contexts, output: Mutex::new(output) }
+    }
+
+    /// What it is sent. Kept for the length of a reply, or of a chunk of it.
+    fn output(&self) -> MutexGuard<'_, Output> {
+        lock(&self.output)
+    }
+}
+
 /// A request that has been received.
 pub enum Received {
     /// To be served.
@@ -52,7 +80,7 @@ pub enum Received {
 
 /// Serves requests of a connection, one at a time.
 pub struct Worker<'s> {
-    session: &'s Session,
+    client: &'s Client,
     /// The data of a small write while it waits to be served.
     buffer: AlignedBuffer,
     /// Known to be allocated: need not be asked about again, since data may always be sent as data.
@@ -61,17 +89,17 @@ pub struct Worker<'s> {
 
 impl<'s> Worker<'s> {
     /// One more worker of this connection.
-    pub fn new(session: &'s Session) -> Self {
+    pub fn new(client: &'s Client) -> Self {
         // Its pages take no memory until they are used.
-        Self { session, buffer: AlignedBuffer::new(PIECE_BYTES), data: 0..0 }
+        Self { client, buffer: AlignedBuffer::new(PIECE_BYTES), data: 0..0 }
     }
 
     fn node(&self) -> &'s BlockNode {
-        &self.session.export.node
+        &self.client.export.node
     }
 
     fn output(&self) -> MutexGuard<'s, Output> {
-        self.session.output()
+        self.client.output()
     }
 
     /// Receives the next request, with its data. `None` if the client leaves or the export ends.
@@ -85,7 +113,7 @@ impl<'s> Worker<'s> {
         let broken = |why: String| io::Error::new(io::ErrorKind::InvalidData, why);
         let request = Request::decode(&input.array()?);
         let request = request.map_err(|why| broken(why.to_string()))?;
-        if self.session.export.is_ending() || request.command == command::DISCONNECT {
+        if self.client.export.is_ending() || request.command == command::DISCONNECT {
             return Ok(None);
         }
         let is_write = request.command == command::WRITE;
@@ -121,7 +149,7 @@ impl<'s> Worker<'s> {
             Received::Refused(request, refusal) => return self.refuse(request, refusal),
             Received::Written(request, written) => (request, written),
             Received::Request(request) => match request.command {
-                command::READ if self.session.structured && request.flags & flag::DF == 0 => {
+                command::READ if self.client.structured && request.flags & flag::DF == 0 => {
                     return self.read_in_chunks(request);
                 }
                 command::READ => return self.read_whole(request),
@@ -129,7 +157,7 @@ impl<'s> Worker<'s> {
                 _ => (request, self.change(request)),
             },
         };
-        let durable = request.flags & flag::FUA != 0 && self.session.export.writable;
+        let durable = request.flags & flag::FUA != 0 && self.client.export.writable;
         let done = done.and_then(|()| if durable { self.node().sync() } else { Ok(()) });
         match done {
             Ok(()) => self.acknowledge(request),
@@ -159,7 +187,7 @@ impl<'s> Worker<'s> {
     fn check(&self, request: Request) -> Result<(), Refusal> {
         let Request { flags, command, offset, len, .. } = request;
         let (allowed, changes) = match command {
-            command::READ if self.session.structured => (flag::DF, false),
+            command::READ if self.client.structured => (flag::DF, false),
             command::READ | command::FLUSH => (0, false),
             command::WRITE | command::TRIM => (0, true),
             command::WRITE_ZEROES => (flag::NO_HOLE, true),
@@ -178,7 +206,7 @@ impl<'s> Worker<'s> {
             let right = offset == 0 && len == 0;
             return if right { Ok(()) } else { Err(Refusal::new(errno::EINVAL, why)) };
         }
-        if changes && !self.session.export.writable {
+        if changes && !self.client.export.writable {
             return Err(Refusal::new(errno::EPERM, "the export is read-only"));
         }
         let size = self.node().len_bytes();
@@ -196,7 +224,7 @@ impl<'s> Worker<'s> {
             let why = format!("a read of {len} bytes: at most {MAX_PAYLOAD_BYTES}");
             return Err(Refusal::new(errno::EINVAL, why));
         }
-        if command == command::BLOCK_STATUS && (self.session.contexts.is_empty() || len == 0) {
+        if command == command::BLOCK_STATUS && (self.client.contexts.is_empty() || len == 0) {
             let why = "block status needs a metadata context and a length";
             return Err(Refusal::new(errno::EINVAL, why));
         }
@@ -206,7 +234,7 @@ impl<'s> Worker<'s> {
     /// Says that the request has succeeded, without data.
     fn acknowledge(&self, request: Request) -> io::Result<()> {
         let cookie = request.cookie;
-        if !self.session.structured || request.command != command::READ {
+        if !self.client.structured || request.command != command::READ {
             return self.output().send(&SimpleReply { error: 0, cookie }.encode(), &[]);
         }
         let done = ChunkHeader { flags: CHUNK_DONE, kind: chunk::NONE, cookie, len: 0 };
@@ -216,7 +244,7 @@ impl<'s> Worker<'s> {
     /// Says that the request has failed.
     fn refuse(&self, request: Request, refusal: Refusal) -> io::Result<()> {
         let (cookie, Refusal { errno, why, offset }) = (request.cookie, refusal);
-        if !self.session.structured {
+        if !self.client.structured {
             return self.output().send(&SimpleReply { error: errno, cookie }.encode(), &[]);
         }
         let error = ErrorPayload { errno, message: why, offset };
@@ -273,7 +301,7 @@ impl<'s> Worker<'s> {
         let data = &self.buffer[..loaded];
         // Nothing may come between its pieces.
         let output = self.output();
-        if self.session.structured {
+        if self.client.structured {
             let flags = if is_all { CHUNK_DONE } else { 0 };
             output.send(&encode_data_chunk(flags, cookie, offset, len), data)?;
         } else {
@@ -284,7 +312,7 @@ impl<'s> Worker<'s> {
             let len = match self.load(&piece) {
                 Ok(len) => len,
                 // There is no other way to tell.
-                Err(error) if !self.session.structured => return Err(error),
+                Err(error) if !self.client.structured => return Err(error),
                 Err(error) => {
                     failed.get_or_insert(Refusal { offset: Some(piece.start), ..error.into() });
                     let len = piece_len(&piece)?;
@@ -297,7 +325,7 @@ impl<'s> Worker<'s> {
         drop(output);
         match failed {
             Some(refusal) => self.refuse(request, refusal),
-            None if self.session.structured && !is_all => self.acknowledge(request),
+            None if self.client.structured && !is_all => self.acknowledge(request),
             None => Ok(()),
         }
     }
@@ -363,9 +391,9 @@ impl<'s> Worker<'s> {
     fn block_status(&mut self, request: Request) -> io::Result<()> {
         let Request { flags, cookie, offset, len, .. } = request;
         let most = if flags & flag::REQ_ONE == 0 { status::MAX_EXTENTS } else { 1 };
-        let last = self.session.contexts.len() - 1;
-        for (at, (id, context)) in self.session.contexts.iter().enumerate() {
-            let extents = match status::extents(&self.session.export, *context, offset, len, most) {
+        let last = self.client.contexts.len() - 1;
+        for (at, (id, context)) in self.client.contexts.iter().enumerate() {
+            let extents = match status::extents(&self.client.export, *context, offset, len, most) {
                 Ok(extents) => extents,
                 Err(error) => return self.refuse(request, error.into()),
             };

@@ -14,15 +14,14 @@
 //! arrived may have been written, each marked in the disk's bitmaps like any write.
 
 use super::STACK_BYTES;
-use super::exports::{Context, Exported};
 use super::handshake::Chosen;
 pub use super::request::PIECE_BYTES;
-use super::request::{Received, Worker};
-use super::stream::{Input, Output, Stream};
+use super::request::{Client, Received, Worker};
+use super::stream::{Input, Stream};
 use crate::lock;
 use std::io;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::Scope;
 
 /// Most requests of a connection that are served at a time.
@@ -30,11 +29,8 @@ pub const MAX_WORKERS: usize = 4;
 
 /// A connection that uses an export.
 pub struct Session {
-    pub export: Arc<Exported>,
-    pub structured: bool,
-    pub contexts: Vec<(u32, Context)>,
+    client: Client,
     inbox: Mutex<Inbox>,
-    output: Mutex<Output>,
     /// Workers that wait for the inbox.
     waiting: AtomicUsize,
 }
@@ -55,13 +51,8 @@ impl Session {
         let Chosen { export, structured, contexts } = chosen;
         let Stream { input, output } = stream;
         let inbox = Mutex::new(Inbox { input, workers: 1, ended: false, error: None });
-        let (output, waiting) = (Mutex::new(output), AtomicUsize::new(0));
-        Self { export, structured, contexts, inbox, output, waiting }
-    }
-
-    /// What the client is sent. Kept for the length of a reply, or of a chunk of it.
-    pub fn output(&self) -> MutexGuard<'_, Output> {
-        lock(&self.output)
+        let client = Client::new(export, structured, contexts, output);
+        Self { client, inbox, waiting: AtomicUsize::new(0) }
     }
 
     /// Serves requests until the client leaves or the export is removed, and those that it has sent before are done.
@@ -75,7 +66,7 @@ impl Session {
 
     /// A worker's life.
     fn work<'s>(&'s self, scope: &'s Scope<'s, '_>, disconnect: &'s (dyn Fn() + Sync)) {
-        let mut worker = Worker::new(self);
+        let mut worker = Worker::new(&self.client);
         while let Some(received) = self.receive(&mut worker, scope, disconnect) {
             if let Err(error) = worker.serve(received) {
                 // Wakes whoever has the inbox.

@@ -1,6 +1,6 @@
 //! Backups that fail, are cancelled, or whose disks hang: the guest goes on, and the bitmap is right.
 
-use super::super::before_write::MAX_GUEST_BYTES;
+use super::super::ledger::MAX_GUEST_BYTES;
 use super::*;
 use crate::block::failure::OnError;
 
