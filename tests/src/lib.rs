@@ -31,6 +31,7 @@ pub mod frames;
 pub mod hanging;
 pub mod hosts;
 pub mod image;
+pub mod jobs;
 pub mod lines;
 pub mod linux;
 pub mod needs;

@@ -8,6 +8,7 @@ use ferry_tests::ferry::Guest;
 use ferry_tests::hanging::HangingImage;
 use ferry_tests::hosts::{Hosts, started};
 use ferry_tests::image::{SmallFileSystem, assert_same_as};
+use ferry_tests::jobs::{Images, busy, full, job_event, refused, run};
 use ferry_tests::process::{SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
@@ -18,39 +19,8 @@ use std::process::Command;
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 16 * MIB;
 
-struct Images(tempfile::TempDir);
-
-impl Images {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn blank(&self, name: &str) -> PathBuf {
-        disk::create(&self.at(name), DISK).unwrap();
-        self.at(name)
-    }
-}
-
-fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
-    assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}), "{command}");
-}
-
-fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    qmp.refused(command, arguments).unwrap().description
-}
-
-fn busy(image: &Path) -> Guest {
-    Guest::new("work=disk hb_ms=20", 64).disk("root", image)
-}
-
 fn backup(target: &Path, more: Value) -> Value {
-    let mut arguments = json!({"device": "root", "target": target, "sync": "full"});
-    arguments.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    arguments
+    full(target, &more)
 }
 
 fn action(target: &Path, more: Value) -> Value {
@@ -61,17 +31,7 @@ fn action(target: &Path, more: Value) -> Value {
 fn job_events(qmp: &mut Qmp, id: &str, last: &str) -> Vec<String> {
     let mut seen = Vec::new();
     loop {
-        let event = qmp
-            .wait_event_where(SOON, |event| {
-                let data = &event["data"];
-                event["event"].as_str().is_some_and(|name| name.contains("JOB"))
-                    && (data["id"] == id || data["device"] == id)
-            })
-            .unwrap();
-        let name = match event["event"].as_str().unwrap() {
-            "JOB_STATUS_CHANGE" => event["data"]["status"].as_str().unwrap().to_owned(),
-            name => name.trim_start_matches("BLOCK_JOB_").to_owned(),
-        };
+        let (name, event) = job_event(qmp, Some(id));
         if name == "COMPLETED" {
             assert_eq!(event["data"]["type"], "backup");
         }
@@ -129,7 +89,7 @@ fn add_bitmap(qmp: &mut Qmp) {
 #[needs(kvm, qemu_img)]
 fn a_full_backup_is_equal_to_the_disk_of_the_moment_at_which_it_began() {
     for format in ["raw", "qcow2"] {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let image = images.blank("root");
         let mut vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -154,7 +114,7 @@ fn a_full_backup_is_equal_to_the_disk_of_the_moment_at_which_it_began() {
 #[test]
 #[needs(kvm, qemu_img)]
 fn a_chain_of_three_is_equal_to_the_disk_at_each_moment() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     // It rewrites a part of the disk only.
     let guest = Guest::new("work=disk hb_ms=20 disk_mb=4", 64).disk("root", &image);
@@ -192,7 +152,7 @@ fn a_chain_of_three_is_equal_to_the_disk_at_each_moment() {
 #[test]
 #[needs(kvm, qemu_img)]
 fn two_disks_and_their_bitmaps_are_saved_at_one_moment_or_not_at_all() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, data) = (images.blank("root"), images.blank("data"));
     std::fs::write(&data, vec![7; 3 << 20]).unwrap();
     disk::create(&images.at("small"), MIB).unwrap();
@@ -238,7 +198,7 @@ fn two_disks_and_their_bitmaps_are_saved_at_one_moment_or_not_at_all() {
 #[test]
 #[needs(kvm, qemu_img)]
 fn only_what_an_image_holds_itself_is_saved_on_the_same_backing_file() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (base, image) = (images.blank("base"), images.at("root"));
     std::fs::write(&base, vec![9; 12 << 20]).unwrap();
     std::fs::OpenOptions::new().write(true).open(&base).unwrap().set_len(DISK).unwrap();
@@ -266,7 +226,7 @@ fn only_what_an_image_holds_itself_is_saved_on_the_same_backing_file() {
 #[test]
 #[needs(kvm, qemu_img)]
 fn what_the_guest_overwrites_is_saved_on_top_of_the_disk_itself_until_a_cancel() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -289,7 +249,7 @@ fn what_the_guest_overwrites_is_saved_on_top_of_the_disk_itself_until_a_cancel()
 #[needs(kvm, fuse)]
 fn a_target_that_hangs_keeps_neither_the_guest_nor_the_end_of_the_job() {
     let hosts = Hosts::new();
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let target = HangingImage::for_test(&hosts, "copy", usize::try_from(DISK).unwrap());
     // It rewrites less than may wait in memory.
@@ -316,7 +276,7 @@ fn a_target_that_hangs_keeps_neither_the_guest_nor_the_end_of_the_job() {
 #[test]
 #[needs(kvm)]
 fn a_cancelled_backup_leaves_the_guest_and_the_bitmap_as_they_were() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -351,7 +311,7 @@ fn a_cancelled_backup_leaves_the_guest_and_the_bitmap_as_they_were() {
 #[test]
 #[needs(kvm, mounts)]
 fn a_target_on_a_full_file_system_fails_or_stops_the_job_and_not_the_guest() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let small = images.at("small");
     std::fs::create_dir(&small).unwrap();
@@ -379,7 +339,7 @@ fn a_target_on_a_full_file_system_fails_or_stops_the_job_and_not_the_guest() {
 #[test]
 #[needs(kvm)]
 fn nodes_can_be_backed_up_to() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, copy) = (images.blank("root"), images.blank("copy"));
     let vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -408,7 +368,7 @@ fn nodes_can_be_backed_up_to() {
 #[test]
 #[needs(kvm)]
 fn what_cannot_be_backed_up_is_refused_by_name() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, locked) = (images.blank("root"), images.blank("locked"));
     let mut guest = busy(&image).disk("locked", &locked);
     guest.disks[1].push_str(",readonly=on");

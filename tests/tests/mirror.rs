@@ -1,9 +1,10 @@
 //! Mirrors of disks that a guest writes to: jobs over the control socket, and what the images hold afterwards.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
-use ferry_tests::ferry::{self, Guest};
+use ferry_tests::ferry;
 use ferry_tests::hosts::started;
 use ferry_tests::image::{Pattern, SmallFileSystem, assert_same, assert_same_as, fill, overlay};
+use ferry_tests::jobs::{Images, busy, full, job_event, refused, run};
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use ferry_tests::{disk, needs};
@@ -15,56 +16,15 @@ use std::time::Instant;
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
 
-struct Images(tempfile::TempDir);
-
-impl Images {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn blank(&self, name: &str) -> PathBuf {
-        disk::create(&self.at(name), DISK).unwrap();
-        self.at(name)
-    }
-}
-
-fn run(qmp: &mut Qmp, command: &str, arguments: Value) {
-    assert_eq!(qmp.execute(command, arguments).unwrap(), json!({}), "{command}");
-}
-
-fn refused(qmp: &mut Qmp, command: &str, arguments: Value) -> String {
-    qmp.refused(command, arguments).unwrap().description
-}
-
-/// A guest that writes its disk `root`, verifies what it reads, and says so in heartbeats.
-fn busy(image: &Path) -> Guest {
-    Guest::new("work=disk hb_ms=20", 64).disk("root", image)
-}
-
 fn mirror(target: &Path, more: Value) -> Value {
-    let mut arguments = json!({"device": "root", "target": target, "sync": "full"});
-    let all = arguments.as_object_mut().unwrap();
-    all.extend(more.as_object().unwrap().clone());
-    arguments
+    full(target, &more)
 }
 
 /// The status changes and events of jobs up to `last`.
 fn job_events(qmp: &mut Qmp, last: &str) -> Vec<String> {
     let mut seen = Vec::new();
     loop {
-        let event = qmp
-            .wait_event_where(SOON, |event| {
-                event["event"].as_str().is_some_and(|name| name.contains("JOB"))
-            })
-            .unwrap();
-        let name = match event["event"].as_str().unwrap() {
-            "JOB_STATUS_CHANGE" => event["data"]["status"].as_str().unwrap().to_owned(),
-            name => name.trim_start_matches("BLOCK_JOB_").to_owned(),
-        };
+        let (name, _) = job_event(qmp, None);
         let is_last = name == last;
         seen.push(name);
         if is_last {
@@ -89,7 +49,7 @@ fn a_guest_goes_on_on_the_copy_that_its_disk_was_switched_over_to() {
     for (format, mode) in
         [("raw", "background"), ("qcow2", "background"), ("raw", "write-blocking")]
     {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let image = images.blank("root");
         let mut vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -119,7 +79,7 @@ fn a_guest_goes_on_on_the_copy_that_its_disk_was_switched_over_to() {
 #[test]
 #[needs(kvm)]
 fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -140,7 +100,7 @@ fn a_copy_that_is_left_is_equal_to_the_disk_of_that_moment() {
 #[test]
 #[needs(kvm)]
 fn nodes_can_be_added_mirrored_to_and_deleted() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, copy) = (images.blank("root"), images.blank("copy"));
     let vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -168,7 +128,7 @@ fn nodes_can_be_added_mirrored_to_and_deleted() {
 #[test]
 #[needs(kvm)]
 fn what_cannot_be_mirrored_is_refused_by_name() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -214,7 +174,7 @@ fn what_cannot_be_mirrored_is_refused_by_name() {
 #[test]
 #[needs(kvm)]
 fn a_paused_job_copies_nothing_and_a_slow_one_can_be_made_faster() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let mut vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -254,7 +214,7 @@ fn receive(images: &Images) -> ferry::Destination {
 #[needs(kvm)]
 fn a_copy_in_sync_has_all_that_the_guest_wrote_before_it_moved() {
     for mode in ["background", "write-blocking"] {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let image = images.blank("root");
         let vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -279,7 +239,7 @@ fn a_copy_in_sync_has_all_that_the_guest_wrote_before_it_moved() {
 #[test]
 #[needs(kvm)]
 fn a_guest_does_not_move_while_a_copy_is_not_in_sync_nor_is_a_disk_switched_over_in_a_move() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let vmm = started(&busy(&images.blank("root")));
     let mut qmp = vmm.qmp().unwrap();
     let slow = json!({"speed": 1 << 20, "job-id": "s"});
@@ -304,7 +264,7 @@ fn a_guest_does_not_move_while_a_copy_is_not_in_sync_nor_is_a_disk_switched_over
 #[test]
 #[needs(kvm)]
 fn a_guest_does_not_move_without_a_copy_that_has_ended_on_the_way() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let mut vmm = started(&busy(&images.blank("root")));
     let mut qmp = vmm.qmp().unwrap();
     run(&mut qmp, "drive-mirror", mirror(&images.at("copy"), json!({"job-id": "m"})));
@@ -328,7 +288,7 @@ fn a_guest_does_not_move_without_a_copy_that_has_ended_on_the_way() {
 #[test]
 #[needs(kvm)]
 fn a_process_that_waits_for_a_guest_takes_its_sockets_with_it() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let give = format!("root={}", images.blank("there").display());
     let (address, socket) = (images.at("migration.sock"), images.at("nbd.sock"));
     let [listen, offer] = [&address, &socket].map(|path| format!("unix:{}", path.display()));
@@ -344,7 +304,7 @@ fn a_process_that_waits_for_a_guest_takes_its_sockets_with_it() {
 #[test]
 #[needs(kvm)]
 fn a_person_sees_how_far_it_is_and_how_it_ends() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let vmm = started(&busy(&images.blank("root")));
     let socket = format!("unix:{}", vmm.socket().display());
     let ctl = |words: &[&str]| {
@@ -405,7 +365,7 @@ impl NbdServer {
 #[test]
 #[needs(kvm, qemu_nbd)]
 fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, there) = (images.blank("root"), images.blank("there"));
     let server = NbdServer::start(&images, &there);
     let vmm = started(&busy(&image));
@@ -432,7 +392,7 @@ fn a_guest_that_moves_finds_its_disk_at_an_nbd_server_of_the_destination() {
 #[needs(kvm)]
 fn a_destination_offers_its_image_until_the_guest_takes_it() {
     for tcp in [false, true] {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let (image, there) = (images.blank("root"), images.blank("there"));
         let vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -478,7 +438,7 @@ fn a_destination_offers_its_image_until_the_guest_takes_it() {
 #[test]
 #[needs(kvm, qemu_nbd)]
 fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let (image, there) = (images.blank("root"), images.blank("there"));
     let vmm = started(&busy(&image));
     let mut qmp = vmm.qmp().unwrap();
@@ -533,7 +493,7 @@ fn a_server_that_dies_stops_or_comes_back_costs_the_guest_nothing() {
 #[needs(kvm)]
 fn the_end_of_a_vmm_in_the_middle_leaves_its_image_whole() {
     for turn in 0..3 {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let image = images.blank("root");
         let mut vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -557,7 +517,7 @@ fn the_end_of_a_vmm_in_the_middle_leaves_its_image_whole() {
 #[test]
 #[needs(kvm)]
 fn a_copy_of_the_top_layer_has_the_same_backing_file() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let base = images.blank("base");
     fill(&base, 32 * MIB, MIB, Pattern::Random).unwrap();
     let image = images.at("root");
@@ -584,7 +544,7 @@ fn a_copy_of_the_top_layer_has_the_same_backing_file() {
 fn a_copy_of_what_is_written_from_now_on_has_the_disk_as_its_backing_file() {
     // Writes of single sectors: the rest of their clusters comes from the disk.
     for more in [json!({}), json!({"granularity": 4096}), json!({"copy-mode": "write-blocking"})] {
-        let images = Images::new();
+        let images = Images::of(DISK);
         let image = images.blank("root");
         let mut vmm = started(&busy(&image));
         let mut qmp = vmm.qmp().unwrap();
@@ -610,7 +570,7 @@ fn a_copy_of_what_is_written_from_now_on_has_the_disk_as_its_backing_file() {
 #[test]
 #[needs(kvm, mounts)]
 fn a_target_without_space_pauses_the_job_until_there_is_some() {
-    let images = Images::new();
+    let images = Images::of(DISK);
     let image = images.blank("root");
     let folder = images.at("small");
     std::fs::create_dir(&folder).unwrap();

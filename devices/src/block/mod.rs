@@ -17,6 +17,7 @@ pub mod backend;
 pub mod bitmap;
 pub mod bitmaps;
 pub mod copy;
+mod exchange;
 pub mod failure;
 pub mod filter;
 pub mod gate;
@@ -27,6 +28,7 @@ pub mod nbd;
 mod ofd_lock;
 pub mod qcow2;
 pub mod raw;
+mod stats;
 pub mod uring;
 mod writes;
 
@@ -34,16 +36,18 @@ use crate::log_limit::LogLimit;
 use backend::{BackingChain, BlockBackend, ByteRange, Extent, LockError};
 use bitmap::DirtyBitmap;
 use bitmaps::Bitmaps;
+pub use exchange::ExchangeError;
 use failure::{Action, ErrorPolicy, Failure, Failures, Kept};
 use filter::{Change, Filters, WriteFilter};
 use gate::{Drained, Gate, Pass};
 use qcow2::BackingChoice;
 use raw::{Cache, OpenError, RawFile};
 use serde::{Deserialize, Serialize};
+use stats::Counters;
+pub use stats::NodeStats;
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use writes::{WriteGuard, Writes};
@@ -101,17 +105,6 @@ pub fn open_image(
 /// How long a request that cannot be put back waits for admission.
 const ADMISSION: Duration = Duration::from_secs(30);
 
-/// Why a disk cannot have another storage.
-#[derive(Debug, thiserror::Error)]
-pub enum ExchangeError {
-    #[error("disk {id}: its requests are not drained, which is a bug")]
-    NotDrained { id: String },
-    #[error("{location} has {is} bytes, but disk {id} has {needed}: give it the same size")]
-    Size { id: String, location: String, is: u64, needed: u64 },
-    #[error("{location} is read-only, but disk {id} is not")]
-    ReadOnly { id: String, location: String },
-}
-
 /// An access that a node has admitted, to be made directly on its file. Must live until it is complete.
 #[derive(Debug)]
 pub struct Access {
@@ -151,50 +144,6 @@ pub enum AccessKind {
     Write,
     /// Of everything.
     Flush,
-}
-
-/// A disk's I/O counters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct NodeStats {
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Reads.
-    pub reads: u64,
-    /// Bytes written, zeroes included.
-    pub written_bytes: u64,
-    /// Writes, zeroes included.
-    pub writes: u64,
-    /// Flushes.
-    pub flushes: u64,
-    /// Discarded bytes.
-    pub discarded_bytes: u64,
-    /// Discards.
-    pub discards: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counter {
-    bytes: AtomicU64,
-    operations: AtomicU64,
-}
-
-impl Counter {
-    fn add(&self, bytes: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.operations.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> (u64, u64) {
-        (self.bytes.load(Ordering::Relaxed), self.operations.load(Ordering::Relaxed))
-    }
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    reads: Counter,
-    writes: Counter,
-    discards: Counter,
-    flushes: Counter,
 }
 
 /// A named disk.
@@ -340,55 +289,6 @@ impl BlockNode {
     /// Admits requests.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
-    }
-
-    /// Gives the disk another storage, which is locked and holds the same data. `section` is of its
-    /// [`BlockNode::gate`], and nothing is in flight. Its bitmaps come along; the old storage is written back and
-    /// unlocked, with the persistent ones beside it.
-    ///
-    /// # Errors
-    /// If the storage is of another size, or read-only for a disk that is not. Nothing has changed then.
-    pub fn exchange(
-        &self,
-        section: &Drained,
-        backend: Arc<dyn BlockBackend>,
-    ) -> Result<(), ExchangeError> {
-        self.check_exchange(section, backend.as_ref())?;
-        if let Err(error) = self.close_bitmaps() {
-            // What is beside the old image says that it is in use: nobody believes it.
-            log::warn!("disk {}: {error}", self.id);
-        }
-        let old = {
-            let mut current = self.backend.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *current, backend)
-        };
-        if let Err(error) = old.write_back() {
-            log::warn!("disk {}: cannot write back {}: {error}", self.id, old.location());
-        }
-        old.unlock();
-        // Whether the new one is on stable storage is not known here.
-        self.writes.note_fill();
-        self.adopt_bitmaps();
-        Ok(())
-    }
-
-    fn check_exchange(
-        &self,
-        section: &Drained,
-        backend: &dyn BlockBackend,
-    ) -> Result<(), ExchangeError> {
-        let (id, location) = (|| self.id.clone(), || backend.location());
-        if !section.is_of(&self.gate) {
-            return Err(ExchangeError::NotDrained { id: id() });
-        }
-        if backend.len_bytes() != self.len_bytes {
-            let (is, needed) = (backend.len_bytes(), self.len_bytes);
-            return Err(ExchangeError::Size { id: id(), location: location(), is, needed });
-        }
-        if backend.read_only() && !self.read_only {
-            return Err(ExchangeError::ReadOnly { id: id(), location: location() });
-        }
-        Ok(())
     }
 
     /// The disk's id.
@@ -688,89 +588,4 @@ impl BlockNode {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::memory::MemoryDisk;
-    use super::*;
-
-    #[test]
-    fn accesses_past_the_end_are_refused() {
-        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024)));
-        assert!(node.read_at(&mut [0; 512], 512).is_ok());
-        assert!(node.read_at(&mut [0; 512], 513).is_err());
-        assert!(node.write_at(&[0; 1], 1024).is_err());
-        assert!(node.write_at(&[0; 8], u64::MAX - 3).is_err());
-        assert!(node.discard(512, 512).is_ok() && node.discard(1024, 0).is_ok());
-        assert!(node.discard(512, 1024).is_err());
-        assert!(node.write_zeroes(u64::MAX - 3, 8, true).is_err());
-    }
-
-    #[test]
-    fn a_read_only_disk_takes_no_writes_of_any_kind() {
-        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024).into_read_only()));
-        assert!(node.write_at(&[0; 1], 0).is_err());
-        assert!(node.discard(0, 512).is_err());
-        assert!(node.write_zeroes(0, 512, false).is_err());
-        let access = |kind, at, len| node.access(node.gate().enter().unwrap(), kind, at, len);
-        assert!(access(AccessKind::Write, 0, 512).is_err());
-        assert!(access(AccessKind::Read, 0, 512).is_err(), "there is no file");
-    }
-
-    #[test]
-    fn whatever_changes_a_disk_marks_it_also_when_it_fails() {
-        let disk = MemoryDisk::new(64 << 10);
-        let script = disk.script();
-        let node = BlockNode::new("d", Box::new(disk));
-        assert!(node.track(1000).is_none());
-        let tracking = node.track(512).unwrap();
-        node.read_at(&mut [0; 512], 0).unwrap();
-        node.fill_at(&[1; 512], 0).unwrap();
-        assert_eq!(tracking.marked_bytes(), 0);
-        node.write_at(&[1; 512], 512).unwrap();
-        node.discard(1024, 512).unwrap();
-        node.write_zeroes(2048, 512, false).unwrap();
-        script.fail(true);
-        assert!(node.write_at(&[1; 512], 4096).is_err());
-        let starts: Vec<_> = tracking.runs().map(|run| (run.offset_bytes, run.len_bytes)).collect();
-        assert_eq!(starts, [(512, 1024), (2048, 512), (4096, 512)]);
-        let other = node.track(512).unwrap();
-        drop(tracking);
-        assert!(node.write_at(&[1; 512], 0).is_err());
-        assert!(other.is_marked(0));
-        let stats = node.stats();
-        assert_eq!((stats.reads, stats.read_bytes), (1, 512));
-        assert_eq!((stats.writes, stats.written_bytes), (4, 2048));
-        assert_eq!((stats.discards, stats.discarded_bytes, stats.flushes), (1, 512, 0));
-    }
-
-    #[test]
-    fn a_write_past_the_node_marks_when_it_ends() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(64 << 10).unwrap();
-        let raw = raw::RawFile::open(file.path(), false, raw::Cache::Writeback).unwrap();
-        let node = BlockNode::new("d", Box::new(raw));
-        let access = |kind, at, len| node.access(node.gate().enter().unwrap(), kind, at, len);
-        assert!(access(AccessKind::Read, 64 << 10, 512).is_err());
-        let write = access(AccessKind::Write, 1024, 512).unwrap();
-        let tracking = node.track(512).unwrap();
-        let read = access(AccessKind::Read, 0, 512).unwrap();
-        assert_eq!(tracking.marked_bytes(), 0);
-        drop((write, read));
-        assert!(tracking.is_marked(1024));
-        assert_eq!(tracking.marked_bytes(), 512);
-    }
-
-    #[test]
-    fn what_arrives_fills_a_read_only_disk_too() {
-        let node = BlockNode::new("d", Box::new(MemoryDisk::new(1024))).into_read_only();
-        assert!(node.read_only() && node.write_at(&[1; 512], 0).is_err());
-        node.fill_at(&[7; 512], 512).unwrap();
-        node.fill_zeroes(512, 256, true).unwrap();
-        let mut back = [1; 512];
-        node.copy_at(&mut back, 512).unwrap();
-        assert_eq!((back[255], back[256]), (0, 7));
-        assert!(
-            node.fill_at(&[7; 512], 1024).is_err() && node.fill_zeroes(1000, 100, true).is_err()
-        );
-        assert_eq!(node.stats(), NodeStats::default());
-    }
-}
+mod tests;

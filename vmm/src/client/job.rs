@@ -2,7 +2,7 @@
 //! comes back, and follows a job until its copy is in sync or it has ended.
 
 use super::request::{Follow, Request};
-use super::{ClientError, QmpClient};
+use super::{ClientError, QmpClient, number};
 use crate::config::parse_size;
 use crate::error::chain;
 use crate::exit_code;
@@ -162,10 +162,6 @@ pub fn job(words: &[&str]) -> Result<Request, clap::Error> {
     })
 }
 
-fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or(0)
-}
-
 /// What `job list` prints: a line per job.
 fn table(jobs: &Value) -> String {
     let line = |job: &Value| {
@@ -242,7 +238,10 @@ pub fn follow(client: &mut QmpClient, follow: &Follow) -> u8 {
             exit_code::COMMAND_FAILED
         }
         Err(error) => {
-            eprintln!("ferry: {}", chain(&error));
+            let error = chain(&error);
+            eprintln!(
+                "ferry: {error}: how job {id} ends is not known here, so do not use its copy"
+            );
             exit_code::COMMAND_FAILED
         }
     }

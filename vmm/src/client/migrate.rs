@@ -1,6 +1,6 @@
 //! `ferry migrate`: starts a migration over a control socket and shows its progress.
 
-use super::{ClientError, QmpClient};
+use super::{ClientError, QmpClient, number};
 use crate::cli::MigrateArgs;
 use crate::control::message::MIGRATION_IN_PROGRESS;
 use crate::disk_selection::DiskMode;
@@ -230,11 +230,6 @@ fn without_rounds(mut info: Value) -> Value {
         info.remove("x-rounds");
     }
     info
-}
-
-/// A figure of an answer. QMP leaves out what does not apply yet or at all, which counts as 0.
-fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or(0)
 }
 
 /// Why the migration does not converge, and which options would help.

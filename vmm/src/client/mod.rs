@@ -16,6 +16,11 @@ use std::time::Duration;
 /// Timeout of a reply: longer than the slowest command, a reset, may take.
 const PATIENCE: Duration = Duration::from_secs(40);
 
+/// A figure of an answer. QMP leaves out what does not apply yet or at all, which counts as 0.
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
 /// Events that a client keeps.
 const MAX_EVENTS: usize = 64;
 

@@ -332,7 +332,7 @@ impl Backup {
 
     /// One turn. Returns how long there is nothing to do, unless an event comes.
     fn turn(&mut self, job: &Job) -> Duration {
-        let rests = job.must_rest();
+        let rests = job.must_rest(self.pool.in_flight());
         let now = Instant::now();
         if !rests && !self.search.is_done() {
             self.search.go_on(&self.options.pair.source, &self.to_read, self.frozen.as_ref());

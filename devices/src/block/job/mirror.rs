@@ -470,7 +470,7 @@ impl Mirror {
                 Some(_) => return Ok(Finished::Cancelled),
                 None => {}
             }
-            if job.must_rest() {
+            if job.must_rest(self.copier.in_flight()) {
                 self.take_events(job, Duration::ZERO);
                 if self.copier.in_flight() > 0 {
                     self.take_events(job, IDLE);

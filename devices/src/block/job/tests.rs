@@ -101,7 +101,7 @@ impl Work for Scripted {
         loop {
             match self.steps.recv().unwrap() {
                 Step::Ready => job.become_ready(),
-                Step::Look => drop(job.must_rest()),
+                Step::Look => drop(job.must_rest(0)),
                 Step::End(finished) => return Ok(finished),
                 Step::Panic => panic!("on purpose"),
                 Step::Fail(side) => {

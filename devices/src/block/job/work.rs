@@ -65,16 +65,17 @@ impl Job {
         self.update(|state| state.info.busy = busy);
     }
 
-    /// Whether it is to rest: then its status says so.
-    pub(in crate::block) fn must_rest(&self) -> bool {
+    /// Whether it is to rest. Its status says so once nothing is `in_flight`: what fails late would otherwise pause it
+    /// again after it was resumed.
+    pub(in crate::block) fn must_rest(&self, in_flight: usize) -> bool {
         let (rests, status) = {
             let state = lock(&self.state);
             let cancelled = state.wanted.cancel.is_some();
             ((state.wanted.paused || state.stopped) && !cancelled, state.info.status)
         };
         match (rests, status) {
-            (true, JobStatus::Running) => self.become_status(JobStatus::Paused),
-            (true, JobStatus::Ready) => self.become_status(JobStatus::Standby),
+            (true, JobStatus::Running) if in_flight == 0 => self.become_status(JobStatus::Paused),
+            (true, JobStatus::Ready) if in_flight == 0 => self.become_status(JobStatus::Standby),
             (false, JobStatus::Paused) => self.become_status(JobStatus::Running),
             (false, JobStatus::Standby) => self.become_status(JobStatus::Ready),
             _ => {}
