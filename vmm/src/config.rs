@@ -10,6 +10,7 @@ pub(crate) use hop::tests::nothing_by_default;
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
 
 use crate::limits::Limits;
+use crate::machine::cpu::config::CpuConfig;
 use crate::machine::description::check_rng;
 use devices::block::qcow2::BackingChoice;
 use migration::transport::Address;
@@ -112,6 +113,8 @@ pub struct RunConfig {
     pub memory_bytes: u64,
     /// vCPUs.
     pub cpus: u8,
+    /// Their model and features.
+    pub cpu: CpuConfig,
     /// Disks, each with its name.
     pub disks: Vec<(String, DiskConfig)>,
     /// The guest's name.
@@ -178,6 +181,10 @@ pub struct RunOptions {
     /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
+    /// CPU model: host, max or a baseline x86-64-v1 to x86-64-v4, then ,+FEATURE or ,-FEATURE [default: host]
+    #[arg(long, value_name = "MODEL,…", allow_hyphen_values = true)]
+    #[serde(deserialize_with = "from_text")]
+    pub cpu: Option<CpuConfig>,
     /// A disk: path=PATH[,id=ID][,format=raw|qcow2][,backing=none|PATH][,readonly=on][,queues=N][,cache=writeback|none]
     #[arg(long = "disk", value_name = "path=PATH,…")]
     #[serde(deserialize_with = "disks_from_text")]
@@ -234,6 +241,7 @@ impl RunOptions {
             cmdline: self.cmdline.or(file.cmdline),
             memory: self.memory.or(file.memory),
             cpus: self.cpus.or(file.cpus),
+            cpu: self.cpu.or(file.cpu),
             disk,
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
@@ -310,6 +318,8 @@ impl RunOptions {
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
+                // Documented default: host.
+                cpu: self.cpu.unwrap_or_default(),
                 disks,
                 name: self.name,
                 migrate_every,

@@ -24,6 +24,7 @@ impl RunConfig {
             cmdline: _,
             acpi: _,
             rng: _,
+            cpu: _,
             name: _,
             memory_bytes,
             cpus,
@@ -156,6 +157,7 @@ pub(crate) mod tests {
             rng: true,
             memory_bytes: 12345 << 12,
             cpus: 11,
+            cpu: "x86-64-v2,+aes".parse().unwrap(),
             disks: vec![("root".into(), disk)],
             name: Some("vm1".into()),
             migrate_every: Some(Duration::from_millis(1501)),
@@ -207,6 +209,7 @@ pub(crate) mod tests {
             rng,
             memory_bytes,
             cpus,
+            cpu,
             disks,
             name,
             migrate_every,
@@ -215,7 +218,7 @@ pub(crate) mod tests {
         assert_eq!((kernel, initrd), (sent.boot.kernel, sent.boot.initrd));
         assert_eq!((cmdline, acpi, rng), (sent.cmdline, sent.acpi, sent.rng));
         assert_eq!((memory_bytes, cpus, disks), (sent.memory_bytes, sent.cpus, sent.disks));
-        assert_eq!((name, migrate_every), (sent.name, sent.migrate_every));
+        assert_eq!((name, migrate_every, cpu), (sent.name, sent.migrate_every, sent.cpu));
         assert_eq!((serial, qmp), (sent.host.serial, sent.host.qmp));
         assert_eq!((timeout, no_reboot), (sent.host.timeout, sent.host.no_reboot));
         assert_eq!(with_parent, sent.host.with_parent);
