@@ -8,6 +8,7 @@
 
 pub mod block;
 pub mod bus;
+pub mod fw_cfg;
 #[cfg(test)]
 mod hostile;
 pub mod irq;

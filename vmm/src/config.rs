@@ -1,10 +1,12 @@
 //! The configuration from the command line, a TOML file or both; validated in one place.
 
 mod disk;
+mod hardware;
 mod hop;
 mod units;
 
 pub use disk::{DiskConfig, ReceiveDisk, is_id};
+pub use hardware::{DebugExitConfig, DebugconConfig, FwCfgItem, FwCfgSource, HardwareConfig};
 #[cfg(test)]
 pub(crate) use hop::tests::nothing_by_default;
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
@@ -72,6 +74,8 @@ impl FromStr for SocketPath {
 pub struct HostConfig {
     /// Backend of COM1.
     pub serial: SerialConfig,
+    /// Backend of the debug console.
+    pub debugcon: DebugconConfig,
     /// The control socket.
     pub qmp: Option<SocketPath>,
     /// Exit after this long.
@@ -117,6 +121,8 @@ pub struct RunConfig {
     pub cpu: CpuConfig,
     /// Disks, each with its name.
     pub disks: Vec<(String, DiskConfig)>,
+    /// Devices for test kernels.
+    pub hardware: HardwareConfig,
     /// The guest's name.
     pub name: Option<String>,
     /// Migrate it to a new process at this interval.
@@ -155,9 +161,9 @@ fn from_text<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(
     text.parse().map(Some).map_err(D::Error::custom)
 }
 
-fn disks_from_text<'de, D: Deserializer<'de>>(
+fn list_from_text<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(
     deserializer: D,
-) -> Result<Vec<DiskConfig>, D::Error> {
+) -> Result<Vec<T>, D::Error> {
     let texts = Vec::<String>::deserialize(deserializer)?;
     texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
 }
@@ -187,7 +193,7 @@ pub struct RunOptions {
     pub cpu: Option<CpuConfig>,
     /// A disk: path=PATH[,id=ID][,format=raw|qcow2][,backing=none|PATH][,readonly=on][,queues=N][,cache=writeback|none]
     #[arg(long = "disk", value_name = "path=PATH,…")]
-    #[serde(deserialize_with = "disks_from_text")]
+    #[serde(deserialize_with = "list_from_text")]
     pub disk: Vec<DiskConfig>,
     /// The guest's name
     #[arg(long)]
@@ -202,6 +208,21 @@ pub struct RunOptions {
     /// Give the guest a source of random bytes (virtio-rng)
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest QEMU's pc-testdev: interrupt lines, ports and memory for tests
+    #[arg(long)]
+    pub testdev: bool,
+    /// A file for the guest to find in fw_cfg
+    #[arg(long = "fw-cfg", value_name = "name=NAME,file=PATH|string=TEXT")]
+    #[serde(deserialize_with = "list_from_text")]
+    pub fw_cfg: Vec<FwCfgItem>,
+    /// Ports of the debug-exit device (QEMU's isa-debug-exit) [default: iobase=0xf4,iosize=4]
+    #[arg(long, value_name = "iobase=N,iosize=N|off")]
+    #[serde(deserialize_with = "from_text")]
+    pub debug_exit: Option<DebugExitConfig>,
+    /// Where bytes go that the guest writes to port 0xe9: null, stdio or file=PATH [default: null]
+    #[arg(long, value_name = "WHERE")]
+    #[serde(deserialize_with = "from_text")]
+    pub debugcon: Option<DebugconConfig>,
     /// Options for this process.
     #[command(flatten)]
     #[serde(flatten)]
@@ -235,6 +256,7 @@ impl RunOptions {
     /// These options, with defaults from `file`.
     pub fn over(self, file: Self) -> Self {
         let disk = if self.disk.is_empty() { file.disk } else { self.disk };
+        let fw_cfg = if self.fw_cfg.is_empty() { file.fw_cfg } else { self.fw_cfg };
         Self {
             kernel: self.kernel.or(file.kernel),
             initrd: self.initrd.or(file.initrd),
@@ -246,6 +268,10 @@ impl RunOptions {
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
             rng: self.rng || file.rng,
+            testdev: self.testdev || file.testdev,
+            fw_cfg,
+            debug_exit: self.debug_exit.or(file.debug_exit),
+            debugcon: self.debugcon.or(file.debugcon),
             migrate_every: self.migrate_every.or(file.migrate_every),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
@@ -308,7 +334,15 @@ impl RunOptions {
         if let Err(error) = check_rng(self.rng, disks.iter().map(|(id, _)| id.as_str())) {
             problems.push(format!("--rng: {error}"));
         }
-        let host = self.host.validate(&mut problems);
+        let debug_exit = self.debug_exit.unwrap_or_default();
+        let hardware = HardwareConfig { testdev: self.testdev, fw_cfg: self.fw_cfg, debug_exit };
+        hardware.check(&mut problems);
+        let mut host = self.host.validate(&mut problems);
+        host.debugcon = self.debugcon.unwrap_or_default();
+        if host.debugcon == DebugconConfig::Stdio && host.serial != SerialConfig::Stdio {
+            problems
+                .push("--debugcon: stdio is shared with the serial console: --serial stdio".into());
+        }
         match self.kernel {
             Some(kernel) if problems.is_empty() => Ok(RunConfig {
                 boot: BootFiles { kernel, initrd: self.initrd },
@@ -321,6 +355,7 @@ impl RunOptions {
                 // Documented default: host.
                 cpu: self.cpu.unwrap_or_default(),
                 disks,
+                hardware,
                 name: self.name,
                 migrate_every,
                 host,
@@ -344,6 +379,7 @@ impl HostOptions {
         HostConfig {
             // Documented default: stdio.
             serial: self.serial.unwrap_or_default(),
+            debugcon: DebugconConfig::default(),
             qmp: self.qmp,
             timeout,
             expect,

@@ -102,8 +102,8 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     fadt.iapc_boot_arch = NO_VGA_NO_CMOS.into();
     fadt.reset_reg = byte_port(I8042_COMMAND_PORT);
     fadt.reset_value = I8042::COMMAND_RESET_CPU;
-    fadt.sleep_control_reg = byte_port(SLEEP_CONTROL_PORT);
-    fadt.sleep_status_reg = byte_port(SLEEP_STATUS_PORT);
+    fadt.sleep_control_reg = byte_port(SLEEP_CONTROL_PORT.into());
+    fadt.sleep_status_reg = byte_port(SLEEP_STATUS_PORT.into());
     fadt.finalize()
 }
 

@@ -58,19 +58,69 @@ pub fn virtio_slot(index: usize) -> Option<MmioSlot> {
     Some(MmioSlot { base: VIRTIO_MMIO_BASE + index as u64 * devices::virtio::mmio::MMIO_LEN, gsi })
 }
 
+/// A device's I/O ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    /// What has them, in words.
+    pub of: &'static str,
+    /// The first.
+    pub base: u16,
+    /// How many.
+    pub len: u16,
+}
+
+const fn ports(of: &'static str, base: u16, len: u16) -> Ports {
+    Ports { of, base, len }
+}
+
+/// The ports that every machine has beside the debug-exit device's, those in KVM first.
+pub const PORTS: [Ports; 12] = [
+    ports("first interrupt controller", 0x20, 2),
+    ports("timer", 0x40, 4),
+    ports("keyboard controller", I8042_PORT, 5),
+    ports("fast reset", FAST_RESET_PORT, 1),
+    ports("second interrupt controller", 0xa0, 2),
+    ports("debug console", DEBUG_CONSOLE_PORT, 1),
+    ports("serial port", COM1_PORT, 8),
+    ports("interrupt controllers' mode registers", 0x4d0, 2),
+    ports("pvpanic device", PVPANIC_PORT, 1),
+    ports("fw_cfg device", FW_CFG_PORT, 12),
+    ports("power management", POWER_PORT, 2),
+    ports("power management", SLEEP_CONTROL_PORT, 2),
+];
+/// Those of a pc-testdev: a 32-bit register and its page flush, and the interrupt lines.
+pub const PORTS_OF_TESTDEV: [Ports; 2] =
+    [ports("test device", TESTDEV_PORT, 8), ports("test device", TESTDEV_IRQ_PORT, 24)];
+
 /// COM1.
 pub const COM1_PORT: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
 /// Keyboard controller, for its reset line.
-pub const I8042_PORT: u64 = 0x60;
+pub const I8042_PORT: u16 = 0x60;
 /// The keyboard controller's command register.
 pub const I8042_COMMAND_PORT: u64 = 0x64;
+/// System control port A: fast reset and the A20 gate.
+pub const FAST_RESET_PORT: u16 = 0x92;
+/// Bochs' debug console.
+pub const DEBUG_CONSOLE_PORT: u16 = 0xe9;
 /// isa-debug-exit, as QEMU users configure it.
-pub const DEBUG_EXIT_PORT: u64 = 0xf4;
+pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// Ports of isa-debug-exit there.
+pub const DEBUG_EXIT_PORTS: u16 = 4;
+/// The guest says that it has panicked.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// Selector, data and DMA address of fw_cfg.
+pub const FW_CFG_PORT: u16 = 0x510;
 /// PM1a control register.
-pub const POWER_PORT: u64 = 0x604;
-/// Sleep control register.
-pub const SLEEP_CONTROL_PORT: u64 = 0x608;
+pub const POWER_PORT: u16 = 0x604;
+/// Sleep control register; the sleep status register follows it.
+pub const SLEEP_CONTROL_PORT: u16 = 0x608;
 /// Sleep status register.
-pub const SLEEP_STATUS_PORT: u64 = 0x609;
+pub const SLEEP_STATUS_PORT: u16 = 0x609;
+/// The test device's register.
+pub const TESTDEV_PORT: u16 = 0xe0;
+/// The test device's interrupt lines.
+pub const TESTDEV_IRQ_PORT: u16 = 0x2000;
+/// The test device's memory, in the hole below 4 GiB.
+pub const TESTDEV_MEMORY: u64 = 0xff00_0000;

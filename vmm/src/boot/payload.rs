@@ -296,8 +296,8 @@ impl BootPayload {
     }
 }
 
-/// Splits `--initrd "PATH ARGUMENTS,PATH,…"` at its commas; a doubled one is a comma.
-fn split_list(list: &str) -> Vec<String> {
+/// Splits a list such as `--initrd "PATH ARGUMENTS,PATH,…"` at its commas; a doubled one is a comma.
+pub(crate) fn split_list(list: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut characters = list.chars().peekable();
     while let Some(character) = characters.next() {

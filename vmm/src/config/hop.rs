@@ -26,6 +26,7 @@ impl RunConfig {
             rng: _,
             cpu: _,
             name: _,
+            hardware: _,
             memory_bytes,
             cpus,
             disks,
@@ -50,9 +51,11 @@ impl RunConfig {
 impl HostConfig {
     fn of_child(self, control: PathBuf) -> Self {
         // The parent has the user's console and control socket, and looks at the clock and at the output.
-        let Self { serial: _, qmp: _, timeout: _, expect: _, with_parent: _, no_reboot } = self;
+        let Self { serial: _, debugcon, qmp: _, timeout: _, expect: _, with_parent: _, no_reboot } =
+            self;
         Self {
             serial: SerialConfig::Stdio,
+            debugcon,
             qmp: Some(SocketPath(control)),
             timeout: None,
             expect: None,
@@ -124,7 +127,7 @@ pub(super) mod pattern {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::config::RunOptions;
+    use crate::config::{DebugExitConfig, DebugconConfig, HardwareConfig, RunOptions};
     use devices::block::Format;
     use devices::block::failure::{ErrorPolicy, OnError};
     use devices::block::qcow2::Backing;
@@ -159,10 +162,16 @@ pub(crate) mod tests {
             cpus: 11,
             cpu: "x86-64-v2,+aes".parse().unwrap(),
             disks: vec![("root".into(), disk)],
+            hardware: HardwareConfig {
+                testdev: true,
+                fw_cfg: vec!["name=opt/x,file=/f".parse().unwrap()],
+                debug_exit: DebugExitConfig::Off,
+            },
             name: Some("vm1".into()),
             migrate_every: Some(Duration::from_millis(1501)),
             host: HostConfig {
                 serial: SerialConfig::Socket("/serial".into()),
+                debugcon: DebugconConfig::File("/debug".into()),
                 qmp: Some(SocketPath("/qmp".into())),
                 timeout: Some(Duration::from_nanos(1_000_000_001)),
                 expect: Some(Regex::new("^HB [0-9]+").unwrap()),
@@ -211,15 +220,18 @@ pub(crate) mod tests {
             cpus,
             cpu,
             disks,
+            hardware,
             name,
             migrate_every,
-            host: HostConfig { serial, qmp, timeout, expect, no_reboot, with_parent },
+            host: HostConfig { serial, debugcon, qmp, timeout, expect, no_reboot, with_parent },
         } = arrived;
         assert_eq!((kernel, initrd), (sent.boot.kernel, sent.boot.initrd));
         assert_eq!((cmdline, acpi, rng), (sent.cmdline, sent.acpi, sent.rng));
         assert_eq!((memory_bytes, cpus, disks), (sent.memory_bytes, sent.cpus, sent.disks));
-        assert_eq!((name, migrate_every, cpu), (sent.name, sent.migrate_every, sent.cpu));
+assert_eq!((name, migrate_every, cpu), (sent.name, sent.migrate_every, sent.cpu));
+        assert_eq!(hardware, sent.hardware);
         assert_eq!((serial, qmp), (sent.host.serial, sent.host.qmp));
+        assert_eq!(debugcon, sent.host.debugcon);
         assert_eq!((timeout, no_reboot), (sent.host.timeout, sent.host.no_reboot));
         assert_eq!(with_parent, sent.host.with_parent);
         let text = |pattern: Option<Regex>| pattern.map(|it| it.as_str().to_owned());
@@ -250,6 +262,7 @@ pub(crate) mod tests {
                 (host.serial, host.qmp),
                 (SerialConfig::Stdio, Some(SocketPath(control.into())))
             );
+            assert_eq!(host.debugcon, DebugconConfig::File("/debug".into()));
             assert!(host.no_reboot && host.with_parent);
             assert!(host.timeout.is_none() && host.expect.is_none(), "the parent's");
         }

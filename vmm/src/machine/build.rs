@@ -161,12 +161,17 @@ impl Parts {
         let serial = Arc::new(Mutex::new(serial));
         let mut pio = Bus::new();
         insert(&mut pio, layout::COM1_PORT.into(), 8, serial.clone())?;
-        insert(&mut pio, layout::I8042_PORT, 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
+        insert(&mut pio, layout::I8042_PORT.into(), 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
         let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
-        insert(&mut pio, layout::DEBUG_EXIT_PORT, 4, debug_exit)?;
-        insert(&mut pio, layout::POWER_PORT, 2, Arc::new(Mutex::new(PowerPort::new(exits()))))?;
+        insert(&mut pio, layout::DEBUG_EXIT_PORT.into(), 4, debug_exit)?;
+        insert(
+            &mut pio,
+            layout::POWER_PORT.into(),
+            2,
+            Arc::new(Mutex::new(PowerPort::new(exits()))),
+        )?;
         let sleep = Arc::new(Mutex::new(SleepControl::new(exits())));
-        insert(&mut pio, layout::SLEEP_CONTROL_PORT, 2, sleep)?;
+        insert(&mut pio, layout::SLEEP_CONTROL_PORT.into(), 2, sleep)?;
         let power_button = irq_line(&vm, layout::POWER_BUTTON_GSI)?;
         let mut mmio = Bus::new();
         let mut disks = Vec::with_capacity(backends.disks.len());

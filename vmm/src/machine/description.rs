@@ -1,6 +1,7 @@
 //! The machine description: all guest-visible hardware. Written by the source, sent in the stream,
 //! validated at the destination like any other untrusted input.
 
+use crate::boot::layout::{PORTS, PORTS_OF_TESTDEV};
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
@@ -184,6 +185,27 @@ pub fn check_rng<'a>(
         return Err(format!("a disk beside a virtio-rng cannot be {:?}", super::RNG_INSTANCE));
     }
     Ok(())
+}
+
+/// Whether the debug-exit device can have these ports.
+///
+/// # Errors
+/// Names the device that has one of them.
+pub fn check_debug_exit(base: u16, len: u16, testdev: bool) -> Result<(), String> {
+    let end = u32::from(base) + u32::from(len);
+    if len == 0 || end > 1 << 16 {
+        return Err(format!("{len} ports from {base:#x}: at least one, up to 0xffff, is possible"));
+    }
+    let of_testdev = PORTS_OF_TESTDEV.iter().filter(|_| testdev);
+    let taken = PORTS.iter().chain(of_testdev);
+    let mut overlapping = taken.filter(|ports| {
+        u32::from(ports.base) < end
+            && u32::from(base) < u32::from(ports.base) + u32::from(ports.len)
+    });
+    match overlapping.next() {
+        None => Ok(()),
+        Some(other) => Err(format!("{len} ports from {base:#x} overlap those of the {}", other.of)),
+    }
 }
 
 #[cfg(test)]
