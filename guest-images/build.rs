@@ -7,6 +7,7 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=guest");
     println!("cargo::rerun-if-changed=multiboot");
+    println!("cargo::rerun-if-changed=testdevices");
     println!("cargo::rerun-if-changed=vmlinux");
     println!("cargo::rerun-if-changed=print_byte.s");
     println!("cargo::rerun-if-changed=build.rs");
@@ -16,11 +17,10 @@ fn main() {
     let elf =
         build("multiboot", "multiboot.elf", &["-Clink-args=-fuse-ld=bfd -Wl,--oformat,elf32-i386"]);
     println!("cargo::rustc-env=FERRY_MULTIBOOT_ELF={}", elf.display());
-    let flat = build(
-        "multiboot",
-        "multiboot.bin",
-        &["--cfg=flat", "-Clink-args=-Wl,--oformat,binary", "-Cstrip=none"],
-    );
+    let flat = ["--cfg=flat", "-Clink-args=-Wl,--oformat,binary", "-Cstrip=none"];
+    let test_devices = build("testdevices", "testdevices.bin", &flat);
+    println!("cargo::rustc-env=FERRY_TEST_DEVICES={}", test_devices.display());
+    let flat = build("multiboot", "multiboot.bin", &flat);
     println!("cargo::rustc-env=FERRY_MULTIBOOT_FLAT={}", flat.display());
     let vmlinux = build("vmlinux", "vmlinux.elf", &["-Clink-args=-Wl,-z,max-page-size=4096"]);
     println!("cargo::rustc-env=FERRY_VMLINUX={}", vmlinux.display());

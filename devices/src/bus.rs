@@ -56,27 +56,35 @@ impl Bus {
         Ok(())
     }
 
-    fn find(&self, address: u64, access_len: usize) -> Option<(u64, &Slot)> {
+    /// The device at `address`, the offset there, and how many bytes from there on are its own.
+    fn find(&self, address: u64) -> Option<(&Slot, u64, usize)> {
         let (base, slot) = self.slots.range(..=address).next_back()?;
         let offset = address - base;
-        let end = offset.checked_add(u64::try_from(access_len).ok()?)?;
-        (end <= slot.len).then_some((offset, slot))
+        let left = slot.len.checked_sub(offset).filter(|left| *left > 0)?;
+        Some((slot, offset, usize::try_from(left).unwrap_or(usize::MAX)))
     }
 
-    /// Reads; returns false and all ones if no device is there.
+    /// Reads; returns false if no device is at `address`. Bytes that no device has are ones; an access over a
+    /// device's end reaches it with its own bytes, and the next device with the others.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        let Some((offset, slot)) = self.find(address, data.len()) else {
-            data.fill(0xff);
-            return false;
-        };
-        crate::lock(&slot.device).read(offset, data);
+        data.fill(0xff);
+        let Some((slot, offset, own)) = self.find(address) else { return false };
+        let (own, others) = data.split_at_mut(own.min(data.len()));
+        crate::lock(&slot.device).read(offset, own);
+        if !others.is_empty() {
+            self.read(address.saturating_add(own.len() as u64), others);
+        }
         true
     }
 
-    /// Writes; returns false if no device is there.
+    /// Writes, as [`Self::read`]; returns false if no device is at `address`.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
-        let Some((offset, slot)) = self.find(address, data.len()) else { return false };
-        crate::lock(&slot.device).write(offset, data);
+        let Some((slot, offset, own)) = self.find(address) else { return false };
+        let (own, others) = data.split_at(own.min(data.len()));
+        crate::lock(&slot.device).write(offset, own);
+        if !others.is_empty() {
+            self.write(address.saturating_add(own.len() as u64), others);
+        }
         true
     }
 }
@@ -114,10 +122,27 @@ mod tests {
         let mut bus = Bus::new();
         bus.insert(0x100, 8, echo()).unwrap();
         let mut word = [0; 4];
-        assert!(!bus.read(0x106, &mut word), "it straddles the end");
+        assert!(!bus.read(0x108, &mut word));
+        assert_eq!(word, [0xff; 4]);
+        assert!(!bus.read(0xfe, &mut word), "it starts before the device");
         assert_eq!(word, [0xff; 4]);
         assert!(!bus.write(0xff, &[0]));
         assert!(!bus.write(u64::MAX, &[0; 8]));
+    }
+
+    #[test]
+    fn an_access_over_the_end_of_a_device_is_cut_there() {
+        let mut bus = Bus::new();
+        let (first, second) = (echo(), echo());
+        bus.insert(0x100, 8, first.clone()).unwrap();
+        bus.insert(0x108, 1, second.clone()).unwrap();
+        let mut word = [0; 4];
+        assert!(bus.read(0x106, &mut word));
+        assert_eq!(word, [6, 6, 0, 0xff]);
+        assert!(bus.write(0x107, &[1, 2, 3, 4]));
+        assert_eq!((crate::lock(&first).0, crate::lock(&second).0), (7, 0));
+        bus.insert(u64::MAX - 1, 1, echo()).unwrap();
+        assert!(bus.write(u64::MAX - 1, &[0; 8]));
     }
 
     #[test]

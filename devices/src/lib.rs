@@ -8,16 +8,19 @@
 
 pub mod block;
 pub mod bus;
+pub mod debug_console;
 pub mod fw_cfg;
 #[cfg(test)]
 mod hostile;
 pub mod irq;
 pub mod log_limit;
+pub mod pvpanic;
 pub mod ram;
 pub mod reset;
 pub mod segments;
 pub mod serial;
 pub mod state;
+pub mod testdev;
 pub mod transmitter;
 pub mod virtio;
 

@@ -1,7 +1,9 @@
-//! Ports through which a guest ends or restarts itself: the keyboard controller's reset line, QEMU's
-//! isa-debug-exit, and the PM1a control register. None of them has state worth saving.
+//! Ports through which a guest ends or restarts itself: the keyboard controller's reset line, system control
+//! port A, QEMU's isa-debug-exit, and the PM1a control register. Only system control port A has state worth saving.
 
 use crate::bus::BusDevice;
+use crate::state::Persist;
+use serde::{Deserialize, Serialize};
 
 /// How the guest asked to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +14,8 @@ pub enum GuestExit {
     PowerOff,
     /// End with a code: the VMM exits with `(value << 1) | 1`.
     DebugExit(u32),
+    /// The guest has panicked, and says so.
+    Panicked,
 }
 
 /// Called on the vCPU's thread when the guest asks to end.
@@ -44,7 +48,60 @@ impl BusDevice for I8042 {
     }
 }
 
-/// isa-debug-exit at port 0xf4.
+/// System control port A, 0x92: resets the CPU, and keeps the A20 gate's bit. The gate is always open.
+pub struct FastReset {
+    sink: ExitSink,
+    value: u8,
+}
+
+/// What [`FastReset`] saves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FastResetState {
+    /// What the port reads as.
+    pub value: u8,
+}
+
+impl FastReset {
+    const RESET: u8 = 1;
+    const A20: u8 = 1 << 1;
+
+    /// A port that reports to `sink`, as a BIOS leaves it: with A20 on.
+    pub fn new(sink: ExitSink) -> Self {
+        Self { sink, value: Self::A20 }
+    }
+}
+
+impl BusDevice for FastReset {
+    fn read(&mut self, _: u64, data: &mut [u8]) {
+        data.fill(self.value);
+    }
+
+    fn write(&mut self, _: u64, data: &[u8]) {
+        let [value] = *data else { return };
+        self.value = value & !Self::RESET;
+        if value & Self::RESET != 0 {
+            (self.sink)(GuestExit::Reset);
+        }
+    }
+}
+
+impl Persist for FastReset {
+    const KIND: &'static str = "fast-reset";
+    const VERSION: u16 = 1;
+    type State = FastResetState;
+
+    fn save(&self) -> FastResetState {
+        FastResetState { value: self.value }
+    }
+
+    fn restore(&mut self, state: FastResetState) -> Result<(), String> {
+        self.value = state.value & !Self::RESET;
+        Ok(())
+    }
+}
+
+/// isa-debug-exit.
 pub struct DebugExitPort(ExitSink);
 
 impl DebugExitPort {
@@ -59,11 +116,10 @@ impl BusDevice for DebugExitPort {
         data.fill(0);
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset == 0 {
-            let value = data.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
-            (self.0)(GuestExit::DebugExit(value));
-        }
+    fn write(&mut self, _: u64, data: &[u8]) {
+        // As in QEMU, every one of its ports does.
+        let value = data.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte));
+        (self.0)(GuestExit::DebugExit(value));
     }
 }
 
@@ -145,13 +201,33 @@ mod tests {
     }
 
     #[test]
-    fn debug_exit_takes_any_width() {
+    fn debug_exit_takes_any_width_at_any_of_its_ports() {
         let (sink, exits) = sink();
         let mut port = DebugExitPort::new(sink);
         port.write(0, &[3]);
         port.write(0, &[1, 2, 0, 0]);
+        port.write(3, &[9]);
         assert_eq!(exits.try_recv(), Ok(GuestExit::DebugExit(3)));
         assert_eq!(exits.try_recv(), Ok(GuestExit::DebugExit(0x201)));
+        assert_eq!(exits.try_recv(), Ok(GuestExit::DebugExit(9)));
+    }
+
+    #[test]
+    fn system_control_port_a_resets_and_keeps_the_gates_bit() {
+        let (sink, exits) = sink();
+        let mut port = FastReset::new(sink);
+        let mut byte = [0];
+        port.read(0, &mut byte);
+        assert_eq!(byte, [2], "A20 is on");
+        port.write(0, &[0x0c]);
+        port.write(0, &[1, 1]);
+        assert!(exits.try_recv().is_err(), "no reset bit, then a word");
+        let record = port.save_record("");
+        port.write(0, &[3]);
+        assert_eq!(exits.try_recv(), Ok(GuestExit::Reset));
+        port.restore_record(record).unwrap();
+        port.read(0, &mut byte);
+        assert_eq!(byte, [0x0c]);
     }
 
     #[test]

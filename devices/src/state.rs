@@ -5,9 +5,11 @@
 //! text until a device takes it ([`JsonText`]), and every sequence in it has a maximum ([`at_most`]).
 
 mod bounded;
+mod hex;
 
 pub(crate) use bounded::AtMost;
 pub use bounded::{JsonText, at_most, short_text};
+pub use hex::{Hex, HexBytes, to_hex};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

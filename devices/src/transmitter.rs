@@ -189,6 +189,29 @@ impl Transmitter {
         self.observe(&[byte]);
     }
 
+    /// As [`Self::push`], for a device beside the attached one: it has no interrupt and cannot wait.
+    pub(crate) fn push_beside(&self, byte: u8) {
+        let mut state = self.state();
+        if state.unsent.len() >= BUFFER_BYTES {
+            drop(state);
+            if let Some(suppressed) = LOST.allow() {
+                log::warn!("debug console: the guest writes faster than its reader{suppressed}");
+            }
+            return;
+        }
+        if !state.discarding {
+            state.unsent.push_back(byte);
+        }
+        let wakes = self.wakes(&mut state);
+        // So that the attached device hears when there is room again.
+        state.full |= !state.is_ready();
+        drop(state);
+        if wakes {
+            self.wake();
+        }
+        self.observe(&[byte]);
+    }
+
     /// Whether the console's thread must be woken.
     fn wakes(&self, state: &mut State) -> bool {
         !state.unsent.is_empty() && !state.held && std::mem::take(&mut state.asleep)

@@ -81,6 +81,21 @@ pub const KERNEL: &str = env!("FERRY_GUEST_KERNEL");
 pub const MULTIBOOT_ELF: &str = env!("FERRY_MULTIBOOT_ELF");
 /// The same as a flat binary.
 pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
+/// Path of a Multiboot kernel that uses the devices of test kernels. The letter behind `do=` on its command line says how;
+/// exit code 1 if all was as it should be and 0xff if not, unless it ends in another way:
+///
+/// | `do=` | what it does |
+/// |---|---|
+/// | `f` | reads fw_cfg byte by byte: `FWCFG cpus=N ram=N file=… initrd=LENGTH sum=N`, numbers as 8 hexadecimal digits, the content of the file `opt/test`, and the initrd's checksum: rotated left by a bit, then the next byte added |
+/// | `d` | the same by DMA, without the file; what must be refused, too |
+/// | `i` | takes interrupts of the test device, edges and levels: `IRQ edges=N levels=N` |
+/// | `v` | takes interrupts of the 8259s as a BIOS leaves them |
+/// | `m` | keeps data in the test device's register and memory |
+/// | `b` | writes 2048 lines to the debug console: four letters from `a` to `p`, which count |
+/// | `n` | touches ports 0x70 and 0x80 and memory at 0xfed00000, twice |
+/// | `c` `p` `q` | says through pvpanic that it has crashed and goes on, that it has panicked; the last waits for a key first |
+/// | `e` `o` `r` `t` | ends with 5 at port 0x501, powers off, resets through port 0x92, triple fault |
+pub const TEST_DEVICES: &str = env!("FERRY_TEST_DEVICES");
 /// Path of a 64-bit ELF without a PVH note, to be entered as Linux is: prints `CMDLINE …` and `INITRD content`, then
 /// writes the ramdisk's length to port 0xf4.
 pub const VMLINUX: &str = env!("FERRY_VMLINUX");

@@ -5,12 +5,14 @@
 //! sees it as the guest writes it. The `io` thread reads input and pauses while the guest's FIFO is full.
 //! On a terminal, Ctrl-A x ends the VMM, as in QEMU; dropping the console restores the terminal's mode.
 
+mod debug;
 mod expect;
 mod output;
 mod watch;
 
 use crate::config::SerialConfig;
 use crate::exit_code::{self, Exit};
+pub use debug::DebugBackend;
 use devices::lock;
 use devices::serial::SerialConsole;
 use devices::transmitter::Transmitter;
@@ -40,15 +42,17 @@ const JOIN_PATIENCE: Duration = Duration::from_millis(500);
 /// A console that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsoleError {
-    #[error("cannot write serial log {path}")]
+    #[error("cannot write {what} {path}")]
     File {
+        /// Which log.
+        what: &'static str,
         path: PathBuf,
         #[source]
         source: io::Error,
     },
     /// A FIFO that nobody reads.
-    #[error("serial log {path} is a FIFO that nobody reads: start its reader first")]
-    NoReader { path: PathBuf },
+    #[error("{what} {path} is a FIFO that nobody reads: start its reader first")]
+    NoReader { what: &'static str, path: PathBuf },
     #[error("cannot listen on serial socket {path}")]
     Socket {
         path: PathBuf,
@@ -137,8 +141,10 @@ impl Console {
                 (Some(Sink::file(stdout).map_err(ConsoleError::Start)?), Input::Stdin(stdin))
             }
             SerialConfig::File(path) => {
-                let failed = |source| ConsoleError::File { path: path.clone(), source };
-                (Some(Sink::file(open_log(path)?).map_err(failed)?), Input::None)
+                let what = "serial log";
+                let failed = |source| ConsoleError::File { what, path: path.clone(), source };
+                let log = Log { what, path, continues: false };
+                (Some(Sink::file(open_log(log)?).map_err(failed)?), Input::None)
             }
             SerialConfig::Socket(path) => {
                 let (listener, file) = listen_unix(path)
@@ -390,15 +396,25 @@ impl Reader {
 
 /// Opens or creates a log for writing, without waiting for anything: the standard library would wait for the
 /// reader of a FIFO, and try again after every signal.
-fn open_log(path: &Path) -> Result<File, ConsoleError> {
+/// A file for output.
+struct Log<'a> {
+    /// What it is, in messages.
+    what: &'static str,
+    path: &'a Path,
+    /// Keeps what is in it, and goes on behind that.
+    continues: bool,
+}
+
+fn open_log(Log { what, path, continues }: Log<'_>) -> Result<File, ConsoleError> {
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
+    options.write(true).create(true).truncate(!continues).append(continues);
     options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     options.open(path).map_err(|source| {
         let is_fifo = || std::fs::metadata(path).is_ok_and(|found| found.file_type().is_fifo());
+        let path = path.to_owned();
         match source.raw_os_error() {
-            Some(libc::ENXIO) if is_fifo() => ConsoleError::NoReader { path: path.to_owned() },
-            _ => ConsoleError::File { path: path.to_owned(), source },
+            Some(libc::ENXIO) if is_fifo() => ConsoleError::NoReader { what, path },
+            _ => ConsoleError::File { what, path, source },
         }
     })
 }

@@ -25,20 +25,20 @@ pub const TIMEOUT: u8 = 124;
 pub const CANNOT_RUN: u8 = 126;
 /// SIGINT or SIGTERM: the shell's code for the former.
 pub const SIGNAL: u8 = 130;
-/// The guest crashed. The shell's code for SIGABRT.
+/// The guest crashed, or has panicked. The shell's code for SIGABRT.
 pub const CRASHED: u8 = 134;
 
 /// The table for `--help` of `ferry run` and `ferry receive`.
 pub const HELP: &str = "\
 Exit codes (odd ones are the guest's alone; the last line on standard error says why):
   0             the guest powered off, --expect matched, or a user ended it
-  (v << 1) | 1  the guest wrote v to port 0xf4 (QEMU's isa-debug-exit)
+  (v << 1) | 1  the guest wrote v to port 0xf4 (QEMU's isa-debug-exit), or where --debug-exit says
   2             usage
   4             --expect never matched
   124           --timeout has passed
   126           this host or these files cannot run the guest, or none arrived
   130           SIGINT or SIGTERM
-  134           the guest crashed";
+  134           the guest crashed, or said through pvpanic that it has panicked";
 
 /// The same for `ferry test`.
 pub const TEST_HELP: &str = "\

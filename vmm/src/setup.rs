@@ -6,6 +6,7 @@ use crate::kvm::KvmError;
 use crate::machine::MachineError;
 use devices::block::raw::OpenError;
 use std::io;
+use std::path::PathBuf;
 
 /// Why the process could not start.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,17 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
+    /// A file for fw_cfg that cannot be read.
+    #[error("--fw-cfg {name}: cannot read {path}")]
+    FwCfgFile {
+        name: String,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// The items for fw_cfg are too many.
+    #[error("--fw-cfg: {0}")]
+    FwCfg(String),
     #[error("cannot offer the images of disks")]
     Serve(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("cannot {what}")]

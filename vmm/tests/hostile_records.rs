@@ -2,9 +2,13 @@
 //! at most a small multiple of their length, nothing panics, and the error names the device.
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
+use devices::debug_console::{DebugConsole, DebugOutput};
+use devices::fw_cfg::{Facts, FwCfg, Items};
 use devices::irq::IrqLine;
+use devices::ram::{GuestRam, RamLayout};
 use devices::serial::SerialConsole;
 use devices::state::{DeviceRecord, JsonText, MAX_RECORDS, MAX_STATE_BYTES, Persist, RestoreError};
+use devices::testdev::{Levels, TestLines, TestMemory};
 use devices::transmitter::Transmitter;
 use migration::guest::MachineDescription;
 use migration::wire::{MAX_MACHINE_BYTES, MAX_SECTION_BYTES};
@@ -100,6 +104,12 @@ fn bombs_in(like: &str, bytes: usize) -> Vec<String> {
 
 struct NoIrq;
 
+impl Levels for NoIrq {
+    fn set(&self, _: u32, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl IrqLine for NoIrq {
     fn raise(&self) -> io::Result<()> {
         Ok(())
@@ -123,6 +133,15 @@ fn open<T: DeserializeOwned>(kind: &'static str, state: &JsonText) -> Result<(),
     record(kind, "7", state.clone()).open::<T>(kind, 1).map(drop)
 }
 
+const FW_CFG: &str = r#"{"selected":0,"offset":0,"dma_high":0,"boot":{"entry":0,"kernel_bytes":0,"setup_bytes":0,"initrd_bytes":0}}"#;
+
+fn fw_cfg() -> FwCfg {
+    let layout = RamLayout::for_size(2 << 20).unwrap();
+    let ram = GuestRam::from_ranges(&layout.ranges()).unwrap();
+    let facts = Facts { ram_bytes: 2 << 20, cpus: 1, cmdline: "", usable: &[], user: &[] };
+    FwCfg::new(ram, Items::new(&facts))
+}
+
 type Open = fn(&JsonText) -> Result<(), RestoreError>;
 
 /// Each kind of record that the machine has, with a valid or at least complete state of it.
@@ -138,6 +157,21 @@ fn kinds() -> Vec<(&'static str, String, Open)> {
         ("clock", CLOCK.to_owned(), |state| open::<ClockState>("clock", state)),
         ("irqchip", IRQCHIP.to_owned(), |state| open::<IrqchipState>("irqchip", state)),
         ("serial", serial, |state| console().restore_record(record("serial", "7", state.clone()))),
+        ("fw-cfg", FW_CFG.to_owned(), |state| {
+            fw_cfg().restore_record(record("fw-cfg", "7", state.clone()))
+        }),
+        ("debug-console", r#"{"unsent":[1]}"#.to_owned(), |state| {
+            let transmitter = Arc::new(Transmitter::new(None).unwrap());
+            let mut console = DebugConsole::new(DebugOutput::Own(transmitter));
+            console.restore_record(record("debug-console", "7", state.clone()))
+        }),
+        ("testdev-lines", r#"{"high":16777215}"#.to_owned(), |state| {
+            let mut lines = TestLines::new(Box::new(NoIrq));
+            lines.restore_record(record("testdev-lines", "7", state.clone()))
+        }),
+        ("testdev-memory", r#"{"bytes":"00"}"#.to_owned(), |state| {
+            TestMemory::default().restore_record(record("testdev-memory", "7", state.clone()))
+        }),
     ]
 }
 
@@ -207,7 +241,7 @@ fn a_machine_description_takes_no_more_than_a_small_multiple_of_its_text() {
 proptest! {
     #[test]
     fn any_change_of_a_records_text_is_survived(
-        which in 0..4_usize,
+        which in 0..8_usize,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {

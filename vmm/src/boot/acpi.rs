@@ -8,8 +8,8 @@
 //! They lie where a BIOS would put them, in memory that no guest uses as free RAM.
 
 use super::layout::{
-    ACPI_END, ACPI_RSDP, COM1_GSI, COM1_PORT, I8042_COMMAND_PORT, MmioSlot, POWER_BUTTON_GSI,
-    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    ACPI_END, ACPI_RSDP, COM1_GSI, COM1_PORT, FW_CFG_PORT, I8042_COMMAND_PORT, MmioSlot,
+    POWER_BUTTON_GSI, PVPANIC_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
 use super::{BootError, narrow, write_bytes};
 use acpi_tables::aml::{
@@ -45,6 +45,8 @@ pub struct Hardware {
     pub acpi: bool,
     /// vCPUs; APIC ids are 0 to `cpus - 1`.
     pub cpus: u8,
+    /// Whether there are fw_cfg and pvpanic.
+    pub fw_cfg: bool,
     /// Virtio devices.
     pub virtio: Vec<MmioSlot>,
 }
@@ -125,6 +127,9 @@ fn dsdt(hardware: &Hardware) -> Result<Vec<u8>, BootError> {
     let mut dsdt = Sdt::new(*b"DSDT", SDT_HEADER_BYTES, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut append = |object: &dyn Aml| dsdt.append_slice(&bytes(object));
     append(&Scope::new("_SB_".into(), vec![&Com1, &PowerButton, &EventDevice]));
+    if hardware.fw_cfg {
+        append(&Scope::new("_SB_".into(), vec![&FW_CFG, &PVPANIC]));
+    }
     for (index, slot) in hardware.virtio.iter().enumerate() {
         let base = narrow("a virtio device's address", slot.base)?;
         let len_bytes = narrow("a virtio device's length", MMIO_LEN)?;
@@ -149,6 +154,34 @@ impl Aml for Com1 {
                 &Name::new("_HID".into(), &EISAName::new("PNP0501")),
                 &Name::new("_UID".into(), &0u8),
                 &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io, &irq])),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// A device with ports and nothing else.
+struct Ports {
+    name: &'static str,
+    hid: &'static str,
+    base: u16,
+    len: u8,
+}
+
+const FW_CFG: Ports = Ports { name: "FWCF", hid: "QEMU0002", base: FW_CFG_PORT, len: 12 };
+const PVPANIC: Ports = Ports { name: "PEVT", hid: "QEMU0001", base: PVPANIC_PORT, len: 1 };
+
+impl Aml for Ports {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        /// Present, enabled and working, but nothing to show to users (6.3.7).
+        const HIDDEN: u8 = 0b1011;
+        let io = IO::new(self.base, self.base, 1, self.len);
+        Device::new(
+            self.name.into(),
+            vec![
+                &Name::new("_HID".into(), &self.hid),
+                &Name::new("_STA".into(), &HIDDEN),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io])),
             ],
         )
         .to_aml_bytes(sink);
@@ -222,8 +255,12 @@ mod tests {
 
     fn written() -> Vec<u8> {
         let (ram, _) = test_ram(4 << 20);
-        let hardware =
-            Hardware { acpi: true, cpus: 3, virtio: (0..2).filter_map(virtio_slot).collect() };
+        let hardware = Hardware {
+            acpi: true,
+            cpus: 3,
+            fw_cfg: true,
+            virtio: (0..2).filter_map(virtio_slot).collect(),
+        };
         assert_eq!(write_tables(&hardware, &ram).unwrap(), ACPI_RSDP);
         let mut bytes = vec![0; usize::try_from(ACPI_END - ACPI_RSDP).unwrap()];
         ram.read_slice(&mut bytes, GuestAddress(ACPI_RSDP)).unwrap();
@@ -256,7 +293,9 @@ mod tests {
         let dsdt = table(&bytes, number(&fadt[140..148]));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         let named = |name: &[u8]| dsdt.windows(name.len()).any(|window| window == name);
-        for name in ["V000", "V001", "LNRO0005", "COM1", "PWRB", "ACPI0013", "_S5_"] {
+        for name in
+            ["V000", "V001", "LNRO0005", "COM1", "PWRB", "ACPI0013", "QEMU0002", "QEMU0001", "_S5_"]
+        {
             assert!(named(name.as_bytes()), "{name}");
         }
         assert!(!named(b"V002"));

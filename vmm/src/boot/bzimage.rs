@@ -38,6 +38,21 @@ pub(super) fn is_bzimage(head: &[u8]) -> bool {
     at(MAGIC_AT, MAGIC) && at(BOOT_FLAG_AT, &BOOT_FLAG)
 }
 
+/// Bytes of setup code in front of the protected-mode kernel; 0 of a file that is no bzImage.
+pub(super) fn setup_bytes(head: &[u8]) -> u32 {
+    const SETUP_SECTORS_AT: usize = 0x1f1;
+    /// What 0 means, as before Linux 1.3.
+    const OLD_SECTORS: u8 = 4;
+    match head.get(SETUP_SECTORS_AT).filter(|_| is_bzimage(head)) {
+        None => 0,
+        Some(sectors) => {
+            let sectors = if *sectors == 0 { OLD_SECTORS } else { *sectors };
+            // The boot sector is one more.
+            (u32::from(sectors) + 1) * 512
+        }
+    }
+}
+
 /// Checks the header, then loads the kernel.
 pub(super) fn load(
     file: &BootFile,

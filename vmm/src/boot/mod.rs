@@ -14,6 +14,7 @@ mod bzimage;
 pub mod cpu;
 mod elf;
 mod initrd;
+pub mod items;
 pub mod layout;
 mod linux;
 mod multiboot;
@@ -292,5 +293,5 @@ fn test_ram(bytes: u64) -> (GuestRam, RamLayout) {
 /// Two vCPUs and one virtio device, for tests of the protocols.
 #[cfg(test)]
 fn test_hardware(acpi: bool) -> Hardware {
-    Hardware { acpi, cpus: 2, virtio: layout::virtio_slot(0).into_iter().collect() }
+    Hardware { acpi, cpus: 2, fw_cfg: true, virtio: layout::virtio_slot(0).into_iter().collect() }
 }

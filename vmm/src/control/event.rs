@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const ENDING: &[Member] = &[needed("guest", Kind::Flag), needed("reason", Kind::Text)];
+const PANIC: &[Member] = &[needed("action", Kind::Text)];
 
 /// All events, with the members of their data. Ferry's own begin with `x-`.
 pub const EVENTS: &[(&str, &[Member])] = &[
@@ -17,6 +18,8 @@ pub const EVENTS: &[(&str, &[Member])] = &[
     ("POWERDOWN", &[]),
     ("SHUTDOWN", ENDING),
     ("RESET", ENDING),
+    ("GUEST_PANICKED", PANIC),
+    ("GUEST_CRASHLOADED", PANIC),
     (
         "BLOCK_IO_ERROR",
         &[
@@ -88,6 +91,11 @@ impl Event {
     /// `SHUTDOWN` or `RESET`, with its originator and reason.
     pub fn ending(name: &'static str, guest: bool, reason: &str) -> Self {
         Self::new(name, Some(json!({"guest": guest, "reason": reason})))
+    }
+
+    /// `GUEST_PANICKED` or `GUEST_CRASHLOADED`, with what is done about it.
+    pub fn guest_panic(name: &'static str, action: &str) -> Self {
+        Self::new(name, Some(json!({"action": action})))
     }
 
     /// `BLOCK_IO_ERROR`.
@@ -229,6 +237,8 @@ mod tests {
             .map(Event::job),
         );
         events.extend(["STOP", "RESUME", "POWERDOWN"].map(Event::plain));
+        let panics = [("GUEST_PANICKED", "poweroff"), ("GUEST_CRASHLOADED", "run")];
+        events.extend(panics.map(|(name, action)| Event::guest_panic(name, action)));
         events.extend(["SHUTDOWN", "RESET"].map(|name| Event::ending(name, true, "guest-panic")));
         assert_eq!(events.len(), EVENTS.len());
         for (name, members) in EVENTS {

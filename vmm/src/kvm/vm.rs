@@ -90,6 +90,11 @@ impl Vm {
         ioctl("KVM_IRQFD", self.fd.register_irqfd(event, gsi))
     }
 
+    /// Raises or lowers the level of `gsi`, for devices that hold their line.
+    pub fn set_line(&self, gsi: u32, high: bool) -> Result<(), KvmError> {
+        ioctl("KVM_IRQ_LINE", self.fd.set_irq_line(gsi, high))
+    }
+
     /// Signals `event` when the guest writes the 32-bit value `value` to MMIO address `address`.
     pub fn route_notify(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
         let address = IoEventAddress::Mmio(address);

@@ -57,6 +57,38 @@ impl IrqchipState {
         }
         ioctl("KVM_SET_PIT2", vm.fd().set_pit2(&self.pit.0))
     }
+
+    /// A bit for each GSI that its IOAPIC pin or its 8259 takes as a level.
+    pub fn level_triggered(&self) -> u32 {
+        /// Trigger mode in a redirection entry.
+        const LEVEL: u64 = 1 << 15;
+        // SAFETY: every bit pattern is a valid value of the three members, which hold integers alone.
+        let (ioapic, master, slave) = unsafe {
+            (self.ioapic.0.chip.ioapic, self.pic_master.0.chip.pic, self.pic_slave.0.chip.pic)
+        };
+        let entries = ioapic.redirtbl.iter().enumerate();
+        let pins = entries.fold(0, |pins, (pin, entry)| {
+            // SAFETY: the other view of the union is a bit field of the same 64 bits.
+            let bits = unsafe { entry.bits };
+            pins | u32::from(bits & LEVEL != 0) << pin
+        });
+        pins | u32::from(master.elcr) | u32::from(slave.elcr) << 8
+    }
+}
+
+/// Leaves both 8259s as SeaBIOS does, for kernels that enter as from a BIOS: with its vectors, and masks that let the
+/// timer, the keyboard, the cascade, the clock and the disks through.
+pub fn set_up_8259s(vm: &Vm) -> Result<(), KvmError> {
+    let setups = [(KVM_IRQCHIP_PIC_MASTER, 0x08, 0xb8), (KVM_IRQCHIP_PIC_SLAVE, 0x70, 0x8e)];
+    for (chip_id, vector, mask) in setups {
+        let mut state = kvm_irqchip { chip_id, ..Default::default() };
+        ioctl("KVM_GET_IRQCHIP", vm.fd().get_irqchip(&mut state))?;
+        // SAFETY: KVM has filled this member, as both are 8259s.
+        let pic = unsafe { &mut state.chip.pic };
+        (pic.irq_base, pic.imr, pic.init4) = (vector, mask, 1);
+        ioctl("KVM_SET_IRQCHIP", vm.fd().set_irqchip(&state))?;
+    }
+    Ok(())
 }
 
 /// Limit of the elapsed time, in nanoseconds (10 minutes). Wall clocks that differ by more are wrong, and a

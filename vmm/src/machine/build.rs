@@ -1,29 +1,31 @@
 //! Builds a paused machine from a configuration or a description. The same code builds a booting and an
 //! incoming machine, so that both have the same hardware.
 
-use super::description::{Description, DiskDescription};
+use super::description::{Description, DiskDescription, Platform};
+use super::platform::{PlatformBackends, PlatformDevices, add_debug_exit, insert};
 use super::vcpus::{VcpuContext, Vcpus};
 use super::{Backends, Disk, Machine, MachineError, cpu_features};
+use crate::boot::items::{boot_files, boot_sizes};
 use crate::boot::layout::{self, MmioSlot};
 use crate::boot::payload::BootPayload;
-use crate::boot::{self, BootSource, Hardware, cpu};
+use crate::boot::{self, BootSource, EntryPoint, Hardware, cpu};
 use crate::kvm::blob::Blob;
 use crate::kvm::cpu_state::{CpuStateLayout, effective_cpuid, set_cpuid, set_tsc_khz};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
+use crate::kvm::vm_state::set_up_8259s;
 use crate::kvm::{Host, memory};
 use devices::block::BlockNode;
-use devices::bus::{Bus, BusDevice, BusError};
+use devices::bus::Bus;
 use devices::irq::EventIrq;
 use devices::ram::{GuestRam, RamLayout};
-use devices::reset::{DebugExitPort, ExitSink, I8042, PowerPort, SleepControl};
+use devices::reset::{ExitSink, I8042, PowerPort, SleepControl};
 use devices::serial::SerialConsole;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::Block;
 use devices::virtio::mmio::{MMIO_LEN, MmioTransport, NOTIFY_OFFSET};
 use devices::virtio::rng::Rng;
 use kvm_bindings::kvm_cpuid_entry2;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -47,6 +49,8 @@ pub struct NewMachine<'a> {
     pub disk_queues: Vec<u16>,
     /// Whether the machine has a virtio-rng.
     pub rng: bool,
+    /// What test kernels look at; none in a guest of an older Ferry that is reset.
+    pub platform: Option<Platform>,
 }
 
 impl Machine {
@@ -66,9 +70,13 @@ impl Machine {
         let source = BootSource { payload: new.payload, cmdline: &new.cmdline, go_on: new.go_on };
         let device_count = disks.len() + usize::from(new.rng);
         let virtio = (0..device_count).map(device_slot).collect::<Result<_, _>>()?;
-        let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, virtio };
+        let fw_cfg = new.platform.is_some();
+        let hardware = Hardware { acpi: new.acpi, cpus: new.cpus, fw_cfg, virtio };
         let entry = boot::load(&source, &hardware, parts.vm.ram(), parts.vm.layout())?;
         cpu::set_entry(parts.first()?, entry, parts.vm.ram())?;
+        if let EntryPoint::Multiboot { .. } = entry {
+            set_up_8259s(&parts.vm)?;
+        }
         let description = Description {
             bitmaps: false,
             name: new.name,
@@ -78,10 +86,15 @@ impl Machine {
             acpi: new.acpi,
             disks,
             rng: new.rng,
+            platform: new.platform,
             cpuid: effective_cpuid(parts.first()?)?.into_iter().map(Blob).collect(),
             tsc_khz,
         };
-        parts.assemble(host, description, backends)
+        let machine = parts.assemble(host, description, backends)?;
+        if let Some(platform) = &machine.platform {
+            platform.set_boot(boot_sizes(new.payload, entry)?, boot_files(new.payload));
+        }
+        Ok(machine)
     }
 
     /// Builds a machine for an incoming guest, without its state. Fails if the guest could not run on this
@@ -162,8 +175,7 @@ impl Parts {
         let mut pio = Bus::new();
         insert(&mut pio, layout::COM1_PORT.into(), 8, serial.clone())?;
         insert(&mut pio, layout::I8042_PORT.into(), 5, Arc::new(Mutex::new(I8042::new(exits()))))?;
-        let debug_exit = Arc::new(Mutex::new(DebugExitPort::new(exits())));
-        insert(&mut pio, layout::DEBUG_EXIT_PORT.into(), 4, debug_exit)?;
+        add_debug_exit(&mut pio, description.platform.as_ref(), exits())?;
         insert(
             &mut pio,
             layout::POWER_PORT.into(),
@@ -174,6 +186,16 @@ impl Parts {
         insert(&mut pio, layout::SLEEP_CONTROL_PORT.into(), 2, sleep)?;
         let power_button = irq_line(&vm, layout::POWER_BUTTON_GSI)?;
         let mut mmio = Bus::new();
+        let platform = match &description.platform {
+            None => None,
+            Some(platform) => {
+                let on_crash_loaded = backends.events.on_crash_loaded.clone();
+                let debug_output = backends.debug_output;
+                let ends = PlatformBackends { debug_output, exits: &exits, on_crash_loaded };
+                let buses = (&mut pio, &mut mmio);
+                Some(PlatformDevices::add(buses, &vm, &description, platform, ends)?)
+            }
+        };
         let mut disks = Vec::with_capacity(backends.disks.len());
         for (node, described) in backends.disks.into_iter().zip(&description.disks) {
             let device = Box::new(Block::new(node.clone(), described.queues));
@@ -192,6 +214,7 @@ impl Parts {
         let context = VcpuContext {
             pio: Arc::new(pio),
             mmio: Arc::new(mmio),
+            unclaimed: Arc::default(),
             ended: ended.clone(),
             on_end: backends.events.on_end,
             layout: cpu_layout,
@@ -202,6 +225,7 @@ impl Parts {
             disks,
             rng,
             serial,
+            platform,
             power_button,
             ended,
             description,
@@ -210,18 +234,6 @@ impl Parts {
             vm,
         })
     }
-}
-
-fn insert(
-    bus: &mut Bus,
-    base: u64,
-    len: u64,
-    device: Arc<Mutex<dyn BusDevice>>,
-) -> Result<(), MachineError> {
-    bus.insert(base, len, device).map_err(|error: BusError| MachineError::Setup {
-        what: "device bus",
-        source: io::Error::other(error),
-    })
 }
 
 fn irq_line(vm: &Vm, gsi: u32) -> Result<Arc<EventIrq>, MachineError> {

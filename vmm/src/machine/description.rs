@@ -1,7 +1,10 @@
 //! The machine description: all guest-visible hardware. Written by the source, sent in the stream,
 //! validated at the destination like any other untrusted input.
 
-use crate::boot::layout::{PORTS, PORTS_OF_TESTDEV};
+mod platform;
+
+pub use platform::{FwCfgFile, Platform, PortRange, check_debug_exit};
+
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
@@ -42,6 +45,9 @@ pub struct Description {
     /// Whether a virtio-rng follows the disks. Older guests have none.
     #[serde(default)]
     pub rng: bool,
+    /// What test kernels look at. Older guests have none of it, but a debug-exit device at port 0xf4.
+    #[serde(default)]
+    pub platform: Option<Platform>,
     /// Dirty bitmaps follow the guest. Set only in a description that is sent, like [`DiskDescription::travels`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub bitmaps: bool,
@@ -150,6 +156,7 @@ impl Description {
         }
         check_rng(self.rng, self.disks.iter().map(|disk| disk.id.as_str()))
             .map_err(DescriptionError::Invalid)?;
+        self.platform.iter().try_for_each(Platform::validate).map_err(DescriptionError::Invalid)?;
         for (index, disk) in self.disks.iter().enumerate() {
             if disk.len_bytes == 0 || !disk.len_bytes.is_multiple_of(SECTOR_BYTES) {
                 return invalid(format!("disk {:?} of {} bytes", disk.id, disk.len_bytes));
@@ -187,29 +194,9 @@ pub fn check_rng<'a>(
     Ok(())
 }
 
-/// Whether the debug-exit device can have these ports.
-///
-/// # Errors
-/// Names the device that has one of them.
-pub fn check_debug_exit(base: u16, len: u16, testdev: bool) -> Result<(), String> {
-    let end = u32::from(base) + u32::from(len);
-    if len == 0 || end > 1 << 16 {
-        return Err(format!("{len} ports from {base:#x}: at least one, up to 0xffff, is possible"));
-    }
-    let of_testdev = PORTS_OF_TESTDEV.iter().filter(|_| testdev);
-    let taken = PORTS.iter().chain(of_testdev);
-    let mut overlapping = taken.filter(|ports| {
-        u32::from(ports.base) < end
-            && u32::from(base) < u32::from(ports.base) + u32::from(ports.len)
-    });
-    match overlapping.next() {
-        None => Ok(()),
-        Some(other) => Err(format!("{len} ports from {base:#x} overlap those of the {}", other.of)),
-    }
-}
-
 #[cfg(test)]
 pub(crate) fn sample() -> Description {
+    use devices::state::HexBytes;
     let disk = |id: &str| DiskDescription {
         id: id.into(),
         len_bytes: 512,
@@ -225,6 +212,11 @@ pub(crate) fn sample() -> Description {
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
         rng: true,
+        platform: Some(Platform {
+            testdev: true,
+            fw_cfg: vec![FwCfgFile { name: "opt/x".into(), content: HexBytes(b"text".into()) }],
+            ..Platform::default()
+        }),
         bitmaps: false,
         cpuid: vec![Blob(kvm_cpuid_entry2 { function: 1, ..Default::default() })],
         tsc_khz: 2_000_000,
@@ -234,6 +226,8 @@ pub(crate) fn sample() -> Description {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devices::fw_cfg::MAX_USER_BYTES;
+    use devices::state::HexBytes;
 
     #[test]
     fn a_description_survives_a_round_trip() {
@@ -276,13 +270,27 @@ mod tests {
             "at most 7 disks beside",
         );
         refuse(&|d| d.cpuid.clear(), "0 CPUID entries");
+        let platform = |change: fn(&mut Platform)| {
+            move |d: &mut Description| d.platform.iter_mut().for_each(change)
+        };
+        let ports = |base, len| Some(PortRange { base, len });
+        refuse(&|d| d.platform.as_mut().unwrap().debug_exit = ports(0x510, 1), "fw_cfg device");
+        refuse(&platform(|p| p.fw_cfg.push(p.fw_cfg[0].clone())), "\"opt/x\" is given twice");
+        refuse(&platform(|p| p.fw_cfg[0].name = "a b".into()), "\"a b\" may have");
+        let long = |p: &mut Platform| {
+            let content = HexBytes(vec![0; MAX_USER_BYTES]);
+            p.fw_cfg.push(FwCfgFile { name: "opt/y".into(), content });
+        };
+        refuse(&platform(long), "more than 262144 bytes");
         let mut old = sample().to_stream();
         let mut machine: serde_json::Value = old.machine.decode().unwrap();
         machine.as_object_mut().unwrap().remove("rng");
+        machine.as_object_mut().unwrap().remove("platform");
         machine["disks"][0].as_object_mut().unwrap().remove("queues");
         old.machine = machine.into();
         let old = Description::from_stream(&old).unwrap();
         assert_eq!((old.rng, old.disks[0].queues), (false, 1), "what older guests have");
+        assert_eq!(old.platform, None);
         let mut stream = sample().to_stream();
         stream.ram_bytes = 4 << 20;
         assert!(Description::from_stream(&stream).is_err());

@@ -10,18 +10,23 @@ pub mod cpu_features;
 pub mod description;
 pub mod dirty;
 pub mod drain;
+mod platform;
 mod records;
 pub mod run_state;
 pub mod throttle;
+mod unclaimed;
 pub mod vcpus;
 
 use crate::boot::BootError;
+use crate::boot::items::boot_files;
+use crate::boot::payload::BootPayload;
 use crate::error::chain;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
 use crate::limits::LimitError;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
+use devices::debug_console::DebugOutput;
 use devices::irq::{EventIrq, IrqLine};
 use devices::lock;
 use devices::reset::GuestExit;
@@ -31,6 +36,7 @@ use devices::transmitter::Transmitter;
 use devices::virtio::mmio::MmioTransport;
 use drain::{DeviceDrain, Drains};
 use migration::guest::RunPermit;
+use platform::PlatformDevices;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -91,8 +97,10 @@ pub enum MachineError {
 /// Reported by a device or vCPU when the guest ends or cannot continue.
 #[derive(Clone)]
 pub struct GuestEvents {
-    /// The guest asked for reset, power-off or debug-exit.
+    /// The guest asked for reset, power-off or debug-exit, or has panicked.
     pub on_exit: Arc<dyn Fn(GuestExit) + Send + Sync>,
+    /// The guest has crashed and goes on, in a kernel for such a case.
+    pub on_crash_loaded: Arc<dyn Fn() + Send + Sync>,
     /// A vCPU cannot continue.
     pub on_end: Arc<dyn Fn(VcpuEnd) + Send + Sync>,
 }
@@ -103,6 +111,8 @@ pub struct Backends {
     pub disks: Vec<Arc<BlockNode>>,
     /// Receives the guest's serial output.
     pub serial_output: Arc<Transmitter>,
+    /// Receives the output of its debug console.
+    pub debug_output: DebugOutput,
     /// Called when the guest ends.
     pub events: GuestEvents,
 }
@@ -120,6 +130,8 @@ pub struct Machine {
     disks: Vec<Disk>,
     rng: Option<Arc<Mutex<MmioTransport>>>,
     serial: Arc<Mutex<SerialConsole>>,
+    /// None in a guest of an older Ferry.
+    platform: Option<PlatformDevices>,
     power_button: Arc<EventIrq>,
     /// Set by the device or vCPU that ended the guest; the supervisor gets its message a moment later.
     ended: Arc<AtomicBool>,
@@ -157,6 +169,11 @@ impl Machine {
         self.power_button.raise().map_err(setup)
     }
 
+    /// The files that it was booted from have arrived with it.
+    pub fn set_boot_files(&self, payload: &BootPayload) {
+        self.platform.iter().for_each(|platform| platform.set_boot_files(boot_files(payload)));
+    }
+
     /// Its disks.
     pub fn disks(&self) -> &[Disk] {
         &self.disks
@@ -183,6 +200,7 @@ impl Machine {
     pub fn grant(&mut self, permit: RunPermit) {
         self.permit = Some(permit);
         lock(&self.serial).release_output();
+        self.platform.iter().for_each(PlatformDevices::release_output);
     }
 
     /// Revokes the right to run; the machine must be stopped.
@@ -191,6 +209,7 @@ impl Machine {
         let permit = self.permit.take()?;
         // Unsent output moves with the guest.
         lock(&self.serial).hold_output();
+        self.platform.iter().for_each(PlatformDevices::hold_output);
         Some(permit)
     }
 

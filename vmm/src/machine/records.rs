@@ -5,6 +5,7 @@
 //! and PIT, devices. The clock is set first: the vCPUs' TSCs continue from the same moment, and no step
 //! that could fail is left for after the handover.
 
+use super::platform::PlatformDevices;
 use super::{Machine, MachineError};
 use crate::kvm::cpu_state::VcpuState;
 use crate::kvm::vm_state::{ClockState, IrqchipState};
@@ -25,6 +26,7 @@ impl Machine {
     /// Saves all records. The machine must be stopped.
     pub fn save_records(&self) -> Result<Vec<DeviceRecord>, MachineError> {
         let mut records = vec![lock(&self.serial).save_record("")];
+        records.extend(self.platform.iter().flat_map(PlatformDevices::save_records));
         for (instance, device) in self.virtio_devices() {
             records.push(device.save_record(instance));
         }
@@ -55,6 +57,9 @@ impl Machine {
         irqchip.restore(&self.vm)?;
         let serial = records.take(SerialConsole::KIND, "")?;
         lock(&self.serial).restore_record(serial)?;
+        if let Some(platform) = &self.platform {
+            platform.load_records(irqchip.level_triggered(), |kind| records.take(kind, ""))?;
+        }
         for (instance, mut device) in self.virtio_devices() {
             device.restore_record(records.take(MmioTransport::KIND, instance)?)?;
         }

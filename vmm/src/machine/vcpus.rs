@@ -12,6 +12,7 @@
 //! [`throttle`]: super::throttle
 
 use super::throttle::{Brake, Throttle};
+use super::unclaimed::{Place, Unclaimed};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::{CpuStateLayout, VcpuState};
 use crate::kvm::vcpu::{Exit, Vcpu, kick};
@@ -41,6 +42,8 @@ pub struct VcpuContext {
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
+    /// Accesses where no device is.
+    pub unclaimed: Arc<Unclaimed>,
     /// Set by the device through which the guest ended: no vCPU runs past its current exit.
     pub ended: Arc<AtomicBool>,
     /// Called once when a vCPU cannot continue.
@@ -371,21 +374,25 @@ impl VcpuLoop {
     fn one_exit(&mut self) -> After {
         match self.vcpu.run() {
             Exit::Port { port, write } => {
+                let (pio, unclaimed) = (&self.context.pio, &self.context.unclaimed);
                 for element in self.vcpu.port_data() {
-                    if write {
-                        self.context.pio.write(port.into(), element);
-                    } else {
-                        self.context.pio.read(port.into(), element);
+                    let found = match write {
+                        true => pio.write(port.into(), element),
+                        false => pio.read(port.into(), element),
+                    };
+                    if !found {
+                        unclaimed.accessed(Place::Port(port), write);
                     }
                 }
                 After::Continue
             }
-            Exit::Mmio { address, write: true } => {
-                self.context.mmio.write(address, self.vcpu.mmio_data());
-                After::Continue
-            }
-            Exit::Mmio { address, write: false } => {
-                self.context.mmio.read(address, self.vcpu.mmio_data());
+            Exit::Mmio { address, write } => {
+                let (mmio, data) = (&self.context.mmio, self.vcpu.mmio_data());
+                let found =
+                    if write { mmio.write(address, data) } else { mmio.read(address, data) };
+                if !found {
+                    self.context.unclaimed.accessed(Place::Memory(address), write);
+                }
                 After::Continue
             }
             Exit::Interrupted => After::Look,

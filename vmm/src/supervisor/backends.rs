@@ -1,14 +1,16 @@
-//! What a machine is connected to: the console, its disks, and the mailbox that hears of their events.
+//! What a machine is connected to: the consoles, its disks, and the mailbox that hears of their events.
 
 use super::messages::{Mailbox, Message};
 use crate::machine::{Backends, GuestEvents};
 use devices::block::BlockNode;
+use devices::debug_console::DebugOutput;
 use devices::transmitter::Transmitter;
 use std::sync::Arc;
 
 /// A machine's backends without its disks.
 pub struct BackendParts {
     pub(super) serial_output: Arc<Transmitter>,
+    pub(super) debug_output: DebugOutput,
     pub(super) events: GuestEvents,
     pub(super) mailbox: Mailbox,
 }
@@ -20,6 +22,7 @@ impl BackendParts {
             let to_us = self.mailbox.clone();
             disk.on_failure(move |failure| to_us.post(Message::DiskFailed(failure)));
         }
-        Backends { disks, serial_output: self.serial_output, events: self.events }
+        let Self { serial_output, debug_output, events, mailbox: _ } = self;
+        Backends { disks, serial_output, debug_output, events }
     }
 }

@@ -23,8 +23,10 @@ pub type Mailbox = event_loop::Mailbox<Message>;
 
 /// Messages from other threads to the supervisor.
 pub enum Message {
-    /// The guest reset, powered off or wrote the debug-exit port.
+    /// The guest reset, powered off, wrote the debug-exit port or has panicked.
     GuestExit(MachineId, GuestExit),
+    /// The guest has crashed and goes on, in a kernel for such a case.
+    CrashLoaded(MachineId),
     /// A vCPU cannot continue.
     VcpuEnd(MachineId, VcpuEnd),
     /// Serial output matched, or the user pressed Ctrl-A x.

@@ -18,6 +18,7 @@ mod dirty_rate;
 mod ending;
 mod exports;
 pub mod guest;
+mod hardware;
 mod jobs;
 pub mod messages;
 mod moving;
@@ -29,7 +30,7 @@ mod waiting;
 
 use crate::boot::payload::BootPayload;
 use crate::config::{BootFiles, HostConfig, ReceiveConfig, RunConfig};
-use crate::console::{Console, ConsoleEvent};
+use crate::console::{Console, ConsoleEvent, DebugBackend};
 use crate::control::command::Command;
 use crate::control::message::QmpError;
 use crate::control::{ClientId, Event, Incoming, QmpResult};
@@ -112,6 +113,7 @@ pub struct Supervisor {
     /// When the event loop's alarm fires.
     alarm: Option<Instant>,
     console: Console,
+    debug_console: DebugBackend,
     event_loop: EventLoop<Message>,
 }
 
@@ -119,9 +121,10 @@ pub struct Supervisor {
 pub fn run(config: RunConfig) -> Result<Exit, SetupError> {
     let host = Arc::new(Host::open()?);
     let payload = open_payload(&config.boot)?;
+    let platform = hardware::platform(&config.hardware)?;
     let mut supervisor = Supervisor::new(Mode::Run(config.clone()), host)?;
     supervisor.payload = Some(payload.clone());
-    supervisor.boot(config, payload)?;
+    supervisor.boot(config, platform, payload)?;
     Ok(event_loop::serve(supervisor)?)
 }
 
@@ -164,6 +167,8 @@ impl Supervisor {
             config.expect.clone(),
             Arc::new(move |event| to_us.post(Message::Console(event))),
         )?;
+        let arrives = matches!(mode, Mode::Receive(_));
+        let debug_console = DebugBackend::open(&config.debugcon, console.output(), arrives)?;
         Ok(Self {
             mode,
             host,
@@ -188,6 +193,7 @@ impl Supervisor {
             ends_with: None,
             alarm: None,
             console,
+            debug_console,
             event_loop,
         })
     }
@@ -197,12 +203,14 @@ impl Supervisor {
         let id = MachineId(self.last_machine_id.0 + 1);
         self.last_machine_id = id;
         let mailbox = self.event_loop.mailbox().clone();
-        let (exits, ends) = (mailbox.clone(), mailbox.clone());
+        let (exits, ends, crashes) = (mailbox.clone(), mailbox.clone(), mailbox.clone());
         let events = GuestEvents {
             on_exit: Arc::new(move |exit| exits.post(Message::GuestExit(id, exit))),
+            on_crash_loaded: Arc::new(move || crashes.post(Message::CrashLoaded(id))),
             on_end: Arc::new(move |end| ends.post(Message::VcpuEnd(id, end))),
         };
-        (id, BackendParts { serial_output: self.console.output(), events, mailbox })
+        let (serial_output, debug_output) = (self.console.output(), self.debug_console.output());
+        (id, BackendParts { serial_output, debug_output, events, mailbox })
     }
 
     fn become_state(&mut self, next: RunState) {
@@ -290,7 +298,8 @@ impl Handler for Supervisor {
     fn on_message(&mut self, message: Message) {
         match message {
             // Ignore messages of an earlier machine.
-            Message::GuestExit(id, _) | Message::VcpuEnd(id, _) if id != self.machine_id => {}
+            Message::GuestExit(id, _) | Message::VcpuEnd(id, _) | Message::CrashLoaded(id)
+                if id != self.machine_id => {}
             Message::GuestExit(_, GuestExit::Reset) if self.mode.host().no_reboot => {
                 let exit =
                     Exit::new(exit_code::OK, "the guest asked for a reset, with --no-reboot");
@@ -306,6 +315,8 @@ impl Handler for Supervisor {
                 let exit = Exit::new(exit_code::debug_exit(value), why);
                 self.guest_has_ended(exit, "guest-shutdown");
             }
+            Message::GuestExit(_, GuestExit::Panicked) => self.guest_has_panicked(),
+            Message::CrashLoaded(_) => self.tell(&Event::guest_panic("GUEST_CRASHLOADED", "run")),
             Message::VcpuEnd(_, VcpuEnd::Crashed(why)) => self.guest_has_crashed(&why),
             Message::VcpuEnd(_, VcpuEnd::Failed(why)) => self.fail(&why),
             Message::Console(ConsoleEvent::Expected) => {
@@ -512,6 +523,16 @@ impl Supervisor {
         if self.ending.is_none() {
             self.become_state(RunState::Shutdown);
             let exit = Exit::new(exit_code::CRASHED, format!("the guest crashed: {why}"));
+            self.end(exit, &Event::ending("SHUTDOWN", true, "guest-panic"));
+        }
+    }
+
+    /// The guest has said so through pvpanic.
+    fn guest_has_panicked(&mut self) {
+        if self.ending.is_none() {
+            self.become_state(RunState::Shutdown);
+            self.tell(&Event::guest_panic("GUEST_PANICKED", "poweroff"));
+            let exit = Exit::new(exit_code::CRASHED, "the guest panicked");
             self.end(exit, &Event::ending("SHUTDOWN", true, "guest-panic"));
         }
     }

@@ -69,6 +69,10 @@ impl Supervisor {
                 })));
             }
             GuestRequest::Run(permit, running, payload, reply) => {
+                let here = payload.as_ref().or(self.payload.as_ref());
+                if let (Some(machine), Some(payload)) = (&self.machine, here) {
+                    machine.set_boot_files(payload);
+                }
                 let result = self.run_arrived(permit, running);
                 if result.is_ok() && payload.is_some() {
                     self.payload = payload;

@@ -24,7 +24,7 @@ use crate::footprint;
 use crate::kvm::Host;
 use crate::log_queue::say;
 use crate::machine::build::NewMachine;
-use crate::machine::description::Description;
+use crate::machine::description::{Description, Platform};
 use crate::machine::drain::Drains;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpusError;
@@ -114,12 +114,14 @@ impl Supervisor {
     pub(super) fn boot(
         &mut self,
         config: RunConfig,
+        platform: Platform,
         payload: Arc<BootPayload>,
     ) -> Result<(), SetupError> {
         let host = self.host.clone();
         let (id, parts) = self.backend_parts();
         let build = move |cancel: &tasks::Cancel| {
-            Done::Built(build_first(&host, config, &payload, parts, &|| !cancel.is_cancelled()))
+            let go_on = || !cancel.is_cancelled();
+            Done::Built(build_first(&host, config, platform, &payload, parts, &go_on))
         };
         let started = self.tasks.start("boot", None, build);
         let task =
@@ -471,6 +473,7 @@ fn in_words(late: &[PartTime]) -> String {
 fn build_first(
     host: &Host,
     config: RunConfig,
+    platform: Platform,
     payload: &BootPayload,
     parts: BackendParts,
     go_on: GoOn<'_>,
@@ -492,6 +495,7 @@ fn build_first(
         acpi: config.acpi,
         disk_queues: config.disks.iter().map(|(_, disk)| disk.queues).collect(),
         rng: config.rng,
+        platform: Some(platform),
     };
     let machine = Machine::boot(host, new, parts.with(nodes.clone()))?;
     lock_disks(&nodes)?;
@@ -518,6 +522,7 @@ fn build_again(
         acpi: description.acpi,
         disk_queues: description.disks.iter().map(|disk| disk.queues).collect(),
         rng: description.rng,
+        platform: description.platform,
     };
     Ok(Box::new(Machine::boot(host, new, parts.with(nodes))?))
 }
