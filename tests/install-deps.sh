@@ -29,6 +29,7 @@ case "$what" in
 test)
     need objdump binutils
     need python3 python3
+    need prove perl
     need qemu-img qemu-utils
     need nbdcopy libnbd-bin
     need nbdkit nbdkit
