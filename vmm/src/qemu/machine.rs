@@ -4,6 +4,7 @@ use super::draft::Draft;
 use super::lists::List;
 use crate::boot::payload::split_list;
 use crate::config::parse_size;
+use crate::machine::description::MAX_CPUS;
 
 /// Bytes of MiB, the unit of a plain number.
 const MIB: u64 = 1 << 20;
@@ -162,7 +163,12 @@ pub(super) fn smp(draft: &mut Draft, value: &str) -> Result<(), String> {
         draft
             .remark(format!("-smp {topology}: every CPU is a core of one package of its own kind"));
     }
-    let cpus = u8::try_from(cpus).map_err(|_| format!("{cpus} CPUs are too many"))?;
+    // Runners that look for the most that there can be search for these words.
+    let fine = u8::try_from(cpus).ok().filter(|cpus| (1..=MAX_CPUS).contains(cpus));
+    let cpus = fine.ok_or_else(|| match cpus {
+        0 => "a guest needs a CPU".to_owned(),
+        _ => format!("{cpus} exceeds max CPUs, which are {MAX_CPUS}"),
+    })?;
     draft.options.cpus = Some(cpus);
     Ok(())
 }

@@ -56,7 +56,10 @@ fn sizes_and_numbers_of_cpus_in_every_spelling() {
         assert_eq!(config(&format!("-smp {line}")).cpus, cpus, "{line}");
     }
     assert!(problems("-smp 1,maxcpus=2").contains("maxcpus"));
-    assert!(problems("-smp 300").contains("300"));
+    assert!(problems("-smp 300").contains("300 exceeds max CPUs"));
+    assert!(
+        problems("-smp 255").contains("-smp 255") && problems("-smp 0").contains("needs a CPU")
+    );
     assert!(problems("-m 1G,slots=2,maxmem=2G").contains("slots=2"));
     assert!(problems("-m lots").contains("-m lots"));
 }
@@ -253,8 +256,8 @@ fn a_kernel_that_is_not_there_is_said_in_the_words_that_runners_look_for() {
     let exit = run("-kernel _NO_FILE_4Uhere_ -serial stdio").prepare().unwrap_err();
     assert_eq!(exit.code, exit_code::CANNOT_RUN);
     assert!(exit.why.contains("could not load kernel '_NO_FILE_4Uhere_'"), "{}", exit.why);
-    let exit = run("-kernel k -smp 200").prepare().unwrap_err();
-    assert!(exit.code == exit_code::USAGE && exit.why.contains("200"), "{}", exit.why);
+    let exit = run("-kernel k -m 4K").prepare().unwrap_err();
+    assert!(exit.code == exit_code::USAGE && exit.why.contains("4096"), "{}", exit.why);
 }
 
 /// Pieces of command lines, whole and broken.

@@ -191,14 +191,11 @@ fn plan_of(args: &TestArgs, folder: &Path, test: &UnitTest) -> Plan {
     if test.file.is_empty() {
         return Plan::Error("it has no file".to_owned());
     }
-    let timeout = match test.timeout.as_str() {
-        "" => args.options.host.timeout.as_deref().map_or(Ok(TIMEOUT), parse_duration),
-        text => parse_duration(text),
-    };
-    let timeout = match timeout {
-        // As for timeout(1), none.
+    // The options have been looked at with those of all tests.
+    let general = args.options.host.timeout.as_deref().map(parse_duration);
+    let timeout = match test.timeout.map_or_else(|| general.unwrap_or(Ok(TIMEOUT)), Ok) {
         Ok(timeout) => Some(timeout).filter(|timeout| !timeout.is_zero()),
-        Err(error) => return Plan::Error(format!("timeout: {error}")),
+        Err(error) => return Plan::Error(format!("--timeout: {error}")),
     };
     let line = match command_line(folder, test) {
         Ok(line) => line,

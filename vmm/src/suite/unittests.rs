@@ -5,6 +5,8 @@
 //! readers of the file ignore it.
 
 use super::verdict::Expected;
+use crate::config::parse_duration;
+use std::time::Duration;
 
 /// Most tests of a file.
 const MAX_TESTS: usize = 10_000;
@@ -26,7 +28,8 @@ pub(super) struct UnitTest {
     pub groups: Vec<String>,
     pub arch: String,
     pub accel: String,
-    pub timeout: String,
+    /// 0 is none, as for timeout(1).
+    pub timeout: Option<Duration>,
     /// `PATH=VALUE` each.
     pub checks: Vec<String>,
     pub expected: Option<Expected>,
@@ -97,10 +100,15 @@ fn set(test: &mut UnitTest, key: &str, value: String) -> Result<(), String> {
         "groups" => test.groups = words(&value),
         "arch" => test.arch = value,
         "accel" => test.accel = value,
-        "timeout" => test.timeout = value,
+        "timeout" => {
+            let timeout = parse_duration(&value).map_err(|error| format!("timeout: {error}"))?;
+            test.timeout = Some(timeout);
+        }
         // The last one counts there; each is meant.
         "check" => test.checks.extend(words(&value)),
-        "expected" => test.expected = Some(value.parse()?),
+        "expected" => {
+            test.expected = Some(value.parse().map_err(|error| format!("expected: {error}"))?);
+        }
         _ => log::info!("test {}: {key} is not known, and ignored", test.name),
     }
     Ok(())
@@ -143,7 +151,7 @@ extra_params = """-x"""
         let apic = &tests[0];
         assert_eq!((apic.name.as_str(), apic.file.as_str()), ("apic", "apic.flat"));
         assert_eq!(apic.params, "-cpu qemu64,+x2apic -append \"a = b\"");
-        assert_eq!((apic.groups.len(), apic.timeout.as_str()), (2, "30"));
+        assert_eq!((apic.groups.len(), apic.timeout), (2, Some(Duration::from_secs(30))));
         let pmu = &tests[1];
         assert_eq!(pmu.checks, ["/a=1", "/b=2", "/c=3"]);
         assert_eq!(pmu.params, "-cpu max \\\n  -m 1G\n-smp 2");
@@ -157,6 +165,7 @@ extra_params = """-x"""
             ("file = x", "line 1"),
             ("[a]\nnonsense", "line 2"),
             ("[a]\nexpected = maybe", "line 2"),
+            ("[a]\ntimeout = soon", "line 2"),
             ("[a]\nextra_params = \"\"\"\n-x", "line 2"),
         ] {
             let error = parse(text).unwrap_err();
