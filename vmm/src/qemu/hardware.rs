@@ -88,10 +88,10 @@ fn find(driver: &str) -> Result<&'static Kind, String> {
 fn refusal(driver: &str) -> String {
     if driver.starts_with("virtio-net") || driver.starts_with("e1000") || driver.contains("rtl8139")
     {
-        return format!("{driver}: Ferry has no network card yet");
+        return "Ferry has no network card yet".to_owned();
     }
     let names: Vec<_> = KINDS.iter().map(|kind| kind.names[0]).collect();
-    format!("{driver}: Ferry has no such device, but {}", names.join(", "))
+    format!("Ferry has no such device, but {}", names.join(", "))
 }
 
 /// Puts the devices in place.

@@ -195,7 +195,10 @@ fn what_would_change_a_test_is_refused_by_name_and_all_of_it_at_once() {
     for word in ["-netdev user,id=n", "virtio-net-pci", "-bios x", "-gdb tcp::1", "-m ?"] {
         assert!(refused.contains(word), "{word}: {refused}");
     }
-    assert!(problems("-device edu").contains("edu: Ferry has no such device, but isa-debug-exit"));
+    assert!(
+        problems("-device edu")
+            .contains("-device edu: Ferry has no such device, but isa-debug-exit")
+    );
     config("-net none -nic none -vga none -rtc base=utc -boot menu=off -monitor none -usb");
 }
 
