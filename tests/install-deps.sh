@@ -32,6 +32,7 @@ look() {
     test)
         need objdump binutils
         need python3 python3
+        need prove perl
         need nbdcopy libnbd-bin
         need nbdkit nbdkit
         # Debian has venv apart from Python.

@@ -63,6 +63,16 @@ pub fn nbdkit() -> Result<()> {
     Ok(())
 }
 
+/// Perl's reader of TAP.
+pub fn prove() -> Result<()> {
+    let found = Command::new("prove").arg("--version").output();
+    ensure!(
+        found.is_ok_and(|output| output.status.success()),
+        "prove is not installed (package perl)"
+    );
+    Ok(())
+}
+
 /// Python's own client of control sockets.
 pub fn qemu_qmp() -> Result<()> {
     ensure!(qmp_python().exists(), "qemu.qmp is not installed: tests/install-deps.sh test");

@@ -109,6 +109,13 @@ impl Qemu {
         Ok(Vmm::new(Process::start(&mut command)?, socket, folder))
     }
 
+    /// What the runner of a suite has it run: a test kernel that ends by itself, on this machine.
+    pub fn test(&self, kernel: &Path, machine: &str) -> Command {
+        let mut command = self.command();
+        command.args(test_arguments(kernel, machine, self.cpu()));
+        command
+    }
+
     /// Waits for `guest` on a free TCP port of the loopback, when `prepare` has said how; returns the process
     /// and its address.
     pub fn receive(
@@ -125,6 +132,26 @@ impl Qemu {
         let port = port.with_context(|| format!("no port within {SOON:?}: {info}"))?;
         Ok((vmm, format!("tcp:127.0.0.1:{port}")))
     }
+}
+
+/// QEMU's command line for a test kernel; `ferry qemu` takes it, too.
+pub fn test_arguments(kernel: &Path, machine: &str, cpu: &str) -> Vec<OsString> {
+    const OPTIONS: [&str; 10] = [
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x4",
+        "-enable-kvm",
+    ];
+    let mut arguments: Vec<OsString> = OPTIONS.map(OsString::from).to_vec();
+    arguments.extend(["-machine", machine, "-cpu", cpu, "-m", "128M"].map(OsString::from));
+    arguments.extend(["-kernel".into(), kernel.into()]);
+    arguments
 }
 
 /// `QEMU`, or Debian's.

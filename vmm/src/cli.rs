@@ -7,9 +7,11 @@ use crate::config::{
 use crate::disk_selection::DiskSelection;
 use crate::exit_code;
 use crate::limits::Limits;
+use crate::suite::verdict::NamedResult;
 use clap::{Args, Parser, Subcommand};
 use migration::params::Compression;
 use migration::transport::Address;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -31,6 +33,15 @@ pub enum Command {
     /// Boot a guest in the foreground
     #[command(after_help = exit_code::HELP)]
     Run(Box<RunArgs>),
+    /// Take QEMU's command line: `ferry qemu --help` lists what becomes of its options
+    #[command(disable_help_flag = true)]
+    Qemu {
+        /// As for qemu-system-x86_64
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTION")]
+        arguments: Vec<OsString>,
+    },
+    /// Run test kernels, each in a process of its own, and report which passed
+    Test(Box<TestArgs>),
     /// Become the destination of a migration
     #[command(after_help = exit_code::HELP)]
     Receive(Box<ReceiveArgs>),
@@ -40,7 +51,7 @@ pub enum Command {
     Backup(BackupArgs),
     /// Send a command to a control socket
     Ctl(CtlArgs),
-    /// Run or receive a guest for `ferry run --migrate-every`, configured on standard input
+    /// Run or receive a guest for `ferry run --migrate-every` or `ferry test`, configured on standard input
     #[command(hide = true)]
     Child,
     /// Check this host's KVM and suggest fixes
@@ -70,8 +81,47 @@ impl RunArgs {
                     .map_err(|error| vec![format!("--config {}: {error}", path.display())])?
             }
         };
-        self.options.over(file).validate()
+        self.options.over(file).or_environment()?.validate()
     }
+}
+
+/// `ferry test`
+#[derive(Debug, Args)]
+#[command(after_help = exit_code::TEST_HELP)]
+pub struct TestArgs {
+    /// Kernels to run; with --config, names of its tests [default there: all]
+    #[arg(value_name = "KERNEL")]
+    pub names: Vec<String>,
+    /// Tests from a file in kvm-unit-tests' format (unittests.cfg); kernels lie beside it
+    #[arg(long, value_name = "PATH")]
+    pub config: Option<PathBuf>,
+    /// Of the file's tests, those in one of these groups
+    #[arg(short, long, value_name = "GROUP,…", value_delimiter = ',', requires = "config")]
+    pub groups: Vec<String>,
+    /// Of the file's tests, those of the group `nodefault`, too
+    #[arg(short, long, requires = "config")]
+    pub all: bool,
+    /// How many run at once [default: this host's processors]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub jobs: Option<u16>,
+    /// Exit codes of a test that has passed [default: 1, and 0 with --expect]
+    #[arg(long, value_name = "CODE,…", value_delimiter = ',')]
+    pub pass: Vec<u8>,
+    /// What a test is expected to end with, if not with a pass; may be repeated
+    #[arg(long, value_name = "TEST=fail|skip|CODE")]
+    pub expected: Vec<NamedResult>,
+    /// Print a TAP 13 report
+    #[arg(long)]
+    pub tap: bool,
+    /// Write a JUnit report to this file
+    #[arg(long, value_name = "PATH")]
+    pub junit: Option<PathBuf>,
+    /// Keep the output of each test in this folder, as NAME.log
+    #[arg(long, value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+    /// The options of `ferry run` that all tests have.
+    #[command(flatten)]
+    pub options: RunOptions,
 }
 
 /// `ferry receive`

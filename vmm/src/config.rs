@@ -12,15 +12,20 @@ pub(crate) use hop::tests::nothing_by_default;
 pub use units::{Switch, parse_compression, parse_duration, parse_memory, parse_rate, parse_size};
 
 use crate::limits::Limits;
+use crate::machine::cpu::config::CpuConfig;
 use crate::machine::description::check_rng;
 use devices::block::qcow2::BackingChoice;
 use migration::transport::Address;
 use regex_lite::Regex;
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+/// The environment variable that stands for `--migrate-every`, so that an existing test suite runs under
+/// migration without a change.
+pub const MIGRATE_EVERY: &str = "FERRY_MIGRATE_EVERY";
 /// Minimum RAM: kernels are loaded at 1 MiB.
 const MIN_MEMORY: u64 = 4 << 20;
 
@@ -84,8 +89,10 @@ pub struct HostConfig {
     pub expect: Option<Regex>,
     /// Exit when the guest requests a reset.
     pub no_reboot: bool,
-    /// Exit with the parent process, which is a shuttle.
+    /// Exit with the parent process: a shuttle, or `ferry test`.
     pub with_parent: bool,
+    /// Say nothing when the guest ends by itself: its exit code tells.
+    pub quiet: bool,
 }
 
 /// The files that a guest boots from, at its start and after each reset.
@@ -116,12 +123,16 @@ pub struct RunConfig {
     pub memory_bytes: u64,
     /// vCPUs.
     pub cpus: u8,
+    /// Their model and features.
+    pub cpu: CpuConfig,
     /// Disks, each with its name.
     pub disks: Vec<(String, DiskConfig)>,
     /// Devices for test kernels.
     pub hardware: HardwareConfig,
     /// The guest's name.
     pub name: Option<String>,
+    /// Whether it waits for `cont` before its first instruction.
+    pub paused: bool,
     /// Migrate it to a new process at this interval.
     pub migrate_every: Option<Duration>,
     /// Options of this process.
@@ -184,6 +195,10 @@ pub struct RunOptions {
     /// Number of vCPUs, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
+    /// CPU model: host, max or a baseline x86-64-v1 to x86-64-v4, then ,+FEATURE or ,-FEATURE [default: host]
+    #[arg(long, value_name = "MODEL,…", allow_hyphen_values = true)]
+    #[serde(deserialize_with = "from_text")]
+    pub cpu: Option<CpuConfig>,
     /// A disk: path=PATH[,id=ID][,format=raw|qcow2][,backing=none|PATH][,readonly=on][,queues=N][,cache=writeback|none]
     #[arg(long = "disk", value_name = "path=PATH,…")]
     #[serde(deserialize_with = "list_from_text")]
@@ -195,7 +210,10 @@ pub struct RunOptions {
     #[arg(long, value_name = "on|off")]
     #[serde(deserialize_with = "from_text")]
     pub acpi: Option<Switch>,
-    /// Migrate the running guest to a new process at this interval, e.g. 2s
+    /// Do not run the guest before `cont` on the control socket
+    #[arg(long)]
+    pub paused: bool,
+    /// Migrate the running guest to a new process at this interval, e.g. 2s [default: FERRY_MIGRATE_EVERY]
     #[arg(long, value_name = "DURATION")]
     pub migrate_every: Option<String>,
     /// Give the guest a source of random bytes (virtio-rng)
@@ -256,6 +274,7 @@ impl RunOptions {
             cmdline: self.cmdline.or(file.cmdline),
             memory: self.memory.or(file.memory),
             cpus: self.cpus.or(file.cpus),
+            cpu: self.cpu.or(file.cpu),
             disk,
             name: self.name.or(file.name),
             acpi: self.acpi.or(file.acpi),
@@ -264,6 +283,7 @@ impl RunOptions {
             fw_cfg,
             debug_exit: self.debug_exit.or(file.debug_exit),
             debugcon: self.debugcon.or(file.debugcon),
+            paused: self.paused || file.paused,
             migrate_every: self.migrate_every.or(file.migrate_every),
             host: HostOptions {
                 serial: self.host.serial.or(file.host.serial),
@@ -273,6 +293,24 @@ impl RunOptions {
                 no_reboot: self.host.no_reboot || file.host.no_reboot,
             },
         }
+    }
+
+    /// These options, with the interval of moves from the environment unless it is given.
+    ///
+    /// # Errors
+    /// Names the variable if it has no interval.
+    pub fn or_environment(self) -> Result<Self, Vec<String>> {
+        let value = std::env::var_os(MIGRATE_EVERY);
+        self.or_interval(value.as_deref()).map_err(|problem| vec![problem])
+    }
+
+    fn or_interval(mut self, value: Option<&OsStr>) -> Result<Self, String> {
+        // Set to nothing is not set, as for a shell's `${…:-}`.
+        let Some(value) = value.filter(|value| !value.is_empty()) else { return Ok(self) };
+        let text = value.to_str().ok_or_else(|| format!("{MIGRATE_EVERY}: it is not UTF-8"))?;
+        parse_duration(text).map_err(|error| format!("{MIGRATE_EVERY}: {error}"))?;
+        self.migrate_every.get_or_insert_with(|| text.to_owned());
+        Ok(self)
     }
 
     /// Validates everything; reports every problem, by option name.
@@ -344,9 +382,12 @@ impl RunOptions {
                 cmdline: self.cmdline.unwrap_or_default(),
                 memory_bytes,
                 cpus,
+                // Documented default: host.
+                cpu: self.cpu.unwrap_or_default(),
                 disks,
                 hardware,
                 name: self.name,
+                paused: self.paused,
                 migrate_every,
                 host,
             }),
@@ -375,6 +416,7 @@ impl HostOptions {
             expect,
             no_reboot: self.no_reboot,
             with_parent: false,
+            quiet: false,
         }
     }
 }
@@ -406,6 +448,20 @@ mod tests {
         for option in ["--memory", "--cpus", "--kernel", "--disk", "--expect"] {
             assert!(problems.contains(option), "{problems} lacks {option}");
         }
+    }
+
+    #[test]
+    fn the_interval_of_the_environment_counts_unless_one_is_given() {
+        let of = |given: Option<&str>, value: Option<&str>| {
+            let migrate_every = given.map(str::to_owned);
+            let options = RunOptions { migrate_every, ..Default::default() };
+            options.or_interval(value.map(OsStr::new)).map(|options| options.migrate_every)
+        };
+        assert_eq!(of(None, Some("200ms")), Ok(Some("200ms".into())));
+        assert_eq!(of(Some("1s"), Some("200ms")), Ok(Some("1s".into())));
+        assert_eq!((of(None, None), of(None, Some(""))), (Ok(None), Ok(None)));
+        let error = of(Some("1s"), Some("often")).unwrap_err();
+        assert!(error.contains(MIGRATE_EVERY) && error.contains("often"), "{error}");
     }
 
     #[test]

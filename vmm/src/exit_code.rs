@@ -40,6 +40,18 @@ Exit codes (odd ones are the guest's alone; the last line on standard error says
   130           SIGINT or SIGTERM
   134           the guest crashed, or said through pvpanic that it has panicked";
 
+/// The same for `ferry test`.
+pub const TEST_HELP: &str = "\
+A test passes if it ends with exit code 1 (it wrote 0 to the debug-exit port) or with one of --pass, is skipped with
+155 (it wrote 77), and fails with any other. Each runs with --no-reboot, and for at most 90 s unless --timeout or the
+file says otherwise. Names and groups of a file's tests are those of kvm-unit-tests' run_tests.sh.
+
+Exit codes:
+  0    every test ended as expected
+  1    some did not, or a report cannot be written
+  2    usage
+  130  SIGINT or SIGTERM: what had ended is reported";
+
 /// The code of a guest that wrote `value` to the debug-exit port. QEMU's `exit()` keeps 8 bits, too.
 #[expect(clippy::cast_possible_truncation, reason = "an exit code has 8 bits")]
 pub fn debug_exit(value: u32) -> u8 {
@@ -64,6 +76,11 @@ impl Exit {
     pub fn parse(line: &str) -> Option<Self> {
         let (code, why) = line.strip_prefix(PREFIX)?.split_once(": ")?;
         Some(Self::new(code.parse().ok()?, why))
+    }
+
+    /// Whether the guest has ended by itself, as it wanted to.
+    pub fn is_guests_own(&self) -> bool {
+        self.code == OK || self.code % 2 == 1
     }
 
     /// Adds where the guest was to a failure.

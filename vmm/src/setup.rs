@@ -1,4 +1,4 @@
-//! Why a process could not start. Returned by the supervisor and the shuttle to `main`.
+//! What the supervisor and the shuttle share of a process's start, and why it could not be: returned to `main`.
 
 use crate::console::ConsoleError;
 use crate::event_loop::EventLoopError;
@@ -54,4 +54,11 @@ impl SetupError {
     pub fn start(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Start { what, source }
     }
+}
+
+/// Has the kernel kill this process when the thread that started it ends.
+pub fn end_with_parent() -> Result<(), SetupError> {
+    let kill = rustix::process::Signal::KILL;
+    let set = rustix::process::set_parent_process_death_signal(Some(kill));
+    set.map_err(io::Error::from).map_err(SetupError::start("end with the parent process"))
 }

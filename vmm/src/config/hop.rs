@@ -24,8 +24,11 @@ impl RunConfig {
             cmdline: _,
             acpi: _,
             rng: _,
+            cpu: _,
             name: _,
             hardware: _,
+            // It arrives as it was.
+            paused: _,
             memory_bytes,
             cpus,
             disks,
@@ -50,8 +53,16 @@ impl RunConfig {
 impl HostConfig {
     fn of_child(self, control: PathBuf) -> Self {
         // The parent has the user's console and control socket, and looks at the clock and at the output.
-        let Self { serial: _, debugcon, qmp: _, timeout: _, expect: _, with_parent: _, no_reboot } =
-            self;
+        let Self {
+            serial: _,
+            debugcon,
+            qmp: _,
+            timeout: _,
+            expect: _,
+            with_parent: _,
+            quiet: _,
+            no_reboot,
+        } = self;
         Self {
             serial: SerialConfig::Stdio,
             debugcon,
@@ -60,6 +71,8 @@ impl HostConfig {
             expect: None,
             no_reboot,
             with_parent: true,
+            // The parent reads how it ended.
+            quiet: false,
         }
     }
 }
@@ -159,6 +172,7 @@ pub(crate) mod tests {
             rng: true,
             memory_bytes: 12345 << 12,
             cpus: 11,
+            cpu: "x86-64-v2,+aes".parse().unwrap(),
             disks: vec![("root".into(), disk)],
             hardware: HardwareConfig {
                 testdev: true,
@@ -166,6 +180,7 @@ pub(crate) mod tests {
                 debug_exit: DebugExitConfig::Off,
             },
             name: Some("vm1".into()),
+            paused: true,
             migrate_every: Some(Duration::from_millis(1501)),
             host: HostConfig {
                 serial: SerialConfig::Socket("/serial".into()),
@@ -175,6 +190,7 @@ pub(crate) mod tests {
                 expect: Some(Regex::new("^HB [0-9]+").unwrap()),
                 no_reboot: true,
                 with_parent: true,
+                quiet: true,
             },
         }
     }
@@ -216,21 +232,25 @@ pub(crate) mod tests {
             rng,
             memory_bytes,
             cpus,
+            cpu,
             disks,
             hardware,
             name,
+            paused,
             migrate_every,
-            host: HostConfig { serial, debugcon, qmp, timeout, expect, no_reboot, with_parent },
+            host:
+                HostConfig { serial, debugcon, qmp, timeout, expect, no_reboot, with_parent, quiet },
         } = arrived;
         assert_eq!((kernel, initrd), (sent.boot.kernel, sent.boot.initrd));
         assert_eq!((cmdline, acpi, rng), (sent.cmdline, sent.acpi, sent.rng));
         assert_eq!((memory_bytes, cpus, disks), (sent.memory_bytes, sent.cpus, sent.disks));
-        assert_eq!((name, migrate_every), (sent.name, sent.migrate_every));
+        assert_eq!((name, migrate_every, cpu), (sent.name, sent.migrate_every, sent.cpu));
         assert_eq!(hardware, sent.hardware);
         assert_eq!((serial, qmp), (sent.host.serial, sent.host.qmp));
         assert_eq!(debugcon, sent.host.debugcon);
         assert_eq!((timeout, no_reboot), (sent.host.timeout, sent.host.no_reboot));
-        assert_eq!(with_parent, sent.host.with_parent);
+        assert_eq!((with_parent, quiet), (sent.host.with_parent, sent.host.quiet));
+        assert_eq!(paused, sent.paused);
         let text = |pattern: Option<Regex>| pattern.map(|it| it.as_str().to_owned());
         assert_eq!(text(expect), text(sent.host.expect));
     }
@@ -260,7 +280,7 @@ pub(crate) mod tests {
                 (SerialConfig::Stdio, Some(SocketPath(control.into())))
             );
             assert_eq!(host.debugcon, DebugconConfig::File("/debug".into()));
-            assert!(host.no_reboot && host.with_parent);
+            assert!(host.no_reboot && host.with_parent && !host.quiet);
             assert!(host.timeout.is_none() && host.expect.is_none(), "the parent's");
         }
     }

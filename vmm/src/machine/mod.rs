@@ -5,6 +5,7 @@
 //! only caller. No vCPU runs without a [`RunPermit`].
 
 pub mod build;
+pub mod cpu;
 pub mod cpu_features;
 pub mod description;
 pub mod dirty;

@@ -67,8 +67,10 @@ impl Child {
         let address = folder.join(format!("migrate-{id}"));
         let given = ChildConfig {
             verbose: user.verbose,
-            control: control.clone(),
-            part: if id == FIRST { Part::Boot } else { Part::Receive(address.clone()) },
+            part: match id {
+                FIRST => Part::Boot { control: control.clone() },
+                _ => Part::Receive { address: address.clone(), control: control.clone() },
+            },
             config: user.config.clone(),
         };
         // Not by path: the file may have been replaced since this process started.

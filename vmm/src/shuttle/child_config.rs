@@ -1,5 +1,5 @@
-//! What a child process is started with: one value, written by the shuttle to the child's standard input
-//! and read there by `ferry child`. The child gets the user's configuration whole and takes from it what is
+//! What a child process is started with: one value, written by the shuttle, or by `ferry test`, to the child's
+//! standard input and read there by `ferry child`. The child gets the user's configuration whole and takes from it what is
 //! its own, so that no hop can lose an option.
 
 use crate::config::{ReceiveConfig, RunConfig};
@@ -10,10 +10,20 @@ use std::path::PathBuf;
 /// A child's part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Part {
-    /// It boots the guest.
-    Boot,
-    /// It receives the guest on this Unix socket.
-    Receive(PathBuf),
+    /// It boots the guest; its control socket is `control`.
+    Boot {
+        /// Where.
+        control: PathBuf,
+    },
+    /// It receives the guest on the Unix socket `address`.
+    Receive {
+        /// Where.
+        address: PathBuf,
+        /// Where its control socket is.
+        control: PathBuf,
+    },
+    /// It runs the guest from start to end: a test.
+    Whole,
 }
 
 /// What a child is started with.
@@ -22,8 +32,6 @@ pub enum Part {
 pub struct ChildConfig {
     /// How much it logs: the number of `-v`.
     pub verbose: u8,
-    /// Where its control socket is.
-    pub control: PathBuf,
     /// Its part.
     pub part: Part,
     /// The user's.
@@ -40,7 +48,7 @@ pub enum Work {
 
 impl ChildConfig {
     /// Writes it for a child.
-    pub(super) fn write(&self, mut to: impl Write) -> io::Result<()> {
+    pub fn write(&self, mut to: impl Write) -> io::Result<()> {
         to.write_all(&serde_json::to_vec(self)?)
     }
 
@@ -53,10 +61,13 @@ impl ChildConfig {
 
     /// The child's own configuration.
     pub fn into_work(self) -> Work {
-        let Self { verbose: _, control, part, config } = self;
+        let Self { verbose: _, part, config } = self;
         match part {
-            Part::Boot => Work::Run(config.of_first_child(control)),
-            Part::Receive(address) => Work::Receive(config.of_next_child(address, control)),
+            Part::Boot { control } => Work::Run(config.of_first_child(control)),
+            Part::Receive { address, control } => {
+                Work::Receive(config.of_next_child(address, control))
+            }
+            Part::Whole => Work::Run(config),
         }
     }
 }
@@ -70,14 +81,13 @@ mod tests {
     fn a_child_reads_what_the_shuttle_wrote() {
         let sent = ChildConfig {
             verbose: 2,
-            control: "/control".into(),
-            part: Part::Receive("/migrate".into()),
+            part: Part::Receive { address: "/migrate".into(), control: "/control".into() },
             config: nothing_by_default(),
         };
         let mut pipe = Vec::new();
         sent.write(&mut pipe).unwrap();
-        let ChildConfig { verbose, control, part, config } = ChildConfig::read(&*pipe).unwrap();
-        assert_eq!((verbose, control, part), (2, sent.control, sent.part));
+        let ChildConfig { verbose, part, config } = ChildConfig::read(&*pipe).unwrap();
+        assert_eq!((verbose, part), (2, sent.part));
         let value = |config: &RunConfig| serde_json::to_value(config).unwrap();
         assert_eq!(value(&config), value(&sent.config));
         assert!(ChildConfig::read(&pipe[..pipe.len() - 1]).is_err(), "cut off");

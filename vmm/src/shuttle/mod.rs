@@ -13,7 +13,7 @@ mod child;
 mod child_config;
 mod hop;
 
-pub use child_config::{ChildConfig, Work};
+pub use child_config::{ChildConfig, Part, Work};
 
 use crate::client::ClientError;
 use crate::config::RunConfig;
@@ -25,7 +25,7 @@ use crate::error::chain;
 use crate::event_loop::{self, EventLoop, Handler};
 use crate::exit_code::{self, Exit};
 use crate::log_queue::say;
-use crate::setup::SetupError;
+use crate::setup::{SetupError, end_with_parent};
 use child::{Child, Connection, Pump};
 use hop::HopError;
 use serde_json::{Value, json};
@@ -54,6 +54,8 @@ enum Message {
 
 /// How long to wait for a child's end after its control socket has closed.
 const ENDING_PATIENCE: Duration = Duration::from_secs(2);
+/// How its last words but one begin.
+pub const MOVED: &str = "moved";
 /// Most requests that wait for the end of a move.
 const MAX_WAITING: usize = 64;
 /// Most events of a guest that has just moved, and more than there are before it is known to have.
@@ -104,6 +106,9 @@ struct Shuttle {
 /// Boots a guest, moves it at the interval `every` until it ends, or the process is told to. `verbose` is
 /// the number of `-v`.
 pub fn run(config: RunConfig, every: Duration, verbose: u8) -> Result<Exit, SetupError> {
+    if config.host.with_parent {
+        end_with_parent()?;
+    }
     let control = config.host.qmp.as_ref().map(|path| path.0.as_path());
     let mut event_loop = EventLoop::open(control, config.host.timeout)?;
     let to_us = event_loop.mailbox().clone();
@@ -302,8 +307,7 @@ impl Shuttle {
             return false;
         }
         // A guest's own end fails if `--expect` never matched; other failures say more.
-        let own = exit.code == exit_code::OK || exit.code % 2 == 1;
-        let exit = if own { self.console.unless_expecting(exit) } else { exit };
+        let exit = if exit.is_guests_own() { self.console.unless_expecting(exit) } else { exit };
         self.finish(exit);
         true
     }
@@ -416,10 +420,12 @@ impl Handler for Shuttle {
             0 => String::new(),
             failures => format!(", {failures} moves failed"),
         };
-        say(format_args!(
-            "moved {} times, worst downtime {:.2} ms{failed}",
-            self.moves,
-            self.worst.as_secs_f64() * 1e3
-        ));
+        let worst = self.worst.as_secs_f64() * 1e3;
+        let text = format!("{MOVED} {} times, worst downtime {worst:.2} ms{failed}", self.moves);
+        if self.user.config.host.quiet {
+            log::info!("{text}");
+        } else {
+            say(text);
+        }
     }
 }

@@ -42,7 +42,7 @@ use crate::log_queue::say;
 use crate::machine::run_state::RunState;
 use crate::machine::vcpus::VcpuEnd;
 use crate::machine::{GuestEvents, Machine, MachineError};
-use crate::setup::SetupError;
+use crate::setup::{SetupError, end_with_parent};
 use backends::BackendParts;
 use bitmaps::BitmapRequests;
 use block_jobs::BlockJobs;
@@ -59,7 +59,6 @@ use migration::source::{MigrationEvent, SourceOutcome};
 use migration::stats::MigrationStatus;
 use moving::Pausing;
 use sizes::Sizes;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tasks::{Done, TaskId, Tasks};
@@ -158,10 +157,7 @@ impl Supervisor {
     fn new(mode: Mode, host: Arc<Host>) -> Result<Self, SetupError> {
         let config = mode.host();
         if config.with_parent {
-            let kill = rustix::process::Signal::KILL;
-            let set = rustix::process::set_parent_process_death_signal(Some(kill));
-            let set = set.map_err(io::Error::from);
-            set.map_err(SetupError::start("end with the parent process"))?;
+            end_with_parent()?;
         }
         let control = config.qmp.as_ref().map(|path| path.0.as_path());
         let event_loop = EventLoop::open(control, config.timeout)?;

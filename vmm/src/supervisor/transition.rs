@@ -194,7 +194,9 @@ impl Supervisor {
         self.console.attach(machine.serial().clone());
         self.machine_id = id;
         self.machine = Some(machine);
-        if let Err(error) = self.start() {
+        if matches!(&self.mode, Mode::Run(config) if config.paused) {
+            self.become_state(RunState::Paused);
+        } else if let Err(error) = self.start() {
             return self.fail(&chain(&error));
         }
         footprint::return_start_memory();

@@ -1,8 +1,8 @@
 //! `make bench`: Ferry and QEMU side by side, on the same guest, in the same run; medians.
 //!
 //! Both are driven through their control sockets by the same code. Runs alternate between them, so that a
-//! change of the host's load meets both; memory is warm before each move ([`memory`]). [`rows`] lists the figures; [`alone`], [`moves`],
-//! [`engine`], [`disks`] and [`bitmaps`] take them; [`figures`] says what they mean, [`table`] prints them.
+//! change of the host's load meets both; memory is warm before each move ([`memory`]). [`rows`] lists the figures; [`alone`], [`suites`],
+//! [`moves`], [`engine`], [`disks`] and [`bitmaps`] take them; [`figures`] says what they mean, [`table`] prints them.
 
 mod alone;
 mod bitmaps;
@@ -14,6 +14,7 @@ mod memory;
 mod mirrors;
 mod moves;
 mod rows;
+mod suites;
 mod table;
 
 use anyhow::{Context, Result, bail};

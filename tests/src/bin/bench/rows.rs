@@ -1,12 +1,12 @@
 //! What is measured, in which unit, and what Ferry has to reach. A row is a line here and a function in
-//! [`alone`], [`moves`], [`engine`] or [`disks`].
+//! [`alone`], [`suites`], [`moves`], [`engine`] or [`disks`].
 
 use crate::figures::Figure;
 use crate::latency::{self, Job, Of100};
 use crate::memory::Memory;
 use crate::mirrors::{self, To};
 use crate::moves::Look;
-use crate::{alone, bitmaps, disks, engine, moves};
+use crate::{alone, bitmaps, disks, engine, moves, suites};
 use anyhow::{Context, Result, bail};
 use ferry_tests::qemu::{self, Qemu};
 
@@ -113,6 +113,33 @@ pub const ROWS: &[Row] = &[
         unit: "MB",
         measure: Measure::Exact(alone::memory),
         target: Target::AtMost(2.2),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "test",
+        title: "trivial test kernel, process start to exit",
+        unit: "ms",
+        measure: Measure::Exact(|program| suites::one(program, suites::USUAL)),
+        target: Target::AtMost(10.0),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "suite",
+        title: "suite of such kernels, one at a time, per test",
+        unit: "ms",
+        measure: Measure::Exact(|program| suites::per_test(program, suites::USUAL)),
+        target: Target::AtMost(15.0),
+        columns: Columns::All,
+        runs: RUNS,
+    },
+    Row {
+        name: "suite-microvm",
+        title: "the same; QEMU's fastest machine",
+        unit: "ms",
+        measure: Measure::Exact(|program| suites::per_test(program, suites::FASTEST)),
+        target: Target::RatioAtMost(0.3),
         columns: Columns::All,
         runs: RUNS,
     },
