@@ -64,11 +64,10 @@ impl BusDevice for DebugConsole {
     }
 
     fn write(&mut self, _: u64, data: &[u8]) {
-        match (&self.0, data) {
-            (DebugOutput::Shared(transmitter) | DebugOutput::Own(transmitter), [byte]) => {
-                transmitter.push_beside(*byte);
-            }
-            _ => {}
+        if let (DebugOutput::Shared(transmitter) | DebugOutput::Own(transmitter), [byte]) =
+            (&self.0, data)
+        {
+            transmitter.push_beside(*byte);
         }
     }
 }

@@ -94,8 +94,10 @@ pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
 /// | `m` | keeps data in the test device's register and memory |
 /// | `b` | writes 2048 lines to the debug console: four letters from `a` to `p`, which count |
 /// | `n` | touches ports 0x70 and 0x80 and memory at 0xfed00000, twice |
-/// | `c` `p` `q` | says through pvpanic that it has crashed and goes on, that it has panicked; the last waits for a key first |
+/// | `c` `p` | says through pvpanic that it has crashed and goes on, that it has panicked |
 /// | `e` `o` `r` `t` | ends with 5 at port 0x501, powers off, resets through port 0x92, triple fault |
+/// | `xNN` | ends with NN, after some NN ms |
+/// | `q…` | the same, after a key on the serial line |
 pub const TEST_DEVICES: &str = env!("FERRY_TEST_DEVICES");
 /// Path of a 64-bit ELF without a PVH note, to be entered as Linux is: prints `CMDLINE …` and `INITRD content`, then
 /// writes the ramdisk's length to port 0xf4.

@@ -26,7 +26,16 @@ flat:
     je 2f
     inc esi
     jmp 6b
-2:  mov al, [esi + 3]
+2:  add esi, 3
+    cmp byte ptr [esi], 'q' // at a key
+    jne 5f
+    inc esi
+    mov dx, 0x3fd
+7:  in al, dx
+    test al, 1
+    jz 7b
+5:  mov al, [esi]
+    mov ebp, esi
     mov esi, offset choices
 3:  cmp byte ptr [esi], 0
     je fail
@@ -69,14 +78,14 @@ choices:
     .long power_off
     .byte 'p'
     .long guest_panic
-    .byte 'q'
-    .long guest_panic_at_a_key
     .byte 'r'
     .long fast_reset
     .byte 't'
     .long triple_fault
     .byte 'v'
     .long vectors
+    .byte 'x'
+    .long end_with_code
     .byte 0
 
 // Takes some 50 ms, most of them in exits: several moves, if there are any. Changes nothing.
@@ -119,11 +128,6 @@ print_number:
     pop ebx
     ret
 
-guest_panic_at_a_key:
-    mov dx, 0x3fd
-6:  in al, dx
-    test al, 1
-    jz 6b
 guest_panic:
     call delay
     mov dx, 0x505
@@ -149,6 +153,21 @@ end_elsewhere:
     mov dx, 0x501
     out dx, al
     jmp halt
+
+// Ends with the two digits behind the letter, after that many moments of a millisecond or so.
+end_with_code:
+    movzx ebx, byte ptr [ebp + 1]
+    sub ebx, '0'
+    imul ebx, ebx, 10
+    movzx eax, byte ptr [ebp + 2]
+    lea ebx, [ebx + eax - '0']
+    imul ecx, ebx, 250
+    inc ecx
+6:  in al, 0x92
+    dec ecx
+    jnz 6b
+    mov eax, ebx
+    jmp exit
 
 fast_reset:
     call delay
@@ -220,7 +239,10 @@ debug_console:
     jnz 2b
     mov al, 10
     out 0xe9, al
-    add esi, 0x10000
+    test esi, 0x1ff0000     // every 512 lines
+    jnz 3f
+    call delay
+3:  add esi, 0x10000
     cmp esi, 0x7ff0000
     jbe 6b
     ret

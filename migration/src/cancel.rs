@@ -12,6 +12,8 @@ type Wake = Arc<dyn Fn() + Send + Sync>;
 #[derive(Default)]
 struct State {
     disarmed: bool,
+    /// Why it was cancelled, for the peer.
+    reason: Option<String>,
     /// A cancel comes at the last moment.
     #[cfg(test)]
     cancelled_at_disarm: bool,
@@ -50,9 +52,17 @@ impl CancelToken {
     /// Cancels: blocked reads and writes fail, waits end. Has no effect and returns false once the token is
     /// disarmed.
     pub fn cancel(&self) -> bool {
+        self.cancel_because(None)
+    }
+
+    /// Cancels as [`CancelToken::cancel`], and the peer is told why. The first reason stays.
+    pub fn cancel_because(&self, reason: Option<&str>) -> bool {
         let mut state = self.state();
         if state.disarmed {
             return false;
+        }
+        if let Some(reason) = reason {
+            state.reason.get_or_insert_with(|| reason.to_owned());
         }
         self.0.cancelled.store(true, Ordering::Release);
         let wakes = std::mem::take(&mut state.wakes);
@@ -67,6 +77,11 @@ impl CancelToken {
     /// Whether [`CancelToken::cancel`] was called in time.
     pub fn is_cancelled(&self) -> bool {
         self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Why it was cancelled, if somebody has said so.
+    pub(crate) fn reason(&self) -> Option<String> {
+        self.state().reason.clone()
     }
 
     /// Registers `wake`, called when the token is cancelled, or now if it already is.
@@ -132,6 +147,17 @@ mod tests {
         let flag = Arc::new(AtomicBool::new(false));
         let set = flag.clone();
         (flag, move || set.store(true, Ordering::SeqCst))
+    }
+
+    #[test]
+    fn the_first_reason_stays_and_none_is_taken_once_it_is_too_late() {
+        let token = CancelToken::new();
+        assert!(token.cancel() && token.reason().is_none());
+        assert!(token.cancel_because(Some("first")) && token.cancel_because(Some("second")));
+        assert_eq!(token.reason().unwrap(), "first");
+        let token = CancelToken::new();
+        assert!(token.disarm() && !token.cancel_because(Some("late")));
+        assert_eq!(token.reason(), None);
     }
 
     #[test]

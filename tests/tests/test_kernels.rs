@@ -3,15 +3,19 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, in its helpers too")]
 
 use ferry_tests::ferry::{self, Guest};
+use ferry_tests::hosts::moving;
+use ferry_tests::image::{Pattern, fill};
 use ferry_tests::needs;
 use ferry_tests::process::{SOON, Vmm};
 use serde_json::json;
+use std::fmt::Display;
 use std::path::Path;
+use std::process::Command;
 
 /// Once as it stays, once as it moves.
 const WAYS: [&[&str]; 2] = [&[], &["--migrate-every", "20ms"]];
 
-fn guest(work: char) -> Guest {
+fn guest(work: impl Display) -> Guest {
     let mut guest = Guest::new(&format!("do={work}"), 64);
     guest.kernel = guest_images::TEST_DEVICES.into();
     guest
@@ -109,6 +113,12 @@ fn every_way_to_end_has_its_code() {
         let mut panicked = run(&guest('p'), way);
         assert_ended(&mut panicked, 134, "the guest panicked");
     }
+    for way in WAYS {
+        let mut spins = run(&guest("qo"), &[way, &["--timeout", "300ms"]].concat());
+        assert_ended(&mut spins, 124, "--timeout has passed");
+        let mut unmatched = run(&guest('o'), &[way, &["--expect", "never said"]].concat());
+        assert_ended(&mut unmatched, 4, "--expect never matched");
+    }
     let off = run(&guest('e'), &["--debug-exit", "off", "--timeout", "1s"]);
     assert_ended(&mut { off }, 124, "--timeout");
 }
@@ -117,7 +127,13 @@ fn every_way_to_end_has_its_code() {
 #[needs(kvm)]
 fn a_panic_is_an_event_and_a_crash_that_goes_on_another() {
     for way in WAYS {
-        let mut vmm = run(&guest('q'), way);
+        let mut vmm = run(&guest("qc"), way);
+        let mut qmp = vmm.qmp().unwrap();
+        vmm.process.type_in("x").unwrap();
+        let event = qmp.wait_event("GUEST_CRASHLOADED", SOON).unwrap();
+        assert_eq!(event["data"], json!({"action": "run"}));
+        assert_ended(&mut vmm, 1, "wrote 0");
+        let mut vmm = run(&guest("qp"), way);
         let mut qmp = vmm.qmp().unwrap();
         vmm.process.type_in("x").unwrap();
         let event = qmp.wait_event("GUEST_PANICKED", SOON).unwrap();
@@ -125,6 +141,67 @@ fn a_panic_is_an_event_and_a_crash_that_goes_on_another() {
         let event = qmp.wait_event("SHUTDOWN", SOON).unwrap();
         assert_eq!(event["data"], json!({"guest": true, "reason": "guest-panic"}));
         assert_ended(&mut vmm, 134, "the guest panicked");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_has_its_own_verdict_at_whatever_moment_of_a_move_it_ends() {
+    let every = ["--migrate-every", "1ms"];
+    for moment in 0..60 {
+        let mut vmm = run(&guest(format_args!("x{moment:02}")), &every);
+        let found = vmm.process.exit_code(SOON).unwrap();
+        assert_eq!(found, 2 * moment + 1, "{}", vmm.process.err.text());
+        let errors = vmm.process.err.text();
+        assert!(!errors.contains("failed"), "{errors}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_that_ends_while_it_moves_to_another_host_ends_at_its_source() {
+    let folder = tempfile::tempdir().unwrap();
+    let module = folder.path().join("module");
+    fill(&module, 0, 16 << 20, Pattern::Random).unwrap();
+    for (work, code, why) in [
+        ("qx07", 15, "the guest wrote 7 to the debug-exit port"),
+        ("qo", 0, "the guest powered off"),
+        ("qt", 134, "the guest crashed"),
+        ("qp", 134, "the guest panicked"),
+    ] {
+        let mut guest = guest(work);
+        guest.initrd = Some(module.clone());
+        let mut source = run(&guest, &[]);
+        let mut destination = ferry::receive().unwrap();
+        // Sixteen seconds.
+        let migration = moving(&source, &destination.address, &["--max-bandwidth", "1M"]);
+        source.process.type_in("x").unwrap();
+        assert_ended(&mut source, code, why);
+        assert!(matches!(migration.end(SOON).unwrap().code, 1 | 4), "not moved, or not known");
+        assert_eq!(destination.vmm.process.exit_code(SOON).unwrap(), 126);
+        let said = destination.vmm.process.err.text();
+        let ending = format!("its process ends with code {code}: {why}");
+        assert!(said.contains("did not arrive") && said.contains(&ending), "{said}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_guest_that_has_moved_to_another_host_ends_there_with_its_own_verdict() {
+    for (work, code, why) in [
+        ("qm", 1, "the guest wrote 0 to the debug-exit port"),
+        ("qi", 1, "the guest wrote 0 to the debug-exit port"),
+        ("qv", 1, "the guest wrote 0 to the debug-exit port"),
+        ("qo", 0, "the guest powered off"),
+        ("qr", 0, "the guest asked for a reset"),
+        ("qt", 134, "the guest crashed"),
+        ("qp", 134, "the guest panicked"),
+    ] {
+        let source = run(&guest(work), &["--testdev"]);
+        let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--no-reboot"]).unwrap();
+        ferry::migrate_well(&source, &destination.address, &[]).unwrap();
+        destination.vmm.process.type_in("x").unwrap();
+        assert_ended(&mut destination.vmm, code, why);
     }
 }
 
@@ -187,6 +264,16 @@ fn what_cannot_be_is_refused_by_option() {
     for way in WAYS {
         refused(&[way, &["--fw-cfg", "opt/a,file=/nonexistent"]].concat(), 126, "/nonexistent");
     }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let (fifo, large) = (at("fifo"), at("large"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    std::fs::write(&large, vec![0; (256 << 10) + 1]).unwrap();
+    let file = |path: &str| format!("name=opt/a,file={path}");
+    refused(&["--fw-cfg", &file(&fifo)], 126, "not a regular file");
+    refused(&["--fw-cfg", &file(&large)], 126, "more than 262144 bytes");
+    let long = format!("name=opt/{},string=1", "a".repeat(52));
+    refused(&["--fw-cfg", &long], 2, "at most 55");
     // QEMU warns of such a name, too.
     refused(&["--fw-cfg", "a,string=1"], 255, "does not begin with \"opt/\"");
 }

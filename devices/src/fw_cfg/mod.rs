@@ -54,7 +54,7 @@ const CONTROL_READ: u32 = 1 << 1;
 const CONTROL_SKIP: u32 = 1 << 2;
 const CONTROL_SELECT: u32 = 1 << 3;
 const CONTROL_WRITE: u32 = 1 << 4;
-const CONTROL_BLOCK_BYTES: u64 = 16;
+const CONTROL_BLOCK_BYTES: usize = 16;
 
 static LOST: LogLimit = LogLimit::new();
 
@@ -118,7 +118,7 @@ impl FwCfg {
 
     #[expect(clippy::big_endian_bytes, reason = "the control block is big-endian")]
     fn operate(&mut self, block: u64) {
-        let mut bytes = [0; CONTROL_BLOCK_BYTES as usize];
+        let mut bytes = [0; CONTROL_BLOCK_BYTES];
         if self.ram.read_slice(&mut bytes, GuestAddress(block)).is_err() {
             return lost(block);
         }
@@ -148,7 +148,7 @@ impl FwCfg {
     fn copy_out(&mut self, block: u64, address: u64, length: u32) -> bool {
         let Ok(len) = usize::try_from(length) else { return false };
         let Some(end) = address.checked_add(u64::from(length)) else { return false };
-        let overlaps = address < block.saturating_add(CONTROL_BLOCK_BYTES) && block < end;
+        let overlaps = address < block.saturating_add(CONTROL_BLOCK_BYTES as u64) && block < end;
         if length > MAX_DMA_BYTES || overlaps {
             return false;
         }

@@ -1,3 +1,7 @@
+//! The device as a guest sees it, through ports and by DMA; and that nothing a guest writes is too much for it.
+#![allow(clippy::big_endian_bytes, clippy::little_endian_bytes, reason = "fw_cfg has both orders")]
+#![allow(clippy::cast_possible_truncation, reason = "sizes and bytes of a test")]
+
 use super::*;
 use crate::ram::RamLayout;
 use proptest::prelude::*;

@@ -98,6 +98,11 @@ impl Control {
         self.0.cancel.is_cancelled()
     }
 
+    /// Why it is, if somebody has said so.
+    pub fn cancel_reason(&self) -> Option<String> {
+        self.0.cancel.reason()
+    }
+
     /// Whether the connection broke, the peer ended the migration, or was silent for too long. For callers
     /// in long work that does not wait here, such as building a machine.
     pub fn is_lost(&self) -> bool {

@@ -183,7 +183,9 @@ impl Session {
             error,
             SourceError::Wire(WireError::Refused(_) | WireError::Aborted(_)) | SourceError::Gone(_)
         ) {
-            self.control.say_farewell(Kind::Abort, &chain(&error));
+            let reason = Some(&error).filter(|error| matches!(error, SourceError::Cancelled));
+            let reason = reason.and_then(|_| self.control.cancel_reason());
+            self.control.say_farewell(Kind::Abort, &reason.unwrap_or_else(|| chain(&error)));
         }
         self.end_channels();
         error

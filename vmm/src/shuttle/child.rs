@@ -167,21 +167,18 @@ impl Child {
         }
     }
 
-    /// Connects to its control socket and subscribes to its events.
+    /// Waits for the child that boots the guest to be ready, and posts its events.
+    pub fn listen(&self, mailbox: &Mailbox<Message>) {
+        listen(self.id, self.first_client(), mailbox);
+    }
+
+    /// Connects to its control socket.
     pub fn connect(&self, mailbox: &Mailbox<Message>) -> Result<Connection, ClientError> {
-        let mut listener = self.first_client()?;
         let path = self.control.to_string_lossy();
         let mut client = QmpClient::connect(&path)?;
         let input = Input::new(QmpClient::connect(&path)?).map_err(ClientError::Lost)?;
-        let (id, to_us) = (self.id, mailbox.clone());
-        let started = thread("events", move || {
-            while let Ok(Some(event)) = listener.event(None) {
-                to_us.post(Message::Event(id, event));
-            }
-        });
-        started.map_err(ClientError::Lost)?;
         let (requests, asked) = channel::<Box<Incoming>>();
-        let to_us = mailbox.clone();
+        let (id, to_us) = (self.id, mailbox.clone());
         let started = thread("ask", move || {
             for request in asked {
                 let arguments = Value::Object(request.request.arguments.clone());
@@ -230,6 +227,28 @@ impl Child {
     pub fn kill(&self) {
         // Fails if it has ended by itself.
         let _ = pidfd_send_signal(&self.process, Signal::KILL);
+    }
+}
+
+/// Posts the events that a client of child `id` hears, and then that those were all: so the last ones are not lost
+/// when the child ends.
+pub(super) fn listen(
+    id: ChildId,
+    client: Result<QmpClient, ClientError>,
+    mailbox: &Mailbox<Message>,
+) {
+    let to_us = mailbox.clone();
+    let started = thread("events", move || {
+        if let Ok(mut client) = client {
+            while let Ok(Some(event)) = client.event(None) {
+                to_us.post(Message::Event(id, event));
+            }
+        }
+        to_us.post(Message::Silent(id));
+    });
+    if let Err(error) = started {
+        log::error!("cannot start a thread, so events of the guest are lost: {error}");
+        mailbox.post(Message::Silent(id));
     }
 }
 

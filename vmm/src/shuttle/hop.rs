@@ -1,6 +1,6 @@
 //! One move, on its own thread: migrates the guest through the children's control sockets.
 
-use super::child::Child;
+use super::child::{Child, listen};
 use super::{ChildId, Message};
 use crate::client::{ClientError, QmpClient};
 use crate::event_loop::Mailbox;
@@ -37,9 +37,12 @@ pub(super) fn start(id: ChildId, from: &Child, to: &mut Child, mailbox: Mailbox<
     let builder = std::thread::Builder::new().name("hop".into()).stack_size(256 << 10);
     let spawned = builder.spawn(move || {
         wait_until_ready();
+        // Before the guest is there: it may say its last words at once.
+        listen(id, QmpClient::connect(&target), &answer);
         answer.post(Message::Hopped(id, hop(&control, &uri, &target)));
     });
     if let Err(error) = spawned {
+        mailbox.post(Message::Silent(id));
         mailbox.post(Message::Hopped(id, Err(HopError::Start(error))));
     }
 }
@@ -104,6 +107,17 @@ fn follow(source: &mut QmpClient) -> Result<Option<Duration>, HopError> {
             Err(HopError::Failed(format!("cancelled after {seconds} s: the guest writes too fast")))
         }
         _ if info["x-outcome"] == "unknown" => Err(HopError::Unknown(reason)),
+        // It has ended just as it was to stop: that is why.
+        _ if has_ended(source) => {
+            Err(ClientError::Lost(io::ErrorKind::ConnectionAborted.into()).into())
+        }
         _ => Err(HopError::Failed(reason)),
     }
+}
+
+/// Whether the guest of this process has ended, so that the process is about to.
+fn has_ended(source: &mut QmpClient) -> bool {
+    let status = source.execute("query-status", json!({}));
+    status
+        .is_ok_and(|status| status["status"] == "shutdown" || status["status"] == "internal-error")
 }

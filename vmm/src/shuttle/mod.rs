@@ -29,7 +29,7 @@ use crate::setup::{SetupError, end_with_parent};
 use child::{Child, Connection, Pump};
 use hop::HopError;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,6 +40,8 @@ enum Message {
     Console(ConsoleEvent),
     /// A QMP event of a child.
     Event(ChildId, Value),
+    /// A child has no more events.
+    Silent(ChildId),
     /// A child has ended.
     Ended(ChildId, Exit),
     /// A child's answer to a request.
@@ -56,6 +58,8 @@ const ENDING_PATIENCE: Duration = Duration::from_secs(2);
 pub const MOVED: &str = "moved";
 /// Most requests that wait for the end of a move.
 const MAX_WAITING: usize = 64;
+/// Most events of a guest that has just moved, and more than there are before it is known to have.
+const MAX_EVENTS: usize = 64;
 
 /// Identifies a child.
 type ChildId = u32;
@@ -74,6 +78,8 @@ struct Move {
     to: Child,
     /// Requests to forward when it is over.
     waiting: Vec<Incoming>,
+    /// Events of `to`, which are the guest's if it gets there.
+    events: Vec<Value>,
 }
 
 struct Shuttle {
@@ -89,6 +95,8 @@ struct Shuttle {
     moving: Option<Move>,
     ended: BTreeMap<ChildId, Exit>,
     drained: Option<ChildId>,
+    /// Children whose events have all been heard.
+    silent: BTreeSet<ChildId>,
     moves: u32,
     failures: u32,
     worst: Duration,
@@ -117,6 +125,7 @@ pub fn run(config: RunConfig, every: Duration, verbose: u8) -> Result<Exit, Setu
     let current = Child::start(FIRST, &user, folder.path(), event_loop.mailbox());
     let mut current = current.map_err(SetupError::start("start the process of the guest"))?;
     pump.follow(current.id(), current.take_output());
+    current.listen(event_loop.mailbox());
     // A child that refuses connections has ended: the event loop gets its exit code and its output.
     let connection = current.connect(event_loop.mailbox()).ok();
     if let Some(connection) = &connection {
@@ -135,6 +144,7 @@ pub fn run(config: RunConfig, every: Duration, verbose: u8) -> Result<Exit, Setu
         moving: None,
         ended: BTreeMap::new(),
         drained: None,
+        silent: BTreeSet::new(),
         moves: 0,
         failures: 0,
         worst: Duration::ZERO,
@@ -163,7 +173,7 @@ impl Shuttle {
         // Input is kept for the guest at its destination.
         self.console.detach();
         hop::start(id, &self.current, &mut to, self.event_loop.mailbox().clone());
-        self.moving = Some(Move { to, waiting: Vec::new() });
+        self.moving = Some(Move { to, waiting: Vec::new(), events: Vec::new() });
     }
 
     fn move_failed(&mut self, error: &HopError) {
@@ -180,7 +190,7 @@ impl Shuttle {
     }
 
     fn finish_move(&mut self, result: Result<Option<Duration>, HopError>) {
-        let Some(Move { to, waiting }) = self.moving.take() else { return };
+        let Some(Move { to, waiting, events }) = self.moving.take() else { return };
         match result {
             Ok(downtime) => {
                 self.moves += 1;
@@ -199,6 +209,7 @@ impl Shuttle {
                 // guest's.
                 self.connection = to.connect(self.event_loop.mailbox()).ok();
                 self.current = to;
+                events.iter().for_each(|event| self.forward(event));
             }
             Err(error) => {
                 self.move_failed(&error);
@@ -218,6 +229,25 @@ impl Shuttle {
         }
         if !self.end_if_over() {
             self.event_loop.set_alarm(self.every);
+        }
+    }
+
+    /// A child has an event: the guest's, a move's, or one to keep until it is known where the guest is.
+    fn on_event(&mut self, id: ChildId, event: Value) {
+        let is_guests = id == self.current.id();
+        match &mut self.moving {
+            Some(_) if is_by_move(&event) => {}
+            Some(moving) if moving.to.id() == id && moving.events.len() < MAX_EVENTS => {
+                moving.events.push(event);
+            }
+            _ if is_guests => self.forward(&event),
+            _ => {}
+        }
+    }
+
+    fn forward(&mut self, event: &Value) {
+        if let Some(name) = event["event"].as_str() {
+            self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));
         }
     }
 
@@ -269,10 +299,11 @@ impl Shuttle {
         }
     }
 
-    /// Ends with the current child, once all its output is forwarded.
+    /// Ends with the current child, once all its output and events are forwarded.
     fn end_if_over(&mut self) -> bool {
         let Some(exit) = self.ended.get(&self.current.id()).cloned() else { return false };
-        if self.moving.is_some() || self.drained < Some(self.current.id()) {
+        let id = self.current.id();
+        if self.moving.is_some() || self.drained < Some(id) || !self.silent.contains(&id) {
             return false;
         }
         // A guest's own end fails if `--expect` never matched; other failures say more.
@@ -299,6 +330,15 @@ impl Shuttle {
     }
 }
 
+/// Whether an event tells of a move: the stop and resume, and the end of the process that the guest has left.
+fn is_by_move(event: &Value) -> bool {
+    match event["event"].as_str() {
+        Some("STOP" | "RESUME") => true,
+        Some("SHUTDOWN") => event["data"]["reason"] == "host-qmp-quit",
+        _ => false,
+    }
+}
+
 /// Whether a request changes nothing, and may be asked again of another child.
 fn is_query(request: &Incoming) -> bool {
     request.request.execute.starts_with("query-")
@@ -317,13 +357,10 @@ impl Handler for Shuttle {
                 self.finish(Exit::new(exit_code::OK, "--expect matched"));
             }
             Message::Console(ConsoleEvent::Quit) => self.told_to("Ctrl-A x"),
-            Message::Event(id, event) => {
-                // Hide the stop and resume of a move.
-                let Some(name) = event["event"].as_str() else { return };
-                let by_move = self.moving.is_some() && matches!(name, "STOP" | "RESUME");
-                if id == self.current.id() && !by_move {
-                    self.event_loop.broadcast(&Event::forwarded(name, event.get("data").cloned()));
-                }
+            Message::Event(id, event) => self.on_event(id, event),
+            Message::Silent(id) => {
+                self.silent.insert(id);
+                self.end_if_over();
             }
             Message::Ended(id, exit) => {
                 self.ended.insert(id, exit);

@@ -45,7 +45,7 @@ impl Supervisor {
         }
         self.tell(event);
         let arrival_at_work = self.jobs.is_arriving();
-        self.jobs.abandon();
+        self.jobs.abandon(Some(&format!("its process ends with code {}: {}", exit.code, exit.why)));
         self.dirty_rate.abort();
         self.console.detach();
         self.pausing = None;

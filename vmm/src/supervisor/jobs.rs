@@ -334,15 +334,15 @@ impl Jobs {
         self.current.as_ref().is_some_and(|job| job.incoming) && !self.is_past_handover()
     }
 
-    /// The process ends: cancels the migration without joining its thread, which may be waiting for a reply
-    /// of the supervisor.
-    pub fn abandon(&mut self) {
+    /// The process ends, for this reason if the peer is to know it: cancels the migration without joining its thread,
+    /// which may be waiting for a reply of the supervisor.
+    pub fn abandon(&mut self, reason: Option<&str>) {
         if let Some(socket) = self.arriving_at.take() {
             socket.remove();
         }
         self.offering.abandon();
         if let Some(job) = self.current.take() {
-            job.tokens.cancel.cancel();
+            job.tokens.cancel.cancel_because(reason);
             job.tokens.give_up.cancel();
         }
     }

@@ -424,7 +424,7 @@ impl Handler for Supervisor {
     }
 
     fn shut_down(&mut self) {
-        self.jobs.abandon();
+        self.jobs.abandon(None);
         self.dirty_rate.abort();
         self.console.detach();
         if let Some(machine) = self.machine.take() {
