@@ -288,6 +288,7 @@ fn a_bad_line_of_a_file_is_named_by_its_number_and_nothing_is_run() {
         ("timeout = soon", "soon"),
         ("expected = perhaps", "perhaps"),
         ("extra_params = \"\"\"-m 1", "extra_params"),
+        ("extra_params = -append \"a b", "quote"),
     ] {
         let ended = kernels.run_file(&format!("{good}{line}\n"), &[]);
         assert_eq!((ended.code, ended.out.as_str()), (2, ""), "{line}");
@@ -303,7 +304,7 @@ fn a_bad_line_of_a_file_is_named_by_its_number_and_nothing_is_run() {
     assert!(ended.code == 2 && ended.errors.contains("--qmp"), "{}", ended.errors);
 }
 
-/// Ids of processes with these arguments in their names' place: those of tests and their shuttles' guests.
+/// Ids of the processes that a process has started, and of theirs: tests, and guests of their shuttles.
 fn descendants(of: u32) -> BTreeSet<u32> {
     let parent = |id: u32| -> Option<u32> {
         let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;

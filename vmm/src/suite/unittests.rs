@@ -5,6 +5,7 @@
 //! readers of the file ignore it.
 
 use super::verdict::Expected;
+use super::words::{self, WordsError};
 use crate::config::parse_duration;
 use std::time::Duration;
 
@@ -94,9 +95,9 @@ fn set(test: &mut UnitTest, key: &str, value: String) -> Result<(), String> {
     let words = |value: &str| value.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     match key {
         "file" => test.file = value,
-        "smp" => test.smp = value,
-        "extra_params" | "qemu_params" => test.params = value,
-        "test_args" => test.test_args = value,
+        "smp" => test.smp = for_shell(key, value)?,
+        "extra_params" | "qemu_params" => test.params = for_shell(key, value)?,
+        "test_args" => test.test_args = for_shell(key, value)?,
         "groups" => test.groups = words(&value),
         "arch" => test.arch = value,
         "accel" => test.accel = value,
@@ -112,6 +113,14 @@ fn set(test: &mut UnitTest, key: &str, value: String) -> Result<(), String> {
         _ => log::info!("test {}: {key} is not known, and ignored", test.name),
     }
     Ok(())
+}
+
+/// A value that a shell could read; whether it needs one is a matter of that test alone.
+fn for_shell(key: &str, value: String) -> Result<String, String> {
+    match words::split(&value, 1) {
+        Ok(_) | Err(WordsError::NeedsShell { .. }) => Ok(value),
+        Err(error) => Err(format!("{key}: {error}")),
+    }
 }
 
 #[cfg(test)]
@@ -166,6 +175,7 @@ extra_params = """-x"""
             ("[a]\nnonsense", "line 2"),
             ("[a]\nexpected = maybe", "line 2"),
             ("[a]\ntimeout = soon", "line 2"),
+            ("[a]\nfile = a\ntest_args = 'b", "line 3"),
             ("[a]\nextra_params = \"\"\"\n-x", "line 2"),
         ] {
             let error = parse(text).unwrap_err();

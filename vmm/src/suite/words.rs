@@ -10,11 +10,28 @@ const MAX_SMP: [&str; 2] = ["$MAX_SMP", "${MAX_SMP}"];
 /// The time, as a command.
 const NOW: [&str; 2] = ["`date +%s`", "$(date +%s)"];
 
+/// A line that cannot be split.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum WordsError {
+    /// It is broken for a shell, too.
+    #[error("it ends with a backslash")]
+    Backslash,
+    /// The same.
+    #[error("a quote is not closed")]
+    Quote,
+    /// It is fine, for a shell.
+    #[error("{part:?} needs a shell")]
+    NeedsShell {
+        /// What does.
+        part: String,
+    },
+}
+
 /// Splits `line`; `max_smp` is the value of `$MAX_SMP`.
 ///
 /// # Errors
-/// Says what it would need a shell for.
-pub(super) fn split(line: &str, max_smp: u8) -> Result<Vec<String>, String> {
+/// Says what is wrong with it, or what it would need a shell for.
+pub(super) fn split(line: &str, max_smp: u8) -> Result<Vec<String>, WordsError> {
     let mut words = Vec::new();
     // `None` between words: an empty pair of quotes is a word.
     let mut word: Option<String> = None;
@@ -34,7 +51,7 @@ pub(super) fn split(line: &str, max_smp: u8) -> Result<Vec<String>, String> {
             (Some('\''), _) => word.get_or_insert_default().push(char),
             (_, '\\') => {
                 let Some(next) = rest.chars().next() else {
-                    return Err("it ends with a backslash".to_owned());
+                    return Err(WordsError::Backslash);
                 };
                 rest = &rest[next.len_utf8()..];
                 // A line that goes on.
@@ -52,21 +69,21 @@ pub(super) fn split(line: &str, max_smp: u8) -> Result<Vec<String>, String> {
                 word.get_or_insert_default();
             }
             (None, ';' | '|' | '&' | '<' | '>' | '(' | ')') => {
-                return Err(format!("{char:?} needs a shell"));
+                return Err(WordsError::NeedsShell { part: char.to_string() });
             }
             (None, _) if char.is_whitespace() => words.extend(word.take()),
             _ => word.get_or_insert_default().push(char),
         }
     }
     if quote.is_some() {
-        return Err("a quote is not closed".to_owned());
+        return Err(WordsError::Quote);
     }
     words.extend(word);
     Ok(words)
 }
 
 /// What begins `text` and stands for something else: that, and its own length.
-fn expansion(text: &str, max_smp: u8) -> Result<Option<(String, usize)>, String> {
+fn expansion(text: &str, max_smp: u8) -> Result<Option<(String, usize)>, WordsError> {
     if !text.starts_with(['$', '`']) {
         return Ok(None);
     }
@@ -82,8 +99,7 @@ fn expansion(text: &str, max_smp: u8) -> Result<Option<(String, usize)>, String>
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         return Ok(Some((now.as_secs().to_string(), command.len())));
     }
-    let shown: String = text.chars().take(20).collect();
-    Err(format!("{shown:?} needs a shell"))
+    Err(WordsError::NeedsShell { part: text.chars().take(20).collect() })
 }
 
 #[cfg(test)]
@@ -108,10 +124,14 @@ mod tests {
         let words = split("--append \"10 `date +%s`\"", 1).unwrap();
         let now: u64 = words[1].split(' ').nth(1).unwrap().parse().unwrap();
         assert!(now > 1_600_000_000);
-        for bad in
-            ["`rm -rf x`", "$(rm x)", "$HOME", "$MAX_SMP2", "a; b", "a > b", "\"a", "a\\", "'"]
+        for bad in ["`rm -rf x`", "$(rm x)", "$HOME", "$MAX_SMP2", "a; b", "a > b"] {
+            let error = split(bad, 1).unwrap_err();
+            assert!(matches!(error, WordsError::NeedsShell { .. }), "{bad}: {error}");
+        }
+        for (bad, error) in
+            [("\"a", WordsError::Quote), ("'", WordsError::Quote), ("a\\", WordsError::Backslash)]
         {
-            assert!(split(bad, 1).is_err(), "{bad}");
+            assert_eq!(split(bad, 1), Err(error), "{bad}");
         }
     }
 
