@@ -1,7 +1,6 @@
 //! Initial registers, page tables, GDT and CPUID of a cold boot.
 
-use super::layout::{BOOT_STACK, GDT, MULTIBOOT_INFO, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
-use super::multiboot::BOOTLOADER_MAGIC;
+use super::layout::{BOOT_STACK, GDT, GDT_BYTES, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use super::{BootError, EntryPoint, write_bytes};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::set_boot_registers;
@@ -28,11 +27,15 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
     match entry {
         EntryPoint::Pvh { address } => {
             regs.rbx = PVH_START_INFO;
-            enter_32_bit(vcpu, regs, address, ram)
+            enter_32_bit(vcpu, regs, address, GDT, ram)
         }
-        EntryPoint::Multiboot { address } => {
-            (regs.rax, regs.rbx) = (BOOTLOADER_MAGIC, MULTIBOOT_INFO);
-            enter_32_bit(vcpu, regs, address, ram)
+        EntryPoint::Multiboot { address, magic, info, gdt } => {
+            (regs.rax, regs.rbx) = (magic.into(), info);
+            enter_32_bit(vcpu, regs, address, gdt, ram)
+        }
+        EntryPoint::Linux32 { address } => {
+            regs.rsi = ZERO_PAGE;
+            enter_32_bit(vcpu, regs, address, GDT, ram)
         }
         EntryPoint::Linux64 { address } => {
             regs.rip = address;
@@ -40,9 +43,9 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
             regs.rsp = BOOT_STACK;
             regs.rbp = BOOT_STACK;
             let code = segment(CODE_SELECTOR, 0xb, Mode::Long64);
-            write_gdt(ram, code)?;
+            write_gdt(ram, GDT, code)?;
             set_boot_registers(vcpu, &regs, |sregs| {
-                set_segments(sregs, code);
+                set_segments(sregs, code, GDT);
                 sregs.cr3 = PAGE_TABLES;
                 sregs.cr4 |= CR4_PAE;
                 sregs.cr0 |= CR0_PE | CR0_PG;
@@ -56,13 +59,14 @@ fn enter_32_bit(
     vcpu: &Vcpu,
     mut regs: kvm_regs,
     address: u64,
+    gdt: u64,
     ram: &GuestRam,
 ) -> Result<(), KvmError> {
     regs.rip = address;
     let code = segment(CODE_SELECTOR, 0xb, Mode::Protected32);
-    write_gdt(ram, code)?;
+    write_gdt(ram, gdt, code)?;
     set_boot_registers(vcpu, &regs, |sregs| {
-        set_segments(sregs, code);
+        set_segments(sregs, code, gdt);
         sregs.cr0 = CR0_PE | CR0_ET;
         sregs.cr4 = 0;
     })
@@ -72,6 +76,8 @@ fn enter_32_bit(
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
+const GDT_LIMIT: u16 = 0x27;
+const _: () = assert!(GDT_LIMIT as u64 + 1 == GDT_BYTES);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -109,13 +115,13 @@ fn task_segment() -> kvm_segment {
     }
 }
 
-fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
+fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment, gdt: u64) {
     sregs.cs = code;
     let data = data_segment();
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = task_segment();
-    sregs.gdt.base = GDT;
-    sregs.gdt.limit = 5 * 8 - 1;
+    sregs.gdt.base = gdt;
+    sregs.gdt.limit = GDT_LIMIT;
     sregs.idt.limit = 0;
 }
 
@@ -136,10 +142,10 @@ fn descriptor(segment: kvm_segment) -> u64 {
         | (segment.base >> 24 & 0xff) << 56
 }
 
-fn write_gdt(ram: &GuestRam, code: kvm_segment) -> Result<(), KvmError> {
+fn write_gdt(ram: &GuestRam, gdt: u64, code: kvm_segment) -> Result<(), KvmError> {
     let (data, task) = (data_segment(), task_segment());
     let table = [0, 0, descriptor(code), descriptor(data), descriptor(task)];
-    for (address, entry) in (GDT..).step_by(8).zip(table) {
+    for (address, entry) in (gdt..).step_by(8).zip(table) {
         ram.write_obj(entry, GuestAddress(address))
             .map_err(|error| KvmError::State { what: "boot GDT", reason: error.to_string() })?;
     }
