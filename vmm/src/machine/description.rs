@@ -1,6 +1,7 @@
 //! The machine description: all guest-visible hardware. Written by the source, sent in the stream,
 //! validated at the destination like any other untrusted input.
 
+use super::cpu::config::CpuConfig;
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
@@ -30,6 +31,9 @@ pub struct Description {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Their model and features, for a reset at the destination. Older guests have the host's.
+    #[serde(default, skip_serializing_if = "CpuConfig::is_default")]
+    pub cpu: CpuConfig,
     /// Command line as the user gave it, for a reset at the destination.
     pub cmdline: String,
     /// Whether the guest finds ACPI tables; for a reset at the destination.
@@ -199,6 +203,7 @@ pub(crate) fn sample() -> Description {
         name: Some("vm1".into()),
         memory_bytes: 128 << 20,
         cpus: 2,
+        cpu: "x86-64-v2,+aes".parse().unwrap(),
         cmdline: "work=idle".into(),
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],

@@ -66,11 +66,15 @@ impl CpuConfig {
         self.switches.iter().find(|(other, _)| *other == feature).map(|(_, on)| *on)
     }
 
-    /// Whether the guest is offered nested virtualization, which no model has.
+    /// The features of nested virtualization, which no model has, that are switched on.
+    pub fn nested_features(&self) -> impl Iterator<Item = Feature> {
+        let on = self.switches.iter().filter(|(_, on)| *on).map(|(feature, _)| *feature);
+        on.filter(|feature| matches!(feature.name(), "vmx" | "svm"))
+    }
+
+    /// Whether the guest is offered nested virtualization.
     pub fn nested(&self) -> bool {
-        let asked =
-            |(feature, on): &(Feature, bool)| *on && matches!(feature.name(), "vmx" | "svm");
-        self.switches.iter().any(asked)
+        self.nested_features().next().is_some()
     }
 
     /// Whether it is what a guest gets without `--cpu`.
