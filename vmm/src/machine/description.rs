@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 
 /// Version of [`Description`] that this build writes.
 const VERSION: u16 = 1;
-/// Maximum number of vCPUs.
-pub const MAX_CPUS: u8 = 16;
+/// Maximum number of vCPUs, if KVM offers them: APIC ids from 0 on, of which 255 means all CPUs. A guest needs neither
+/// 32-bit ids nor interrupt remapping for these.
+pub const MAX_CPUS: u8 = 254;
 /// Maximum number of disks: each virtio device needs an interrupt line.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
@@ -233,7 +234,7 @@ mod tests {
             assert!(error.contains(expected), "{error:?} lacks {expected:?}");
         };
         refuse(&|d| d.cpus = 0, "0 vCPUs");
-        refuse(&|d| d.cpus = 200, "200 vCPUs");
+        refuse(&|d| d.cpus = 255, "255 vCPUs");
         refuse(&|d| d.memory_bytes = 1, "not a multiple");
         refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");

@@ -180,6 +180,10 @@ impl Supervisor {
             // Guests have no UUID: all zeroes, as in QEMU.
             Command::QueryUuid => Ok(json!({"UUID": "00000000-0000-0000-0000-000000000000"})),
             Command::QueryKvm => Ok(json!({"enabled": true, "present": true})),
+            Command::ExpandCpuModel(expansion) => {
+                let supported = self.host.supported_cpuid().map_err(|error| failed(&error))?;
+                expansion.reply(supported.as_slice())
+            }
             Command::QueryMemorySize => {
                 // Unknown until a guest arrives.
                 let memory = self.memory_bytes().unwrap_or(0);

@@ -82,7 +82,8 @@ impl CpuConfig {
         *self == Self::default()
     }
 
-    fn switch(&mut self, feature: Feature, on: bool) {
+    /// Switches a feature on or off.
+    pub fn switch(&mut self, feature: Feature, on: bool) {
         // The last word counts, as in QEMU.
         self.switches.retain(|(other, _)| *other != feature);
         self.switches.push((feature, on));
@@ -118,12 +119,18 @@ impl FromStr for CpuConfig {
                     }
                 },
             };
-            let feature = Feature::find(name)
-                .ok_or_else(|| format!("{name:?} is not a CPU feature known here"))?;
+            let feature = Feature::find(name).ok_or_else(|| unknown(name))?;
             config.switch(feature, on);
         }
         Ok(config)
     }
+}
+
+/// What is said about a feature that nobody knows.
+fn unknown(name: &str) -> String {
+    let similar = Feature::similar(name).join(", ");
+    let hint = if similar.is_empty() { String::new() } else { format!("; similar: {similar}") };
+    format!("{name:?} is not a CPU feature known here{hint}")
 }
 
 impl fmt::Display for CpuConfig {
@@ -172,6 +179,8 @@ mod tests {
             ("", "\"\" is not a CPU model"),
             ("pentium", "x86-64-v3"),
             ("host,+avx1024", "\"avx1024\" is not a CPU feature"),
+            ("host,+avx3", "known here; similar: avx, avx2"),
+            ("host,-sse4", "similar: sse, sse2, sse4.1, sse4.2"),
             ("host,", "\"\" is not"),
             ("host,avx=maybe", "avx=on or avx=off"),
         ] {

@@ -71,7 +71,12 @@ fn demanded(model: CpuModel) -> impl Iterator<Item = Feature> {
     levels.flat_map(|(_, names)| features(names))
 }
 
-/// The features that a model without switches has on this host.
+/// The features of a baseline, on a host that has them all.
+pub fn names_of(model: CpuModel) -> Vec<Feature> {
+    demanded(model).chain(features(COMMON)).collect()
+}
+
+/// The features that a model without switches has on this host; `host` is [`host_cpuid`]'s.
 pub fn features_of(model: CpuModel, host: &[kvm_cpuid_entry2]) -> Vec<Feature> {
     let available = Feature::all().into_iter().filter(|feature| feature.is_in(host));
     match model {
@@ -79,7 +84,7 @@ pub fn features_of(model: CpuModel, host: &[kvm_cpuid_entry2]) -> Vec<Feature> {
             available.filter(|feature| !matches!(feature.name(), "vmx" | "svm")).collect()
         }
         _ => {
-            let wanted: Vec<_> = demanded(model).chain(features(COMMON)).collect();
+            let wanted = names_of(model);
             available.filter(|feature| wanted.contains(feature)).collect()
         }
     }
@@ -96,7 +101,7 @@ pub fn guest_cpuid(
     cpu: &CpuConfig,
     supported: &[kvm_cpuid_entry2],
 ) -> Result<Vec<kvm_cpuid_entry2>, CpuModelError> {
-    let host = with_our_own(supported);
+    let host = host_cpuid(supported);
     let switched_on = cpu.switches.iter().filter(|(_, on)| *on).map(|(feature, _)| *feature);
     let kept = |feature: &Feature| cpu.switched(*feature).is_none();
     let must = demanded(cpu.model).filter(kept).chain(switched_on);
@@ -137,8 +142,9 @@ pub fn hide_nested(cpu: &CpuConfig, guest: &mut [kvm_cpuid_entry2]) {
     }
 }
 
-/// What KVM reports, and what a guest has of KVM and of us besides: the local APIC is in the kernel.
-fn with_our_own(supported: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+/// All that a guest can have on a host: what KVM reports, and what it has besides because its local APIC is in the
+/// kernel and the topology is ours.
+pub fn host_cpuid(supported: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
     let mut host = supported.to_vec();
     for entry in host.iter_mut().filter(|entry| entry.function == 1) {
         entry.ecx |= LEAF_1_ECX_HYPERVISOR | LEAF_1_ECX_TSC_DEADLINE;
