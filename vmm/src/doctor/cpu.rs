@@ -3,7 +3,9 @@
 
 use crate::error::chain;
 use crate::exit_code;
-use crate::kvm::{Host, KvmError};
+use crate::kvm::Host;
+use crate::machine::MachineError;
+use crate::machine::build::available_cpuid;
 use crate::machine::cpu::config::{CpuConfig, CpuModel};
 use crate::machine::cpu::model::{features_of, highest_level, host_cpuid, names_of};
 use crate::machine::cpu::names::Feature;
@@ -30,7 +32,7 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 enum BaselineError {
     #[error(transparent)]
-    Kvm(#[from] KvmError),
+    ThisHost(#[from] MachineError),
     #[error("cannot read {file}")]
     Read {
         file: String,
@@ -82,9 +84,8 @@ fn ended<E: std::error::Error>(result: Result<(), E>) -> u8 {
     }
 }
 
-fn this_host() -> Result<HostCpu, KvmError> {
-    let supported = Host::open()?.supported_cpuid()?;
-    Ok(HostCpu::of(supported.as_slice()))
+fn this_host() -> Result<HostCpu, MachineError> {
+    Ok(HostCpu::of(&available_cpuid(&Host::open()?)?))
 }
 
 impl HostCpu {

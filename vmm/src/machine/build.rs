@@ -2,7 +2,7 @@
 //! incoming machine, so that both have the same hardware.
 
 use super::cpu::config::CpuConfig;
-use super::cpu::model::{guest_cpuid, hide_nested};
+use super::cpu::model::{guest_cpuid, hide_nested, with_shown};
 use super::cpu::names::Feature;
 use super::description::{Description, DiskDescription};
 use super::vcpus::{VcpuContext, Vcpus};
@@ -54,6 +54,16 @@ pub struct NewMachine<'a> {
     pub rng: bool,
 }
 
+/// What this host's KVM can give to a vCPU, without a machine.
+pub fn available_cpuid(host: &Host) -> Result<Vec<kvm_cpuid_entry2>, MachineError> {
+    let parts = Parts::create(host, PROBE_BYTES, 1)?;
+    let tsc_khz = parts.first()?.tsc_khz()?;
+    parts.available_cpuid(host, tsc_khz)
+}
+
+/// RAM of a machine that never runs.
+const PROBE_BYTES: u64 = 4 << 20;
+
 impl Machine {
     /// Builds a machine and loads its kernel. It does not run yet and holds no permit.
     pub fn boot(
@@ -63,7 +73,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let parts = Parts::create(host, new.memory_bytes, new.cpus)?;
         let tsc_khz = parts.first()?.tsc_khz()?;
-        let cpuid = guest_cpuid(&new.cpu, host.supported_cpuid()?.as_slice())?;
+        let cpuid = guest_cpuid(&new.cpu, &parts.available_cpuid(host, tsc_khz)?)?;
         parts.configure_cpus(&cpuid, tsc_khz)?;
         let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
         let disks = backends.disks.iter().zip(queues);
@@ -138,6 +148,18 @@ impl Parts {
 
     fn first(&self) -> Result<&Vcpu, MachineError> {
         self.vcpus.first().ok_or_else(|| MachineError::Records("a machine needs a vCPU".into()))
+    }
+
+    /// What KVM says it supports, and what the first vCPU shows once it has that.
+    fn available_cpuid(
+        &self,
+        host: &Host,
+        tsc_khz: u32,
+    ) -> Result<Vec<kvm_cpuid_entry2>, MachineError> {
+        let supported = host.supported_cpuid()?;
+        let first = self.first()?;
+        set_cpuid(first, &cpu::cpuid(supported.as_slice(), 0, 1, tsc_khz))?;
+        Ok(with_shown(supported.as_slice(), &effective_cpuid(first)?))
     }
 
     fn configure_cpus(&self, base: &[kvm_cpuid_entry2], tsc_khz: u32) -> Result<(), MachineError> {

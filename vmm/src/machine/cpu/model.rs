@@ -153,6 +153,17 @@ pub fn host_cpuid(supported: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
     host
 }
 
+/// What KVM can give: `supported`, as it says, and the features of `shown`, which a vCPU has whatever was set. Some hosts
+/// cannot hide their own CPU from a guest, and do not list it.
+pub fn with_shown(
+    supported: &[kvm_cpuid_entry2],
+    shown: &[kvm_cpuid_entry2],
+) -> Vec<kvm_cpuid_entry2> {
+    let mut all = supported.to_vec();
+    Feature::all().into_iter().for_each(|feature| feature.add(&mut all, shown));
+    all
+}
+
 /// AMD repeats features of leaf 1 in bits that have no name here; all of them are in every baseline.
 const AMD_REPEATED: (Word, u32) = (Word::new(0x8000_0001, 0, Register::Edx), 0x0183_f3ff);
 const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -288,6 +299,15 @@ mod tests {
     fn entry(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
         let is_it = |it: &&kvm_cpuid_entry2| (it.function, it.index) == (function, index);
         entries.iter().find(is_it).copied().unwrap_or_default()
+    }
+
+    #[test]
+    fn what_a_host_shows_whatever_was_set_is_no_lack() {
+        let supported = [leaf(1, 0, [0, 0, 0, 1])];
+        let shown = [leaf(1, 0, [0, 0, 1 << 27 | 1, 0]), leaf(7, 0, [0, 1 << 5, 0, 0])];
+        let all = with_shown(&supported, &shown);
+        assert!(["fpu", "pni", "avx2"].iter().all(|name| has(&all, name)));
+        assert_eq!(entry(&all, 1, 0).ecx, 1, "OSXSAVE is no feature, but follows CR4");
     }
 
     #[test]
