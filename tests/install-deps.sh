@@ -14,29 +14,33 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 
-packages=
 need() { command -v "$1" >/dev/null || packages="$packages $2"; }
-# ext4's tools may lie where only root looks.
-PATH=$PATH:/usr/sbin:/sbin
-need cc gcc
-case "$what" in
-linux | test | bench)
-    need qemu-system-x86_64 qemu-system-x86
-    need mke2fs e2fsprogs
-    ;;
-esac
-case "$what" in
-test)
-    need objdump binutils
-    need python3 python3
-    need qemu-img qemu-utils
-    need nbdcopy libnbd-bin
-    need nbdkit nbdkit
-    # Debian has venv apart from Python.
-    python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
-    ;;
-esac
-if [ -n "$packages" ]; then
+# Sets `packages` to what is missing.
+look() {
+    packages=
+    need cc gcc
+    case "$what" in
+    linux | test | bench)
+        need qemu-system-x86_64 qemu-system-x86
+        need mke2fs e2fsprogs
+        ;;
+    esac
+    case "$what" in
+    test | bench) need qemu-nbd qemu-utils ;;
+    esac
+    case "$what" in
+    test)
+        need objdump binutils
+        need python3 python3
+        need nbdcopy libnbd-bin
+        need nbdkit nbdkit
+        # Debian has venv apart from Python.
+        python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3-venv"
+        ;;
+    esac
+}
+
+install() {
     # Their names are Debian's and Ubuntu's.
     if ! command -v apt-get >/dev/null; then
         echo "please install:$packages" >&2
@@ -54,7 +58,15 @@ if [ -n "$packages" ]; then
     $sudo apt-get update -qq
     # shellcheck disable=SC2086 # a list of packages
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
-fi
+}
+
+# ext4's tools may lie where only root looks.
+PATH=$PATH:/usr/sbin:/sbin
+# Twice, since apt may remove one that is there in another version than the others: QEMU's tools from backports.
+for _ in 1 2; do
+    look
+    if [ -n "$packages" ]; then install; fi
+done
 
 venv=target/qmp-venv
 if [ "$what" = test ] && ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then

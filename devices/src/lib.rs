@@ -2,8 +2,8 @@
 //! the serial console, reset ports, virtio devices and the disks behind them.
 //!
 //! Start at [`ram`] (pages and blocks), then [`bus`] (how an access finds its device), [`state`]
-//! (how a device is saved) and [`virtio`]. Unsafe code is denied but for `block/ofd_lock.rs`, which
-//! wraps one `fcntl`, and `block/uring.rs`, which hands guest RAM to the kernel.
+//! (how a device is saved) and [`virtio`]. Unsafe code is denied but for `block/ofd_lock.rs` and
+//! `block/write_back.rs`, which wrap one system call each, and `block/uring.rs`, which hands guest RAM to the kernel.
 #![deny(unsafe_code)]
 
 pub mod block;

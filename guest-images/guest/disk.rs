@@ -8,6 +8,7 @@ use crate::beside::{Beside, pages_wanted};
 use crate::clock::{tsc, us};
 use crate::console::{self, println};
 use crate::heartbeat::{self, Heartbeat, PER_CPU, answer, corrupt, note_gap};
+use crate::latency::Latency;
 use crate::machine::{self, Machine};
 use crate::pages::next_random;
 use crate::steps::{Kind, Step};
@@ -71,6 +72,8 @@ struct Region<'m> {
     disk: Disk,
     sectors: u64,
     written: u64,
+    /// Of writes, since the last heartbeat.
+    latency: Latency,
 }
 
 impl Region<'_> {
@@ -105,7 +108,9 @@ impl Region<'_> {
             let generation = u64::from(*generation);
             fill_sector(self.disk.sector(slot), sector, generation);
         }
+        let began = tsc();
         self.must("write", T_OUT, batch.clone(), SECTOR_BYTES);
+        self.latency.note(us(tsc().wrapping_sub(began)));
         self.written += batch.end - batch.start;
     }
 
@@ -206,7 +211,7 @@ pub fn run(machine: &Machine) -> ! {
     }
     let tables_end = RING_PAGES + DATA_PAGES + sectors.div_ceil(ENTRIES) as usize;
     let beside = Beside::start(machine, tables_end);
-    let mut region = Region { machine, disk, sectors, written: 0 };
+    let mut region = Region { machine, disk, sectors, written: 0, latency: Latency::new() };
     let mut id = [0; 20];
     region.must("get-id", T_GET_ID, 0..1, id.len());
     let start = region.disk.sector(0).as_ptr().cast::<u8>();
@@ -307,12 +312,16 @@ fn rewrite_for_ever(
                 region.written,
                 bytes,
                 format_args!(
-                    " acked={acked} lost_irq={lost} ram_gen={} steps={} held={}",
+                    " acked={acked} lost_irq={lost} ram_gen={} steps={} held={} writes={} write_p50_us={} write_p99_us={}",
                     beside.rewritten,
                     next_step.unwrap_or(0),
                     u8::from(held),
+                    region.latency.count(),
+                    region.latency.percentile(50),
+                    region.latency.percentile(99),
                 ),
             );
+            region.latency.clear();
             sending = true;
             if answer(&mut || region.check_all(&beside)) {
                 last = tsc();

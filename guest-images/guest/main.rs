@@ -11,6 +11,7 @@ mod disk;
 mod diskread;
 mod fpu;
 mod heartbeat;
+mod latency;
 mod machine;
 mod paced;
 mod pages;

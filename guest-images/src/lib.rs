@@ -50,9 +50,10 @@
 //!   late a sleeper woke, or how long a cycle of `disk` took; only the time of a check is left out. R the
 //!   rate since then, in 10^6 bytes per second. C mismatches so far of any kind, F those in registers. A
 //!   of the CPUs made progress since the last heartbeat. V is time by kvmclock, 0 where there is none. A
-//!   disk adds `acked=N lost_irq=L ram_gen=G steps=S held=H`: requests that the device acknowledged, those
-//!   that a timer found instead of an interrupt, pages rewritten beside it, steps taken, and whether it
-//!   takes none now.
+//!   disk adds `acked=N lost_irq=L ram_gen=G steps=S held=H writes=W write_p50_us=M write_p99_us=N`: requests that the
+//!   device acknowledged, those that a timer found instead of an interrupt, pages rewritten beside it, steps taken, and
+//!   whether it takes none now; how often a few sectors were written since the last heartbeat, and how long half and
+//!   99 of 100 of these took at most.
 //! - `CORRUPT WHAT …` at the first mismatch of each kind: `CORRUPT page=I expected_gen=E found_gen=G`,
 //!   `CORRUPT sector=…` likewise, `CORRUPT untouched=I word=W found=0x…`, `CORRUPT fpu cpu=C`,
 //!   `CORRUPT clock last=T now=U` (it went backwards), `CORRUPT kvmclock …`. The guest goes on; `corrupt=`

@@ -145,6 +145,11 @@ pub trait BlockBackend: Send + Sync {
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()>;
     /// Writes `buffer` at `offset_bytes`; both in whole sectors.
     fn write_at(&self, buffer: &[u8], offset_bytes: u64) -> io::Result<()>;
+    /// Says that a range has been written and is not expected to change soon: it may start on its way to stable storage.
+    /// A hint, for which nobody waits.
+    fn start_write_back(&self, range: ByteRange) {
+        let _ = range;
+    }
     /// Discards a range: frees its space where possible. Afterwards it reads as its old content or as
     /// zeroes.
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()>;

@@ -30,6 +30,7 @@ pub mod qcow2;
 pub mod raw;
 mod stats;
 pub mod uring;
+mod write_back;
 mod writes;
 
 use crate::log_limit::LogLimit;
@@ -468,6 +469,11 @@ impl BlockNode {
         let filled = self.backend().write_at(buffer, offset_bytes);
         self.writes.note_fill();
         filled
+    }
+
+    /// See [`BlockBackend::start_write_back`].
+    pub fn start_write_back(&self, range: ByteRange) {
+        self.backend().start_write_back(range);
     }
 
     /// Like [`BlockNode::fill_at`] with zeroes; without allocating space if it `may_unmap` and that is possible.

@@ -3,9 +3,10 @@
 use super::SECTOR_BYTES;
 use super::aligned::AlignedBuffer;
 use super::backend::{
-    BackingChain, BlockBackend, Content, Extent, LockError, write_zeroes_as_data,
+    BackingChain, BlockBackend, ByteRange, Content, Extent, LockError, write_zeroes_as_data,
 };
 use super::ofd_lock::{self, Operation};
+use super::write_back;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
@@ -339,6 +340,12 @@ impl BlockBackend for RawFile {
             return self.file.write_all_at(&aligned, offset_bytes);
         }
         self.file.write_all_at(buffer, offset_bytes)
+    }
+
+    fn start_write_back(&self, range: ByteRange) {
+        if self.cache != Cache::None {
+            write_back::start(&self.file, range);
+        }
     }
 
     fn discard(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {

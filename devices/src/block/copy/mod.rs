@@ -141,6 +141,8 @@ impl Pair {
             let part = ByteRange { offset_bytes: at, len_bytes: len as u64 };
             self.read(part, piece)?;
             self.write(part, piece)?;
+            // Storage that writes while the next piece is read has little left to flush.
+            self.target.start_write_back(part);
             at += len as u64;
         }
         Ok(())

@@ -33,6 +33,9 @@ pub const DEFAULT_BUF_SIZE: u64 = 16 << 20;
 const IDLE: Duration = Duration::from_millis(100);
 /// Pause after an error that is ignored, so that a broken disk does not keep a processor busy.
 const BACKOFF: Duration = Duration::from_millis(100);
+/// So much is copied until the target is flushed beside the copying, so that little is left for the flush before the job
+/// is ready. Only until then: afterwards there is little to copy.
+const FLUSH_EVERY: u64 = 64 << 20;
 /// So little may be dirty when the guest's requests are drained.
 const LAST_BYTES: u64 = 16 << 20;
 /// Longest wait for the guest's requests in flight before they go on.
@@ -114,7 +117,12 @@ pub struct Mirror {
     speed: u64,
     /// No operation begins before.
     not_before: Instant,
+    /// Nothing else is in flight until the target is flushed.
     flushing: bool,
+    /// A flush beside the copying is in flight.
+    flushing_beside: bool,
+    /// Copied since the last flush began.
+    unflushed_bytes: u64,
     was_ready: bool,
     /// The target has been flushed, and nothing was written to it since.
     flushed: bool,
@@ -171,6 +179,8 @@ impl Mirror {
             speed: 0,
             not_before: now,
             flushing: false,
+            flushing_beside: false,
+            unflushed_bytes: 0,
             was_ready: false,
             flushed: false,
             active: None,
@@ -270,10 +280,12 @@ impl Mirror {
     fn on_copied(&mut self, job: &Job, copied: Copied) {
         self.copier.ended();
         let Some(claim) = copied.claim else {
-            self.flushing = false;
+            // One beside the copying leaves what was copied meanwhile.
+            let was_last = std::mem::take(&mut self.flushing);
+            self.flushing_beside = false;
             // A flush after a loss fails, and that is no error: what was lost is written again.
             let lost = self.take_lost_writes(job);
-            self.flushed = copied.result.is_ok() && !lost;
+            self.flushed = was_last && copied.result.is_ok() && !lost;
             if let Some(error) = copied.result.err().filter(|_| !lost) {
                 self.on_error(job, error);
             }
@@ -282,7 +294,10 @@ impl Mirror {
         let range = claim.range();
         self.bytes_in_flight -= range.len_bytes;
         match copied.result {
-            Ok(()) => self.done_bytes += range.len_bytes,
+            Ok(()) => {
+                self.done_bytes += range.len_bytes;
+                self.unflushed_bytes += range.len_bytes;
+            }
             Err(error) => {
                 self.dirty.mark(range);
                 self.on_error(job, error);
@@ -375,11 +390,24 @@ impl Mirror {
         Ok(true)
     }
 
+    /// The flush that has to find all: nothing else is in flight.
     fn start_flush(&mut self, job: &Job) {
         // What is written meanwhile needs another one.
         self.is_flushed();
         match self.copier.flush() {
             Ok(()) => self.flushing = true,
+            Err(error) => self.no_thread(job, error),
+        }
+    }
+
+    /// A flush beside the copying, if there is much to flush.
+    fn flush_beside(&mut self, job: &Job) {
+        if self.unflushed_bytes < FLUSH_EVERY || self.flushing_beside || self.is_clean() {
+            return;
+        }
+        self.unflushed_bytes = 0;
+        match self.copier.flush() {
+            Ok(()) => self.flushing_beside = true,
             Err(error) => self.no_thread(job, error),
         }
     }
@@ -425,6 +453,9 @@ impl Mirror {
         let sync = job.wanted_sync();
         if let Err(error) = self.start_operations(!ready, now, job.speed()) {
             self.no_thread(job, error);
+        }
+        if !ready {
+            self.flush_beside(job);
         }
         if self.is_clean() && !self.flushing && self.failed.is_none() {
             let flushed = self.is_flushed();

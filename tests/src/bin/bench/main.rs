@@ -9,6 +9,7 @@ mod bitmaps;
 mod disks;
 mod engine;
 mod figures;
+mod latency;
 mod memory;
 mod mirrors;
 mod moves;

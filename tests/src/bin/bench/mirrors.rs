@@ -5,13 +5,14 @@ use crate::alone::run;
 use crate::disks::random_gib;
 use crate::memory;
 use crate::rows::Program;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ferry_tests::disk;
 use ferry_tests::ferry::Guest;
 use ferry_tests::image::compare;
 use ferry_tests::process::{Process, SOON, Vmm};
 use ferry_tests::qmp::Qmp;
 use serde_json::{Value, json};
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -65,7 +66,8 @@ fn serve(to: To, folder: &Path, image: &Path) -> Result<(Process, String)> {
     Ok((process, address))
 }
 
-fn mirror(qmp: &mut Qmp, target: &str, more: Value) -> Result<()> {
+/// Starts a mirror of the disk to a target that exists.
+pub fn mirror(qmp: &mut Qmp, target: &str, more: Value) -> Result<()> {
     let mut arguments = json!({
         "device": "disk", "job-id": "m", "target": target, "format": "raw", "sync": "full",
         "mode": "existing",
@@ -76,7 +78,8 @@ fn mirror(qmp: &mut Qmp, target: &str, more: Value) -> Result<()> {
     qmp.execute("drive-mirror", arguments).map(drop)
 }
 
-fn ready(qmp: &mut Qmp) -> Result<()> {
+/// Waits until the mirror is ready.
+pub fn ready(qmp: &mut Qmp) -> Result<()> {
     let ends = ["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"];
     let event = qmp.wait_event_where(Duration::from_secs(120), |event| {
         event["event"].as_str().is_some_and(|name| ends.contains(&name))
@@ -87,10 +90,22 @@ fn ready(qmp: &mut Qmp) -> Result<()> {
     }
 }
 
-fn guest(program: Program, work: &str, image: &Path, cache: &str) -> Result<Vmm> {
+/// A guest with the image as its disk.
+pub fn guest(program: Program, work: &str, image: &Path, cache: &str) -> Result<Vmm> {
     let mut guest = Guest::new(work, MEMORY_MB).disk("disk", image);
     guest.disks[0].push_str(&format!(",cache={cache}"));
     run(program, &guest)
+}
+
+/// A disk of 1 GiB that has other bytes, on the host's disk and in its memory: what is measured is a copy, not how the
+/// host finds blocks and memory for it.
+pub fn written_before(path: &Path) -> Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    let bytes = vec![0xa5; 1 << 20];
+    for _ in 0..GIB >> 20 {
+        file.write_all(&bytes)?;
+    }
+    Ok(file.sync_all()?)
 }
 
 /// MB per second of a mirror of 1 GiB of random bytes, until it is ready.
@@ -98,8 +113,8 @@ pub fn speed(program: Program, to: To) -> Result<f64> {
     let image = random_gib()?;
     let folder = tempfile::tempdir()?;
     let copy = folder.path().join("copy.img");
-    disk::create(&copy, GIB)?;
-    memory::warm(MEMORY_MB + 2 * 1024);
+    written_before(&copy)?;
+    memory::warm(MEMORY_MB);
     let cache = if let To::File(cache) = to { cache } else { "writeback" };
     let vmm = guest(program, "work=idle", &image, cache)?;
     vmm.wait_line("^HB n=3 ")?;
@@ -119,6 +134,33 @@ pub fn speed(program: Program, to: To) -> Result<f64> {
     qmp.wait_event("BLOCK_JOB_COMPLETED", SOON)?;
     drop(server);
     compare(&image, &copy).context("the copy")?;
+    Ok(GIB as f64 / 1e6 / took.as_secs_f64())
+}
+
+/// MB per second that `nbdcopy` reads from an export of a raw image of 1 GiB: of a running guest's disk, and, in QEMU's
+/// place, of `qemu-nbd`.
+pub fn export_read(program: Program) -> Result<f64> {
+    let image = random_gib()?;
+    let folder = tempfile::tempdir()?;
+    memory::warm(MEMORY_MB);
+    let socket = folder.path().join("nbd.sock");
+    let (_vmm, _server) = match program {
+        Program::Ferry => {
+            let vmm = guest(program, "work=idle", &image, "writeback")?;
+            vmm.wait_line("^HB n=3 ")?;
+            let mut qmp = vmm.qmp()?;
+            let addr = json!({"type": "unix", "data": {"path": socket}});
+            qmp.execute("nbd-server-start", json!({"addr": addr}))?;
+            qmp.execute("nbd-server-add", json!({"device": "disk", "name": "x"}))?;
+            (Some(vmm), None)
+        }
+        Program::Qemu | Program::Newer => (None, Some(serve(To::Unix, folder.path(), &image)?.0)),
+    };
+    let uri = format!("nbd+unix:///x?socket={}", socket.display());
+    let began = Instant::now();
+    let status = Command::new("nbdcopy").args([&uri, "null:"]).status()?;
+    let took = began.elapsed();
+    ensure!(status.success(), "nbdcopy: {status}");
     Ok(GIB as f64 / 1e6 / took.as_secs_f64())
 }
 

@@ -2,6 +2,7 @@
 //! [`alone`], [`moves`], [`engine`] or [`disks`].
 
 use crate::figures::Figure;
+use crate::latency::{self, Job, Of100};
 use crate::memory::Memory;
 use crate::mirrors::{self, To};
 use crate::moves::Look;
@@ -381,6 +382,73 @@ pub const ROWS: &[Row] = &[
         unit: "%",
         measure: Measure::Exact(mirrors::idle),
         target: Target::AtMost(0.1),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "nbd-read",
+        title: "nbdcopy reads an export of 1 GiB, beside qemu-nbd",
+        unit: "MB/s",
+        measure: Measure::Exact(mirrors::export_read),
+        target: Target::RatioAtLeast(1.1),
+        columns: Columns::Two,
+        runs: RUNS,
+    },
+    Row {
+        name: "write-background-p50",
+        title: "a write of the guest while a mirror copies, p50",
+        unit: "us",
+        measure: Measure::Exact(|program| latency::of_writes(program, Job::Background, Of100::P50)),
+        target: Target::RatioAtMost(0.8),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "write-background-p99",
+        title: "a write of the guest while a mirror copies, p99",
+        unit: "us",
+        measure: Measure::Exact(|program| latency::of_writes(program, Job::Background, Of100::P99)),
+        target: Target::RatioAtMost(0.8),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "write-blocking-p50",
+        title: "the same, mirror ready, write-blocking, p50",
+        unit: "us",
+        measure: Measure::Exact(|program| {
+            latency::of_writes(program, Job::WriteBlocking, Of100::P50)
+        }),
+        target: Target::RatioAtMost(0.8),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "write-blocking-p99",
+        title: "the same, mirror ready, write-blocking, p99",
+        unit: "us",
+        measure: Measure::Exact(|program| {
+            latency::of_writes(program, Job::WriteBlocking, Of100::P99)
+        }),
+        target: Target::RatioAtMost(0.8),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "write-backup-p50",
+        title: "the same, while a backup copies, p50",
+        unit: "us",
+        measure: Measure::Exact(|program| latency::of_writes(program, Job::Backup, Of100::P50)),
+        target: Target::RatioAtMost(0.8),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
+        name: "write-backup-p99",
+        title: "the same, while a backup copies, p99",
+        unit: "us",
+        measure: Measure::Exact(|program| latency::of_writes(program, Job::Backup, Of100::P99)),
+        target: Target::RatioAtMost(0.8),
         columns: Columns::All,
         runs: 3,
     },
