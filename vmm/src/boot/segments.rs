@@ -159,7 +159,7 @@ mod tests {
         assert_eq!(find_gap(0x100..0x200, 0x101, &[]), None);
         assert_eq!(find_gap(0x100..0x200, 0x10, &[0..0x103, 0x120..0x130]), Some(0x108));
         assert_eq!(find_gap(0x100..0x200, 0x20, &[0..0x103, 0x120..0x130]), Some(0x130));
-        assert_eq!(find_gap(0x100..0x200, 0x10, &[0..u64::MAX]), None);
+        assert_eq!(find_gap(0x100..0x200, 0x10, std::slice::from_ref(&(0..u64::MAX))), None);
     }
 
     proptest! {

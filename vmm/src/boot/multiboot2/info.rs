@@ -67,7 +67,6 @@ impl Tags {
     }
 }
 
-#[expect(clippy::little_endian_bytes, reason = "encodes the tags")]
 fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
