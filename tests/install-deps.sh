@@ -2,7 +2,7 @@
 # Installs what the tests need and the machine lacks; run by `make test`. Does nothing the second time.
 #   tests/install-deps.sh build  a C linker
 #   tests/install-deps.sh linux  for stock Linux as well: QEMU, which emulates a host for it, and ext4's tools
-#   tests/install-deps.sh test   binutils, clients and servers of NBD, and Python's QMP client (in target/) as well
+#   tests/install-deps.sh test   binutils, clients and servers of NBD, Python's QMP client and kernels of others (in target/) as well
 #   tests/install-deps.sh bench  as for linux: QEMU is also what the benchmark compares with; and a newer one
 #                                from Debian's backports, unpacked in target/qemu-newer, where there is one
 set -eu
@@ -73,6 +73,17 @@ venv=target/qmp-venv
 if [ "$what" = test ] && ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check qemu.qmp==0.0.6
+fi
+
+# Kernels of others, unpacked and not installed; their tests are skipped where Debian's packages are not to be had.
+foreign=target/foreign-kernels
+if [ "$what" = test ] && [ ! -e "$foreign/boot/ipxe.lkrn" ] && command -v apt-get >/dev/null && command -v dpkg >/dev/null; then
+    mkdir -p "$foreign/debs"
+    if (cd "$foreign/debs" && apt-get download -qq memtest86+ ipxe grub-invaders grub-coreboot-bin); then
+        for deb in "$foreign"/debs/*.deb; do dpkg -x "$deb" "$foreign"; done
+    else
+        echo "no kernels of others to test with" >&2
+    fi
 fi
 
 # Without it the benchmark has a column less.

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Most records of one machine: more than it can have devices and vCPUs.
-pub const MAX_RECORDS: usize = 64;
+pub const MAX_RECORDS: usize = 288;
 /// Longest name of a kind or an instance.
 pub const MAX_NAME_BYTES: usize = 64;
 /// Longest text of one device's state. The longest that there are: a serial port's with 64 KiB of unsent

@@ -101,6 +101,20 @@ pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
 /// | `a` | goes to real mode, takes an `int`, an interrupt and a fault there, and comes back: `REAL ints=N keyboards=N divides=N` |
 /// | `q…` | the same, after a key on the serial line |
 pub const TEST_DEVICES: &str = env!("FERRY_TEST_DEVICES");
+/// The same, linked to 0x8000.
+pub const MULTIBOOT_LOW: &str = env!("FERRY_MULTIBOOT_LOW");
+/// Path of a relocatable Multiboot 2 kernel, a 32-bit ELF: does as the Multiboot kernel. 0x7f on port 0xf4 means that
+/// something is not as it asked for; this holds for the next two, too.
+pub const MULTIBOOT2: &str = env!("FERRY_MULTIBOOT2");
+/// Path of a 32-bit ELF with a PVH note: prints `CMDLINE …` and `INITRD content`, then writes the number of modules to
+/// port 0xf4; with `wait` at the end of its command line, after a key.
+pub const PVH32: &str = env!("FERRY_PVH32");
+/// Path of a bzImage with a 32-bit entry only: the same, with the ramdisk's length.
+pub const LINUX32: &str = env!("FERRY_LINUX32");
+/// Path of a Multiboot kernel that starts all other CPUs with INIT and start-up messages, says `CPUS n OTHERS m` in
+/// hexadecimal, m of them with an x2APIC id between 1 and n - 1 of their own, and waits for a key: `r` does it again,
+/// any other ends with 0 on port 0xf4.
+pub const CPUS: &str = env!("FERRY_CPUS");
 /// Path of a 64-bit ELF without a PVH note, to be entered as Linux is: prints `CMDLINE …` and `INITRD content`, then
 /// writes the ramdisk's length to port 0xf4.
 pub const VMLINUX: &str = env!("FERRY_VMLINUX");

@@ -73,6 +73,18 @@ pub fn prove() -> Result<()> {
     Ok(())
 }
 
+/// Kernels of others, as `tests/install-deps.sh` unpacks them.
+pub fn foreign_kernels() -> Result<()> {
+    let found = foreign_kernel("boot/ipxe.lkrn").exists();
+    ensure!(found, "no kernels of others are unpacked: tests/install-deps.sh test, on Debian");
+    Ok(())
+}
+
+/// The path of one of them; its name is its path in its package.
+pub fn foreign_kernel(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/foreign-kernels").join(name)
+}
+
 /// Python's own client of control sockets.
 pub fn qemu_qmp() -> Result<()> {
     ensure!(qmp_python().exists(), "qemu.qmp is not installed: tests/install-deps.sh test");

@@ -54,8 +54,8 @@ pub enum Command {
     /// Run or receive a guest for `ferry run --migrate-every` or `ferry test`, configured on standard input
     #[command(hide = true)]
     Child,
-    /// Check this host's KVM and suggest fixes
-    Doctor,
+    /// Check this host's KVM and suggest fixes; compare CPUs of hosts
+    Doctor(DoctorArgs),
 }
 
 /// `ferry run`
@@ -263,6 +263,17 @@ pub struct BackupArgs {
     /// Let restored disks replace existing images
     #[arg(long, requires = "restore")]
     pub overwrite: bool,
+}
+
+/// `ferry doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print this host's CPU model as JSON, for --baseline
+    #[arg(long, conflicts_with = "baseline")]
+    pub cpu_model: bool,
+    /// Print the --cpu with which a guest can move between this host and those of these files, made with --cpu-model
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub baseline: Vec<PathBuf>,
 }
 
 /// `ferry ctl`

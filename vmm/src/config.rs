@@ -192,7 +192,7 @@ pub struct RunOptions {
     /// Guest memory [default: 128M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
-    /// Number of vCPUs, 1 to 16 [default: 1]
+    /// Number of vCPUs, 1 to 254 if KVM offers them [default: 1]
     #[arg(long, value_name = "N")]
     pub cpus: Option<u8>,
     /// CPU model: host, max or a baseline x86-64-v1 to x86-64-v4, then ,+FEATURE or ,-FEATURE [default: host]
@@ -439,7 +439,7 @@ mod tests {
     fn every_problem_is_reported_at_once_by_option() {
         let options = RunOptions {
             memory: Some("3K".into()),
-            cpus: Some(17),
+            cpus: Some(255),
             disk: vec!["path=a,id=x".parse().unwrap(), "path=b,id=x".parse().unwrap()],
             host: HostOptions { expect: Some("(".into()), ..Default::default() },
             ..Default::default()

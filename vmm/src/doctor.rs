@@ -1,4 +1,6 @@
-//! `ferry doctor`: checks this host's KVM, one line per check, with advice.
+//! `ferry doctor`: checks this host's KVM, one line per check, with advice. [`cpu`] is about CPU models.
+
+pub mod cpu;
 
 use crate::error::chain;
 use crate::exit_code;

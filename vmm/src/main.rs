@@ -53,7 +53,11 @@ fn main() -> ExitCode {
         Command::Migrate(args) => vmm::client::migrate::run(&args),
         Command::Backup(args) => vmm::client::backup::run(&args),
         Command::Ctl(args) => vmm::client::ctl::run(&args),
-        Command::Doctor => vmm::doctor::run(),
+        Command::Doctor(args) if args.cpu_model => vmm::doctor::cpu::print_model(),
+        Command::Doctor(args) if !args.baseline.is_empty() => {
+            vmm::doctor::cpu::print_baseline(&args.baseline)
+        }
+        Command::Doctor(_) => vmm::doctor::run(),
     };
     log_queue::stderr().flush(LOG_PATIENCE);
     ExitCode::from(code)

@@ -1,6 +1,7 @@
 //! bzImage (Linux, `Documentation/arch/x86/boot.rst`): a real-mode setup header, of which we only read,
-//! and the protected-mode kernel behind it, entered in 64-bit mode.
+//! and the protected-mode kernel behind it, entered in 64-bit mode, or in 32-bit mode if it has no other entry.
 
+use super::elf::number;
 use super::layout::{CMDLINE_MAX_BYTES, HIGH_RAM_START};
 use super::payload::BootFile;
 use super::{BootError, low_ram_end, narrow};
@@ -12,8 +13,19 @@ const BOOT_FLAG: [u8; 2] = [0x55, 0xaa];
 const MAGIC: &[u8; 4] = b"HdrS";
 const BOOT_FLAG_AT: usize = 0x1fe;
 const MAGIC_AT: usize = 0x202;
-/// Version 2.12 introduced `xloadflags`, which announces the 64-bit entry.
-const OLDEST_PROTOCOL: u16 = 0x020c;
+const VERSION_AT: usize = 0x206;
+const CODE32_START_AT: usize = 0x214;
+const XLOADFLAGS_AT: usize = 0x236;
+const HEADER_END: u64 = 0x268;
+/// Version 2.02 introduced the pointer to the command line that the zero page has.
+const OLDEST_PROTOCOL: u16 = 0x0202;
+/// Versions from which fields that we read are there, each with what held before.
+const HAS_INITRD_ADDR_MAX: u16 = 0x0203;
+const HAS_CMDLINE_SIZE: u16 = 0x0206;
+const HAS_INIT_SIZE: u16 = 0x020a;
+const HAS_XLOADFLAGS: u16 = 0x020c;
+const OLD_INITRD_ADDR_MAX: u32 = 0x37ff_ffff;
+const OLD_CMDLINE_SIZE: u32 = 255;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
 /// The 64-bit entry, from the start of the protected-mode kernel.
@@ -24,8 +36,10 @@ const PARAGRAPH: u64 = 16;
 
 /// A loaded bzImage.
 pub(super) struct Loaded {
-    /// 64-bit entry.
+    /// Entry point.
     pub entry: u64,
+    /// Whether it is the 32-bit one.
+    pub is_32_bit: bool,
     /// The header, to be completed for the zero page.
     pub header: setup_header,
     /// End of the memory that the kernel needs before it has read its memory map.
@@ -61,6 +75,7 @@ pub(super) fn load(
     layout: &RamLayout,
     go_on: &dyn Fn() -> bool,
 ) -> Result<Loaded, BootError> {
+    check_entry(file)?;
     let file_len = file.len_bytes();
     let low_end = low_ram_end(layout)?;
     let does_not_fit = |end| BootError::DoesNotFit {
@@ -81,19 +96,60 @@ pub(super) fn load(
         None => corrupt(format!("corrupt setup header: {error}")),
     })?;
     let header = loaded.setup_header.ok_or_else(|| corrupt("it has no setup header".into()))?;
+    let header = with_old_defaults(header);
     check(file, &header, file_len, cmdline)?;
+    let is_32_bit = header.xloadflags & XLF_KERNEL_64 == 0;
+    // The 32-bit entry is the start of the protected-mode kernel.
+    let entry = if is_32_bit { HIGH_RAM_START } else { HIGH_RAM_START + ENTRY_64 };
     let unpacked_end = { header.pref_address }.saturating_add({ header.init_size }.into());
     let end = unpacked_end.max(loaded.kernel_end);
     if end > low_end {
         return Err(does_not_fit(end));
     }
     log::info!(
-        "{}: bzImage, boot protocol {}.{}",
+        "{}: bzImage, boot protocol {}.{}, {}-bit entry",
         file.name(),
         header.version >> 8,
-        header.version & 0xff
+        header.version & 0xff,
+        if is_32_bit { 32 } else { 64 }
     );
-    Ok(Loaded { entry: HIGH_RAM_START + ENTRY_64, header, end })
+    Ok(Loaded { entry, is_32_bit, header, end })
+}
+
+/// The header with what held before its version in place of fields that it does not have.
+fn with_old_defaults(mut header: setup_header) -> setup_header {
+    if header.version < HAS_INITRD_ADDR_MAX {
+        header.initrd_addr_max = OLD_INITRD_ADDR_MAX;
+    }
+    if header.version < HAS_CMDLINE_SIZE {
+        header.cmdline_size = OLD_CMDLINE_SIZE;
+    }
+    if header.version < HAS_INIT_SIZE {
+        (header.pref_address, header.init_size) = (0, 0);
+    }
+    if header.version < HAS_XLOADFLAGS {
+        header.xloadflags = 0;
+    }
+    header
+}
+
+/// Checks that a kernel without 64-bit entry has a 32-bit one ("32-bit Boot Protocol"): `code32_start`, which is
+/// 1 MiB where the kernel can be loaded there.
+fn check_entry(file: &BootFile) -> Result<(), BootError> {
+    let head = file.head(HEADER_END)?;
+    let field = |at, len| number(&head, at, len).unwrap_or_default();
+    let version = field(VERSION_AT, 2);
+    let has_64_bit_entry =
+        version >= HAS_XLOADFLAGS.into() && field(XLOADFLAGS_AT, 2) & u64::from(XLF_KERNEL_64) != 0;
+    let start = field(CODE32_START_AT, 4);
+    if has_64_bit_entry || start == HIGH_RAM_START {
+        return Ok(());
+    }
+    let reason = match start {
+        0 => "its only entry is the 16-bit one, which needs a BIOS; Ferry has none".to_owned(),
+        _ => format!("its 32-bit entry is at {start:#x}, not at 1 MiB"),
+    };
+    Err(BootError::Unloadable { file: file.name().to_owned(), reason })
 }
 
 fn check(
@@ -106,10 +162,12 @@ fn check(
         |reason: String| BootError::Unloadable { file: file.name().to_owned(), reason };
     if header.version < OLDEST_PROTOCOL {
         let version = header.version;
-        return Err(unloadable(format!("boot protocol {version:#x} is older than 2.12")));
+        return Err(unloadable(format!("boot protocol {version:#x} is older than 2.2")));
     }
-    if header.loadflags & LOADED_HIGH == 0 || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(unloadable("it has no 64-bit entry point".into()));
+    if header.loadflags & LOADED_HIGH == 0 {
+        return Err(unloadable(
+            "it is a zImage, which is loaded below 1 MiB by a BIOS's loader".into(),
+        ));
     }
     let setup_sectors = match header.setup_sects {
         0 => 4,
@@ -173,11 +231,26 @@ mod tests {
     }
 
     #[test]
+    fn an_image_without_64_bit_code_is_entered_in_32_bit_mode() {
+        let entry = boot(&image(|bytes| bytes[0x236] = 0), "quiet").unwrap();
+        assert_eq!(entry, EntryPoint::Linux32 { address: 0x10_0000 });
+        // The field of a later version is code in this one.
+        let old = |bytes: &mut Vec<u8>| {
+            bytes[0x206] = 7;
+            bytes[0x258..0x264].fill(0xff);
+        };
+        let entry = boot(&image(old), "quiet").unwrap();
+        assert_eq!(entry, EntryPoint::Linux32 { address: 0x10_0000 });
+        let error = boot(&image(|bytes| bytes[0x206] = 5), &"x".repeat(256)).unwrap_err();
+        assert!(error.contains("at most 255"), "{error}");
+    }
+
+    #[test]
     fn a_corrupt_header_is_named() {
         type Change = fn(&mut Vec<u8>);
         let cases: [(Change, &str); 7] = [
-            (|bytes| bytes[0x206] = 0x0b, "older than 2.12"),
-            (|bytes| bytes[0x236] = 0, "64-bit entry"),
+            (|bytes| bytes[0x206] = 1, "older than 2.2"),
+            (|bytes| (bytes[0x236], bytes[0x216]) = (0, 0), "only entry is the 16-bit one"),
             (|bytes| bytes[0x211] = 0, "corrupt setup header"),
             (|bytes| bytes[0x1f1] = 200, "corrupt setup header"),
             (|bytes| bytes[0x1f4..0x1f8].fill(0xff), "truncated"),

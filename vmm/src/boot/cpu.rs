@@ -1,11 +1,9 @@
 //! Initial registers, page tables, GDT and CPUID of a cold boot.
 
-use super::layout::{BOOT_STACK, GDT, MULTIBOOT_INFO, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
-use super::multiboot::BOOTLOADER_MAGIC;
+use super::layout::{BOOT_STACK, GDT, GDT_BYTES, PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 use super::{BootError, EntryPoint, write_bytes};
 use crate::kvm::KvmError;
 use crate::kvm::cpu_state::set_boot_registers;
-use crate::kvm::nested;
 use crate::kvm::vcpu::Vcpu;
 use devices::ram::{GuestAddress, GuestRam};
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
@@ -28,11 +26,15 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
     match entry {
         EntryPoint::Pvh { address } => {
             regs.rbx = PVH_START_INFO;
-            enter_32_bit(vcpu, regs, address, ram)
+            enter_32_bit(vcpu, regs, address, GDT, ram)
         }
-        EntryPoint::Multiboot { address } => {
-            (regs.rax, regs.rbx) = (BOOTLOADER_MAGIC, MULTIBOOT_INFO);
-            enter_32_bit(vcpu, regs, address, ram)
+        EntryPoint::Multiboot { address, magic, info, gdt } => {
+            (regs.rax, regs.rbx) = (magic.into(), info);
+            enter_32_bit(vcpu, regs, address, gdt, ram)
+        }
+        EntryPoint::Linux32 { address } => {
+            regs.rsi = ZERO_PAGE;
+            enter_32_bit(vcpu, regs, address, GDT, ram)
         }
         EntryPoint::Linux64 { address } => {
             regs.rip = address;
@@ -40,9 +42,9 @@ pub fn set_entry(vcpu: &Vcpu, entry: EntryPoint, ram: &GuestRam) -> Result<(), K
             regs.rsp = BOOT_STACK;
             regs.rbp = BOOT_STACK;
             let code = segment(CODE_SELECTOR, 0xb, Mode::Long64);
-            write_gdt(ram, code)?;
+            write_gdt(ram, GDT, code)?;
             set_boot_registers(vcpu, &regs, |sregs| {
-                set_segments(sregs, code);
+                set_segments(sregs, code, GDT);
                 sregs.cr3 = PAGE_TABLES;
                 sregs.cr4 |= CR4_PAE;
                 sregs.cr0 |= CR0_PE | CR0_PG;
@@ -56,13 +58,14 @@ fn enter_32_bit(
     vcpu: &Vcpu,
     mut regs: kvm_regs,
     address: u64,
+    gdt: u64,
     ram: &GuestRam,
 ) -> Result<(), KvmError> {
     regs.rip = address;
     let code = segment(CODE_SELECTOR, 0xb, Mode::Protected32);
-    write_gdt(ram, code)?;
+    write_gdt(ram, gdt, code)?;
     set_boot_registers(vcpu, &regs, |sregs| {
-        set_segments(sregs, code);
+        set_segments(sregs, code, gdt);
         sregs.cr0 = CR0_PE | CR0_ET;
         sregs.cr4 = 0;
     })
@@ -72,6 +75,8 @@ fn enter_32_bit(
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
+const GDT_LIMIT: u16 = 0x27;
+const _: () = assert!(GDT_LIMIT as u64 + 1 == GDT_BYTES);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
@@ -109,13 +114,13 @@ fn task_segment() -> kvm_segment {
     }
 }
 
-fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
+fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment, gdt: u64) {
     sregs.cs = code;
     let data = data_segment();
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = task_segment();
-    sregs.gdt.base = GDT;
-    sregs.gdt.limit = 5 * 8 - 1;
+    sregs.gdt.base = gdt;
+    sregs.gdt.limit = GDT_LIMIT;
     sregs.idt.limit = 0;
 }
 
@@ -136,10 +141,10 @@ fn descriptor(segment: kvm_segment) -> u64 {
         | (segment.base >> 24 & 0xff) << 56
 }
 
-fn write_gdt(ram: &GuestRam, code: kvm_segment) -> Result<(), KvmError> {
+fn write_gdt(ram: &GuestRam, gdt: u64, code: kvm_segment) -> Result<(), KvmError> {
     let (data, task) = (data_segment(), task_segment());
     let table = [0, 0, descriptor(code), descriptor(data), descriptor(task)];
-    for (address, entry) in (GDT..).step_by(8).zip(table) {
+    for (address, entry) in (gdt..).step_by(8).zip(table) {
         ram.write_obj(entry, GuestAddress(address))
             .map_err(|error| KvmError::State { what: "boot GDT", reason: error.to_string() })?;
     }
@@ -160,9 +165,8 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), BootError> {
     write_bytes(ram, PAGE_TABLES, zerocopy::IntoBytes::as_bytes(tables.as_slice()))
 }
 
-/// CPUID of vCPU `index` of `count`: `base` (the host's, or the guest's from its source) with this vCPU's
+/// CPUID of vCPU `index` of `count`: `base` (a CPU model's, or the guest's from its source) with this vCPU's
 /// APIC id, a topology of one package with `count` cores, and the TSC frequency in the hypervisor leaf.
-/// Nested virtualization is always hidden: see [`nested`].
 pub fn cpuid(
     base: &[kvm_cpuid_entry2],
     index: u8,
@@ -175,8 +179,6 @@ pub fn cpuid(
 }
 
 const FEATURE_HTT: u32 = 1 << 28;
-const FEATURE_HYPERVISOR: u32 = 1 << 31;
-const FEATURE_TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
 /// TSC and bus frequency in kHz, in VMware's leaf that Linux reads.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
@@ -189,21 +191,21 @@ const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 fn patch(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, tsc_khz: u32) {
-    nested::hide_from_cpuid(entries);
     let id_bits = count.next_power_of_two().trailing_zeros();
     let amd = entries.iter().any(|entry| entry.function == 0 && AMD_VENDORS.contains(&entry.ebx));
     for entry in entries.iter_mut() {
         match (entry.function, entry.index) {
             (1, _) => {
                 entry.ebx = entry.ebx & 0xff00 | count << 16 | id << 24;
-                entry.ecx |= FEATURE_HYPERVISOR | FEATURE_TSC_DEADLINE;
                 let htt = if count > 1 { FEATURE_HTT } else { 0 };
                 entry.edx = entry.edx & !FEATURE_HTT | htt;
             }
             (4, _) => {
                 // One thread per core, `count` cores in the package (SDM volume 2, CPUID leaf 4).
-                let shared_by = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
-                entry.eax = entry.eax & 0x3fff | shared_by << 14 | ((1 << id_bits) - 1) << 26;
+                let ids = (1 << id_bits) - 1;
+                let shared_by = if entry.eax >> 5 & 7 >= 3 { ids } else { 0 };
+                // The field for cores has 6 bits; kernels read leaf 0xb for more.
+                entry.eax = entry.eax & 0x3fff | shared_by << 14 | ids.min(0x3f) << 26;
             }
             (0xb | 0x1f, 0) => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
             (0xb | 0x1f, 1) => (entry.eax, entry.ebx, entry.ecx) = (id_bits, count, 2 << 8 | 1),
@@ -267,28 +269,11 @@ mod tests {
         amd[0].ebx = AMD_VENDORS[0];
         patch(&mut amd, 2, 3, 2_000_000);
         assert_eq!((amd[1].ecx, amd[2].eax), (2 << 12 | 2, 2));
+        let mut many = vec![leaf(1, 0), kvm_cpuid_entry2 { eax: 3 << 5, ..leaf(4, 0) }];
+        patch(&mut many, 253, 254, 2_000_000);
+        assert_eq!((many[0].ebx >> 24, many[0].ebx >> 16 & 0xff), (253, 254));
+        assert_eq!((many[1].eax >> 14 & 0xfff, many[1].eax >> 26), (255, 63));
         let timing = entries.last().unwrap();
         assert_eq!((timing.function, timing.eax), (HYPERVISOR_TIMING, 2_000_000));
-    }
-    #[test]
-    fn no_guest_is_offered_nested_virtualization() {
-        let leaf = |function| kvm_cpuid_entry2 {
-            function,
-            eax: u32::MAX,
-            ebx: u32::MAX,
-            ecx: u32::MAX,
-            edx: u32::MAX,
-            ..Default::default()
-        };
-        let host: Vec<_> = [0, 1, 7, AMD_FEATURES, 0x8000_000a].map(leaf).into();
-        for index in 0..2 {
-            let guest = cpuid(&host, index, 2, 2_000_000);
-            let entry = |leaf| guest.iter().find(|entry| entry.function == leaf).unwrap();
-            assert_eq!(entry(1).ecx, !(1 << 5), "VMX");
-            assert_eq!(entry(AMD_FEATURES).ecx, !(1 << 2), "SVM");
-            let svm = entry(0x8000_000a);
-            assert_eq!((svm.eax, svm.ebx, svm.ecx, svm.edx), (0, 0, 0, 0), "SVM's features");
-            assert_eq!(entry(7).ecx, u32::MAX, "nothing else is hidden");
-        }
     }
 }

@@ -1,143 +1,201 @@
-//! 64-bit ELF kernels, entered through a PVH note or like Linux's vmlinux.
+//! ELF kernels, 32- and 64-bit: entry point, segments, the PVH note and the section headers. What a kernel
+//! is entered by is decided by the caller.
 
 use super::BootError;
-use super::layout::HIGH_RAM_START;
-use super::payload::{BootFile, MAX_KERNEL_BYTES};
-use devices::ram::{GuestRam, RamLayout};
-use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{Elf, KernelLoader};
-
-/// A loaded ELF kernel.
-pub(super) struct Loaded {
-    /// Entry point.
-    pub entry: u64,
-    /// Whether it is the PVH one.
-    pub pvh: bool,
-    /// End of the kernel.
-    pub end: u64,
-}
+use super::payload::BootFile;
+use super::segments::Segment;
 
 /// Whether `head`, the start of a file, is an ELF's.
 pub(super) fn is_elf(head: &[u8]) -> bool {
     head.starts_with(MAGIC)
 }
 
-/// Checks the headers, then loads the segments.
-pub(super) fn load(
-    file: &BootFile,
-    ram: &GuestRam,
-    layout: &RamLayout,
-    go_on: &dyn Fn() -> bool,
-) -> Result<Loaded, BootError> {
-    let end = check_elf(file, layout)?;
-    let mut reader = file.reader(go_on);
-    let loaded =
-        Elf::load(ram, None, &mut reader, None).map_err(|error| match reader.into_failure() {
-            Some(failure) => failure.into(),
-            None => {
-                let file = file.name().to_owned();
-                BootError::Unloadable { file, reason: error.to_string() }
-            }
-        })?;
-    let (pvh, entry) = match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(address) => (true, address.0),
-        _ => (false, loaded.kernel_load.0),
-    };
-    let kind = if pvh { "PVH" } else { "64-bit" };
-    log::info!("{}: {kind} ELF kernel, entry {entry:#x}", file.name());
-    Ok(Loaded { entry, pvh, end })
-}
-
 const MAGIC: &[u8; 4] = b"\x7fELF";
-const EHDR_BYTES: usize = 64;
-const PHDR_BYTES: usize = 56;
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
-/// Largest note segment that is searched for an entry point: each note costs two reads. Real kernels have
-/// some hundred bytes of notes.
+const PF_X: u64 = 1;
+const EM_386: u64 = 3;
+const EM_X86_64: u64 = 62;
+/// Largest note segment that is searched for an entry point. Real kernels have some hundred bytes of notes.
 const MAX_NOTE_BYTES: u64 = 64 << 10;
 /// Bytes read for the program headers, which closely follow the ELF header.
 const MAX_HEADERS_BYTES: u64 = 64 << 10;
-const EM_X86_64: u16 = 62;
+/// The note with the PVH entry (Xen, `xen/include/public/elfnote.h`).
+const XEN_NOTE_NAME: &[u8] = b"Xen\0";
+const XEN_PHYS32_ENTRY: u64 = 18;
 
-/// Checks the headers before linux-loader reads them, because its errors do not say what is wrong with the
-/// file. Returns the end of the memory that the kernel occupies.
-#[expect(clippy::little_endian_bytes, reason = "a codec of the ELF headers")]
-fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError> {
-    let file_len = boot_file.len_bytes();
-    let head = boot_file.head(MAX_HEADERS_BYTES)?;
-    let file = boot_file.name().to_owned();
-    if !is_elf(&head) {
-        return Err(BootError::NotAKernel { file });
-    }
-    let truncated = |what: &str| BootError::Truncated { file: file.clone(), what: what.into() };
-    let header = head.get(..EHDR_BYTES).ok_or_else(|| truncated("the ELF header"))?;
-    let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-    if header[4] != 2 || header[5] != 1 || u16_at(18) != EM_X86_64 {
-        return Err(BootError::NotAKernel { file });
-    }
-    let field = |at: usize| {
-        let bytes = head.get(at..at.checked_add(8)?)?.try_into().ok()?;
-        Some(u64::from_le_bytes(bytes))
+/// An ELF kernel's headers.
+#[derive(Debug)]
+pub(super) struct Elf {
+    /// Whether it is a 64-bit one.
+    pub is_64_bit: bool,
+    /// Physical address of the entry point.
+    pub entry: u64,
+    /// Entry point of the PVH note, if there is one.
+    pub pvh_entry: Option<u64>,
+    /// The loadable segments that are not empty.
+    pub segments: Vec<Segment>,
+    /// The section header table.
+    pub sections: Sections,
+}
+
+/// Where the section headers are in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sections {
+    pub offset: u64,
+    /// Number of headers; 0 for none.
+    pub count: u64,
+    pub entry_bytes: u64,
+    /// The header of the sections' names.
+    pub names_index: u64,
+}
+
+/// A little-endian number of `len` bytes at `at`.
+pub(super) fn number(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+    let field = bytes.get(at..at.checked_add(len)?)?;
+    Some(field.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+}
+
+/// Positions in the headers of one ELF class: `(offset, length)` of each field (System V ABI).
+struct Shape {
+    header_bytes: usize,
+    entry: (usize, usize),
+    program_headers: (usize, usize),
+    section_headers: (usize, usize),
+    /// `e_phentsize`; `e_phnum`, `e_shentsize`, `e_shnum` and `e_shstrndx` follow.
+    counts: usize,
+    program_header_bytes: usize,
+    flags: (usize, usize),
+    offset: (usize, usize),
+    virtual_address: (usize, usize),
+    physical_address: (usize, usize),
+    file_bytes: (usize, usize),
+    mem_bytes: (usize, usize),
+    alignment: (usize, usize),
+}
+
+const ELF_32: Shape = Shape {
+    header_bytes: 52,
+    entry: (24, 4),
+    program_headers: (28, 4),
+    section_headers: (32, 4),
+    counts: 42,
+    program_header_bytes: 32,
+    flags: (24, 4),
+    offset: (4, 4),
+    virtual_address: (8, 4),
+    physical_address: (12, 4),
+    file_bytes: (16, 4),
+    mem_bytes: (20, 4),
+    alignment: (28, 4),
+};
+const ELF_64: Shape = Shape {
+    header_bytes: 64,
+    entry: (24, 8),
+    program_headers: (32, 8),
+    section_headers: (40, 8),
+    counts: 54,
+    program_header_bytes: 56,
+    flags: (4, 4),
+    offset: (8, 8),
+    virtual_address: (16, 8),
+    physical_address: (24, 8),
+    file_bytes: (32, 8),
+    mem_bytes: (40, 8),
+    alignment: (48, 8),
+};
+
+/// Reads and checks the headers.
+pub(super) fn read(file: &BootFile) -> Result<Elf, BootError> {
+    let name = || file.name().to_owned();
+    let truncated = |what: &str| BootError::Truncated { file: name(), what: what.into() };
+    let unloadable = |reason: String| BootError::Unloadable { file: name(), reason };
+    let head = file.head(MAX_HEADERS_BYTES)?;
+    let (shape, is_64_bit) = match head.get(4..6) {
+        _ if !is_elf(&head) => return Err(BootError::NotAKernel { file: name() }),
+        None => return Err(truncated("the ELF header")),
+        Some(&[1, 1]) => (ELF_32, false),
+        Some(&[2, 1]) => (ELF_64, true),
+        Some(_) => return Err(BootError::NotAKernel { file: name() }),
     };
-    let table = field(32).and_then(|table| usize::try_from(table).ok());
-    let (entry_bytes, count) = (usize::from(u16_at(54)), usize::from(u16_at(56)));
-    if entry_bytes != PHDR_BYTES || count == 0 {
-        let reason = "it has no program headers".into();
-        return Err(BootError::Unloadable { file, reason });
+    if head.len() < shape.header_bytes {
+        return Err(truncated("the ELF header"));
     }
-    let mut loaded_bytes: u64 = 0;
-    let mut kernel_end = None;
-    for index in 0..count {
-        let at = table.and_then(|table| table.checked_add(index * PHDR_BYTES));
-        let header_field = |distance: usize| {
-            at.and_then(|at| field(at.checked_add(distance)?))
+    let header = |(at, len): (usize, usize)| {
+        number(&head, at, len).ok_or_else(|| truncated("the ELF header"))
+    };
+    let machine = header((18, 2))?;
+    if machine != EM_X86_64 && (is_64_bit || machine != EM_386) {
+        return Err(BootError::NotAKernel { file: name() });
+    }
+    let table = header(shape.program_headers)?;
+    let count = |index: usize| header((shape.counts + 2 * index, 2));
+    if count(0)? != shape.program_header_bytes as u64 || count(1)? == 0 {
+        return Err(unloadable("it has no program headers".into()));
+    }
+    let sections = Sections {
+        offset: header(shape.section_headers)?,
+        count: count(3)?,
+        entry_bytes: count(2)?,
+        names_index: count(4)?,
+    };
+    let linked_entry = header(shape.entry)?;
+    let mut elf =
+        Elf { is_64_bit, entry: linked_entry, pvh_entry: None, segments: Vec::new(), sections };
+    for index in 0..count(1)? {
+        let at = index
+            .checked_mul(shape.program_header_bytes as u64)
+            .and_then(|distance| usize::try_from(table.checked_add(distance)?).ok());
+        let field = |(distance, len): (usize, usize)| {
+            at.and_then(|at| number(&head, at.checked_add(distance)?, len))
                 .ok_or_else(|| truncated("the program header table"))
         };
-        // Its first half; flags are the other.
-        let kind = header_field(0)? & 0xffff_ffff;
-        let (offset, address) = (header_field(8)?, header_field(24)?);
-        let (file_bytes, mem_bytes) = (header_field(32)?, header_field(40)?);
-        // Alignment, its last field: linux-loader reads all of it.
-        header_field(48)?;
-        if offset.checked_add(file_bytes).is_none_or(|end| end > file_len) {
+        let kind = field((0, 4))?;
+        let alignment = field(shape.alignment)?;
+        let (offset, file_bytes) = (field(shape.offset)?, field(shape.file_bytes)?);
+        if offset.checked_add(file_bytes).is_none_or(|end| end > file.len_bytes()) {
             return Err(truncated(&format!("segment {index}")));
         }
-        if kind == PT_NOTE && file_bytes > MAX_NOTE_BYTES {
-            let reason = format!(
-                "segment {index} has {file_bytes} bytes of notes, at most {MAX_NOTE_BYTES} are possible"
-            );
-            return Err(BootError::Unloadable { file, reason });
+        if kind == PT_NOTE && elf.pvh_entry.is_none() {
+            if file_bytes > MAX_NOTE_BYTES {
+                return Err(unloadable(format!(
+                    "segment {index} has {file_bytes} bytes of notes, at most {MAX_NOTE_BYTES} are possible"
+                )));
+            }
+            let notes = file.bytes(offset, file_bytes)?;
+            elf.pvh_entry = pvh_entry(&notes, if alignment == 8 { 8 } else { 4 });
         }
-        if kind != PT_LOAD || mem_bytes.max(file_bytes) == 0 {
+        let mem_bytes = field(shape.mem_bytes)?.max(file_bytes);
+        if kind != PT_LOAD || mem_bytes == 0 {
             continue;
         }
-        // Several headers may refer to the same bytes.
-        loaded_bytes = loaded_bytes.saturating_add(file_bytes);
-        if loaded_bytes > MAX_KERNEL_BYTES {
-            let reason = format!(
-                "its segments have more than the {MAX_KERNEL_BYTES} bytes that are possible"
-            );
-            return Err(BootError::Unloadable { file, reason });
+        let (linked, address) = (field(shape.virtual_address)?, field(shape.physical_address)?);
+        // The entry is a virtual address if it lies in a segment's, as with QEMU and GRUB.
+        let executable = field(shape.flags)? & PF_X != 0;
+        let within = linked_entry.checked_sub(linked).filter(|distance| *distance < mem_bytes);
+        if let Some(distance) = within.filter(|_| executable && linked != address) {
+            elf.entry = address.saturating_add(distance);
         }
-        if address < HIGH_RAM_START {
-            let reason = format!("segment {index} lies at {address:#x}, below 1 MiB");
-            return Err(BootError::Unloadable { file, reason });
-        }
-        let end = address.saturating_add(mem_bytes.max(file_bytes));
-        let fits = layout.blocks().iter().any(|block| {
-            address >= block.base.0 && end <= block.base.0.saturating_add(block.len_bytes())
-        });
-        if !fits {
-            let ram_bytes = layout.size_bytes();
-            return Err(BootError::DoesNotFit { file, start: address, end, ram_bytes });
-        }
-        kernel_end = kernel_end.max(Some(end));
+        elf.segments.push(Segment { offset, file_bytes, address, mem_bytes });
     }
-    kernel_end.ok_or_else(|| {
-        let reason = "it has no loadable segment".into();
-        BootError::Unloadable { file, reason }
-    })
+    Ok(elf)
+}
+
+/// Finds the PVH entry in a note segment.
+fn pvh_entry(notes: &[u8], alignment: usize) -> Option<u64> {
+    let mut at: usize = 0;
+    loop {
+        let field = |index: usize| number(notes, at.checked_add(4 * index)?, 4);
+        let size = |index| usize::try_from(field(index)?).ok();
+        let (name_bytes, value_bytes, kind) = (size(0)?, size(1)?, field(2)?);
+        let name_at = at.checked_add(12)?;
+        let value_at = name_at.checked_add(name_bytes)?.checked_next_multiple_of(alignment)?;
+        let name = notes.get(name_at..name_at.checked_add(name_bytes)?)?;
+        if name == XEN_NOTE_NAME && kind == XEN_PHYS32_ENTRY {
+            return number(notes, value_at, value_bytes.min(8));
+        }
+        at = value_at.checked_add(value_bytes)?.checked_next_multiple_of(alignment)?;
+    }
 }
 
 #[cfg(test)]
@@ -145,9 +203,14 @@ fn check_elf(boot_file: &BootFile, layout: &RamLayout) -> Result<u64, BootError>
 pub(super) mod tests {
     use super::super::layout::CMDLINE_MAX_BYTES;
     use super::super::payload::Role;
+    use super::super::segments::{self, Room};
     use super::super::{EntryPoint, test_load, test_ram, write_cmdline};
     use super::*;
+    use proptest::prelude::*;
     use std::io::Write;
+
+    const EHDR_BYTES: usize = ELF_64.header_bytes;
+    const PHDR_BYTES: usize = ELF_64.program_header_bytes;
 
     fn load_bytes(bytes: &[u8], ram_bytes: u64) -> Result<EntryPoint, BootError> {
         let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -189,7 +252,7 @@ pub(super) mod tests {
             (elf(0x10_0000, 16)[..100].to_vec(), "is truncated: the program header table"),
             (elf(0x10_0000, 16)[..125].to_vec(), "is truncated: segment 0"),
             (elf(0x10_0000, 64 << 20), "does not fit"),
-            (elf(0x8000, 16), "below 1 MiB"),
+            (elf(0x9000, 16), "overlaps the page tables at 0x9000"),
         ];
         for (image, expected) in cases {
             let error = load_bytes(&image, 4 << 20).unwrap_err().to_string();
@@ -238,9 +301,11 @@ pub(super) mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         let headers = [(PT_LOAD, 0x10_0000, 16, 16), (PT_LOAD, 0x20_0000, 0, 0x10_0000)];
         file.write_all(&elf_of(&headers, 256)).unwrap();
-        let (ram, layout) = test_ram(4 << 20);
+        let (_, layout) = test_ram(4 << 20);
         let file = BootFile::open(Role::Kernel, file.path()).unwrap();
-        assert_eq!(load(&file, &ram, &layout, &|| true).unwrap().end, 0x30_0000);
+        let elf = read(&file).unwrap();
+        let end = segments::check(&file, &elf.segments, &layout, Room::AllRam, &[]);
+        assert_eq!(end.unwrap(), 0x30_0000);
     }
 
     #[test]
@@ -249,5 +314,81 @@ pub(super) mod tests {
         assert!(write_cmdline(&"x".repeat(CMDLINE_MAX_BYTES - 1), &ram).is_ok());
         assert!(write_cmdline(&"x".repeat(CMDLINE_MAX_BYTES), &ram).is_err());
         assert!(write_cmdline("a\0b", &ram).is_err());
+    }
+
+    #[test]
+    fn a_segment_below_1_mib_is_loaded_where_its_protocol_needs_nothing() {
+        assert!(load_bytes(&elf(0x1_0000, 16), 4 << 20).is_ok());
+        let error = load_bytes(&elf(0xe_0000, 16), 4 << 20).unwrap_err().to_string();
+        assert!(error.contains("overlaps the ACPI tables"), "{error}");
+    }
+
+    /// A note of the ELF class's alignment.
+    fn note(name: &[u8], kind: u32, value: &[u8]) -> Vec<u8> {
+        let lengths = [name.len(), value.len()].map(|len| u32::try_from(len).unwrap());
+        let mut note: Vec<u8> =
+            [lengths[0], lengths[1], kind].iter().flat_map(|n| n.to_le_bytes()).collect();
+        for part in [name, value] {
+            note.extend(part);
+            note.resize(note.len().next_multiple_of(4), 0);
+        }
+        note
+    }
+
+    /// A 32-bit kernel for 1 MiB with these notes.
+    fn elf_32(notes: &[u8]) -> Vec<u8> {
+        let mut image = vec![0u8; 52 + 2 * 32];
+        let mut put = |at: usize, values: &[u32]| {
+            for (at, value) in (at..).step_by(4).zip(values) {
+                image[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            }
+        };
+        put(0, &[0x464c_457f, 0x0001_0101]);
+        put(16, &[3 << 16 | 2, 1, 0xc010_0010, 52]);
+        put(40, &[0x0020_0000, 0x0000_0002]);
+        // Linked to the higher half, as a kernel's code is.
+        put(52, &[1, 0, 0xc010_0000, 0x10_0000, 116, 0x1000, 5, 4096]);
+        put(84, &[4, 116, 0, 0, u32::try_from(notes.len()).unwrap(), 0, 4, 4]);
+        image.extend(notes);
+        image
+    }
+
+    #[test]
+    fn a_32_bit_kernel_is_entered_by_its_pvh_note_or_refused() {
+        let notes = [note(b"GNU\0", 18, b"12345"), note(b"Xen\0", 18, &[4, 0, 0x10, 0])].concat();
+        let entry = load_bytes(&elf_32(&notes), 4 << 20).unwrap();
+        assert_eq!(entry, EntryPoint::Pvh { address: 0x10_0004 });
+        let error =
+            load_bytes(&elf_32(&note(b"GNU\0", 3, b"id")), 4 << 20).unwrap_err().to_string();
+        assert!(error.contains("neither a PVH note nor a Multiboot header"), "{error}");
+    }
+
+    #[test]
+    fn the_entry_of_a_kernel_in_the_higher_half_is_a_physical_address() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&elf_32(&[])).unwrap();
+        let elf = read(&BootFile::open(Role::Kernel, file.path()).unwrap()).unwrap();
+        assert_eq!(elf.entry, 0x10_0010);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_notes_never_panic(notes in prop::collection::vec(any::<u8>(), 0..100), wide in any::<bool>()) {
+            let _ = pvh_entry(&notes, if wide { 8 } else { 4 });
+        }
+
+        #[test]
+        fn a_kernel_with_arbitrary_bytes_never_panics(
+            changes in prop::collection::vec((0usize..220, any::<u8>()), 0..12),
+            wide in any::<bool>(),
+        ) {
+            let mut image = if wide { elf(0x10_0000, 16) } else { elf_32(&note(b"Xen\0", 18, &[0; 4])) };
+            for (at, byte) in changes {
+                if let Some(changed) = image.get_mut(at) {
+                    *changed = byte;
+                }
+            }
+            let _ = load_bytes(&image, 4 << 20);
+        }
     }
 }

@@ -44,7 +44,8 @@ pub fn boot_sizes(payload: &BootPayload, entry: EntryPoint) -> Result<BootSizes,
     let setup_bytes = bzimage::setup_bytes(&head).min(kernel);
     let entry = match entry {
         EntryPoint::Pvh { address }
-        | EntryPoint::Multiboot { address }
+        | EntryPoint::Multiboot { address, .. }
+        | EntryPoint::Linux32 { address, .. }
         | EntryPoint::Linux64 { address } => address,
     };
     // Kernels are loaded below 4 GiB.

@@ -3,6 +3,8 @@
 
 /// Global descriptor table of the first vCPU.
 pub const GDT: u64 = 0x500;
+/// Its size.
+pub const GDT_BYTES: u64 = 5 * 8;
 /// `hvm_start_info` (PVH).
 pub const PVH_START_INFO: u64 = 0x6000;
 /// Linux' zero page (`boot_params`).
@@ -17,12 +19,15 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// The command line, NUL-terminated.
 pub const CMDLINE: u64 = 0x2_0000;
+/// End of the page tables.
+pub const PAGE_TABLES_END: u64 = PAGE_TABLES + 6 * 0x1000;
 /// Longest command line with its NUL: the limit of x86 Linux.
 pub const CMDLINE_MAX_BYTES: usize = 2048;
-/// Multiboot info, memory map, module list and strings.
+/// Where Multiboot's information goes, with memory map, module list, strings and GDT, unless the kernel lies
+/// there.
 pub const MULTIBOOT_INFO: u64 = 0x3_0000;
-/// End of what Multiboot structures may use.
-pub const MULTIBOOT_END: u64 = 0x4_0000;
+/// The most that it may take.
+pub const MULTIBOOT_MAX_BYTES: u64 = 64 << 10;
 /// The ACPI root pointer; the other tables follow it. This is the BIOS area, which no kernel uses as free
 /// RAM.
 pub const ACPI_RSDP: u64 = 0xe_0000;

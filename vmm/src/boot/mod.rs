@@ -4,7 +4,9 @@
 //!
 //! ```text
 //! bzimage     -> linux (zero page)       64-bit entry      distributions' kernels
+//!             -> linux (zero page)       32-bit entry      if that is all they have
 //! multiboot   -> multiboot info          32-bit entry      test kernels
+//! multiboot2  -> multiboot 2 info        32-bit entry      kernels for GRUB
 //! elf         -> pvh (start info)        32-bit entry      a note says so
 //!             -> linux (zero page)       64-bit entry      vmlinux
 //! ```
@@ -17,9 +19,12 @@ mod initrd;
 pub mod items;
 pub mod layout;
 mod linux;
+mod modules;
 mod multiboot;
+mod multiboot2;
 pub mod payload;
 mod pvh;
+mod segments;
 pub mod transfer;
 
 pub use acpi::Hardware;
@@ -27,8 +32,12 @@ pub use acpi::Hardware;
 use devices::ram::{GuestAddress, GuestRam, RamLayout};
 use devices::reset::I8042;
 use initrd::Placed;
-use layout::{CMDLINE, CMDLINE_MAX_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot, RESET_VECTOR};
+use layout::{
+    ACPI_RSDP, CMDLINE, CMDLINE_MAX_BYTES, GDT, GDT_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot,
+    PAGE_TABLES, PAGE_TABLES_END, PVH_MEMMAP, PVH_START_INFO, RESET_VECTOR, ZERO_PAGE,
+};
 use payload::{BootFile, BootPayload, PayloadError};
+use segments::{Reserved, Room};
 use vm_memory::Bytes;
 
 /// Why a kernel cannot be booted.
@@ -37,8 +46,8 @@ pub enum BootError {
     #[error(transparent)]
     Payload(#[from] PayloadError),
     #[error(
-        "{file} is not a kernel Ferry can boot: expected a bzImage, a 64-bit x86 ELF (PVH or vmlinux) \
-         or a Multiboot kernel"
+        "{file} is not a kernel Ferry can boot: expected a bzImage, an x86 ELF (PVH or vmlinux) \
+         or a Multiboot 1 or 2 kernel"
     )]
     NotAKernel { file: String },
     #[error("{file} is truncated: {what} reaches past the end of the file")]
@@ -74,8 +83,19 @@ pub enum EntryPoint {
         /// Entry address.
         address: u64,
     },
-    /// 32-bit protected mode, `eax` the magic number, `ebx` at the Multiboot info.
+    /// 32-bit protected mode, `eax` the magic number, `ebx` at the Multiboot information.
     Multiboot {
+        /// Entry address.
+        address: u64,
+        /// Multiboot 1's or 2's.
+        magic: u32,
+        /// The information.
+        info: u64,
+        /// Where the GDT goes.
+        gdt: u64,
+    },
+    /// 32-bit protected mode, `esi` at the zero page.
+    Linux32 {
         /// Entry address.
         address: u64,
     },
@@ -102,6 +122,7 @@ pub struct BootSource<'a> {
 enum Format {
     BzImage,
     Multiboot(multiboot::Header),
+    Multiboot2(multiboot2::Header),
     Elf,
 }
 
@@ -111,13 +132,15 @@ impl Format {
         if bzimage::is_bzimage(head) {
             return Some(Self::BzImage);
         }
+        // A kernel with both headers is entered as QEMU enters it.
         let multiboot = multiboot::find_header(head).map(Self::Multiboot);
-        multiboot.or_else(|| elf::is_elf(head).then_some(Self::Elf))
+        let multiboot2 = || multiboot2::find_header(head).map(Self::Multiboot2);
+        multiboot.or_else(multiboot2).or_else(|| elf::is_elf(head).then_some(Self::Elf))
     }
 
     /// Whether `--initrd` is a list of Multiboot modules.
     fn takes_modules(self) -> bool {
-        matches!(self, Self::Multiboot(_))
+        matches!(self, Self::Multiboot(_) | Self::Multiboot2(_))
     }
 }
 
@@ -166,23 +189,77 @@ fn load_files(
             let limit = u64::from(kernel.header.initrd_addr_max).saturating_add(1);
             let initrd = source.load_initrd(ram, layout, kernel.end, limit)?;
             linux::write_zero_page(ram, layout, kernel.header, &cmdline, initrd, rsdp)?;
-            cpu::write_page_tables(ram)?;
-            Ok(EntryPoint::Linux64 { address: kernel.entry })
-        }
-        Format::Multiboot(header) => multiboot::load(source, &header, &cmdline, ram, layout),
-        Format::Elf => {
-            let kernel = elf::load(file, ram, layout, source.go_on)?;
-            write_cmdline(&cmdline, ram)?;
-            let initrd = source.load_initrd(ram, layout, kernel.end, u64::MAX)?;
-            if kernel.pvh {
-                pvh::write_start_info(ram, layout, initrd, rsdp)?;
-                return Ok(EntryPoint::Pvh { address: kernel.entry });
+            if kernel.is_32_bit {
+                return Ok(EntryPoint::Linux32 { address: kernel.entry });
             }
-            let header = linux::header_of_vmlinux();
-            linux::write_zero_page(ram, layout, header, &cmdline, initrd, rsdp)?;
             cpu::write_page_tables(ram)?;
             Ok(EntryPoint::Linux64 { address: kernel.entry })
         }
+        Format::Multiboot(header) => multiboot::load(source, &header, &cmdline, rsdp, ram, layout),
+        Format::Multiboot2(header) => {
+            multiboot2::load(source, &header, &cmdline, rsdp, ram, layout)
+        }
+        Format::Elf => load_elf(source, &cmdline, rsdp, ram, layout),
+    }
+}
+
+/// Loads an ELF kernel without a Multiboot header.
+fn load_elf(
+    source: &BootSource<'_>,
+    cmdline: &str,
+    rsdp: u64,
+    ram: &GuestRam,
+    layout: &RamLayout,
+) -> Result<EntryPoint, BootError> {
+    let file = &*source.payload.kernel()?.file;
+    let kernel = elf::read(file)?;
+    let reserved = |what, range| Reserved { what, range };
+    let mut needed = vec![
+        reserved("the GDT", GDT..GDT + GDT_BYTES),
+        reserved("the command line", CMDLINE..CMDLINE + CMDLINE_MAX_BYTES as u64),
+        bios_area(rsdp),
+    ];
+    needed.extend(match kernel.pvh_entry {
+        Some(_) => vec![
+            reserved("the PVH start info", PVH_START_INFO..ZERO_PAGE),
+            reserved("the PVH memory map", PVH_MEMMAP..PAGE_TABLES),
+        ],
+        None => vec![
+            reserved("the zero page", ZERO_PAGE..PVH_MEMMAP),
+            reserved("the stack", PVH_MEMMAP..PAGE_TABLES),
+            reserved("the page tables", PAGE_TABLES..PAGE_TABLES_END),
+        ],
+    });
+    if kernel.pvh_entry.is_none() && !kernel.is_64_bit {
+        let reason = "a 32-bit ELF kernel with neither a PVH note nor a Multiboot header does not say how \
+                      it is entered";
+        return Err(BootError::Unloadable { file: file.name().to_owned(), reason: reason.into() });
+    }
+    let end = segments::check(file, &kernel.segments, layout, Room::AllRam, &needed)?;
+    segments::load(file, &kernel.segments, ram, source.go_on)?;
+    write_cmdline(cmdline, ram)?;
+    let initrd = source.load_initrd(ram, layout, end, u64::MAX)?;
+    let bits = if kernel.is_64_bit { 64 } else { 32 };
+    if let Some(address) = kernel.pvh_entry {
+        log::info!("{}: PVH ELF kernel ({bits}-bit), entry {address:#x}", file.name());
+        pvh::write_start_info(ram, layout, initrd, rsdp)?;
+        return Ok(EntryPoint::Pvh { address });
+    }
+    log::info!("{}: {bits}-bit ELF kernel, entry {:#x}", file.name(), kernel.entry);
+    let header = linux::header_of_vmlinux();
+    linux::write_zero_page(ram, layout, header, cmdline, initrd, rsdp)?;
+    cpu::write_page_tables(ram)?;
+    Ok(EntryPoint::Linux64 { address: kernel.entry })
+}
+
+/// What lies in the BIOS area: the ACPI tables, if there are any, and the reset vector's code.
+fn bios_area(rsdp: u64) -> Reserved {
+    match rsdp {
+        0 => Reserved { what: "the reset vector", range: RESET_VECTOR..HIGH_RAM_START },
+        _ => Reserved {
+            what: "the ACPI tables and the reset vector",
+            range: ACPI_RSDP..HIGH_RAM_START,
+        },
     }
 }
 
@@ -212,8 +289,8 @@ impl BootSource<'_> {
     }
 }
 
-/// Bytes read to detect the format; a Multiboot header lies in the first 8 KiB.
-const HEAD_BYTES: u64 = 8 << 10;
+/// Bytes read to detect the format; a Multiboot 2 header lies in the first 32 KiB.
+const HEAD_BYTES: u64 = 32 << 10;
 
 /// Usable memory as reported to the guest: `(start, length)`.
 fn usable_ram(layout: &RamLayout) -> Vec<(u64, u64)> {
@@ -267,6 +344,13 @@ fn write_file(
 
 fn write_bytes(ram: &GuestRam, address: u64, bytes: &[u8]) -> Result<(), BootError> {
     ram.write_slice(bytes, GuestAddress(address)).map_err(|error| BootError::Ram(error.to_string()))
+}
+
+fn read_bytes(ram: &GuestRam, address: u64, len: usize) -> Result<Vec<u8>, BootError> {
+    let mut bytes = vec![0; len];
+    ram.read_slice(&mut bytes, GuestAddress(address))
+        .map_err(|error| BootError::Ram(error.to_string()))?;
+    Ok(bytes)
 }
 
 /// Loads the files at these paths, in tests of the protocols.

@@ -1,23 +1,24 @@
 //! Multiboot 1 (Multiboot Specification 0.6.96): test kernels, flat or ELF, with modules and a memory map.
-//! The same subset as `qemu -kernel`; no graphics mode.
+//! There is no graphics mode; as with `qemu -kernel`, a kernel that asks for one starts without.
 
-use super::initrd::{self, Placed};
-use super::layout::{HIGH_RAM_START, LOW_RAM_END, MULTIBOOT_END, MULTIBOOT_INFO};
-use super::payload::{BootFile, MAX_KERNEL_BYTES};
-use super::{
-    BootError, BootSource, EntryPoint, low_ram_end, narrow, usable_ram, write_bytes, write_file,
-};
+use super::initrd::Placed;
+use super::layout::{HIGH_RAM_START, LOW_RAM_END};
+use super::modules::{self, Module};
+use super::payload::BootFile;
+use super::segments::{self, Room, Segment};
+use super::{BootError, BootSource, EntryPoint, bios_area, elf, low_ram_end, narrow, usable_ram};
 use devices::ram::{GuestRam, RamLayout};
 
 /// What `eax` holds at the entry.
-pub(super) const BOOTLOADER_MAGIC: u64 = 0x2bad_b002;
+const BOOTLOADER_MAGIC: u32 = 0x2bad_b002;
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 /// The header lies within this many bytes.
 const SEARCHED_BYTES: usize = 8192;
-/// Flag bits that a loader must support. We support the first two: page-aligned modules and memory
-/// information.
+/// Flag bits that a loader must support. We support the first two, page-aligned modules and memory
+/// information, for every kernel.
 const MUST_UNDERSTAND: u32 = 0xffff;
-const UNDERSTOOD: u32 = 3;
+const WANTS_VIDEO: u32 = 1 << 2;
+const UNDERSTOOD: u32 = 3 | WANTS_VIDEO;
 const HAS_ADDRESSES: u32 = 1 << 16;
 
 const INFO_MEMORY: u32 = 1;
@@ -25,7 +26,7 @@ const INFO_CMDLINE: u32 = 1 << 2;
 const INFO_MODULES: u32 = 1 << 3;
 const INFO_MEMORY_MAP: u32 = 1 << 6;
 const INFO_LOADER_NAME: u32 = 1 << 9;
-const INFO_BYTES: u64 = 116;
+const INFO_BYTES: usize = 116;
 const MEMORY_RAM: u32 = 1;
 
 /// A kernel's Multiboot header.
@@ -60,19 +61,12 @@ pub(super) fn find_header(head: &[u8]) -> Option<Header> {
     })
 }
 
-/// A part of the file and its load address; the memory after it, up to `mem_bytes`, is zero.
-struct Segment {
-    offset: u64,
-    file_bytes: u64,
-    address: u64,
-    mem_bytes: u64,
-}
-
 /// Loads the kernel and its modules and writes the info structure.
 pub(super) fn load(
     source: &BootSource<'_>,
     header: &Header,
     cmdline: &str,
+    rsdp: u64,
     ram: &GuestRam,
     layout: &RamLayout,
 ) -> Result<EntryPoint, BootError> {
@@ -83,24 +77,27 @@ pub(super) fn load(
         let reason = format!("its Multiboot header asks for unknown features {unknown:#x}");
         return Err(unloadable(file, reason));
     }
-    let (entry, segments) =
-        if header.flags & HAS_ADDRESSES != 0 { flat(file, header)? } else { elf32(file)? };
-    // Several headers may refer to the same bytes.
-    let file_bytes = segments.iter().fold(0, |sum: u64, one| sum.saturating_add(one.file_bytes));
-    if file_bytes > MAX_KERNEL_BYTES {
-        let reason =
-            format!("its segments have more than the {MAX_KERNEL_BYTES} bytes that are possible");
-        return Err(unloadable(file, reason));
+    if header.flags & WANTS_VIDEO != 0 {
+        log::warn!(
+            "{}: its Multiboot header asks for a video mode; there is no display, it starts without",
+            file.name()
+        );
     }
-    let mut end = HIGH_RAM_START;
-    for (index, segment) in segments.iter().enumerate() {
-        end = end.max(place(source, file, index, segment, ram, layout)?);
-    }
-    let kind = if header.flags & HAS_ADDRESSES != 0 { "flat" } else { "ELF" };
+    let is_flat = header.flags & HAS_ADDRESSES != 0;
+    let (entry, segments) = if is_flat { flat(file, header)? } else { of_elf(file)? };
+    let end = segments::check(file, &segments, layout, Room::Below4Gib, &[bios_area(rsdp)])?;
+    segments::load(file, &segments, ram, source.go_on)?;
+    let kind = if is_flat { "flat" } else { "ELF" };
     log::info!("{}: Multiboot kernel ({kind}), entry {entry:#x}", file.name());
-    let modules = load_modules(source, end, ram, layout)?;
-    write_info(file, &kernel.arguments, cmdline, &modules, ram, layout)?;
-    Ok(EntryPoint::Multiboot { address: entry })
+    let modules = modules::load(source, &(HIGH_RAM_START..end), ram, layout)?;
+    let encode = |base| encode_info(base, &kernel.arguments, cmdline, &modules, layout);
+    let place = modules::write_info(file, &segments, &modules, ram, layout, encode)?;
+    Ok(EntryPoint::Multiboot {
+        address: entry,
+        magic: BOOTLOADER_MAGIC,
+        info: place.info,
+        gdt: place.gdt,
+    })
 }
 
 fn unloadable(file: &BootFile, reason: impl Into<String>) -> BootError {
@@ -110,140 +107,36 @@ fn unloadable(file: &BootFile, reason: impl Into<String>) -> BootError {
 /// By the header's own addresses ("a.out kludge").
 fn flat(file: &BootFile, header: &Header) -> Result<(u64, Vec<Segment>), BootError> {
     let [header_address, load, load_end, bss_end, entry] = header.addresses.map(u64::from);
-    let before = header_address.checked_sub(load);
-    let offset = before.and_then(|before| header.at.checked_sub(before)).ok_or_else(|| {
-        unloadable(file, "its Multiboot load address lies before the start of the file")
-    })?;
-    let file_bytes = match load_end {
-        0 => file.len_bytes() - offset,
-        end => end
-            .checked_sub(load)
-            .ok_or_else(|| unloadable(file, "its Multiboot load end lies before its start"))?,
-    };
-    let mem_bytes = bss_end.saturating_sub(load).max(file_bytes);
-    Ok((entry, vec![Segment { offset, file_bytes, address: load, mem_bytes }]))
+    let segment =
+        Segment::flat(file.len_bytes(), header.at, header_address, load, load_end, bss_end)
+            .map_err(|reason| unloadable(file, format!("its Multiboot {reason}")))?;
+    Ok((entry, vec![segment]))
 }
 
-const ELF_MAGIC: &[u8; 4] = b"\x7fELF";
-/// Most of a file that is read for its program headers.
-const MAX_HEADERS_BYTES: u64 = 64 << 10;
-const EHDR_BYTES: usize = 52;
-const PHDR_BYTES: usize = 32;
-const EM_386: u32 = 3;
-const PT_LOAD: u32 = 1;
-
-/// By the program headers of a 32-bit ELF (System V ABI, Intel386 supplement).
-fn elf32(file: &BootFile) -> Result<(u64, Vec<Segment>), BootError> {
-    let truncated =
-        || BootError::Truncated { file: file.name().to_owned(), what: "the ELF header".into() };
-    let head = file.head(MAX_HEADERS_BYTES)?;
-    if !head.starts_with(ELF_MAGIC) {
+/// By the program headers of an ELF; as with GRUB, a 64-bit one is entered in 32-bit mode, too.
+fn of_elf(file: &BootFile) -> Result<(u64, Vec<Segment>), BootError> {
+    if !elf::is_elf(&file.head(4)?) {
         return Err(unloadable(file, "its Multiboot header has no addresses, and it is no ELF"));
     }
-    let header = head.get(..EHDR_BYTES).ok_or_else(truncated)?;
-    let machine = word(header, 16).ok_or_else(truncated)? >> 16;
-    if header.get(4..6) != Some(&[1, 1]) || machine != EM_386 {
-        return Err(unloadable(file, "a Multiboot ELF kernel must be a 32-bit x86 one"));
+    let kernel = elf::read(file)?;
+    if u32::try_from(kernel.entry).is_err() {
+        let entry = kernel.entry;
+        return Err(unloadable(file, format!("its entry {entry:#x} lies above 4 GiB")));
     }
-    let entry = word(header, 24).ok_or_else(truncated)?;
-    let table = word(header, 28).ok_or_else(truncated)?;
-    let shape = word(header, 42).ok_or_else(truncated)?;
-    let (entry_bytes, count) = (shape & 0xffff, shape >> 16);
-    if usize::try_from(entry_bytes).ok() != Some(PHDR_BYTES) || count == 0 {
-        return Err(unloadable(file, "it has no program headers"));
-    }
-    let mut segments = Vec::new();
-    for index in 0..count {
-        let at = u64::from(table) + u64::from(index * entry_bytes);
-        let at: usize = narrow("the program header table's offset", at)?;
-        let field = |distance: usize| {
-            word(&head, at.saturating_add(distance)).map(u64::from).ok_or_else(truncated)
-        };
-        let (kind, offset, address) = (field(0)?, field(4)?, field(12)?);
-        let (file_bytes, mem_bytes) = (field(16)?, field(20)?);
-        if kind == u64::from(PT_LOAD) && mem_bytes != 0 {
-            let mem_bytes = mem_bytes.max(file_bytes);
-            segments.push(Segment { offset, file_bytes, address, mem_bytes });
-        }
-    }
-    if segments.is_empty() {
-        return Err(unloadable(file, "it has no loadable segment"));
-    }
-    Ok((entry.into(), segments))
+    Ok((kernel.entry, kernel.segments))
 }
 
-/// Loads one segment into RAM; returns its end.
-fn place(
-    source: &BootSource<'_>,
-    file: &BootFile,
-    index: usize,
-    segment: &Segment,
-    ram: &GuestRam,
-    layout: &RamLayout,
-) -> Result<u64, BootError> {
-    let Segment { offset, file_bytes, address, mem_bytes } = *segment;
-    if offset.checked_add(file_bytes).is_none_or(|end| end > file.len_bytes()) {
-        let what = format!("segment {index}");
-        return Err(BootError::Truncated { file: file.name().to_owned(), what });
-    }
-    if address < HIGH_RAM_START {
-        return Err(unloadable(file, format!("segment {index} lies at {address:#x}, below 1 MiB")));
-    }
-    // Multiboot addresses have 32 bits: load into the first block of RAM.
-    let low_end = low_ram_end(layout)?;
-    let end = address.saturating_add(mem_bytes);
-    if end > low_end {
-        let ram_bytes = layout.size_bytes();
-        return Err(BootError::DoesNotFit {
-            file: file.name().to_owned(),
-            start: address,
-            end,
-            ram_bytes,
-        });
-    }
-    // RAM is zeroed already: the rest of the segment needs no clearing.
-    write_file(file, offset, file_bytes, ram, address, source.go_on)?;
-    Ok(end)
+/// The info structure and what it points to, from its address.
+struct Area {
+    base: u64,
+    bytes: Vec<u8>,
 }
 
-/// A module and its arguments.
-struct Module<'a> {
-    placed: Placed,
-    string: &'a str,
-}
-
-/// Places each module below the previous one, page-aligned.
-fn load_modules<'a>(
-    source: &BootSource<'a>,
-    kernel_end: u64,
-    ram: &GuestRam,
-    layout: &RamLayout,
-) -> Result<Vec<Module<'a>>, BootError> {
-    let mut modules = Vec::new();
-    let mut limit = u64::MAX;
-    for module in source.payload.beside_kernel() {
-        let placed = initrd::load(&module.file, ram, layout, kernel_end, limit, source.go_on)?;
-        limit = placed.address;
-        modules.push(Module { placed, string: &module.arguments });
-    }
-    Ok(modules)
-}
-
-/// Fills the Multiboot area from its start.
-struct Area<'a> {
-    next: u64,
-    ram: &'a GuestRam,
-    file: &'a BootFile,
-}
-
-impl Area<'_> {
+impl Area {
     fn put(&mut self, bytes: &[u8]) -> Result<u32, BootError> {
-        let address = self.next;
-        self.next = (address + bytes.len() as u64).next_multiple_of(8);
-        if self.next > MULTIBOOT_END {
-            return Err(unloadable(self.file, "its command line and modules are too many"));
-        }
-        write_bytes(self.ram, address, bytes)?;
+        let address = self.base + self.bytes.len() as u64;
+        self.bytes.extend(bytes);
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
         narrow("an address", address)
     }
 
@@ -262,15 +155,14 @@ fn words(values: &[u32]) -> Vec<u8> {
 }
 
 #[expect(clippy::little_endian_bytes, reason = "encodes the memory map")]
-fn write_info(
-    file: &BootFile,
+fn encode_info(
+    base: u64,
     first_word: &str,
     cmdline: &str,
     modules: &[Module<'_>],
-    ram: &GuestRam,
     layout: &RamLayout,
-) -> Result<(), BootError> {
-    let mut area = Area { next: MULTIBOOT_INFO + INFO_BYTES.next_multiple_of(8), ram, file };
+) -> Result<Vec<u8>, BootError> {
+    let mut area = Area { base, bytes: vec![0; INFO_BYTES.next_multiple_of(8)] };
     // As with GRUB and QEMU, the first word is the kernel.
     let whole = format!("{first_word} {cmdline}");
     let command_line = area.string(whole.trim_end())?;
@@ -295,7 +187,7 @@ fn write_info(
     let map_bytes = narrow("the memory map's length", map.len())?;
     let map = area.put(&map)?;
     let upper_end = low_ram_end(layout)?;
-    let mut info = [0; (INFO_BYTES / 4) as usize];
+    let mut info = [0; INFO_BYTES / 4];
     info[0] = INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MEMORY_MAP | INFO_LOADER_NAME;
     info[1] = narrow("low memory", LOW_RAM_END >> 10)?;
     info[2] = narrow("upper memory", upper_end.saturating_sub(HIGH_RAM_START) >> 10)?;
@@ -305,11 +197,13 @@ fn write_info(
     info[11] = map_bytes;
     info[12] = map;
     info[16] = loader_name;
-    write_bytes(ram, MULTIBOOT_INFO, &words(&info))
+    area.bytes[..INFO_BYTES].copy_from_slice(&words(&info));
+    Ok(area.bytes)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::MULTIBOOT_INFO;
     use super::super::{test_load, test_ram};
     use super::*;
     use devices::ram::GuestAddress;
@@ -352,7 +246,7 @@ mod tests {
         let name = module.path().display().to_string();
         let list = format!("{name} with arguments,{name}");
         let (entry, ram) = boot(kernel.path(), Some(&list)).unwrap();
-        assert_eq!(entry, EntryPoint::Multiboot { address: 0x10_0020 });
+        assert_eq!(address_of(entry), 0x10_0020);
         let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
         assert_eq!(word(0x10_0004), HEADER_MAGIC, "the image lies where it asked to");
         let info = |index: u64| word(MULTIBOOT_INFO + 4 * index);
@@ -369,6 +263,51 @@ mod tests {
         assert_eq!((info(11), word(u64::from(info(12)) + 24 + 4)), (48, 1 << 20), "memory map");
     }
 
+    fn address_of(entry: EntryPoint) -> u64 {
+        let EntryPoint::Multiboot { address, magic, .. } = entry else { panic!("{entry:?}") };
+        assert_eq!(magic, 0x2bad_b002);
+        address
+    }
+
+    #[test]
+    fn a_kernel_below_1_mib_is_loaded_and_its_information_lies_beside_it() {
+        for (start, end, expected) in [
+            (0x7c00u32, 0, MULTIBOOT_INFO),
+            (0x8000, 0, MULTIBOOT_INFO),
+            (0x500, 0, MULTIBOOT_INFO),
+            // Nothing is left of the usual place.
+            (0x2_0000, 0x3_2000, 0x3_2000),
+            (0x3_0000, 0x9_f000, 0x9_f000),
+            (0x3_0000, 0x9_fc00, 0x1000),
+            // Nothing is left below 1 MiB.
+            (0x0, 0xa_0000, 0x10_0000),
+        ] {
+            let kernel = flat_kernel(4, |header| {
+                header[3..8].copy_from_slice(&[start + 4, start, 0, end, start + 0x20]);
+            });
+            let (entry, ram) = boot(kernel.path(), None).unwrap();
+            assert_eq!(address_of(entry), u64::from(start) + 0x20);
+            let EntryPoint::Multiboot { info, gdt, .. } = entry else { unreachable!() };
+            assert_eq!(info, expected, "{start:#x} to {end:#x}");
+            let word = |at: u64| ram.read_obj::<u32>(GuestAddress(at)).unwrap();
+            assert_eq!(word(u64::from(start) + 4), HEADER_MAGIC, "not written over");
+            assert!(text(&ram, word(info + 16)).contains(" one two"));
+            assert!(gdt > info && gdt + 40 < info + 0x1000, "{gdt:#x}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_wants_a_video_mode_starts_without() {
+        let kernel = flat_kernel(4, |header| {
+            header[1] |= WANTS_VIDEO;
+            header[2] = 0u32.wrapping_sub(HEADER_MAGIC + header[1]);
+        });
+        let (entry, ram) = boot(kernel.path(), None).unwrap();
+        let EntryPoint::Multiboot { info, .. } = entry else { unreachable!() };
+        let flags = ram.read_obj::<u32>(GuestAddress(info)).unwrap();
+        assert_eq!(flags & (1 << 11 | 1 << 12), 0, "neither VBE nor framebuffer");
+    }
+
     #[test]
     fn an_elf_kernel_is_loaded_by_its_segments() {
         let mut image = vec![0u8; 256];
@@ -376,9 +315,9 @@ mod tests {
             image[at..at + 4 * values.len()].copy_from_slice(&words(values));
         };
         put(0, &[0x464c_457f, 0x0001_0101]);
-        put(16, &[EM_386 << 16 | 2, 1, 0x10_1000, 52]);
+        put(16, &[3 << 16 | 2, 1, 0x10_1000, 52]);
         put(40, &[0x0020_0000, 0x0000_0001]);
-        put(52, &[PT_LOAD, 128, 0x10_1000, 0x10_1000, 64, 0x1000, 5, 4096]);
+        put(52, &[1, 128, 0x10_1000, 0x10_1000, 64, 0x1000, 5, 4096]);
         let checksum = 0u32.wrapping_sub(HEADER_MAGIC);
         put(128, &[HEADER_MAGIC, 0, checksum]);
         let write = |image: &[u8]| {
@@ -387,11 +326,17 @@ mod tests {
             file
         };
         let (entry, ram) = boot(write(&image).path(), None).unwrap();
-        assert_eq!(entry, EntryPoint::Multiboot { address: 0x10_1000 });
+        assert_eq!(address_of(entry), 0x10_1000);
         assert_eq!(ram.read_obj::<u32>(GuestAddress(0x10_1000)).unwrap(), HEADER_MAGIC);
-        image[4] = 2;
-        let error = boot(write(&image).path(), None).unwrap_err();
-        assert!(error.contains("32-bit"), "{error}");
+        let not_elf = boot(
+            flat_kernel(4, |header| {
+                header[1] &= !HAS_ADDRESSES;
+                header[2] = 0u32.wrapping_sub(HEADER_MAGIC + header[1]);
+            })
+            .path(),
+            None,
+        );
+        assert!(not_elf.unwrap_err().contains("it is no ELF"));
     }
 
     #[test]
@@ -401,11 +346,11 @@ mod tests {
             header[2] = 0u32.wrapping_sub(header[0].wrapping_add(header[1]));
         };
         let cases: [(Change, &str); 6] = [
-            (|header| header[1] |= 4, "unknown features 0x4"),
+            (|header| header[1] |= 12, "unknown features 0x8"),
             (|header| header[4] = 0x20_0000, "before the start"),
             (|header| header[5] = 0x1000, "before its start"),
             (|header| header[5] = 0x20_0000, "truncated"),
-            (|header| (header[3], header[4]) = (0x8004, 0x8000), "below 1 MiB"),
+            (|header| (header[3], header[4], header[6]) = (0xf_0004, 0xf_0000, 0), "ACPI tables"),
             (|header| header[6] = 0x1000_0000, "does not fit"),
         ];
         for (change, expected) in cases {

@@ -10,7 +10,7 @@
 pub mod file;
 pub mod store;
 
-use super::layout::{MULTIBOOT_END, MULTIBOOT_INFO};
+use super::layout::MULTIBOOT_MAX_BYTES;
 use super::{Format, HEAD_BYTES};
 pub use file::BootFile;
 use std::fmt;
@@ -24,8 +24,8 @@ pub const MAX_KERNEL_BYTES: u64 = 2 << 30;
 pub const MAX_INITRD_BYTES: u64 = 4 << 30;
 /// Maximum number of files of a payload: a kernel and 63 modules.
 pub const MAX_FILES: usize = 64;
-/// Limit of all argument strings together: the size of the Multiboot area.
-pub const MAX_ARGUMENTS_BYTES: u64 = MULTIBOOT_END - MULTIBOOT_INFO;
+/// Limit of all argument strings together: the size of the Multiboot information.
+pub const MAX_ARGUMENTS_BYTES: u64 = MULTIBOOT_MAX_BYTES;
 
 /// Why a boot file cannot be used.
 #[derive(Debug, thiserror::Error)]

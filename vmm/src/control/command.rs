@@ -4,6 +4,7 @@
 use super::arguments::{Arguments, EMPTY, Kind, Member, missing, needed, optional};
 use super::backup::{self, BackupSpec};
 use super::bitmap::{self, BitmapAction, BitmapChange};
+use super::cpu_model::{self, Expansion};
 use super::export::{self, ExportCommand};
 use super::job::{self, JobAction, JobCommand, MirrorSpec, NodeSpec};
 use super::message::{QmpError, Request};
@@ -44,6 +45,8 @@ pub enum Command {
     QueryUuid,
     /// `query-kvm`
     QueryKvm,
+    /// `query-cpu-model-expansion`
+    ExpandCpuModel(Expansion),
     /// `query-memory-size-summary`
     QueryMemorySize,
     /// `query-cpus-fast`
@@ -221,6 +224,12 @@ pub const COMMANDS: &[Entry] = &[
         &[],
         object("KvmInfo", &[needed("enabled", Kind::Flag), needed("present", Kind::Flag)]),
         |_| Ok(Command::QueryKvm),
+    ),
+    Entry::new(
+        "query-cpu-model-expansion",
+        cpu_model::EXPANSION,
+        cpu_model::EXPANDED,
+        |arguments| Ok(Command::ExpandCpuModel(cpu_model::expansion(arguments)?)),
     ),
     Entry::new(
         "query-memory-size-summary",

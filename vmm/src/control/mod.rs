@@ -6,6 +6,7 @@ pub mod backup;
 pub mod bitmap;
 pub mod block;
 pub mod command;
+mod cpu_model;
 pub mod event;
 pub mod export;
 pub mod job;

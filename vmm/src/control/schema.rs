@@ -185,6 +185,7 @@ mod tests {
                 "qmp_capabilities" => &["enable"],
                 "query-named-block-nodes" => &["flat"],
                 "query-blockstats" => &["query-nodes"],
+                "query-cpu-model-expansion" => &["type", "model"],
                 "migrate" => &["uri", "blk", "inc", "detach", "resume"],
                 "migrate-set-capabilities" => &["capabilities"],
                 "migrate-set-cache-size" => &["value"],

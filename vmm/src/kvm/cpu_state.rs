@@ -61,11 +61,13 @@ pub struct CpuStateLayout {
     xsave_bytes: usize,
     /// Whether KVM reports nested state.
     nested_state: bool,
+    /// Whether the guest is offered nested virtualization.
+    nested: bool,
 }
 
 impl CpuStateLayout {
-    /// Queries the MSRs to save and the size of an XSAVE image.
-    pub fn probe(host: &Host, vm: &Vm) -> Result<Self, KvmError> {
+    /// Queries the MSRs to save and the size of an XSAVE image. `nested`: the guest is offered VMX or SVM.
+    pub fn probe(host: &Host, vm: &Vm, nested: bool) -> Result<Self, KvmError> {
         let list = ioctl("KVM_GET_MSR_INDEX_LIST", host.kvm().get_msr_index_list())?;
         // 0 or negative: this KVM has no `KVM_GET_XSAVE2`.
         let xsave_bytes = usize::try_from(vm.fd().check_extension_int(Cap::Xsave2)).unwrap_or(0);
@@ -73,6 +75,7 @@ impl CpuStateLayout {
             msr_indices: list.as_slice().to_vec(),
             xsave_bytes: xsave_bytes.max(LEGACY_XSAVE_BYTES),
             nested_state: vm.fd().check_extension_int(Cap::NestedState) > 0,
+            nested,
         })
     }
 
@@ -172,7 +175,7 @@ impl VcpuState {
         ioctl("KVM_SET_DEBUGREGS", fd.set_debug_regs(&self.debug_regs.0))?;
         let regs = self.lapic.0.map(|byte| byte.cast_signed());
         ioctl("KVM_SET_LAPIC", fd.set_lapic(&kvm_lapic_state { regs }))?;
-        msrs::write(vcpu, &msrs::to_restore(&self.msrs))?;
+        msrs::write(vcpu, &msrs::to_restore(&self.msrs, layout.nested))?;
         if let Some(offset) = tsc_offset {
             write_tsc_offset(vcpu, offset);
             self.keep_tsc_going(vcpu)?;

@@ -188,9 +188,13 @@ pub(super) fn validate(msrs: &[(u32, u64)]) -> Result<(), KvmError> {
 }
 
 /// The registers to write, in order, without TSC_DEADLINE.
-pub(super) fn to_restore(msrs: &[(u32, u64)]) -> Vec<(u32, u64)> {
+/// A guest that is offered VMX (`nested`) keeps what it has locked in IA32_FEATURE_CONTROL.
+pub(super) fn to_restore(msrs: &[(u32, u64)], nested: bool) -> Vec<(u32, u64)> {
     let wanted = |msr: &&(u32, u64)| msr.0 != MSR_IA32_TSC_DEADLINE && !nested::hides_msr(msr.0);
-    let value = |msr: &(u32, u64)| (msr.0, nested::without_vmx(msr.0, msr.1));
+    let value = |msr: &(u32, u64)| match nested {
+        true => *msr,
+        false => (msr.0, nested::without_vmx(msr.0, msr.1)),
+    };
     let mut msrs: Vec<_> = msrs.iter().filter(wanted).map(value).collect();
     msrs.sort_by_key(|msr| phase(msr.0));
     msrs
@@ -320,7 +324,7 @@ mod tests {
     fn the_default_type_switches_mtrrs_on_after_their_ranges_whatever_the_stream_says() {
         let record = [(0x400, 1), (MTRR_DEF_TYPE, 0x806), (MSR_IA32_TSC_DEADLINE, 9), (0x201, 2)];
         let record: Vec<_> = record.into_iter().chain([(0x3a, 5), (0x480, 7), (0x10, 3)]).collect();
-        let order = to_restore(&record);
+        let order = to_restore(&record, false);
         assert_eq!(order, [(0x3a, 1), (0x10, 3), (0x201, 2), (MTRR_DEF_TYPE, 0x806), (0x400, 1)]);
     }
 

@@ -1,15 +1,13 @@
-//! Nested virtualization: hidden from every guest; a vCPU that uses it nevertheless cannot be migrated.
+//! Nested virtualization: hidden from every guest, unless `--cpu` has `+vmx` or `+svm`; a vCPU that uses it
+//! cannot be migrated.
 //!
 //! Its state (`KVM_GET_NESTED_STATE`, the VMX capability MSRs, the pages that a VMCS or VMCB points to) is
-//! not migrated, so a guest must not use it. This is the only place that hides it:
+//! not migrated: a guest that is offered it moves while it does not use it. This is the only place that hides it:
 //!
 //! * CPUID: VMX (leaf 1), SVM (leaf 0x8000_0001) and SVM's own leaf 0x8000_000A. KVM then refuses what
 //!   follows from them: VMXE in CR4, SVME in EFER, the VMX bits of IA32_FEATURE_CONTROL.
 //! * MSRs: those of VMX and SVM are neither saved nor restored.
 //! * Some hosts show a guest their own CPUID whatever was set: there [`Use::check`] stops the save.
-//!
-//! Once there is an option to offer it, [`hide_from_cpuid`] is what it switches off, and the state
-//! must be saved and restored first.
 
 use super::KvmError;
 use kvm_bindings::nested::KvmNestedStateBuffer;
@@ -39,11 +37,17 @@ const SVM_MSRS: [u32; 2] = [0xc001_0114, 0xc001_0117];
 /// `vmxon_pa` of a vCPU that is not in VMX operation.
 const NO_VMXON_REGION: u64 = u64::MAX;
 
-/// Removes VMX and SVM from a guest's CPUID.
-pub fn hide_from_cpuid(entries: &mut [kvm_cpuid_entry2]) {
+/// Removes VMX from a guest's CPUID.
+pub fn hide_vmx(entries: &mut [kvm_cpuid_entry2]) {
+    for entry in entries.iter_mut().filter(|entry| entry.function == 1) {
+        entry.ecx &= !CPUID_VMX;
+    }
+}
+
+/// Removes SVM from a guest's CPUID.
+pub fn hide_svm(entries: &mut [kvm_cpuid_entry2]) {
     for entry in entries {
         match entry.function {
-            1 => entry.ecx &= !CPUID_VMX,
             0x8000_0001 => entry.ecx &= !CPUID_SVM,
             SVM_LEAF => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             _ => {}

@@ -33,7 +33,7 @@ fn fresh() -> Fresh {
     let supported = host.supported_cpuid().unwrap();
     let cpuid = cpu::cpuid(supported.as_slice(), 0, 1, vcpu.tsc_khz().unwrap());
     set_cpuid(&vcpu, &cpuid).unwrap();
-    let mut layout = CpuStateLayout::probe(&host, &vm).unwrap();
+    let mut layout = CpuStateLayout::probe(&host, &vm, false).unwrap();
     layout.keep_readable(&vcpu).unwrap();
     Fresh { vcpu, layout, vm }
 }

@@ -1,6 +1,9 @@
 //! Builds a paused machine from a configuration or a description. The same code builds a booting and an
 //! incoming machine, so that both have the same hardware.
 
+use super::cpu::config::CpuConfig;
+use super::cpu::model::{guest_cpuid, hide_nested, with_shown};
+use super::cpu::names::Feature;
 use super::description::{Description, DiskDescription, Platform};
 use super::platform::{PlatformBackends, PlatformDevices, add_debug_exit, insert};
 use super::vcpus::{VcpuContext, Vcpus};
@@ -37,6 +40,8 @@ pub struct NewMachine<'a> {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Their model and features.
+    pub cpu: CpuConfig,
     /// Kernel, and initrd or modules.
     pub payload: &'a BootPayload,
     /// Polled between pieces of a boot file; `false` cancels.
@@ -53,6 +58,16 @@ pub struct NewMachine<'a> {
     pub platform: Option<Platform>,
 }
 
+/// What this host's KVM can give to a vCPU, without a machine.
+pub fn available_cpuid(host: &Host) -> Result<Vec<kvm_cpuid_entry2>, MachineError> {
+    let parts = Parts::create(host, PROBE_BYTES, 1)?;
+    let tsc_khz = parts.first()?.tsc_khz()?;
+    parts.available_cpuid(host, tsc_khz)
+}
+
+/// RAM of a machine that never runs.
+const PROBE_BYTES: u64 = 4 << 20;
+
 impl Machine {
     /// Builds a machine and loads its kernel. It does not run yet and holds no permit.
     pub fn boot(
@@ -62,8 +77,8 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let parts = Parts::create(host, new.memory_bytes, new.cpus)?;
         let tsc_khz = parts.first()?.tsc_khz()?;
-        let supported = host.supported_cpuid()?;
-        parts.configure_cpus(supported.as_slice(), tsc_khz)?;
+        let cpuid = guest_cpuid(&new.cpu, &parts.available_cpuid(host, tsc_khz)?)?;
+        parts.configure_cpus(&cpuid, tsc_khz)?;
         let queues = new.disk_queues.into_iter().chain(std::iter::repeat(1));
         let disks = backends.disks.iter().zip(queues);
         let disks = disks.map(|(node, queues)| describe_disk(node, queues)).collect::<Vec<_>>();
@@ -77,17 +92,20 @@ impl Machine {
         if let EntryPoint::Multiboot { .. } = entry {
             set_up_8259s(&parts.vm)?;
         }
+        let shown = effective_cpuid(parts.first()?)?;
+        warn_of_forced_features(&new.cpu, &cpuid, &shown);
         let description = Description {
             bitmaps: false,
             name: new.name,
             memory_bytes: new.memory_bytes,
             cpus: new.cpus,
+            cpu: new.cpu,
             cmdline: new.cmdline,
             acpi: new.acpi,
             disks,
             rng: new.rng,
             platform: new.platform,
-            cpuid: effective_cpuid(parts.first()?)?.into_iter().map(Blob).collect(),
+            cpuid: shown.into_iter().map(Blob).collect(),
             tsc_khz,
         };
         let machine = parts.assemble(host, description, backends)?;
@@ -106,11 +124,16 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         check_disks(&description.disks, &backends.disks)?;
         let parts = Parts::create(host, description.memory_bytes, description.cpus)?;
-        let guest: Vec<_> = description.cpuid.iter().map(|entry| entry.0).collect();
+        let mut guest: Vec<_> = description.cpuid.iter().map(|entry| entry.0).collect();
         let supported = host.supported_cpuid()?;
         parts.configure_cpus(supported.as_slice(), description.tsc_khz)?;
         let shown = effective_cpuid(parts.first()?)?;
-        let missing = cpu_features::missing(&guest, [supported.as_slice(), &shown]);
+        let mut missing = cpu_features::missing(&guest, [supported.as_slice(), &shown]);
+        let lacks = |feature: &Feature| !feature.is_in(supported.as_slice());
+        missing
+            .extend(description.cpu.nested_features().filter(lacks).map(|it| it.name().to_owned()));
+        // Earlier versions offered nested virtualization to every guest.
+        hide_nested(&description.cpu, &mut guest);
         if !missing.is_empty() {
             return Err(MachineError::CpuFeatures(missing));
         }
@@ -138,6 +161,18 @@ impl Parts {
 
     fn first(&self) -> Result<&Vcpu, MachineError> {
         self.vcpus.first().ok_or_else(|| MachineError::Records("a machine needs a vCPU".into()))
+    }
+
+    /// What KVM says it supports, and what the first vCPU shows once it has that.
+    fn available_cpuid(
+        &self,
+        host: &Host,
+        tsc_khz: u32,
+    ) -> Result<Vec<kvm_cpuid_entry2>, MachineError> {
+        let supported = host.supported_cpuid()?;
+        let first = self.first()?;
+        set_cpuid(first, &cpu::cpuid(supported.as_slice(), 0, 1, tsc_khz))?;
+        Ok(with_shown(supported.as_slice(), &effective_cpuid(first)?))
     }
 
     fn configure_cpus(&self, base: &[kvm_cpuid_entry2], tsc_khz: u32) -> Result<(), MachineError> {
@@ -207,7 +242,7 @@ impl Parts {
         } else {
             None
         };
-        let mut cpu_layout = CpuStateLayout::probe(host, &vm)?;
+        let mut cpu_layout = CpuStateLayout::probe(host, &vm, description.cpu.nested())?;
         if let Some(first) = self.vcpus.first() {
             cpu_layout.keep_readable(first)?;
         }
@@ -233,6 +268,21 @@ impl Parts {
             running: false,
             vm,
         })
+    }
+}
+
+/// Some hosts show a guest features whatever was set.
+fn warn_of_forced_features(cpu: &CpuConfig, set: &[kvm_cpuid_entry2], shown: &[kvm_cpuid_entry2]) {
+    if cpu.is_default() {
+        return;
+    }
+    let forced = Feature::all().into_iter().filter(|it| it.is_in(shown) && !it.is_in(set));
+    let names: Vec<_> = forced.map(Feature::name).collect();
+    if !names.is_empty() {
+        log::warn!(
+            "--cpu {cpu}: this host's KVM shows the guest nevertheless: {}",
+            names.join(", ")
+        );
     }
 }
 

@@ -5,6 +5,7 @@ mod platform;
 
 pub use platform::{FwCfgFile, Platform, PortRange, check_debug_exit};
 
+use super::cpu::config::CpuConfig;
 use crate::kvm::blob::Blob;
 use devices::block::SECTOR_BYTES;
 use devices::ram::RamLayout;
@@ -16,8 +17,9 @@ use serde::{Deserialize, Serialize};
 
 /// Version of [`Description`] that this build writes.
 const VERSION: u16 = 1;
-/// Maximum number of vCPUs.
-pub const MAX_CPUS: u8 = 16;
+/// Maximum number of vCPUs, if KVM offers them: APIC ids from 0 on, of which 255 means all CPUs. A guest needs neither
+/// 32-bit ids nor interrupt remapping for these.
+pub const MAX_CPUS: u8 = 254;
 /// Maximum number of disks: each virtio device needs an interrupt line.
 pub const MAX_DISKS: usize = crate::boot::layout::VIRTIO_GSIS.len();
 
@@ -34,6 +36,9 @@ pub struct Description {
     pub memory_bytes: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Their model and features, for a reset at the destination. Older guests have the host's.
+    #[serde(default, skip_serializing_if = "CpuConfig::is_default")]
+    pub cpu: CpuConfig,
     /// Command line as the user gave it, for a reset at the destination.
     pub cmdline: String,
     /// Whether the guest finds ACPI tables; for a reset at the destination.
@@ -208,6 +213,7 @@ pub(crate) fn sample() -> Description {
         name: Some("vm1".into()),
         memory_bytes: 128 << 20,
         cpus: 2,
+        cpu: "x86-64-v2,+aes".parse().unwrap(),
         cmdline: "work=idle".into(),
         acpi: true,
         disks: vec![disk("disk0"), disk("disk1")],
@@ -244,7 +250,7 @@ mod tests {
             assert!(error.contains(expected), "{error:?} lacks {expected:?}");
         };
         refuse(&|d| d.cpus = 0, "0 vCPUs");
-        refuse(&|d| d.cpus = 200, "200 vCPUs");
+        refuse(&|d| d.cpus = 255, "255 vCPUs");
         refuse(&|d| d.memory_bytes = 1, "not a multiple");
         refuse(&|d| d.memory_bytes = 1 << 60, "out of range");
         refuse(&|d| d.disks[1].id = "disk0".into(), "twice");

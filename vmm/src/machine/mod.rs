@@ -24,6 +24,7 @@ use crate::error::chain;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
 use crate::limits::LimitError;
+use cpu::model::CpuModelError;
 use description::{Description, DescriptionError};
 use devices::block::BlockNode;
 use devices::debug_console::DebugOutput;
@@ -59,6 +60,8 @@ pub enum MachineError {
     Description(#[from] DescriptionError),
     #[error(transparent)]
     Limit(#[from] LimitError),
+    #[error(transparent)]
+    CpuModel(#[from] CpuModelError),
     /// The CPU lacks features of the guest's CPUID.
     #[error("this host's CPU lacks features that the guest uses: {}", .0.join(", "))]
     CpuFeatures(Vec<String>),

@@ -11,6 +11,7 @@ use crate::control::{block, job};
 use crate::disk_selection::{DiskMode, DiskSelection};
 use crate::error::chain;
 use crate::machine::Machine;
+use crate::machine::cpu::model::with_shown;
 use crate::machine::description::{
     BackingDescription, Description, MAX_MIGRATED_DISK_BYTES, Travels,
 };
@@ -180,6 +181,13 @@ impl Supervisor {
             // Guests have no UUID: all zeroes, as in QEMU.
             Command::QueryUuid => Ok(json!({"UUID": "00000000-0000-0000-0000-000000000000"})),
             Command::QueryKvm => Ok(json!({"enabled": true, "present": true})),
+            Command::ExpandCpuModel(expansion) => {
+                let supported = self.host.supported_cpuid().map_err(|error| failed(&error))?;
+                // What this host shows to every guest it shows to ours, too.
+                let cpuid = self.machine.as_ref().map(|machine| &machine.description().cpuid);
+                let shown: Vec<_> = cpuid.into_iter().flatten().map(|entry| entry.0).collect();
+                expansion.reply(&with_shown(supported.as_slice(), &shown))
+            }
             Command::QueryMemorySize => {
                 // Unknown until a guest arrives.
                 let memory = self.memory_bytes().unwrap_or(0);

@@ -130,11 +130,20 @@ impl BootFile {
 
     /// The first bytes, at most `max_bytes`.
     pub(in crate::boot) fn head(&self, max_bytes: u64) -> Result<Vec<u8>, PayloadError> {
-        let len = usize::try_from(self.len_bytes().min(max_bytes))
-            .map_err(|error| self.read_error(io::Error::other(error)))?;
-        let mut head = vec![0; len];
-        self.read_at(0, &mut head).map_err(|source| self.read_error(source))?;
-        Ok(head)
+        self.bytes(0, self.len_bytes().min(max_bytes))
+    }
+
+    /// `len_bytes` from `offset_bytes`; the caller has bounded them.
+    pub(in crate::boot) fn bytes(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+    ) -> Result<Vec<u8>, PayloadError> {
+        let len =
+            usize::try_from(len_bytes).map_err(|error| self.read_error(io::Error::other(error)))?;
+        let mut bytes = vec![0; len];
+        self.read_at(offset_bytes, &mut bytes).map_err(|source| self.read_error(source))?;
+        Ok(bytes)
     }
 
     /// Passes `len_bytes` from `offset_bytes` to `take` in pieces, each with its offset from the first.

@@ -53,7 +53,8 @@ fn disks_are_chosen_in_qemus_words_or_one_by_one() {
 fn samples(member: &Member) -> Vec<Value> {
     fn of(kind: Kind) -> Vec<Value> {
         match kind {
-            Kind::Text => vec!["x".into()],
+            // The second is also the name of a CPU model.
+            Kind::Text => vec!["x".into(), "host".into()],
             Kind::Whole => vec![10.into()],
             Kind::Flag => vec![false.into(), true.into()],
             Kind::Choice { values, .. } => values.iter().map(|value| json!(value)).collect(),
@@ -75,7 +76,7 @@ fn samples(member: &Member) -> Vec<Value> {
                 lists.extend(of(*kind).into_iter().map(|one| json!([one])));
                 lists
             }
-            Kind::Any => vec!["full".into()],
+            Kind::Any => vec!["full".into(), json!({})],
         }
     }
     of(member.kind)

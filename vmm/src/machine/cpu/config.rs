@@ -66,11 +66,15 @@ impl CpuConfig {
         self.switches.iter().find(|(other, _)| *other == feature).map(|(_, on)| *on)
     }
 
-    /// Whether the guest is offered nested virtualization, which no model has.
+    /// The features of nested virtualization, which no model has, that are switched on.
+    pub fn nested_features(&self) -> impl Iterator<Item = Feature> {
+        let on = self.switches.iter().filter(|(_, on)| *on).map(|(feature, _)| *feature);
+        on.filter(|feature| matches!(feature.name(), "vmx" | "svm"))
+    }
+
+    /// Whether the guest is offered nested virtualization.
     pub fn nested(&self) -> bool {
-        let asked =
-            |(feature, on): &(Feature, bool)| *on && matches!(feature.name(), "vmx" | "svm");
-        self.switches.iter().any(asked)
+        self.nested_features().next().is_some()
     }
 
     /// Whether it is what a guest gets without `--cpu`.
@@ -78,7 +82,8 @@ impl CpuConfig {
         *self == Self::default()
     }
 
-    fn switch(&mut self, feature: Feature, on: bool) {
+    /// Switches a feature on or off.
+    pub fn switch(&mut self, feature: Feature, on: bool) {
         // The last word counts, as in QEMU.
         self.switches.retain(|(other, _)| *other != feature);
         self.switches.push((feature, on));
@@ -114,12 +119,18 @@ impl FromStr for CpuConfig {
                     }
                 },
             };
-            let feature = Feature::find(name)
-                .ok_or_else(|| format!("{name:?} is not a CPU feature known here"))?;
+            let feature = Feature::find(name).ok_or_else(|| unknown(name))?;
             config.switch(feature, on);
         }
         Ok(config)
     }
+}
+
+/// What is said about a feature that nobody knows.
+fn unknown(name: &str) -> String {
+    let similar = Feature::similar(name).join(", ");
+    let hint = if similar.is_empty() { String::new() } else { format!("; similar: {similar}") };
+    format!("{name:?} is not a CPU feature known here{hint}")
 }
 
 impl fmt::Display for CpuConfig {
@@ -168,6 +179,8 @@ mod tests {
             ("", "\"\" is not a CPU model"),
             ("pentium", "x86-64-v3"),
             ("host,+avx1024", "\"avx1024\" is not a CPU feature"),
+            ("host,+avx3", "known here; similar: avx, avx2"),
+            ("host,-sse4", "similar: sse, sse2, sse4.1, sse4.2"),
             ("host,", "\"\" is not"),
             ("host,avx=maybe", "avx=on or avx=off"),
         ] {

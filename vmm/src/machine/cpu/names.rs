@@ -186,6 +186,24 @@ fn without_punctuation(name: &str) -> String {
     kept.collect::<String>().to_ascii_lowercase()
 }
 
+/// The most names that [`Feature::similar`] offers.
+pub const MAX_SIMILAR: usize = 4;
+
+/// How many letters have to be inserted, left out or exchanged to make one word of the other (Levenshtein).
+fn distance(one: &str, other: &str) -> usize {
+    let mut row: Vec<usize> = (0..=other.len()).collect();
+    for (index, letter) in one.bytes().enumerate() {
+        let mut diagonal = index;
+        row[0] = index + 1;
+        for (at, byte) in (1..).zip(other.bytes()) {
+            let exchanged = diagonal + usize::from(byte != letter);
+            diagonal = row[at];
+            row[at] = exchanged.min(diagonal + 1).min(row[at - 1] + 1);
+        }
+    }
+    row[other.len()]
+}
+
 /// Every named bit.
 fn named_bits() -> impl Iterator<Item = (Word, u32, &'static str)> {
     NAMED.iter().flat_map(|(word, names)| {
@@ -201,6 +219,22 @@ impl Feature {
         let alias = ALIASES.iter().find(|(alias, _)| *alias == wanted);
         let wanted = alias.map_or(wanted, |(_, name)| without_punctuation(name));
         named_bits().find(|(.., name)| without_punctuation(name) == wanted).map(|it| Self(it.2))
+    }
+
+    /// Names that `name` may be a slip of the pen for, the most similar first; at most [`MAX_SIMILAR`].
+    pub fn similar(name: &str) -> Vec<&'static str> {
+        let wanted = without_punctuation(name);
+        let mut near: Vec<_> = Self::all()
+            .into_iter()
+            .map(|feature| {
+                let other = without_punctuation(feature.name());
+                (distance(&wanted, &other), feature.name())
+            })
+            // Of two letters each shares one with many.
+            .filter(|(distance, name)| distance * 3 <= name.len().max(3))
+            .collect();
+        near.sort_by_key(|(distance, _)| *distance);
+        near.into_iter().map(|(_, name)| name).take(MAX_SIMILAR).collect()
     }
 
     /// All features, in the order of their leaves.
@@ -272,6 +306,16 @@ mod tests {
         assert_eq!(Feature::find("avx1024"), None);
         assert_eq!(Feature::find("-"), None);
         assert_eq!(Feature::find(""), None);
+    }
+
+    #[test]
+    fn a_slip_of_the_pen_is_noticed() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "vmx"), 3);
+        assert_eq!(Feature::similar("avx512vmbi")[0], "avx512vbmi");
+        assert_eq!(Feature::similar("rdrnd")[0], "rdrand");
+        assert!(Feature::similar("multithreading").is_empty());
+        assert!(Feature::similar("vmy").contains(&"vmx"));
     }
 
     #[test]
