@@ -142,6 +142,17 @@ impl Lines {
         self.wait_from(self.count(), pattern, limit)
     }
 
+    /// Waits until what came after the first `from_bytes` matches, in whole lines or not: what is drawn on a terminal
+    /// has none.
+    pub fn wait_text(&self, from_bytes: usize, pattern: &str, limit: Duration) -> Result<()> {
+        let regex = Regex::new(pattern)?;
+        let matches = |state: &State| regex.is_match(state.text.get(from_bytes..)?).then_some(());
+        match self.wait_until(limit, matches).0 {
+            Some(()) => Ok(()),
+            None => bail!("nothing matches {pattern:?} after byte {from_bytes}: {}", self.tail()),
+        }
+    }
+
     /// Whether there will be no more.
     pub fn has_ended(&self) -> bool {
         self.wait_until(Duration::ZERO, |_| None::<()>).1

@@ -14,6 +14,7 @@ pub mod modules;
 pub mod nested;
 pub mod packages;
 
+use crate::needs;
 use crate::skip::skip;
 use anyhow::{Context, Result};
 use cpio::Archive;
@@ -41,6 +42,10 @@ impl Assets {
         let assets = Self { folder: store.join("guest"), cmdline: "" };
         std::fs::create_dir_all(&assets.folder)?;
         replace(&assets.kernel(), &std::fs::read(&packages.kernel)?)?;
+        if needs::foreign_kernels().is_ok() {
+            let memtest = std::fs::read(needs::foreign_kernel("boot/memtest86+x64.bin"))?;
+            replace(&assets.memtest(), &memtest)?;
+        }
         let mut archive = Archive::default();
         for folder in ["proc", "sys", "dev", "tmp", "mnt"] {
             archive.folder(folder)?;
@@ -69,6 +74,11 @@ impl Assets {
     /// A bzImage.
     pub fn kernel(&self) -> PathBuf {
         self.folder.join("kernel")
+    }
+
+    /// Memtest86+, a bzImage, too; not there where its package could not be had.
+    pub fn memtest(&self) -> PathBuf {
+        self.folder.join("memtest")
     }
 
     /// Its ramdisk.

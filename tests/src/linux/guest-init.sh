@@ -41,6 +41,13 @@ reboot)
     echo "REBOOTING"
     finish reboot
     ;;
+cpu)
+    flags() { echo "FLAGS $1 $(grep -m1 '^flags' /proc/cpuinfo | cut -d: -f2) ."; }
+    flags before
+    read -r line </dev/console
+    flags after
+    finish poweroff
+    ;;
 button)
     for device in /sys/class/input/event*; do
         if [ "$(cat "$device/device/name")" = "Power Button" ]; then exec 3<"/dev/input/${device##*/}"; fi

@@ -306,6 +306,9 @@ fn contents(
     archive.copy(guest_images::KERNEL, Path::new(guest_images::KERNEL))?;
     archive.copy(path_text(&assets.kernel())?, &assets.kernel())?;
     archive.copy(path_text(&assets.initrd())?, &assets.initrd())?;
+    if assets.memtest().exists() {
+        archive.copy(path_text(&assets.memtest())?, &assets.memtest())?;
+    }
     archive.file("run-tests", run_tests(&own, assets, arguments)?.as_bytes())?;
     archive.file("init", include_bytes!("nested-init.sh"))?;
     archive.finish()

@@ -188,7 +188,7 @@ fn load_files(
             write_cmdline(&cmdline, ram)?;
             let limit = u64::from(kernel.header.initrd_addr_max).saturating_add(1);
             let initrd = source.load_initrd(ram, layout, kernel.end, limit)?;
-            linux::write_zero_page(ram, layout, kernel.header, &cmdline, initrd, rsdp)?;
+            linux::write_zero_page(ram, layout, kernel.header, initrd, rsdp)?;
             if kernel.is_32_bit {
                 return Ok(EntryPoint::Linux32 { address: kernel.entry });
             }
@@ -247,7 +247,7 @@ fn load_elf(
     }
     log::info!("{}: {bits}-bit ELF kernel, entry {:#x}", file.name(), kernel.entry);
     let header = linux::header_of_vmlinux();
-    linux::write_zero_page(ram, layout, header, cmdline, initrd, rsdp)?;
+    linux::write_zero_page(ram, layout, header, initrd, rsdp)?;
     cpu::write_page_tables(ram)?;
     Ok(EntryPoint::Linux64 { address: kernel.entry })
 }
