@@ -97,6 +97,8 @@ pub const MULTIBOOT_FLAT: &str = env!("FERRY_MULTIBOOT_FLAT");
 /// | `c` `p` | says through pvpanic that it has crashed and goes on, that it has panicked |
 /// | `e` `o` `r` `t` | ends with 5 at port 0x501, powers off, resets through port 0x92, triple fault |
 /// | `xNN` | ends with NN, after some NN ms |
+/// | `s` | starts the CPUs that fw_cfg counts, in real mode, and wakes them: `CPUS others=N` |
+/// | `a` | goes to real mode, takes an `int`, an interrupt and a fault there, and comes back: `REAL ints=N keyboards=N divides=N` |
 /// | `q…` | the same, after a key on the serial line |
 pub const TEST_DEVICES: &str = env!("FERRY_TEST_DEVICES");
 /// Path of a 64-bit ELF without a PVH note, to be entered as Linux is: prints `CMDLINE …` and `INITRD content`, then

@@ -58,6 +58,8 @@ halt:
     jmp halt
 
 choices:
+    .byte 'a'
+    .long real_mode
     .byte 'b'
     .long debug_console
     .byte 'c'
@@ -80,6 +82,8 @@ choices:
     .long guest_panic
     .byte 'r'
     .long fast_reset
+    .byte 's'
+    .long start_cpus
     .byte 't'
     .long triple_fault
     .byte 'v'

@@ -8,7 +8,12 @@ core::arch::global_asm!(
     include_str!("../print_byte.s"),
     options(att_syntax)
 );
-core::arch::global_asm!(include_str!("kernel.s"), include_str!("fw_cfg.s"), include_str!("irq.s"));
+core::arch::global_asm!(
+    include_str!("kernel.s"),
+    include_str!("fw_cfg.s"),
+    include_str!("irq.s"),
+    include_str!("realmode.s")
+);
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

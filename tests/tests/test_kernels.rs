@@ -87,6 +87,28 @@ fn a_multiboot_kernel_finds_the_8259s_as_a_bios_leaves_them() {
 
 #[test]
 #[needs(kvm)]
+fn a_kernel_starts_the_cpus_that_fw_cfg_counts_in_real_mode() {
+    for (way, cpus) in WAYS.into_iter().flat_map(|way| [(way, 1), (way, 4), (way, 7)]) {
+        let mut vmm = run(&guest('s').cpus(cpus), way);
+        assert_ended(&mut vmm, 1, "wrote 0");
+        let others = cpus - 1;
+        assert_eq!(vmm.serial().text().trim_end(), format!("CPUS others={others:08x}"), "{way:?}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
+fn a_kernel_goes_to_real_mode_takes_interrupts_there_and_comes_back() {
+    for way in WAYS {
+        let mut vmm = run(&guest('a'), &[way, &["--testdev"]].concat());
+        assert_ended(&mut vmm, 1, "wrote 0");
+        let expected = "REAL ints=00000001 keyboards=00000001 divides=00000001";
+        assert_eq!(vmm.serial().text().trim_end(), expected, "{way:?}");
+    }
+}
+
+#[test]
+#[needs(kvm)]
 fn what_the_test_device_keeps_moves_with_the_guest() {
     for way in WAYS {
         let mut vmm = run(&guest('m'), &[way, &["--testdev"]].concat());
@@ -192,6 +214,7 @@ fn a_guest_that_has_moved_to_another_host_ends_there_with_its_own_verdict() {
         ("qm", 1, "the guest wrote 0 to the debug-exit port"),
         ("qi", 1, "the guest wrote 0 to the debug-exit port"),
         ("qv", 1, "the guest wrote 0 to the debug-exit port"),
+        ("qa", 1, "the guest wrote 0 to the debug-exit port"),
         ("qo", 0, "the guest powered off"),
         ("qr", 0, "the guest asked for a reset"),
         ("qt", 134, "the guest crashed"),
