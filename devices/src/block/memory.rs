@@ -198,7 +198,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn is_direct(&self) -> bool {
-        false
+        self.file.as_ref().is_some_and(|(_, alignment)| *alignment > 1)
     }
 
     fn len_bytes(&self) -> u64 {

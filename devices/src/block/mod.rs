@@ -402,6 +402,12 @@ impl BlockNode {
         self.backend().plain_file().is_some()
     }
 
+    /// Whether [`BlockNode::is_plain`] holds, and the file is written by way of the host's page cache.
+    pub fn is_cached_file(&self) -> bool {
+        let backend = self.backend();
+        !backend.is_direct() && backend.plain_file().is_some()
+    }
+
     /// Counts an admitted access in the statistics. One that is made through this node instead is counted
     /// there.
     pub fn count(&self, kind: AccessKind, len_bytes: u64) {

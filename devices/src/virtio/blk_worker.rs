@@ -1,5 +1,5 @@
 //! Serves a virtio-blk queue: descriptor chain -> [`Request`] -> [`BlockNode`] -> used. Requests that cannot
-//! use the ring are in [`execute`].
+//! use the ring are in [`execute`], and small writes to the page cache, which do not need it ([`at_once`]).
 //!
 //! **A pause waits for a bounded number of bytes**, whatever the guest has asked for. Requests go into the
 //! [`Ring`] up to `MAX_BYTES_IN_FLIGHT`; a longer one is in flight alone, in pieces; one that cannot use
@@ -28,14 +28,17 @@ use crate::block::uring::{Completion, End, Operation, Ring, Transfer};
 use crate::block::{Access, AccessKind, BlockNode, SECTOR_BYTES};
 use crate::log_limit::LogLimit;
 use crate::ram::GuestRam;
+use at_once::AtOnce;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 use virtio_queue::{Queue, QueueOwnedT};
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+mod at_once;
 mod execute;
 
 /// Data moves through a buffer of this size, which fits in a core's second-level cache.
@@ -74,6 +77,7 @@ pub(super) struct Processor {
     buffer: AlignedBuffer,
     /// `None` if io_uring is not available.
     ring: Option<Ring<Ticket>>,
+    at_once: AtOnce,
     driver_features: u64,
     held: Vec<(Held, Kept)>,
     /// Length of the next request, which did not fit in the ring and was put back.
@@ -210,6 +214,7 @@ impl Processor {
             node,
             buffer: AlignedBuffer::new(BUFFER_BYTES),
             ring,
+            at_once: AtOnce::default(),
             driver_features,
             held: Vec::new(),
             next_bytes: 0,
@@ -253,10 +258,20 @@ impl Processor {
             return Ok(Some(request));
         }
         let Some(pass) = self.node.gate().enter() else { return Ok(Some(request)) };
-        let Some((mut request, pass)) = self.start(request, pass) else { return Ok(None) };
+        let at_once = self.is_for_at_once(&request).then(Instant::now);
+        let at_once = at_once.filter(|now| self.at_once.is_for(bytes, *now));
+        let Some((mut request, pass)) = (match at_once {
+            Some(_) => Some((request, pass)),
+            None => self.start(request, pass),
+        }) else {
+            return Ok(None);
+        };
         // Serving consumes the request.
         let whole = request.clone();
         let result = self.execute(ram, host, &pass, &mut request);
+        if let Some(began) = at_once {
+            self.at_once.took(began, Instant::now());
+        }
         if let Err(Failed::Interrupted) = result {
             return Ok(Some(whole));
         }
@@ -364,6 +379,15 @@ impl Processor {
 
     fn has_room_for(&self, bytes: usize) -> bool {
         self.ring.as_ref().is_none_or(|ring| ring.has_room_for(bytes))
+    }
+
+    /// Whether a request is a write that completes in the host's page cache.
+    fn is_for_at_once(&self, request: &Request) -> bool {
+        request.ticket.kind == T_OUT
+            && self.ring.is_some()
+            // Without flush it would have to be durable, too.
+            && self.driver_features & F_FLUSH != 0
+            && self.node.is_cached_file()
     }
 
     /// Submits a request to the ring, or returns it with its pass to be served synchronously, which also reports

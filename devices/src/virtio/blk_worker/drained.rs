@@ -5,6 +5,7 @@ use crate::block::raw::{Cache, RawFile};
 use crate::block::{BlockNode, ExchangeError};
 use crate::ram::{GuestAddress, GuestRam};
 use crate::virtio::F_VERSION_1;
+use crate::virtio::blk_request::F_FLUSH;
 use crate::virtio::driver::*;
 use std::io::Read;
 use std::sync::Arc;
@@ -35,10 +36,10 @@ fn driver_of(image: &NamedTempFile) -> Driver {
 
 #[test]
 fn requests_wait_in_their_ring_for_the_end_of_a_section() {
-    for in_memory in [true, false] {
+    for (in_memory, features) in [(true, F_FLUSH), (false, 0), (false, F_FLUSH)] {
         let image = image();
         let mut driver = if in_memory { Driver::new() } else { driver_of(&image) };
-        driver.start(F_VERSION_1);
+        driver.start(F_VERSION_1 | features);
         let section = driver.node.gate().close();
         assert!(section.wait_until(soon()));
         driver.submit(1, 0, 512, true);
@@ -71,27 +72,30 @@ fn a_section_begins_when_the_request_in_flight_has_ended() {
     assert_eq!(driver.wait(), 0);
 }
 
+/// A driver that cannot flush writes through the ring, any other at once.
 #[test]
 fn each_write_is_in_the_storage_that_the_disk_had_when_it_was_made() {
-    let images: Vec<_> = (0..8).map(|_| image()).collect();
-    let mut driver = driver_of(&images[0]);
-    driver.start(F_VERSION_1);
-    for (turn, image) in (0u8..).zip(&images) {
-        if turn > 0 {
-            let section = driver.node.gate().close();
-            assert!(section.wait_until(soon()));
-            driver.node.exchange(&section, Arc::new(open(image))).unwrap();
+    for features in [0, F_FLUSH] {
+        let images: Vec<_> = (0..8).map(|_| image()).collect();
+        let mut driver = driver_of(&images[0]);
+        driver.start(F_VERSION_1 | features);
+        for (turn, image) in (0u8..).zip(&images) {
+            if turn > 0 {
+                let section = driver.node.gate().close();
+                assert!(section.wait_until(soon()));
+                driver.node.exchange(&section, Arc::new(open(image))).unwrap();
+            }
+            driver.ram.write_slice(&[turn + 1; 512], GuestAddress(DATA)).unwrap();
+            driver.submit(1, u64::from(turn), 512, true);
+            assert_eq!(driver.wait(), 0);
         }
-        driver.ram.write_slice(&[turn + 1; 512], GuestAddress(DATA)).unwrap();
-        driver.submit(1, u64::from(turn), 512, true);
-        assert_eq!(driver.wait(), 0);
-    }
-    for (turn, image) in (0u8..).zip(&images) {
-        let mut bytes = Vec::new();
-        image.reopen().unwrap().read_to_end(&mut bytes).unwrap();
-        let at = usize::from(turn) * 512;
-        assert!(bytes[at..at + 512].iter().all(|byte| *byte == turn + 1));
-        assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 512, "storage {turn}");
+        for (turn, image) in (0u8..).zip(&images) {
+            let mut bytes = Vec::new();
+            image.reopen().unwrap().read_to_end(&mut bytes).unwrap();
+            let at = usize::from(turn) * 512;
+            assert!(bytes[at..at + 512].iter().all(|byte| *byte == turn + 1));
+            assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 512, "storage {turn}");
+        }
     }
 }
 

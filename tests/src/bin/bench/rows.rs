@@ -395,6 +395,15 @@ pub const ROWS: &[Row] = &[
         runs: RUNS,
     },
     Row {
+        name: "write-alone-p50",
+        title: "a write of the guest with no job, p50",
+        unit: "us",
+        measure: Measure::Exact(|program| latency::of_writes(program, Job::None, Of100::P50)),
+        target: Target::RatioAtMost(1.0),
+        columns: Columns::All,
+        runs: 3,
+    },
+    Row {
         name: "write-background-p50",
         title: "a write of the guest while a mirror copies, p50",
         unit: "us",
