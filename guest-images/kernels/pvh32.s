@@ -22,17 +22,40 @@ entry:
     movl 24(%ebx), %esi
     call print
     call newline
+    movl 12(%ebx), %ecx                 # number of modules
+    movl %ecx, left
+    movl 16(%ebx), %edi                 # their list
+next_module:
+    cmpl $0, left
+    je no_more
+    decl left
+    movl 16(%edi), %esi                 # the module's string
+    testl %esi, %esi
+    jz ramdisk
+    pushl %esi
+    movl $text_module, %esi
+    call print
+    popl %esi
+    call print
+    movl $text_holds, %esi
+    call print
+    jmp content
+ramdisk:
     movl $text_initrd, %esi
     call print
-    movl 12(%ebx), %ecx                 # number of modules
-    xorl %esi, %esi
-    xorl %edi, %edi
-    jecxz no_module
-    movl 16(%ebx), %eax                 # their list
-    movl (%eax), %esi
-    movl 8(%eax), %edi
+content:
+    pushl %edi
+    movl (%edi), %esi
+    movl 8(%edi), %edi
     addl %esi, %edi
-no_module:
     call print_range
+    popl %edi
+    addl $32, %edi
+    jmp next_module
+no_more:
     movl 24(%ebx), %esi
     jmp finish
+
+.section .bss, "aw", @nobits
+.align 4
+left: .skip 4

@@ -106,8 +106,8 @@ pub const MULTIBOOT_LOW: &str = env!("FERRY_MULTIBOOT_LOW");
 /// Path of a relocatable Multiboot 2 kernel, a 32-bit ELF: does as the Multiboot kernel. 0x7f on port 0xf4 means that
 /// something is not as it asked for; this holds for the next two, too.
 pub const MULTIBOOT2: &str = env!("FERRY_MULTIBOOT2");
-/// Path of a 32-bit ELF with a PVH note: prints `CMDLINE …` and `INITRD content`, then writes the number of modules to
-/// port 0xf4; with `wait` at the end of its command line, after a key.
+/// Path of a 32-bit ELF with a PVH note: prints `CMDLINE …` and, for each module, `MODULE string HOLDS content`, or
+/// `INITRD content` if it has no string, then writes the number of modules to port 0xf4; with `wait` at the end of its command line, after a key.
 pub const PVH32: &str = env!("FERRY_PVH32");
 /// Path of a bzImage with a 32-bit entry only: the same, with the ramdisk's length.
 pub const LINUX32: &str = env!("FERRY_LINUX32");

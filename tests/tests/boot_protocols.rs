@@ -93,11 +93,13 @@ fn a_multiboot_2_kernel_is_moved_to_where_it_wants_to_be() {
 
 #[test]
 #[needs(kvm)]
-fn a_32_bit_elf_with_a_pvh_note_gets_its_ramdisk() {
+fn a_32_bit_elf_with_a_pvh_note_gets_its_ramdisk_or_modules() {
     let files = files();
     let initrd = files.folder.path().join("first").display().to_string();
     let lines = ["CMDLINE test=all", "INITRD one\n"];
     assert_says(guest_images::PVH32, &initrd, 1, &lines, "PVH ELF kernel (32-bit)");
+    let [first, second] = &files.lines;
+    assert_says(guest_images::PVH32, &files.list, 2, &[first, second], "PVH ELF kernel (32-bit)");
 }
 
 #[test]

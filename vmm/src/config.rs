@@ -183,7 +183,7 @@ pub struct RunOptions {
     /// Kernel to boot: a bzImage, a 64-bit ELF (PVH or vmlinux) or a Multiboot kernel
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
-    /// Initial ramdisk; for a Multiboot kernel its modules, "PATH ARGUMENTS,PATH,…"
+    /// Initial ramdisk; for a Multiboot or PVH kernel modules, "PATH ARGUMENTS,PATH,…"
     #[arg(long, value_name = "PATH")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line

@@ -11,6 +11,8 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// PVH module list.
 pub const PVH_MODLIST: u64 = 0x6800;
+/// Strings of PVH modules, where Multiboot's information is with other kernels.
+pub const PVH_STRINGS: u64 = MULTIBOOT_INFO;
 /// PVH memory map.
 pub const PVH_MEMMAP: u64 = 0x8000;
 /// First of the page tables that a 64-bit entry needs: PML4, PDPT and four page directories.

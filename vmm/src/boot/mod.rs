@@ -34,9 +34,9 @@ use devices::reset::I8042;
 use initrd::Placed;
 use layout::{
     ACPI_RSDP, CMDLINE, CMDLINE_MAX_BYTES, GDT, GDT_BYTES, HIGH_RAM_START, LOW_RAM_END, MmioSlot,
-    PAGE_TABLES, PAGE_TABLES_END, PVH_MEMMAP, PVH_START_INFO, RESET_VECTOR, ZERO_PAGE,
+    PAGE_TABLES, PAGE_TABLES_END, PVH_MEMMAP, PVH_START_INFO, PVH_STRINGS, RESET_VECTOR, ZERO_PAGE,
 };
-use payload::{BootFile, BootPayload, PayloadError};
+use payload::{BootFile, BootPayload, MAX_ARGUMENTS_BYTES, PayloadError, Role};
 use segments::{Reserved, Room};
 use vm_memory::Bytes;
 
@@ -138,7 +138,7 @@ impl Format {
         multiboot.or_else(multiboot2).or_else(|| elf::is_elf(head).then_some(Self::Elf))
     }
 
-    /// Whether `--initrd` is a list of Multiboot modules.
+    /// Whether `--initrd` is always a list of modules.
     fn takes_modules(self) -> bool {
         matches!(self, Self::Multiboot(_) | Self::Multiboot2(_))
     }
@@ -223,6 +223,7 @@ fn load_elf(
         Some(_) => vec![
             reserved("the PVH start info", PVH_START_INFO..ZERO_PAGE),
             reserved("the PVH memory map", PVH_MEMMAP..PAGE_TABLES),
+            reserved("the modules' strings", PVH_STRINGS..PVH_STRINGS + MAX_ARGUMENTS_BYTES),
         ],
         None => vec![
             reserved("the zero page", ZERO_PAGE..PVH_MEMMAP),
@@ -238,18 +239,43 @@ fn load_elf(
     let end = segments::check(file, &kernel.segments, layout, Room::AllRam, &needed)?;
     segments::load(file, &kernel.segments, ram, source.go_on)?;
     write_cmdline(cmdline, ram)?;
-    let initrd = source.load_initrd(ram, layout, end, u64::MAX)?;
     let bits = if kernel.is_64_bit { 64 } else { 32 };
     if let Some(address) = kernel.pvh_entry {
         log::info!("{}: PVH ELF kernel ({bits}-bit), entry {address:#x}", file.name());
-        pvh::write_start_info(ram, layout, initrd, rsdp)?;
+        let modules = load_pvh_modules(source, end, ram, layout)?;
+        pvh::write_start_info(ram, layout, &modules, rsdp)?;
         return Ok(EntryPoint::Pvh { address });
     }
+    let initrd = source.load_initrd(ram, layout, end, u64::MAX)?;
     log::info!("{}: {bits}-bit ELF kernel, entry {:#x}", file.name(), kernel.entry);
     let header = linux::header_of_vmlinux();
     linux::write_zero_page(ram, layout, header, initrd, rsdp)?;
     cpu::write_page_tables(ram)?;
     Ok(EntryPoint::Linux64 { address: kernel.entry })
+}
+
+/// Loads what is beside a PVH kernel: its ramdisk, or modules with their strings.
+fn load_pvh_modules(
+    source: &BootSource<'_>,
+    kernel_end: u64,
+    ram: &GuestRam,
+    layout: &RamLayout,
+) -> Result<Vec<pvh::Module>, BootError> {
+    if source.payload.beside_kernel().iter().all(|file| file.role == Role::Initrd) {
+        let initrd = source.load_initrd(ram, layout, kernel_end, u64::MAX)?;
+        return Ok(initrd.into_iter().map(|placed| pvh::Module { placed, string: 0 }).collect());
+    }
+    let mut string = PVH_STRINGS;
+    let mut place = |module: modules::Module<'_>| {
+        let mut text = module.string.as_bytes().to_vec();
+        text.push(0);
+        write_bytes(ram, string, &text)?;
+        let placed = pvh::Module { placed: module.placed, string };
+        string += text.len() as u64;
+        Ok(placed)
+    };
+    let kernel = HIGH_RAM_START..kernel_end;
+    modules::load(source, &kernel, ram, layout)?.into_iter().map(&mut place).collect()
 }
 
 /// What lies in the BIOS area: the ACPI tables, if there are any, and the reset vector's code.

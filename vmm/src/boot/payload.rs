@@ -11,7 +11,7 @@ pub mod file;
 pub mod store;
 
 use super::layout::MULTIBOOT_MAX_BYTES;
-use super::{Format, HEAD_BYTES};
+use super::{Format, HEAD_BYTES, elf};
 pub use file::BootFile;
 use std::fmt;
 use std::io;
@@ -88,7 +88,7 @@ pub enum Role {
     Kernel,
     /// The initial ramdisk; alone beside its kernel.
     Initrd,
-    /// A Multiboot module.
+    /// A module of a Multiboot or PVH kernel.
     Module,
 }
 
@@ -199,10 +199,15 @@ pub struct BootPayload {
 
 impl BootPayload {
     /// Opens a kernel and its initrd, or for a Multiboot kernel its modules, `PATH [ARGUMENTS],…` as QEMU
-    /// reads them; a comma in a path is doubled.
+    /// reads them; a comma in a path is doubled. For a PVH kernel, what is not the path of a file is a list of modules,
+    /// too.
     pub fn open(kernel: &Path, initrd: Option<&Path>) -> Result<Self, PayloadError> {
         let file = BootFile::open(Role::Kernel, kernel)?;
-        let takes_modules = Format::of(&file.head(HEAD_BYTES)?).is_some_and(Format::takes_modules);
+        let is_file = initrd.is_some_and(Path::exists);
+        let takes_modules = Format::of(&file.head(HEAD_BYTES)?).is_some_and(|format| {
+            let pvh = || elf::read(&file).is_ok_and(|kernel| kernel.pvh_entry.is_some());
+            format.takes_modules() || format == Format::Elf && !is_file && pvh()
+        });
         let arguments = kernel.display().to_string();
         let mut files = vec![PayloadFile { role: Role::Kernel, arguments, file: Arc::new(file) }];
         match initrd {

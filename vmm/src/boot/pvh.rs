@@ -13,21 +13,32 @@ use linux_loader::loader::elf::start_info::{
 const START_MAGIC: u32 = 0x336e_c578;
 const MEMMAP_RAM: u32 = 1;
 
+/// A module in RAM, or the ramdisk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Module {
+    pub placed: Placed,
+    /// Address of its string; 0 if it has none.
+    pub string: u64,
+}
+
+/// Writes the start info, with the memory map and the list of `modules`, of which there is room for
+/// [`MAX_FILES`](super::payload::MAX_FILES).
 pub(super) fn write_start_info(
     ram: &GuestRam,
     layout: &RamLayout,
-    initrd: Option<Placed>,
+    modules: &[Module],
     rsdp: u64,
 ) -> Result<(), BootError> {
     let memmap: Vec<_> = usable_ram(layout)
         .into_iter()
         .map(|(addr, size)| hvm_memmap_table_entry { addr, size, type_: MEMMAP_RAM, reserved: 0 })
         .collect();
-    let modules: Vec<_> = initrd
+    let modules: Vec<_> = modules
         .iter()
-        .map(|initrd| hvm_modlist_entry {
-            paddr: initrd.address,
-            size: initrd.len_bytes,
+        .map(|module| hvm_modlist_entry {
+            paddr: module.placed.address,
+            size: module.placed.len_bytes,
+            cmdline_paddr: module.string,
             ..Default::default()
         })
         .collect();
@@ -60,12 +71,14 @@ mod tests {
     #[test]
     fn the_guest_is_told_of_ram_on_both_sides_of_the_bios_area() {
         let (ram, layout) = test_ram(16 << 20);
-        let initrd = Placed { address: 0x20_0000, len_bytes: 77 };
-        write_start_info(&ram, &layout, Some(initrd), 0xe_0000).unwrap();
+        let placed = Placed { address: 0x20_0000, len_bytes: 77 };
+        let modules = [Module { placed, string: 0x3_0000 }];
+        write_start_info(&ram, &layout, &modules, 0xe_0000).unwrap();
         let word = |at: u64| ram.read_obj::<u64>(GuestAddress(at)).unwrap();
         assert_eq!(word(PVH_START_INFO) & 0xffff_ffff, 0x336e_c578);
         assert_eq!((word(PVH_MEMMAP), word(PVH_MEMMAP + 8)), (0, 0x9_fc00));
         assert_eq!((word(PVH_MODLIST), word(PVH_MODLIST + 8)), (0x20_0000, 77));
+        assert_eq!(word(PVH_MODLIST + 16), 0x3_0000);
         assert_eq!((word(PVH_START_INFO + 16), word(PVH_START_INFO + 32)), (PVH_MODLIST, 0xe_0000));
         assert_eq!((word(PVH_MEMMAP + 24), word(PVH_MEMMAP + 32)), (1 << 20, 15 << 20));
     }
