@@ -66,7 +66,7 @@ fn options_that_are_not_for_many_and_names_that_are_not_there_are_refused() {
         (&["a", "--serial", "null"], "--serial"),
         (&["a", "--kernel", "k"], "--kernel"),
         (&["a", "--expected", "c=fail"], "\"c\""),
-        (&["a", "--cpus", "99"], "--cpus"),
+        (&["a", "--cpus", "255"], "--cpus"),
         (&[], "no test"),
         (&["--config", "/nonexistent.cfg"], "/nonexistent.cfg"),
     ] {
