@@ -222,6 +222,8 @@ fn a_guest_that_has_moved_to_another_host_ends_there_with_its_own_verdict() {
     ] {
         let source = run(&guest(work), &["--testdev"]);
         let mut destination = ferry::receive_at("tcp:127.0.0.1:0", &["--no-reboot"]).unwrap();
+        // Its control socket may not be there yet.
+        drop(source.qmp().unwrap());
         ferry::migrate_well(&source, &destination.address, &[]).unwrap();
         destination.vmm.process.type_in("x").unwrap();
         assert_ended(&mut destination.vmm, code, why);

@@ -3,6 +3,7 @@
 
 use super::load::{Arrival, LATER};
 use super::{Destination, DestinationError};
+use crate::cancel::CancelToken;
 use crate::control::Limit;
 use crate::error::chain;
 use crate::priority;
@@ -21,7 +22,7 @@ impl Destination<'_> {
         let control = arrival.control.clone();
         // Ends every wait and every write.
         let giving_up = self.give_up.on_cancel(move || control.hang_up());
-        let ended = take_rest(arrival);
+        let ended = take_rest(arrival, &self.give_up);
         drop(giving_up);
         let mut missing = arrival.missing();
         let told = match ended {
@@ -51,8 +52,12 @@ impl Destination<'_> {
     }
 }
 
-fn take_rest(arrival: &mut Arrival) -> Result<(), DestinationError> {
+fn take_rest(arrival: &mut Arrival, give_up: &CancelToken) -> Result<(), DestinationError> {
     loop {
+        // What is here already would be read after the connection has been hung up, too.
+        if give_up.is_cancelled() {
+            return Err(DestinationError::Cancelled);
+        }
         let frame = arrival.control.next(&Limit::alive(LATER))?;
         match frame.kind {
             Kind::Section => arrival.postcopy(&frame.payload)?,
