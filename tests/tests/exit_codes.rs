@@ -105,7 +105,7 @@ fn what_cannot_be_run() {
         assert_ended(&mut process, code, words);
     };
     ended(&["run", "--frobnicate"], 2, &[]);
-    ended(&["run", "--kernel", guest_images::KERNEL, "--cpus", "17"], 2, &[]);
+    ended(&["run", "--kernel", guest_images::KERNEL, "--cpus", "255"], 2, &[]);
     ended(&["run", "--kernel", "/nonexistent"], 126, &["/nonexistent", "No such file"]);
     ended(&["run", "--kernel", "/dev/null", "--migrate-every", "1s"], 126, &["/dev/null"]);
     let disk = ["run", "--kernel", guest_images::KERNEL, "--disk", "path=/nonexistent.img"];

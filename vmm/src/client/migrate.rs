@@ -54,6 +54,10 @@ pub fn run(args: &MigrateArgs) -> u8 {
         }
     };
     let end = follow(&mut client, &id, args.json, &cancelled);
+    let end = end.or_else(|error| match guest_had_ended(&mut client) {
+        true => Ok(End::GuestEnded),
+        false => Err(error),
+    });
     let code = report(&mut client, &end, args.json);
     if matches!(code, MOVED | INCOMPLETE) && !args.keep_source {
         // It would end by itself once this client has gone, but then nobody would wait for that. It may be
@@ -127,13 +131,21 @@ fn start(client: &mut QmpClient, args: &MigrateArgs) -> Result<String, ClientErr
     Ok(id)
 }
 
+/// How a migration has ended.
+enum End {
+    /// So the source says.
+    Said(Value),
+    /// The guest ended by itself at the source, so that none moves.
+    GuestEnded,
+}
+
 /// Follows migration `id` until it has ended; an error means that the control socket was lost.
 fn follow(
     client: &mut QmpClient,
     id: &str,
     json_lines: bool,
     cancelled: &AtomicBool,
-) -> Result<Value, ClientError> {
+) -> Result<End, ClientError> {
     let bar = (!json_lines && std::io::stderr().is_terminal()).then(progress_bar);
     let mut last_line = Value::Null;
     // What was said to be at fault: each once.
@@ -157,7 +169,7 @@ fn follow(
             if let Some(bar) = &bar {
                 bar.finish_and_clear();
             }
-            return Ok(info);
+            return Ok(End::Said(info));
         }
         if let Some(facts) = info.get("x-not-converging")
             && !warned.contains(&facts["part"]["name"])
@@ -180,7 +192,9 @@ fn follow(
                 last_line = line;
             }
         }
-        wait_for_step(client, id, asked, cancelled)?;
+        if wait_for_step(client, id, asked, cancelled)? == Step::GuestEnded {
+            return Ok(End::GuestEnded);
+        }
     }
 }
 
@@ -200,24 +214,51 @@ fn interrupt(client: &mut QmpClient, status: &str, warned: &mut bool) -> Result<
     client.execute("x-migrate-give-up", json!({})).map(|_| false)
 }
 
+/// What may be new.
+#[derive(PartialEq)]
+enum Step {
+    /// Something about the migration, or nothing.
+    Migration,
+    /// The guest has ended.
+    GuestEnded,
+}
+
+/// Whether an event says that the guest has ended by itself.
+fn is_guests_end(event: &Value) -> bool {
+    event["event"] == "SHUTDOWN" && event["data"]["guest"] == true
+}
+
+/// Whether the last events on a socket that was lost say that the guest has ended.
+fn guest_had_ended(client: &mut QmpClient) -> bool {
+    while let Ok(Some(event)) = client.event(Some(INTERVAL)) {
+        if is_guests_end(&event) {
+            return true;
+        }
+    }
+    false
+}
+
 /// Waits until there may be something new about migration `id`, of which was asked at `asked`.
 fn wait_for_step(
     client: &mut QmpClient,
     id: &str,
     asked: Instant,
     cancelled: &AtomicBool,
-) -> Result<(), ClientError> {
+) -> Result<Step, ClientError> {
     let mut until = asked + INTERVAL;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         // Zero would mean for ever.
         if left.is_zero() || cancelled.load(Ordering::SeqCst) {
-            return Ok(());
+            return Ok(Step::Migration);
         }
-        let Some(event) = client.event(Some(left))? else { return Ok(()) };
+        let Some(event) = client.event(Some(left))? else { return Ok(Step::Migration) };
+        if is_guests_end(&event) {
+            return Ok(Step::GuestEnded);
+        }
         if event["event"] == "x-migration" && event["data"]["x-id"] == id {
             if event["data"]["ended"] == true {
-                return Ok(());
+                return Ok(Step::Migration);
             }
             until = until.min(asked + STEP);
         }
@@ -324,9 +365,13 @@ fn disk_percents(disk: &Value) -> String {
     disk["x-disks"].as_array().into_iter().flatten().map(one).collect()
 }
 
-fn report(client: &mut QmpClient, end: &Result<Value, ClientError>, json_lines: bool) -> u8 {
+fn report(client: &mut QmpClient, end: &Result<End, ClientError>, json_lines: bool) -> u8 {
     let info = match end {
-        Ok(info) => info,
+        Ok(End::Said(info)) => info,
+        Ok(End::GuestEnded) => {
+            eprintln!("ferry: migration failed: the guest has ended at the source, which says how");
+            return FAILED;
+        }
         Err(error) => {
             eprintln!(
                 "ferry: {} before the migration ended: look at both sides before you run the guest",

@@ -313,8 +313,8 @@ impl Jobs {
         }
     }
 
-    /// For a running or paused guest: whether a migration has ended but its thread has not reported that
-    /// yet. A client may know of the end already and send its next command, which then waits for the
+    /// For a guest that runs, is paused or has been handed over: whether a migration has ended but its thread has not
+    /// reported that yet. A client may know of the end already and send its next command, which then waits for the
     /// report.
     pub fn has_unreported_end(&self) -> bool {
         // The status that clients see.

@@ -90,9 +90,16 @@ impl Supervisor {
             | Command::Reset
             | Command::Migrate { .. }
             | Command::CalcDirtyRate(_) => {
-                let in_ended_migration = matches!(self.state, RunState::Running | RunState::Paused)
-                    && self.jobs.has_unreported_end();
-                in_transition || in_ended_migration && !matches!(command, Command::Cont { .. })
+                let is_affected = match self.state {
+                    // A guest that runs, or is about to, needs no report.
+                    RunState::Running | RunState::Paused => {
+                        !matches!(command, Command::Cont { .. })
+                    }
+                    // It is taken back only from a migration that has ended.
+                    RunState::Postmigrate => true,
+                    _ => false,
+                };
+                in_transition || is_affected && self.jobs.has_unreported_end()
             }
             // Its disks are not open yet.
             Command::ChangeBitmaps(_)
