@@ -23,8 +23,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// How long a child may take to become ready.
 const START_PATIENCE: Duration = Duration::from_secs(20);
-/// How long the last line of a child that has ended may take to arrive.
-const LAST_LINE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the last line of a child that has ended may take to arrive, on a host with other work, too.
+const LAST_LINE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The connections to a child.
 pub(super) struct Connection {
