@@ -38,6 +38,7 @@ use layout::{
 };
 use payload::{BootFile, BootPayload, MAX_ARGUMENTS_BYTES, PayloadError, Role};
 use segments::{Reserved, Room};
+use std::path::Path;
 use vm_memory::Bytes;
 
 /// Why a kernel cannot be booted.
@@ -138,9 +139,16 @@ impl Format {
         multiboot.or_else(multiboot2).or_else(|| elf::is_elf(head).then_some(Self::Elf))
     }
 
-    /// Whether `--initrd` is always a list of modules.
-    fn takes_modules(self) -> bool {
-        matches!(self, Self::Multiboot(_) | Self::Multiboot2(_))
+    /// Whether `initrd` is a list of modules for `kernel`: for a Multiboot kernel always, for a PVH kernel if no file has
+    /// this path.
+    fn takes_modules(kernel: &BootFile, initrd: &Path) -> Result<bool, PayloadError> {
+        Ok(match Self::of(&kernel.head(HEAD_BYTES)?) {
+            Some(Self::Multiboot(_) | Self::Multiboot2(_)) => true,
+            Some(Self::Elf) if !initrd.exists() => {
+                elf::read(kernel).is_ok_and(|headers| headers.pvh_entry.is_some())
+            }
+            Some(Self::Elf | Self::BzImage) | None => false,
+        })
     }
 }
 

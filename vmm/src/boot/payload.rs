@@ -10,8 +10,8 @@
 pub mod file;
 pub mod store;
 
+use super::Format;
 use super::layout::MULTIBOOT_MAX_BYTES;
-use super::{Format, HEAD_BYTES, elf};
 pub use file::BootFile;
 use std::fmt;
 use std::io;
@@ -203,11 +203,8 @@ impl BootPayload {
     /// too.
     pub fn open(kernel: &Path, initrd: Option<&Path>) -> Result<Self, PayloadError> {
         let file = BootFile::open(Role::Kernel, kernel)?;
-        let is_file = initrd.is_some_and(Path::exists);
-        let takes_modules = Format::of(&file.head(HEAD_BYTES)?).is_some_and(|format| {
-            let pvh = || elf::read(&file).is_ok_and(|kernel| kernel.pvh_entry.is_some());
-            format.takes_modules() || format == Format::Elf && !is_file && pvh()
-        });
+        let takes_modules =
+            initrd.map_or(Ok(false), |initrd| Format::takes_modules(&file, initrd))?;
         let arguments = kernel.display().to_string();
         let mut files = vec![PayloadFile { role: Role::Kernel, arguments, file: Arc::new(file) }];
         match initrd {
